@@ -1,0 +1,1 @@
+"""Reads a PostgreSQL logical replication slot and fans its rows out to sinks; see `python -m replicator --help`."""

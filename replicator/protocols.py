@@ -1,0 +1,121 @@
+"""The contracts between the parts. Nobody inherits from these; the docstrings are the contract.
+
+`pipeline` drives an `Enricher`, one `fan_out.Lane` drives one `Sink`, and `pipeline.commit` alone saves to the
+`CheckpointStore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from replicator.events import Checkpoint, DeadLetter, Event, Finding, Refusal, Row
+
+
+class Enriched(NamedTuple):
+    """What an enricher made of some rows."""
+
+    events: list[Event]
+    """In the order of the rows."""
+    refused: list[DeadLetter]
+    """Rows no event can be made of (`sink='enrichment'`), with their position and what is wrong."""
+
+
+class Enricher(Protocol):
+    """Turns rows of the slot's tables into events. Knows the tables; nothing in `replicator` does."""
+
+    tables: Sequence[str]
+    """What the slot must carry, schema-qualified, e.g. `public.engagement_events`."""
+
+    async def open(self) -> None:
+        """Connect. Raises SourceUnavailable (tried again) or SourceUnusable."""
+
+    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+        """Events for the rows that make one.
+
+        Called with every row of the stream once, in stream order, from one task. Rows may be repeated after a
+        reconnect and must give the same events. Raises SourceUnavailable when a look-up can't be made now: the same
+        rows are then given again; no state may have changed.
+        """
+
+    async def check(self) -> list[Finding]:
+        """Preflight: do the tables have what is needed? Never raises for a finding."""
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice, and without `open`."""
+
+
+class Sink(Protocol):
+    """A destination. A lane calls `write` with consecutive events and decides about retries."""
+
+    name: str
+    """As in REPLICATOR_SINKS; the key of its position in the checkpoint."""
+    max_events: int
+    """The most events one `write` gets."""
+    linger_seconds: float
+    """How long a lane may wait for `max_events` to gather; 0: write what is there."""
+    concurrency: int
+    """How many `write` calls may run at once; above 1 their order is not kept."""
+
+    async def create(self) -> list[str]:
+        """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""
+
+    async def check(self) -> list[Finding]:
+        """Preflight: reachable, writable, of the right shape? Leaves no trace. Never raises for a finding."""
+
+    async def open(self) -> None:
+        """Connect. Raises as `write` does; called again until it succeeds."""
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Make `events` durable at the destination, except those returned, which it will never take.
+
+        Called again with the very same events after SinkUnavailable or SinkMisconfigured, and with overlapping
+        stretches after a restart: the effect must be the same as of one call, as far as the destination allows.
+        May be cancelled at any await; the events then count as not written.
+
+        Raises:
+            SinkUnavailable: the destination can't take them now (network, timeout, overload). Tried again.
+            SinkMisconfigured: it turns *us* away (credentials, address, rights). Tried again slowly, loudly.
+            SinkUnusable: it can never work like this (table missing, wrong shape). Stops the program.
+        """
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice, and without `open`."""
+
+
+class CheckpointStore(Protocol):
+    """Keeps checkpoints and dead letters, durably: a call that has returned survives a power cut.
+
+    All methods block (they are called in a thread) and raise CheckpointError when the database fails.
+    """
+
+    def create(self) -> list[str]:
+        """Make or upgrade the schema. Idempotent. A line for each thing done; CheckpointUnusable if it is newer."""
+
+    def load(self, slot: str) -> Checkpoint | None:
+        """The slot's checkpoint with all its sinks' positions; None when there is none."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Store it in one database transaction.
+
+        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is behind the stored one.
+        Sinks that are stored and not named stay as they are.
+        """
+
+    def replace(self, checkpoint: Checkpoint) -> None:
+        """Store it whatever was there: an operator accepted a gap. Sinks not named are removed."""
+
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
+        """Store them in one database transaction. One that is there already (slot, sink, position) is kept once."""
+
+    def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
+        """Oldest first; the page behind `after_id`."""
+
+    def count_dead_letters(self, slot: str) -> dict[str, int]:
+        """How many there are, by sink; sinks without any are absent."""
+
+    def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
+        """Remove these; how many there were."""
+
+    def close(self) -> None:
+        """Release connections. Safe to call twice."""
