@@ -1,0 +1,162 @@
+"""From REPLICATOR_CHECKPOINT_URL to an engine whose commits are durable, and from drivers' errors to ours.
+
+`store` says what is written; `schema` into which tables.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from replicator.errors import CheckpointError, CheckpointUnusable, SettingsError
+
+URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
+URL_TAKES = (
+    "any SQLAlchemy URL, its driver installed: sqlite:////var/lib/replicator/checkpoint.db,"
+    " postgresql://user:password@host:5432/database, ..."
+)
+
+# Under the interval of feedback to PostgreSQL, over what a backup of the file takes to let go of it.
+SQLITE_BUSY_TIMEOUT_SECONDS = 5.0
+# A database server that has gone silent is an error after this time, not a thread that hangs for ever.
+POSTGRES_LIMITS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
+
+# By SQLite's primary result code: what the operator has to know that SQLite's own words don't say.
+SQLITE_PROBLEMS = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_IOERR: "the disk gives I/O errors, or is full",
+    sqlite3.SQLITE_READONLY: "the file or its directory is read-only for this user",
+    sqlite3.SQLITE_BUSY: "another process holds the file locked",
+}
+SQLITE_UNUSABLE = {
+    sqlite3.SQLITE_NOTADB: "the file is no SQLite database",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged",
+}
+
+
+def open_engine(url: str) -> Engine:
+    """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL."""
+    parsed = _parse(url)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    try:
+        engine = create_engine(
+            parsed,
+            connect_args=_connect_args(parsed),
+            hide_parameters=True,  # payloads and reasons stay out of tracebacks
+            max_overflow=0,
+            pool_pre_ping=not sqlite,  # a server's restart costs a reconnect, not the program
+            pool_size=1,  # calls come one at a time
+        )
+    except (ArgumentError, ImportError, NoSuchModuleError) as exc:
+        raise _unusable(_driver_problem(parsed, exc)) from None  # the original could quote the URL
+    if engine.dialect.is_async:
+        raise _unusable(f"{parsed.drivername} is an asynchronous driver")
+    if sqlite:
+        _make_sqlite_durable(engine)
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _make_postgres_durable)
+    return engine
+
+
+def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
+    """Our error for a driver's: what happened, without the password and without values."""
+    orig = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
+    if isinstance(orig, sqlite3.Error):
+        return _explain_sqlite(orig, Path(url.database or ""))
+    diagnosis = getattr(orig, "diag", None)  # psycopg's: the server's message, apart from the detail that has values
+    message = getattr(diagnosis, "message_primary", None) or str(orig)
+    first_line = next(iter(message.splitlines()), "")
+    if url.password:
+        first_line = first_line.replace(str(url.password), "***")
+    return CheckpointError(detail=f"{dialect.name}: {type(orig).__name__}: {first_line}")
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        raise _unusable("it can't be parsed") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")  # SQLAlchemy 2.0 would look for psycopg2
+    in_memory = parsed.database in (None, "", ":memory:") or parsed.query.get("mode") == "memory"
+    if parsed.get_backend_name() == "sqlite" and in_memory:
+        raise _unusable("a database in memory forgets its checkpoints when the program ends")
+    return parsed
+
+
+def _unusable(problem: str) -> SettingsError:
+    return SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
+
+
+def _driver_problem(url: URL, exc: Exception) -> str:
+    if isinstance(exc, ImportError):
+        return f"the driver {exc.name} is not installed"
+    return f"SQLAlchemy has no driver {url.drivername}"
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    # What the URL itself says goes first.
+    limits: dict[str, Any] = {}
+    if url.get_backend_name() == "sqlite":
+        limits = {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}  # becomes busy_timeout
+    if url.drivername == "postgresql+psycopg":
+        limits = POSTGRES_LIMITS
+    return {name: value for name, value in limits.items() if name not in url.query}
+
+
+def _make_sqlite_durable(engine: Engine) -> None:
+    event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "begin", _begin)
+
+
+def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
+    connection.isolation_level = None  # sqlite3 would begin transactions by itself, and too late; see _begin
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")  # `status` reads while `run` writes
+    cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode anything less loses commits in a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    # A writer takes the write lock before it reads, so that nobody moves what it compares with; readers take none.
+    mode = "IMMEDIATE" if connection.get_execution_options().get("writes") else "DEFERRED"
+    connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _make_postgres_durable(connection: DBAPIConnection, _record: object) -> None:
+    # A checkpoint that is lost in a crash would stand behind what PostgreSQL was told. Stricter settings stay.
+    cursor = connection.cursor()
+    cursor.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
+    cursor.close()
+    connection.commit()
+
+
+def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is its primary code
+    if code == sqlite3.SQLITE_CANTOPEN:
+        return _cannot_open(path)
+    if code in SQLITE_UNUSABLE:
+        cure = (
+            "Put the file aside or name another one in REPLICATOR_CHECKPOINT_URL, then run `python -m replicator init`"
+        )
+        return CheckpointUnusable(problem=f"{path}: {SQLITE_UNUSABLE[code]}", cure=cure)
+    words = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
+    return CheckpointError(detail=f"{path}: {words}")
+
+
+def _cannot_open(path: Path) -> CheckpointUnusable:
+    directory = path.absolute().parent
+    if directory.is_dir():
+        cure = f"See that this user may read and write the file and the directory {directory}"
+        return CheckpointUnusable(problem=f"{path} can't be opened", cure=cure)
+    cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
+    return CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)

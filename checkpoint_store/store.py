@@ -1,0 +1,274 @@
+"""`SqlCheckpointStore`: what `replicator.protocols.CheckpointStore` promises, on any database of SQLAlchemy's.
+
+`schema` has the tables, `database` the connection and the durability of its commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, and_, bindparam, exists, func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from checkpoint_store import database, schema
+from checkpoint_store.schema import checkpoints, dead_letters, sink_positions
+from replicator.errors import CheckpointBackward, CheckpointUnusable
+from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
+
+IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
+
+# Statements are made once: SQLAlchemy then finds their compiled form by a key that it has already computed.
+_OF_SLOT = checkpoints.c.slot == bindparam("of_slot")
+_SINKS_OF_SLOT = sink_positions.c.slot == bindparam("of_slot")
+_READ_CHECKPOINT = select(checkpoints).where(_OF_SLOT)
+_READ_SINKS = select(sink_positions).where(_SINKS_OF_SLOT)
+_LOCK_CHECKPOINT = _READ_CHECKPOINT.with_for_update()  # SQLite has no such lock; see database._begin
+_LOCK_SINKS = _READ_SINKS.with_for_update()
+_INSERT_CHECKPOINT = checkpoints.insert()
+_INSERT_SINK = sink_positions.insert()
+_UPDATE_CHECKPOINT = (
+    checkpoints.update()
+    .where(_OF_SLOT)
+    .values({name: bindparam(name) for name in ("timeline", "end_lsn", "updated_at")})
+)
+_UPDATE_SINK = (
+    sink_positions.update()
+    .where(_SINKS_OF_SLOT, sink_positions.c.sink == bindparam("of_sink"))
+    .values({name: bindparam(name) for name in ("commit_lsn", "ordinal", "end_lsn")})
+)
+_DELETE_SINKS = sink_positions.delete().where(_SINKS_OF_SLOT)
+_DELETE_CHECKPOINT = checkpoints.delete().where(_OF_SLOT)
+
+_POSITION = ("slot", "sink", "commit_lsn", "ordinal")
+_LETTER = (*_POSITION, "event_id", "reason", "payload", "created_at")
+_INSERT_LETTER_ONCE = dead_letters.insert().from_select(
+    _LETTER,
+    select(*(bindparam(name, type_=dead_letters.c[name].type) for name in _LETTER)).where(
+        ~exists().where(
+            and_(*(dead_letters.c[name] == bindparam(name, type_=dead_letters.c[name].type) for name in _POSITION))
+        )
+    ),
+)
+_COUNT_LETTERS = (
+    select(dead_letters.c.sink, func.count().label("letters"))
+    .where(dead_letters.c.slot == bindparam("of_slot"))
+    .group_by(dead_letters.c.sink)
+)
+_DROP_LETTERS = dead_letters.delete().where(
+    dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))
+)
+
+
+class SqlCheckpointStore:
+    """Checkpoints and dead letters in the database of a SQLAlchemy URL; see `protocols.CheckpointStore`."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = database.open_engine(url)
+        self._writing_engine = self._engine.execution_options(writes=True)
+        self._schema_is_ours = False
+
+    def create(self) -> list[str]:
+        """Make or upgrade the schema; a line for each thing done."""
+        with self._transaction(self._writing_engine) as connection:
+            return schema.create(connection)
+
+    def load(self, slot: str) -> Checkpoint | None:
+        """The slot's checkpoint, or None."""
+        with self._reading() as connection:
+            return _read(connection, slot)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Move the checkpoint forward. The row stays locked from the comparison to the commit."""
+        with self._writing() as connection:
+            stored = _read(connection, checkpoint.slot, lock=True)
+            if stored is None:
+                _insert(connection, checkpoint)
+                return
+            _refuse_other_cluster(stored, checkpoint)
+            _refuse_backward(stored, checkpoint)
+            _update(connection, stored, checkpoint)
+
+    def replace(self, checkpoint: Checkpoint) -> None:
+        """Put the checkpoint in the place of whatever was there."""
+        with self._writing() as connection:
+            of_slot = {"of_slot": checkpoint.slot}
+            connection.execute(_LOCK_CHECKPOINT, of_slot)
+            connection.execute(_DELETE_SINKS, of_slot)
+            connection.execute(_DELETE_CHECKPOINT, of_slot)
+            _insert(connection, checkpoint)
+
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
+        """Keep the letters whose position is not there yet."""
+        if not letters:
+            return
+        now = time.time()
+        with self._writing() as connection:
+            connection.execute(_INSERT_LETTER_ONCE, [_letter_row(slot, letter, now) for letter in letters])
+
+    def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
+        """The page behind `after_id`, oldest first."""
+        page = select(dead_letters).where(dead_letters.c.slot == slot, dead_letters.c.id > after_id)
+        if sink is not None:
+            page = page.where(dead_letters.c.sink == sink)
+        with self._reading() as connection:
+            rows = connection.execute(page.order_by(dead_letters.c.id).limit(limit)).all()
+        return [_letter(row) for row in rows]
+
+    def count_dead_letters(self, slot: str) -> dict[str, int]:
+        """How many there are, by sink."""
+        with self._reading() as connection:
+            rows = connection.execute(_COUNT_LETTERS, {"of_slot": slot}).all()
+        return {row.sink: row.letters for row in rows}
+
+    def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
+        """Remove these; how many there were."""
+        with self._writing() as connection:
+            return sum(
+                connection.execute(
+                    _DROP_LETTERS, {"of_slot": slot, "ids": ids[start : start + IDS_PER_STATEMENT]}
+                ).rowcount
+                for start in range(0, len(ids), IDS_PER_STATEMENT)
+            )
+
+    def close(self) -> None:
+        """Release the connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as exc:
+            raise database.explain(exc, engine.dialect, engine.url) from exc
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._transaction(self._engine) as connection:
+            self._require_schema(connection)
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._transaction(self._writing_engine) as connection:
+            self._require_schema(connection)
+            yield connection
+
+    def _require_schema(self, connection: Connection) -> None:
+        # Once a process: only an operator changes it, with the program stopped.
+        if not self._schema_is_ours:
+            schema.require(connection)
+            self._schema_is_ours = True
+
+
+def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoint | None:
+    # The checkpoint's lock comes first and stands for its sinks' too: the second statement sees what the holder did.
+    of_slot = {"of_slot": slot}
+    row = connection.execute(_LOCK_CHECKPOINT if lock else _READ_CHECKPOINT, of_slot).first()
+    if row is None:
+        return None
+    sinks = connection.execute(_LOCK_SINKS if lock else _READ_SINKS, of_slot).all()
+    return Checkpoint(
+        slot=slot,
+        system_identifier=row.system_identifier,
+        timeline=row.timeline,
+        end_lsn=row.end_lsn,
+        sinks={
+            sink: SinkPosition(position=Position(commit_lsn, ordinal), end_lsn=end_lsn)
+            for _, sink, commit_lsn, ordinal, end_lsn in sinks
+        },
+        updated_at=row.updated_at,
+    )
+
+
+def _refuse_other_cluster(stored: Checkpoint, offered: Checkpoint) -> None:
+    # LSNs of two clusters compare like any numbers, so nothing else would notice.
+    if stored.system_identifier != offered.system_identifier:
+        raise CheckpointUnusable(
+            problem=f"the checkpoint of slot {stored.slot} belongs to the PostgreSQL cluster"
+            f" {stored.system_identifier}, not to {offered.system_identifier}",
+            cure="If another cluster is replicated with the same slot name, give this one a database of its own in"
+            " REPLICATOR_CHECKPOINT_URL or another name in REPLICATOR_SLOT",
+        )
+
+
+def _refuse_backward(stored: Checkpoint, offered: Checkpoint) -> None:
+    if offered.end_lsn < stored.end_lsn:
+        raise CheckpointBackward(
+            slot=stored.slot, stored=format_lsn(stored.end_lsn), offered=format_lsn(offered.end_lsn)
+        )
+    for sink, new in offered.sinks.items():
+        old = stored.sinks.get(sink)
+        if old is not None and (new.position < old.position or new.end_lsn < old.end_lsn):
+            raise CheckpointBackward(slot=stored.slot, stored=_describe(sink, old), offered=_describe(sink, new))
+
+
+def _describe(sink: str, at: SinkPosition) -> str:
+    commit_lsn, ordinal = at.position
+    return f"{format_lsn(at.end_lsn)} (sink {sink} at row {ordinal} of commit {format_lsn(commit_lsn)})"
+
+
+def _insert(connection: Connection, checkpoint: Checkpoint) -> None:
+    row = {
+        "slot": checkpoint.slot,
+        "system_identifier": checkpoint.system_identifier,
+        "timeline": checkpoint.timeline,
+        "end_lsn": checkpoint.end_lsn,
+        "updated_at": time.time(),
+    }
+    connection.execute(_INSERT_CHECKPOINT, row)
+    _insert_sinks(connection, checkpoint, checkpoint.sinks)
+
+
+def _insert_sinks(connection: Connection, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    rows = [{"slot": checkpoint.slot, "sink": name, **_position_row(checkpoint.sinks[name])} for name in names]
+    if rows:
+        connection.execute(_INSERT_SINK, rows)
+
+
+def _update(connection: Connection, stored: Checkpoint, checkpoint: Checkpoint) -> None:
+    row = {"timeline": checkpoint.timeline, "end_lsn": checkpoint.end_lsn, "updated_at": time.time()}
+    connection.execute(_UPDATE_CHECKPOINT, {"of_slot": checkpoint.slot, **row})
+    moved = [
+        {"of_slot": checkpoint.slot, "of_sink": name, **_position_row(at)}
+        for name, at in checkpoint.sinks.items()
+        if name in stored.sinks and at != stored.sinks[name]
+    ]
+    if moved:
+        connection.execute(_UPDATE_SINK, moved)
+    _insert_sinks(connection, checkpoint, checkpoint.sinks.keys() - stored.sinks.keys())
+
+
+def _position_row(at: SinkPosition) -> dict[str, int]:
+    return {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
+
+
+def _letter_row(slot: str, letter: DeadLetter, now: float) -> dict[str, Any]:
+    # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
+    reason = letter.reason.replace("\0", "�").encode(errors="replace").decode()
+    return {
+        "slot": slot,
+        "sink": letter.sink,
+        "commit_lsn": letter.commit_lsn,
+        "ordinal": letter.ordinal,
+        "event_id": letter.event_id,
+        "reason": reason,
+        "payload": letter.payload,
+        "created_at": now,
+    }
+
+
+def _letter(row: Any) -> DeadLetter:
+    return DeadLetter(
+        id=row.id,
+        sink=row.sink,
+        commit_lsn=row.commit_lsn,
+        ordinal=row.ordinal,
+        event_id=row.event_id,
+        reason=row.reason,
+        payload=row.payload,
+        created_at=row.created_at,
+    )
