@@ -1,0 +1,69 @@
+"""The demo HTTP API in a process of its own; `api_server` is the program, `process` runs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+
+from devstack import api_server
+from devstack.api_server import Behaviour, Request, Stats
+from devstack.control import fetch
+from devstack.process import Service
+
+
+class Api(Service):
+    """The API that takes events. What it has taken survives `stop` and `kill`; its log of requests does not."""
+
+    name = "api"
+    sink = "http"
+
+    @property
+    def url(self) -> str:
+        """Where events are posted."""
+        return f"{self._address}/events"
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every event it has taken, in order, repeats included."""
+        return msgspec.json.decode(fetch(self.url), type=list[dict[str, Any]])
+
+    def event_ids(self) -> list[int]:
+        """The same, ids alone: far less to carry when there are many."""
+        return msgspec.json.decode(fetch(f"{self._address}/event_ids"), type=list[int])
+
+    def requests(self) -> list[Request]:
+        """Every POST since it was started, answered or not, in order."""
+        return msgspec.json.decode(fetch(f"{self._address}/requests"), type=list[Request])
+
+    def stats(self) -> Stats:
+        """How much it has taken."""
+        return msgspec.json.decode(fetch(f"{self._address}/stats"), type=Stats)
+
+    def behave(self, **behaviour: Any) -> None:
+        """Misbehave from now on as `api_server.Behaviour` says; with no arguments: behave well."""
+        fetch(f"{self._address}/behave", msgspec.json.encode(Behaviour(**behaviour)))
+
+    def reset(self) -> None:
+        """Forget all events and requests, and behave well."""
+        fetch(f"{self._address}/reset", b"")
+
+    def command(self) -> list[str]:
+        """The program, run from its file: it needs nothing else of ours."""
+        file = self.folder / "events"
+        return [sys.executable, "-P", api_server.__file__, "--port", str(self.port), "--file", str(file)]
+
+    def environment(self) -> dict[str, str]:
+        """Its address."""
+        return {"REPLICATOR_HTTP_URL": self.url}
+
+    def answers(self) -> bool:
+        """Whether it listens."""
+        try:
+            return bool(fetch(f"{self._address}/healthz"))
+        except OSError:
+            return False
+
+    @property
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
