@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset behind the text form `16/B374D848`."""
 
-Value: TypeAlias = int | float | str | bool | None
-"""What wal2json gives for a column. Integers are exact at any size; timestamps and jsonb are text."""
+Value: TypeAlias = int | Decimal | str | bool | None
+"""What wal2json gives for a column. Numbers are exact at any size (fractions as Decimal); timestamps and jsonb
+are text."""
 
 
 def parse_lsn(text: str) -> Lsn:
@@ -45,7 +47,8 @@ class Column(msgspec.Struct, gc=False):
     """One column of a row."""
 
     name: str
-    value: Value = None
+    value: Any = None
+    """A `Value`; typed Any because msgspec's hook for exact fractions applies to untyped values only."""
 
 
 # Not frozen, not keyword-only: one a row on the hot path, filled in by the decoder in two steps.

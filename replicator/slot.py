@@ -1,0 +1,176 @@
+"""The replication slot: look at it, make it, drop it; is the stream still continuous with our checkpoint?
+
+Works on any psycopg connection to the database, the replication connection included; `source.py` reads the stream.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from replicator.errors import SlotInvalid, SlotLost, SlotMissing, SourceUnusable, StreamGap
+from replicator.events import Checkpoint, Lsn, format_lsn, parse_lsn
+
+PLUGIN = "wal2json"
+
+_WRONG_STATE = "55000"  # object_not_in_prerequisite_state: wal_level
+_NO_FILE = "58P01"  # undefined_file: the plugin's library
+_NO_RIGHT = "42501"  # insufficient_privilege
+_TOO_MANY = "53400"  # configuration_limit_exceeded: max_replication_slots
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which cluster, and which of its histories, the LSNs belong to."""
+
+    system_identifier: str
+    timeline: int
+
+
+class SlotState(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of pg_replication_slots, with the server's position at the same moment."""
+
+    plugin: str | None
+    database: str | None
+    own_database: str
+    active_pid: int | None
+    restart_lsn: Lsn | None
+    confirmed_lsn: Lsn | None
+    wal_status: str | None
+    """`reserved`, `extended`, `unreserved`, `lost`."""
+    safe_wal_size: int | None
+    """Bytes that can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
+    server_lsn: Lsn
+
+    @property
+    def lag_bytes(self) -> int:
+        """WAL that nobody has confirmed yet."""
+        return self.server_lsn - (self.confirmed_lsn or self.server_lsn)
+
+    @property
+    def retained_bytes(self) -> int:
+        """WAL on PostgreSQL's disk because of this slot."""
+        return self.server_lsn - (self.restart_lsn or self.server_lsn)
+
+
+# On a standby (PostgreSQL 16+ can decode there) the replayed position is the server's.
+_SERVER_LSN = """
+SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+"""
+
+_INSPECT = f"""
+SELECT plugin, database, current_database(), active_pid, restart_lsn, confirmed_flush_lsn, wal_status, safe_wal_size,
+       ({_SERVER_LSN})
+FROM pg_replication_slots WHERE slot_name = {{slot}}
+"""  # noqa: S608  a constant of ours; {slot} becomes a quoted literal
+
+
+def identify(connection: psycopg.Connection) -> Identity:
+    """IDENTIFY_SYSTEM; the connection must be a replication connection."""
+    row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+    if row is None:
+        raise SourceUnusable(
+            problem="IDENTIFY_SYSTEM gave no row", cure="Connect to PostgreSQL itself, not to a pooler"
+        )
+    return Identity(system_identifier=str(row[0]), timeline=int(row[1]))
+
+
+def inspect(connection: psycopg.Connection, slot: str) -> SlotState | None:
+    """The slot as it is now; None when there is none of that name."""
+    # Literals, not parameters: a replication connection speaks only the simple query protocol.
+    row = connection.execute(sql.SQL(_INSPECT).format(slot=sql.Literal(slot))).fetchone()
+    if row is None:
+        return None
+    return SlotState(
+        plugin=row[0],
+        database=row[1],
+        own_database=row[2],
+        active_pid=row[3],
+        restart_lsn=_lsn(row[4]),
+        confirmed_lsn=_lsn(row[5]),
+        wal_status=row[6],
+        safe_wal_size=row[7],
+        server_lsn=_lsn(row[8]) or 0,
+    )
+
+
+def create(connection: psycopg.Connection, slot: str) -> None:
+    """Make the slot. Raises SourceUnusable with the cure when the server is not set up for it."""
+    query = sql.SQL("SELECT pg_create_logical_replication_slot({}, {})")
+    try:
+        connection.execute(query.format(sql.Literal(slot), sql.Literal(PLUGIN)))
+    except psycopg.errors.DuplicateObject:
+        return  # another replicator was quicker; whether the slot fits is for verify() to say
+    except psycopg.Error as exc:
+        raise unusable(exc.sqlstate, str(exc.diag.message_primary)) from exc
+
+
+def drop(connection: psycopg.Connection, slot: str) -> None:
+    """Drop the slot; PostgreSQL may then throw its WAL away. SlotInvalid while a reader is connected to it."""
+    try:
+        connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
+    except psycopg.Error as exc:
+        raise SlotInvalid(slot=slot, problem=f"{exc.diag.message_primary}") from exc
+
+
+def unusable(sqlstate: str | None, message: str) -> SourceUnusable:
+    """What a refusal to create or read a slot means, with its cure."""
+    cures = {
+        _WRONG_STATE: "Set wal_level = logical in postgresql.conf and restart PostgreSQL",
+        _NO_FILE: "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",
+        _NO_RIGHT: "Give the role its rights: ALTER ROLE … REPLICATION (see sql/roles.sql)",
+        _TOO_MANY: "Raise max_replication_slots and restart PostgreSQL, or drop a slot that nobody reads",
+    }
+    return SourceUnusable(problem=message, cure=cures.get(sqlstate or "", "See PostgreSQL's log"))
+
+
+def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:
+    """Raise unless reading from the slot gives everything behind the checkpoint.
+
+    Without a checkpoint any healthy slot is right: it begins where the slot was last confirmed, which can repeat
+    events but lose none.
+    """
+    since = _when(checkpoint)
+    if state is None:
+        if checkpoint is not None:
+            raise SlotMissing(slot=slot, checkpoint=format_lsn(checkpoint.end_lsn), since=since)
+        return
+    if state.plugin != PLUGIN or state.database != state.own_database:
+        problem = f"it is for plugin {state.plugin} in database {state.database}, not for {PLUGIN} in this one"
+        raise SlotInvalid(slot=slot, problem=problem)
+    if state.wal_status == "lost" or state.restart_lsn is None:
+        read = format_lsn(checkpoint.end_lsn) if checkpoint else "an unknown position"
+        raise SlotLost(slot=slot, wal_status=state.wal_status, checkpoint=read, since=since)
+    if checkpoint is not None and (problem := _gap(state, identity, checkpoint)):
+        raise StreamGap(slot=slot, problem=problem, since=since)
+
+
+def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:
+    end = format_lsn(checkpoint.end_lsn)
+    if identity.system_identifier != checkpoint.system_identifier:
+        return f"it is on system {identity.system_identifier}, the checkpoint on {checkpoint.system_identifier}"
+    if identity.timeline != checkpoint.timeline:
+        return (
+            f"it is on timeline {identity.timeline}, the checkpoint on {checkpoint.timeline} (a failover or a restore)"
+        )
+    if state.server_lsn < checkpoint.end_lsn:
+        return f"the server is at {format_lsn(state.server_lsn)}, behind the checkpoint's {end} (an older backup)"
+    if state.confirmed_lsn is not None and state.confirmed_lsn > checkpoint.end_lsn:
+        confirmed = format_lsn(state.confirmed_lsn)
+        return f"it was confirmed up to {confirmed}, past the checkpoint's {end} (made again, or read by somebody else)"
+    for name, sink in checkpoint.sinks.items():
+        if sink.end_lsn < checkpoint.end_lsn:
+            return f"sink {name} was left out after {format_lsn(sink.end_lsn)}, the others went on to {end}"
+    return ""
+
+
+def _when(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "an unknown time"
+    return dt.datetime.fromtimestamp(checkpoint.updated_at, dt.UTC).isoformat(timespec="seconds")
+
+
+def _lsn(text: str | None) -> Lsn | None:
+    return None if text is None else parse_lsn(text)

@@ -1,0 +1,247 @@
+"""Sole owner of the replication connection: START_REPLICATION, messages in, status updates out.
+
+Speaks the streaming replication protocol over libpq (psycopg.pq) itself, so that the flushed position is only ever
+what `send_feedback` was given: psycopg2's replication cursor moves it on its own on a keepalive (see
+`pq_read_replication_message` in psycopg2's pqpath.c). `wal2json.py` decodes the messages, `slot.py` looks at the slot,
+`pipeline.py` decides what is confirmed. Protocol: PostgreSQL's documentation, "Streaming Replication Protocol".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import conninfo, pq, sql
+
+from replicator import slot as slots
+from replicator.errors import SlotInUse, SourceError, SourceUnavailable
+from replicator.events import Checkpoint, Lsn, format_lsn
+from replicator.wal2json import OPTIONS, StreamDecoder, Stretch
+
+STRETCH_ROWS = 1_000
+"""Rows read before the sinks get their turn on the loop: some 3 ms of work."""
+STRETCH_BYTES = 1_000_000
+"""The same bound for wide rows; one row may be larger."""
+STRETCH_MESSAGES = 5_000
+"""The same bound for transactions that touch no table of ours."""
+
+NAP_SECONDS = 0.0005
+"""Pause when the socket is empty: fewer wake-ups on both sides of it (DESIGN, section 5: 65k → 105k commits/s)."""
+
+CONNECT_TIMEOUT_SECONDS = 10
+GOODBYE_TIMEOUT_SECONDS = 5.0
+"""How long PostgreSQL may take to answer the end of the stream, which proves that it read our last feedback."""
+
+_XLOG_DATA, _KEEPALIVE = b"wk"
+_XLOG_DATA_HEADER = 25  # 'w', start, end, time
+_FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs since 2000-01-01, reply requested
+_EPOCH_2000_SECONDS = 946_684_800
+
+_SLOT_IN_USE = "55006"
+_CONFIGURATION = {"55000", "58P01", "42501", "42704"}  # wrong state, no plugin, no right, no slot: no retry helps
+
+
+class Source:
+    """One connection at a time to one slot. All methods belong to the event loop's thread."""
+
+    def __init__(self, dsn: str, slot: str, tables: Sequence[str]) -> None:
+        self._dsn = dsn
+        self._slot = slot
+        self._tables = tables
+        self._connection: psycopg.Connection | None = None
+        self._pgconn: pq.abc.PGconn | None = None
+        self._decoder = StreamDecoder()
+        self._received: Lsn = 0
+        self._flushed: Lsn = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the stream is running."""
+        return self._pgconn is not None
+
+    @property
+    def confirmed(self) -> Lsn:
+        """What PostgreSQL was told last."""
+        return self._flushed
+
+    async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
+        """Open the connection and look at the slot. Raises SourceUnavailable."""
+        self.close()
+        try:
+            self._connection = await asyncio.to_thread(self._open)
+            return await asyncio.to_thread(self._look, self._connection)
+        except psycopg.OperationalError as exc:
+            raise SourceUnavailable(detail=_first_line(exc)) from exc
+
+    def _open(self) -> psycopg.Connection:
+        given = conninfo.conninfo_to_dict(self._dsn)
+        defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+        # wal2json prints timestamps as the session says; nothing may time out a stream that is idle by nature
+        session = "-c DateStyle=ISO -c TimeZone=UTC -c statement_timeout=0 -c idle_session_timeout=0"
+        ours: dict[str, str | int | None] = {
+            **{name: value for name, value in defaults.items() if name not in given},
+            "replication": "database",
+            "application_name": f"replicator {self._slot}",
+            "options": f"{given.get('options') or ''} {session}",
+        }
+        return psycopg.Connection.connect(conninfo.make_conninfo(self._dsn, **ours), autocommit=True)
+
+    def _look(self, connection: psycopg.Connection) -> tuple[slots.Identity, slots.SlotState | None]:
+        return slots.identify(connection), slots.inspect(connection, self._slot)
+
+    async def create_slot(self) -> slots.SlotState | None:
+        """Make the slot and look at it again. Raises SourceUnusable."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        await asyncio.to_thread(slots.create, self._connection, self._slot)
+        return await asyncio.to_thread(slots.inspect, self._connection, self._slot)
+
+    async def start(self, checkpoint: Checkpoint) -> None:
+        """Begin the stream behind the checkpoint. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        pgconn = self._connection.pgconn
+        command = self._start_command(checkpoint.end_lsn).as_string(self._connection)
+        result = await asyncio.to_thread(pgconn.exec_, command.encode())
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            raise self._refusal(result)
+        pgconn.nonblocking = 1
+        self._decoder = StreamDecoder()
+        self._pgconn = pgconn
+        self._flushed = checkpoint.end_lsn
+        self._received = max(self._received, checkpoint.end_lsn)
+
+    def _start_command(self, lsn: Lsn) -> sql.Composed:
+        options = {**OPTIONS, "add-tables": ",".join(self._tables)}
+        listed = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+        )
+        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
+        return start.format(sql.Identifier(self._slot), sql.SQL(format_lsn(lsn)), listed)
+
+    def _refusal(self, result: pq.abc.PGresult) -> SourceError:
+        sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"no reason given").decode()
+        if sqlstate == _SLOT_IN_USE:
+            return SlotInUse(slot=self._slot, pid=message.rpartition(" ")[2])
+        if sqlstate in _CONFIGURATION:
+            return slots.unusable(sqlstate, message)
+        return SourceUnavailable(detail=message)
+
+    async def read(self) -> Stretch:
+        """The next stretch of the stream; waits until there is something. Raises SourceUnavailable, DecodeError.
+
+        Cancelling it loses nothing: what was read stays for the next call.
+        """
+        napped = False
+        while not self._read_available():
+            if napped:
+                await self._readable()
+            await asyncio.sleep(NAP_SECONDS)
+            napped = True
+        stretch = self._decoder.take()
+        self._received = max(self._received, stretch.end_lsn)
+        return stretch
+
+    def _read_available(self) -> int:
+        """Take what libpq and the socket hold, up to a stretch's bounds; how many messages it was."""
+        pgconn, decoder = self._running(), self._decoder
+        get, feed, rows = pgconn.get_copy_data, decoder.feed, decoder.rows
+        messages = 0
+        try:
+            while messages < STRETCH_MESSAGES and len(rows) < STRETCH_ROWS and decoder.size < STRETCH_BYTES:
+                length, data = get(1)
+                if length == 0:
+                    pgconn.consume_input()
+                    length, data = get(1)
+                    if length == 0:
+                        break
+                if length < 0:
+                    raise self._end_of_stream(pgconn)
+                messages += 1
+                if data[0] == _XLOG_DATA:
+                    feed(data[_XLOG_DATA_HEADER:])
+                elif data[0] == _KEEPALIVE:
+                    self._keepalive(data)
+        except psycopg.OperationalError as exc:
+            self.close()
+            raise SourceUnavailable(detail=_first_line(exc)) from exc
+        return messages
+
+    def _keepalive(self, data: memoryview) -> None:
+        wal_end, _, reply_requested = struct.unpack_from("!QqB", data, 1)
+        self._decoder.keepalive(wal_end)
+        if reply_requested:
+            self.send_feedback()
+
+    def _end_of_stream(self, pgconn: pq.abc.PGconn) -> SourceUnavailable:
+        result = pgconn.get_result()
+        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) if result else None
+        self.close()
+        return SourceUnavailable(detail=(message or b"the server ended the stream").decode())
+
+    async def _readable(self) -> None:
+        loop, fd = asyncio.get_running_loop(), self._running().socket
+        ready = asyncio.Event()
+        loop.add_reader(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(fd)
+
+    def send_feedback(self, flush_lsn: Lsn | None = None) -> None:
+        """Send a status update: alive, and everything up to `flush_lsn` (default: as before) is flushed.
+
+        Only `Pipeline.commit` gives a position. Does nothing while disconnected: the stream begins behind the
+        checkpoint again, which covers it. Raises ValueError for a position that goes back or was never received.
+        """
+        flushed = self._flushed if flush_lsn is None else flush_lsn
+        if not self._flushed <= flushed <= self._received:
+            known = f"{format_lsn(self._flushed)} to {format_lsn(self._received)}"
+            raise ValueError(f"flushed position {format_lsn(flushed)} is outside what can be: {known}")
+        if self._pgconn is None:
+            return
+        self._flushed = flushed
+        now_us = int((time.time() - _EPOCH_2000_SECONDS) * 1_000_000)
+        # A broken connection is met, and reported, by the reader.
+        with contextlib.suppress(psycopg.OperationalError):
+            self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", self._received, flushed, flushed, now_us, 0))
+            self._pgconn.flush()  # what the socket doesn't take now goes with the next consume_input
+
+    async def finish(self) -> None:
+        """End the stream in order; on return PostgreSQL has read the last feedback, or it took too long."""
+        if self._pgconn is None:
+            return
+        with contextlib.suppress(TimeoutError, psycopg.OperationalError, SourceUnavailable):
+            async with asyncio.timeout(GOODBYE_TIMEOUT_SECONDS):
+                await self._say_goodbye(self._pgconn)
+        self.close()
+
+    async def _say_goodbye(self, pgconn: pq.abc.PGconn) -> None:
+        pgconn.put_copy_end()
+        pgconn.flush()
+        while True:
+            length, _ = pgconn.get_copy_data(1)
+            if length < 0:
+                return
+            if length == 0:
+                await self._readable()
+                pgconn.consume_input()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._pgconn = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _running(self) -> pq.abc.PGconn:
+        if self._pgconn is None:
+            raise SourceUnavailable(detail="the connection was lost")
+        return self._pgconn
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0]
