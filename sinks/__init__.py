@@ -1,0 +1,1 @@
+"""Destinations: each module is one, with its own settings; see `replicator.protocols.Sink`."""
