@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from replicator.errors import CheckpointError, CheckpointUnusable, SettingsError
@@ -24,6 +24,7 @@ URL_TAKES = (
 
 # Under the interval of feedback to PostgreSQL, over what a backup of the file takes to let go of it.
 SQLITE_BUSY_TIMEOUT_SECONDS = 5.0
+WAL_TRIES = 20  # each fails only because another program won; there are hardly ever two
 # A database server that has gone silent is an error after this time, not a thread that hangs for ever.
 POSTGRES_LIMITS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
 
@@ -118,10 +119,26 @@ def _make_sqlite_durable(engine: Engine) -> None:
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
     connection.isolation_level = None  # sqlite3 would begin transactions by itself, and too late; see _begin
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")  # `status` reads while `run` writes
+    _switch_to_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode anything less loses commits in a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
+
+
+def _switch_to_wal(cursor: DBAPICursor) -> None:
+    # With WAL, `status` reads while `run` writes. Of programs that switch a new file at the same moment SQLite fails
+    # all but one at once, without its busy timeout: those wait for the file with a statement that does heed it.
+    for _ in range(WAL_TRIES):
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as exc:
+            if _primary_code(exc) != sqlite3.SQLITE_BUSY:
+                raise
+            cursor.execute("BEGIN EXCLUSIVE")
+            cursor.execute("COMMIT")
+        else:
+            return
+    raise sqlite3.OperationalError("other programs keep the file from being switched to WAL")
 
 
 def _begin(connection: Connection) -> None:
@@ -141,7 +158,7 @@ def _make_postgres_durable(connection: DBAPIConnection, _record: object) -> None
 
 
 def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is its primary code
+    code = _primary_code(error)
     if code == sqlite3.SQLITE_CANTOPEN:
         return _cannot_open(path)
     if code in SQLITE_UNUSABLE:
@@ -151,6 +168,11 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
         return CheckpointUnusable(problem=f"{path}: {SQLITE_UNUSABLE[code]}", cure=cure)
     words = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
     return CheckpointError(detail=f"{path}: {words}")
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    # The low byte of an extended code. Errors of the Python module itself have none.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _cannot_open(path: Path) -> CheckpointUnusable:
