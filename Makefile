@@ -1,0 +1,42 @@
+# Everything a contributor does. The first target lists the others.
+
+.PHONY: help setup lint types test check demo bench audit lock clean
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 8
+
+setup: ## .venv and the servers that tests and the demo start; does only what is missing
+	@scripts/setup
+
+lint: setup ## style, import rules, shell scripts, Dockerfiles
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run scripts/setup scripts/lock docker/pg/*.sh
+	$(BIN)/hadolint docker/*/Dockerfile
+
+types: setup ## mypy --strict
+	$(BIN)/mypy
+
+test: setup ## the whole suite; arguments: make test ARGS="-k lane"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## lint, types and test
+
+demo: setup ## watch it work, without Docker, until Ctrl-C; make demo SECONDS=20 ends by itself
+	@$(BIN)/python -m devstack.demo $(if $(SECONDS),--seconds $(SECONDS))
+
+bench: setup ## throughput and latency beside pg_recvlogical; takes minutes
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+audit: setup ## known vulnerabilities in what ships; needs the vulnerability service
+	@$(BIN)/python scripts/audit.py
+
+lock: setup ## pin what pyproject.toml asks for; make lock ARGS=--upgrade moves every pin
+	scripts/lock $(ARGS)
+
+clean: ## caches and build leftovers; .venv stays
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
