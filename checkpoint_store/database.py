@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from replicator.errors import CheckpointError, CheckpointUnusable, SettingsError
+from replicator.errors import CheckpointError, CheckpointUnavailable, CheckpointUnusable, SettingsError
 
 URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
 URL_TAKES = (
@@ -75,7 +75,7 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
     first_line = next(iter(message.splitlines()), "")
     if url.password:
         first_line = first_line.replace(str(url.password), "***")
-    return CheckpointError(detail=f"{dialect.name}: {type(orig).__name__}: {first_line}")
+    return CheckpointUnavailable(detail=f"{dialect.name}: {type(orig).__name__}: {first_line}")
 
 
 def _parse(url: str) -> URL:
@@ -167,7 +167,7 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
         )
         return CheckpointUnusable(problem=f"{path}: {SQLITE_UNUSABLE[code]}", cure=cure)
     words = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
-    return CheckpointError(detail=f"{path}: {words}")
+    return CheckpointUnavailable(detail=f"{path}: {words}")
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -14,6 +14,7 @@
     │   ├── SinkMisconfigured      retried slowly and loudly: the settings are wrong, the events are not
     │   └── SinkUnusable           stops the program
     └── CheckpointError
+        ├── CheckpointUnavailable  retried for ever; nothing is confirmed meanwhile
         ├── CheckpointBackward
         └── CheckpointUnusable
 
@@ -115,8 +116,12 @@ class SinkUnusable(SinkError):
 
 
 class CheckpointError(ReplicatorError):
-    """The checkpoint database failed: {detail}. Nothing was confirmed to PostgreSQL; see that
-    REPLICATOR_CHECKPOINT_URL is reachable and writable, then start again."""
+    """The checkpoint database failed: {detail}."""
+
+
+class CheckpointUnavailable(CheckpointError):
+    """The checkpoint database does not take what it is given: {detail}. Nothing is confirmed to PostgreSQL until it
+    does; see that what REPLICATOR_CHECKPOINT_URL names is reachable, writable and has room."""
 
 
 class CheckpointBackward(CheckpointError):

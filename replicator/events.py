@@ -119,6 +119,8 @@ class Batch(msgspec.Struct, kw_only=True):
     """Memory it holds, bytes, estimated."""
     committed_at: float
     """When the newest transaction in it was committed, Unix seconds by PostgreSQL's clock; 0.0 when unknown."""
+    holders: int = 0
+    """Lanes that are not done with it."""
 
 
 class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):

@@ -147,6 +147,19 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
         raise StreamGap(slot=slot, problem=problem, since=since)
 
 
+def first_checkpoint(slot: str, state: SlotState | None, identity: Identity) -> Checkpoint:
+    """Where to begin without a checkpoint: where the slot was confirmed last. Can repeat events, loses none."""
+    if state is None or state.confirmed_lsn is None:
+        raise SlotInvalid(slot=slot, problem="it vanished while it was being taken")
+    return Checkpoint(
+        slot=slot,
+        system_identifier=identity.system_identifier,
+        timeline=identity.timeline,
+        end_lsn=state.confirmed_lsn,
+        sinks={},
+    )
+
+
 def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:
     end = format_lsn(checkpoint.end_lsn)
     if identity.system_identifier != checkpoint.system_identifier:

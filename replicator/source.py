@@ -19,7 +19,7 @@ from psycopg import conninfo, pq, sql
 
 from replicator import slot as slots
 from replicator.errors import SlotInUse, SourceError, SourceUnavailable
-from replicator.events import Checkpoint, Lsn, format_lsn
+from replicator.events import Lsn, format_lsn
 from replicator.wal2json import OPTIONS, StreamDecoder, Stretch
 
 STRETCH_ROWS = 1_000
@@ -99,19 +99,19 @@ class Source:
         await asyncio.to_thread(slots.create, self._connection, self._slot)
         return await asyncio.to_thread(slots.inspect, self._connection, self._slot)
 
-    async def start(self, checkpoint: Checkpoint) -> None:
-        """Begin the stream behind the checkpoint. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+    async def start(self, end_lsn: Lsn) -> None:
+        """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
         assert self._connection is not None  # noqa: S101  connect() comes first
         pgconn = self._connection.pgconn
-        command = self._start_command(checkpoint.end_lsn).as_string(self._connection)
+        command = self._start_command(end_lsn).as_string(self._connection)
         result = await asyncio.to_thread(pgconn.exec_, command.encode())
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._refusal(result)
         pgconn.nonblocking = 1
         self._decoder = StreamDecoder()
         self._pgconn = pgconn
-        self._flushed = checkpoint.end_lsn
-        self._received = max(self._received, checkpoint.end_lsn)
+        self._flushed = end_lsn
+        self._received = max(self._received, end_lsn)
 
     def _start_command(self, lsn: Lsn) -> sql.Composed:
         options = {**OPTIONS, "add-tables": ",".join(self._tables)}
@@ -191,11 +191,12 @@ class Source:
         finally:
             loop.remove_reader(fd)
 
-    def send_feedback(self, flush_lsn: Lsn | None = None) -> None:
+    def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
         """Send a status update: alive, and everything up to `flush_lsn` (default: as before) is flushed.
 
         Only `Pipeline.commit` gives a position. Does nothing while disconnected: the stream begins behind the
-        checkpoint again, which covers it. Raises ValueError for a position that goes back or was never received.
+        checkpoint again, which covers it. `ask` for a keepalive in return: on an idle database nothing else says how
+        far the server is. Raises ValueError for a position that goes back or was never received.
         """
         flushed = self._flushed if flush_lsn is None else flush_lsn
         if not self._flushed <= flushed <= self._received:
@@ -207,7 +208,7 @@ class Source:
         now_us = int((time.time() - _EPOCH_2000_SECONDS) * 1_000_000)
         # A broken connection is met, and reported, by the reader.
         with contextlib.suppress(psycopg.OperationalError):
-            self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", self._received, flushed, flushed, now_us, 0))
+            self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", self._received, flushed, flushed, now_us, ask))
             self._pgconn.flush()  # what the socket doesn't take now goes with the next consume_input
 
     async def finish(self) -> None:

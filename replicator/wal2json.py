@@ -52,7 +52,7 @@ class Stretch(NamedTuple):
     end_lsn: Lsn
     """End of the last complete transaction (or a keepalive's position behind it); 0 before the first."""
     committed_at: float
-    """Commit time of the last complete transaction, Unix seconds by PostgreSQL's clock; 0.0 before the first."""
+    """Commit time of the newest transaction, Unix seconds by PostgreSQL's clock; 0.0 before the first."""
     size: int
     """Bytes of the row messages."""
 
@@ -73,7 +73,7 @@ class StreamDecoder:
         self._commit_lsn: Lsn = 0
         self._ordinal = 0
         self._end_lsn: Lsn = 0
-        self._committed_at = 0.0
+        self._timestamp = ""  # of the newest transaction, parsed once a stretch
 
     def feed(self, payload: memoryview | bytes) -> None:
         """Take one message. Raises DecodeError; the stream can't be followed any further then."""
@@ -97,7 +97,7 @@ class StreamDecoder:
 
     def _feed_row(self, payload: memoryview | bytes) -> None:
         if self._begin is not None:
-            self._open(parse_lsn(_decode_marker(self._begin).lsn))
+            self._open(_decode_marker(self._begin))
         row = _decode_row(payload)
         self._ordinal += 1
         row.commit_lsn = self._commit_lsn
@@ -105,10 +105,12 @@ class StreamDecoder:
         self.rows.append(row)
         self.size += len(payload)
 
-    def _open(self, commit_lsn: Lsn) -> None:
+    def _open(self, begin: _Marker) -> None:
+        commit_lsn = parse_lsn(begin.lsn)
         if commit_lsn <= self._commit_lsn:
             raise _MalformedError(f"transaction {format_lsn(commit_lsn)} comes behind a later one")
         self._commit_lsn = commit_lsn
+        self._timestamp = begin.timestamp
         self._ordinal = 0
         self._begin = None
 
@@ -121,8 +123,12 @@ class StreamDecoder:
     def take(self) -> Stretch:
         """What was read since the last call; an open transaction goes on in the next stretch."""
         self._settle()
+        try:
+            committed_at = datetime.fromisoformat(self._timestamp).timestamp() if self._timestamp else 0.0
+        except ValueError as exc:
+            raise self._error(exc) from None
         position = Position(self._commit_lsn, self._ordinal)
-        stretch = Stretch(self.rows, position, self._end_lsn, self._committed_at, self.size)
+        stretch = Stretch(self.rows, position, self._end_lsn, committed_at, self.size)
         self.rows, self.size = [], 0
         return stretch
 
@@ -132,9 +138,9 @@ class StreamDecoder:
         try:
             marker = _decode_marker(self._commit)
             self._end_lsn = parse_lsn(marker.nextlsn)
-            self._committed_at = datetime.fromisoformat(marker.timestamp).timestamp()
         except (msgspec.MsgspecError, ValueError) as exc:
             raise self._error(exc) from None
+        self._timestamp = marker.timestamp
         self._commit = None
 
     def _error(self, exc: Exception) -> DecodeError:

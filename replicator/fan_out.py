@@ -1,0 +1,349 @@
+"""One lane a sink: its queue, linger, retries, dead letters, and how far it is.
+
+`pipeline.py` puts every batch into all lanes and reads their `done` positions; a sink (protocols.py) only writes.
+What an error means is the sink's to say, what to do about it is decided here: SinkUnavailable is tried again with full
+jitter, SinkMisconfigured slowly and loudly, everything else stops the program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+from replicator.errors import SinkError, SinkMisconfigured, SinkUnavailable
+from replicator.events import Batch, DeadLetter, Event, Lsn, Position, Refusal, SinkPosition, format_lsn
+from replicator.protocols import Sink
+
+log = logging.getLogger(__name__)
+
+RETRY_BASE_SECONDS = 0.1
+"""Upper end of the first pause; it doubles up to the setting's maximum (AWS, "Exponential Backoff And Jitter")."""
+MISCONFIGURED_SECONDS = 30.0
+"""Pause while a destination turns us away: only an operator can mend it, and it should not look like an attack."""
+COMPLAINT_SECONDS = 30.0
+"""A lane in trouble says so when it begins and then once in this time."""
+
+DeadLetterWriter = Callable[[Sequence[DeadLetter]], Awaitable[None]]
+
+
+LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
+"""Upper ends of the latency histogram: from Redis at its best to an hour's backlog."""
+
+
+class Progress:
+    """What happened in a lane since the program began; only ever grows. Metrics and `status` read it."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.writes = 0
+        self.retries = 0
+        self.dead_letters = 0
+        self.committed_at = 0.0
+        """Commit time of the newest transaction written, Unix seconds by PostgreSQL's clock."""
+        self.latency_counts = [0] * (len(LATENCY_BUCKETS_SECONDS) + 1)
+        """Batches by seconds from commit to written; the last is for all that took longer."""
+        self.latency_sum_seconds = 0.0
+
+    def note(self, batch: Batch) -> None:
+        """A batch is written."""
+        if batch.committed_at:
+            seconds = max(0.0, time.time() - batch.committed_at)
+            self.latency_counts[bisect_left(LATENCY_BUCKETS_SECONDS, seconds)] += 1
+            self.latency_sum_seconds += seconds
+
+
+class _Entry(msgspec.Struct):
+    """A batch as it waits in one lane."""
+
+    events: list[Event]
+    position: Position
+    end_lsn: Lsn
+    committed_at: float
+    arrived: float  # time.monotonic()
+    batch: Batch | None  # None: an empty stretch, nothing to release
+
+
+class _Write(msgspec.Struct):
+    """One `Sink.write` and where the lane stands once it, and all before it, are done."""
+
+    events: list[Event]
+    position: Position
+    end_lsn: Lsn
+    committed_at: float
+    finished: list[Batch]
+    refused: Sequence[Refusal] = ()
+    done: bool = False
+
+
+def backoff(attempt: int, longest: float) -> float:
+    """Full jitter: anything between 0 and a limit that doubles with each attempt (0, 1, 2 …), seconds."""
+    return random.uniform(0, min(longest, RETRY_BASE_SECONDS * 2 ** min(attempt, 30)))  # noqa: S311  not a secret
+
+
+class Lane:
+    """Carries batches to one sink; independent of every other lane."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        start: SinkPosition,
+        *,
+        retry_max_seconds: float,
+        dead_letter: DeadLetterWriter,
+        on_progress: Callable[[], None],
+        on_release: Callable[[Batch], None],
+    ) -> None:
+        self.sink = sink
+        self.name = sink.name
+        self.done = start
+        """How far the sink is; `pipeline.commit` makes it durable."""
+        self.progress = Progress()
+        self.trouble = ""
+        """Why the sink takes nothing at the moment, in words; empty while it does."""
+        self._accepted = start.position
+        self._retry_max_seconds = retry_max_seconds
+        self._dead_letter = dead_letter
+        self._on_progress = on_progress
+        self._on_release = on_release
+        self._queue: deque[_Entry] = deque()
+        self._head = 0  # events of the queue's first entry that are taken already
+        self._waiting = 0
+        self._in_flight: deque[_Write] = deque()
+        self._changed = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._complained = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Events that are queued or in flight."""
+        return self._waiting + sum(len(write.events) for write in self._in_flight)
+
+    def oldest_seconds(self) -> float:
+        """How long the oldest queued event has waited; 0.0 when there is none."""
+        return time.monotonic() - self._queue[0].arrived if self._waiting else 0.0
+
+    def put(self, batch: Batch) -> None:
+        """Queue a batch. What the lane had before (after a restart or a reconnect) is left out by its position."""
+        events = batch.events
+        if events and (events[0].commit_lsn, events[0].ordinal) <= self._accepted:
+            events = [event for event in events if (event.commit_lsn, event.ordinal) > self._accepted]
+        self._accepted = max(self._accepted, batch.position)
+        entry = _Entry(
+            events=events,
+            position=max(self._accepted, batch.position),
+            end_lsn=batch.end_lsn,
+            committed_at=batch.committed_at,
+            arrived=time.monotonic(),
+            batch=batch if events else None,
+        )
+        if not events:
+            self._on_release(batch)
+            if self._queue and not self._queue[-1].events:
+                self._queue.pop()  # the newer of two empty stretches says it all: a dead sink must not collect them
+        self._queue.append(entry)
+        self._waiting += len(events)
+        if not self._waiting and not self._in_flight:
+            self._pass_empty()
+        self._changed.set()
+
+    def _pass_empty(self) -> None:
+        """Nothing to write: the position moves at once."""
+        while self._queue:
+            entry = self._queue.popleft()
+            self._move(entry.position, entry.end_lsn, entry.committed_at)
+        self._on_progress()
+
+    def stop(self) -> None:
+        """Begin no further writes; `run` returns when those in flight are done."""
+        self._stopping.set()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write until stopped. Raises what the sink raises, except what is tried again."""
+        async with asyncio.TaskGroup() as writes:
+            opened = await self._persist(self.sink.open)
+            while opened and await self._ready():
+                write = self._take()
+                self._in_flight.append(write)
+                writes.create_task(self._carry(write))
+
+    async def _ready(self) -> bool:
+        """Wait until the next write should begin; False when stopped."""
+        while not self._stopping.is_set():
+            self._changed.clear()
+            patience = self._patience()
+            if patience is not None and patience <= 0:
+                return True
+            await _wait(self._changed, patience)
+        return False
+
+    def _patience(self) -> float | None:
+        """Seconds until a write is due; None while only a change can make one due."""
+        if not self._waiting or len(self._in_flight) >= self.sink.concurrency:
+            return None
+        if self._waiting >= self.sink.max_events:
+            return 0.0
+        return self.sink.linger_seconds - self.oldest_seconds()
+
+    def _take(self) -> _Write:
+        """The next events, as many as the sink takes at once, and what their being written means."""
+        events: list[Event] = []
+        finished: list[Batch] = []
+        end_lsn, committed_at = self.done.end_lsn, 0.0
+        position = self.done.position
+        while self._queue and len(events) < self.sink.max_events:
+            entry = self._queue[0]
+            piece = entry.events[self._head : self._head + self.sink.max_events - len(events)]
+            events += piece
+            self._head += len(piece)
+            if self._head < len(entry.events):
+                position = Position(piece[-1].commit_lsn, piece[-1].ordinal)
+                break
+            position, end_lsn, committed_at = entry.position, entry.end_lsn, entry.committed_at
+            if entry.batch is not None:
+                finished.append(entry.batch)
+            self._queue.popleft()
+            self._head = 0
+        self._waiting -= len(events)
+        return _Write(events, position, end_lsn, committed_at, finished)
+
+    async def _carry(self, write: _Write) -> None:
+        if not await self._persist(lambda: self._attempt(write)):
+            return
+        if write.refused:
+            await self._dead_letter([_dead_letter(self.name, refusal) for refusal in write.refused])
+            self.progress.dead_letters += len(write.refused)
+        self.progress.writes += 1
+        self.progress.events += len(write.events)
+        write.done = True
+        self._settle()
+
+    async def _attempt(self, write: _Write) -> None:
+        write.refused = await self.sink.write(write.events)
+
+    def _settle(self) -> None:
+        """Move the position over all writes that are done and have none undone before them."""
+        while self._in_flight and self._in_flight[0].done:
+            write = self._in_flight.popleft()
+            self._move(write.position, write.end_lsn, write.committed_at)
+            for batch in write.finished:
+                self.progress.note(batch)
+                self._on_release(batch)
+        if not self._waiting and not self._in_flight:
+            self._pass_empty()
+        self._changed.set()
+        self._on_progress()
+
+    def _move(self, position: Position, end_lsn: Lsn, committed_at: float) -> None:
+        if position < self.done.position:
+            raise ValueError(f"lane {self.name} would go back from {self.done.position} to {position}")
+        # After a reconnect the stream repeats what this lane has: its end LSN is then behind for a while.
+        self.done = SinkPosition(position=position, end_lsn=max(end_lsn, self.done.end_lsn))
+        self.progress.committed_at = max(committed_at, self.progress.committed_at)
+
+    async def _persist(self, call: Callable[[], Awaitable[None]]) -> bool:
+        """Make the call until it succeeds; only errors named retryable are retried. False: stopped before that."""
+        for attempt in itertools.count():
+            try:
+                await call()
+            except SinkUnavailable as exc:
+                pause = backoff(attempt, self._retry_max_seconds) if exc.retry_after is None else exc.retry_after
+                self._complain(exc)
+            except SinkMisconfigured as exc:
+                pause = min(MISCONFIGURED_SECONDS, self._retry_max_seconds)
+                self._complain(exc)
+            else:
+                self._recover()
+                return True
+            self.progress.retries += 1
+            await _wait(self._stopping, pause)
+            if self._stopping.is_set():
+                return False
+        raise AssertionError  # count() has no end
+
+    def _complain(self, exc: SinkError) -> None:
+        if not self.trouble or time.monotonic() - self._complained > COMPLAINT_SECONDS:
+            log.error("%s (written up to %s, %d events wait)", exc, format_lsn(self.done.end_lsn), self.waiting)
+            self._complained = time.monotonic()
+        self.trouble = str(exc)
+
+    def _recover(self) -> None:
+        if self.trouble:
+            log.info("sink %s takes events again", self.name)
+            self.trouble = ""
+
+
+def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:
+    event = refusal.event
+    return DeadLetter(
+        sink=sink,
+        commit_lsn=event.commit_lsn,
+        ordinal=event.ordinal,
+        event_id=event.id,
+        reason=refusal.reason,
+        payload=event.json,
+    )
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+class FanOut:
+    """Puts every batch into all lanes and bounds the memory that they hold together."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.lanes: list[Lane] = []
+        self.held_bytes = 0
+        """What batches that some lane still needs hold."""
+        self._limit_bytes = limit_bytes
+        self._room = asyncio.Event()
+        self._room.set()
+
+    @property
+    def full(self) -> bool:
+        """Reading has stopped because the slowest lane holds too much."""
+        return not self._room.is_set()
+
+    @property
+    def slowest(self) -> Lane:
+        """The lane that is furthest behind."""
+        return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
+
+    def put(self, batch: Batch) -> None:
+        """Give the batch to every lane."""
+        batch.holders = len(self.lanes)
+        self.held_bytes += batch.size
+        if self.held_bytes >= self._limit_bytes:
+            self._room.clear()
+        for lane in self.lanes:
+            lane.put(batch)
+
+    def release(self, batch: Batch) -> None:
+        """One lane is done with it."""
+        batch.holders -= 1
+        if not batch.holders:
+            self.held_bytes -= batch.size
+            if self.held_bytes < self._limit_bytes:
+                self._room.set()
+
+    async def room(self) -> None:
+        """Wait until the lanes hold less than the limit; says so when that takes long."""
+        if self.full:
+            await _wait(self._room, COMPLAINT_SECONDS / 3)
+        while self.full:
+            lane = self.slowest
+            told = "reading has stopped: %d bytes wait for sink %s (%s); PostgreSQL keeps the WAL meanwhile"
+            log.warning(told, self.held_bytes, lane.name, lane.trouble or "slow")
+            await _wait(self._room, COMPLAINT_SECONDS)

@@ -1,0 +1,286 @@
+"""The loop from the slot to the sinks, and `commit`: the rule that nothing is lost by.
+
+`source.py` reads, an `Enricher` makes events, `fan_out.py` carries them; this module connects them, decides where to
+begin, and alone tells the checkpoint store and PostgreSQL how far everything is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+
+from msgspec import structs
+
+from replicator import slot as slots
+from replicator.errors import (
+    CheckpointBackward,
+    CheckpointUnavailable,
+    SlotInUse,
+    SourceUnavailable,
+)
+from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
+from replicator.fan_out import FanOut, Lane, backoff
+from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
+from replicator.settings import CoreSettings
+from replicator.source import Source
+
+log = logging.getLogger(__name__)
+
+EVENT_OVERHEAD_BYTES = 250
+"""What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
+STANDBY_SECONDS = 1.0
+"""How often a standby asks for the slot."""
+
+
+class Pipeline:
+    """One slot, its sinks, its checkpoint. `run` once."""
+
+    def __init__(
+        self, settings: CoreSettings, source: Source, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
+    ) -> None:
+        self.source = source
+        self.fan_out = FanOut(settings.memory_limit_mb * 1_000_000)
+        self.checkpoint: Checkpoint | None = None
+        """What is on disk; None until the slot is ours for the first time."""
+        self.trouble = "starting"
+        """Why nothing is read, in words; empty while the stream runs."""
+        self.rows = 0
+        self.dead_letters = 0
+        """Rows that no event could be made of."""
+        self.moved_at = time.monotonic()
+        """When the checkpoint moved last."""
+        self._settings = settings
+        self._enricher = enricher
+        self._sinks = sinks
+        self._store = store
+        self._saving = asyncio.Lock()
+        self._progress = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self._writers: list[asyncio.Task[None]] = []
+
+    # -- the rule ------------------------------------------------------------------------------------------------
+
+    async def commit(self) -> None:
+        """Sinks, then checkpoint, then PostgreSQL. Nothing else saves a position or confirms one.
+
+        confirmed ≤ checkpoint ≤ written by the slowest sink ≤ received
+        """
+        if self.checkpoint is None:
+            return
+        # 1. Sinks: what each of them holds, durably; the slowest one counts.
+        written = {lane.name: lane.done for lane in self.fan_out.lanes}
+        end_lsn = min(done.end_lsn for done in written.values())
+        # 2. Checkpoint: on disk before anybody is told. The store refuses to go backward.
+        if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
+            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written)
+            await asyncio.to_thread(self._store.save, checkpoint)
+            self.checkpoint = checkpoint
+            self.moved_at = time.monotonic()
+        # 3. PostgreSQL: it may forget everything up to here.
+        self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
+
+    # -- from start to stop --------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Drain: read no more, finish the writes in flight, save, confirm; `run` then returns."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Replicate until `stop`. Raises what trying again can't mend, after saving what is written."""
+        for work in (self._read_forever(), self._commit_forever(), self._feedback_forever()):
+            self._workers.append(self._begin_task(work))
+        try:
+            await self._stopping.wait()
+        finally:
+            await _cancel(self._workers)
+            await self._drain()
+        for task in (*self._writers, *self._workers):
+            if not task.cancelled() and (failure := task.exception()):
+                raise _single(failure)
+
+    def _begin_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._stopping.set())  # none of them ends by itself unless it failed
+        return task
+
+    async def _drain(self) -> None:
+        """Let the writes in flight finish within the bound, commit a last time, say goodbye to PostgreSQL."""
+        for lane in self.fan_out.lanes:
+            lane.stop()
+        if self._writers:
+            await asyncio.wait(self._writers, timeout=self._settings.drain_timeout_seconds)
+            await _cancel(self._writers)
+        try:
+            await self.commit()
+            await self.source.finish()
+        finally:
+            self.source.close()
+            await self._enricher.close()
+            for lane in self.fan_out.lanes:
+                await lane.sink.close()
+            await asyncio.to_thread(self._store.close)
+
+    async def _commit_forever(self) -> None:
+        attempt = 0
+        while True:
+            await self._progress.wait()
+            self._progress.clear()
+            try:
+                async with self._saving:
+                    await self.commit()
+            except CheckpointUnavailable as exc:  # a full disk, a database that restarts: nothing was confirmed
+                log.error("%s", exc)
+                self._progress.set()
+                attempt += 1
+                await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+            else:
+                attempt = 0
+                await asyncio.sleep(self._settings.checkpoint_interval_seconds)
+
+    async def _feedback_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.feedback_interval_seconds)
+            self.source.send_feedback(ask=True)
+
+    # -- from the slot to the lanes ------------------------------------------------------------------------------
+
+    async def _read_forever(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                await self._begin()
+                attempt = 0
+                await self._follow()
+            except SlotInUse as exc:
+                self._say(exc)
+                pause = STANDBY_SECONDS
+            except (SourceUnavailable, CheckpointUnavailable) as exc:
+                self._say(exc)
+                pause = backoff(attempt, self._settings.retry_max_seconds)
+                attempt += 1
+            self.source.close()
+            await asyncio.sleep(pause)
+
+    def _say(self, exc: Exception) -> None:
+        if self.trouble != str(exc):
+            log.warning("%s", exc)
+        self.trouble = str(exc)
+
+    async def _begin(self) -> None:
+        """Take the slot and start the stream behind the durable checkpoint, if the two fit together."""
+        identity, state = await self.source.connect()
+        checkpoint = await self._load()
+        slots.verify(self._settings.slot, state, identity, checkpoint)
+        if state is None:
+            state = await self.source.create_slot()
+        if checkpoint is None:
+            checkpoint = slots.first_checkpoint(self._settings.slot, state, identity)
+            await asyncio.to_thread(self._store.save, checkpoint)
+        await self.source.start(checkpoint.end_lsn)
+        # The slot is ours from here on. Whoever had it may have saved once more before that.
+        await self._open(checkpoint.end_lsn, await self._load() or checkpoint)
+        self.trouble = ""
+        log.info("reading slot %s from %s", checkpoint.slot, format_lsn(checkpoint.end_lsn))
+
+    async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
+        """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
+        if self.checkpoint is not None:
+            if stored.end_lsn != self.checkpoint.end_lsn:
+                mine, other = format_lsn(self.checkpoint.end_lsn), format_lsn(stored.end_lsn)
+                raise CheckpointBackward(slot=stored.slot, stored=other, offered=mine)
+            return
+        if stored.end_lsn != started_at:
+            raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")
+        await self._enricher.open()  # not before: what it loads has to be as new as the stream's beginning
+        self._open_lanes(stored)
+
+    async def _load(self) -> Checkpoint | None:
+        """The durable checkpoint, with the sinks that are configured now."""
+        async with self._saving:  # not in the middle of a commit
+            stored = await asyncio.to_thread(self._store.load, self._settings.slot)
+        if stored is None:
+            return None
+        names = {sink.name for sink in self._sinks}
+        return structs.replace(stored, sinks={name: at for name, at in stored.sinks.items() if name in names})
+
+    def _open_lanes(self, checkpoint: Checkpoint) -> None:
+        for sink in self._sinks:
+            start = checkpoint.sinks.get(sink.name)
+            if start is None:
+                log.info(
+                    "sink %s is new: it gets what is committed after %s", sink.name, format_lsn(checkpoint.end_lsn)
+                )
+                start = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
+            lane = Lane(
+                sink,
+                start,
+                retry_max_seconds=self._settings.retry_max_seconds,
+                dead_letter=self._keep,
+                on_progress=self._progress.set,
+                on_release=self.fan_out.release,
+            )
+            self.fan_out.lanes.append(lane)
+            self._writers.append(self._begin_task(lane.run()))
+        self.checkpoint = checkpoint
+
+    async def _follow(self) -> None:
+        while True:
+            await self.fan_out.room()
+            stretch = await self.source.read()
+            enriched = await self._enrich(stretch.rows)
+            if enriched.refused:
+                await self._keep(enriched.refused)
+                self.dead_letters += len(enriched.refused)
+            self.rows += len(stretch.rows)
+            self.fan_out.put(
+                Batch(
+                    events=enriched.events,
+                    position=stretch.position,
+                    end_lsn=stretch.end_lsn,
+                    size=sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in enriched.events),
+                    committed_at=stretch.committed_at,
+                )
+            )
+            await asyncio.sleep(0)  # the lanes' turn: nothing above has to wait while there is plenty to read
+
+    async def _enrich(self, rows: Sequence[Row]) -> Enriched:
+        if not rows:
+            return Enriched([], [])
+        for attempt in itertools.count():
+            try:
+                return await self._enricher.enrich(rows)
+            except SourceUnavailable as exc:
+                self._say(exc)
+                await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+        raise AssertionError  # count() has no end
+
+    async def _keep(self, letters: Sequence[DeadLetter]) -> None:
+        """Make dead letters durable; until they are, their position does not count as written."""
+        for attempt in itertools.count():
+            try:
+                await asyncio.to_thread(self._store.add_dead_letters, self._settings.slot, letters)
+            except CheckpointUnavailable as exc:
+                log.error("%s", exc)
+                await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+            else:
+                break
+        for letter in letters:
+            at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
+            log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _single(failure: BaseException) -> BaseException:
+    """The first of what a TaskGroup collected."""
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
