@@ -4,7 +4,18 @@ with DevStack("postgres", "redis", "clickhouse", "api") as stack:
     print(stack.postgres.dsn, stack.redis.url, stack.clickhouse.url, stack.api.url)
 """
 
-from devstack.process import DevStackError, Service, free_port, wait_until
-from devstack.stack import DevStack
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["DevStack", "DevStackError", "Service", "free_port", "wait_until"]
+if TYPE_CHECKING:
+    from devstack.process import DevStackError
+    from devstack.stack import DevStack
+
+__all__ = ["DevStack", "DevStackError"]
+
+
+def __getattr__(name: str) -> object:
+    """Load the stack and its drivers when they are asked for: `api_server` runs in an image without them."""
+    if name not in __all__:
+        raise AttributeError(name)
+    return getattr(import_module("devstack.stack"), name)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import msgspec
 
-from devstack import api_server
-from devstack.api_server import Behaviour, Request, Stats
+from devstack.api_server import Request, Stats
 from devstack.control import fetch
-from devstack.process import Service
+from devstack.process import Service, python
 
 
 class Api(Service):
@@ -40,18 +38,18 @@ class Api(Service):
         """How much it has taken."""
         return msgspec.json.decode(fetch(f"{self._address}/stats"), type=Stats)
 
-    def behave(self, **behaviour: Any) -> None:
-        """Misbehave from now on as `api_server.Behaviour` says; with no arguments: behave well."""
-        fetch(f"{self._address}/behave", msgspec.json.encode(Behaviour(**behaviour)))
+    def behave(self, **behaviour: object) -> None:
+        """Misbehave from now on as the fields of `api_server.Behaviour` say; none: behave well."""
+        fetch(f"{self._address}/behave", msgspec.json.encode(behaviour))
 
     def reset(self) -> None:
         """Forget all events and requests, and behave well."""
         fetch(f"{self._address}/reset", b"")
 
     def command(self) -> list[str]:
-        """The program, run from its file: it needs nothing else of ours."""
+        """The program."""
         file = self.folder / "events"
-        return [sys.executable, "-P", api_server.__file__, "--port", str(self.port), "--file", str(file)]
+        return [*python("devstack.api_server"), "--port", str(self.port), "--file", str(file)]
 
     def environment(self) -> dict[str, str]:
         """Its address."""

@@ -1,6 +1,6 @@
 """The demo HTTP API: takes events, tells what it has taken, and misbehaves on request.
 
-Run it with `python devstack/api_server.py --port 8000`; it needs aiohttp and msgspec. `api` starts it for the stack,
+`python -m devstack.api_server` runs it, with aiohttp and msgspec and this folder alone. `api` starts it for the stack,
 and the compose file runs it as `external-api`. One line a request goes to standard output.
 
     POST /events      a JSON array of events, or one event
@@ -16,44 +16,27 @@ and the compose file runs it as `external-api`. One line a request goes to stand
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import random
 import sys
 import time
 from array import array
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from aiohttp import web
+
+from devstack.faults import Fault, Faults, Refused, refusal, strike_after, strike_before
 
 MAX_BODY_BYTES = 1 << 30  # whatever a sink may send; `Behaviour.max_body_bytes` is the limit that is tested
 SHUTDOWN_SECONDS = 0.5  # for requests in flight; those that hang on purpose are cut off
 CHUNK_BODIES = 1_000  # of GET /events, so that a long answer is not one long string
 
 
-class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How it misbehaves. The first group strikes some requests; the second holds for all until changed."""
-
-    status: int | None = None
-    """Answer this and take nothing."""
-    retry_after: str | None = None
-    """Send this `Retry-After` with `status`."""
-    hang_seconds: float = 0
-    """First keep silent for so long; if the client has gone meanwhile, take nothing."""
-    close: Literal["before", "after"] | None = None
-    """Close the connection without an answer, before or after taking the events."""
-    delay_seconds: float = 0
-    """Take the events, and answer so much later."""
-    requests: int | None = None
-    """Strike so many requests, then no more; None: until told otherwise."""
-    probability: float = 1
-    """Strike each request with this probability."""
-    seed: int | None = None
-    """Of that probability."""
+class Behaviour(Fault, frozen=True, kw_only=True):
+    """How it misbehaves: a fault that strikes some requests, and rules that hold for all of them."""
 
     refuse_event_ids: frozenset[int] = frozenset()
     """422 for a request that has one of these events."""
@@ -61,6 +44,9 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """413 for a larger request."""
     token: str | None = None
     """401 without `Authorization: Bearer` this."""
+
+
+NORMAL = Behaviour()
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,36 +132,7 @@ class Store:
             self.last_event_id = taken.event_ids[-1]
 
 
-class Faults:
-    """Decides which requests the first group of a `Behaviour` strikes."""
-
-    def __init__(self, behaviour: Behaviour) -> None:
-        self._behaviour = behaviour
-        self._left = behaviour.requests
-        self._random = random.Random(behaviour.seed)  # noqa: S311  faults, no secrets
-
-    def next(self) -> Behaviour:
-        """What the coming request meets."""
-        if self._left == 0 or self._random.random() >= self._behaviour.probability:
-            return NORMAL
-        if self._left is not None:
-            self._left -= 1
-        return self._behaviour
-
-
-NORMAL = Behaviour()
-
-
-class Refused(Exception):
-    """The request ends with this status, `NO_ANSWER` included."""
-
-    def __init__(self, status: int, text: str = "", headers: dict[str, str] | None = None) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = headers or {}
-
-
-NO_ANSWER = 0
+OK = 200
 NOTHING = Taken(b"", array("q"))
 
 
@@ -214,18 +171,14 @@ class ApiServer:
         fault = self._faults.next()
         taken = NOTHING
         try:
-            await self._misbehave_before(fault, request)
+            await strike_before(fault, request)
             taken = self._take(request, body)
-            await self._misbehave_after(fault)
-            response = web.json_response({"taken": len(taken.event_ids)})
-        except Refused as refusal:
-            response = web.Response(status=refusal.status or 500, text=f"{refusal}\n", headers=refusal.headers)
-            if refusal.status == NO_ANSWER and request.transport is not None:
-                request.transport.abort()  # the response goes nowhere
-            self._log(arrived_at, request, refusal.status, len(body), taken)
-        else:
-            self._log(arrived_at, request, response.status, len(body), taken)
-        return response
+            await strike_after(fault)
+        except Refused as refused:
+            self._log(arrived_at, request, refused.status, len(body), taken)
+            return refusal(request, refused)
+        self._log(arrived_at, request, OK, len(body), taken)
+        return _json({"taken": len(taken.event_ids)})
 
     async def get_events(self, request: web.Request) -> web.StreamResponse:
         """All events as one JSON array."""
@@ -272,25 +225,6 @@ class ApiServer:
     def _behave(self, behaviour: Behaviour) -> None:
         self._behaviour = behaviour
         self._faults = Faults(behaviour)
-
-    @staticmethod
-    async def _misbehave_before(fault: Behaviour, request: web.Request) -> None:
-        if fault.hang_seconds:
-            await asyncio.sleep(fault.hang_seconds)
-            if request.transport is None or request.transport.is_closing():
-                raise Refused(NO_ANSWER)
-        if fault.status is not None:
-            headers = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
-            raise Refused(fault.status, "misbehaving as told", headers)
-        if fault.close == "before":
-            raise Refused(NO_ANSWER)
-
-    @staticmethod
-    async def _misbehave_after(fault: Behaviour) -> None:
-        if fault.close == "after":
-            raise Refused(NO_ANSWER)
-        if fault.delay_seconds:
-            await asyncio.sleep(fault.delay_seconds)
 
     def _take(self, request: web.Request, body: bytes) -> Taken:
         rules = self._behaviour

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,6 +28,7 @@ POLL_SECONDS = 0.01  # between two looks at a server that is starting
 LOG_LINES_SHOWN = 20
 PORTS = range(10_000, 32_000)  # below the kernel's ephemeral range, see free_port
 PORT_TRIES = 100
+ROOT = Path(__file__).parents[1]  # where `python` finds our modules
 
 
 class DevStackError(Exception):
@@ -52,6 +54,11 @@ def find_program(name: str, package: str) -> str:
     if path is None:
         raise DevStackError(f"{name} is missing: apt-get install {package}")
     return path
+
+
+def python(module: str) -> list[str]:
+    """Command that runs one of our own modules."""
+    return [sys.executable, "-P", "-m", module]
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
@@ -167,6 +174,7 @@ class Service(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "TZ": "UTC"},
                 start_new_session=True,
                 user=self.user,
                 group=self.user,

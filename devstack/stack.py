@@ -10,6 +10,7 @@ from types import MappingProxyType, TracebackType
 from typing import Self, TypeVar
 
 from devstack.api import Api
+from devstack.clickhouse import ClickHouse
 from devstack.postgres import Postgres
 from devstack.process import DevStackError, Service, free_port
 from devstack.redis import Redis
@@ -26,13 +27,14 @@ class DevStack:
     Every server has a free port and its own folder; port and data stay while the stack lives.
     """
 
-    SERVICES = ("postgres", "redis", "api")
+    SERVICES = ("postgres", "redis", "clickhouse", "api")
 
     def __init__(
         self,
         *services: str,
         postgres_settings: Mapping[str, str] = NO_SETTINGS,
         redis_settings: Mapping[str, str] = NO_SETTINGS,
+        clickhouse_password: str = "",
     ) -> None:
         if unknown := set(services).difference(self.SERVICES):
             raise DevStackError(f"no such service: {', '.join(sorted(unknown))}; there are {', '.join(self.SERVICES)}")
@@ -40,6 +42,7 @@ class DevStack:
         self._make: dict[str, Callable[[Path, Watchdog], Service]] = {
             "postgres": lambda folder, watchdog: Postgres(folder, watchdog, postgres_settings),
             "redis": lambda folder, watchdog: Redis(folder, watchdog, redis_settings),
+            "clickhouse": lambda folder, watchdog: ClickHouse(folder, watchdog, clickhouse_password),
             "api": Api,
         }
         self._services: dict[str, Service] = {}
@@ -73,6 +76,11 @@ class DevStack:
     def redis(self) -> Redis:
         """Redis."""
         return self._service("redis", Redis)
+
+    @property
+    def clickhouse(self) -> ClickHouse:
+        """ClickHouse."""
+        return self._service("clickhouse", ClickHouse)
 
     @property
     def api(self) -> Api:

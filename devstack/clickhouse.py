@@ -1,0 +1,74 @@
+"""ClickHouse in a process of its own, the embedded engine behind HTTP; `clickhouse_server` is the program.
+
+Debian's ClickHouse server is years too old for clickhouse-connect; the engine in the chdb package is current.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from devstack.control import fetch
+from devstack.process import DevStackError, Service, python
+from devstack.watchdog import Watchdog
+
+DATABASE = "engagement"
+
+
+class ClickHouse(Service):
+    """ClickHouse with database `engagement` and user `default`. Its data survives `stop` and `kill`."""
+
+    name = "clickhouse"
+    sink = "clickhouse"
+
+    def __init__(self, folder: Path, watchdog: Watchdog, password: str = "") -> None:
+        super().__init__(folder, watchdog)
+        if find_spec("chdb") is None:
+            raise DevStackError("chdb is missing: pip install 'engagement-replicator[chdb]'")
+        self._password = password
+
+    @property
+    def url(self) -> str:
+        """Of database `engagement`, with user and password."""
+        password = f":{self._password}" if self._password else ""
+        return f"http://default{password}@127.0.0.1:{self.port}/{DATABASE}"
+
+    def query(self, sql: str) -> str:
+        """Run a statement in database `engagement`; the result as ClickHouse prints it (TabSeparated by default)."""
+        return self._post(sql, DATABASE)
+
+    def behave(self, **behaviour: object) -> None:
+        """Misbehave from now on as the fields of `clickhouse_server.Behaviour` say; none: behave well."""
+        fetch(f"{self._address}/behave", msgspec.json.encode(behaviour))
+
+    def reset(self) -> None:
+        """Behave well, and begin with an empty database."""
+        self.behave()
+        self._post(f"DROP DATABASE {DATABASE} SYNC", "default")
+        self._post(f"CREATE DATABASE {DATABASE}", "default")
+
+    def command(self) -> list[str]:
+        """The program."""
+        where = ["--port", str(self.port), "--folder", str(self.folder / "data"), "--database", DATABASE]
+        return [*python("devstack.clickhouse_server"), *where, "--password", self._password]
+
+    def environment(self) -> dict[str, str]:
+        """Its address."""
+        return {"REPLICATOR_CLICKHOUSE_URL": self.url}
+
+    def answers(self) -> bool:
+        """Whether it listens; it does so once the engine has loaded its tables."""
+        try:
+            return bool(fetch(f"{self._address}/ping"))
+        except OSError:
+            return False
+
+    @property
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _post(self, sql: str, database: str) -> str:
+        key = {"X-ClickHouse-User": "default", "X-ClickHouse-Key": self._password}
+        return fetch(f"{self._address}/?database={database}", sql.encode(), key).decode()

@@ -1,0 +1,70 @@
+"""Fixtures for every tier: one stack of real servers a session, each of them clean for a test that asks for it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+from psycopg import sql
+
+from devstack import DevStack
+from devstack.api import Api
+
+SCHEMA = Path(__file__).parents[1] / "sql" / "source_schema.sql"
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[DevStack]:
+    """All servers, for the whole session; a test that stops one starts it again."""
+    with DevStack(*DevStack.SERVICES) as running:
+        yield running
+
+
+@pytest.fixture
+def database(stack: DevStack) -> Iterator[str]:
+    """DSN of a new database with the source tables, dropped afterwards together with its slots."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(stack.postgres.superuser_dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    dsn = stack.postgres.dsn_for(database=name)
+    with psycopg.connect(dsn) as connection:
+        connection.execute(SCHEMA.read_bytes())
+    yield dsn
+    with psycopg.connect(stack.postgres.superuser_dsn, autocommit=True) as admin:
+        _drop_slots(admin, name)
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _drop_slots(admin: psycopg.Connection, database: str) -> None:
+    """Drop the database's slots; who still reads one is cut off first."""
+    slots = admin.execute("SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s", [database])
+    for slot, pid in slots.fetchall():
+        if pid is not None:
+            admin.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        admin.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+
+
+@pytest.fixture
+def redis_url(stack: DevStack) -> str:
+    """URL of an empty Redis."""
+    with redis.Redis.from_url(stack.redis.url) as client:
+        client.flushall()
+    return stack.redis.url
+
+
+@pytest.fixture
+def clickhouse_url(stack: DevStack) -> str:
+    """URL of an empty, well behaved ClickHouse."""
+    stack.clickhouse.reset()
+    return stack.clickhouse.url
+
+
+@pytest.fixture
+def api(stack: DevStack) -> Api:
+    """The API, well behaved and without memory."""
+    stack.api.reset()
+    return stack.api
