@@ -11,7 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -103,10 +105,18 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _conninfo(value: SecretStr) -> SecretStr:
+    try:
+        conninfo_to_dict(value.get_secret_value())
+    except ProgrammingError:
+        raise ValueError("it can't be parsed") from None  # libpq's message would quote it, password and all
+    return value
+
+
 class CoreSettings(Settings):
     """Options of the reader itself."""
 
-    postgres_dsn: SecretStr = Field(
+    postgres_dsn: Annotated[SecretStr, AfterValidator(_conninfo)] = Field(
         SecretStr("postgresql://app:app@localhost:5432/engagement"),
         description="a postgresql:// URL or libpq keywords (sslmode and the like included)",
     )

@@ -1,0 +1,88 @@
+"""Looks at the slot from the outside every few seconds, so that a pipeline that stands still can't look healthy.
+
+`pipeline.py` knows what was confirmed, PostgreSQL alone knows how far it is; `admin.py` shows the two side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import psycopg
+
+from replicator import slot as slots
+from replicator.pipeline import Pipeline
+from replicator.slot import SlotState
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
+"""One cheap query; a third of Prometheus's usual scrape interval."""
+STALL_SECONDS = 60.0
+"""The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
+
+
+class Monitor:
+    """What is known of the slot and of the pipeline, together."""
+
+    def __init__(self, pipeline: Pipeline, dsn: str, slot: str) -> None:
+        self.pipeline = pipeline
+        self.slot: SlotState | None = None
+        self.trouble = "not looked at yet"
+        """Why the slot can't be looked at; empty when it was."""
+        self._dsn = dsn
+        self._slot = slot
+        self._confirmed = 0
+        self._confirmed_moved_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Look for ever; never raises for what it sees."""
+        while True:
+            try:
+                self.slot = await asyncio.to_thread(self._look)
+                self.trouble = "" if self.slot else f"replication slot {self._slot} does not exist"
+            except psycopg.Error as exc:
+                self.trouble = str(exc).strip().partition("\n")[0]
+            self._watch()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self) -> SlotState | None:
+        with psycopg.connect(self._dsn, autocommit=True, connect_timeout=5, application_name="replicator monitor") as c:
+            return slots.inspect(c, self._slot)
+
+    def _watch(self) -> None:
+        confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
+        if confirmed != self._confirmed or not self.lag_bytes():
+            self._confirmed_moved_at = time.monotonic()
+        self._confirmed = confirmed
+        if stalled := self.stalled():
+            log.warning("%s", stalled)
+
+    def lag_bytes(self) -> int:
+        """WAL that is written and not confirmed, as of the last look."""
+        return self.slot.lag_bytes if self.slot else 0
+
+    def stalled(self) -> str:
+        """In words, that and why the slot stands still while there is something to read; else empty."""
+        seconds = time.monotonic() - self._confirmed_moved_at
+        if seconds < STALL_SECONDS or not self.lag_bytes():
+            return ""
+        return f"the slot has not moved for {seconds:.0f} s while {self.lag_bytes()} bytes wait: {self._why()}"
+
+    def _why(self) -> str:
+        if self.pipeline.trouble:
+            return self.pipeline.trouble
+        if not self.pipeline.fan_out.lanes:
+            return "no sink is open"
+        lane = self.pipeline.fan_out.slowest
+        return lane.trouble or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
+
+    def reasons(self) -> list[str]:
+        """Why we are not ready; empty when we are."""
+        found = [self.pipeline.trouble, self.trouble, self.stalled()]
+        if self.slot and self.slot.wal_status in ("unreserved", "lost"):
+            found.append(
+                f"the slot's WAL is {self.slot.wal_status}: PostgreSQL throws it away (max_slot_wal_keep_size)"
+            )
+        return [reason for reason in found if reason]
