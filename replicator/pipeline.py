@@ -119,10 +119,6 @@ class Pipeline:
             await self.source.finish()
         finally:
             self.source.close()
-            await self._enricher.close()
-            for lane in self.fan_out.lanes:
-                await lane.sink.close()
-            await asyncio.to_thread(self._store.close)
 
     async def _commit_forever(self) -> None:
         attempt = 0
@@ -202,10 +198,7 @@ class Pipeline:
         """The durable checkpoint, with the sinks that are configured now."""
         async with self._saving:  # not in the middle of a commit
             stored = await asyncio.to_thread(self._store.load, self._settings.slot)
-        if stored is None:
-            return None
-        names = {sink.name for sink in self._sinks}
-        return structs.replace(stored, sinks={name: at for name, at in stored.sinks.items() if name in names})
+        return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
 
     def _open_lanes(self, checkpoint: Checkpoint) -> None:
         for sink in self._sinks:

@@ -38,6 +38,18 @@ class Enricher(Protocol):
         rows are then given again; no state may have changed.
         """
 
+    async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
+        """Events for dead letters, for a replay: from the event's JSON, or, for `enrichment`'s, from the row anew.
+
+        Order is kept; `refused` are those that still make no event. Raises SourceUnavailable.
+        """
+
+    async def history(self) -> str:
+        """What stands in the tables already and so never comes through a new slot, with the command that brings it.
+
+        In words for the operator; empty when there is nothing. Raises SourceUnavailable.
+        """
+
     async def check(self) -> list[Finding]:
         """Preflight: do the tables have what is needed? Never raises for a finding."""
 

@@ -6,9 +6,11 @@ Works on any psycopg connection to the database, the replication connection incl
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Collection
 
 import msgspec
 import psycopg
+from msgspec import structs
 from psycopg import sql
 
 from replicator.errors import SlotInvalid, SlotLost, SlotMissing, SourceUnusable, StreamGap
@@ -158,6 +160,11 @@ def first_checkpoint(slot: str, state: SlotState | None, identity: Identity) -> 
         end_lsn=state.confirmed_lsn,
         sinks={},
     )
+
+
+def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """The checkpoint with the positions of these sinks only: one that is not configured holds nothing up."""
+    return structs.replace(checkpoint, sinks={name: at for name, at in checkpoint.sinks.items() if name in names})
 
 
 def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:

@@ -99,6 +99,11 @@ class Source:
         await asyncio.to_thread(slots.create, self._connection, self._slot)
         return await asyncio.to_thread(slots.inspect, self._connection, self._slot)
 
+    async def drop_slot(self) -> None:
+        """Drop the slot. Raises SlotInvalid while somebody reads it."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        await asyncio.to_thread(slots.drop, self._connection, self._slot)
+
     async def start(self, end_lsn: Lsn) -> None:
         """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
         assert self._connection is not None  # noqa: S101  connect() comes first

@@ -1,0 +1,262 @@
+"""What each command does; `__main__.py` parses the arguments and hands over the parts.
+
+A command returns its exit code: 0 done, 1 something is not as it should be. Errors are raised (errors.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from replicator import preflight
+from replicator import slot as slots
+from replicator import status as statuses
+from replicator.admin import Admin
+from replicator.errors import SettingsError
+from replicator.events import Checkpoint, DeadLetter, format_lsn
+from replicator.monitor import Monitor
+from replicator.pipeline import Pipeline
+from replicator.protocols import CheckpointStore, Enricher, Sink
+from replicator.settings import CoreSettings
+from replicator.slot import Identity
+from replicator.source import Source
+
+PAGE = 500
+"""Dead letters in memory at once."""
+
+
+class Parts(NamedTuple):
+    """Everything that `__main__` made from the settings."""
+
+    settings: CoreSettings
+    enricher: Enricher
+    sinks: list[Sink]
+    store: CheckpointStore
+
+    @property
+    def dsn(self) -> str:
+        """The connection string, password included."""
+        return self.settings.postgres_dsn.get_secret_value()
+
+    def source(self) -> Source:
+        """A source for the slot; not connected yet."""
+        return Source(self.dsn, self.settings.slot, self.enricher.tables)
+
+
+@asynccontextmanager
+async def _closing(parts: Parts) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await parts.enricher.close()
+        for sink in parts.sinks:
+            await sink.close()
+        await asyncio.to_thread(parts.store.close)
+
+
+# -- run ---------------------------------------------------------------------------------------------------------
+
+
+async def run(parts: Parts, _args: argparse.Namespace) -> int:
+    """Replicate until SIGTERM or SIGINT. The very first time it also does what `init` does."""
+    async with _closing(parts):
+        await asyncio.to_thread(parts.store.create)
+        if await asyncio.to_thread(parts.store.load, parts.settings.slot) is None:
+            await _create_destinations(parts)
+        pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
+        _stop_on_signals(pipeline)
+        monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
+        admin = Admin(monitor, parts.settings.admin_listen)
+        await admin.start()
+        watching = asyncio.create_task(monitor.run())
+        try:
+            await pipeline.run()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await admin.stop()
+    return 0
+
+
+def _stop_on_signals(pipeline: Pipeline) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        pipeline.stop()
+        loop.remove_signal_handler(number)  # the second one ends the program at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+
+
+# -- init --------------------------------------------------------------------------------------------------------
+
+
+async def init(parts: Parts, args: argparse.Namespace) -> int:
+    """Make what is missing and say so; harmless when nothing is."""
+    async with _closing(parts):
+        for line in await asyncio.to_thread(parts.store.create):
+            print(line)
+        await _create_destinations(parts)
+        with closing(parts.source()) as source:
+            checkpoint = await _take_slot(parts, source, accept_gap=args.accept_gap)
+        print(f"slot {checkpoint.slot}: replication begins behind {format_lsn(checkpoint.end_lsn)}")
+        print(await parts.enricher.history() or "no older rows: nothing to backfill")
+    return 0
+
+
+async def _create_destinations(parts: Parts) -> None:
+    for sink in parts.sinks:
+        for line in await sink.create():
+            print(line, file=sys.stderr)
+
+
+async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> Checkpoint:
+    """Slot and checkpoint that fit together; both are made if they are missing."""
+    identity, state = await source.connect()
+    stored = await asyncio.to_thread(parts.store.load, parts.settings.slot)
+    known = None if accept_gap else _of_configured(stored, parts.sinks)
+    slots.verify(parts.settings.slot, state, identity, known)
+    if state is None:
+        state = await source.create_slot()
+        print(f"made replication slot {parts.settings.slot}")
+    if known is not None:
+        return known
+    first = slots.first_checkpoint(parts.settings.slot, state, identity)
+    await asyncio.to_thread(parts.store.replace, first)
+    if stored is not None:
+        print(_describe_gap(stored, first, identity))
+    return first
+
+
+def _of_configured(stored: Checkpoint | None, sinks: Sequence[Sink]) -> Checkpoint | None:
+    return stored and slots.of_sinks(stored, [sink.name for sink in sinks])
+
+
+def _describe_gap(stored: Checkpoint, first: Checkpoint, identity: Identity) -> str:
+    since = datetime.fromtimestamp(stored.updated_at, UTC).isoformat(timespec="seconds")
+    before = f"{format_lsn(stored.end_lsn)} (system {stored.system_identifier}, timeline {stored.timeline})"
+    now = f"{format_lsn(first.end_lsn)} (system {identity.system_identifier}, timeline {identity.timeline})"
+    return f"gap accepted: from {before}, saved at {since}, to {now}. Backfill the events since then."
+
+
+# -- check, status, drop-slot ------------------------------------------------------------------------------------
+
+
+async def check(parts: Parts, _args: argparse.Namespace) -> int:
+    """Look at everything; a line each, with the cure. 1 if anything is not as it has to be."""
+    failed = 0
+    async with _closing(parts):
+        async for finding in preflight.findings(parts.settings, parts.enricher, parts.sinks, parts.store):
+            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}")
+            if finding.cure:
+                print(f"      → {finding.cure}")
+            failed += not finding.ok
+    print(f"{failed} of the checks failed" if failed else "everything is as it has to be")
+    return int(bool(failed))
+
+
+async def status(parts: Parts, args: argparse.Namespace) -> int:
+    """Where the slot, the checkpoint and every sink are."""
+    async with _closing(parts):
+        found = await statuses.collect(parts.settings, [sink.name for sink in parts.sinks], parts.store)
+    print(statuses.as_json(found) if args.json else statuses.as_text(found))
+    return 0
+
+
+async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:
+    """Drop the slot, after asking."""
+    slot = parts.settings.slot
+    async with _closing(parts):
+        with closing(parts.source()) as source:
+            _, state = await source.connect()
+            if state is None:
+                print(f"there is no replication slot {slot}")
+                return 0
+            told = f"Drop replication slot {slot}? Whatever is committed from now on is not kept for it."
+            if not args.yes and not await _agreed(told):
+                return 1
+            await source.drop_slot()
+    print(f"dropped replication slot {slot}; `python -m replicator init --accept-gap` makes a new one")
+    return 0
+
+
+async def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise SettingsError(name="--yes", problem="there is no terminal to ask on", expected="to be given here")
+    return (await asyncio.to_thread(input, f"{question} [y/N] ")).strip().lower() in ("y", "yes")
+
+
+# -- dead letters ------------------------------------------------------------------------------------------------
+
+
+async def list_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
+    """Print them, oldest first, with their payload."""
+    async with _closing(parts):
+        for page in _pages(parts, args):
+            for letter in page:
+                at = datetime.fromtimestamp(letter.created_at, UTC).isoformat(timespec="seconds")
+                position = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
+                print(f"{letter.id}  {at}  {letter.sink}  event {letter.event_id}  {position}  {letter.reason}")
+                print(f"    {letter.payload.decode(errors='replace')}")
+    return 0
+
+
+async def replay_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
+    """Give them to their sink again and drop what it takes. 1 if any is left."""
+    left = 0
+    async with _closing(parts):
+        await parts.enricher.open()
+        for sink in parts.sinks:
+            await sink.open()
+        for page in _pages(parts, args):
+            taken = await _replay(parts, page)
+            await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, taken)
+            left += len(page) - len(taken)
+            print(f"{len(taken)} taken, {len(page) - len(taken)} left")
+    return int(bool(left))
+
+
+async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> list[int]:
+    """The numbers of those that every sink they are for has taken now."""
+    kept: set[tuple[int, int]] = set()
+    for sink in parts.sinks:
+        mine = [letter for letter in letters if letter.sink in (sink.name, "enrichment")]
+        restored = await parts.enricher.restore(mine)
+        kept.update((letter.commit_lsn, letter.ordinal) for letter in restored.refused)
+        for start in range(0, len(restored.events), sink.max_events):
+            refusals = await sink.write(restored.events[start : start + sink.max_events])
+            kept.update((refusal.event.commit_lsn, refusal.event.ordinal) for refusal in refusals)
+    present = {sink.name for sink in parts.sinks} | {"enrichment"}
+    return [
+        letter.id
+        for letter in letters
+        if letter.id is not None and letter.sink in present and (letter.commit_lsn, letter.ordinal) not in kept
+    ]
+
+
+async def drop_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
+    """Forget them, after asking."""
+    async with _closing(parts):
+        doomed = [letter.id for page in _pages(parts, args) for letter in page if letter.id is not None]
+        if doomed and not args.yes and not await _agreed(f"Forget {len(doomed)} dead letters?"):
+            return 1
+        dropped = await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, doomed)
+    print(f"dropped {dropped} dead letters")
+    return 0
+
+
+def _pages(parts: Parts, args: argparse.Namespace) -> Iterator[list[DeadLetter]]:
+    """Pages of those that the arguments choose."""
+    after = 0
+    while page := parts.store.dead_letters(parts.settings.slot, args.sink, after, PAGE):
+        after = page[-1].id or 0
+        chosen = [letter for letter in page if not args.ids or letter.id in args.ids]
+        if chosen:
+            yield chosen

@@ -1,0 +1,171 @@
+"""`status`: slot, lag, checkpoint, sinks and dead letters.
+
+It asks PostgreSQL, the checkpoint database and, when it runs, the replicator itself (admin.py); whichever does not
+answer is said to be missing, the rest is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import msgspec
+import psycopg
+
+from replicator import slot as slots
+from replicator.errors import CheckpointError
+from replicator.events import Checkpoint, Lsn, format_lsn
+from replicator.protocols import CheckpointStore
+from replicator.settings import CoreSettings
+from replicator.slot import SlotState
+
+ADMIN_TIMEOUT_SECONDS = 2.0
+"""It is on this machine or not there."""
+
+
+async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> dict[str, Any]:
+    """Everything that is known now, as JSON values. Never raises for a part that does not answer."""
+    found: dict[str, Any] = {"slot": {"name": settings.slot}, "checkpoint": None, "sinks": {}, "dead_letters": {}}
+    state = await _look_at_slot(settings, found)
+    live = await _ask_replicator(settings, found)
+    try:
+        checkpoint = await asyncio.to_thread(store.load, settings.slot)
+        found["dead_letters"] = await asyncio.to_thread(store.count_dead_letters, settings.slot)
+    except CheckpointError as exc:
+        found["checkpoint"] = {"error": str(exc)}
+        return found
+    if checkpoint is not None:
+        found["checkpoint"] = _checkpoint(checkpoint, state)
+        found["sinks"] = {name: _sink(name, checkpoint, state, live) for name in sinks}
+    return found
+
+
+async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotState | None:
+    try:
+        state = await asyncio.to_thread(_inspect, settings)
+    except psycopg.Error as exc:
+        found["slot"]["error"] = str(exc).strip().partition("\n")[0]
+        return None
+    if state is None:
+        found["slot"]["error"] = "does not exist; `python -m replicator init` makes it"
+        return None
+    found["slot"] |= {
+        "active_pid": state.active_pid,
+        "wal_status": state.wal_status,
+        "confirmed_lsn": format_lsn(state.confirmed_lsn or 0),
+        "server_lsn": format_lsn(state.server_lsn),
+        "lag_bytes": state.lag_bytes,
+        "retained_bytes": state.retained_bytes,
+        "safe_wal_bytes": state.safe_wal_size,
+    }
+    return state
+
+
+def _inspect(settings: CoreSettings) -> SlotState | None:
+    dsn = settings.postgres_dsn.get_secret_value()
+    with psycopg.connect(dsn, autocommit=True, connect_timeout=10, application_name="replicator status") as connection:
+        return slots.inspect(connection, settings.slot)
+
+
+async def _ask_replicator(settings: CoreSettings, found: dict[str, Any]) -> dict[str, Any]:
+    live: dict[str, Any] = {}
+    if settings.admin_listen:
+        timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.get(f"http://{settings.admin_listen}/status") as response,
+            ):
+                live = msgspec.json.decode(await response.read())
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
+            live = {}  # said below
+    found["replicator"] = live or {"ready": False, "reasons": [_silent(settings)]}
+    return live
+
+
+def _silent(settings: CoreSettings) -> str:
+    return f"no answer at REPLICATOR_ADMIN_LISTEN ({settings.admin_listen or 'off'}): not running here"
+
+
+def _checkpoint(checkpoint: Checkpoint, state: SlotState | None) -> dict[str, Any]:
+    return {
+        "end_lsn": format_lsn(checkpoint.end_lsn),
+        "lag_bytes": _behind(checkpoint.end_lsn, state),
+        "moved_seconds_ago": round(time.time() - checkpoint.updated_at, 1),
+        "system_identifier": checkpoint.system_identifier,
+        "timeline": checkpoint.timeline,
+    }
+
+
+def _sink(name: str, checkpoint: Checkpoint, state: SlotState | None, live: dict[str, Any]) -> dict[str, Any]:
+    at = checkpoint.sinks.get(name)
+    if at is None:
+        return {"error": "has no position yet"}
+    lane = live.get("sinks", {}).get(name, {})
+    behind = _behind(at.end_lsn, state)
+    return {
+        "end_lsn": format_lsn(at.end_lsn),
+        "position": f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
+        "lag_bytes": behind,
+        # A replicator that runs knows; otherwise the sink lacks at most what was committed since the checkpoint moved.
+        "lag_seconds": lane.get("lag_seconds", round(time.time() - checkpoint.updated_at, 1) if behind else 0.0),
+        "trouble": lane.get("trouble", ""),
+    }
+
+
+def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
+    return None if state is None else max(0, state.server_lsn - lsn)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """For programs."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """For people: a line a thing, what is wrong first."""
+    reasons = "; ".join(found["replicator"]["reasons"])
+    lines = [f"replicator   {'ready' if found['replicator']['ready'] else f'NOT READY: {reasons}'}"]
+    slot = found["slot"]
+    if "error" in slot:
+        lines.append(f"slot         {slot['name']}: {slot['error']}")
+    else:
+        reader = f"read by process {slot['active_pid']}" if slot["active_pid"] else "NOBODY READS IT"
+        lines.append(f"slot         {slot['name']}: {reader}, WAL {slot['wal_status']}")
+        lines.append(f"  confirmed  {slot['confirmed_lsn']}, {_size(slot['lag_bytes'])} behind {slot['server_lsn']}")
+        lines.append(f"  WAL kept   {_size(slot['retained_bytes'])}, safe for {_size(slot['safe_wal_bytes'])} more")
+    lines.append(f"checkpoint   {_checkpoint_text(found['checkpoint'])}")
+    lines += [f"sink         {name}: {_sink_text(sink)}" for name, sink in found["sinks"].items()]
+    letters = ", ".join(f"{count} of {name}" for name, count in found["dead_letters"].items())
+    lines.append(f"dead letters {letters or 'none'}")
+    return "\n".join(lines)
+
+
+def _checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
+    if checkpoint is None:
+        return "none yet"
+    if "error" in checkpoint:
+        return str(checkpoint["error"])
+    return f"{checkpoint['end_lsn']}, moved {checkpoint['moved_seconds_ago']} s ago"
+
+
+def _sink_text(sink: dict[str, Any]) -> str:
+    if "error" in sink:
+        return str(sink["error"])
+    trouble = f": {sink['trouble']}" if sink["trouble"] else ""
+    lag = f"{_size(sink['lag_bytes'])} and {sink['lag_seconds']} s behind"
+    return f"{sink['end_lsn']} (row {sink['position']}), {lag}{trouble}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "an unknown amount"
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(size) < 1000:  # noqa: PLR2004  SI units
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
