@@ -1,0 +1,328 @@
+"""Lanes: order of positions, retries, dead letters, what is left out after a restart, and the memory bound."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from replicator.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
+from replicator.fan_out import FanOut, Lane, backoff
+
+START = SinkPosition(position=Position(0, 0), end_lsn=5)
+
+
+class FakeSink:
+    """Does what the test says; a real server does not fail on a particular write."""
+
+    name = "fake"
+    linger_seconds = 0.0
+
+    def __init__(self, max_events: int = 100, concurrency: int = 1) -> None:
+        self.max_events = max_events
+        self.concurrency = concurrency
+        self.taken: list[list[int]] = []
+        self.script: list[Callable[[Sequence[Event]], Awaitable[Sequence[Refusal]]]] = []
+
+    async def create(self) -> list[str]:
+        """Nothing to make."""
+        return []
+
+    async def check(self) -> list[Finding]:
+        """Nothing to look at."""
+        return []
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Follow the script, then take everything."""
+        refused: Sequence[Refusal] = await self.script.pop(0)(events) if self.script else ()
+        self.taken.append([event.id for event in events])
+        return refused
+
+
+class Harness:
+    """A lane on a fake sink, with what came out of it."""
+
+    def __init__(self, sink: FakeSink, start: SinkPosition = START, limit_bytes: int = 1_000_000) -> None:
+        self.letters: list[DeadLetter] = []
+        self.moved = asyncio.Event()
+        self.fan_out = FanOut(limit_bytes)
+        self.lane = Lane(
+            sink,
+            start,
+            retry_max_seconds=0.001,
+            dead_letter=self._keep,
+            on_progress=self.moved.set,
+            on_release=self.fan_out.release,
+        )
+        self.fan_out.lanes.append(self.lane)
+
+    async def _keep(self, letters: Sequence[DeadLetter]) -> None:
+        self.letters += letters
+
+    async def until(self, end_lsn: int) -> None:
+        """Wait until the lane has come this far."""
+        async with asyncio.timeout(10):
+            while self.lane.done.end_lsn < end_lsn:
+                self.moved.clear()
+                await self.moved.wait()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The lane at work; it stops at the end."""
+        task = asyncio.create_task(self.lane.run())
+        yield
+        self.lane.stop()
+        await task
+
+
+def batch(commit_lsn: int, count: int, end_lsn: int | None = None, size: int = 10) -> Batch:
+    """`count` events of one transaction; their ids are its commit LSN and the ordinal, e.g. 1001, 1002."""
+    events = [Event(commit_lsn, n, commit_lsn * 100 + n, 1, 0, b"{}") for n in range(1, count + 1)]
+    end = commit_lsn + 5 if end_lsn is None else end_lsn
+    return Batch(events=events, position=Position(commit_lsn, count), end_lsn=end, size=size, committed_at=0.0)
+
+
+async def test_a_batch_is_written_in_pieces_and_the_end_counts_with_the_last() -> None:
+    """A piece moves the position to its last event; the transaction's end counts once all of it is written."""
+    sink = FakeSink(max_events=2)
+    harness = Harness(sink)
+    third = asyncio.Event()
+    gate = asyncio.Event()
+
+    async def passes(_: Sequence[Event]) -> Sequence[Refusal]:
+        return ()
+
+    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
+        third.set()
+        await gate.wait()
+        return ()
+
+    sink.script = [passes, passes, waits]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 5))
+        await third.wait()
+        assert harness.lane.done == SinkPosition(position=Position(10, 4), end_lsn=5)
+        gate.set()
+        await harness.until(15)
+    assert sink.taken == [[1001, 1002], [1003, 1004], [1005]]
+
+
+async def test_waiting_batches_are_written_together() -> None:
+    """A lane takes everything that waits, up to the sink's limit."""
+    sink = FakeSink(max_events=100)
+    harness = Harness(sink)
+    for lsn in (10, 20, 30):
+        harness.fan_out.put(batch(lsn, 2))
+    async with harness.running():
+        await harness.until(35)
+    assert sink.taken == [[1001, 1002, 2001, 2002, 3001, 3002]]
+
+
+async def test_the_position_waits_for_the_oldest_of_concurrent_writes() -> None:
+    """With writes side by side, what is done behind one that is not must not count."""
+    sink = FakeSink(max_events=1, concurrency=3)
+    harness = Harness(sink)
+    gate = asyncio.Event()
+
+    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
+        await gate.wait()
+        return ()
+
+    sink.script = [waits]
+    async with harness.running():
+        for lsn in (10, 20, 30):
+            harness.fan_out.put(batch(lsn, 1))
+        async with asyncio.timeout(10):
+            while len(sink.taken) < 2:  # noqa: ASYNC110  the fake has no event to wait for
+                await asyncio.sleep(0.001)
+        assert harness.lane.done == START
+        gate.set()
+        await harness.until(35)
+    assert sink.taken == [[2001], [3001], [1001]]
+
+
+async def test_what_the_sink_has_is_left_out() -> None:
+    """After a restart inside a transaction only the rest of it is written."""
+    sink = FakeSink()
+    harness = Harness(sink, SinkPosition(position=Position(20, 2), end_lsn=15))
+    async with harness.running():
+        harness.fan_out.put(batch(10, 3))
+        harness.fan_out.put(batch(20, 4))
+        await harness.until(25)
+    assert [event for events in sink.taken for event in events] == [2003, 2004]
+
+
+async def test_a_reconnect_repeats_nothing_and_never_moves_back() -> None:
+    """The stream gives batches again that the lane has or that wait in it."""
+    sink = FakeSink()
+    harness = Harness(sink)
+    async with harness.running():
+        for lsn in (10, 20, 10, 20, 30):
+            harness.fan_out.put(batch(lsn, 1))
+        await harness.until(35)
+    assert [event for events in sink.taken for event in events] == [1001, 2001, 3001]
+    assert harness.lane.done == SinkPosition(position=Position(30, 1), end_lsn=35)
+
+
+async def test_an_empty_batch_moves_an_idle_lane_at_once() -> None:
+    """Transactions without our tables move the position, without a write."""
+    harness = Harness(FakeSink())
+    harness.fan_out.put(batch(10, 0, end_lsn=77))
+    assert harness.lane.done.end_lsn == 77
+
+
+async def test_an_empty_batch_waits_for_what_is_before_it() -> None:
+    """Nothing in flight may be passed, and a dead sink does not collect empty batches."""
+    harness = Harness(FakeSink())
+    harness.fan_out.put(batch(10, 1))
+    for end in range(20, 1000):
+        harness.fan_out.put(batch(10, 0, end_lsn=end))
+    assert harness.lane.done == START
+    assert len(harness.lane._queue) == 2  # noqa: SLF001  the bound is not visible from outside
+    async with harness.running():
+        await harness.until(999)
+
+
+async def test_an_unavailable_sink_is_tried_until_it_takes_the_same_events() -> None:
+    """The very same events again; said once, and that it is over."""
+    sink = FakeSink()
+    harness = Harness(sink)
+    seen: list[list[int]] = []
+
+    async def fails(events: Sequence[Event]) -> Sequence[Refusal]:
+        seen.append([event.id for event in events])
+        raise SinkUnavailable(sink="fake", detail="down")
+
+    sink.script = [fails, fails, fails]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 2))
+        await harness.until(15)
+    assert seen == [[1001, 1002]] * 3
+    assert sink.taken == [[1001, 1002]]
+    assert (harness.lane.trouble, harness.lane.progress.retries) == ("", 3)
+
+
+async def test_trouble_is_told_with_its_cure(caplog: pytest.LogCaptureFixture) -> None:
+    """A destination that turns us away loses nothing and is loud about it."""
+    sink = FakeSink()
+    harness = Harness(sink)
+
+    async def turns_away(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkMisconfigured(sink="fake", detail="401", cure="Set the token")
+
+    sink.script = [turns_away]
+    with caplog.at_level(logging.ERROR):
+        async with harness.running():
+            harness.fan_out.put(batch(10, 1))
+            await harness.until(15)
+    assert "Set the token" in caplog.text
+    assert (sink.taken, harness.letters) == ([[1001]], [])
+
+
+async def test_retry_after_is_honoured() -> None:
+    """The destination named a time: no earlier."""
+    sink = FakeSink()
+    harness = Harness(sink)
+    times: list[float] = []
+
+    async def later(_: Sequence[Event]) -> Sequence[Refusal]:
+        times.append(asyncio.get_running_loop().time())
+        raise SinkUnavailable(sink="fake", detail="429", retry_after=0.2)
+
+    async def notes(_: Sequence[Event]) -> Sequence[Refusal]:
+        times.append(asyncio.get_running_loop().time())
+        return ()
+
+    sink.script = [later, notes]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 1))
+        await harness.until(15)
+    assert times[1] - times[0] >= 0.2
+
+
+async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
+    """The dead letter carries position, reason and payload."""
+    sink = FakeSink()
+    harness = Harness(sink)
+
+    async def refuses(events: Sequence[Event]) -> Sequence[Refusal]:
+        assert harness.lane.done == START
+        return [Refusal(events[1], "no")]
+
+    sink.script = [refuses]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 3))
+        await harness.until(15)
+    assert harness.letters == [
+        DeadLetter(sink="fake", commit_lsn=10, ordinal=2, event_id=1002, reason="no", payload=b"{}")
+    ]
+
+
+async def test_an_error_nobody_names_ends_the_lane() -> None:
+    """It is not retried, and its position stays."""
+    sink = FakeSink()
+    harness = Harness(sink)
+
+    async def breaks(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkUnusable(sink="fake", detail="no table", cure="init")
+
+    sink.script = [breaks]
+    harness.fan_out.put(batch(10, 1))
+    with pytest.raises(ExceptionGroup) as caught:
+        await harness.lane.run()
+    assert caught.group_contains(SinkUnusable)
+    assert harness.lane.done == START
+
+
+async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> None:
+    """What is being written is finished and counts; what is being retried stays unwritten."""
+    sink = FakeSink(max_events=1, concurrency=2)
+    harness = Harness(sink)
+    begun = asyncio.Event()
+
+    async def slow(_: Sequence[Event]) -> Sequence[Refusal]:
+        begun.set()
+        await asyncio.sleep(0.05)
+        return ()
+
+    async def fails(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkUnavailable(sink="fake", detail="down", retry_after=3600)
+
+    sink.script = [slow, fails]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 1))
+        harness.fan_out.put(batch(20, 1))
+        await begun.wait()
+    assert sink.taken == [[1001]]
+    assert harness.lane.done == SinkPosition(position=Position(10, 1), end_lsn=15)
+
+
+async def test_reading_stops_at_the_memory_limit_and_goes_on_below_it() -> None:
+    """Bytes are held until the last lane that needs them is done."""
+    sink = FakeSink()
+    harness = Harness(sink, limit_bytes=100)
+    harness.fan_out.put(batch(10, 1, size=60))
+    await asyncio.wait_for(harness.fan_out.room(), 1)
+    harness.fan_out.put(batch(20, 1, size=60))
+    assert harness.fan_out.full
+    async with harness.running():
+        await asyncio.wait_for(harness.fan_out.room(), 10)
+    assert harness.fan_out.held_bytes == 0
+
+
+def test_backoff_is_full_jitter_below_a_doubling_limit() -> None:
+    """Anything from 0 to the limit; never above the longest pause."""
+    for attempt in (0, 1, 5, 10_000):
+        pauses = [backoff(attempt, 3.0) for _ in range(200)]
+        assert min(pauses) >= 0
+        assert max(pauses) <= min(3.0, 0.1 * 2**attempt if attempt < 20 else 3.0)
