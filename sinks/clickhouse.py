@@ -1,22 +1,21 @@
 """Writes events to ClickHouse: one insert a batch, over HTTP or into the embedded engine (chdb), by URL alone.
 
-`clickhouse_table.py` makes and compares the table, `clickhouse_errors.py` says what an error means, and
-`replicator/fan_out.py` decides when a batch is written and what happens after an error.
+`clickhouse_url.py` reads the URL, `clickhouse_table.py` makes and compares the table, `clickhouse_errors.py` says what
+an error means, and `replicator/fan_out.py` decides when a batch is written and what happens after an error.
 
 Each event ends up in the table once under FINAL, and without it after merges: the sort key is the event's identity.
-Before that, an insert that is sent again is recognised by its token, which is a hash of its exact bytes: the same
-events give the same token, and other events never do (ClickHouse drops the rows of a token that it knows, whatever
-they are).
+Before that, an insert that is sent again is recognised by its token. ClickHouse silently drops the rows of a token that
+it knows, whatever they are, and it knows a token longer than its rows, if those are deleted. So the token is a hash of
+the exact bytes, and of a number that is new in each process: a backfill that repairs a table is no retry.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
@@ -27,6 +26,7 @@ from replicator.events import Event, Finding, Refusal
 from replicator.settings import Settings
 from sinks.clickhouse_errors import ValueRefused, translated
 from sinks.clickhouse_table import COLUMNS, Problem, create, find_problem, qualified
+from sinks.clickhouse_url import Address, parse_url
 
 _WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
 
@@ -53,57 +53,12 @@ _INSERT_SETTINGS = {
 _PROBE_RANGE_SQL = """SELECT
     toUnixTimestamp64Micro(parseDateTime64BestEffortOrNull('0001-01-01T00:00:00Z', 6, 'UTC')),
     toUnixTimestamp64Micro(parseDateTime64BestEffortOrNull('9999-12-31T23:59:59.999999Z', 6, 'UTC'))"""
-"""Does DateTime64 hold the years 1 to 9999 (since 26.8)? Before, it went from 1900 to 2299 and clamped silently."""
+"""Does DateTime64 hold the years 1 to 9999 (since mid-2026)? Before, it went from 1900 to 2299 and clamped silently."""
 
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
 
 _OUTSIDE_RANGE = "event_ts is outside what DateTime64 holds on this ClickHouse"
-
-
-class Address(NamedTuple):
-    """What REPLICATOR_CLICKHOUSE_URL says."""
-
-    scheme: str
-    """`http`, `https` or `chdb`."""
-    host: str
-    """Empty for chdb."""
-    port: int
-    user: str
-    password: str
-    directory: str
-    """Where the embedded engine keeps its data; empty for a server."""
-    database: str
-
-    def __str__(self) -> str:
-        """Without user and password: fit for messages."""
-        return f"chdb://{self.directory}" if self.scheme == "chdb" else f"{self.scheme}://{self.host}:{self.port}"
-
-
-def parse_url(url: str) -> Address:
-    """`http(s)://user:password@host:port/database` or `chdb:///directory/database`. Raises ValueError, free of secrets.
-
-    The database is the last component in both: `chdb:///var/lib/replicator/clickhouse/engagement` is the database
-    `engagement` in the directory `/var/lib/replicator/clickhouse`.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port or {"http": 8123, "https": 8443}.get(parts.scheme, 0)
-    except ValueError:
-        raise ValueError("host or port can't be read") from None  # Python's own message quotes the URL
-    directory, _, database = (unquote(part) for part in parts.path.rpartition("/"))
-    if parts.scheme not in ("http", "https", "chdb"):
-        raise ValueError("it begins with something else")
-    if not database.replace("_", "").replace("-", "").isalnum():
-        raise ValueError("the database at its end is missing or has other than letters, digits, _ and -")
-    if parts.query or parts.fragment:
-        raise ValueError("it has a ? or # part")
-    if parts.scheme == "chdb" and (parts.netloc or not directory):
-        raise ValueError("the embedded engine needs an absolute directory with a database in it")
-    if parts.scheme != "chdb" and (not host or directory):
-        raise ValueError("a server's URL has a host, and nothing but the database behind it")
-    user, password = unquote(parts.username or "default"), unquote(parts.password or "")
-    return Address(parts.scheme, host, port, user, password, directory, database)
 
 
 class ClickHouseSettings(Settings):
@@ -155,6 +110,7 @@ class ClickHouseSink:
         self._settings = settings
         self._address = parse_url(settings.clickhouse_url.get_secret_value())
         self._table = qualified(self._address.database)
+        self._run = secrets.token_bytes(16)
         self._client: Client | None = None
         self._range_us = YEARS_1900_TO_2299_US
 
@@ -249,7 +205,11 @@ class ClickHouseSink:
         return []
 
     def _insert_rows(self, body: bytes) -> None:
-        settings = {**_INSERT_SETTINGS, "insert_deduplication_token": hashlib.sha256(body).hexdigest()}
+        token = hashlib.sha256(
+            body
+        )  # of the rows that go out, not of their positions: those can't tell two views apart
+        token.update(self._run)
+        settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
         with self._translated():
             self._connected().raw_insert(self._table, list(COLUMNS), body, settings, "JSONEachRow")
 
