@@ -347,6 +347,17 @@ class TestFaults:
             await written(sink, events(1, 10))
         assert ids(clickhouse) == list(range(1, 11))
 
+    async def test_cancelled(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """The insert goes on without us; the same events again, meanwhile, make no second row."""
+        clickhouse.behave(delay_seconds=1, requests=1)
+        writing = asyncio.create_task(sink.write(events(1, 100)))
+        await asyncio.to_thread(wait_until, lambda: bool(ids(clickhouse)), "the insert")
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await sink.write(events(1, 100))
+        assert ids(clickhouse, final="") == list(range(1, 101))
+
     async def test_server_killed_in_between(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """It dies while batches are being written; all are there once it is back."""
         batches = [events(n * 200 + 1, n * 200 + 200) for n in range(100)]
