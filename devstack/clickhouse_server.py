@@ -131,11 +131,11 @@ class ClickHouseServer:
 
     async def _statement(self, request: web.Request) -> Statement:
         parameters = dict(request.query)
-        body = await request.read()
-        if request.content_type.startswith("multipart/"):
+        body = b""
+        if request.content_type == "multipart/form-data":
             parameters.update({name: str(value) for name, value in (await request.post()).items()})
-            body = b""
-        body = _decompress(body, request.headers.get("Content-Encoding", "identity"))
+        else:
+            body = _decompress(await request.read(), request.headers.get("Content-Encoding", "identity"))
         query = parameters.get("query", "").encode()
         return Statement(
             sql=query + b"\n" + body if query else body,

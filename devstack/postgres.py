@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from devstack.process import DevStackError, Service, is_root
+from devstack.process import DevStackError, Service
 from devstack.watchdog import Watchdog
 
 DATABASE = "engagement"
@@ -76,7 +77,7 @@ class Postgres(Service):
         self.settings = {**SETTINGS, **settings}
         """Read at every start; ALTER SYSTEM wins over them."""
         self._data = self.folder / "data"
-        if is_root():
+        if os.geteuid() == 0:
             self._run_as(ACCOUNT)
 
     @property

@@ -110,6 +110,11 @@ class Service(ABC):
         """Process id; raises DevStackError when it isn't running."""
         return self._running().pid
 
+    @property
+    def running(self) -> bool:
+        """Whether its process exists; it may be paused."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it and return when it answers; on failure the error carries the end of its log."""
         process = self._spawn(self.command())
@@ -207,8 +212,3 @@ class Service(ABC):
     def _forget(self) -> None:
         self._watchdog.forget(self.pid)
         self._process = None
-
-
-def is_root() -> bool:
-    """Whether we run as root."""
-    return os.geteuid() == 0

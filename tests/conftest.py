@@ -13,20 +13,31 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.api import Api
+from devstack.process import Service, wait_until
 
 SCHEMA = Path(__file__).parents[1] / "sql" / "source_schema.sql"
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[DevStack]:
-    """All servers, for the whole session; a test that stops one starts it again."""
+    """All servers, for the whole session. A test may stop, kill and pause them; it starts them again."""
     with DevStack(*DevStack.SERVICES) as running:
         yield running
+
+
+def _up(service: Service) -> None:
+    """See that it runs even if the test before has failed and left it down: one failure is enough."""
+    if service.running:
+        service.resume()
+    else:
+        service.kill()
+        service.start()
 
 
 @pytest.fixture
 def database(stack: DevStack) -> Iterator[str]:
     """DSN of a new database with the source tables, dropped afterwards together with its slots."""
+    _up(stack.postgres)
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(stack.postgres.superuser_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -41,16 +52,19 @@ def database(stack: DevStack) -> Iterator[str]:
 
 def _drop_slots(admin: psycopg.Connection, database: str) -> None:
     """Drop the database's slots; who still reads one is cut off first."""
-    slots = admin.execute("SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s", [database])
-    for slot, pid in slots.fetchall():
-        if pid is not None:
-            admin.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+    query = "SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s"
+    readers = [pid for _, pid in admin.execute(query, [database]) if pid is not None]
+    for pid in readers:
+        admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+    wait_until(lambda: not any(pid for _, pid in admin.execute(query, [database])), "the slots' readers to end")
+    for slot, _ in admin.execute(query, [database]).fetchall():
         admin.execute("SELECT pg_drop_replication_slot(%s)", [slot])
 
 
 @pytest.fixture
 def redis_url(stack: DevStack) -> str:
     """URL of an empty Redis."""
+    _up(stack.redis)
     with redis.Redis.from_url(stack.redis.url) as client:
         client.flushall()
     return stack.redis.url
@@ -59,6 +73,7 @@ def redis_url(stack: DevStack) -> str:
 @pytest.fixture
 def clickhouse_url(stack: DevStack) -> str:
     """URL of an empty, well behaved ClickHouse."""
+    _up(stack.clickhouse)
     stack.clickhouse.reset()
     return stack.clickhouse.url
 
@@ -66,5 +81,6 @@ def clickhouse_url(stack: DevStack) -> str:
 @pytest.fixture
 def api(stack: DevStack) -> Api:
     """The API, well behaved and without memory."""
+    _up(stack.api)
     stack.api.reset()
     return stack.api
