@@ -29,6 +29,7 @@ LOG_LINES_SHOWN = 20
 PORTS = range(10_000, 32_000)  # below the kernel's ephemeral range, see free_port
 PORT_TRIES = 100
 ROOT = Path(__file__).parents[1]  # where `python` finds our modules
+PYTHONPATH = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
 
 
 class DevStackError(Exception):
@@ -179,7 +180,7 @@ class Service(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "TZ": "UTC"},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *PYTHONPATH]), "TZ": "UTC"},
                 start_new_session=True,
                 user=self.user,
                 group=self.user,
