@@ -230,8 +230,10 @@ class TestStatus:
             await asyncio.Event().wait()
             raise AssertionError
 
+        began = asyncio.get_running_loop().time()
         with pytest.raises(SinkUnavailable, match=r"did not answer within 0.05 s"):
             await Api(never).sink(http_timeout_seconds=0.05).write(events(1))
+        assert 0.05 <= asyncio.get_running_loop().time() - began < 1.5
 
     async def test_a_body_that_breaks_off_changes_nothing(self) -> None:
         """After a 2xx the events are taken; sending them again would repeat them."""
@@ -384,6 +386,17 @@ class TestHalving:
             with pytest.raises(SinkUnavailable):
                 await sink.write(pair)
         assert api.taken == [7, 5, 3, 1]
+
+    async def test_nothing_is_remembered_of_a_write_that_came_again(self) -> None:
+        """Once it has succeeded the memory is empty: a third write sends everything."""
+        statuses = iter([422, 200, 503])
+        api = Api(lambda _: httpx.Response(next(statuses, 200)))
+        sink = api.sink()
+        with pytest.raises(SinkUnavailable):
+            await sink.write(events(2))
+        await sink.write(events(2))
+        await sink.write(events(2))
+        assert api.taken == [1, 2, 1, 2]
 
     async def test_nothing_is_remembered_of_a_write_that_succeeded(self) -> None:
         """Written again, as after a restart of the lane, the events are sent again."""
