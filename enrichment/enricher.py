@@ -1,0 +1,181 @@
+"""The engagement enricher: rows in stream order → events, as `replicator.protocols.Enricher` wants it.
+
+Three steps: `engagement.py` reads the rows, `content.py` looks up what is not known, and then events are made and
+content changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from msgspec import structs
+from pydantic import Field
+
+from enrichment import content, engagement
+from enrichment.content import Change, Contents
+from enrichment.database import Database
+from enrichment.dead_letters import ENRICHMENT, dead_letter, stored_event, stored_row
+from enrichment.engagement import Draft, Reader, RowUnusable
+from enrichment.preflight import preflight
+from replicator.errors import SourceUnusable
+from replicator.events import DeadLetter, Event, Finding, Row
+from replicator.protocols import Enriched
+from replicator.settings import Settings
+
+HISTORY = """
+-- How many events there are, and the shortest range of whole seconds, end excluded, that holds them all; those at
+-- infinity and outside the years 1 to 9999 can't be backfilled.
+SELECT count(*), to_char(min(event_ts) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
+       to_char(max(event_ts) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
+FROM public.engagement_events
+WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+00'
+"""
+
+HISTORY_TIMEOUT_SECONDS = 600
+"""It reads the whole table, once in the product's life: some 10 million rows a second."""
+
+
+class EnrichmentSettings(Settings):
+    """Options of the enrichment."""
+
+    content_cache_size: int = Field(
+        100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
+        ge=1,
+        le=100_000_000,
+        description="how many contents are kept in memory, 1 to 100000000; some 200 bytes each",
+    )
+
+
+class _Plan:
+    """What some rows come to, before anything is done."""
+
+    def __init__(self) -> None:
+        self.drafts: list[Draft] = []
+        self.changes: list[tuple[int, Change]] = []
+        """Each with the number of drafts before it."""
+        self.unknown: set[int] = set()
+        """Contents that an event needs and nothing has told of."""
+        self.untold: set[int] = set()
+        """Contents that changed, in a row that does not carry all of them."""
+        self.told: set[int] = set()
+        """Contents with a change among these rows."""
+        self.refused: list[DeadLetter] = []
+        self.ignored: Counter[str] = Counter()
+        self.lost_track = False
+        """A content changed and the row does not say which: what is known can't be trusted any more."""
+
+
+class EngagementEnricher:
+    """Enriches `public.engagement_events` with `public.content`."""
+
+    tables: Sequence[str] = (content.CONTENT, engagement.EVENTS)
+
+    def __init__(self, dsn: str, settings: EnrichmentSettings) -> None:
+        self._dsn = dsn
+        self._database = Database(dsn)
+        self._contents = Contents(self._database, settings.content_cache_size)
+        self._reader = Reader()
+        self.ignored: Counter[str] = Counter()
+        """Rows of `engagement_events` that make no event, by action: `U`, `D`, `T`."""
+
+    async def open(self) -> None:
+        """Connect and load the content. Raises SourceUnavailable or SourceUnusable."""
+        await self._contents.preload()
+
+    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+        """Events for inserts. Raises SourceUnavailable or SourceUnusable, with nothing changed."""
+        plan = self._plan(rows)
+        found = await self._contents.look_up(plan.unknown | plan.untold)
+        self._contents.known.update((content_id, found[content_id]) for content_id in plan.unknown)
+        events = self._carry_out(plan, found)
+        self.ignored.update(plan.ignored)
+        if plan.lost_track:
+            self._contents.known.clear()
+        self._contents.trim()
+        return Enriched(events, plan.refused)
+
+    async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
+        """Events for dead letters. What a row is enriched with is today's content."""
+        events: list[Event] = []
+        refused: list[DeadLetter] = []
+        for letter in letters:
+            try:
+                if letter.sink == ENRICHMENT:
+                    again = await self.enrich([stored_row(letter)])
+                    events += again.events
+                    refused += again.refused
+                else:
+                    events.append(stored_event(letter))
+            except RowUnusable as exc:
+                refused.append(structs.replace(letter, reason=str(exc)))
+        return Enriched(events, refused)
+
+    async def history(self) -> str:
+        """How many events there are already, and the command that brings them."""
+        database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
+        try:
+            [(count, start, end)] = await database.rows(HISTORY)
+        except SourceUnusable as exc:
+            return f"older rows could not be counted: {exc}"
+        finally:
+            await database.close()
+        if not count:
+            return ""
+        command = f"python backfill.py --start {start} --end {end}"
+        return f"{count} rows of {engagement.EVENTS} were there before; to bring them: {command}"
+
+    async def check(self) -> list[Finding]:
+        """Do the tables have what is needed?"""
+        return await preflight(self._dsn)
+
+    async def close(self) -> None:
+        """Close the connection; what is known of the contents stays."""
+        await self._database.close()
+
+    def _plan(self, rows: Sequence[Row]) -> _Plan:
+        plan, read, known = _Plan(), self._reader.read, self._contents.known
+        for row in rows:
+            try:
+                if row.action == "I" and row.table == engagement.TABLE and row.schema == engagement.SCHEMA:
+                    draft = read(row)
+                    if draft[engagement.CONTENT_ID] not in known and draft[engagement.CONTENT_ID] not in plan.told:
+                        plan.unknown.add(draft[engagement.CONTENT_ID])
+                    plan.drafts.append(draft)
+                else:
+                    _plan_other(plan, row)
+            except RowUnusable as exc:
+                plan.refused.append(dead_letter(row, str(exc)))
+                plan.lost_track |= row.table == content.TABLE
+        return plan
+
+    def _carry_out(self, plan: _Plan, found: dict[int, engagement.Content]) -> list[Event]:
+        """Events and content changes, in the order of the rows."""
+        events: list[Event] = []
+        done = 0
+        for count, change in plan.changes:
+            engagement.finish(plan.drafts[done:count], self._contents.known, events)
+            self._contents.apply(change, found)
+            done = count
+        engagement.finish(plan.drafts[done:] if done else plan.drafts, self._contents.known, events)
+        return events
+
+
+def _plan_other(plan: _Plan, row: Row) -> None:
+    """Rows that make no event: content, and what happens to events afterwards. Raises RowUnusable."""
+    table = f"{row.schema}.{row.table}"
+    if table == engagement.EVENTS:
+        plan.ignored[row.action] += 1
+    elif table == content.CONTENT:
+        _plan_content(plan, row)
+    else:
+        raise RowUnusable(f"{table} is none of the tables that events are made of")
+
+
+def _plan_content(plan: _Plan, row: Row) -> None:
+    for change in content.changes(row):
+        plan.changes.append((len(plan.drafts), change))
+        if change.content_id is not None:
+            plan.told.add(change.content_id)
+            if change.content is None:
+                plan.untold.add(change.content_id)
