@@ -1,0 +1,222 @@
+"""The Redis sink: every content's newest event and exact count, and what was watched most in the last 10 minutes.
+
+Each `write` is one Lua call, `redis_write.lua`; a call of `redis_slide.lua` once a second keeps the window right when
+nothing arrives. `redis_batch.py` makes keys and arguments of both, `redis_errors.py` reads the errors; retries and
+their pauses, dead letters and how far the sink is belong to its lane (`replicator/fan_out.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import hiredis
+from pydantic import Field, SecretStr, field_validator
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import NoPermissionError, RedisError
+
+from replicator.errors import SinkError
+from replicator.events import Event, Finding, Refusal
+from replicator.settings import Settings, variable
+from sinks.redis_batch import BUCKET_SECONDS, Call, pack, slide
+from sinks.redis_errors import is_read_only, sink_error
+from sinks.redis_info import findings
+
+SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window as it begins
+SCRIPTS = Path(__file__).parent
+
+_log = logging.getLogger(__name__)
+
+
+class RedisSettings(Settings):
+    """Options of the Redis sink."""
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://localhost:6379/0"),
+        description="a redis://, rediss:// or unix:// URL, with redis-py's query options (ssl_ca_certs and the like)",
+    )
+    redis_timeout_seconds: float = Field(
+        5.0,  # a write takes some 10 ms, building the window anew at worst a second or so
+        gt=0,
+        le=600,
+        description="seconds that connecting to Redis, and an answer from it, may take, up to 600",
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _usable(cls, value: SecretStr) -> SecretStr:
+        """Says what is wrong without repeating it: it may carry a password."""
+        try:
+            _pool(value, 1.0).make_connection()  # type: ignore[no-untyped-call]  # redis-py left it untyped
+        except (TypeError, ValueError, RedisError) as exc:
+            raise ValueError("it is not such a URL, or has an option that redis-py does not know") from exc
+        return value
+
+
+class _PackedInC:
+    """Mixed into redis-py's asyncio connections, which build a command in Python: 2 µs an event more than hiredis."""
+
+    def pack_command(self, name: str, *args: str | int | float | bytes) -> list[bytes]:
+        """The command on the wire; redis-py's names may be two words."""
+        return [hiredis.pack_command((*name.split(), *args))]
+
+
+def _pool(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
+    """Connections with our timeouts, unless the URL sets others; the lane retries, redis-py doesn't."""
+    pool = ConnectionPool.from_url(
+        url.get_secret_value(),
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,  # every server and proxy speaks it, and version 3 would gain us nothing
+    )
+    pool.connection_class = type("Connection", (_PackedInC, pool.connection_class), {})
+    return pool
+
+
+def _address(pool: ConnectionPool) -> str:
+    """Where Redis is, without user and password."""
+    options = pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
+
+
+class RedisSink:
+    """`replicator.protocols.Sink` on Redis; exact under replay, since each event's bit tells whether it was counted.
+
+    What it keeps is as durable as Redis is: after a Redis that lost everything, a backfill brings it all back.
+    """
+
+    name = "redis"
+    max_events = 2_000  # 8 ms of Redis and 2 ms of ours when they touch 900 contents; Redis serves nobody meanwhile
+    linger_seconds = 0.0
+    concurrency = 1
+
+    def __init__(self, settings: RedisSettings, *, clock: Callable[[], float] = time.time) -> None:
+        pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
+        self._redis = Redis(connection_pool=pool)
+        self._address = _address(pool)
+        self._write = self._script("redis_write.lua")
+        self._slide = self._script("redis_slide.lua")
+        self._clock = clock
+        self._slider: asyncio.Task[None] | None = None
+        self._window_failed = False
+
+    def _script(self, name: str) -> AsyncScript:
+        return self._redis.register_script((SCRIPTS / name).read_text(encoding="utf-8"))
+
+    async def create(self) -> list[str]:
+        """Nothing: keys come with the first event."""
+        return []
+
+    async def open(self) -> None:
+        """Try everything on keys of a probe, bring the window to the present, and start to keep it there."""
+        await self._probe()
+        await self._slide_window()
+        if self._slider is None:
+            self._slider = asyncio.create_task(self._keep_window(), name="redis window")
+
+    async def check(self) -> list[Finding]:
+        """Reachable, writable, and set so that it forgets nothing?"""
+        try:
+            await self._probe()
+        except SinkError as exc:
+            cure = exc.facts.get("cure", f"Start Redis, or correct {variable('redis_url')}")
+            return [Finding(False, f"Redis at {self._address}: {exc.facts['detail']}", str(cure))]
+        writable = Finding(True, f"Redis at {self._address} answers and may be written to")
+        try:
+            return [writable, *findings(await self._redis.info())]
+        except NoPermissionError:
+            return [writable, Finding(True, "Redis: version, eviction and persistence are unknown, INFO is denied")]
+        except RedisError as exc:
+            return [writable, Finding(False, f"Redis: {sink_error(self.name, exc).facts['detail']}", "Try again")]
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """See `replicator.protocols.Sink`; also raises what ended the keeping of the window, or hinders it."""
+        if self._slider is not None and self._slider.done():
+            self._slider.result()
+        batch = pack(events, self._clock())
+        if len(batch.refused) == len(events):
+            return batch.refused
+        complete = await self._run(self._write, batch.call)
+        if self._window_failed or (batch.ranked and not complete):
+            await self._slide_window()
+        return batch.refused
+
+    async def close(self) -> None:
+        """Stop keeping the window, which then expires; release connections."""
+        slider, self._slider = self._slider, None
+        if slider is not None:
+            slider.cancel()
+            await asyncio.wait([slider])
+        await self._redis.aclose()
+        if slider is not None and not slider.cancelled():
+            slider.result()
+
+    async def _keep_window(self) -> None:
+        """Slide for ever. A failure is logged when it begins, and raised by the next write; see `write`."""
+        while True:
+            await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
+            failed_before = self._window_failed
+            try:
+                await self._slide_window()
+            except SinkError as exc:
+                if not failed_before:
+                    _log.warning("top:content:10m can't be kept right and will expire: %s", exc)
+            else:
+                if failed_before:
+                    _log.info("top:content:10m is kept right again")
+
+    async def _slide_window(self) -> None:
+        try:
+            await self._run(self._slide, slide(self._clock()))
+        except SinkError:
+            self._window_failed = True
+            raise
+        self._window_failed = False
+
+    async def _run(self, script: AsyncScript, call: Call) -> int | None:
+        """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""
+        try:
+            return cast("int | None", await script(call.keys, call.args))
+        except RedisError as exc:
+            raise await self._wrapped(exc) from exc
+
+    async def _wrapped(self, exc: RedisError) -> SinkError:
+        if is_read_only(exc):
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+        return sink_error(self.name, exc)
+
+    async def _probe(self) -> None:
+        """Run both scripts to every command in them on keys of our patterns, and remove the keys, in one transaction.
+
+        A right that is missing shows here, not between two changes of a batch.
+        """
+        now = self._clock()
+        calls = [
+            (self._write, pack([_probe_event(1, now)], now).call),
+            (self._slide, slide(now)),
+            (self._write, pack([_probe_event(2, now)], now).call),
+            (self._slide, slide(now + BUCKET_SECONDS)),
+        ]
+        try:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                used: set[str] = set()
+                for script, call in calls:
+                    keys = [key + ":probe" for key in call.keys]
+                    await script(keys, call.args, client=pipeline)
+                    used.update(keys)
+                pipeline.delete(*used)
+                await pipeline.execute()
+        except RedisError as exc:
+            raise await self._wrapped(exc) from exc
+
+
+def _probe_event(event_id: int, now: float) -> Event:
+    return Event(commit_lsn=0, ordinal=0, id=event_id, key=0, ts_us=int(now * 1_000_000), json=b"{}")

@@ -1,0 +1,135 @@
+-- Writes a batch: counts each event once however often it comes, and keeps each content's newest event.
+--
+-- KEYS: the window, its state; then for each page its seen bits; for each bucket its sorted set; for each content
+--       its count, after these its newest moment, after these its last event.
+-- ARGV: how many pages; how many buckets; seconds from the window's oldest bucket to its newest; seconds to keep a
+--       last event; the events: little-endian int32s, four an event: page, bit, content, bucket (0: none);
+--       then for each bucket its start; for each bucket the seconds to keep it; for each content the moment of
+--       its newest event; for each content that event.
+-- Returns 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it.
+--
+-- All reads come first, so that a key of somebody else's is an error before anything has changed; and Redis refuses
+-- a script that it has no memory, disk or right for at its first write. Hence: everything or nothing.
+
+local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local EVENTS = ARGV[5]
+local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
+local ID_FROM = #'content:count:' + 1
+local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command, and a bit takes four
+
+-- KEYS and ARGV behind these are the first page's, the first bucket's ...
+local PAGE, BUCKET = 2, 2 + N_PAGES
+local COUNT = BUCKET + N_BUCKETS
+local NEWEST = COUNT + N_CONTENTS
+local LAST = NEWEST + N_CONTENTS
+local START, KEEP_BUCKET = 5, 5 + N_BUCKETS
+local MOMENT = KEEP_BUCKET + N_BUCKETS
+local EVENT = MOMENT + N_CONTENTS
+
+local function values(behind, others)
+  local found = {}
+  for from = 1, N_CONTENTS, SLICE do
+    local to = math.min(from + SLICE - 1, N_CONTENTS)
+    for i, value in ipairs(redis.call('MGET', unpack(KEYS, behind + from, behind + to))) do
+      found[from + i - 1] = value
+      if not value then
+        redis.call('STRLEN', KEYS[behind + from + i - 1]) -- MGET has no word for a key of another type
+      end
+    end
+  end
+  return found
+end
+
+local function set(pairs)
+  for from = 1, #pairs, 2 * SLICE do
+    redis.call('MSET', unpack(pairs, from, math.min(from + 2 * SLICE - 1, #pairs)))
+  end
+end
+
+-- 1. Read.
+local counts, newest = values(COUNT), values(NEWEST)
+for content, count in ipairs(counts) do
+  counts[content] = tonumber(count or '0')
+  if not counts[content] then
+    return redis.error_reply('WRONGTYPE a key of content:count:* is not a number')
+  end
+  if not newest[content] then
+    redis.call('STRLEN', KEYS[LAST + content]) -- setting it would overwrite a key of any type
+  end
+end
+for i = PAGE + 1, PAGE + N_PAGES do
+  redis.call('STRLEN', KEYS[i])
+end
+for i = BUCKET + 1, BUCKET + N_BUCKETS do
+  redis.call('ZCARD', KEYS[i])
+end
+local state = tonumber(redis.call('GET', KEYS[2]) or '')
+local complete = redis.call('ZCARD', KEYS[1]) > 0 and state ~= nil
+
+-- 2. Mark the events as seen; the old bit tells which are new.
+local marks, owners = {}, {}
+for i = 1, N_PAGES do
+  marks[i], owners[i] = {}, {}
+end
+for at = 1, #EVENTS, 16 do
+  local page, bit, content, bucket = struct.unpack('<i4i4i4i4', EVENTS, at)
+  local mark, owner = marks[page], owners[page]
+  local n, m = #mark, #owner
+  mark[n + 1], mark[n + 2], mark[n + 3], mark[n + 4] = 'SET', 'u1', bit, '1'
+  owner[m + 1], owner[m + 2] = content, bucket
+end
+
+local new, ranks = {}, {}
+for i = 1, N_BUCKETS do
+  ranks[i] = {}
+end
+for page, mark in ipairs(marks) do
+  local owner = owners[page]
+  for from = 0, #mark / 4 - 1, SLICE do
+    local to = math.min(from + SLICE, #mark / 4)
+    for i, seen in ipairs(redis.call('BITFIELD', KEYS[PAGE + page], unpack(mark, 4 * from + 1, 4 * to))) do
+      if seen == 0 then
+        local content, rank = owner[2 * (from + i) - 1], ranks[owner[2 * (from + i)]]
+        new[content] = (new[content] or 0) + 1
+        if rank then
+          rank[content] = (rank[content] or 0) + 1
+        end
+      end
+    end
+  end
+end
+
+-- 3. Count them, and keep what is newest.
+local pairs_to_set = {}
+local function put(key, value)
+  local n = #pairs_to_set
+  pairs_to_set[n + 1], pairs_to_set[n + 2] = key, value
+end
+for content = 1, N_CONTENTS do
+  if new[content] then
+    put(KEYS[COUNT + content], counts[content] + new[content])
+  end
+  local moment = ARGV[MOMENT + content]
+  if not newest[content] or newest[content] < moment then
+    put(KEYS[NEWEST + content], moment)
+    redis.call('SETEX', KEYS[LAST + content], KEEP_LAST, ARGV[EVENT + content])
+  end
+end
+set(pairs_to_set)
+
+-- 4. Rank them: in their bucket, and in the window if it holds that bucket.
+for i, rank in ipairs(ranks) do
+  local start = tonumber(ARGV[START + i])
+  local in_window = complete and start <= state and start >= state - SPAN
+  for content, n in pairs(rank) do
+    local id = string.sub(KEYS[COUNT + content], ID_FROM)
+    redis.call('ZINCRBY', KEYS[BUCKET + i], n, id)
+    if in_window then
+      redis.call('ZINCRBY', KEYS[1], n, id)
+    end
+  end
+  if next(rank) then
+    redis.call('EXPIRE', KEYS[BUCKET + i], ARGV[KEEP_BUCKET + i])
+  end
+end
+return complete and 1 or 0
