@@ -4,7 +4,7 @@
 --
 -- PostgreSQL 13 to 18, primary or standby, any role. Read the verdict first; the rest is its evidence:
 --   confirmed_lag  WAL that the reader has not confirmed: what it would be sent again, or has still to read
---   restart_lag    WAL that decoding begins with after a reconnect; a long transaction holds it back
+--   restart_lag    WAL that decoding begins with after a reconnect; a long transaction that writes holds it back
 --   retained_wal   the WAL files on this server's disk from the slot's oldest on
 --   safe_wal_size  WAL that may still be written before the slot is lost; empty: no limit (max_slot_wal_keep_size)
 --   time_lag       between a commit and its confirmation; last_reply: since the reader last spoke. Both empty when no
@@ -85,8 +85,10 @@ SELECT
             THEN 'BEHIND: a reader is connected, but ' || pg_size_pretty(confirmed_bytes) || ' is not confirmed.'
                 || ' If that grows, look at the reader: `python -m replicator status` names the slow sink'
         WHEN wal_status = 'extended'
-            THEN 'HELD BACK: the reader keeps up, but a long transaction makes it keep ' || pg_size_pretty(retained_bytes)
-                || ' of WAL. Look for the oldest xact_start in pg_stat_activity and in pg_prepared_xacts'
+            -- Decoding begins again where the oldest transaction began that has written something and has not ended.
+            THEN 'HELD BACK: the reader keeps up, yet ' || pg_size_pretty(retained_bytes) || ' of WAL is kept. If it'
+                || ' stays so, a transaction that has written is left open: look in pg_stat_activity for the oldest'
+                || ' xact_start that has a backend_xid, and in pg_prepared_xacts'
         ELSE 'OK'
     END AS verdict,
     coalesce(plugin, slot_type) AS plugin,
@@ -97,12 +99,12 @@ SELECT
     pg_size_pretty(confirmed_bytes) AS confirmed_lag,
     pg_size_pretty(restart_bytes) AS restart_lag,
     pg_size_pretty(retained_bytes) AS retained_wal,
-    pg_size_pretty(safe_wal_size) AS safe_wal,
+    pg_size_pretty(safe_wal_size) AS safe_wal_size,
     flush_lag AS time_lag,
     clock_timestamp() - reply_time AS last_reply,
     confirmed_bytes AS confirmed_lag_bytes,
     restart_bytes AS restart_lag_bytes,
     retained_bytes AS retained_wal_bytes,
-    safe_wal_size AS safe_wal_bytes
+    safe_wal_size AS safe_wal_size_bytes
 FROM lag
 ORDER BY slot_name;

@@ -26,7 +26,7 @@ from sqlalchemy.pool import Pool
 from checkpoint_store import SqlCheckpointStore, schema
 from devstack import DevStack
 from replicator.errors import CheckpointBackward, CheckpointError, CheckpointUnusable, SettingsError
-from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition
+from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, parse_lsn
 from replicator.protocols import CheckpointStore
 
 ROOT = Path(__file__).parents[2]
@@ -530,6 +530,18 @@ def test_numbers_are_not_given_again(store: CheckpointStore) -> None:
     store.drop_dead_letters("s", [first.id])
     store.add_dead_letters("s", [letter(2)])
     assert [found.ordinal for found in store.dead_letters("s", after_id=first.id)] == [2]
+
+
+def test_lsns_sort_in_the_database_as_numbers(database: Database, store: CheckpointStore) -> None:
+    """An operator's ORDER BY is right on both sides of every power of two that could matter."""
+    lsns = sorted({lsn for power in (0, 4, 31, 32, 36, 63, 64) for lsn in (2**power - 1, 2**power) if lsn <= LAST_LSN})
+    letters = [msgspec.structs.replace(letter(1), commit_lsn=lsn) for lsn in lsns]
+    store.add_dead_letters("s", letters[::-1])
+    engine = database.engine()
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT commit_lsn FROM replicator_dead_letters ORDER BY commit_lsn")).all()
+    engine.dispose()
+    assert lsns == [parse_lsn(commit_lsn) for (commit_lsn,) in rows]
 
 
 # --- settings
