@@ -184,6 +184,7 @@ def test_postgres_decodes_and_guards_its_disk() -> None:
     command = _service("pg")["command"]
     settings = dict(option.split("=") for option in command if "=" in option)
     assert settings["wal_level"] == "logical"
+    assert "wal2json" in settings["output_plugin_libraries"].split(",")
     assert "max_slot_wal_keep_size" in settings
     assert '"postgresql-${PG_MAJOR}-wal2json"' in _dockerfile("pg")
 
