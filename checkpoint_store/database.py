@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError
 
 from replicator.errors import CheckpointError, CheckpointUnavailable, CheckpointUnusable, SettingsError
 
@@ -27,6 +27,11 @@ SQLITE_BUSY_TIMEOUT_SECONDS = 5.0
 WAL_TRIES = 20  # each fails only because another program won; there are hardly ever two
 # A database server that has gone silent is an error after this time, not a thread that hangs for ever.
 POSTGRES_LIMITS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
+
+TABLES_CURE = (
+    f"See that {URL_SETTING} is what you mean, that its user may read and write the tables replicator_*, and that"
+    " they are as `python -m replicator init` made them"
+)
 
 # By SQLite's primary result code: what the operator has to know that SQLite's own words don't say.
 SQLITE_PROBLEMS = {
@@ -75,7 +80,10 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
     first_line = next(iter(message.splitlines()), "")
     if url.password:
         first_line = first_line.replace(str(url.password), "***")
-    return CheckpointUnavailable(detail=f"{dialect.name}: {type(orig).__name__}: {first_line}")
+    words = f"{dialect.name}: {type(orig).__name__}: {first_line}"
+    if isinstance(exc, (ProgrammingError, DataError)):  # no table, no right, no such option: trying again won't help
+        return CheckpointUnusable(problem=words, cure=TABLES_CURE)
+    return CheckpointUnavailable(detail=words)
 
 
 def _parse(url: str) -> URL:
@@ -166,6 +174,8 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
             "Put the file aside or name another one in REPLICATOR_CHECKPOINT_URL, then run `python -m replicator init`"
         )
         return CheckpointUnusable(problem=f"{path}: {SQLITE_UNUSABLE[code]}", cure=cure)
+    if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or of another shape
+        return CheckpointUnusable(problem=f"{path}: {error}", cure=TABLES_CURE)
     words = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
     return CheckpointUnavailable(detail=f"{path}: {words}")
 

@@ -25,7 +25,13 @@ from sqlalchemy.pool import Pool
 
 from checkpoint_store import SqlCheckpointStore, schema
 from devstack import DevStack
-from replicator.errors import CheckpointBackward, CheckpointError, CheckpointUnusable, SettingsError
+from replicator.errors import (
+    CheckpointBackward,
+    CheckpointError,
+    CheckpointUnavailable,
+    CheckpointUnusable,
+    SettingsError,
+)
 from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, parse_lsn
 from replicator.protocols import CheckpointStore
 
@@ -440,6 +446,14 @@ def test_a_failed_upgrade_changes_nothing(
     assert before == database.shape()
 
 
+def test_a_table_that_is_gone_is_not_waited_for(database: Database, store: CheckpointStore) -> None:
+    """Trying again would not bring it back: the error stops the program and names the cure."""
+    store.save(at(1000))
+    database.execute("DROP TABLE replicator_sink_positions")
+    with pytest.raises(CheckpointUnusable, match=r"replicator_sink_positions.*python -m replicator init"):
+        store.save(at(2000))
+
+
 # --- dead letters
 
 
@@ -630,7 +644,7 @@ def test_a_read_only_file_says_so(sqlite_path: Path) -> None:
     """Reading works, saving says why not."""
     store = SqlCheckpointStore(f"sqlite:///file:{sqlite_path}?mode=ro&uri=true")
     assert at(100) == loaded(store)
-    with pytest.raises(CheckpointError, match="read-only"):
+    with pytest.raises(CheckpointUnavailable, match="read-only"):
         store.save(at(200))
     store.close()
 
@@ -640,7 +654,7 @@ def test_a_locked_file_says_so(sqlite_path: Path) -> None:
     store = SqlCheckpointStore(f"sqlite:///{sqlite_path}?timeout=0.05")
     holder = sqlite3.connect(sqlite_path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(CheckpointError, match="another process holds the file locked"):
+    with pytest.raises(CheckpointUnavailable, match="another process holds the file locked"):
         store.save(at(200))
     holder.execute("ROLLBACK")
     holder.close()
@@ -657,7 +671,7 @@ def test_a_full_disk_says_so_and_keeps_what_was_stored(sqlite_path: Path) -> Non
 
     store = SqlCheckpointStore(f"sqlite:///{sqlite_path}")
     letters = [letter(n, reason="x" * 1000) for n in range(100)]
-    with on_pool("connect", limit), pytest.raises(CheckpointError, match="the disk is full") as caught:
+    with on_pool("connect", limit), pytest.raises(CheckpointUnavailable, match="the disk is full") as caught:
         store.add_dead_letters("s", letters)
     assert "xxx" not in "".join(traceback.format_exception(caught.value))
     assert store.count_dead_letters("s") == {}
@@ -667,11 +681,28 @@ def test_a_full_disk_says_so_and_keeps_what_was_stored(sqlite_path: Path) -> Non
 # --- PostgreSQL
 
 
+def test_a_user_without_rights_is_not_waited_for(stack: DevStack) -> None:
+    """The tables are somebody else's: an operator has to grant something."""
+    url = make_url(make_postgres_database(stack).url)
+    store = SqlCheckpointStore(url.render_as_string(hide_password=False))
+    store.create()
+    store.close()
+    name = str(url.query["options"]).partition("=")[2]
+    with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+        connection.execute("CREATE ROLE stranger LOGIN PASSWORD 'stranger'")
+        connection.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO stranger").format(sql.Identifier(name)))
+    login = url.set(username="stranger", password="stranger")  # noqa: S106  the test's own role
+    stranger = SqlCheckpointStore(login.render_as_string(hide_password=False))
+    with pytest.raises(CheckpointUnusable, match="permission denied"):
+        stranger.load("s")
+    stranger.close()
+
+
 def test_a_password_is_never_shown(stack: DevStack) -> None:
     """A refused login names user and server only."""
     url = make_url(stack.postgres.dsn).set(password="hunter2")  # noqa: S106  the wrong one
     store = SqlCheckpointStore(url.render_as_string(hide_password=False))
-    with pytest.raises(CheckpointError, match="authentication failed") as caught:
+    with pytest.raises(CheckpointUnavailable, match="authentication failed") as caught:
         store.load("s")
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
     store.close()
@@ -683,7 +714,7 @@ def test_a_server_that_is_away_is_one_clear_error(stack: DevStack) -> None:
     store.create()
     store.save(at(1000))
     stack.postgres.stop()
-    with pytest.raises(CheckpointError, match="Connection refused"):
+    with pytest.raises(CheckpointUnavailable, match="Connection refused"):
         store.save(at(2000))
     stack.postgres.start()
     store.save(at(3000))
