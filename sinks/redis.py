@@ -21,11 +21,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoPermissionError, RedisError
+from redis.typing import EncodableT
 
 from replicator.errors import SinkError
 from replicator.events import Event, Finding, Refusal
 from replicator.settings import Settings, variable
-from sinks.redis_batch import BUCKET_SECONDS, Call, pack, slide
+from sinks.redis_batch import BUCKET_SECONDS, Call, pack, slide_call
 from sinks.redis_errors import is_read_only, sink_error
 from sinks.redis_info import findings
 
@@ -39,11 +40,11 @@ class RedisSettings(Settings):
     """Options of the Redis sink."""
 
     redis_url: SecretStr = Field(
-        SecretStr("redis://localhost:6379/0"),
+        default=SecretStr("redis://localhost:6379/0"),
         description="a redis://, rediss:// or unix:// URL, with redis-py's query options (ssl_ca_certs and the like)",
     )
     redis_timeout_seconds: float = Field(
-        5.0,  # a write takes some 10 ms, building the window anew at worst a second or so
+        default=5.0,  # a write takes some 10 ms, building the window anew at worst a second or so
         gt=0,
         le=600,
         description="seconds that connecting to Redis, and an answer from it, may take, up to 600",
@@ -63,9 +64,9 @@ class RedisSettings(Settings):
 class _PackedInC:
     """Mixed into redis-py's asyncio connections, which build a command in Python: 2 µs an event more than hiredis."""
 
-    def pack_command(self, name: str, *args: str | int | float | bytes) -> list[bytes]:
+    def pack_command(self, name: str, *args: EncodableT) -> list[bytes]:
         """The command on the wire; redis-py's names may be two words."""
-        return [hiredis.pack_command((*name.split(), *args))]
+        return [hiredis.pack_command((*name.split(), *args))]  # type: ignore[arg-type]  # its stub knows one argument
 
 
 def _pool(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
@@ -100,10 +101,10 @@ class RedisSink:
 
     def __init__(self, settings: RedisSettings, *, clock: Callable[[], float] = time.time) -> None:
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
-        self._redis = Redis(connection_pool=pool)
+        self._redis = Redis.from_pool(pool)
         self._address = _address(pool)
-        self._write = self._script("redis_write.lua")
-        self._slide = self._script("redis_slide.lua")
+        self._write_script = self._script("redis_write.lua")
+        self._slide_script = self._script("redis_slide.lua")
         self._clock = clock
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
@@ -118,7 +119,7 @@ class RedisSink:
     async def open(self) -> None:
         """Try everything on keys of a probe, bring the window to the present, and start to keep it there."""
         await self._probe()
-        await self._slide_window()
+        await self.slide()
         if self._slider is None:
             self._slider = asyncio.create_task(self._keep_window(), name="redis window")
 
@@ -144,10 +145,19 @@ class RedisSink:
         batch = pack(events, self._clock())
         if len(batch.refused) == len(events):
             return batch.refused
-        complete = await self._run(self._write, batch.call)
+        complete = await self._run(self._write_script, batch.call)
         if self._window_failed or (batch.ranked and not complete):
-            await self._slide_window()
+            await self.slide()
         return batch.refused
+
+    async def slide(self) -> None:
+        """Bring the window to the present; once open, the sink does so by itself every second."""
+        try:
+            await self._run(self._slide_script, slide_call(self._clock()))
+        except SinkError:
+            self._window_failed = True
+            raise
+        self._window_failed = False
 
     async def close(self) -> None:
         """Stop keeping the window, which then expires; release connections."""
@@ -165,21 +175,13 @@ class RedisSink:
             await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
             failed_before = self._window_failed
             try:
-                await self._slide_window()
+                await self.slide()
             except SinkError as exc:
                 if not failed_before:
                     _log.warning("top:content:10m can't be kept right and will expire: %s", exc)
             else:
                 if failed_before:
                     _log.info("top:content:10m is kept right again")
-
-    async def _slide_window(self) -> None:
-        try:
-            await self._run(self._slide, slide(self._clock()))
-        except SinkError:
-            self._window_failed = True
-            raise
-        self._window_failed = False
 
     async def _run(self, script: AsyncScript, call: Call) -> int | None:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""
@@ -200,10 +202,10 @@ class RedisSink:
         """
         now = self._clock()
         calls = [
-            (self._write, pack([_probe_event(1, now)], now).call),
-            (self._slide, slide(now)),
-            (self._write, pack([_probe_event(2, now)], now).call),
-            (self._slide, slide(now + BUCKET_SECONDS)),
+            (self._write_script, pack([_probe_event(1, now)], now).call),
+            (self._slide_script, slide_call(now)),
+            (self._write_script, pack([_probe_event(2, now)], now).call),
+            (self._slide_script, slide_call(now + BUCKET_SECONDS)),
         ]
         try:
             async with self._redis.pipeline(transaction=True) as pipeline:

@@ -129,7 +129,7 @@ def _write_call(
     return Call(keys, args)
 
 
-def slide(now: float) -> Call:
+def slide_call(now: float) -> Call:
     """The window at `now`, for `redis_slide.lua`: its buckets, and those it may have to let go."""
     newest = bucket_of(now)
     first = newest - WINDOW_SPAN_SECONDS - SLIDE_SECONDS_MAX

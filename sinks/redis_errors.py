@@ -21,12 +21,19 @@ TRY_LATER = frozenset(
     {"BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"}
 )
 TURNED_AWAY = frozenset({"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"})
+# Without a code: Redis 7 on a right that is missing in a script, and on a long command before a password.
+TURNED_AWAY_WORDINGS = ("The user executing the script can't", "unauthenticated")
+NO_SUCH_DATABASE = "DB index is out of range"
 CLUSTER = frozenset({"ASK", "CROSSSLOT", "MOVED"})
 
 TURNED_AWAY_CURE = (
     "See that user and password in REPLICATOR_REDIS_URL are right, and that the user has what the sink needs: "
     "ACL SETUSER name ~content:* ~top:content:* ~engagement:seen:* +@read +@write +@scripting +@transaction "
     "+@connection +info"
+)
+CERTIFICATE_CURE = (
+    "See that the certificate is in date and names the host in REPLICATOR_REDIS_URL, and that the URL's ssl_ca_certs "
+    "holds the authority that signed it, if that is a private one"
 )
 DATABASE_CURE = "See that the database number in REPLICATOR_REDIS_URL is one that Redis has"
 CLUSTER_CURE = "A write changes many keys as one, which Redis Cluster does not do: use a Redis without cluster mode"
@@ -41,9 +48,11 @@ def sink_error(sink: str, exc: RedisError) -> SinkError:
     """What to raise for `exc`."""
     detail = _detail(exc)
     words = _words(exc)
-    if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY:
+    if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
         return SinkMisconfigured(sink=sink, detail=detail, cure=TURNED_AWAY_CURE)
-    if "Invalid Database" in detail:
+    if "CERTIFICATE_VERIFY_FAILED" in words:
+        return SinkMisconfigured(sink=sink, detail=detail, cure=CERTIFICATE_CURE)
+    if NO_SUCH_DATABASE in detail:
         return SinkMisconfigured(sink=sink, detail=detail, cure=DATABASE_CURE)
     if isinstance(exc, (ConnectionError, TimeoutError)) or words & TRY_LATER:
         return SinkUnavailable(sink=sink, detail=detail)
@@ -68,12 +77,12 @@ _TURNED_AWAY_CLASSES = (
 
 def _words(exc: RedisError) -> set[str]:
     """Words in capitals: Redis's code is one, the first unless an old Redis passes on what failed in a script."""
-    return set(re.findall(r"\b[A-Z]{3,}\b", f"{exc.status_code or ''} {exc}"))
+    return set(re.findall(r"\b[A-Z_]{3,}\b", f"{exc.status_code or ''} {exc}"))
 
 
 def _detail(exc: RedisError) -> str:
     """Redis's words, without where in the script, and without the arguments that some of them repeat."""
     text = str(exc).partition(" script: ")[0].partition(", with args beginning")[0]
-    text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: ", "", text, flags=re.DOTALL)
+    text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
     code = f"{exc.status_code} " if exc.status_code else ""
     return (code + text).strip().rstrip(".") or type(exc).__name__
