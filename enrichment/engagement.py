@@ -111,8 +111,9 @@ class Reader:
         columns = row.columns
         at_id, at_content, at_user, at_type, at_ts, at_duration, at_device = self._places
         try:
-            c_id, c_content, c_user, c_type = columns[at_id], columns[at_content], columns[at_user], columns[at_type]
-            c_ts, c_duration, c_device = columns[at_ts], columns[at_duration], columns[at_device]
+            c_id, c_content, c_user = columns[at_id], columns[at_content], columns[at_user]
+            c_type, c_ts = columns[at_type], columns[at_ts]
+            c_duration, c_device = columns[at_duration], columns[at_device]
         except IndexError:
             return self._read_again(row)
         if (
@@ -126,7 +127,8 @@ class Reader:
         ):
             return self._read_again(row)
         event_id, content_id, user_id = c_id.value, c_content.value, c_user.value
-        event_type, text, duration_ms, device = c_type.value, c_ts.value, c_duration.value, c_device.value
+        event_type, text = c_type.value, c_ts.value
+        duration_ms, device = c_duration.value, c_device.value
         if not (
             type(event_id) is int
             and type(content_id) is int

@@ -135,13 +135,15 @@ class EngagementEnricher:
 
     def _plan(self, rows: Sequence[Row]) -> _Plan:
         plan, read, known = _Plan(), self._reader.read, self._contents.known
+        append, told = plan.drafts.append, plan.told
         for row in rows:
             try:
                 if row.action == "I" and row.table == engagement.TABLE and row.schema == engagement.SCHEMA:
                     draft = read(row)
-                    if draft[engagement.CONTENT_ID] not in known and draft[engagement.CONTENT_ID] not in plan.told:
-                        plan.unknown.add(draft[engagement.CONTENT_ID])
-                    plan.drafts.append(draft)
+                    content_id = draft[engagement.CONTENT_ID]
+                    if content_id not in known and content_id not in told:
+                        plan.unknown.add(content_id)
+                    append(draft)
                 else:
                     _plan_other(plan, row)
             except RowUnusable as exc:
