@@ -21,6 +21,7 @@ DATABASE = "engagement"
 ROLE = "app"
 PASSWORD = "app"  # noqa: S105  a private server on the loopback interface, the same as the compose file's
 ACCOUNT = "postgres"  # PostgreSQL refuses to run as root
+ALLOWED_PLUGINS = "output_plugin_libraries"
 SETTINGS = {
     "wal_level": "logical",
     "max_replication_slots": "20",
@@ -138,8 +139,17 @@ class Postgres(Service):
             "port": str(self.port),
             "unix_socket_directories": str(self.folder),
         }
-        lines = [f"{name} = '{value}'\n" for name, value in {**self.settings, **where}.items()]
+        settings = {**self._plugin_settings(), **self.settings, **where}
+        lines = [f"{name} = '{value}'\n" for name, value in settings.items()]
         (self._data / "devstack.conf").write_text("".join(lines), encoding="utf-8")
+
+    def _plugin_settings(self) -> dict[str, str]:
+        """Allow wal2json by name where the server wants that: since the releases of August 2026 (CVE-2026-6471).
+
+        An older server won't start with a setting that it does not know.
+        """
+        known = subprocess.check_output([self.bin_dir / "postgres", "--describe-config"], text=True)
+        return {ALLOWED_PLUGINS: "pgoutput, test_decoding, wal2json"} if f"{ALLOWED_PLUGINS}\t" in known else {}
 
     @staticmethod
     def _create_database(connection: psycopg.Connection) -> None:

@@ -54,8 +54,8 @@ def tree(pid: int) -> list[int]:
     """A process and its descendants, parents first: a paused parent starts no more."""
     found = [pid]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # ended meanwhile: its children, if any, are no longer its own
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):
                 found.extend(int(child) for child in children.read_text().split())
     return found
 

@@ -29,6 +29,8 @@ RETRY_BASE_SECONDS = 0.1
 """Upper end of the first pause; it doubles up to the setting's maximum (AWS, "Exponential Backoff And Jitter")."""
 MISCONFIGURED_SECONDS = 30.0
 """Pause while a destination turns us away: only an operator can mend it, and it should not look like an attack."""
+RETRY_AFTER_MAX_SECONDS = 900.0
+"""A destination may name a time, but a broken one must not silence its lane for days."""
 COMPLAINT_SECONDS = 30.0
 """A lane in trouble says so when it begins and then once in this time."""
 
@@ -256,7 +258,10 @@ class Lane:
             try:
                 await call()
             except SinkUnavailable as exc:
-                pause = backoff(attempt, self._retry_max_seconds) if exc.retry_after is None else exc.retry_after
+                named = exc.retry_after
+                pause = (
+                    backoff(attempt, self._retry_max_seconds) if named is None else min(named, RETRY_AFTER_MAX_SECONDS)
+                )
                 self._complain(exc)
             except SinkMisconfigured as exc:
                 pause = min(MISCONFIGURED_SECONDS, self._retry_max_seconds)

@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from replicator import slot as slots
-from replicator.errors import CheckpointError, ReplicatorError, SourceUnavailable
+from replicator.errors import CheckpointError, SourceError, SourceUnavailable
 from replicator.events import Finding, format_lsn
 from replicator.protocols import CheckpointStore, Enricher, Sink
 from replicator.settings import CoreSettings
@@ -117,27 +117,27 @@ def _plugin(connection: psycopg.Connection) -> Finding:
 async def _continuity(
     dsn: str, settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
-    """Slot and checkpoint, and whether the two fit together."""
+    """Slot and checkpoint, and whether the two fit together. In this order: a replicator that runs moves both."""
+    source = Source(dsn, settings.slot, enricher.tables)
+    try:
+        identity, state = await source.connect()
+    except SourceUnavailable as exc:
+        yield Finding(False, f"replication connection: {exc.facts['detail']}", "Allow it in pg_hba.conf (database too)")
+        return
+    finally:
+        source.close()
     try:
         checkpoint = await asyncio.to_thread(store.load, settings.slot)
         at = f"at {format_lsn(checkpoint.end_lsn)}" if checkpoint else "empty: the first start begins at the slot"
         yield Finding(True, f"checkpoint database: {at}")
+        known = checkpoint and slots.of_sinks(checkpoint, {sink.name for sink in sinks})
+        slots.verify(settings.slot, state, identity, known)
     except CheckpointError as exc:
         yield Finding(False, "checkpoint database", str(exc))
-        return
-    source = Source(dsn, settings.slot, enricher.tables)
-    try:
-        identity, state = await source.connect()
-        if checkpoint is not None:
-            checkpoint = slots.of_sinks(checkpoint, [sink.name for sink in sinks])
-        slots.verify(settings.slot, state, identity, checkpoint)
-        yield _slot(settings.slot, state)
-    except SourceUnavailable as exc:
-        yield Finding(False, f"replication connection: {exc.facts['detail']}", "Allow it in pg_hba.conf (database too)")
-    except ReplicatorError as exc:
+    except SourceError as exc:
         yield Finding(False, f"replication slot {settings.slot}", str(exc))
-    finally:
-        source.close()
+    else:
+        yield _slot(settings.slot, state)
 
 
 def _slot(name: str, state: slots.SlotState | None) -> Finding:

@@ -119,6 +119,10 @@ def drop(connection: psycopg.Connection, slot: str) -> None:
 
 def unusable(sqlstate: str | None, message: str) -> SourceUnusable:
     """What a refusal to create or read a slot means, with its cure."""
+    if "output plugin" in message:  # PostgreSQL 15.19, 16.15, 17.11, 18.6 and later: CVE-2026-6471
+        return SourceUnusable(
+            problem=message, cure=f"ALTER SYSTEM SET output_plugin_libraries = '{PLUGIN}', then reload"
+        )
     cures = {
         _WRONG_STATE: "Set wal_level = logical in postgresql.conf and restart PostgreSQL",
         _NO_FILE: "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",

@@ -8,7 +8,7 @@ from replicator.events import Finding
 
 VERSION_MIN = (6, 0)  # the commands are older; from here on every right is checked before a script begins
 
-Info = Mapping[str, str | int | float]
+Info = Mapping[str, str | float]
 
 
 def findings(info: Info) -> list[Finding]:

@@ -1,0 +1,1 @@
+"""Throughput and latency of the real program, beside pg_recvlogical: `python -m benchmarks`."""
