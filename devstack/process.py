@@ -1,7 +1,7 @@
 """One server program as a child process: start it and wait until it answers, stop, kill, pause; its log in a file.
 
-What each server needs (its command, and how to tell that it answers) is in `postgres`, `redis`, `clickhouse` and
-`api`; `watchdog` ends what is left when this process dies before it could.
+What each server needs (its command, and how to tell that it answers) is in `postgres`, `redis`, `clickhouse`, `api`
+and `replicator`; `watchdog` ends what is left when this process dies before it could.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Service(ABC):
     def environment(self) -> dict[str, str]:
         """The replicator's settings that lead here."""
 
+    def variables(self) -> dict[str, str]:
+        """The environment of its process."""
+        return dict(os.environ)
+
     def ask_to_stop(self) -> None:
         """Begin an orderly stop."""
         send(self.stop_signal, [self.pid])
@@ -180,7 +184,7 @@ class Service(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *PYTHONPATH]), "TZ": "UTC"},
+                env=self.variables() | {"PYTHONPATH": os.pathsep.join([str(ROOT), *PYTHONPATH]), "TZ": "UTC"},
                 start_new_session=True,
                 user=self.user,
                 group=self.user,

@@ -14,6 +14,7 @@ from devstack.clickhouse import ClickHouse
 from devstack.postgres import Postgres
 from devstack.process import DevStackError, Service, free_port
 from devstack.redis import Redis
+from devstack.replicator import Replicator
 from devstack.watchdog import Watchdog
 
 NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
@@ -46,6 +47,7 @@ class DevStack:
             "api": Api,
         }
         self._services: dict[str, Service] = {}
+        self._replicators: list[Replicator] = []
         self._watchdog: Watchdog | None = None
         self._admin_port = free_port()
 
@@ -98,12 +100,25 @@ class DevStack:
             variables.update(service.environment())
         return variables
 
+    def replicator(self, slot: str = "engagement_slot", **settings: str) -> Replicator:
+        """A replicator of this stack, not started yet, with a checkpoint of its own; it ends with the stack.
+
+        `settings` are more of its variables, such as REPLICATOR_HTTP_BATCH_SIZE="500".
+        """
+        if self._watchdog is None:
+            raise DevStackError("the stack isn't running: with DevStack(...) as stack")
+        folder = self.folder / slot
+        folder.mkdir()
+        made = Replicator(folder, self._watchdog, {**self.environment(), "REPLICATOR_SLOT": slot, **settings})
+        self._replicators.append(made)
+        return made
+
     def close(self) -> None:
         """End everything at once and remove the folder: what is in it is of no use any more."""
         if self._watchdog is None:
             return
         try:
-            for service in self._services.values():
+            for service in (*self._replicators, *self._services.values()):
                 service.kill()
         finally:
             self._watchdog.close()

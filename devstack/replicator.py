@@ -1,0 +1,56 @@
+"""The real replicator as a process of its own, reading from and writing to a stack; `process` runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from devstack.control import fetch
+from devstack.process import Service, python
+from devstack.watchdog import Watchdog
+
+PREFIX = "REPLICATOR_"
+
+
+class Replicator(Service):
+    """`python -m replicator` with these settings; those of the caller's environment don't reach it."""
+
+    name = "replicator"
+
+    def __init__(self, folder: Path, watchdog: Watchdog, settings: Mapping[str, str]) -> None:
+        super().__init__(folder, watchdog)
+        checkpoint = {"REPLICATOR_CHECKPOINT_URL": f"sqlite:///{self.folder}/checkpoint.db"}
+        self.settings = {**checkpoint, **settings, "REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{self.port}"}
+        """Read at every start."""
+
+    @property
+    def url(self) -> str:
+        """Of its admin endpoints."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return dict(msgspec.json.decode(fetch(f"{self.url}/status")))
+
+    def command(self) -> list[str]:
+        """The program."""
+        return python("replicator")
+
+    def variables(self) -> dict[str, str]:
+        """The environment of its process."""
+        return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | self.settings
+
+    def environment(self) -> dict[str, str]:
+        """Nothing leads here."""
+        return {}
+
+    def answers(self) -> bool:
+        """Whether it reads its slot."""
+        try:
+            return bool(self.status()["connected"])
+        except OSError:
+            return False

@@ -1,0 +1,116 @@
+"""What the demo shows while it runs: one look at everything, as a table for a terminal or a line for a log.
+
+What is shown is asked from outside: PostgreSQL, the sinks themselves, and the replicator's admin endpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import psycopg
+import redis
+from rich.console import Group
+from rich.table import Table
+
+from devstack.comparison import Counts, count
+from devstack.replicator import Replicator
+from devstack.stack import DevStack
+
+TOP = 5
+
+LAG = """
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint, confirmed_flush_lsn::text,
+       pg_current_wal_lsn()::text
+FROM pg_replication_slots WHERE slot_name = %s
+"""
+
+COUNTED_AS = {"clickhouse": "ClickHouse", "redis": "Redis", "http": "API"}
+
+
+class Look(NamedTuple):
+    """One look at everything."""
+
+    second: float
+    counts: Counts
+    lag_bytes: int
+    confirmed: str
+    server: str
+    status: dict[str, Any]
+    top: list[tuple[str, int]]
+    """Content and events in the last 10 minutes."""
+
+    @property
+    def sinks(self) -> dict[str, dict[str, Any]]:
+        """What the replicator says of each."""
+        return dict(self.status["sinks"])
+
+
+def look(stack: DevStack, replicator: Replicator, second: float) -> Look:
+    """Ask everybody. Raises OSError when the replicator does not answer."""
+    status = replicator.status()
+    with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+        found = connection.execute(LAG, [replicator.settings["REPLICATOR_SLOT"]]).fetchone()
+    lag_bytes, confirmed, server = found or (0, "-", "-")
+    with redis.Redis.from_url(stack.redis.url, decode_responses=True) as client:
+        top = client.zrange("top:content:10m", 0, TOP - 1, desc=True, withscores=True)
+    return Look(second, count(stack), lag_bytes, confirmed, server, status, [(name, int(n)) for name, n in top])
+
+
+def lag_seconds(now: Look) -> float:
+    """The slowest sink's."""
+    return max((float(sink["lag_seconds"]) for sink in now.sinks.values()), default=0.0)
+
+
+def dead_letters(now: Look) -> int:
+    """Of all sinks."""
+    return sum(int(sink["dead_letters"]) for sink in now.sinks.values())
+
+
+def as_table(now: Look, before: Look | None) -> Group:
+    """For a terminal."""
+    table = Table(title=f"replicating for {now.second:.0f} s", title_justify="left")
+    table.add_column("")
+    for heading in ("events", "events/s", "waiting", "lag", "dead letters"):
+        table.add_column(heading, justify="right")
+    table.add_column("position")
+    rate = _rate(now, before, now.counts.postgres, before.counts.postgres if before else 0)
+    table.add_row("PostgreSQL", f"{now.counts.postgres:,}", rate, "", f"{now.lag_bytes:,} bytes", "", now.server)
+    for name, sink in now.sinks.items():
+        held, held_before = _count(now, name), _count(before, name) if before else 0
+        table.add_row(
+            COUNTED_AS[name],
+            f"{held:,}",
+            _rate(now, before, held, held_before),
+            f"{sink['waiting']:,}",
+            f"{sink['lag_seconds']:.1f} s",
+            f"{sink['dead_letters']}",
+            f"{sink['written_lsn']} {sink['trouble']}",
+        )
+    table.add_row("confirmed", "", "", "", "", "", now.confirmed)
+    top = Table(title="top content of the last 10 minutes, from Redis", title_justify="left")
+    top.add_column("content", justify="right")
+    top.add_column("events", justify="right")
+    for content, events in now.top:
+        top.add_row(content, f"{events:,}")
+    return Group(table, top)
+
+
+def as_line(now: Look, before: Look | None) -> str:
+    """For a log."""
+    counts = " ".join(f"{COUNTED_AS[name]} {_count(now, name)}" for name in now.sinks)
+    top = " ".join(f"{content}:{events}" for content, events in now.top)
+    rate = _rate(now, before, now.counts.postgres, before.counts.postgres if before else 0)
+    return (
+        f"{now.second:4.0f} s  {rate} events/s  PostgreSQL {now.counts.postgres} {counts}  "
+        f"lag {now.lag_bytes} bytes {lag_seconds(now):.1f} s  dead letters {dead_letters(now)}  top {top}"
+    )
+
+
+def _count(now: Look, sink: str) -> int:
+    return {"clickhouse": now.counts.clickhouse, "redis": now.counts.redis, "http": now.counts.api}[sink]
+
+
+def _rate(now: Look, before: Look | None, count_now: int, count_before: int) -> str:
+    if before is None or now.second <= before.second:
+        return "-"
+    return f"{(count_now - count_before) / (now.second - before.second):,.0f}"
