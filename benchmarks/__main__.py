@@ -1,0 +1,153 @@
+"""`python -m benchmarks`: throughput and latency of the real program on private servers, beside pg_recvlogical.
+
+`drain` measures throughput, `latency` latency; this module runs them, aggregates, and prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import msgspec
+import psycopg
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import backlog, drain, latency, machine
+from benchmarks.drain import Drained
+from benchmarks.latency import Latencies
+from devstack import DevStack, DevStackError
+from devstack.process import ROOT
+
+PARTS = ("bulk", "single", "latency")
+BULK_TRANSACTION_ROWS = 1_000
+WIDTH = 100  # the tables need some 80 columns; a log has no width of its own
+SINGLE_SHARE = 5  # the backlog of single-row transactions has a fifth of --rows
+
+Pairs = list[tuple[Drained, Drained]]
+
+
+def main() -> int:
+    """Run what is asked for; 1 when a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=PARTS, action="append", help="run this part (all)")
+    parser.add_argument("--rows", type=int, default=500_000, help="of the bulk backlog; single has a fifth (500000)")
+    parser.add_argument("--runs", type=int, default=3, help="of each reader, in turn (3)")
+    parser.add_argument("--rate", type=int, default=1_000, help="commits/s of the latency part (1000)")
+    parser.add_argument("--seconds", type=int, default=15, help="of the latency part, after its warm-up (15)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = run(args, args.only or PARTS)
+    except DevStackError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    print(msgspec.json.format(msgspec.json.encode(result)).decode()) if args.json else show(result)
+    return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
+    """Every part's result, on one stack."""
+    settings = {"track_commit_timestamp": "on"}  # the latency part's clock
+    with DevStack(*DevStack.SERVICES, postgres_settings=settings) as stack:
+        with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+            connection.execute((ROOT / "sql" / "source_schema.sql").read_bytes())
+            backlog.prepare(connection)
+        result: dict[str, Any] = {
+            "machine": machine.facts(stack.postgres.dsn),
+            "http_batch_size": drain.HTTP_BATCH_SIZE,
+        }
+        if "bulk" in parts:
+            result["bulk"] = _drain(stack, "bulk", args.rows // BULK_TRANSACTION_ROWS, BULK_TRANSACTION_ROWS, args.runs)
+        if "single" in parts:
+            result["single"] = _drain(stack, "single", args.rows // SINGLE_SHARE, 1, args.runs)
+        if "latency" in parts:
+            _say(f"latency at {args.rate} commits/s for {args.seconds} s")
+            result["latency"] = latency.measure(stack, rate=args.rate, seconds=args.seconds)
+        return result
+
+
+def _drain(stack: DevStack, name: str, transactions: int, size: int, runs: int) -> Pairs:
+    _say(f"{name}: {transactions} transactions of {size}, {runs} runs each")
+    with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+        made = backlog.make(connection, f"bench_{name}", transactions=transactions, size=size)
+        pairs = drain.alternate(stack, made, runs)
+        backlog.drop(connection, made.slot)
+    return pairs
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables."""
+    console = Console(width=WIDTH, soft_wrap=True, highlight=False)
+    for part, title in (("bulk", "transactions of 1,000 rows"), ("single", "single-row transactions")):
+        if part in result:
+            console.print(_throughput(title, result[part]))
+    if "latency" in result:
+        console.print(_latency(result["latency"]))
+    console.print(
+        f"{result['machine']}; HTTP batch size {result['http_batch_size']}; medians; everything on one machine"
+    )
+
+
+def _throughput(title: str, pairs: Pairs) -> Table:
+    rows = pairs[0][0].rows
+    table = Table(title=f"{rows:,} rows, {title}", title_justify="left")
+    table.add_column("")
+    for heading in ("rows/s", "of pg_recvlogical", "CPU µs a row", "peak MB"):
+        table.add_column(heading, justify="right")
+    plain, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    table.add_row("pg_recvlogical", *_rates(plain, "pg_recvlogical"), _cost(plain, "pg_recvlogical"))
+    for sink in ours[0].seconds:
+        table.add_row(f"  until {sink} has all", *_rates(ours, sink, plain))
+    ratios = [our.rows_per_second / their.rows_per_second for their, our in pairs]
+    speed = median(our.rows_per_second for our in ours)
+    peak = max(our.peak_memory_mb or 0 for our in ours)
+    told = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    table.add_row("replicator, all sinks", f"{speed:,.0f}", told, _cost(ours, "replicator"), f"{peak:.0f}")
+    for name in list(ours[0].cpu_us)[1:]:
+        table.add_row(f"  {name} meanwhile", "", "", _cost(ours, name))
+    return table
+
+
+def _rates(results: list[Drained], name: str, plain: list[Drained] | None = None) -> tuple[str, str]:
+    rates = [result.rows / result.seconds[name] for result in results]
+    if plain is None:
+        return f"{median(rates):,.0f}", ""
+    ratios = [rate / their.rows_per_second for rate, their in zip(rates, plain, strict=True)]
+    return f"{median(rates):,.0f}", f"{median(ratios):.2f}"
+
+
+def _cost(results: list[Drained], process: str) -> str:
+    return f"{median(result.cpu_us[process] for result in results):.1f}"
+
+
+def _latency(found: Latencies) -> Table:
+    title = f"commit to visible at {found.commits_per_second:,.0f} commits/s, {found.commits:,} commits"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("p50 ms", "p99 ms", "max ms"):
+        table.add_column(heading, justify="right")
+    for sink, told in found.sinks.items():
+        table.add_row(sink, f"{told.p50_ms:.1f}", f"{told.p99_ms:.1f}", f"{told.max_ms:.1f}")
+    table.caption = f"replicator: {found.cpu_us:.0f} µs of CPU a row, {found.peak_memory_mb:.0f} MB at most"
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""How long from a commit until the event can be seen in each sink, at a steady rate of small transactions.
+
+The commit's time is PostgreSQL's own (track_commit_timestamp). Redis and ClickHouse are asked from outside, over and
+over, how many events they show: the n-th event that was committed is visible when they show n of them; each lane
+writes in the order of the commits. The API writes down when each request arrives. All clocks are the same machine's.
+The interval between two looks is part of the figures.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import psycopg
+import redis
+
+from benchmarks.drain import HTTP_BATCH_SIZE, empty_sinks
+from benchmarks.machine import cpu_seconds, peak_memory_mb
+from devstack import DevStack
+from devstack.process import DevStackError, wait_until
+from sinks.redis_batch import PAGE_BITS
+
+REDIS_LOOK_SECONDS = 0.002
+CLICKHOUSE_LOOK_SECONDS = 0.025
+WARM_UP_SECONDS = 2
+SETTLE_TIMEOUT_SECONDS = 30.0
+OK = 200
+
+SCRIPT = """\\set content random_zipfian(1, 1000, 1.1)
+INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms, device)
+VALUES (:content, 999, 'play', 7000, 'web');
+"""
+
+COMMITS = """
+SELECT id, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM public.engagement_events WHERE id > %s
+ORDER BY 2
+"""
+
+Sighting: TypeAlias = tuple[int, float]
+"""So many events were visible at that Unix time."""
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the seconds from commit to visible, in milliseconds."""
+
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+
+
+class Latencies(msgspec.Struct, frozen=True, kw_only=True):
+    """The result."""
+
+    commits: int
+    commits_per_second: float
+    sinks: dict[str, Percentiles]
+    cpu_us: float
+    """The replicator's processor time a row, microseconds."""
+    peak_memory_mb: float
+
+
+class _Commit(NamedTuple):
+    event_id: int
+    time: float
+
+
+def measure(stack: DevStack, *, rate: int, seconds: int) -> Latencies:
+    """Commit one row at a time at this rate, watch the sinks, compare the times."""
+    empty_sinks(stack)
+    last_before = _last_id(stack)
+    program = stack.replicator("bench_latency", REPLICATOR_HTTP_BATCH_SIZE=str(HTTP_BATCH_SIZE))
+    program.start()
+    before = cpu_seconds(program.pid)
+    with _watching(stack, last_before) as sightings:
+        _commit_steadily(stack, rate, seconds + WARM_UP_SECONDS)
+        commits = _commits(stack, last_before)
+        wait_until(lambda: _has_all(stack, sightings, len(commits)), "the sinks", SETTLE_TIMEOUT_SECONDS)
+    used, peak = cpu_seconds(program.pid) - before, peak_memory_mb(program.pid)
+    program.stop()
+    measured = commits[WARM_UP_SECONDS * rate :]
+    delays = {name: _delays(commits, seen)[-len(measured) :] for name, seen in sightings.items()}
+    arrivals = _arrivals(stack)
+    delays["http"] = [arrivals[commit.event_id] - commit.time for commit in measured]
+    return Latencies(
+        commits=len(measured),
+        commits_per_second=(len(measured) - 1) / (measured[-1].time - measured[0].time),
+        sinks={name: _percentiles(found) for name, found in delays.items()},
+        cpu_us=used / len(commits) * 1e6,
+        peak_memory_mb=peak,
+    )
+
+
+def _last_id(stack: DevStack) -> int:
+    with psycopg.connect(stack.postgres.dsn) as connection:
+        row = connection.execute("SELECT coalesce(max(id), 0) FROM public.engagement_events").fetchone()
+    return row[0] if row else 0
+
+
+def _commit_steadily(stack: DevStack, rate: int, seconds: int) -> None:
+    script = Path(stack.folder) / "latency.sql"
+    script.write_text(SCRIPT, encoding="utf-8")
+    pgbench = [str(stack.postgres.bin_dir / "pgbench"), "--no-vacuum", "--client=4", "--protocol=prepared"]
+    load = [f"--rate={rate}", f"--time={seconds}", f"--file={script}", stack.postgres.dsn]
+    done = subprocess.run([*pgbench, *load], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DevStackError(f"pgbench failed: {done.stderr.strip()}")
+
+
+def _commits(stack: DevStack, last_before: int) -> list[_Commit]:
+    """In the order of their times."""
+    with psycopg.connect(stack.postgres.dsn) as connection:
+        return [_Commit(*row) for row in connection.execute(COMMITS, [last_before])]
+
+
+@contextmanager
+def _watching(stack: DevStack, last_before: int) -> Iterator[dict[str, list[Sighting]]]:
+    """Look at Redis and ClickHouse until the block ends."""
+    ended = threading.Event()
+    sightings: dict[str, list[Sighting]] = {"redis": [], "clickhouse": []}
+    first = last_before >> PAGE_BITS
+    pages = [f"engagement:seen:{page}" for page in range(first, first + 3)]  # enough for 65,536 rows and more
+    with redis.Redis.from_url(stack.redis.url) as client, ThreadPoolExecutor(2) as threads:
+
+        def in_redis() -> int:
+            with client.pipeline(transaction=False) as pipeline:
+                for page in pages:
+                    pipeline.bitcount(page)
+                return sum(pipeline.execute())
+
+        def in_clickhouse() -> int:
+            return int(stack.clickhouse.query("SELECT count() FROM events_enriched"))
+
+        watchers: list[Future[None]] = [
+            threads.submit(_look, in_redis, sightings["redis"], REDIS_LOOK_SECONDS, ended),
+            threads.submit(_look, in_clickhouse, sightings["clickhouse"], CLICKHOUSE_LOOK_SECONDS, ended),
+        ]
+        try:
+            yield sightings
+        finally:
+            ended.set()
+        for watcher in watchers:
+            watcher.result()
+
+
+def _look(count: Callable[[], int], sightings: list[Sighting], interval_seconds: float, ended: threading.Event) -> None:
+    """Note every change of the count, with the time at which it was known."""
+    shown = 0
+    while not ended.wait(interval_seconds):
+        now_shown = count()
+        if now_shown != shown:
+            sightings.append((now_shown, time.time()))
+            shown = now_shown
+
+
+def _has_all(stack: DevStack, sightings: dict[str, list[Sighting]], commits: int) -> bool:
+    seen = all(seen and seen[-1][0] >= commits for seen in sightings.values())
+    return seen and stack.api.stats().events >= commits
+
+
+def _delays(commits: list[_Commit], seen: list[Sighting]) -> list[float]:
+    """Seconds until the n-th commit was visible, for every n."""
+    counts = [count for count, _ in seen]
+    return [seen[bisect_left(counts, number)][1] - commit.time for number, commit in enumerate(commits, start=1)]
+
+
+def _arrivals(stack: DevStack) -> dict[int, float]:
+    """When the request arrived that brought each event."""
+    ids = iter(stack.api.event_ids())
+    return {
+        next(ids): request.time
+        for request in stack.api.requests()
+        if request.status == OK
+        for _ in range(request.events)
+    }
+
+
+def _percentiles(seconds: list[float]) -> Percentiles:
+    cuts = quantiles(seconds, n=100)
+    return Percentiles(p50_ms=cuts[49] * 1000, p99_ms=cuts[98] * 1000, max_ms=max(seconds) * 1000)
