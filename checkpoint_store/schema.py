@@ -30,13 +30,11 @@ from sqlalchemy import (
 from replicator.errors import CheckpointUnusable
 from replicator.events import parse_lsn
 
-VERSION = 1
-
-UPGRADES: Mapping[int, Callable[[Connection], None]] = {}
-"""From each older version, the step to the next one."""
+VERSION = 2
 
 MAX_PAYLOAD_BYTES = 2**30  # makes MySQL choose LONGBLOB, since its plain BLOB ends at 64 kB; others ignore it
 MAX_NAME_CHARACTERS = 63  # of a slot, as in PostgreSQL, and of a sink; MySQL wants a bound for what is in a key
+MAX_TASK_CHARACTERS = 255  # two points in time and the names of the sinks; likewise
 CREATE_LOCK_KEY = 0x7265706C  # "repl": of an advisory lock, any number that others are unlikely to take
 
 
@@ -102,6 +100,18 @@ dead_letters = Table(
     UniqueConstraint("slot", "sink", "commit_lsn", "ordinal", name="replicator_dead_letters_position"),
     sqlite_autoincrement=True,
 )
+
+tasks = Table(
+    "replicator_tasks",
+    metadata,
+    Column("slot", String(MAX_NAME_CHARACTERS), primary_key=True),
+    Column("task", String(MAX_TASK_CHARACTERS), primary_key=True),
+    Column("progress", Text, nullable=False),
+    Column("updated_at", Double, nullable=False),  # Unix seconds
+)
+
+UPGRADES: Mapping[int, Callable[[Connection], None]] = {1: tasks.create}
+"""From each older version, the step to the next one."""
 
 
 def create(connection: Connection) -> list[str]:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, and_, bindparam, exists, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
-from checkpoint_store.schema import checkpoints, dead_letters, sink_positions
+from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
 from replicator.errors import CheckpointBackward, CheckpointUnusable
 from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
 
@@ -60,6 +60,9 @@ _COUNT_LETTERS = (
 _DROP_LETTERS = dead_letters.delete().where(
     dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))
 )
+_TASK = and_(tasks.c.slot == bindparam("of_slot"), tasks.c.task == bindparam("of_task"))
+_READ_TASK = select(tasks.c.progress).where(_TASK)
+_DELETE_TASK = tasks.delete().where(_TASK)
 
 
 class SqlCheckpointStore:
@@ -132,6 +135,20 @@ class SqlCheckpointStore:
                 ).rowcount
                 for start in range(0, len(ids), IDS_PER_STATEMENT)
             )
+
+    def load_progress(self, slot: str, task: str) -> str | None:
+        """How far the task was, or None."""
+        with self._reading() as connection:
+            progress: str | None = connection.execute(_READ_TASK, {"of_slot": slot, "of_task": task}).scalar()
+        return progress
+
+    def save_progress(self, slot: str, task: str, progress: str | None) -> None:
+        """Put it in the place of what was there; None: the task is done."""
+        with self._writing() as connection:
+            connection.execute(_DELETE_TASK, {"of_slot": slot, "of_task": task})
+            if progress is not None:
+                row = {"slot": slot, "task": task, "progress": progress, "updated_at": time.time()}
+                connection.execute(tasks.insert(), row)
 
     def close(self) -> None:
         """Release the connection."""

@@ -5,13 +5,21 @@ Another table's pipeline is another package like this one: a module with a `crea
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
+from enrichment.history import EngagementHistory, Range
 from replicator.protocols import Enricher
 from replicator.settings import load
 
-__all__ = ["EngagementEnricher", "EnrichmentSettings", "create_enricher"]
+__all__ = ["EngagementEnricher", "EngagementHistory", "EnrichmentSettings", "create_enricher", "create_history"]
 
 
 def create_enricher(dsn: str) -> Enricher:
     """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
     return EngagementEnricher(dsn, load(EnrichmentSettings))
+
+
+def create_history(dsn: str, start: datetime, end: datetime) -> EngagementHistory:
+    """The events with `start <= event_ts < end` in the database at `dsn`. Raises SettingsError."""
+    return EngagementHistory(dsn, load(EnrichmentSettings), Range(start, end))

@@ -27,8 +27,8 @@ ANSWER_GRACE_SECONDS = 5
 class Database:
     """Connects when it is first needed, and again after trouble. One task uses it."""
 
-    def __init__(self, dsn: str, *, timeout_seconds: int = QUERY_TIMEOUT_SECONDS) -> None:
-        self._conninfo = _conninfo(dsn, timeout_seconds)
+    def __init__(self, dsn: str, *, timeout_seconds: int = QUERY_TIMEOUT_SECONDS, options: str = "") -> None:
+        self._conninfo = _conninfo(dsn, timeout_seconds, options)
         self._patience_seconds = timeout_seconds + ANSWER_GRACE_SECONDS
         self._connection: psycopg.AsyncConnection[tuple[Any, ...]] | None = None
 
@@ -60,7 +60,7 @@ class Database:
         return self._connection
 
 
-def _conninfo(dsn: str, timeout_seconds: int) -> str:
+def _conninfo(dsn: str, timeout_seconds: int, more: str) -> str:
     """What the DSN says, and what keeps us harmless and bounded."""
     try:
         given = conninfo_to_dict(dsn)
@@ -68,7 +68,7 @@ def _conninfo(dsn: str, timeout_seconds: int) -> str:
         # libpq's message quotes the DSN, and with it the password
         expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
         raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
-    options = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s"
+    options = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {more}"
     ours = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "fallback_application_name": "replicator enrichment",

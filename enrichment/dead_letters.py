@@ -58,8 +58,13 @@ def stored_event(letter: DeadLetter) -> Event:
 
 
 def stored_row(letter: DeadLetter) -> Row:
-    """The row that `dead_letter` kept. Raises RowUnusable."""
+    """The row that `dead_letter` kept, at the letter's position: a backfill's letter has another one than its row.
+
+    Raises RowUnusable.
+    """
     try:
-        return _decode_row(letter.payload)
+        row = _decode_row(letter.payload)
     except msgspec.MsgspecError as exc:
         raise RowUnusable(f"the dead letter's payload is no row: {exc}") from exc
+    row.commit_lsn, row.ordinal = letter.commit_lsn, letter.ordinal
+    return row

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -70,7 +70,7 @@ async def run(parts: Parts, _args: argparse.Namespace) -> int:
         if await asyncio.to_thread(parts.store.load, parts.settings.slot) is None:
             await _create_destinations(parts)
         pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
-        _stop_on_signals(pipeline)
+        stop_on_signals(pipeline.stop)
         monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
         admin = Admin(monitor, parts.settings.admin_listen)
         await admin.start()
@@ -84,12 +84,13 @@ async def run(parts: Parts, _args: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_on_signals(pipeline: Pipeline) -> None:
+def stop_on_signals(stop_work: Callable[[], None]) -> None:
+    """The first SIGTERM or SIGINT drains; the second one ends the program at once."""
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
-        pipeline.stop()
-        loop.remove_signal_handler(number)  # the second one ends the program at once
+        stop_work()
+        loop.remove_signal_handler(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)

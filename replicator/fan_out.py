@@ -34,6 +34,9 @@ RETRY_AFTER_MAX_SECONDS = 900.0
 COMPLAINT_SECONDS = 30.0
 """A lane in trouble says so when it begins and then once in this time."""
 
+EVENT_OVERHEAD_BYTES = 250
+"""What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
+
 DeadLetterWriter = Callable[[Sequence[DeadLetter]], Awaitable[None]]
 
 
@@ -84,6 +87,11 @@ class _Write(msgspec.Struct):
     finished: list[Batch]
     refused: Sequence[Refusal] = ()
     done: bool = False
+
+
+def weigh(events: Sequence[Event]) -> int:
+    """The memory that events hold, bytes, estimated: a batch's size."""
+    return sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in events)
 
 
 def backoff(attempt: int, longest: float) -> float:

@@ -22,15 +22,13 @@ from replicator.errors import (
     SourceUnavailable,
 )
 from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.fan_out import FanOut, Lane, backoff
+from replicator.fan_out import FanOut, Lane, backoff, weigh
 from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.settings import CoreSettings
 from replicator.source import Source
 
 log = logging.getLogger(__name__)
 
-EVENT_OVERHEAD_BYTES = 250
-"""What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
 STANDBY_SECONDS = 1.0
 """How often a standby asks for the slot."""
 
@@ -100,7 +98,7 @@ class Pipeline:
             await self._drain()
         for task in (*self._writers, *self._workers):
             if not task.cancelled() and (failure := task.exception()):
-                raise _single(failure)
+                raise single(failure)
 
     def _begin_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -234,7 +232,7 @@ class Pipeline:
                     events=enriched.events,
                     position=stretch.position,
                     end_lsn=stretch.end_lsn,
-                    size=sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in enriched.events),
+                    size=weigh(enriched.events),
                     committed_at=stretch.committed_at,
                 )
             )
@@ -245,25 +243,32 @@ class Pipeline:
             return Enriched([], [])
         for attempt in itertools.count():
             try:
-                return await self._enricher.enrich(rows)
+                enriched = await self._enricher.enrich(rows)
             except SourceUnavailable as exc:
                 self._say(exc)
                 await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+            else:
+                self.trouble = ""
+                return enriched
         raise AssertionError  # count() has no end
 
     async def _keep(self, letters: Sequence[DeadLetter]) -> None:
-        """Make dead letters durable; until they are, their position does not count as written."""
-        for attempt in itertools.count():
-            try:
-                await asyncio.to_thread(self._store.add_dead_letters, self._settings.slot, letters)
-            except CheckpointUnavailable as exc:
-                log.error("%s", exc)
-                await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
-            else:
-                break
-        for letter in letters:
-            at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
-            log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
+        await keep(letters, self._store, self._settings)
+
+
+async def keep(letters: Sequence[DeadLetter], store: CheckpointStore, settings: CoreSettings) -> None:
+    """Make dead letters durable; until they are, their position does not count as written."""
+    for attempt in itertools.count():
+        try:
+            await asyncio.to_thread(store.add_dead_letters, settings.slot, letters)
+        except CheckpointUnavailable as exc:
+            log.error("%s", exc)
+            await asyncio.sleep(backoff(attempt, settings.retry_max_seconds))
+        else:
+            break
+    for letter in letters:
+        at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
+        log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -272,7 +277,7 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _single(failure: BaseException) -> BaseException:
+def single(failure: BaseException) -> BaseException:
     """The first of what a TaskGroup collected."""
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]

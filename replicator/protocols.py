@@ -1,7 +1,7 @@
 """The contracts between the parts. Nobody inherits from these; the docstrings are the contract.
 
-`pipeline` drives an `Enricher`, one `fan_out.Lane` drives one `Sink`, and `pipeline.commit` alone saves to the
-`CheckpointStore`.
+`pipeline` drives an `Enricher`, `backfill` a `History`, one `fan_out.Lane` a `Sink`, and `pipeline.commit` alone saves
+checkpoints to the `CheckpointStore`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from replicator.events import Checkpoint, DeadLetter, Event, Finding, Refusal, Row
+from replicator.events import Checkpoint, DeadLetter, Event, Finding, Position, Refusal, Row
 
 
 class Enriched(NamedTuple):
@@ -55,6 +55,40 @@ class Enricher(Protocol):
 
     async def close(self) -> None:
         """Release connections. Safe to call twice, and without `open`."""
+
+
+class Page(NamedTuple):
+    """A stretch of history, read in one snapshot."""
+
+    enriched: Enriched
+    """As from the stream; may be empty. Every position in it is behind that of the page before."""
+    position: Position
+    """The last event's; without any, one between the page before and the next."""
+    place: str
+    """Where the next page begins, in the history's own words."""
+
+
+class History(Protocol):
+    """Reads what stands in the tables already, as the stream would have told it. Knows the tables.
+
+    An event's `commit_lsn` is where the WAL ended right after its page's snapshot was taken: behind the commit of every
+    row that the snapshot sees, so this view replaces the stream's, and before that of every row it does not see.
+    """
+
+    async def open(self) -> None:
+        """Connect, and look at the tables. Raises SourceUnavailable or SourceUnusable."""
+
+    async def begin(self) -> tuple[str, int]:
+        """The place of the first page, and how many events there are. Raises as `open`."""
+
+    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+        """The page that begins there, of at most so many rows; None at the end.
+
+        Raises as `open`; the same page may then be read again, and a place may be read from in another process.
+        """
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice."""
 
 
 class Sink(Protocol):
@@ -128,6 +162,12 @@ class CheckpointStore(Protocol):
 
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
         """Remove these; how many there were."""
+
+    def load_progress(self, slot: str, task: str) -> str | None:
+        """What was saved last for a task beside the stream (a backfill), in its own words; None when nothing is."""
+
+    def save_progress(self, slot: str, task: str, progress: str | None) -> None:
+        """Store it, in one database transaction; None: the task is done, forget it. No checkpoint is touched."""
 
     def close(self) -> None:
         """Release connections. Safe to call twice."""

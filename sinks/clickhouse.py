@@ -55,6 +55,13 @@ _PROBE_RANGE_SQL = """SELECT
     toUnixTimestamp64Micro(parseDateTime64BestEffortOrNull('9999-12-31T23:59:59.999999Z', 6, 'UTC'))"""
 """Does DateTime64 hold the years 1 to 9999 (since mid-2026)? Before, it went from 1900 to 2299 and clamped silently."""
 
+_HOURS_SQL = """
+WITH toUnixTimestamp64Micro(event_ts) AS us
+SELECT intDiv(us - positiveModulo(us, 3600000000), 1000000) AS hour, count() FROM {table} FINAL
+WHERE event_ts >= fromUnixTimestamp64Micro(%(start)s, 'UTC') AND event_ts < fromUnixTimestamp64Micro(%(end)s, 'UTC')
+GROUP BY hour"""
+"""Each event once, whatever was sent again."""
+
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
 
@@ -133,6 +140,10 @@ class ClickHouseSink:
         """
         return await asyncio.to_thread(self._write, events)
 
+    async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
+        """How many events it has in each hour of a range, by the hour's start in Unix seconds; for a comparison."""
+        return await asyncio.to_thread(self._hours, start_us, end_us)
+
     async def close(self) -> None:
         """Drop the connections, or free the embedded engine's directory."""
         client, self._client = self._client, None
@@ -178,6 +189,12 @@ class ClickHouseSink:
         problem = self._find_problem()
         if problem is not None:
             raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
+
+    def _hours(self, start_us: int, end_us: int) -> dict[int, int]:
+        client = self._connected()
+        with self._translated():
+            found = client.query(_HOURS_SQL.format(table=self._table), {"start": start_us, "end": end_us})
+        return {int(hour): int(count) for hour, count in found.result_rows}
 
     def _write(self, events: Sequence[Event]) -> list[Refusal]:
         self._connected()

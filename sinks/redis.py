@@ -92,6 +92,8 @@ class RedisSink:
     """`replicator.protocols.Sink` on Redis; exact under replay, since each event's bit tells whether it was counted.
 
     What it keeps is as durable as Redis is: after a Redis that lost everything, a backfill brings it all back.
+    With `keeps_window` off (a backfill) events still go where they belong, but time is left to the replicator: a
+    window that nobody keeps any more expires, for it is gone rather than stale.
     """
 
     name = "redis"
@@ -99,15 +101,20 @@ class RedisSink:
     linger_seconds = 0.0
     concurrency = 1
 
-    def __init__(self, settings: RedisSettings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
+    ) -> None:
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
         self._redis = Redis.from_pool(pool)
         self._address = _address(pool)
         self._write_script = self._script("redis_write.lua")
         self._slide_script = self._script("redis_slide.lua")
         self._clock = clock
+        self._keeps_window = keeps_window
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
+        self.new_events = 0
+        """Events written that Redis had not counted before."""
 
     def _script(self, name: str) -> AsyncScript:
         return self._redis.register_script((SCRIPTS / name).read_text(encoding="utf-8"))
@@ -119,6 +126,8 @@ class RedisSink:
     async def open(self) -> None:
         """Try everything on keys of a probe, bring the window to the present, and start to keep it there."""
         await self._probe()
+        if not self._keeps_window:
+            return
         await self.slide()
         if self._slider is None:
             self._slider = asyncio.create_task(self._keep_window(), name="redis window")
@@ -145,8 +154,9 @@ class RedisSink:
         batch = pack(events, self._clock())
         if len(batch.refused) == len(events):
             return batch.refused
-        complete = await self._run(self._write_script, batch.call)
-        if self._window_failed or (batch.ranked and not complete):
+        complete, new = await self._run(self._write_script, batch.call)
+        self.new_events += new
+        if self._keeps_window and (self._window_failed or (batch.ranked and not complete)):
             await self.slide()
         return batch.refused
 
@@ -183,10 +193,10 @@ class RedisSink:
                 if failed_before:
                     _log.info("top:content:10m is kept right again")
 
-    async def _run(self, script: AsyncScript, call: Call) -> int | None:
+    async def _run(self, script: AsyncScript, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""
         try:
-            return cast("int | None", await script(call.keys, call.args))
+            return cast("list[int]", await script(call.keys, call.args))
         except RedisError as exc:
             raise await self._wrapped(exc) from exc
 

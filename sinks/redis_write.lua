@@ -6,7 +6,8 @@
 --       last event; the events: little-endian int32s, four an event: page, bit, content, bucket (0: none);
 --       then for each bucket its start; for each bucket the seconds to keep it; for each content the moment of
 --       its newest event; for each content that event.
--- Returns 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it.
+-- Returns two numbers: 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it;
+-- and how many of the events are new.
 --
 -- All reads come first, so that a key of somebody else's is an error before anything has changed; and Redis refuses
 -- a script that it has no memory, disk or right for at its first write. Hence: everything or nothing.
@@ -79,7 +80,7 @@ for at = 1, #EVENTS, 16 do
   owner[m + 1], owner[m + 2] = content, bucket
 end
 
-local new, ranks = {}, {}
+local new, n_new, ranks = {}, 0, {}
 for i = 1, N_BUCKETS do
   ranks[i] = {}
 end
@@ -90,7 +91,7 @@ for page, mark in ipairs(marks) do
     for i, seen in ipairs(redis.call('BITFIELD', KEYS[PAGE + page], unpack(mark, 4 * from + 1, 4 * to))) do
       if seen == 0 then
         local content, rank = owner[2 * (from + i) - 1], ranks[owner[2 * (from + i)]]
-        new[content] = (new[content] or 0) + 1
+        new[content], n_new = (new[content] or 0) + 1, n_new + 1
         if rank then
           rank[content] = (rank[content] or 0) + 1
         end
@@ -132,4 +133,4 @@ for i, rank in ipairs(ranks) do
     redis.call('EXPIRE', KEYS[BUCKET + i], ARGV[KEEP_BUCKET + i])
   end
 end
-return complete and 1 or 0
+return {complete and 1 or 0, n_new}

@@ -401,7 +401,7 @@ def test_a_database_without_tables_says_what_to_run(database: Database) -> None:
 def test_a_newer_schema_is_refused(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
     """An older program neither changes nor reads what it does not know."""
     database.execute("UPDATE replicator_schema SET version = 99")
-    with pytest.raises(CheckpointUnusable, match="schema version is 99, this program knows 1"):
+    with pytest.raises(CheckpointUnusable, match="schema version is 99, this program knows 2"):
         store.create()
     with pytest.raises(CheckpointUnusable, match="schema version is 99"):
         other.load("s")
@@ -412,18 +412,29 @@ def test_an_older_schema_is_upgraded_step_by_step(
 ) -> None:
     """Two releases later: each step runs once, in order, and the stored checkpoint stays."""
     steps = {
-        1: lambda connection: connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER")),
-        2: lambda connection: connection.execute(text("UPDATE replicator_checkpoints SET extra = 5")),
+        2: lambda connection: connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER")),
+        3: lambda connection: connection.execute(text("UPDATE replicator_checkpoints SET extra = 5")),
     }
     store.save(at(1000))
-    monkeypatch.setattr(schema, "VERSION", 3)
+    monkeypatch.setattr(schema, "VERSION", 4)
     monkeypatch.setattr(schema, "UPGRADES", steps)
-    with pytest.raises(CheckpointUnusable, match="schema version is 1, this program needs 3"):
+    with pytest.raises(CheckpointUnusable, match="schema version is 2, this program needs 4"):
         other.load("s")
     assert [[line.removeprefix("upgraded the checkpoint tables ") for line in store.create()] for _ in range(2)] == [
-        ["from schema version 1 to 2", "from schema version 2 to 3"],
+        ["from schema version 2 to 3", "from schema version 3 to 4"],
         [],
     ]
+    assert at(1000) == loaded(other)
+
+
+def test_the_first_release_is_upgraded(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
+    """Version 1 had no table for tasks; the checkpoint and the dead letters in it stay."""
+    store.save(at(1000))
+    shape = database.shape()
+    database.execute("DROP TABLE replicator_tasks")
+    database.execute("UPDATE replicator_schema SET version = 1")
+    assert ["upgraded the checkpoint tables from schema version 1 to 2"] == other.create()
+    assert shape == database.shape()
     assert at(1000) == loaded(other)
 
 
@@ -439,8 +450,8 @@ def test_a_failed_upgrade_changes_nothing(
         connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER"))
 
     before = database.shape()
-    monkeypatch.setattr(schema, "VERSION", 3)
-    monkeypatch.setattr(schema, "UPGRADES", {1: add_column, 2: fail})
+    monkeypatch.setattr(schema, "VERSION", 4)
+    monkeypatch.setattr(schema, "UPGRADES", {2: add_column, 3: fail})
     with pytest.raises(CheckpointError, match="nowhere"):
         store.create()
     assert before == database.shape()
@@ -452,6 +463,20 @@ def test_a_table_that_is_gone_is_not_waited_for(database: Database, store: Check
     database.execute("DROP TABLE replicator_sink_positions")
     with pytest.raises(CheckpointUnusable, match=r"replicator_sink_positions.*python -m replicator init"):
         store.save(at(2000))
+
+
+# --- tasks beside the stream
+
+
+def test_progress_is_kept_until_the_task_is_done(store: CheckpointStore, other: CheckpointStore) -> None:
+    """The last word counts, each slot and task has its own, and what is done is forgotten."""
+    store.save_progress("s", "backfill a", "1")
+    store.save_progress("s", "backfill a", "2")
+    store.save_progress("s", "backfill b", "länge ✓")
+    store.save_progress("t", "backfill a", "4")
+    store.save_progress("t", "backfill a", None)
+    found = [other.load_progress(slot, f"backfill {name}") for slot in "st" for name in "ab"]
+    assert ["2", "länge ✓", None, None] == found
 
 
 # --- dead letters

@@ -1,0 +1,220 @@
+"""The events that stand in the table already, page by page, as the stream would have told them.
+
+A page is one statement, hence one snapshot and one short transaction: events and what their content is today. Both
+become rows, content first, and go through the same `enricher.py` as the stream's. `replicator/backfill.py` carries the
+events on; this module knows the tables and in which order they are read:
+
+- by `(event_ts, id)` where an index begins with event_ts: a page costs what it holds;
+- by id, from the first to the last event of the range, where none does: the primary key is enough, and the rows in
+  between are read once, wanted or not. Never is a page found by reading the table from its beginning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import structs
+
+from enrichment import content, engagement
+from enrichment.database import Database
+from enrichment.engagement import INT64_MAX, INT64_MIN
+from enrichment.enricher import EngagementEnricher, EnrichmentSettings
+from replicator.events import Column, Position, Row, parse_lsn
+from replicator.protocols import Page
+
+log = logging.getLogger(__name__)
+
+SCAN_TIMEOUT_SECONDS = 3600
+"""Counting a range without an index reads the table once: some 10 million rows a second."""
+
+PAGE_OPTIONS = (
+    "-c TimeZone=UTC -c DateStyle=ISO"  # event_ts as in the stream
+    # The planner can't know that the next page follows and would, for one page, read the whole table and sort it.
+    " -c enable_seqscan=off -c enable_bitmapscan=off -c plan_cache_mode=force_custom_plan"
+)
+
+INDEX = "CREATE INDEX CONCURRENTLY engagement_events_event_ts_id ON public.engagement_events (event_ts, id)"
+"""What makes a backfill of a short range fast on a long table."""
+
+SPAN = """
+-- How many events the range has, their first id and their last.
+SELECT count(*), min(id)::bigint, max(id)::bigint FROM public.engagement_events
+WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
+"""
+
+HOURS = """
+-- How many events the range has in each hour, by the hour's start in seconds since 1970.
+SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM public.engagement_events
+WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
+GROUP BY 1 ORDER BY 1
+"""
+
+INDEXED = """
+-- Whether an index gives events in the order of event_ts.
+SELECT EXISTS (
+    SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+    WHERE i.indrelid = 'public.engagement_events'::regclass AND a.attname = 'event_ts'
+      AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
+"""
+
+BY_TIME = """
+SELECT * FROM public.engagement_events
+WHERE (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
+  AND id <= %(last_id)s::bigint
+ORDER BY event_ts, id LIMIT %(rows)s
+"""
+
+BY_ID = """
+SELECT * FROM public.engagement_events
+WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
+ORDER BY id LIMIT %(rows)s
+"""
+
+PAGE = """
+-- A page of events with their contents as of the same snapshot. The page's last row always comes, wanted or not: the
+-- next page begins behind it. The WAL's end (inserted, not written: a commit may be visible before it is on disk) is
+-- read while the statement runs, hence after its snapshot was taken.
+WITH page AS MATERIALIZED ({page})
+SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::text,
+       p.duration_ms::bigint, p.device::text,
+       c.content_id IS NOT NULL, c.content_type::text, c.length_seconds::bigint,
+       p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz,
+       (SELECT pg_current_wal_insert_lsn()::text)
+FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
+WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz OR p.id = (SELECT max(id) FROM page)
+ORDER BY {order}
+"""
+
+Order: TypeAlias = Literal["event_ts", "id"]
+
+PAGES: Mapping[Order, str] = {
+    "event_ts": PAGE.format(page=BY_TIME, order="p.event_ts, p.id"),
+    "id": PAGE.format(page=BY_ID, order="p.id"),
+}
+
+
+class Range(NamedTuple):
+    """The events with `start <= event_ts < end`."""
+
+    start: datetime
+    end: datetime
+
+    def parameters(self) -> dict[str, object]:
+        """For the queries; as text, so that neither driver nor time zone has a say."""
+        return {"start": self.start.isoformat(), "end": self.end.isoformat()}
+
+
+class _Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a page begins. Events with higher ids than `last_id` were inserted after the beginning."""
+
+    order: Order
+    ts: str
+    """Of the next event at the earliest; only the order by event_ts asks for it."""
+    id: int
+    """Likewise; included."""
+    last_id: int
+
+
+class EngagementHistory:
+    """`replicator.protocols.History` of `public.engagement_events`, for one range of time."""
+
+    def __init__(self, dsn: str, settings: EnrichmentSettings, wanted: Range) -> None:
+        self._range = wanted
+        self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
+        self._pages = Database(dsn, options=PAGE_OPTIONS)
+        self._enricher = EngagementEnricher(dsn, settings)  # not opened: every page brings its contents
+        self._indexed = False
+
+    async def open(self) -> None:
+        """Connect, and see in which order the table can be read."""
+        [(self._indexed,)] = await self._scans.rows(INDEXED)
+
+    async def begin(self) -> tuple[str, int]:
+        """See `protocols.History`. Reads the range once, to count it."""
+        if not self._indexed:
+            log.info("no index begins with event_ts, the table is read in the order of id; to be faster: %s", INDEX)
+        [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range.parameters())
+        place = _Place(
+            order="event_ts" if self._indexed else "id",
+            ts=self._range.start.isoformat(),
+            id=INT64_MIN if self._indexed or not count else first_id,
+            last_id=last_id if count else INT64_MIN,
+        )
+        return _tell(place), count
+
+    async def hours(self) -> dict[int, int]:
+        """How many events each hour has, by its start in Unix seconds; hours without any are absent."""
+        return dict(await self._scans.rows(HOURS, self._range.parameters()))
+
+    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+        """See `protocols.History`."""
+        here = _read_place(place)
+        if here.id > here.last_id and here.order == "id":
+            return None
+        wanted = {**self._range.parameters(), "ts": here.ts, "id": here.id, "last_id": here.last_id, "rows": rows}
+        found = await self._pages.rows(PAGES[here.order], wanted)
+        if not found:
+            return None
+        position, stream = _as_stream(found, behind)
+        return Page(await self._enricher.enrich(stream), position, _tell(_behind(here, found[-1])))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._scans.close()
+        await self._pages.close()
+        await self._enricher.close()
+
+
+_Found: TypeAlias = tuple[Any, ...]
+"""A row of PAGE."""
+
+
+def _as_stream(found: list[_Found], behind: Position) -> tuple[Position, list[Row]]:
+    """The page as rows of the stream, contents before the events, and the position of the last one."""
+    lsn = max(parse_lsn(found[0][-1]), behind.commit_lsn)
+    ordinal = behind.ordinal
+    contents: dict[int, Row] = {}
+    events: list[Row] = []
+    for event_id, content_id, user_id, event_type, event_ts, duration_ms, device, *joined, wanted, _ in found:
+        if not wanted:
+            continue
+        ordinal += 1
+        if content_id not in contents and content_id is not None:
+            contents[content_id] = _content_row(content_id, *joined)
+        columns = [
+            Column("id", event_id), Column("content_id", content_id), Column("user_id", user_id),
+            Column("event_type", event_type), Column("event_ts", event_ts), Column("duration_ms", duration_ms),
+            Column("device", device),
+        ]  # fmt: skip
+        events.append(Row("I", engagement.SCHEMA, engagement.TABLE, columns, [], lsn, ordinal))
+    return Position(lsn, ordinal), [*contents.values(), *events]
+
+
+def _content_row(content_id: int, known: bool, content_type: str | None, length_seconds: int | None) -> Row:
+    """What the stream would tell of it: that it is so, or that it is gone."""
+    identity = [Column("content_id", content_id)]
+    if not known:
+        return Row("D", content.SCHEMA, content.TABLE, [], identity)
+    columns = [*identity, Column("content_type", content_type), Column("length_seconds", length_seconds)]
+    return Row("I", content.SCHEMA, content.TABLE, columns)
+
+
+def _behind(here: _Place, last: _Found) -> _Place:
+    event_id, ts = last[0], last[4]
+    if here.order == "id" or event_id < INT64_MAX:
+        return structs.replace(here, ts=ts, id=event_id + 1)
+    later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
+    return structs.replace(here, ts=later.isoformat(), id=INT64_MIN)
+
+
+def _tell(place: _Place) -> str:
+    return msgspec.json.encode(place).decode()
+
+
+def _read_place(place: str) -> _Place:
+    return msgspec.json.decode(place, type=_Place)
