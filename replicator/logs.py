@@ -33,7 +33,8 @@ def configure_logging(level: str, form: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for chatty in ("urllib3", "clickhouse_connect"):  # a line for each failed try; the lane tells the story once
+    # A line for each failed try; the lane tells the story once. clickhouse_connect sets urllib3's own level, later.
+    for chatty in ("urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     for ours in ("replicator", "enrichment", "sinks", "checkpoint_store"):
         logging.getLogger(ours).setLevel(level.upper())
