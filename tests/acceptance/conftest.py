@@ -13,10 +13,10 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import free_port
 from tests.acceptance.destinations import Destinations
-from tests.acceptance.program import Program
+from tests.acceptance.program import SECRET, Program
 
 ROLES = Path(__file__).parents[2] / "sql" / "roles.sql"
-ROLE, PASSWORD = "replicator", "planted-postgres-secret"
+ROLE, PASSWORD = "replicator", f"{SECRET}-postgres"
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ COMMAND_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
 CAUGHT_UP_TIMEOUT_SECONDS = 60.0
 
+SECRET = "planted"  # noqa: S105  part of every password and token in these tests; nothing may ever print it
+
 _READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
 
@@ -33,6 +35,19 @@ class Result(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+
+def assert_clean(text: str) -> None:
+    """Neither a traceback nor a secret."""
+    assert "Traceback" not in text
+    assert SECRET not in text
+
+
+def succeed(result: Result) -> str:
+    """What a command printed that did what it was to do."""
+    assert_clean(result.stdout + result.stderr)
+    assert 0 == result.code, result.stderr
+    return result.stdout
 
 
 class Program:
@@ -88,6 +103,15 @@ class Program:
                 return bool(looking.execute(_READER, [self.slot]).fetchone() not in (None, (None,)))
 
             wait_until(reads, "the replicator to read its slot")
+
+    def wait_for_log(self, text: str) -> None:
+        """Return when it has said this."""
+
+        def said() -> bool:
+            assert text in self.log or self.running, f"it ended with {self.process.returncode}:\n{self.log}"
+            return text in self.log
+
+        wait_until(said, f"the replicator to say {text!r}")
 
     @property
     def running(self) -> bool:

@@ -1,0 +1,209 @@
+"""What an operator types and sees: every command, its exit code, its words; never a traceback, never a secret."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from devstack import DevStack
+from devstack.process import free_port
+from tests.acceptance.destinations import Destinations
+from tests.acceptance.program import SECRET, Program, Result, assert_clean, succeed
+
+
+def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program, source: psycopg.Connection) -> None:
+    """Old rows are counted; the second time nothing is made and nothing lost."""
+    source.execute(
+        """INSERT INTO engagement_events (content_id, user_id, event_type, event_ts) VALUES
+           (1, 1, 'play', '2026-01-08 09:00:00+00'), (2, 1, 'play', '2026-01-08 09:59:59.999999+00'),
+           (3, 1, 'play', '2026-01-08 09:30:00+00')"""
+    )
+    hint = (
+        "3 rows of public.engagement_events were there before; to bring them: "
+        "python backfill.py --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00\n"
+    )
+    first = program.run("init")
+    assert succeed(first).endswith(hint)
+    assert f"made replication slot {program.slot}" in first.stdout
+    position = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s"
+    before = source.execute(position, [program.slot]).fetchone()
+    second = program.run("init")
+    assert succeed(second).endswith(hint)
+    assert "made" not in second.stdout + second.stderr
+    assert before == source.execute(position, [program.slot]).fetchone()
+
+
+class Trouble(NamedTuple):
+    """Something that is not as it has to be."""
+
+    name: str
+    said: dict[str, str]
+    """What `check` says of it, and the cure that it names behind that."""
+    statement: str = ""
+    """In the source database, as a superuser."""
+    settings: dict[str, str] = {}  # noqa: RUF012  a NamedTuple's default, never changed
+
+
+CLOSED = f"127.0.0.1:{free_port()}"
+
+NO_SINKS = {
+    "redis_url": f"redis://:{SECRET}@{CLOSED}/0",
+    "clickhouse_url": f"http://default:{SECRET}@{CLOSED}/engagement",
+    "http_url": f"http://user:{SECRET}@{CLOSED}/events",
+}
+TROUBLES = [
+    Trouble(
+        "no REPLICATION",
+        {"role replicator may not replicate": 'ALTER ROLE "replicator" REPLICATION'},
+        "ALTER ROLE replicator NOREPLICATION",
+    ),
+    Trouble("no rights", {"content: may not be read": "GRANT SELECT"}, "REVOKE SELECT ON content FROM replicator"),
+    Trouble("no table", {"engagement_events: does not exist": "source_schema.sql"}, "DROP TABLE engagement_events"),
+    Trouble("no column", {"length_seconds is missing": "ADD COLUMN"}, "ALTER TABLE content DROP length_seconds"),
+    Trouble(
+        "no replica identity",
+        {"replica identity NOTHING": "REPLICA IDENTITY DEFAULT"},
+        "ALTER TABLE content REPLICA IDENTITY NOTHING",
+    ),
+    Trouble(
+        "no plugin", {"wal2json: ": "wal2json"}, "ALTER DATABASE {database} SET dynamic_library_path = '/nonexistent'"
+    ),
+    Trouble(
+        "no sinks",
+        {
+            f"Redis at {CLOSED}": "Start Redis",
+            f"ClickHouse at http://{CLOSED}": "See that it is up",
+            f"FAIL  no answer from http://{CLOSED}": "Start the API",
+        },
+        settings=NO_SINKS,
+    ),
+    Trouble(
+        "no PostgreSQL",
+        {"PostgreSQL: connection failed": "REPLICATOR_POSTGRES_DSN"},
+        settings={"postgres_dsn": f"postgresql://replicator:{SECRET}@{CLOSED}/engagement"},
+    ),
+]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
+def test_check_finds(program: Program, source: psycopg.Connection, database: str, trouble: Trouble) -> None:
+    """Exit 1, a line with what is wrong and one with the cure; whatever else is fine is said to be."""
+    if trouble.statement:
+        name = sql.Identifier(database.rpartition("/")[2])
+        source.execute(sql.SQL(trouble.statement).format(database=name))
+    result = program.run("check", **trouble.settings)
+    assert 1 == result.code
+    assert_clean(result.stdout + result.stderr)
+    lines = result.stdout.splitlines()
+    for what, cure in trouble.said.items():
+        found = [at for at, line in enumerate(lines) if line.startswith("FAIL") and what in line]
+        assert 1 == len(found), what
+        assert cure in lines[found[0] + 1]
+    assert any(line.startswith("ok") for line in lines)
+    assert not result.stderr
+
+
+def test_check_finds_a_server_without_logical_decoding(program: Program) -> None:
+    """wal_level is said first: nothing works without it, and it takes a restart."""
+    with DevStack("postgres", postgres_settings={"wal_level": "replica"}) as other:
+        result = program.run("check", postgres_dsn=other.postgres.dsn)
+    assert 1 == result.code
+    assert "FAIL  wal_level = replica\n      → ALTER SYSTEM SET wal_level = logical" in result.stdout
+    assert_clean(result.stdout + result.stderr)
+
+
+UNUSABLE = {
+    "POSTGRES_DSN": f"host=a {SECRET}",
+    "POSTGRES_DSN_FILE": "/nonexistent",
+    "SLOT": "Bad-Slot",
+    "SINKS": "clickhouse,kafka",
+    "CLICKHOUSE_URL": f"ftp://default:{SECRET}@localhost/engagement",
+    "REDIS_URL": f"http://:{SECRET}@localhost",
+    "HTTP_URL": f"{SECRET}:8000/events",
+    "HTTP_BATCH_SIZE": "0",
+    "CHECKPOINT_URL": f"{SECRET}-checkpoint",
+    "ADMIN_LISTEN": "8080",
+    "MEMORY_LIMIT_MB": "1.5",
+}
+
+
+def test_unusable_settings(program: Program) -> None:
+    """Exit 2 before anything is done; the message names the variable and what it takes, never a secret."""
+
+    def try_it(name: str) -> Result:
+        variables = {name.lower(): UNUSABLE[name]}
+        if name.endswith("_FILE"):
+            variables[name.removesuffix("_FILE").lower()] = ""
+        return program.run(**variables)
+
+    with ThreadPoolExecutor(2) as threads:
+        results = dict(zip(UNUSABLE, threads.map(try_it, UNUSABLE), strict=True))
+    for name, result in results.items():
+        assert 2 == result.code, result
+        assert result.stderr.startswith(f"replicator: REPLICATOR_{name} is unusable: "), result
+        assert "It takes " in result.stderr
+        assert not result.stdout
+        assert_clean(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--help"], 0, "python -m replicator init"),
+        (["replicate"], 2, "invalid choice: 'replicate'"),
+        (["dead-letters"], 2, "ACTION"),
+        (["dead-letters", "list", "--id", "x"], 2, "--id"),
+    ],
+    ids=["help", "command", "action", "number"],
+)
+def test_arguments(program: Program, arguments: list[str], code: int, told: str) -> None:
+    """Help is no failure; what can't be understood is 2."""
+    result = program.run(*arguments)
+    assert code == result.code
+    assert told in result.stdout + result.stderr
+    assert_clean(result.stdout + result.stderr)
+
+
+def test_drop_slot(program: Program, source: psycopg.Connection) -> None:
+    """Asks first, which without a terminal is an unusable argument; with --yes the slot is gone."""
+    succeed(program.run("init"))
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+    asked = program.run("drop-slot")
+    assert 2 == asked.code
+    assert "--yes" in asked.stderr
+    assert (1,) == source.execute(slots, [program.slot]).fetchone()
+    succeed(program.run("drop-slot", "--yes"))
+    assert (0,) == source.execute(slots, [program.slot]).fetchone()
+
+
+def test_no_secret_is_ever_shown(program: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """Secrets in every URL that takes one: not where all goes well, and not where everything fails."""
+    secrets = {
+        "redis_url": program.environment["REPLICATOR_REDIS_URL"].replace("//", f"//default:{SECRET}@"),
+        "http_url": program.environment["REPLICATOR_HTTP_URL"].replace("//", f"//user:{SECRET}@"),
+        "http_webhook_secret": f"whsec_{SECRET}w",  # is base64
+        "log_level": "debug",
+    }
+    for command in (["init"], ["check"], ["status"], ["status", "--json"], ["dead-letters", "list"]):
+        succeed(program.run(*command, **secrets))
+    program.start(**secrets)
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+    program.wait_until_caught_up()
+    assert 1 == len(destinations.api())
+    assert 0 == program.stop()
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+    program.start(**{**secrets, **NO_SINKS})
+    for sink in ("clickhouse", "redis", "http"):
+        program.wait_for_log(f"sink {sink} did not take the batch")
+    assert 0 == program.stop()
+    postgres = f"postgresql://replicator:{SECRET}@{CLOSED}/engagement"
+    program.spawn(**{**secrets, "postgres_dsn": postgres})
+    program.wait_for_log("PostgreSQL is not reachable")
+    assert 0 == program.stop()
+    elsewhere = f"postgresql+psycopg://replicator:{SECRET}@{CLOSED}/checkpoint"
+    assert 1 == program.run("dead-letters", "list", **{**secrets, "checkpoint_url": elsewhere}).code
+    assert_clean(program.log)
