@@ -106,11 +106,11 @@ class Store:
         self.events = 0
         self.last_event_id: int | None = None
         self._file = path.open("ab+", buffering=0) if path else None
-        if self._file:
-            self._file.seek(0)
-            for line in self._file:
-                if line.endswith(b"\n"):  # else it crashed half-way, before it answered
-                    self._remember(read(line))
+        if path:
+            with path.open("rb") as lines:  # its own: an unbuffered file is read byte by byte
+                for line in lines:
+                    if line.endswith(b"\n"):  # else it crashed half-way, before it answered
+                        self._remember(read(line))
 
     def add(self, taken: Taken) -> None:
         """Keep it; on return it is in the operating system's hands."""
