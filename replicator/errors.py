@@ -50,13 +50,13 @@ class SourceError(ReplicatorError):
 
 
 class SourceUnavailable(SourceError):
-    """PostgreSQL is not reachable: {detail}. It is tried again until it answers; if it should be up, look at
+    """PostgreSQL is not reachable: {detail}. `run` tries again until it answers; if it should be up, look at
     REPLICATOR_POSTGRES_DSN and pg_hba.conf."""
 
 
 class SlotInUse(SourceError):
-    """Replication slot {slot} is held by process {pid}. This replicator waits for its turn; nothing to do if
-    another one is meant to run."""
+    """Replication slot {slot} is held by process {pid}. `run` waits for its turn as the standby, nothing to do if
+    another one is meant to run; to drop the slot, stop that one first."""
 
 
 class SlotMissing(SourceError):

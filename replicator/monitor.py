@@ -9,9 +9,8 @@ import asyncio
 import logging
 import time
 
-import psycopg
-
 from replicator import slot as slots
+from replicator.errors import SourceUnavailable
 from replicator.pipeline import Pipeline
 from replicator.slot import SlotState
 
@@ -19,6 +18,10 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
 """One cheap query; a third of Prometheus's usual scrape interval."""
+LOOK_AGAIN_SECONDS = 1.0
+"""While there is nothing to see: a slot that was just made, a server that comes up."""
+LOOK_TIMEOUT_SECONDS = 10
+"""A server that does not answer in this time is news, too."""
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 
@@ -32,7 +35,8 @@ class Monitor:
         self.trouble = "not looked at yet"
         """Why the slot can't be looked at; empty when it was."""
         self._dsn = dsn
-        self._slot = slot
+        self.name = slot
+        """The slot's."""
         self._confirmed = 0
         self._confirmed_moved_at = time.monotonic()
 
@@ -40,16 +44,12 @@ class Monitor:
         """Look for ever; never raises for what it sees."""
         while True:
             try:
-                self.slot = await asyncio.to_thread(self._look)
-                self.trouble = "" if self.slot else f"replication slot {self._slot} does not exist"
-            except psycopg.Error as exc:
-                self.trouble = str(exc).strip().partition("\n")[0]
+                self.slot = await slots.look(self._dsn, self.name, "replicator monitor", LOOK_TIMEOUT_SECONDS)
+                self.trouble = "" if self.slot else f"replication slot {self.name} does not exist"
+            except SourceUnavailable as exc:
+                self.trouble = str(exc)
             self._watch()
-            await asyncio.sleep(LOOK_SECONDS)
-
-    def _look(self) -> SlotState | None:
-        with psycopg.connect(self._dsn, autocommit=True, connect_timeout=5, application_name="replicator monitor") as c:
-            return slots.inspect(c, self._slot)
+            await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 
     def _watch(self) -> None:
         confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0

@@ -1,10 +1,12 @@
 """The replication slot: look at it, make it, drop it; is the stream still continuous with our checkpoint?
 
-Works on any psycopg connection to the database, the replication connection included; `source.py` reads the stream.
+Works on any asynchronous psycopg connection to the database, the replication connection included; `source.py` reads
+the stream. What psycopg raises when the connection is lost is the caller's to translate.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 from collections.abc import Collection
 
@@ -13,7 +15,15 @@ import psycopg
 from msgspec import structs
 from psycopg import sql
 
-from replicator.errors import SlotInvalid, SlotLost, SlotMissing, SourceUnusable, StreamGap
+from replicator.errors import (
+    SlotInUse,
+    SlotInvalid,
+    SlotLost,
+    SlotMissing,
+    SourceUnavailable,
+    SourceUnusable,
+    StreamGap,
+)
 from replicator.events import Checkpoint, Lsn, format_lsn, parse_lsn
 
 PLUGIN = "wal2json"
@@ -22,6 +32,8 @@ _WRONG_STATE = "55000"  # object_not_in_prerequisite_state: wal_level
 _NO_FILE = "58P01"  # undefined_file: the plugin's library
 _NO_RIGHT = "42501"  # insufficient_privilege
 _TOO_MANY = "53400"  # configuration_limit_exceeded: max_replication_slots
+_IN_USE = "55006"  # object_in_use
+_PASSING = ("08", "57")  # classes: the connection was lost, the server shuts down
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,9 +81,9 @@ FROM pg_replication_slots WHERE slot_name = {{slot}}
 """  # noqa: S608  a constant of ours; {slot} becomes a quoted literal
 
 
-def identify(connection: psycopg.Connection) -> Identity:
+async def identify(connection: psycopg.AsyncConnection) -> Identity:
     """IDENTIFY_SYSTEM; the connection must be a replication connection."""
-    row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+    row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
     if row is None:
         raise SourceUnusable(
             problem="IDENTIFY_SYSTEM gave no row", cure="Connect to PostgreSQL itself, not to a pooler"
@@ -79,10 +91,10 @@ def identify(connection: psycopg.Connection) -> Identity:
     return Identity(system_identifier=str(row[0]), timeline=int(row[1]))
 
 
-def inspect(connection: psycopg.Connection, slot: str) -> SlotState | None:
+async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState | None:
     """The slot as it is now; None when there is none of that name."""
     # Literals, not parameters: a replication connection speaks only the simple query protocol.
-    row = connection.execute(sql.SQL(_INSPECT).format(slot=sql.Literal(slot))).fetchone()
+    row = await (await connection.execute(sql.SQL(_INSPECT).format(slot=sql.Literal(slot)))).fetchone()
     if row is None:
         return None
     return SlotState(
@@ -98,23 +110,49 @@ def inspect(connection: psycopg.Connection, slot: str) -> SlotState | None:
     )
 
 
-def create(connection: psycopg.Connection, slot: str) -> None:
-    """Make the slot. Raises SourceUnusable with the cure when the server is not set up for it."""
+async def look(dsn: str, slot: str, who: str, timeout_seconds: int) -> SlotState | None:
+    """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable."""
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            await psycopg.AsyncConnection.connect(dsn, autocommit=True, application_name=who) as connection,
+        ):
+            return await inspect(connection, slot)
+    except TimeoutError as exc:
+        raise SourceUnavailable(detail=f"no answer in {timeout_seconds} s") from exc
+    except psycopg.Error as exc:
+        raise SourceUnavailable(detail=str(exc).strip().partition("\n")[0]) from exc
+
+
+async def create(connection: psycopg.AsyncConnection, slot: str) -> None:
+    """Make the slot, once the transactions that run have ended. Raises SourceUnusable when the server is not set up."""
     query = sql.SQL("SELECT pg_create_logical_replication_slot({}, {})")
     try:
-        connection.execute(query.format(sql.Literal(slot), sql.Literal(PLUGIN)))
+        await connection.execute(query.format(sql.Literal(slot), sql.Literal(PLUGIN)))
     except psycopg.errors.DuplicateObject:
         return  # another replicator was quicker; whether the slot fits is for verify() to say
     except psycopg.Error as exc:
+        if exc.sqlstate is None or exc.sqlstate.startswith(_PASSING):
+            raise
         raise unusable(exc.sqlstate, str(exc.diag.message_primary)) from exc
 
 
-def drop(connection: psycopg.Connection, slot: str) -> None:
-    """Drop the slot; PostgreSQL may then throw its WAL away. SlotInvalid while a reader is connected to it."""
+async def drop(connection: psycopg.AsyncConnection, slot: str) -> None:
+    """Drop the slot; PostgreSQL may then throw its WAL away. Raises SlotInUse, SlotInvalid."""
     try:
-        connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
+        await connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
     except psycopg.Error as exc:
-        raise SlotInvalid(slot=slot, problem=f"{exc.diag.message_primary}") from exc
+        if exc.sqlstate is None or exc.sqlstate.startswith(_PASSING):
+            raise
+        message = str(exc.diag.message_primary)
+        if exc.sqlstate == _IN_USE:
+            raise in_use(slot, message) from exc
+        raise SlotInvalid(slot=slot, problem=message) from exc
+
+
+def in_use(slot: str, message: str) -> SlotInUse:
+    """PostgreSQL's message ends with the process that reads the slot."""
+    return SlotInUse(slot=slot, pid=message.rpartition(" ")[2])
 
 
 def unusable(sqlstate: str | None, message: str) -> SourceUnusable:
@@ -179,7 +217,8 @@ def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:
         return (
             f"it is on timeline {identity.timeline}, the checkpoint on {checkpoint.timeline} (a failover or a restore)"
         )
-    if state.server_lsn < checkpoint.end_lsn:
+    # Whoever reads the slot moves the checkpoint on, past where the server was when we looked.
+    if state.active_pid is None and state.server_lsn < checkpoint.end_lsn:
         return f"the server is at {format_lsn(state.server_lsn)}, behind the checkpoint's {end} (an older backup)"
     if state.confirmed_lsn is not None and state.confirmed_lsn > checkpoint.end_lsn:
         confirmed = format_lsn(state.confirmed_lsn)

@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import psycopg
-from psycopg import conninfo, pq, sql
+from psycopg import conninfo, generators, pq, sql
 
 from replicator import slot as slots
-from replicator.errors import SlotInUse, SourceError, SourceUnavailable
+from replicator.errors import SourceError, SourceUnavailable
 from replicator.events import Lsn, format_lsn
 from replicator.wal2json import OPTIONS, StreamDecoder, Stretch
 
@@ -33,6 +33,8 @@ NAP_SECONDS = 0.0005
 """Pause when the socket is empty: fewer wake-ups on both sides of it (DESIGN, section 5: 65k → 105k commits/s)."""
 
 CONNECT_TIMEOUT_SECONDS = 10
+ANSWER_TIMEOUT_SECONDS = 30.0
+"""For what a living server answers in milliseconds; one that is frozen must not hold us for ever."""
 GOODBYE_TIMEOUT_SECONDS = 5.0
 """How long PostgreSQL may take to answer the end of the stream, which proves that it read our last feedback."""
 
@@ -42,7 +44,7 @@ _FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs sinc
 _EPOCH_2000_SECONDS = 946_684_800
 
 _SLOT_IN_USE = "55006"
-_CONFIGURATION = {"55000", "58P01", "42501", "42704"}  # wrong state, no plugin, no right, no slot: no retry helps
+_CONFIGURATION = {"55000", "58P01", "42501"}  # wrong state, no plugin, no right: no retry helps
 
 
 class Source:
@@ -52,11 +54,13 @@ class Source:
         self._dsn = dsn
         self._slot = slot
         self._tables = tables
-        self._connection: psycopg.Connection | None = None
+        self._connection: psycopg.AsyncConnection | None = None
         self._pgconn: pq.abc.PGconn | None = None
         self._decoder = StreamDecoder()
         self._received: Lsn = 0
         self._flushed: Lsn = 0
+        self._wake = asyncio.Event()
+        self._watched: int | None = None  # the file descriptor that the loop watches for us
 
     @property
     def connected(self) -> bool:
@@ -69,47 +73,48 @@ class Source:
         return self._flushed
 
     async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
-        """Open the connection and look at the slot. Raises SourceUnavailable."""
+        """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
-        try:
-            self._connection = await asyncio.to_thread(self._open)
-            return await asyncio.to_thread(self._look, self._connection)
-        except psycopg.OperationalError as exc:
-            raise SourceUnavailable(detail=_first_line(exc)) from exc
+        with _translated():
+            self._connection = await self._open()
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                return await slots.identify(self._connection), await slots.inspect(self._connection, self._slot)
 
-    def _open(self) -> psycopg.Connection:
+    async def _open(self) -> psycopg.AsyncConnection:
         given = conninfo.conninfo_to_dict(self._dsn)
         defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-        # wal2json prints timestamps as the session says; nothing may time out a stream that is idle by nature
-        session = "-c DateStyle=ISO -c TimeZone=UTC -c statement_timeout=0 -c idle_session_timeout=0"
+        # wal2json prints timestamps as the session says; a new slot waits for the transactions that run
+        session = "-c DateStyle=ISO -c TimeZone=UTC -c statement_timeout=0"
         ours: dict[str, str | int | None] = {
             **{name: value for name, value in defaults.items() if name not in given},
             "replication": "database",
             "application_name": f"replicator {self._slot}",
             "options": f"{given.get('options') or ''} {session}",
         }
-        return psycopg.Connection.connect(conninfo.make_conninfo(self._dsn, **ours), autocommit=True)
-
-    def _look(self, connection: psycopg.Connection) -> tuple[slots.Identity, slots.SlotState | None]:
-        return slots.identify(connection), slots.inspect(connection, self._slot)
+        return await psycopg.AsyncConnection.connect(conninfo.make_conninfo(self._dsn, **ours), autocommit=True)
 
     async def create_slot(self) -> slots.SlotState | None:
-        """Make the slot and look at it again. Raises SourceUnusable."""
+        """Make the slot and look at it again. Raises SourceUnavailable, SourceUnusable."""
         assert self._connection is not None  # noqa: S101  connect() comes first
-        await asyncio.to_thread(slots.create, self._connection, self._slot)
-        return await asyncio.to_thread(slots.inspect, self._connection, self._slot)
+        with _translated():
+            await slots.create(self._connection, self._slot)
+            return await slots.inspect(self._connection, self._slot)
 
     async def drop_slot(self) -> None:
-        """Drop the slot. Raises SlotInvalid while somebody reads it."""
+        """Drop the slot. Raises SlotInUse while somebody reads it, SlotInvalid, SourceUnavailable."""
         assert self._connection is not None  # noqa: S101  connect() comes first
-        await asyncio.to_thread(slots.drop, self._connection, self._slot)
+        with _translated():
+            await slots.drop(self._connection, self._slot)
 
     async def start(self, end_lsn: Lsn) -> None:
         """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
         assert self._connection is not None  # noqa: S101  connect() comes first
         pgconn = self._connection.pgconn
         command = self._start_command(end_lsn).as_string(self._connection)
-        result = await asyncio.to_thread(pgconn.exec_, command.encode())
+        with _translated():
+            pgconn.send_query(command.encode())
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                result, *_ = await self._connection.wait(generators.execute(pgconn))
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._refusal(result)
         pgconn.nonblocking = 1
@@ -130,7 +135,7 @@ class Source:
         sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
         message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"no reason given").decode()
         if sqlstate == _SLOT_IN_USE:
-            return SlotInUse(slot=self._slot, pid=message.rpartition(" ")[2])
+            return slots.in_use(self._slot, message)
         if sqlstate in _CONFIGURATION:
             return slots.unusable(sqlstate, message)
         return SourceUnavailable(detail=message)
@@ -140,12 +145,16 @@ class Source:
 
         Cancelling it loses nothing: what was read stays for the next call.
         """
-        napped = False
-        while not self._read_available():
-            if napped:
-                await self._readable()
-            await asyncio.sleep(NAP_SECONDS)
-            napped = True
+        try:
+            napped = False
+            while not self._read_available():
+                if napped:
+                    await self._readable()
+                await asyncio.sleep(NAP_SECONDS)
+                napped = True
+        except psycopg.OperationalError as exc:
+            self.close()
+            raise SourceUnavailable(detail=_first_line(exc)) from exc
         stretch = self._decoder.take()
         self._received = max(self._received, stretch.end_lsn)
         return stretch
@@ -155,24 +164,20 @@ class Source:
         pgconn, decoder = self._running(), self._decoder
         get, feed, rows = pgconn.get_copy_data, decoder.feed, decoder.rows
         messages = 0
-        try:
-            while messages < STRETCH_MESSAGES and len(rows) < STRETCH_ROWS and decoder.size < STRETCH_BYTES:
+        while messages < STRETCH_MESSAGES and len(rows) < STRETCH_ROWS and decoder.size < STRETCH_BYTES:
+            length, data = get(1)
+            if length == 0:
+                pgconn.consume_input()
                 length, data = get(1)
                 if length == 0:
-                    pgconn.consume_input()
-                    length, data = get(1)
-                    if length == 0:
-                        break
-                if length < 0:
-                    raise self._end_of_stream(pgconn)
-                messages += 1
-                if data[0] == _XLOG_DATA:
-                    feed(data[_XLOG_DATA_HEADER:])
-                elif data[0] == _KEEPALIVE:
-                    self._keepalive(data)
-        except psycopg.OperationalError as exc:
-            self.close()
-            raise SourceUnavailable(detail=_first_line(exc)) from exc
+                    break
+            if length < 0:
+                raise self._end_of_stream(pgconn)
+            messages += 1
+            if data[0] == _XLOG_DATA:
+                feed(data[_XLOG_DATA_HEADER:])
+            elif data[0] == _KEEPALIVE:
+                self._keepalive(data)
         return messages
 
     def _keepalive(self, data: memoryview) -> None:
@@ -188,13 +193,19 @@ class Source:
         return SourceUnavailable(detail=(message or b"the server ended the stream").decode())
 
     async def _readable(self) -> None:
-        loop, fd = asyncio.get_running_loop(), self._running().socket
-        ready = asyncio.Event()
-        loop.add_reader(fd, ready.set)
+        self._watched = self._running().socket
+        self._wake.clear()
+        asyncio.get_running_loop().add_reader(self._watched, self._wake.set)
         try:
-            await ready.wait()
+            await self._wake.wait()
         finally:
-            loop.remove_reader(fd)
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        # Before the descriptor is closed: a moment later its number can be another connection's.
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = None
 
     def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
         """Send a status update: alive, and everything up to `flush_lsn` (default: as before) is flushed.
@@ -211,10 +222,12 @@ class Source:
             return
         self._flushed = flushed
         now_us = int((time.time() - _EPOCH_2000_SECONDS) * 1_000_000)
-        # A broken connection is met, and reported, by the reader.
-        with contextlib.suppress(psycopg.OperationalError):
+        try:
             self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", self._received, flushed, flushed, now_us, ask))
             self._pgconn.flush()  # what the socket doesn't take now goes with the next consume_input
+        except psycopg.OperationalError:
+            # The reader meets and reports it. It has to be woken: libpq has closed the socket that it may wait for.
+            self._wake.set()
 
     async def finish(self) -> None:
         """End the stream in order; on return PostgreSQL has read the last feedback, or it took too long."""
@@ -238,15 +251,29 @@ class Source:
 
     def close(self) -> None:
         """Drop the connection."""
+        self._unwatch()
         self._pgconn = None
         if self._connection is not None:
-            self._connection.close()
+            self._connection.pgconn.finish()  # all that its own close() does, which is a coroutine
             self._connection = None
 
     def _running(self) -> pq.abc.PGconn:
         if self._pgconn is None:
             raise SourceUnavailable(detail="the connection was lost")
         return self._pgconn
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """The border where psycopg's errors become ours, until the stream runs."""
+    try:
+        yield
+    except TimeoutError as exc:
+        raise SourceUnavailable(detail=f"no answer in {ANSWER_TIMEOUT_SECONDS:.0f} s") from exc
+    except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+        raise SourceUnavailable(detail=_first_line(exc)) from exc
+    except psycopg.Error as exc:
+        raise slots.unusable(exc.sqlstate, _first_line(exc)) from exc
 
 
 def _first_line(exc: Exception) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 
 import aiohttp
 import msgspec
-import psycopg
 
 from replicator import slot as slots
-from replicator.errors import CheckpointError
+from replicator.errors import CheckpointError, SourceUnavailable
 from replicator.events import Checkpoint, Lsn, format_lsn
 from replicator.protocols import CheckpointStore
 from replicator.settings import CoreSettings
@@ -24,6 +23,20 @@ from replicator.slot import SlotState
 
 ADMIN_TIMEOUT_SECONDS = 2.0
 """It is on this machine or not there."""
+LOOK_TIMEOUT_SECONDS = 10
+"""For PostgreSQL, connection included."""
+
+
+class _Live(msgspec.Struct):
+    """What a replicator says of itself (admin.py), as far as it is read here; whatever else answers is not one."""
+
+    slot: str
+    ready: bool
+    reasons: list[str]
+    sinks: dict[str, dict[str, Any]]
+
+
+_decode_live = msgspec.json.Decoder(_Live).decode
 
 
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> dict[str, Any]:
@@ -45,9 +58,10 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
 
 async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotState | None:
     try:
-        state = await asyncio.to_thread(_inspect, settings)
-    except psycopg.Error as exc:
-        found["slot"]["error"] = str(exc).strip().partition("\n")[0]
+        dsn = settings.postgres_dsn.get_secret_value()
+        state = await slots.look(dsn, settings.slot, "replicator status", LOOK_TIMEOUT_SECONDS)
+    except SourceUnavailable as exc:
+        found["slot"]["error"] = str(exc)
         return None
     if state is None:
         found["slot"]["error"] = "does not exist; `python -m replicator init` makes it"
@@ -64,12 +78,6 @@ async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotSt
     return state
 
 
-def _inspect(settings: CoreSettings) -> SlotState | None:
-    dsn = settings.postgres_dsn.get_secret_value()
-    with psycopg.connect(dsn, autocommit=True, connect_timeout=10, application_name="replicator status") as connection:
-        return slots.inspect(connection, settings.slot)
-
-
 async def _ask_replicator(settings: CoreSettings, found: dict[str, Any]) -> dict[str, Any]:
     live: dict[str, Any] = {}
     if settings.admin_listen:
@@ -79,9 +87,11 @@ async def _ask_replicator(settings: CoreSettings, found: dict[str, Any]) -> dict
                 aiohttp.ClientSession(timeout=timeout) as session,
                 session.get(f"http://{settings.admin_listen}/status") as response,
             ):
-                live = msgspec.json.decode(await response.read())
+                body = await response.read()
+            if _decode_live(body).slot == settings.slot:  # another slot's replicator may have this address
+                live = msgspec.json.decode(body)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-            live = {}  # said below
+            pass  # said below
     found["replicator"] = live or {"ready": False, "reasons": [_silent(settings)]}
     return live
 
