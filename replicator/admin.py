@@ -23,17 +23,20 @@ from replicator.monitor import Monitor
 
 
 def lag_seconds(monitor: Monitor, lane: Lane) -> float:
-    """How old the newest event is that the sink has, while it lacks newer ones; 0.0 when it has all that was read."""
-    if not lane.waiting and not monitor.pipeline.fan_out.full:
-        return 0.0
-    newest = lane.progress.committed_at
-    return max(0.0, time.time() - newest) if newest else lane.oldest_seconds()
+    """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
+
+    While reading has stopped, what a sink lacks that has all of it is unknown: then the age of the newest it has.
+    """
+    if lane.waiting or not monitor.pipeline.fan_out.full:
+        return lane.lag_seconds()
+    return max(0.0, time.time() - lane.progress.committed_at)
 
 
 def status(monitor: Monitor) -> dict[str, object]:
     """Everything an operator asks first, as JSON values."""
     pipeline, reasons = monitor.pipeline, monitor.reasons()
     return {
+        "slot": monitor.name,
         "ready": not reasons,
         "reasons": reasons,
         "connected": pipeline.source.connected,

@@ -84,6 +84,8 @@ class _Write(msgspec.Struct):
     position: Position
     end_lsn: Lsn
     committed_at: float
+    since: float
+    """Commit time of its oldest batch."""
     finished: list[Batch]
     refused: Sequence[Refusal] = ()
     done: bool = False
@@ -130,6 +132,7 @@ class Lane:
         self._in_flight: deque[_Write] = deque()
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._failing = 0  # calls that are being tried again
         self._complained = 0.0
 
     @property
@@ -140,6 +143,13 @@ class Lane:
     def oldest_seconds(self) -> float:
         """How long the oldest queued event has waited; 0.0 when there is none."""
         return time.monotonic() - self._queue[0].arrived if self._waiting else 0.0
+
+    def lag_seconds(self) -> float:
+        """How long ago the oldest batch that is not written was committed; 0.0 when there is none."""
+        if not self.waiting:
+            return 0.0
+        since = self._in_flight[0].since if self._in_flight else self._queue[0].committed_at
+        return max(0.0, time.time() - since) if since else 0.0
 
     def put(self, batch: Batch) -> None:
         """Queue a batch. What the lane had before (after a restart or a reconnect) is left out by its position."""
@@ -210,6 +220,7 @@ class Lane:
         finished: list[Batch] = []
         end_lsn, committed_at = self.done.end_lsn, 0.0
         position = self.done.position
+        since = self._queue[0].committed_at
         while self._queue and len(events) < self.sink.max_events:
             entry = self._queue[0]
             piece = entry.events[self._head : self._head + self.sink.max_events - len(events)]
@@ -224,7 +235,7 @@ class Lane:
             self._queue.popleft()
             self._head = 0
         self._waiting -= len(events)
-        return _Write(events, position, end_lsn, committed_at, finished)
+        return _Write(events, position, end_lsn, committed_at, since, finished)
 
     async def _carry(self, write: _Write) -> None:
         if not await self._persist(lambda: self._attempt(write)):
@@ -275,8 +286,10 @@ class Lane:
                 pause = min(MISCONFIGURED_SECONDS, self._retry_max_seconds)
                 self._complain(exc)
             else:
-                self._recover()
+                if attempt:
+                    self._recover()
                 return True
+            self._failing += not attempt
             self.progress.retries += 1
             await _wait(self._stopping, pause)
             if self._stopping.is_set():
@@ -290,7 +303,8 @@ class Lane:
         self.trouble = str(exc)
 
     def _recover(self) -> None:
-        if self.trouble:
+        self._failing -= 1
+        if not self._failing:  # of several writes side by side one may still be turned away
             log.info("sink %s takes events again", self.name)
             self.trouble = ""
 
