@@ -66,21 +66,21 @@ async def _closing(parts: Parts) -> AsyncIterator[None]:
 async def run(parts: Parts, _args: argparse.Namespace) -> int:
     """Replicate until SIGTERM or SIGINT. The very first time it also does what `init` does."""
     async with _closing(parts):
-        await asyncio.to_thread(parts.store.create)
-        if await asyncio.to_thread(parts.store.load, parts.settings.slot) is None:
-            await _create_destinations(parts)
         pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
         stop_on_signals(pipeline.stop)
         monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
         admin = Admin(monitor, parts.settings.admin_listen)
         await admin.start()
         watching = asyncio.create_task(monitor.run())
+        watching.add_done_callback(lambda _: pipeline.stop())  # blind, we would look healthy over a slot that stands
         try:
             await pipeline.run()
         finally:
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            [ended] = await asyncio.gather(watching, return_exceptions=True)
             await admin.stop()
+    if isinstance(ended, Exception):
+        raise ended
     return 0
 
 
@@ -104,18 +104,14 @@ async def init(parts: Parts, args: argparse.Namespace) -> int:
     async with _closing(parts):
         for line in await asyncio.to_thread(parts.store.create):
             print(line)
-        await _create_destinations(parts)
+        for sink in parts.sinks:
+            for line in await sink.create():
+                print(line)
         with closing(parts.source()) as source:
             checkpoint = await _take_slot(parts, source, accept_gap=args.accept_gap)
         print(f"slot {checkpoint.slot}: replication begins behind {format_lsn(checkpoint.end_lsn)}")
         print(await parts.enricher.history() or "no older rows: nothing to backfill")
     return 0
-
-
-async def _create_destinations(parts: Parts) -> None:
-    for sink in parts.sinks:
-        for line in await sink.create():
-            print(line, file=sys.stderr)
 
 
 async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> Checkpoint:
@@ -181,17 +177,18 @@ async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:
                 print(f"there is no replication slot {slot}")
                 return 0
             told = f"Drop replication slot {slot}? Whatever is committed from now on is not kept for it."
-            if not args.yes and not await _agreed(told):
+            if not args.yes and not _agreed(told):
                 return 1
             await source.drop_slot()
     print(f"dropped replication slot {slot}; `python -m replicator init --accept-gap` makes a new one")
     return 0
 
 
-async def _agreed(question: str) -> bool:
+def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise SettingsError(name="--yes", problem="there is no terminal to ask on", expected="to be given here")
-    return (await asyncio.to_thread(input, f"{question} [y/N] ")).strip().lower() in ("y", "yes")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 # -- dead letters ------------------------------------------------------------------------------------------------
@@ -246,7 +243,7 @@ async def drop_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
     """Forget them, after asking."""
     async with _closing(parts):
         doomed = [letter.id for page in _pages(parts, args) for letter in page if letter.id is not None]
-        if doomed and not args.yes and not await _agreed(f"Forget {len(doomed)} dead letters?"):
+        if doomed and not args.yes and not _agreed(f"Forget {len(doomed)} dead letters?"):
             return 1
         dropped = await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, doomed)
     print(f"dropped {dropped} dead letters")

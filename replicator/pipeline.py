@@ -18,6 +18,8 @@ from replicator import slot as slots
 from replicator.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
+    SinkMisconfigured,
+    SinkUnavailable,
     SlotInUse,
     SourceUnavailable,
 )
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 STANDBY_SECONDS = 1.0
 """How often a standby asks for the slot."""
+COMPLAINT_SECONDS = 30.0
+"""Trouble that lasts is told when it begins and then once in this time."""
 
 
 class Pipeline:
@@ -48,12 +52,12 @@ class Pipeline:
         self.rows = 0
         self.dead_letters = 0
         """Rows that no event could be made of."""
-        self.moved_at = time.monotonic()
-        """When the checkpoint moved last."""
         self._settings = settings
         self._enricher = enricher
         self._sinks = sinks
         self._store = store
+        self._created = False
+        self._complained = 0.0
         self._saving = asyncio.Lock()
         self._progress = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -77,7 +81,6 @@ class Pipeline:
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written)
             await asyncio.to_thread(self._store.save, checkpoint)
             self.checkpoint = checkpoint
-            self.moved_at = time.monotonic()
         # 3. PostgreSQL: it may forget everything up to here.
         self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
 
@@ -95,7 +98,12 @@ class Pipeline:
             await self._stopping.wait()
         finally:
             await _cancel(self._workers)
-            await self._drain()
+            try:
+                await self._drain()
+            finally:
+                self._raise_failure()  # it comes first: what a drain meets after it is its consequence
+
+    def _raise_failure(self) -> None:
         for task in (*self._writers, *self._workers):
             if not task.cancelled() and (failure := task.exception()):
                 raise single(failure)
@@ -145,27 +153,41 @@ class Pipeline:
     async def _read_forever(self) -> None:
         attempt = 0
         while True:
+            began = time.monotonic()
             try:
                 await self._begin()
-                attempt = 0
                 await self._follow()
             except SlotInUse as exc:
-                self._say(exc)
+                self._say(exc, again=False)  # a standby's ordinary life
                 pause = STANDBY_SECONDS
-            except (SourceUnavailable, CheckpointUnavailable) as exc:
+            except (SourceUnavailable, CheckpointUnavailable, SinkUnavailable, SinkMisconfigured) as exc:
                 self._say(exc)
+                # A stream that breaks as soon as it runs is no better than none.
+                attempt = attempt + 1 if time.monotonic() - began < self._settings.retry_max_seconds else 0
                 pause = backoff(attempt, self._settings.retry_max_seconds)
-                attempt += 1
             self.source.close()
             await asyncio.sleep(pause)
 
-    def _say(self, exc: Exception) -> None:
-        if self.trouble != str(exc):
+    def _say(self, exc: Exception, *, again: bool = True) -> None:
+        now = time.monotonic()
+        if self.trouble != str(exc) or (again and now - self._complained > COMPLAINT_SECONDS):
             log.warning("%s", exc)
+            self._complained = now
         self.trouble = str(exc)
+
+    async def _create(self) -> None:
+        """The checkpoint's tables; on the very first start also what the sinks need. As `init` does."""
+        await asyncio.to_thread(self._store.create)
+        if await self._load() is None:
+            for sink in self._sinks:
+                for line in await sink.create():
+                    log.info("%s", line)
+        self._created = True
 
     async def _begin(self) -> None:
         """Take the slot and start the stream behind the durable checkpoint, if the two fit together."""
+        if not self._created:
+            await self._create()
         identity, state = await self.source.connect()
         checkpoint = await self._load()
         slots.verify(self._settings.slot, state, identity, checkpoint)
@@ -173,12 +195,18 @@ class Pipeline:
             state = await self.source.create_slot()
         if checkpoint is None:
             checkpoint = slots.first_checkpoint(self._settings.slot, state, identity)
-            await asyncio.to_thread(self._store.save, checkpoint)
+            await self._save_first(checkpoint)
         await self.source.start(checkpoint.end_lsn)
         # The slot is ours from here on. Whoever had it may have saved once more before that.
         await self._open(checkpoint.end_lsn, await self._load() or checkpoint)
         self.trouble = ""
         log.info("reading slot %s from %s", checkpoint.slot, format_lsn(checkpoint.end_lsn))
+
+    async def _save_first(self, checkpoint: Checkpoint) -> None:
+        try:
+            await asyncio.to_thread(self._store.save, checkpoint)
+        except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
+            raise SourceUnavailable(detail="another replicator took the slot first") from exc
 
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
