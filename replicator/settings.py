@@ -93,6 +93,9 @@ def load(settings_class: type[T]) -> T:
     """Read and check all settings of a class. Raises SettingsError that names the first unusable one."""
     try:
         return settings_class()
+    except (OSError, UnicodeDecodeError) as exc:  # a NAME_FILE's trouble has its own message
+        problem = f"it can't be read ({type(exc).__name__})"
+        raise SettingsError(name=".env", problem=problem, expected="lines of NAME=value in UTF-8") from None
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         field_name = str(first["loc"][0])
