@@ -21,7 +21,7 @@ SCHEMA = Path(__file__).parents[1] / "sql" / "source_schema.sql"
 @pytest.fixture(scope="session")
 def stack() -> Iterator[DevStack]:
     """All servers, for the whole session. A test may stop, kill and pause them; it starts them again."""
-    with DevStack(*DevStack.SERVICES) as running:
+    with DevStack(*DevStack.SERVICES, postgres_settings={"max_prepared_transactions": "10"}) as running:
         yield running
 
 
