@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import create_enricher
@@ -88,6 +89,19 @@ def _add_dead_letters(sub: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action.set_defaults(command=command)
 
 
+class _Threads(ThreadPoolExecutor):
+    """For calls that block. The end does not wait for one that hangs on a silent server: its write counts as undone."""
+
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:  # noqa: ARG002  asyncio asks to wait
+        """Begin nothing more."""
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+async def _run(command: Coroutine[None, None, int]) -> int:
+    asyncio.get_running_loop().set_default_executor(_Threads())
+    return await command
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     args = build_parser().parse_args(arguments)
@@ -100,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sinks=create_sinks(settings.sinks),
             store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
         )
-        code: int = asyncio.run(args.command(parts, args))
+        code = asyncio.run(_run(args.command(parts, args)))
+        sys.stdout.flush()
     except ReplicatorError as exc:
         print(f"replicator: {exc}", file=sys.stderr)
         return exc.exit_code
@@ -115,4 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # sys.exit would wait for the threads after all; everything is saved and printed
