@@ -73,9 +73,10 @@ class Pipeline:
         """
         if self.checkpoint is None:
             return
-        # 1. Sinks: what each of them holds, durably; the slowest one counts.
+        # 1. Sinks: what each of them holds, durably; the slowest one counts. All of them may be ahead of the stream
+        #    where the one that held it up was taken out.
         written = {lane.name: lane.done for lane in self.fan_out.lanes}
-        end_lsn = min(done.end_lsn for done in written.values())
+        end_lsn = min(self.source.received, *(done.end_lsn for done in written.values()))
         # 2. Checkpoint: on disk before anybody is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written)

@@ -72,6 +72,11 @@ class Source:
         """What PostgreSQL was told last."""
         return self._flushed
 
+    @property
+    def received(self) -> Lsn:
+        """Everything up to here was read, in this stream or before the checkpoint; never goes back."""
+        return self._received
+
     async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
