@@ -53,7 +53,7 @@ def retry_after_seconds(value: str | None, now: datetime) -> float | None:
     if not value:
         return None
     if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", value):
-        return float(value)
+        return float(value.strip())
     try:
         then = parsedate_to_datetime(value)
     except ValueError:
