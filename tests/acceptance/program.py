@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import psycopg
 
 from devstack.process import wait_until
@@ -22,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
 CAUGHT_UP_TIMEOUT_SECONDS = 60.0
+ADMIN_TIMEOUT_SECONDS = 5.0
 
 SECRET = "planted"  # noqa: S105  part of every password and token in these tests; nothing may ever print it
 
@@ -94,15 +98,15 @@ class Program:
         return self._process
 
     def start(self, *arguments: str, **variables: str) -> None:
-        """Start it and return when it reads the slot."""
+        """Start it and return when the stream runs and everything behind it is open."""
+        said_before = len(self.log)
         process = self.spawn(*arguments, **variables)
-        with psycopg.connect(self._dsn, autocommit=True) as looking:
 
-            def reads() -> bool:
-                assert process.poll() is None, f"it ended with {process.returncode}:\n{self.log}"
-                return bool(looking.execute(_READER, [self.slot]).fetchone() not in (None, (None,)))
+        def reads() -> bool:
+            assert process.poll() is None, f"it ended with {process.returncode}:\n{self.log}"
+            return f"reading slot {self.slot} from" in self.log[said_before:]
 
-            wait_until(reads, "the replicator to read its slot")
+        wait_until(reads, "the replicator to read its slot")
 
     def wait_for_log(self, text: str) -> None:
         """Return when it has said this."""
@@ -141,6 +145,19 @@ class Program:
         """SIGTERM; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_TIMEOUT_SECONDS)
+
+    def admin(self, path: str) -> str:
+        """What an admin endpoint answers, whatever the status: `/readyz`, `/status`, `/metrics`."""
+        url = f"http://{self.environment['REPLICATOR_ADMIN_LISTEN']}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=ADMIN_TIMEOUT_SECONDS) as response:
+                return str(response.read().decode())
+        except urllib.error.HTTPError as exc:
+            return str(exc.read().decode())
+
+    def status(self) -> dict[str, Any]:
+        """What `/status` says."""
+        return dict(msgspec.json.decode(self.admin("/status")))
 
     def kill(self) -> None:
         """SIGKILL; on return PostgreSQL has noticed and the slot is free."""
