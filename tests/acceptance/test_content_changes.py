@@ -1,0 +1,107 @@
+"""A change of content takes effect for the events committed after it, and for no other; in all sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from decimal import Decimal
+
+import psycopg
+
+from tests.acceptance.destinations import Destinations
+from tests.acceptance.program import Program
+
+INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms) VALUES (%s, 1, %s, 60000)"
+
+
+def play(source: psycopg.Connection, content: int, event_type: str) -> None:
+    """One event of a minute."""
+    source.execute(INSERT, [content, event_type])
+
+
+def assert_enriched(destinations: Destinations, wanted: Iterable[tuple[str, str | None, int | None, object]]) -> None:
+    """Event type, content type, length and percentage of every event; the same in all sinks."""
+    taken = destinations.api()
+    assert list(wanted) == [
+        (event["event_type"], event["content_type"], event["length_seconds"], event["engagement_pct"])
+        for event in sorted(taken, key=lambda event: int(event["event_id"]))
+    ]
+    assert sorted(taken, key=lambda event: int(event["event_id"])) == destinations.clickhouse()
+    newest = {event["content_id"]: event for event in destinations.clickhouse()}  # every insert is later
+    assert newest == destinations.last()
+
+
+def test_changes_while_it_runs(program: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """Updated, inserted, deleted, renamed, truncated: what was committed before an event counts for it."""
+    source.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    program.start()
+    play(source, 1, "before the update")
+    source.execute("UPDATE content SET content_type = 'film', length_seconds = 120 WHERE content_id = 1")
+    play(source, 1, "after the update")
+    with source.transaction():
+        play(source, 1, "before the update in its transaction")
+        source.execute("UPDATE content SET length_seconds = 60 WHERE content_id = 1")
+        play(source, 1, "after the update in its transaction")
+    with source.transaction(force_rollback=True):
+        source.execute("UPDATE content SET length_seconds = 1 WHERE content_id = 1")
+    play(source, 1, "after an update that was rolled back")
+
+    play(source, 50, "before the insert")
+    source.execute("INSERT INTO content VALUES (50, 'podcast', 600)")
+    play(source, 50, "after the insert")
+    source.execute("DELETE FROM content WHERE content_id = 50")
+    play(source, 50, "after the delete")
+    source.execute("INSERT INTO content VALUES (50, 'podcast', 0)")
+    play(source, 50, "after the second insert")
+
+    source.execute("UPDATE content SET content_id = 20 WHERE content_id = 2")
+    play(source, 2, "old number")
+    play(source, 20, "new number")
+    source.execute("TRUNCATE content")
+    play(source, 3, "after the truncate")
+
+    program.wait_until_caught_up()
+    assert_enriched(
+        destinations,
+        [
+            ("before the update", "video", 300, Decimal("0.2")),
+            ("after the update", "film", 120, Decimal("0.5")),
+            ("before the update in its transaction", "film", 120, Decimal("0.5")),
+            ("after the update in its transaction", "film", 60, 1),
+            ("after an update that was rolled back", "film", 60, 1),
+            ("before the insert", None, None, None),
+            ("after the insert", "podcast", 600, Decimal("0.1")),
+            ("after the delete", None, None, None),
+            ("after the second insert", "podcast", 0, None),
+            ("old number", None, None, None),
+            ("new number", "video", 120, Decimal("0.5")),
+            ("after the truncate", None, None, None),
+        ],
+    )
+
+
+def test_changes_over_a_restart(program: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """What changed while it was away holds for the events after it; so does what changed before that."""
+    program.start()
+    play(source, 1, "first")
+    program.wait_until_caught_up()
+    source.execute("UPDATE content SET length_seconds = 120 WHERE content_id = 1")
+    program.wait_until_caught_up()
+    assert 0 == program.stop()
+    source.execute("UPDATE content SET length_seconds = 600 WHERE content_id = 2")
+    play(source, 2, "while it was away")
+    program.start()
+    play(source, 1, "changed before")
+    play(source, 2, "changed while it was away")
+    source.execute("UPDATE content SET length_seconds = 60 WHERE content_id = 2")
+    play(source, 2, "changed after")
+    program.wait_until_caught_up()
+    assert_enriched(
+        destinations,
+        [
+            ("first", "video", 300, Decimal("0.2")),
+            ("while it was away", "video", 600, Decimal("0.1")),
+            ("changed before", "video", 120, Decimal("0.5")),
+            ("changed while it was away", "video", 600, Decimal("0.1")),
+            ("changed after", "video", 60, 1),
+        ],
+    )
