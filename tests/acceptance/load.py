@@ -21,7 +21,8 @@ VALUES (%(content)s, %(user)s, 'single', %(duration)s, 'web')
 
 MANY = """
 INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms, device)
-SELECT 1 + n %% 3, n, %(kind)s, nullif(n::bigint * 7919 %% 400000, 0), (ARRAY['web', 'ios', NULL, 'tv "4k"'])[1 + n %% 4]
+SELECT 1 + n %% 3, n, %(kind)s, nullif(n::bigint * 7919 %% 400000, 0),
+       (ARRAY['web', 'ios', NULL, 'tv "4k"'])[1 + n %% 4]
 FROM generate_series(1, %(rows)s) AS n
 """
 

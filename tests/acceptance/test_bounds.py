@@ -60,7 +60,7 @@ def _checkpoint(program: Program) -> Checkpoint:
 
 
 def _lsn(connection: psycopg.Connection, what: str, *values: str) -> Lsn:
-    [text] = connection.execute(f"SELECT ({what})::text", values).fetchone() or (None,)  # type: ignore[arg-type]
+    [text] = connection.execute(f"SELECT ({what})::text", values).fetchone() or (None,)
     return parse_lsn(str(text))
 
 
@@ -74,7 +74,7 @@ def _confirmed(connection: psycopg.Connection, slot: str) -> Lsn:
 class Sum(NamedTuple):
     """Of a million events, what two databases can agree on cheaply."""
 
-    count: int
+    events: int
     ids: int
     hashes: int
     """Sum of 60 bits of the MD5 of every event's eleven fields as text."""
@@ -87,7 +87,7 @@ def _sum_in_postgres(dsn: str) -> Sum:
         FROM ({EXPECTED_SQL}) AS expected
     """  # noqa: S608  texts of ours
     with psycopg.connect(dsn, options="-c TimeZone=UTC -c DateStyle=ISO") as connection:
-        return Sum(*map(int, connection.execute(query).fetchone() or ()))  # type: ignore[arg-type]  # psycopg knows no types
+        return Sum(*map(int, connection.execute(query).fetchone() or ()))
 
 
 def _sum_in_clickhouse(stack: DevStack) -> Sum:

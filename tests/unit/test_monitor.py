@@ -1,0 +1,125 @@
+"""The monitor: never ready over a slot that stands still while there is something to read."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from msgspec import structs
+
+from replicator.fan_out import Lane
+from replicator.monitor import STALL_SECONDS, Monitor
+from replicator.pipeline import Pipeline
+from replicator.slot import SlotState
+
+SLOT = SlotState(
+    plugin="wal2json",
+    database="d",
+    own_database="d",
+    active_pid=1,
+    restart_lsn=50,
+    confirmed_lsn=100,
+    wal_status="reserved",
+    safe_wal_size=None,
+    server_lsn=100,
+)
+
+
+class FakeLane:
+    """The slowest lane."""
+
+    name = "http"
+    waiting = 7
+    trouble = ""
+
+
+class FakePipeline:
+    """A pipeline that reads, with one sink."""
+
+    def __init__(self) -> None:
+        self.trouble = ""
+        self.fan_out = self
+        self.lanes: list[Lane | FakeLane] = [FakeLane()]
+        self.slowest = self.lanes[0]
+
+
+class Looking(Monitor):
+    """A monitor that looks when told, at a slot and a clock of the test's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        super().__init__(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
+        self.trouble = ""
+
+    def look(self, seconds_later: float = 0.0, **changes: object) -> list[str]:
+        """Why it is not ready once time has passed and the slot has changed so."""
+        self.now += seconds_later
+        self.slot = structs.replace(self.slot or SLOT, **changes)
+        self._watch()
+        return self.reasons()
+
+
+@pytest.fixture
+def monitor(monkeypatch: pytest.MonkeyPatch) -> Looking:
+    """It has seen the slot once, with nothing to read."""
+    looking = Looking(monkeypatch)
+    assert [] == looking.look()
+    return looking
+
+
+@pytest.fixture
+def pipeline(monitor: Looking) -> Pipeline:
+    """What it watches."""
+    return monitor.pipeline
+
+
+def test_a_slot_that_stands_still_is_not_ready(monitor: Looking) -> None:
+    """Something to read and no movement: ready for a minute, then not, with the sink that is to blame."""
+    assert [] == monitor.look(1, server_lsn=300)
+    assert [] == monitor.look(STALL_SECONDS - 2)
+    [reason] = monitor.look(2)
+    assert "the slot has not moved for 61 s while 200 bytes wait: sink http is the slowest, 7 events" in reason
+
+
+def test_any_movement_counts(monitor: Looking) -> None:
+    """A slot that moves is slow, not stalled, however much there is to read."""
+    for confirmed in range(101, 110):
+        assert [] == monitor.look(STALL_SECONDS - 1, confirmed_lsn=confirmed, server_lsn=10**9)
+
+
+def test_an_idle_server_is_no_stall(monitor: Looking) -> None:
+    """Nothing to read: time passes and it stays ready; the minute begins when there is something."""
+    assert [] == monitor.look(10 * STALL_SECONDS)
+    assert [] == monitor.look(5, server_lsn=300)
+    assert [] == monitor.look(STALL_SECONDS - 6, server_lsn=400)
+
+
+def test_the_slot_moves_again(monitor: Looking) -> None:
+    """Ready again as soon as the slot has moved."""
+    monitor.look(1, server_lsn=300)
+    assert [] != monitor.look(2 * STALL_SECONDS)
+    assert [] == monitor.look(1, confirmed_lsn=150)
+
+
+def test_it_says_what_the_sink_says(monitor: Looking) -> None:
+    """A sink in trouble is the reason, in its own words."""
+    lane = monitor.pipeline.fan_out.slowest
+    lane.trouble = "sink http answered 500"
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": sink http answered 500")
+
+
+def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> None:
+    """The pipeline's and the look's own trouble need no minute."""
+    pipeline.trouble = "held by process 7"
+    monitor.trouble = "no such slot"
+    assert ["held by process 7", "no such slot"] == monitor.look()
+
+
+@pytest.mark.parametrize("wal_status", ["unreserved", "lost"])
+def test_a_slot_in_danger_is_not_ready(monitor: Looking, wal_status: str) -> None:
+    """PostgreSQL is about to throw away what the slot needs, or has."""
+    [reason] = monitor.look(wal_status=wal_status)
+    assert f"the slot's WAL is {wal_status}" in reason
