@@ -16,7 +16,8 @@ local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2])
 local EVENTS = ARGV[5]
 local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
 local ID_FROM = #'content:count:' + 1
-local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command, and a bit takes four
+local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
+local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
 
 -- KEYS and ARGV behind these are the first page's, the first bucket's ...
 local PAGE, BUCKET = 2, 2 + N_PAGES
@@ -58,8 +59,9 @@ for content, count in ipairs(counts) do
     redis.call('STRLEN', KEYS[LAST + content]) -- setting it would overwrite a key of any type
   end
 end
-for i = PAGE + 1, PAGE + N_PAGES do
-  redis.call('STRLEN', KEYS[i])
+local bits = {}
+for i = 1, N_PAGES do
+  bits[i] = redis.call('GET', KEYS[PAGE + i]) or ''
 end
 for i = BUCKET + 1, BUCKET + N_BUCKETS do
   redis.call('ZCARD', KEYS[i])
@@ -67,36 +69,33 @@ end
 local state = tonumber(redis.call('GET', KEYS[2]) or '')
 local complete = redis.call('ZCARD', KEYS[1]) > 0 and state ~= nil
 
--- 2. Mark the events as seen; the old bit tells which are new.
-local marks, owners = {}, {}
+-- 2. Mark the events as seen; the old bit tells which are new. Bytes that change are written once, however many of
+--    their bits do: ids that come together are neighbours. Bits are numbered as SETBIT does, from the left.
+local band, floor, byte = bit.band, math.floor, string.byte
+local marked, new, n_new, ranks = {}, {}, 0, {}
 for i = 1, N_PAGES do
-  marks[i], owners[i] = {}, {}
+  marked[i] = {}
 end
-for at = 1, #EVENTS, 16 do
-  local page, bit, content, bucket = struct.unpack('<i4i4i4i4', EVENTS, at)
-  local mark, owner = marks[page], owners[page]
-  local n, m = #mark, #owner
-  mark[n + 1], mark[n + 2], mark[n + 3], mark[n + 4] = 'SET', 'u1', bit, '1'
-  owner[m + 1], owner[m + 2] = content, bucket
-end
-
-local new, n_new, ranks = {}, 0, {}
 for i = 1, N_BUCKETS do
   ranks[i] = {}
 end
-for page, mark in ipairs(marks) do
-  local owner = owners[page]
-  for from = 0, #mark / 4 - 1, SLICE do
-    local to = math.min(from + SLICE, #mark / 4)
-    for i, seen in ipairs(redis.call('BITFIELD', KEYS[PAGE + page], unpack(mark, 4 * from + 1, 4 * to))) do
-      if seen == 0 then
-        local content, rank = owner[2 * (from + i) - 1], ranks[owner[2 * (from + i)]]
-        new[content], n_new = (new[content] or 0) + 1, n_new + 1
-        if rank then
-          rank[content] = (rank[content] or 0) + 1
-        end
-      end
+for at = 1, #EVENTS, 16 do
+  local page, number, content, bucket = struct.unpack('<i4i4i4i4', EVENTS, at)
+  local mark, place = marked[page], floor(number / 8)
+  local value = mark[place] or byte(bits[page], place + 1) or 0
+  local mask = MASKS[number % 8]
+  if band(value, mask) == 0 then
+    mark[place] = value + mask
+    new[content], n_new = (new[content] or 0) + 1, n_new + 1
+    local rank = ranks[bucket]
+    if rank then
+      rank[content] = (rank[content] or 0) + 1
     end
+  end
+end
+for page, mark in ipairs(marked) do
+  for place, value in pairs(mark) do
+    redis.call('SETRANGE', KEYS[PAGE + page], place, string.char(value))
   end
 end
 
