@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 import msgspec
@@ -25,7 +26,7 @@ from checkpoint_store import SqlCheckpointStore
 from enrichment import EngagementHistory, create_history
 from replicator.backfill import Backfill, Stage
 from replicator.commands import stop_on_signals
-from replicator.errors import ReplicatorError, SourceError, SourceUnavailable
+from replicator.errors import ReplicatorError, SinkError, SinkUnavailable, SourceError, SourceUnavailable
 from replicator.fan_out import Lane
 from replicator.logs import configure_logging
 from replicator.protocols import CheckpointStore, Sink
@@ -151,10 +152,14 @@ async def _main(args: argparse.Namespace, settings: CoreSettings, resume: str) -
     sinks = create_sinks(args.sinks, backfill=True)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     parts = Parts(args, settings, history, sinks, store)
+    if task := asyncio.current_task():
+        stop_on_signals(partial(_cancel, task))  # until there is something to finish
     try:
         return await (_dry_run(parts) if args.dry_run else _backfill(parts, resume))
     except SourceUnavailable as exc:
-        raise SourceError(detail=exc.facts["detail"]) from exc  # here it is not tried again
+        raise SourceError(detail=exc.facts["detail"]) from exc  # here it is not tried again, and neither is the next
+    except SinkUnavailable as exc:
+        raise SinkError(**exc.facts) from exc
     finally:
         await history.close()
         for sink in sinks:
@@ -201,6 +206,10 @@ async def _stage(parts: Parts) -> Stage:
     place, total = await parts.history.begin()
     await asyncio.to_thread(parts.store.create)
     return Stage(place=place, events=0, total=total)
+
+
+def _cancel(task: asyncio.Task[int]) -> None:
+    task.cancel()
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
@@ -298,7 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReplicatorError as exc:
         print(f"backfill.py: {exc}", file=sys.stderr)
         return exc.exit_code
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
+        print("backfill.py: stopped before anything was written", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the second one
         return 1
     finally:
         logging.shutdown()

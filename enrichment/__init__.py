@@ -21,5 +21,5 @@ def create_enricher(dsn: str) -> Enricher:
 
 
 def create_history(dsn: str, start: datetime, end: datetime) -> EngagementHistory:
-    """The events with `start <= event_ts < end` in the database at `dsn`. Raises SettingsError."""
-    return EngagementHistory(dsn, load(EnrichmentSettings), Range(start, end))
+    """The events with `start <= event_ts < end` in the database at `dsn`."""
+    return EngagementHistory(dsn, Range(start, end))

@@ -1,8 +1,8 @@
-"""The events that stand in the table already, page by page, as the stream would have told them.
+"""The events that stand in the table already, page by page.
 
-A page is one statement, hence one snapshot and one short transaction: events and what their content is today. Both
-become rows, content first, and go through the same `enricher.py` as the stream's. `replicator/backfill.py` carries the
-events on; this module knows the tables and in which order they are read:
+A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. It
+becomes drafts as the stream's rows do, and `engagement.finish` makes the events of both. `replicator/backfill.py`
+carries them on; this module knows the tables and in which order they are read:
 
 - by `(event_ts, id)` where an index begins with event_ts: a page costs what it holds;
 - by id, from the first to the last event of the range, where none does: the primary key is enough, and the rows in
@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment import content, engagement
+from enrichment import engagement
 from enrichment.database import Database
-from enrichment.engagement import INT64_MAX, INT64_MIN
-from enrichment.enricher import EngagementEnricher, EnrichmentSettings
-from replicator.events import Column, Position, Row, parse_lsn
-from replicator.protocols import Page
+from enrichment.dead_letters import dead_letter
+from enrichment.engagement import INT64_MAX, INT64_MIN, Content, Draft, Reader, RowUnusable
+from replicator.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
+from replicator.protocols import Enriched, Page
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,8 @@ PAGE = """
 -- next page begins behind it. The WAL's end (inserted, not written: a commit may be visible before it is on disk) is
 -- read while the statement runs, hence after its snapshot was taken.
 WITH page AS MATERIALIZED ({page})
-SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::text,
-       p.duration_ms::bigint, p.device::text,
-       c.content_id IS NOT NULL, c.content_type::text, c.length_seconds::bigint,
+SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::timestamptz::text,
+       p.duration_ms::bigint, p.device::text, c.content_type::text, c.length_seconds::bigint,
        p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz,
        (SELECT pg_current_wal_insert_lsn()::text)
 FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
@@ -123,11 +122,10 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
 class EngagementHistory:
     """`replicator.protocols.History` of `public.engagement_events`, for one range of time."""
 
-    def __init__(self, dsn: str, settings: EnrichmentSettings, wanted: Range) -> None:
+    def __init__(self, dsn: str, wanted: Range) -> None:
         self._range = wanted
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._pages = Database(dsn, options=PAGE_OPTIONS)
-        self._enricher = EngagementEnricher(dsn, settings)  # not opened: every page brings its contents
         self._indexed = False
 
     async def open(self) -> None:
@@ -160,48 +158,53 @@ class EngagementHistory:
         found = await self._pages.rows(PAGES[here.order], wanted)
         if not found:
             return None
-        position, stream = _as_stream(found, behind)
-        return Page(await self._enricher.enrich(stream), position, _tell(_behind(here, found[-1])))
+        drafts = _Drafts(found, behind)
+        events: list[Event] = []
+        engagement.finish(drafts.made, drafts.contents, events)
+        return Page(Enriched(events, drafts.refused), drafts.position, _tell(_behind(here, found[-1])))
 
     async def close(self) -> None:
         """Close the connections."""
         await self._scans.close()
         await self._pages.close()
-        await self._enricher.close()
 
 
 _Found: TypeAlias = tuple[Any, ...]
 """A row of PAGE."""
 
 
-def _as_stream(found: list[_Found], behind: Position) -> tuple[Position, list[Row]]:
-    """The page as rows of the stream, contents before the events, and the position of the last one."""
-    lsn = max(parse_lsn(found[0][-1]), behind.commit_lsn)
-    ordinal = behind.ordinal
-    contents: dict[int, Row] = {}
-    events: list[Row] = []
-    for event_id, content_id, user_id, event_type, event_ts, duration_ms, device, *joined, wanted, _ in found:
-        if not wanted:
-            continue
-        ordinal += 1
-        if content_id not in contents and content_id is not None:
-            contents[content_id] = _content_row(content_id, *joined)
-        columns = [
-            Column("id", event_id), Column("content_id", content_id), Column("user_id", user_id),
-            Column("event_type", event_type), Column("event_ts", event_ts), Column("duration_ms", duration_ms),
-            Column("device", device),
-        ]  # fmt: skip
-        events.append(Row("I", engagement.SCHEMA, engagement.TABLE, columns, [], lsn, ordinal))
-    return Position(lsn, ordinal), [*contents.values(), *events]
+class _Drafts:
+    """What the rows of a page come to. The loop is what a backfill spends its time in, beside `engagement.finish`."""
+
+    def __init__(self, found: list[_Found], behind: Position) -> None:
+        self.contents: dict[int, Content] = {}
+        self.made: list[Draft] = []
+        self.refused: list[DeadLetter] = []
+        lsn = max(parse_lsn(found[0][-1]), behind.commit_lsn)  # after a failover the WAL may end before that
+        ordinal = behind.ordinal
+        for event_id, content_id, user_id, event_type, ts, duration_ms, device, kind, length, wanted, _ in found:
+            if not wanted:
+                continue
+            ordinal += 1
+            if content_id is None or user_id is None or event_type is None:
+                values = (event_id, content_id, user_id, event_type, ts, duration_ms, device)
+                self.refused.append(_refused(values, lsn, ordinal))
+                continue
+            moment = datetime.fromisoformat(ts)
+            self.made.append((lsn, ordinal, event_id, content_id, user_id, event_type, moment, duration_ms, device))
+            self.contents[content_id] = (kind, length)
+        self.position = Position(lsn, ordinal)
 
 
-def _content_row(content_id: int, known: bool, content_type: str | None, length_seconds: int | None) -> Row:
-    """What the stream would tell of it: that it is so, or that it is gone."""
-    identity = [Column("content_id", content_id)]
-    if not known:
-        return Row("D", content.SCHEMA, content.TABLE, [], identity)
-    columns = [*identity, Column("content_type", content_type), Column("length_seconds", length_seconds)]
-    return Row("I", content.SCHEMA, content.TABLE, columns)
+def _refused(values: _Found, lsn: Lsn, ordinal: int) -> DeadLetter:
+    """As of the stream: the row as it is, and in the same words what is wrong with it."""
+    columns = [Column(needed.name, value) for needed, value in zip(engagement.COLUMNS, values, strict=True)]
+    row = Row("I", engagement.SCHEMA, engagement.TABLE, columns, [], lsn, ordinal)
+    try:
+        Reader().read(row)
+    except RowUnusable as exc:
+        return dead_letter(row, str(exc))
+    raise AssertionError  # a null where the reader wants a value
 
 
 def _behind(here: _Place, last: _Found) -> _Place:

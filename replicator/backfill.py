@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SAVE_INTERVAL_SECONDS = 1.0
 """How much is written again after a kill, at most, beside what was in flight."""
+HELD_MB = 24
+"""What events waiting for sinks may hold: two of the largest writes. The table keeps the rest better than we do."""
 START = Position(0, 0)
 
 
@@ -59,7 +61,7 @@ class Backfill:
     ) -> None:
         self.written = stage
         """Every sink has everything before this place."""
-        self.fan_out = FanOut(settings.memory_limit_mb * 1_000_000)
+        self.fan_out = FanOut(min(settings.memory_limit_mb, HELD_MB) * 1_000_000)
         self.rows_refused = 0
         """Rows that no event could be made of."""
         self._settings = settings

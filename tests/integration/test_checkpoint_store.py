@@ -373,7 +373,7 @@ def test_create_says_what_it_made(database: Database) -> None:
     store = SqlCheckpointStore(database.url)
     (line,) = store.create()
     store.close()
-    assert "schema version 1" in line
+    assert "schema version 2" in line
     tables = [name for name in database.shape() if name.startswith("replicator_")]
     assert sorted(schema.metadata.tables) == sorted(tables)
 
