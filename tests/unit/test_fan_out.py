@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec import structs
 
 from replicator.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
@@ -227,6 +229,60 @@ async def test_trouble_is_told_with_its_cure(caplog: pytest.LogCaptureFixture) -
             await harness.until(15)
     assert "Set the token" in caplog.text
     assert (sink.taken, harness.letters) == ([[1001]], [])
+
+
+async def test_trouble_lasts_until_no_write_is_turned_away() -> None:
+    """Of two writes side by side one succeeds: the other is still in trouble, and that is not told anew each time."""
+    sink = FakeSink(max_events=1, concurrency=2)
+    harness = Harness(sink)
+    gate = asyncio.Event()
+
+    async def fails(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkUnavailable(sink="fake", detail="overloaded", retry_after=0)
+
+    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
+        await gate.wait()
+        return ()
+
+    async def passes(_: Sequence[Event]) -> Sequence[Refusal]:
+        return ()
+
+    sink.script = [fails, fails, waits, passes]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 1))
+        harness.fan_out.put(batch(20, 1))
+        async with asyncio.timeout(10):
+            while not sink.taken:  # noqa: ASYNC110  the fake has no event to wait for
+                await asyncio.sleep(0.001)
+        assert "overloaded" in harness.lane.trouble
+        gate.set()
+        await harness.until(25)
+    assert harness.lane.trouble == ""
+
+
+async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None:
+    """Queued or in flight; how long nothing happened before that does not count."""
+    sink = FakeSink(max_events=1)
+    harness = Harness(sink)
+    gate = asyncio.Event()
+
+    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
+        await gate.wait()
+        return ()
+
+    now = time.time()
+    harness.fan_out.put(structs.replace(batch(10, 0), committed_at=now - 3600))
+    assert harness.lane.lag_seconds() == 0.0
+    for lsn, age in ((20, 100), (30, 50)):
+        harness.fan_out.put(structs.replace(batch(lsn, 1), committed_at=now - age))
+    assert 100 <= harness.lane.lag_seconds() < 1000
+    sink.script = [waits]
+    async with harness.running():
+        await asyncio.sleep(0.01)
+        assert 100 <= harness.lane.lag_seconds() < 1000
+        gate.set()
+        await harness.until(35)
+    assert harness.lane.lag_seconds() == 0.0
 
 
 async def test_retry_after_is_honoured() -> None:

@@ -61,6 +61,11 @@ def test_a_gap_is_an_error_that_names_it(
         slots.verify("s", changed, structs.replace(HERE, **identity), CHECKPOINT)
 
 
+def test_a_checkpoint_that_moved_while_we_looked_is_no_gap() -> None:
+    """Whoever reads the slot goes on between the look at the server and that at the checkpoint: `check`, a standby."""
+    slots.verify("s", structs.replace(STATE, active_pid=1, server_lsn=199), HERE, CHECKPOINT)
+
+
 def test_a_sink_that_was_left_out_is_a_gap() -> None:
     """It was taken out of REPLICATOR_SINKS for a while; the stream can't give it what went by."""
     behind = SinkPosition(position=Position(90, 1), end_lsn=100)
