@@ -129,7 +129,7 @@ def test_killed_inside_a_transaction(  # noqa: PLR0917  fixtures
     quick: Program, database: str, stack: DevStack, source: psycopg.Connection, destinations: Destinations, api: Api
 ) -> None:
     """After SIGKILL a huge transaction goes on behind the row that each sink's stored position names."""
-    rows = 200_000
+    rows = 100_000
     api.behave(delay_seconds=0.05)  # else it is through before it can be killed
     quick.start()
     before = _checkpoint(quick).end_lsn
