@@ -186,7 +186,7 @@ async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:
 
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise SettingsError(name="--yes", problem="there is no terminal to ask on", expected="to be given here")
+        raise SettingsError(name="standard input", problem="it is no terminal to ask on", expected="a terminal, or --yes")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
@@ -211,8 +211,6 @@ async def replay_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
     left = 0
     async with _closing(parts):
         await parts.enricher.open()
-        for sink in parts.sinks:
-            await sink.open()
         for page in _pages(parts, args):
             taken = await _replay(parts, page)
             await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, taken)
@@ -226,6 +224,9 @@ async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> list[int]:
     kept: set[tuple[int, int]] = set()
     for sink in parts.sinks:
         mine = [letter for letter in letters if letter.sink in (sink.name, "enrichment")]
+        if not mine:
+            continue  # another sink may be down: these letters are not for it
+        await sink.open()
         restored = await parts.enricher.restore(mine)
         kept.update((letter.commit_lsn, letter.ordinal) for letter in restored.refused)
         for start in range(0, len(restored.events), sink.max_events):
