@@ -186,7 +186,9 @@ async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:
 
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise SettingsError(name="standard input", problem="it is no terminal to ask on", expected="a terminal, or --yes")
+        raise SettingsError(
+            name="standard input", problem="it is no terminal", expected="a terminal to ask on, or --yes"
+        )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
