@@ -11,6 +11,7 @@ import time
 
 from replicator import slot as slots
 from replicator.errors import SourceUnavailable
+from replicator.events import Position
 from replicator.pipeline import Pipeline
 from replicator.slot import SlotState
 
@@ -37,8 +38,9 @@ class Monitor:
         self._dsn = dsn
         self.name = slot
         """The slot's."""
-        self._confirmed = 0
-        self._confirmed_moved_at = time.monotonic()
+        self._at: tuple[int, Position] = (0, Position(0, 0))
+        self._moved_at = time.monotonic()
+        self._complained_at = -STALL_SECONDS  # never yet
 
     async def run(self) -> None:
         """Look for ever; never raises for what it sees."""
@@ -52,12 +54,20 @@ class Monitor:
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 
     def _watch(self) -> None:
-        confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
-        if confirmed != self._confirmed or not self.lag_bytes():
-            self._confirmed_moved_at = time.monotonic()
-        self._confirmed = confirmed
-        if stalled := self.stalled():
+        at = self._where()
+        if at != self._at or not self.lag_bytes():
+            self._moved_at = time.monotonic()
+        self._at = at
+        stalled = self.stalled()
+        if stalled and time.monotonic() - self._complained_at >= STALL_SECONDS:
             log.warning("%s", stalled)
+            self._complained_at = time.monotonic()
+
+    def _where(self) -> tuple[int, Position]:
+        """The slot, and the slowest sink: inside a transaction that takes long the slot can't move, the sink does."""
+        confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
+        lanes = self.pipeline.fan_out.lanes
+        return confirmed, self.pipeline.fan_out.slowest.done.position if lanes else Position(0, 0)
 
     def lag_bytes(self) -> int:
         """WAL that is written and not confirmed, as of the last look."""
@@ -65,7 +75,7 @@ class Monitor:
 
     def stalled(self) -> str:
         """In words, that and why the slot stands still while there is something to read; else empty."""
-        seconds = time.monotonic() - self._confirmed_moved_at
+        seconds = time.monotonic() - self._moved_at
         if seconds < STALL_SECONDS or not self.lag_bytes():
             return ""
         return f"the slot has not moved for {seconds:.0f} s while {self.lag_bytes()} bytes wait: {self._why()}"

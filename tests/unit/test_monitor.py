@@ -7,6 +7,7 @@ import time
 import pytest
 from msgspec import structs
 
+from replicator.events import Position, SinkPosition
 from replicator.fan_out import Lane
 from replicator.monitor import STALL_SECONDS, Monitor
 from replicator.pipeline import Pipeline
@@ -31,6 +32,9 @@ class FakeLane:
     name = "http"
     waiting = 7
     trouble = ""
+
+    def __init__(self) -> None:
+        self.done = SinkPosition(position=Position(90, 1), end_lsn=80)
 
 
 class FakePipeline:
@@ -123,3 +127,23 @@ def test_a_slot_in_danger_is_not_ready(monitor: Looking, wal_status: str) -> Non
     """PostgreSQL is about to throw away what the slot needs, or has."""
     [reason] = monitor.look(wal_status=wal_status)
     assert f"the slot's WAL is {wal_status}" in reason
+
+
+def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot moves at a transaction's end; until then the slowest sink's rows count."""
+    monitor = Looking(monkeypatch)
+    lane = monitor.pipeline.fan_out.slowest
+    assert [] == monitor.look(server_lsn=200)
+    for row in range(2, 6):
+        lane.done = SinkPosition(position=Position(90, row), end_lsn=80)
+        assert [] == monitor.look(seconds_later=STALL_SECONDS - 1)
+    assert [] != monitor.look(seconds_later=STALL_SECONDS + 1)
+
+
+def test_a_stall_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Every look would fill the log of the night in which it matters."""
+    monitor = Looking(monkeypatch)
+    monitor.look(server_lsn=200)
+    for _ in range(12):
+        monitor.look(seconds_later=STALL_SECONDS / 4)
+    assert len(caplog.records) == 3
