@@ -24,8 +24,8 @@ CREATE TABLE IF NOT EXISTS `engagement`.events_enriched
     engagement_seconds Nullable(Decimal(18, 3)),
     engagement_pct     Nullable(Decimal(18, 2)),
 
-    -- The commit this view of the event was read from. Of several views of one event the latest stays, of equal ones
-    -- the one inserted last.
+    -- The commit this view of the event was read from, or where the WAL ended when a backfill read it. Of several views
+    -- of one event the latest stays, of equal ones the one inserted last.
     _lsn               UInt64,
     _inserted_at       DateTime64(3, 'UTC') DEFAULT now64(3)
 )

@@ -30,13 +30,14 @@ SELECT * FROM (VALUES (1, 'video', 300), (2, 'video', 120), (3, 'article', NULL)
 WHERE NOT EXISTS (SELECT FROM public.content)
 ON CONFLICT (content_id) DO NOTHING;
 
--- Replication needs no index. Backfill reads a range of event_ts in the order (event_ts, id), page by page; without
--- an index each page reads the whole table. This one makes a page cost what the page holds:
+-- Replication needs no index. Backfill counts a range of event_ts and then reads it page by page. Without an index the
+-- count reads the table, and the pages go by the primary key from the first event of the range to the last: the rows in
+-- between are read once, wanted or not. With this one both cost what the range holds, in the order (event_ts, id):
 --
 --     CREATE INDEX CONCURRENTLY engagement_events_event_ts_id ON public.engagement_events (event_ts, id);
 --
 -- It is left to you because it costs every insert some time, and because building it on a large table takes long
 -- (CONCURRENTLY lets writers go on meanwhile). Where rows arrive nearly in the order of event_ts, this one is a
--- thousandth of the size and almost free to maintain; a page then reads somewhat more than it holds:
+-- thousandth of the size and almost free to maintain; the count is then fast, and the pages go by id:
 --
 --     CREATE INDEX CONCURRENTLY engagement_events_event_ts_brin ON public.engagement_events USING brin (event_ts);
