@@ -217,8 +217,11 @@ def _cancel(task: asyncio.Task[int]) -> None:
 
 async def _show(run: Backfill, settings: CoreSettings) -> None:
     with _progress(run.written, settings) as tell:
-        while True:
-            await asyncio.sleep(PROGRESS_SECONDS)
+        try:
+            while True:
+                await asyncio.sleep(PROGRESS_SECONDS)
+                tell(run.written)
+        finally:
             tell(run.written)
 
 
@@ -228,12 +231,18 @@ def _progress(stage: Stage, settings: CoreSettings) -> Iterator[Callable[[Stage]
     if not sys.stderr.isatty():
         yield _Lines(stage)
         return
-    speed = TextColumn("{task.speed:,.0f}/s", table_column=None)
-    columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]:,.0f}/s")
+    columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         configure_logging(settings.log_level, settings.log_format)  # its lines go above the bar
-        task = bar.add_task("", total=stage.total, completed=stage.events)
-        yield lambda now: bar.update(task, completed=now.events)
+        task = bar.add_task("", total=stage.total, completed=stage.events, rate=0.0)
+        yield lambda now: bar.update(task, completed=now.events, rate=_rate(stage, now, started))
+
+
+def _rate(first: Stage, now: Stage, started: float) -> float:
+    """Events a second on average, since `started` by time.monotonic."""
+    return (now.events - first.events) / max(1e-9, time.monotonic() - started)
 
 
 class _Lines:
@@ -249,7 +258,7 @@ class _Lines:
         if now - self._printed < LINE_SECONDS:
             return
         self._printed = now
-        rate = (stage.events - self._first.events) / (now - self._started)
+        rate = _rate(self._first, stage, self._started)
         left = f"{(stage.total - stage.events) / rate:.0f} s left" if rate else "no progress yet"
         percent = 100 * stage.events // max(1, stage.total)
         told = f"backfill: {stage.events} of {stage.total} events ({percent} %), {rate:.0f}/s, {left}"

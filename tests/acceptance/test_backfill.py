@@ -11,9 +11,10 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
@@ -33,6 +34,7 @@ from tests.acceptance.program import ROOT, Program, Result, assert_clean, succee
 CONTRACT = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
 EVERYTHING = ("--start", "2000-01-01", "--end", "2100-01-01")
 TIMEOUT_SECONDS = 120.0
+NONE: Mapping[str, str] = MappingProxyType({})
 MEMORY_MB = 200.0
 GROWTH_MB = 50.0  # what is held for the sinks; the table it is read from is several times that
 
@@ -53,6 +55,9 @@ FROM generate_series(0, %(rows)s::bigint - 1) AS n
 """
 
 
+Process: TypeAlias = subprocess.Popen[str]
+
+
 class Backfill:
     """The program: run to its end, or started and left running."""
 
@@ -60,24 +65,24 @@ class Backfill:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
         self._environment = {**outside, **environment}
         self._log = log
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Process] = []
 
     def run(self, *arguments: str, **variables: str) -> Result:
         """To its end."""
-        process = self.spawn(*arguments, **variables)
+        process = self.spawn(*arguments, settings=variables)
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         self._log.write_text(f"$ backfill {arguments} → {process.returncode}\n{out}{err}\n", encoding="utf-8")
         return Result(process.returncode, out, err)
 
-    def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    def spawn(self, *arguments: str, stderr: int = subprocess.PIPE, settings: Mapping[str, str] = NONE) -> Process:
         """Start it."""
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "backfill.py", *arguments],
             cwd=ROOT,
-            env=self._environment | {f"REPLICATOR_{name.upper()}": value for name, value in variables.items()},
+            env=self._environment | {f"REPLICATOR_{name.upper()}": value for name, value in settings.items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         self._started.append(process)
@@ -221,7 +226,7 @@ def test_beside_traffic_and_a_killed_replicator(
     Afterwards every sink has what PostgreSQL computes, each event counted once.
     """
     checkpoint = tmp_path / "checkpoint.db"
-    seed = random.randrange(2**32)
+    seed = random.randrange(2**32)  # noqa: S311  not a secret
     print(f"seed {seed}")  # noqa: T201  for whoever has to repeat it
     source.execute(HOURS)
     succeed(program.run("init"))
@@ -406,7 +411,7 @@ def test_a_sink_that_is_away_is_waited_for(
 ) -> None:
     """Redis and then PostgreSQL go away in the middle; both come back, and nothing is missing."""
     source.execute(MANY, {"rows": 10_000})
-    running = backfill.spawn(*CONTRACT, "--rate", "2500", "--batch-size", "500", retry_max_seconds="0.2")
+    running = backfill.spawn(*CONTRACT, "--rate", "2500", "--batch-size", "500", settings={"retry_max_seconds": "0.2"})
     wait_until(lambda: sum(destinations.counts().values()) > 0, "the first page")
     stack.redis.pause()
     stack.postgres.stop()
@@ -416,6 +421,31 @@ def test_a_sink_that_is_away_is_waited_for(
     assert 10_000 == read_by(Result(running.returncode, out, err))
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
     assert 10_000 == sum(destinations.counts().values())
+
+
+def read_screen(terminal: int) -> str:
+    """Everything that is written to the other side of a pseudo-terminal until it is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: that is how Linux says that it is closed
+        while part := os.read(terminal, 65_536):
+            shown += part
+    os.close(terminal)
+    return shown.decode()
+
+
+@pytest.mark.usefixtures("made")
+def test_on_a_terminal_there_is_a_bar(backfill: Backfill, source: psycopg.Connection, tmp_path: Path) -> None:
+    """With the rate and the time that is left; what is logged stands above it."""
+    source.execute(MANY, {"rows": 4_000})
+    ours, theirs = os.openpty()
+    running = backfill.spawn(*CONTRACT, "--rate", "1000", stderr=theirs)
+    os.close(theirs)
+    shown = read_screen(ours)
+    out, _ = running.communicate(timeout=TIMEOUT_SECONDS)
+    assert "read        4000 events of 4000" in out
+    assert re.search(r"backfill .*\d/4000.* \d[\d,]*/s .*0:00:0\d", shown), shown
+    assert_clean(shown)
+    assert stage_of(tmp_path / "checkpoint.db") is None
 
 
 # --- refused
@@ -515,7 +545,7 @@ def test_without_the_table_in_clickhouse_it_ends(
 # --- memory
 
 
-def peak_mb(process: subprocess.Popen[str]) -> float:
+def peak_mb(process: Process) -> float:
     """The most memory it had, over its whole life but the last moments; it must succeed."""
     peak_kb = 0
     status = Path(f"/proc/{process.pid}/status")
