@@ -150,7 +150,8 @@ def test_statements(program: Program, rows: Rows, destinations: Destinations) ->
         [YES],
     )
     rows.capture()
-    upsert = "INSERT INTO engagement_events (id, content_id, user_id, event_type) VALUES (1, 1, 1, %s), (9001, 1, 1, %s) "
+    upsert = "INSERT INTO engagement_events (id, content_id, user_id, event_type) "
+    upsert += "VALUES (1, 1, 1, %s), (9001, 1, 1, %s) "
     connection.execute(upsert + "ON CONFLICT (id) DO NOTHING", [NO, YES])
     upsert = upsert.replace("9001", "9002")
     connection.execute(upsert + "ON CONFLICT (id) DO UPDATE SET event_type = EXCLUDED.event_type", [NO, YES])
@@ -188,7 +189,8 @@ def test_columns_come_and_go(program: Program, rows: Rows, destinations: Destina
     connection.execute("ALTER TABLE engagement_events ADD COLUMN raw_payload jsonb")
     connection.execute(
         f"""INSERT INTO engagement_events ({COLUMNS}, raw_payload)
-            SELECT 1, 1, %s, 1, jsonb_build_object('big', string_agg(md5(n::text), '')) FROM generate_series(1, 60000) n""",  # noqa: S608  ours
+            SELECT 1, 1, %s, 1, jsonb_build_object('big', string_agg(md5(n::text), ''))
+            FROM generate_series(1, 60000) n""",  # noqa: S608  ours
         [YES],
     )
     rows.capture()
