@@ -371,6 +371,6 @@ class FanOut:
             await _wait(self._room, COMPLAINT_SECONDS / 3)
         while self.full:
             lane = self.slowest
-            told = "reading has stopped: %d bytes wait for sink %s (%s); PostgreSQL keeps the WAL meanwhile"
+            told = "reading has stopped: %d bytes wait for sink %s (%s)"
             log.warning(told, self.held_bytes, lane.name, lane.trouble or "slow")
             await _wait(self._room, COMPLAINT_SECONDS)
