@@ -21,6 +21,8 @@ from replicator.events import format_lsn
 from replicator.fan_out import LATENCY_BUCKETS_SECONDS, Lane
 from replicator.monitor import Monitor
 
+ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
+
 
 def lag_seconds(monitor: Monitor, lane: Lane) -> float:
     """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
@@ -79,6 +81,10 @@ class _Metrics(Collector):
         yield CounterMetricFamily(
             "replicator_enrichment_dead_letters", "Rows that no event could be made of", pipeline.dead_letters
         )
+        ignored = CounterMetricFamily("replicator_ignored_rows", "Rows that make no event", labels=["action"])
+        for action, count in pipeline.enricher.ignored.items():
+            ignored.add_metric([ACTIONS[action]], count)
+        yield ignored
         yield GaugeMetricFamily("replicator_connected", "1 while the stream runs", int(pipeline.source.connected))
         yield GaugeMetricFamily("replicator_ready", "What /readyz says", int(not self._monitor.reasons()))
         yield GaugeMetricFamily("replicator_held_bytes", "Memory of events that wait", pipeline.fan_out.held_bytes)

@@ -44,6 +44,7 @@ class Pipeline:
         self, settings: CoreSettings, source: Source, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
     ) -> None:
         self.source = source
+        self.enricher = enricher
         self.fan_out = FanOut(settings.memory_limit_mb * 1_000_000)
         self.checkpoint: Checkpoint | None = None
         """What is on disk; None until the slot is ours for the first time."""
@@ -53,7 +54,6 @@ class Pipeline:
         self.dead_letters = 0
         """Rows that no event could be made of."""
         self._settings = settings
-        self._enricher = enricher
         self._sinks = sinks
         self._store = store
         self._created = False
@@ -218,7 +218,7 @@ class Pipeline:
             return
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")
-        await self._enricher.open()  # not before: what it loads has to be as new as the stream's beginning
+        await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
         self._open_lanes(stored)
 
     async def _load(self) -> Checkpoint | None:
@@ -272,7 +272,7 @@ class Pipeline:
             return Enriched([], [])
         for attempt in itertools.count():
             try:
-                enriched = await self._enricher.enrich(rows)
+                enriched = await self.enricher.enrich(rows)
             except SourceUnavailable as exc:
                 self._say(exc)
                 await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))

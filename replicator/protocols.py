@@ -6,7 +6,7 @@ checkpoints to the `CheckpointStore`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from replicator.events import Checkpoint, DeadLetter, Event, Finding, Position, Refusal, Row
@@ -26,6 +26,10 @@ class Enricher(Protocol):
 
     tables: Sequence[str]
     """What the slot must carry, schema-qualified, e.g. `public.engagement_events`."""
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Rows that make no event by their nature, counted by action (`U`, `D`, `T`); only ever grows."""
 
     async def open(self) -> None:
         """Connect. Raises SourceUnavailable (tried again) or SourceUnusable."""

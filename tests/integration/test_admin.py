@@ -96,12 +96,14 @@ async def test_what_a_healthy_replicator_says(
         assert (200, "ok\n") == await replicator.get("/healthz")
         with psycopg.connect(database) as connection:
             connection.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+            connection.execute("UPDATE engagement_events SET device = 'tv'")
         async with asyncio.timeout(10):
             while 'replicator_sink_events_total{sink="redis"} 1.0' not in (await replicator.get("/metrics"))[1]:  # noqa: ASYNC110  likewise
                 await asyncio.sleep(0.05)
         metrics = (await replicator.get("/metrics"))[1]
-        for line in ("replicator_ready 1.0", "replicator_connected 1.0", "replicator_rows_total 1.0"):
+        for line in ("replicator_ready 1.0", "replicator_connected 1.0", "replicator_rows_total 2.0"):
             assert f"\n{line}\n" in metrics
+        assert 'replicator_ignored_rows_total{action="update"} 1.0' in metrics
         assert 'replicator_sink_latency_seconds_count{sink="redis"} 1.0' in metrics
         with closing(SqlCheckpointStore(replicator.settings.checkpoint_url.get_secret_value())) as store:
             found = await status.collect(replicator.settings, ["redis"], store)

@@ -127,6 +127,7 @@ class FakeEnricher:
     tables = ("public.t",)
 
     def __init__(self, world: World) -> None:
+        self.ignored: dict[str, int] = {}
         self.world = world
 
     async def open(self) -> None:
