@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from devstack.api import Api
 from devstack.process import Service, wait_until
 
 SCHEMA = Path(__file__).parents[1] / "sql" / "source_schema.sql"
+
+
+# Started in the background of a script, SIGINT is ignored, and so it would be in every program that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
