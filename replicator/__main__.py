@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -117,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = asyncio.run(_run(args.command(parts, args)))
         sys.stdout.flush()
     except ReplicatorError as exc:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()  # what was done before it; os._exit would drop it
         print(f"replicator: {exc}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:

@@ -37,6 +37,16 @@ def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program
     assert before == source.execute(position, [program.slot]).fetchone()
 
 
+def test_what_was_done_before_a_failure_is_said(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output is a file here, so it is buffered: the end of the program must not drop it."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    result = program.run("init", clickhouse_url="http://default@127.0.0.1:1/engagement")
+    assert result.code == 1
+    assert "checkpoint" in result.stdout
+    assert "clickhouse" in result.stderr
+    assert_clean(result.stdout + result.stderr)
+
+
 class Trouble(NamedTuple):
     """Something that is not as it has to be."""
 
