@@ -46,6 +46,15 @@ class Client:
         """End the process that reads the slot."""
         self.connection.execute("SELECT pg_terminate_backend(%s)", self.readers())
 
+    def plugins_named(self) -> bool:
+        """Whether this PostgreSQL loads only plugins that it was told of (15.19, 16.15, 17.11, 18.6 and later)."""
+        query = "SELECT count(*) FROM pg_settings WHERE name = 'output_plugin_libraries'"
+        return self.connection.execute(query).fetchone() == (1,)
+
+    def allowing(self, plugins: str) -> str:
+        """A DSN whose connections may use these plugins alone, where the server asks."""
+        return f"{self.dsn}?options=-c%20output_plugin_libraries%3D{plugins}" if self.plugins_named() else self.dsn
+
     async def until_confirmed(self, lsn: Lsn) -> None:
         """Wait for PostgreSQL to have read our feedback."""
         async with asyncio.timeout(10):
@@ -236,10 +245,23 @@ async def test_a_slot_that_vanished_is_looked_for_again(client: Client) -> None:
 async def test_a_missing_plugin_names_its_package(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is not there: trying again is no cure."""
     monkeypatch.setattr(slots, "PLUGIN", "no_such_plugin")
-    source = Source(client.dsn, client.slot, TABLES)
+    source = Source(client.allowing("no_such_plugin"), client.slot, TABLES)
     try:
         await source.connect()
         with pytest.raises(SourceUnusable, match="Install wal2json"):
+            await source.create_slot()
+    finally:
+        source.close()
+
+
+async def test_a_plugin_that_was_not_named_names_the_setting(client: Client) -> None:
+    """A PostgreSQL that loads only the plugins in output_plugin_libraries, and wal2json is not among them."""
+    if not client.plugins_named():
+        pytest.skip("this PostgreSQL loads any plugin")
+    source = Source(client.allowing("pgoutput"), client.slot, TABLES)
+    try:
+        await source.connect()
+        with pytest.raises(SourceUnusable, match="SET output_plugin_libraries = 'wal2json'"):
             await source.create_slot()
     finally:
         source.close()
