@@ -15,7 +15,7 @@ import random
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -91,6 +91,34 @@ class _Write(msgspec.Struct):
     done: bool = False
 
 
+class _Exposed:
+    """What a crash would make a sink see again: events given to it past its position in the checkpoint on disk."""
+
+    def __init__(self, limit: int | None, most_at_once: int) -> None:
+        self._allowed = None if limit is None else limit - most_at_once
+        self._events = 0
+        self._written: deque[tuple[Position, int]] = deque()
+
+    @property
+    def full(self) -> bool:
+        """One more write could take it past its limit."""
+        return self._allowed is not None and self._events > self._allowed
+
+    def begin(self, events: int) -> None:
+        """So many go to the sink."""
+        self._events += events
+
+    def written(self, position: Position, events: int) -> None:
+        """The sink has so many more of them; up to this position it has all."""
+        if self._allowed is not None:
+            self._written.append((position, events))
+
+    def saved(self, position: Position) -> None:
+        """The checkpoint on disk says that the sink has everything up to this position."""
+        while self._written and self._written[0][0] <= position:
+            self._events -= self._written.popleft()[1]
+
+
 def weigh(events: Sequence[Event]) -> int:
     """The memory that events hold, bytes, estimated: a batch's size."""
     return sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in events)
@@ -113,6 +141,8 @@ class Lane:
         dead_letter: DeadLetterWriter,
         on_progress: Callable[[], None],
         on_release: Callable[[Batch], None],
+        max_repeats: int | None = None,
+        on_held_back: Callable[[], None] = lambda: None,
     ) -> None:
         self.sink = sink
         self.name = sink.name
@@ -126,6 +156,8 @@ class Lane:
         self._dead_letter = dead_letter
         self._on_progress = on_progress
         self._on_release = on_release
+        self._on_held_back = on_held_back
+        self._exposed = _Exposed(max_repeats, sink.max_events)
         self._queue: deque[_Entry] = deque()
         self._head = 0  # events of the queue's first entry that are taken already
         self._waiting = 0
@@ -139,6 +171,16 @@ class Lane:
     def waiting(self) -> int:
         """Events that are queued or in flight."""
         return self._waiting + sum(len(write.events) for write in self._in_flight)
+
+    @property
+    def held_back(self) -> bool:
+        """It may write no more until `saved` says that the checkpoint has moved on."""
+        return self._exposed.full
+
+    def saved(self, position: Position) -> None:
+        """The checkpoint on disk has this position of the sink."""
+        self._exposed.saved(position)
+        self._changed.set()
 
     def oldest_seconds(self) -> float:
         """How long the oldest queued event has waited; 0.0 when there is none."""
@@ -194,6 +236,9 @@ class Lane:
             while opened and await self._ready():
                 write = self._take()
                 self._in_flight.append(write)
+                self._exposed.begin(len(write.events))
+                if self.held_back:
+                    self._on_held_back()
                 writes.create_task(self._carry(write))
 
     async def _ready(self) -> bool:
@@ -203,12 +248,12 @@ class Lane:
             patience = self._patience()
             if patience is not None and patience <= 0:
                 return True
-            await _wait(self._changed, patience)
+            await wait(self._changed, patience)
         return False
 
     def _patience(self) -> float | None:
         """Seconds until a write is due; None while only a change can make one due."""
-        if not self._waiting or len(self._in_flight) >= self.sink.concurrency:
+        if not self._waiting or len(self._in_flight) >= self.sink.concurrency or self.held_back:
             return None
         if self._waiting >= self.sink.max_events:
             return 0.0
@@ -256,6 +301,7 @@ class Lane:
         while self._in_flight and self._in_flight[0].done:
             write = self._in_flight.popleft()
             self._move(write.position, write.end_lsn, write.committed_at)
+            self._exposed.written(write.position, len(write.events))
             for batch in write.finished:
                 self.progress.note(batch)
                 self._on_release(batch)
@@ -291,7 +337,7 @@ class Lane:
                 return True
             self._failing += not attempt
             self.progress.retries += 1
-            await _wait(self._stopping, pause)
+            await wait(self._stopping, pause)
             if self._stopping.is_set():
                 return False
         raise AssertionError  # count() has no end
@@ -321,7 +367,8 @@ def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:
     )
 
 
-async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+async def wait(event: asyncio.Event, seconds: float | None) -> None:
+    """Return when it is set, or after so many seconds (None: only then)."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -344,9 +391,19 @@ class FanOut:
         return not self._room.is_set()
 
     @property
+    def held_back(self) -> bool:
+        """A lane waits for the next checkpoint."""
+        return any(lane.held_back for lane in self.lanes)
+
+    @property
     def slowest(self) -> Lane:
         """The lane that is furthest behind."""
         return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
+
+    def saved(self, sinks: Mapping[str, SinkPosition]) -> None:
+        """These positions are on disk."""
+        for lane in self.lanes:
+            lane.saved(sinks[lane.name].position)
 
     def put(self, batch: Batch) -> None:
         """Give the batch to every lane."""
@@ -368,9 +425,9 @@ class FanOut:
     async def room(self) -> None:
         """Wait until the lanes hold less than the limit; says so when that takes long."""
         if self.full:
-            await _wait(self._room, COMPLAINT_SECONDS / 3)
+            await wait(self._room, COMPLAINT_SECONDS / 3)
         while self.full:
             lane = self.slowest
             told = "reading has stopped: %d bytes wait for sink %s (%s)"
             log.warning(told, self.held_bytes, lane.name, lane.trouble or "slow")
-            await _wait(self._room, COMPLAINT_SECONDS)
+            await wait(self._room, COMPLAINT_SECONDS)

@@ -24,7 +24,7 @@ from replicator.errors import (
     SourceUnavailable,
 )
 from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.fan_out import FanOut, Lane, backoff, weigh
+from replicator.fan_out import FanOut, Lane, backoff, wait, weigh
 from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.settings import CoreSettings
 from replicator.source import Source
@@ -60,6 +60,7 @@ class Pipeline:
         self._complained = 0.0
         self._saving = asyncio.Lock()
         self._progress = asyncio.Event()
+        self._held_back = asyncio.Event()
         self._stopping = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._writers: list[asyncio.Task[None]] = []
@@ -82,6 +83,7 @@ class Pipeline:
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written)
             await asyncio.to_thread(self._store.save, checkpoint)
             self.checkpoint = checkpoint
+            self.fan_out.saved(checkpoint.sinks)
         # 3. PostgreSQL: it may forget everything up to here.
         self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
 
@@ -142,7 +144,13 @@ class Pipeline:
                 await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
             else:
                 attempt = 0
-                await asyncio.sleep(self._settings.checkpoint_interval_seconds)
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """From one commit to the next; shorter when a lane may write no more before it."""
+        self._held_back.clear()
+        if not self.fan_out.held_back:
+            await wait(self._held_back, self._settings.checkpoint_interval_seconds)
 
     async def _feedback_forever(self) -> None:
         while True:
@@ -242,6 +250,8 @@ class Pipeline:
                 dead_letter=self._keep,
                 on_progress=self._progress.set,
                 on_release=self.fan_out.release,
+                max_repeats=sink.max_repeats,
+                on_held_back=self._held_back.set,
             )
             self.fan_out.lanes.append(lane)
             self._writers.append(self._begin_task(lane.run()))

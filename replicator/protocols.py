@@ -106,6 +106,9 @@ class Sink(Protocol):
     """How long a lane may wait for `max_events` to gather; 0: write what is there."""
     concurrency: int
     """How many `write` calls may run at once; above 1 their order is not kept."""
+    max_repeats: int | None
+    """The most events that a crash may make it see twice, at least `max_events`: so many may be written, or being
+    written, past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""

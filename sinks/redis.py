@@ -103,6 +103,8 @@ class RedisSink:
         2  # one is with Redis while the other waits for its turn on a busy loop: half as fast again in a backlog
     )
 
+    max_repeats = None  # the seen bits tell an event that comes again
+
     def __init__(
         self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
     ) -> None:

@@ -120,6 +120,7 @@ class FakeSink:
     linger_seconds = 0.0
     max_events = 2
     concurrency = 1
+    max_repeats: int | None = 2  # of no consequence here: nobody saves a checkpoint
 
     def __init__(self, name: str = "fake", failures: Sequence[Exception] = (), refused: Sequence[int] = ()) -> None:
         self.name = name

@@ -24,9 +24,10 @@ class FakeSink:
     name = "fake"
     linger_seconds = 0.0
 
-    def __init__(self, max_events: int = 100, concurrency: int = 1) -> None:
+    def __init__(self, max_events: int = 100, concurrency: int = 1, max_repeats: int | None = None) -> None:
         self.max_events = max_events
         self.concurrency = concurrency
+        self.max_repeats = max_repeats
         self.taken: list[list[int]] = []
         self.script: list[Callable[[Sequence[Event]], Awaitable[Sequence[Refusal]]]] = []
 
@@ -57,6 +58,7 @@ class Harness:
     def __init__(self, sink: FakeSink, start: SinkPosition = START, limit_bytes: int = 1_000_000) -> None:
         self.letters: list[DeadLetter] = []
         self.moved = asyncio.Event()
+        self.held_back = asyncio.Event()
         self.fan_out = FanOut(limit_bytes)
         self.lane = Lane(
             sink,
@@ -65,6 +67,8 @@ class Harness:
             dead_letter=self._keep,
             on_progress=self.moved.set,
             on_release=self.fan_out.release,
+            max_repeats=sink.max_repeats,
+            on_held_back=self.held_back.set,
         )
         self.fan_out.lanes.append(self.lane)
 
@@ -73,8 +77,15 @@ class Harness:
 
     async def until(self, end_lsn: int) -> None:
         """Wait until the lane has come this far."""
+        await self._until(lambda: self.lane.done.end_lsn >= end_lsn)
+
+    async def until_row(self, ordinal: int) -> None:
+        """Wait until the lane has this row of its transaction."""
+        await self._until(lambda: self.lane.done.position.ordinal >= ordinal)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while self.lane.done.end_lsn < end_lsn:
+            while not condition():
                 self.moved.clear()
                 await self.moved.wait()
 
@@ -382,3 +393,32 @@ def test_backoff_is_full_jitter_below_a_doubling_limit() -> None:
         pauses = [backoff(attempt, 3.0) for _ in range(200)]
         assert min(pauses) >= 0
         assert max(pauses) <= min(3.0, 0.1 * 2**attempt if attempt < 20 else 3.0)
+
+
+async def test_no_more_is_written_past_the_checkpoint_than_may_be_repeated() -> None:
+    """What is written or in flight counts until a checkpoint has it, to the row; then as much again is written."""
+    sink = FakeSink(max_events=2, concurrency=8, max_repeats=5)
+    harness = Harness(sink)
+    async with harness.running():
+        harness.fan_out.put(batch(10, 9))
+        async with asyncio.timeout(10):
+            await harness.held_back.wait()
+        await harness.until_row(4)
+        assert harness.lane.held_back
+        assert sink.taken == [[1001, 1002], [1003, 1004]], "a third write could make it 6 repeats"
+        harness.lane.saved(Position(10, 3))  # a checkpoint that was made before the second write was done
+        await harness.until_row(6)
+        assert sink.taken[2:] == [[1005, 1006]]
+        assert harness.lane.held_back
+        harness.lane.saved(harness.lane.done.position)
+        await harness.until(15)
+    assert sink.taken[3:] == [[1007, 1008], [1009]]
+
+
+async def test_where_repeats_do_no_harm_nothing_is_held_back() -> None:
+    """Without a bound a lane does not wait for checkpoints."""
+    harness = Harness(FakeSink(max_events=1))
+    async with harness.running():
+        harness.fan_out.put(batch(10, 500))
+        await harness.until(15)
+    assert not harness.held_back.is_set()

@@ -180,6 +180,7 @@ class FakeSink:
     max_events = 100
     linger_seconds = 0.0
     concurrency = 1
+    max_repeats: int | None = None
 
     def __init__(self, name: str, world: World) -> None:
         self.name = name
@@ -374,3 +375,16 @@ async def test_a_stop_before_anything_is_connected_ends_at_once() -> None:
     async with world.running():
         await world.until(lambda: "away" in world.pipeline.trouble)
     assert world.told("confirm") == []
+
+
+async def test_a_lane_that_is_held_back_does_not_wait_for_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the next checkpoint at once, and so goes on however long the pause between two of them is."""
+    monkeypatch.setitem(SETTINGS, "checkpoint_interval_seconds", 60)
+    world = World("a")
+    [sink] = world.sinks
+    sink.max_events, sink.max_repeats = 1, 2
+    async with world.running():
+        for commit_lsn in range(10, 100, 10):
+            world.commit(commit_lsn)
+        await world.until(lambda: 9 == len(world.told("write a")))
+    assert 4 <= len(world.told("save"))
