@@ -1,6 +1,6 @@
-"""`python -m benchmarks`: throughput and latency of the real program on private servers, beside pg_recvlogical.
+"""`python -m benchmarks`: throughput and latency of the real programs on private servers, beside yardsticks.
 
-`drain` measures throughput, `latency` latency; this module runs them, aggregates, and prints.
+`drain` measures throughput, `latency` latency, `history` backfills; this module runs them, aggregates, and prints.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import backlog, drain, latency, machine
+from benchmarks import backlog, drain, history, latency, machine
 from benchmarks.drain import Drained
+from benchmarks.history import Backfilled
 from benchmarks.latency import Latencies
 from devstack import DevStack, DevStackError
 from devstack.process import ROOT
 
-PARTS = ("bulk", "single", "latency")
+PARTS = ("bulk", "single", "latency", "backfill")
 BULK_TRANSACTION_ROWS = 1_000
 WIDTH = 100  # the tables need some 80 columns; a log has no width of its own
 SINGLE_SHARE = 5  # the backlog of single-row transactions has a fifth of --rows
@@ -40,6 +41,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="of each reader, in turn (3)")
     parser.add_argument("--rate", type=int, default=1_000, help="commits/s of the latency part (1000)")
     parser.add_argument("--seconds", type=int, default=15, help="of the latency part, after its warm-up (15)")
+    sizes = ",".join(map(str, history.SIZES))
+    parser.add_argument("--backfill-rows", default=sizes, help=f"of each backfill, separated by commas ({sizes})")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -76,6 +79,9 @@ def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
         if "latency" in parts:
             _say(f"latency at {args.rate} commits/s for {args.seconds} s")
             result["latency"] = latency.measure(stack, rate=args.rate, seconds=args.seconds)
+        if "backfill" in parts:
+            _say(f"backfills of {args.backfill_rows} rows, {args.runs} runs each")
+            result["backfill"] = history.measure(stack, [*map(int, args.backfill_rows.split(","))], args.runs)
         return result
 
 
@@ -100,6 +106,8 @@ def show(result: dict[str, Any]) -> None:
             console.print(_throughput(title, result[part]))
     if "latency" in result:
         console.print(_latency(result["latency"]))
+    if "backfill" in result:
+        console.print(_backfill(result["backfill"]))
     console.print(
         f"{result['machine']}; HTTP batch size {result['http_batch_size']}; medians; everything on one machine"
     )
@@ -146,6 +154,25 @@ def _latency(found: Latencies) -> Table:
     for sink, told in found.sinks.items():
         table.add_row(sink, f"{told.p50_ms:.1f}", f"{told.p99_ms:.1f}", f"{told.max_ms:.1f}")
     table.caption = f"replicator: {found.cpu_us:.0f} µs of CPU a row, {found.peak_memory_mb:.0f} MB at most"
+    return table
+
+
+def _backfill(found: list[list[Backfilled]]) -> Table:
+    table = Table(title="backfill.py into ClickHouse and Redis", title_justify="left")
+    for heading in ("rows", "seconds", "rows/s", "of COPY", "of ClickHouse", "CPU µs a row", "peak MB"):
+        table.add_column(heading, justify="right")
+    for runs in found:
+        seconds = median(run.seconds for run in runs)
+        table.add_row(
+            f"{runs[0].rows:,}",
+            f"{seconds:.1f}",
+            f"{runs[0].rows / seconds:,.0f}",
+            f"{median(run.copy_seconds / run.seconds for run in runs):.2f}",
+            f"{median(run.ingest_seconds / run.seconds for run in runs):.2f}",
+            f"{median(run.cpu_us for run in runs):.1f}",
+            f"{max(run.peak_memory_mb for run in runs):.0f}",
+        )
+    table.caption = "beside PostgreSQL's COPY of the rows, and ClickHouse's insert of the JSON, each alone"
     return table
 
 
