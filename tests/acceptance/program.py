@@ -20,14 +20,13 @@ import msgspec
 import psycopg
 
 from devstack.process import wait_until
+from tests.ground import SECRET
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
 CAUGHT_UP_TIMEOUT_SECONDS = 60.0
 ADMIN_TIMEOUT_SECONDS = 5.0
-
-SECRET = "planted"  # noqa: S105  part of every password and token in these tests; nothing may ever print it
 
 _READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"

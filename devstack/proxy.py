@@ -1,0 +1,123 @@
+"""A TCP proxy in front of one server, which breaks the network on command: `with Proxy(port) as proxy`.
+
+It listens on a port of its own, in a thread of the process that made it; the server knows nothing of it. What a server
+itself does wrong is told to it (`faults`); being dead or silent is `process`'s to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+from devstack.process import free_port
+
+CHUNK_BYTES = 65_536
+COMMAND_TIMEOUT_SECONDS = 10.0
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # linger on, for no time: close() sends RST and not FIN
+
+Network: TypeAlias = Literal["whole", "down", "reset", "stalled", "mute", "no answers", "slow"]
+"""whole      everything passes
+down       connections are closed in order, new ones too
+reset      the same with RST
+stalled    connections stay open, nothing moves
+mute       what the client says arrives, the answers wait
+no answers what the client says arrives; the connection is reset in the place of an answer
+slow       every chunk takes its time"""
+
+SLOW_SECONDS = 0.05
+
+
+class Proxy:
+    """Passes everything on until told otherwise."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port = free_port()
+        self._target_port = target_port
+        self._network: Network = "whole"
+        self._changed = asyncio.Event()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy to {target_port}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def behave(self, network: Network) -> None:
+        """From now on, for connections that are open and for new ones."""
+        self._call(self._behave(network))
+
+    def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(COMMAND_TIMEOUT_SECONDS)
+
+    async def _behave(self, network: Network) -> None:
+        self._network = network
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if network in ("down", "reset"):
+            self._cut()
+
+    async def _close(self) -> None:
+        self._server.close()
+        self._cut()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _cut(self) -> None:
+        for writer in self._writers:
+            if self._network != "down":
+                peer: socket.socket = writer.get_extra_info("socket")
+                with contextlib.suppress(OSError):  # it is gone already
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            if self._network in ("down", "reset"):
+                self._cut()
+                return
+            there, back = await asyncio.open_connection("127.0.0.1", self._target_port)
+            self._writers.add(back)
+            try:
+                async with asyncio.TaskGroup() as pumps:
+                    pumps.create_task(self._pump(reader, back))
+                    pumps.create_task(self._pump(there, writer, answers=True))
+            finally:
+                self._writers.discard(back)
+                back.transport.abort()
+        except* OSError:
+            pass  # the server is down, or one of the two hung up: so does the other
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool = False) -> None:
+        while data := await source.read(CHUNK_BYTES):
+            while self._network == "stalled" or (answers and self._network == "mute"):
+                await self._changed.wait()
+            if answers and self._network == "no answers":
+                self._cut()
+                raise ConnectionResetError
+            if self._network == "slow":
+                await asyncio.sleep(SLOW_SECONDS)
+            sink.write(data)
+            await sink.drain()
+        raise ConnectionResetError  # the end of one direction is the end of both: none of our servers speaks on
