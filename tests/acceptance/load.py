@@ -1,6 +1,7 @@
 """Writers that keep the source database busy while a test breaks things; what they wrote is PostgreSQL's to say.
 
 Three at once: single rows, transactions of many rows, and long ones that others overtake, some of them rolled back.
+`tests/prove/traffic.py` has worse ones.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import psycopg
 
@@ -32,6 +33,10 @@ def insert_many(connection: psycopg.Connection, rows: int, kind: str = "many") -
     connection.execute(MANY, {"rows": rows, "kind": kind})
 
 
+Step: TypeAlias = Callable[[psycopg.Connection, random.Random], None]
+"""What a writer does again and again, on a connection of its own; what it has left open is committed for it."""
+
+
 class Load:
     """`with Load(dsn, random) as load:` the writers run; on exit they have finished what they had begun."""
 
@@ -43,8 +48,16 @@ class Load:
         self._failures: list[BaseException] = []
         self._threads = [
             threading.Thread(target=self._forever, args=(step, random.Random(chance.random())))  # noqa: S311  not a secret
-            for step in (self._single, self._many, self._long)
+            for step in self.steps()
         ]
+
+    def steps(self) -> Sequence[Step]:
+        """A writer for each."""
+        return self._single, self._many, self._long
+
+    def wait(self, seconds: float) -> None:
+        """A writer's pause; ends early when the load ends."""
+        self._stopping.wait(seconds)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -60,7 +73,7 @@ class Load:
         if self._failures:
             raise self._failures[0]
 
-    def _forever(self, step: Callable[[psycopg.Connection, random.Random], None], chance: random.Random) -> None:
+    def _forever(self, step: Step, chance: random.Random) -> None:
         try:
             while not self._stopping.is_set():
                 # The server may be taken down: what was not committed then is as if it had never been.

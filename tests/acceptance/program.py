@@ -166,6 +166,14 @@ class Program:
             free = (None, (None,))
             wait_until(lambda: looking.execute(_READER, [self.slot]).fetchone() in free, "the slot to be free")
 
+    def pause(self) -> None:
+        """SIGSTOP: it is there and does nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
     def end(self) -> None:
         """See that nothing is left, whatever state it is in."""
         if self._process is not None:
