@@ -1,4 +1,4 @@
-"""What chaos does to whom, and when: drawn from a seed alone, so that the seed brings it back. `chaos.py` carries it out.
+"""What chaos does to whom, and when: drawn from a seed alone, so that the seed brings it back; `chaos.py` does it.
 
 Each victim has a time line of its own; they overlap as chance has it.
 """
@@ -34,6 +34,8 @@ EVERY_SECONDS: Mapping[Victim, float] = {
     "api": 6.0,
 }
 """Mean pause before a deed: short enough for hundreds of kills in half an hour, long enough for work in between."""
+KILLS: frozenset[Deed] = frozenset({"kill", "take over", "take over from a paused one"})
+"""Those that end a process without warning."""
 MOST_SECONDS = 2.5
 """How long a deed lasts at most; pauses of a real outage differ only in how long they are."""
 
