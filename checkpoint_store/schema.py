@@ -25,12 +25,14 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    text,
 )
+from sqlalchemy.schema import CreateColumn
 
 from replicator.errors import CheckpointUnusable
 from replicator.events import parse_lsn
 
-VERSION = 2
+VERSION = 3
 
 MAX_PAYLOAD_BYTES = 2**30  # makes MySQL choose LONGBLOB, since its plain BLOB ends at 64 kB; others ignore it
 MAX_NAME_CHARACTERS = 63  # of a slot, as in PostgreSQL, and of a sink; MySQL wants a bound for what is in a key
@@ -72,6 +74,7 @@ checkpoints = Table(
     Column("timeline", BigInteger, nullable=False),
     Column("end_lsn", LsnText, nullable=False),
     Column("updated_at", Double, nullable=False),  # Unix seconds
+    Column("committed_at", Double, nullable=False, server_default="0"),  # likewise, by PostgreSQL's clock
 )
 
 sink_positions = Table(
@@ -110,7 +113,13 @@ tasks = Table(
     Column("updated_at", Double, nullable=False),  # Unix seconds
 )
 
-UPGRADES: Mapping[int, Callable[[Connection], None]] = {1: tasks.create}
+
+def _add_committed_at(connection: Connection) -> None:
+    column = CreateColumn(checkpoints.c.committed_at).compile(dialect=connection.dialect)
+    connection.execute(text(f"ALTER TABLE {checkpoints.name} ADD COLUMN {column}"))
+
+
+UPGRADES: Mapping[int, Callable[[Connection], None]] = {1: tasks.create, 2: _add_committed_at}
 """From each older version, the step to the next one."""
 
 

@@ -32,7 +32,7 @@ _INSERT_SINK = sink_positions.insert()
 _UPDATE_CHECKPOINT = (
     checkpoints.update()
     .where(_OF_SLOT)
-    .values({name: bindparam(name) for name in ("timeline", "end_lsn", "updated_at")})
+    .values({name: bindparam(name) for name in ("timeline", "end_lsn", "committed_at", "updated_at")})
 )
 _UPDATE_SINK = (
     sink_positions.update()
@@ -197,6 +197,7 @@ def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoin
             sink: SinkPosition(position=Position(commit_lsn, ordinal), end_lsn=end_lsn)
             for _, sink, commit_lsn, ordinal, end_lsn in sinks
         },
+        committed_at=row.committed_at,
         updated_at=row.updated_at,
     )
 
@@ -234,6 +235,7 @@ def _insert(connection: Connection, checkpoint: Checkpoint) -> None:
         "system_identifier": checkpoint.system_identifier,
         "timeline": checkpoint.timeline,
         "end_lsn": checkpoint.end_lsn,
+        "committed_at": checkpoint.committed_at,
         "updated_at": time.time(),
     }
     connection.execute(_INSERT_CHECKPOINT, row)
@@ -247,8 +249,8 @@ def _insert_sinks(connection: Connection, checkpoint: Checkpoint, names: Iterabl
 
 
 def _update(connection: Connection, stored: Checkpoint, checkpoint: Checkpoint) -> None:
-    row = {"timeline": checkpoint.timeline, "end_lsn": checkpoint.end_lsn, "updated_at": time.time()}
-    connection.execute(_UPDATE_CHECKPOINT, {"of_slot": checkpoint.slot, **row})
+    row = {"timeline": checkpoint.timeline, "end_lsn": checkpoint.end_lsn, "committed_at": checkpoint.committed_at}
+    connection.execute(_UPDATE_CHECKPOINT, {"of_slot": checkpoint.slot, "updated_at": time.time(), **row})
     moved = [
         {"of_slot": checkpoint.slot, "of_sink": name, **_position_row(at)}
         for name, at in checkpoint.sinks.items()

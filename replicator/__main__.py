@@ -18,7 +18,7 @@ from checkpoint_store import SqlCheckpointStore
 from enrichment import create_enricher
 from replicator import commands
 from replicator.commands import Parts
-from replicator.errors import ReplicatorError
+from replicator.errors import Overtaken, ReplicatorError
 from replicator.logs import configure_logging
 from replicator.settings import CoreSettings, load
 from sinks import create_sinks
@@ -117,6 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         code = asyncio.run(_run(args.command(parts, args)))
         sys.stdout.flush()
+    except Overtaken as exc:
+        logging.getLogger(__name__).warning("%s", exc)
+        logging.shutdown()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  ourselves, as we were called
     except ReplicatorError as exc:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()  # what was done before it; os._exit would drop it

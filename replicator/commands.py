@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from replicator import preflight
+from replicator import gap, preflight
 from replicator import slot as slots
 from replicator import status as statuses
 from replicator.admin import Admin
@@ -24,7 +24,6 @@ from replicator.monitor import Monitor
 from replicator.pipeline import Pipeline
 from replicator.protocols import CheckpointStore, Enricher, Sink
 from replicator.settings import CoreSettings
-from replicator.slot import Identity
 from replicator.source import Source
 
 PAGE = 500
@@ -127,20 +126,13 @@ async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> Check
         return known
     first = slots.first_checkpoint(parts.settings.slot, state, identity)
     await asyncio.to_thread(parts.store.replace, first)
-    if stored is not None:
-        print(_describe_gap(stored, first, identity))
+    if stored is not None and state is not None:
+        print("\n".join(gap.describe(stored, first, state.server_time, parts.sinks)))
     return first
 
 
 def _of_configured(stored: Checkpoint | None, sinks: Sequence[Sink]) -> Checkpoint | None:
     return stored and slots.of_sinks(stored, [sink.name for sink in sinks])
-
-
-def _describe_gap(stored: Checkpoint, first: Checkpoint, identity: Identity) -> str:
-    since = datetime.fromtimestamp(stored.updated_at, UTC).isoformat(timespec="seconds")
-    before = f"{format_lsn(stored.end_lsn)} (system {stored.system_identifier}, timeline {stored.timeline})"
-    now = f"{format_lsn(first.end_lsn)} (system {identity.system_identifier}, timeline {identity.timeline})"
-    return f"gap accepted: from {before}, saved at {since}, to {now}. Backfill the events since then."
 
 
 # -- check, status, drop-slot ------------------------------------------------------------------------------------

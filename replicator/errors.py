@@ -16,6 +16,7 @@
     └── CheckpointError
         ├── CheckpointUnavailable  retried for ever; nothing is confirmed meanwhile
         ├── CheckpointBackward
+        ├── Overtaken              the program begins anew, as the standby
         └── CheckpointUnusable
 
 What happened is said here; what to do about it is decided by who catches it (fan_out.py for sinks,
@@ -60,16 +61,18 @@ class SlotInUse(SourceError):
 
 
 class SlotMissing(SourceError):
-    """Replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}:
-    everything committed since {since} may be missing in the sinks. To go on: make a new slot with
-    `python -m replicator init --accept-gap`, then bring the missing stretch with `python backfill.py`."""
+    """Replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}: what is
+    committed from {since} until there is a new slot will be missing in the sinks. To go on:
+    `python -m replicator init --accept-gap` makes the slot and prints the `python backfill.py` command that brings
+    what is missing."""
 
 
 class SlotLost(SourceError):
     """PostgreSQL has thrown away WAL that replication slot {slot} still needed (wal_status {wal_status}); it was
-    read up to {checkpoint}: everything committed since {since} may be missing in the sinks. To go on: raise
-    max_slot_wal_keep_size, `python -m replicator drop-slot`, `python -m replicator init --accept-gap`, then bring
-    the missing stretch with `python backfill.py`."""
+    read up to {checkpoint}: what is committed from {since} until there is a new slot will be missing in the sinks. To
+    go on: raise max_slot_wal_keep_size, then `python -m replicator drop-slot`, then
+    `python -m replicator init --accept-gap`, which makes a new slot and prints the `python backfill.py` command that
+    brings what is missing."""
 
 
 class SlotInvalid(SourceError):
@@ -77,9 +80,9 @@ class SlotInvalid(SourceError):
 
 
 class StreamGap(SourceError):
-    """Replication slot {slot} is not continuous with the checkpoint: {problem}. Events committed since {since} may
-    be missing in the sinks. If that is understood: `python -m replicator init --accept-gap`, then bring the missing
-    stretch with `python backfill.py`."""
+    """Replication slot {slot} is not continuous with the checkpoint: {problem}. What was committed from {since} until
+    now may be missing in the sinks. If that is understood: `python -m replicator init --accept-gap` begins where the
+    slot is, and prints the `python backfill.py` command that brings what is missing."""
 
 
 class SourceUnusable(SourceError):
@@ -127,6 +130,11 @@ class CheckpointUnavailable(CheckpointError):
 class CheckpointBackward(CheckpointError):
     """The checkpoint of slot {slot} would go back from {stored} to {offered}. Another replicator uses the same slot
     and checkpoint database; see that only one of them is active, then start this one again."""
+
+
+class Overtaken(CheckpointError):
+    """Another replicator went on from {checkpoint} to {stored} while this one was cut off. It begins anew, as the
+    standby; see that the other one runs."""
 
 
 class CheckpointUnusable(CheckpointError):

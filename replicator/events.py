@@ -142,6 +142,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     end_lsn: Lsn
     """Every sink has all events up to here; always a transaction's end, or a keepalive's position between two."""
     sinks: dict[str, SinkPosition]
+    committed_at: float = 0.0
+    """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to a
+    stretch of the stream ahead of `end_lsn`, and 0.0 when unknown. A gap begins here."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
 

@@ -391,6 +391,11 @@ class FanOut:
         return not self._room.is_set()
 
     @property
+    def committed_at(self) -> float:
+        """Commit time of the newest transaction that every lane has written since the program began; 0.0: none."""
+        return min((lane.progress.committed_at for lane in self.lanes), default=0.0)
+
+    @property
     def held_back(self) -> bool:
         """A lane waits for the next checkpoint."""
         return any(lane.held_back for lane in self.lanes)

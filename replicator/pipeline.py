@@ -18,6 +18,7 @@ from replicator import slot as slots
 from replicator.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
+    Overtaken,
     SinkMisconfigured,
     SinkUnavailable,
     SlotInUse,
@@ -80,7 +81,8 @@ class Pipeline:
         end_lsn = min(self.source.received, *(done.end_lsn for done in written.values()))
         # 2. Checkpoint: on disk before anybody is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
-            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written)
+            known = max(self.checkpoint.committed_at, self.fan_out.committed_at)
+            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=known)
             await asyncio.to_thread(self._store.save, checkpoint)
             self.checkpoint = checkpoint
             self.fan_out.saved(checkpoint.sinks)
@@ -202,6 +204,7 @@ class Pipeline:
         slots.verify(self._settings.slot, state, identity, checkpoint)
         if state is None:
             state = await self.source.create_slot()
+            log.warning("made slot %s; `python -m replicator init` says which rows are older", self._settings.slot)
         if checkpoint is None:
             checkpoint = slots.first_checkpoint(self._settings.slot, state, identity)
             await self._save_first(checkpoint)
@@ -221,8 +224,8 @@ class Pipeline:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
         if self.checkpoint is not None:
             if stored.end_lsn != self.checkpoint.end_lsn:
-                mine, other = format_lsn(self.checkpoint.end_lsn), format_lsn(stored.end_lsn)
-                raise CheckpointBackward(slot=stored.slot, stored=other, offered=mine)
+                mine, self.checkpoint = self.checkpoint, None  # nothing of ours is saved or confirmed any more
+                raise Overtaken(checkpoint=format_lsn(mine.end_lsn), stored=format_lsn(stored.end_lsn))
             return
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")

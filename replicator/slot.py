@@ -7,7 +7,6 @@ the stream. What psycopg raises when the connection is lost is the caller's to t
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 from collections.abc import Collection
 
 import msgspec
@@ -15,6 +14,7 @@ import psycopg
 from msgspec import structs
 from psycopg import sql
 
+from replicator import gap
 from replicator.errors import (
     SlotInUse,
     SlotInvalid,
@@ -56,7 +56,11 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     """`reserved`, `extended`, `unreserved`, `lost`."""
     safe_wal_size: int | None
     """Bytes that can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
+    two_phase: bool
+    """Whether prepared transactions are told before they are committed (never, before PostgreSQL 14)."""
     server_lsn: Lsn
+    server_time: float
+    """The server's clock at the same moment, Unix seconds."""
 
     @property
     def lag_bytes(self) -> int:
@@ -76,8 +80,8 @@ SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_curre
 
 _INSPECT = f"""
 SELECT plugin, database, current_database(), active_pid, restart_lsn, confirmed_flush_lsn, wal_status, safe_wal_size,
-       ({_SERVER_LSN})
-FROM pg_replication_slots WHERE slot_name = {{slot}}
+       coalesce((to_jsonb(slot) ->> 'two_phase')::bool, false), ({_SERVER_LSN}), extract(epoch FROM clock_timestamp())
+FROM pg_replication_slots AS slot WHERE slot_name = {{slot}}
 """  # noqa: S608  a constant of ours; {slot} becomes a quoted literal
 
 
@@ -106,7 +110,9 @@ async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState |
         confirmed_lsn=_lsn(row[5]),
         wal_status=row[6],
         safe_wal_size=row[7],
-        server_lsn=_lsn(row[8]) or 0,
+        two_phase=row[8],
+        server_lsn=_lsn(row[9]) or 0,
+        server_time=float(row[10]),
     )
 
 
@@ -161,6 +167,8 @@ def unusable(sqlstate: str | None, message: str) -> SourceUnusable:
         return SourceUnusable(
             problem=message, cure=f"ALTER SYSTEM SET output_plugin_libraries = '{PLUGIN}', then reload"
         )
+    if "recovery" in message:
+        return SourceUnusable(problem=message, cure="Connect to the primary: this server is a standby")
     cures = {
         _WRONG_STATE: "Set wal_level = logical in postgresql.conf and restart PostgreSQL",
         _NO_FILE: "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",
@@ -177,17 +185,18 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
     events but lose none.
     """
     since = _when(checkpoint)
+    if checkpoint is not None and (problem := _elsewhere(identity, checkpoint)):
+        raise StreamGap(slot=slot, problem=problem, since=since)
     if state is None:
         if checkpoint is not None:
             raise SlotMissing(slot=slot, checkpoint=format_lsn(checkpoint.end_lsn), since=since)
         return
-    if state.plugin != PLUGIN or state.database != state.own_database:
-        problem = f"it is for plugin {state.plugin} in database {state.database}, not for {PLUGIN} in this one"
+    if problem := _misfit(state):
         raise SlotInvalid(slot=slot, problem=problem)
     if state.wal_status == "lost" or state.restart_lsn is None:
         read = format_lsn(checkpoint.end_lsn) if checkpoint else "an unknown position"
         raise SlotLost(slot=slot, wal_status=state.wal_status, checkpoint=read, since=since)
-    if checkpoint is not None and (problem := _gap(state, identity, checkpoint)):
+    if checkpoint is not None and (problem := _gap(state, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
 
 
@@ -209,14 +218,27 @@ def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     return structs.replace(checkpoint, sinks={name: at for name, at in checkpoint.sinks.items() if name in names})
 
 
-def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:
+def _misfit(state: SlotState) -> str:
+    if state.plugin is None:
+        return "it is a physical slot, not a logical one"
+    if state.plugin != PLUGIN or state.database != state.own_database:
+        return f"it is for plugin {state.plugin} in database {state.database}, not for {PLUGIN} in this one"
+    if state.two_phase:
+        return "it was made with two_phase = true and tells of transactions that are not committed yet"
+    return ""
+
+
+def _elsewhere(identity: Identity, checkpoint: Checkpoint) -> str:
+    system, timeline = identity.system_identifier, identity.timeline
+    if system != checkpoint.system_identifier:
+        return f"the server is system {system}, the checkpoint is of {checkpoint.system_identifier}"
+    if timeline != checkpoint.timeline:
+        return f"the server is on timeline {timeline}, the checkpoint is of {checkpoint.timeline} (failover or restore)"
+    return ""
+
+
+def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
     end = format_lsn(checkpoint.end_lsn)
-    if identity.system_identifier != checkpoint.system_identifier:
-        return f"it is on system {identity.system_identifier}, the checkpoint on {checkpoint.system_identifier}"
-    if identity.timeline != checkpoint.timeline:
-        return (
-            f"it is on timeline {identity.timeline}, the checkpoint on {checkpoint.timeline} (a failover or a restore)"
-        )
     # Whoever reads the slot moves the checkpoint on, past where the server was when we looked.
     if state.active_pid is None and state.server_lsn < checkpoint.end_lsn:
         return f"the server is at {format_lsn(state.server_lsn)}, behind the checkpoint's {end} (an older backup)"
@@ -230,9 +252,7 @@ def _gap(state: SlotState, identity: Identity, checkpoint: Checkpoint) -> str:
 
 
 def _when(checkpoint: Checkpoint | None) -> str:
-    if checkpoint is None:
-        return "an unknown time"
-    return dt.datetime.fromtimestamp(checkpoint.updated_at, dt.UTC).isoformat(timespec="seconds")
+    return gap.begins(checkpoint).isoformat(timespec="seconds") if checkpoint else "an unknown time"
 
 
 def _lsn(text: str | None) -> Lsn | None:

@@ -44,7 +44,7 @@ _FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs sinc
 _EPOCH_2000_SECONDS = 946_684_800
 
 _SLOT_IN_USE = "55006"
-_CONFIGURATION = {"55000", "58P01", "42501"}  # wrong state, no plugin, no right: no retry helps
+_CONFIGURATION = {"55000", "58P01", "42501", "0A000"}  # wrong state, no plugin, no right, a standby: no retry helps
 
 
 class Source:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,8 +70,11 @@ class Program:
 
     def run(self, *arguments: str, **variables: str) -> Result:
         """Run one command to its end. `variables` are settings for this one: `slot="x"` is REPLICATOR_SLOT=x."""
+        return self._run(self._command(arguments), variables)
+
+    def _run(self, command: list[str], variables: Mapping[str, str]) -> Result:
         done = subprocess.run(
-            self._command(arguments),
+            command,
             cwd=ROOT,
             env=self._environment(variables),
             stdin=subprocess.DEVNULL,
@@ -79,8 +83,18 @@ class Program:
             timeout=COMMAND_TIMEOUT_SECONDS,
             check=False,
         )
-        self._note(f"$ replicator {' '.join(arguments)} → {done.returncode}\n{done.stdout}{done.stderr}")
+        self._note(f"$ {shlex.join(command[3:])} → {done.returncode}\n{done.stdout}{done.stderr}")
         return Result(done.returncode, done.stdout, done.stderr)
+
+    def follow(self, command: str) -> Result:
+        """Type a command that a message has told: `python …`."""
+        python, *arguments = shlex.split(command, comments=True)
+        assert "python" == python
+        return self._run([sys.executable, "-W", "error", *arguments], {})
+
+    def move_to(self, dsn: str) -> None:
+        """Look for the slot there from now on; where the program reads is a setting."""
+        self._dsn = dsn
 
     def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start it and return at once."""

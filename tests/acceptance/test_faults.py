@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -15,7 +14,7 @@ import redis
 
 from devstack import DevStack
 from devstack.api import Api
-from devstack.process import Service, free_port, wait_until
+from devstack.process import Service, wait_until
 from tests.acceptance.destinations import Destinations
 from tests.acceptance.exact import assert_exact
 from tests.acceptance.load import Load, insert_many
@@ -23,27 +22,6 @@ from tests.acceptance.program import Program
 
 KILLS = 8
 MAX_REPEATS = 5_000
-
-
-@pytest.fixture
-def chance() -> random.Random:
-    """A generator whose seed is shown when the test fails."""
-    seed = random.randrange(10**9)  # noqa: S311  not a secret
-    print(f"seed {seed}")  # noqa: T201  pytest shows it when the test has failed
-    return random.Random(seed)  # noqa: S311
-
-
-@pytest.fixture
-def quick(program: Program) -> Program:
-    """The program, with pauses that fit a test: real ones differ only in how long they are."""
-    program.environment |= {
-        "REPLICATOR_RETRY_MAX_SECONDS": "0.5",
-        "REPLICATOR_HTTP_BATCH_SIZE": "500",
-        "REPLICATOR_HTTP_TIMEOUT_SECONDS": "2",
-        "REPLICATOR_CLICKHOUSE_LINGER_SECONDS": "0.2",
-        "REPLICATOR_FEEDBACK_INTERVAL_SECONDS": "0.2",
-    }
-    return program
 
 
 @pytest.fixture
@@ -200,23 +178,6 @@ def test_a_server_is_killed_and_comes_back(  # noqa: PLR0917  fixtures
     assert_exact(database, destinations)
 
 
-def test_the_walsender_is_terminated(
-    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, chance: random.Random
-) -> None:
-    """`pg_terminate_backend` again and again: it comes back every time, and repeats nothing at the API."""
-    quick.start()
-    terminate = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
-    reading = "SELECT active_pid IS NOT NULL FROM pg_replication_slots WHERE slot_name = %s"
-    with Load(database, chance):
-        for _ in range(5):
-            wait_until(lambda: source.execute(reading, [quick.slot]).fetchone() == (True,), "it to read again")
-            _wait(chance.uniform(0.0, 0.5))
-            source.execute(terminate, [quick.slot])
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    assert 0 == assert_exact(database, destinations)
-
-
 def test_the_look_up_connection_is_terminated(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
 ) -> None:
@@ -238,167 +199,7 @@ def test_the_look_up_connection_is_terminated(
     wait_until(lambda: "ready\n" == quick.admin("/readyz"), "it to be ready again", 20)
 
 
-# -- two of them ---------------------------------------------------------------------------------------------------
-
-
-def test_a_standby_takes_over(
-    quick: Program, database: str, destinations: Destinations, chance: random.Random, tmp_path: Path
-) -> None:
-    """Two on one slot and one checkpoint: the second waits, says so, and goes on where the first was killed."""
-    listen = {"REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}"}
-    standby = Program(quick.environment | listen, database, tmp_path / "standby.log")
-    first, second = quick, standby
-    try:
-        first.start()
-        with Load(database, chance):
-            for _ in range(2):
-                second.spawn()
-                waits = f"slot {quick.slot} is held by process {_reader(database, quick.slot)}"
-                wait_until(lambda who=second, what=waits: what in who.log, "the standby to say that it waits")  # type: ignore[misc]  # mypy can't type a lambda's default
-                assert waits in second.admin("/readyz")
-                wait_until(lambda who=first: "ready\n" == who.admin("/readyz"), "the first to be ready", 10)  # type: ignore[misc]  # as above
-                _wait(chance.uniform(0.2, 0.6))
-                first.process.kill()
-                first.process.wait()
-                wait_until(lambda who=second: "ready\n" == who.admin("/readyz"), "the standby to take over", 10)  # type: ignore[misc]  # as above
-                first, second = second, first
-        first.wait_until_caught_up()
-        assert 0 == first.stop()
-    finally:
-        standby.end()
-        print(standby.log)  # noqa: T201  pytest shows it when the test has failed
-    assert_exact(database, destinations)
-
-
-def _reader(dsn: str, slot: str) -> int:
-    with psycopg.connect(dsn) as connection:
-        query = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
-        [pid] = connection.execute(query, [slot]).fetchone() or (0,)
-        return int(pid)
-
-
-# -- the slot or the checkpoint is gone ----------------------------------------------------------------------------
-
-
-def test_the_slot_was_dropped(
-    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
-) -> None:
-    """It says what may be missing and the cure, ends with 1, and the cure works."""
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    source.execute("SELECT pg_drop_replication_slot(%s)", [quick.slot])
-    for command in ("run", "init"):
-        result = quick.run(command)
-        assert 1 == result.code
-        assert f"Replication slot {quick.slot} does not exist" in result.stderr
-        assert "`python -m replicator init --accept-gap`" in result.stderr
-        assert "Traceback" not in result.stderr
-    assert 0 == quick.run("init", "--accept-gap").code
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    assert 0 == assert_exact(database, destinations)
-
-
-def test_the_slot_was_dropped_and_made_again(quick: Program, source: psycopg.Connection) -> None:
-    """The new slot begins past the checkpoint: what lies between is a gap, and no one goes on over it unasked."""
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    source.execute("SELECT pg_drop_replication_slot(%s)", [quick.slot])
-    insert_many(source, 10)
-    source.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [quick.slot])
-    result = quick.run("run")
-    assert 1 == result.code
-    assert f"Replication slot {quick.slot} is not continuous with the checkpoint" in result.stderr
-    assert "init --accept-gap" in result.stderr
-    accepted = quick.run("init", "--accept-gap")
-    assert 0 == accepted.code
-    assert "gap accepted" in accepted.stdout
-    quick.start()
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-
-
-def test_the_slot_is_dropped_while_it_runs(quick: Program, source: psycopg.Connection) -> None:
-    """It finds no slot when it comes back, and does not make a new one over the gap."""
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    quick.process.send_signal(signal.SIGSTOP)  # else it is back before the slot can be dropped
-    terminate = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
-    source.execute(terminate, [quick.slot])
-    source.execute("SELECT pg_drop_replication_slot(%s)", [quick.slot])
-    quick.process.send_signal(signal.SIGCONT)
-    assert 1 == quick.process.wait(30)
-    assert f"Replication slot {quick.slot} does not exist" in quick.log
-
-
-@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
-def test_the_slot_lost_its_wal(
-    quick: Program, source: psycopg.Connection, database: str, destinations: Destinations, running: bool
-) -> None:
-    """PostgreSQL threw away what the slot needed (max_slot_wal_keep_size): named, exit 1, and the cure works."""
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    if running:
-        quick.process.send_signal(signal.SIGSTOP)  # it hangs, and its slot stands still
-    else:
-        assert 0 == quick.stop()
-    source.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
-    source.execute("SELECT pg_reload_conf()")
-    try:
-        _lose(source, quick.slot)
-        if running:
-            quick.process.send_signal(signal.SIGCONT)
-        else:
-            quick.spawn()
-        assert 1 == quick.process.wait(30)
-    finally:
-        source.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
-        source.execute("SELECT pg_reload_conf()")
-    assert "wal_status lost" in quick.log
-    assert "Traceback" not in quick.log
-    assert 1 == quick.run("init", "--accept-gap").code  # a lost slot has to go first, as it says
-    assert 0 == quick.run("drop-slot", "--yes").code
-    assert 0 == quick.run("init", "--accept-gap").code
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    assert_exact(database, destinations)
-
-
-def _lose(source: psycopg.Connection, slot: str) -> None:
-    def lost() -> bool:
-        source.execute("SELECT pg_logical_emit_message(false, 'x', 'x'), pg_switch_wal()")
-        source.execute("CHECKPOINT")
-        query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s"
-        return source.execute(query, [slot]).fetchone() == ("lost",)
-
-    wait_until(lost, "the slot to be lost")
-
-
-def test_the_checkpoint_was_deleted(
-    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
-) -> None:
-    """With the slot still there nothing is lost: it begins where the slot was confirmed."""
-    quick.start()
-    insert_many(source, 1_000)
-    quick.wait_until_caught_up()
-    quick.kill()
-    insert_many(source, 1_000)
-    for file in tmp_path.glob("checkpoint.db*"):
-        file.unlink()
-    quick.start()
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    assert assert_exact(database, destinations) <= 1_000
+# -- a sink is taken out ----------------------------------------------------------------------------------------------
 
 
 def test_a_sink_is_taken_out(quick: Program, source: psycopg.Connection, api: Api, destinations: Destinations) -> None:

@@ -47,7 +47,8 @@ from replicator.events import Checkpoint, Position, SinkPosition
 store = SqlCheckpointStore(sys.argv[1])
 for lsn in range(1000, 1 << 40, 1000):
     sinks = {"redis": SinkPosition(position=Position(lsn - 50, 3), end_lsn=lsn)}
-    store.save(Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=lsn, sinks=sinks))
+    at = 1_768_000_000.123456 + lsn
+    store.save(Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=lsn, sinks=sinks, committed_at=at))
     print(lsn, flush=True)
 """
 
@@ -147,7 +148,10 @@ def sink_at(commit_lsn: int, ordinal: int, end_lsn: int) -> SinkPosition:
 
 def at(end_lsn: int, slot: str = "s", **sinks: SinkPosition) -> Checkpoint:
     """A checkpoint of cluster 7."""
-    return Checkpoint(slot=slot, system_identifier="7", timeline=1, end_lsn=end_lsn, sinks=sinks)
+    committed_at = 1_768_000_000.123456 + end_lsn % 2**32  # any, told apart by the position
+    return Checkpoint(
+        slot=slot, system_identifier="7", timeline=1, end_lsn=end_lsn, sinks=sinks, committed_at=committed_at
+    )
 
 
 def letter(ordinal: int, sink: str = "http", reason: str = "refused") -> DeadLetter:
@@ -373,7 +377,7 @@ def test_create_says_what_it_made(database: Database) -> None:
     store = SqlCheckpointStore(database.url)
     (line,) = store.create()
     store.close()
-    assert "schema version 2" in line
+    assert f"schema version {schema.VERSION}" in line
     tables = [name for name in database.shape() if name.startswith("replicator_")]
     assert sorted(schema.metadata.tables) == sorted(tables)
 
@@ -401,7 +405,7 @@ def test_a_database_without_tables_says_what_to_run(database: Database) -> None:
 def test_a_newer_schema_is_refused(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
     """An older program neither changes nor reads what it does not know."""
     database.execute("UPDATE replicator_schema SET version = 99")
-    with pytest.raises(CheckpointUnusable, match="schema version is 99, this program knows 2"):
+    with pytest.raises(CheckpointUnusable, match=f"schema version is 99, this program knows {schema.VERSION}"):
         store.create()
     with pytest.raises(CheckpointUnusable, match="schema version is 99"):
         other.load("s")
@@ -412,30 +416,33 @@ def test_an_older_schema_is_upgraded_step_by_step(
 ) -> None:
     """Two releases later: each step runs once, in order, and the stored checkpoint stays."""
     steps = {
-        2: lambda connection: connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER")),
-        3: lambda connection: connection.execute(text("UPDATE replicator_checkpoints SET extra = 5")),
+        3: lambda connection: connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER")),
+        4: lambda connection: connection.execute(text("UPDATE replicator_checkpoints SET extra = 5")),
     }
     store.save(at(1000))
-    monkeypatch.setattr(schema, "VERSION", 4)
+    monkeypatch.setattr(schema, "VERSION", 5)
     monkeypatch.setattr(schema, "UPGRADES", steps)
-    with pytest.raises(CheckpointUnusable, match="schema version is 2, this program needs 4"):
+    with pytest.raises(CheckpointUnusable, match="schema version is 3, this program needs 5"):
         other.load("s")
     assert [[line.removeprefix("upgraded the checkpoint tables ") for line in store.create()] for _ in range(2)] == [
-        ["from schema version 2 to 3", "from schema version 3 to 4"],
+        ["from schema version 3 to 4", "from schema version 4 to 5"],
         [],
     ]
     assert at(1000) == loaded(other)
 
 
 def test_the_first_release_is_upgraded(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
-    """Version 1 had no table for tasks; the checkpoint and the dead letters in it stay."""
+    """Version 1 had no table for tasks, version 2 no time of the last commit; the checkpoint in it stays."""
     store.save(at(1000))
     shape = database.shape()
+    database.execute("ALTER TABLE replicator_checkpoints DROP COLUMN committed_at")
     database.execute("DROP TABLE replicator_tasks")
     database.execute("UPDATE replicator_schema SET version = 1")
-    assert ["upgraded the checkpoint tables from schema version 1 to 2"] == other.create()
+    assert [f"upgraded the checkpoint tables from schema version {n} to {n + 1}" for n in (1, 2)] == other.create()
     assert shape == database.shape()
-    assert at(1000) == loaded(other)
+    assert msgspec.structs.replace(at(1000), committed_at=0.0) == loaded(other)
+    store.save(at(1001))
+    assert at(1001) == loaded(other)
 
 
 def test_a_failed_upgrade_changes_nothing(
@@ -450,8 +457,8 @@ def test_a_failed_upgrade_changes_nothing(
         connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER"))
 
     before = database.shape()
-    monkeypatch.setattr(schema, "VERSION", 4)
-    monkeypatch.setattr(schema, "UPGRADES", {2: add_column, 3: fail})
+    monkeypatch.setattr(schema, "VERSION", 5)
+    monkeypatch.setattr(schema, "UPGRADES", {3: add_column, 4: fail})
     with pytest.raises(CheckpointError, match="nowhere"):
         store.create()
     assert before == database.shape()

@@ -22,6 +22,8 @@ SLOT = SlotState(
     confirmed_lsn=100,
     wal_status="reserved",
     safe_wal_size=None,
+    two_phase=False,
+    server_time=0.0,
     server_lsn=100,
 )
 

@@ -35,6 +35,8 @@ STATE = SlotState(
     confirmed_lsn=START,
     wal_status="reserved",
     safe_wal_size=None,
+    two_phase=False,
+    server_time=0.0,
     server_lsn=1000,
 )
 

@@ -21,6 +21,8 @@ STATE = slots.SlotState(
     confirmed_lsn=100,
     wal_status="reserved",
     safe_wal_size=None,
+    two_phase=False,
+    server_time=0.0,
     server_lsn=1000,
 )
 AT_200 = SinkPosition(position=Position(190, 3), end_lsn=200)
@@ -46,6 +48,8 @@ def test_a_new_slot_needs_no_checkpoint() -> None:
         ({"restart_lsn": None}, {}, SlotLost, "backfill.py"),
         ({"plugin": "pgoutput"}, {}, SlotInvalid, "pgoutput"),
         ({"database": "other"}, {}, SlotInvalid, "database other"),
+        ({"plugin": None, "database": None}, {}, SlotInvalid, "a physical slot"),
+        ({"two_phase": True}, {}, SlotInvalid, "two_phase"),
         ({"confirmed_lsn": 201}, {}, StreamGap, "0/C9"),
         ({"server_lsn": 199}, {}, StreamGap, "older backup"),
         ({}, {"system_identifier": "8"}, StreamGap, "system 8"),

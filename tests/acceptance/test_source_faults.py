@@ -1,0 +1,466 @@
+"""Everything that can happen to PostgreSQL, the slot and the checkpoint: it goes on, or it stops with what mends it.
+
+What a message tells to type is typed here, word for word, and afterwards every sink has every event. The table of all
+this is in docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack import DevStack
+from devstack.process import free_port, wait_until
+from tests import ground
+from tests.acceptance.destinations import Destinations
+from tests.acceptance.exact import assert_exact
+from tests.acceptance.load import Load, insert_many
+from tests.acceptance.program import Program, Result, assert_clean, succeed
+
+TERMINATE = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
+DROP = "SELECT pg_drop_replication_slot(%s)"
+
+
+def _wait(seconds: float) -> None:
+    """Let the load go on for a while: time is what this is about, there is no condition."""
+    threading.Event().wait(seconds)
+
+
+def caught_up_and_stopped(program: Program) -> None:
+    """Everything that is committed now is in every sink and confirmed, and the program has ended in order."""
+    program.wait_until_caught_up()
+    assert 0 == program.stop()
+
+
+def refused(program: Program, *told: str) -> Result:
+    """Neither `run` nor `init` goes on over it, `check` fails too; each in words."""
+    assert "Traceback" not in (check := program.run("check")).stdout + check.stderr
+    assert 1 == check.code
+    for command in ("init", "run"):
+        result = program.run(command)
+        assert_clean(result.stdout + result.stderr)
+        assert 1 == result.code
+        for words in told:
+            assert words in result.stderr
+    return result
+
+
+def mend(program: Program, *before: str) -> None:
+    """Type what the messages say: the gap is accepted, and what is missing is brought by the printed commands."""
+    for command in before:
+        succeed(program.run(*command.split()))
+    accepted = succeed(program.run("init", "--accept-gap"))
+    assert "gap accepted: from" in accepted
+    commands = re.findall(r"^ +(python backfill\.py .*)$", accepted, re.MULTILINE)
+    assert 2 == len(commands), "one for the sinks that repeats do no harm, one for the API"
+    for line in commands:
+        succeed(program.follow(line))
+
+
+def assert_mended(program: Program, source: psycopg.Connection, database: str, destinations: Destinations) -> None:
+    """It runs again, and every sink has every event there is."""
+    program.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(program)
+    assert_exact(database, destinations)
+
+
+# -- it goes on by itself ------------------------------------------------------------------------------------------
+
+
+def test_the_walsender_is_terminated(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, chance: random.Random
+) -> None:
+    """`pg_terminate_backend` again and again: it comes back every time, and repeats nothing at the API."""
+    quick.start()
+    reading = "SELECT active_pid IS NOT NULL FROM pg_replication_slots WHERE slot_name = %s"
+    with Load(database, chance):
+        for _ in range(5):
+            wait_until(lambda: source.execute(reading, [quick.slot]).fetchone() == (True,), "it to read again")
+            _wait(chance.uniform(0.0, 0.5))
+            source.execute(TERMINATE, [quick.slot])
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    assert 0 == assert_exact(database, destinations)
+
+
+# -- two of them ---------------------------------------------------------------------------------------------------
+
+
+def test_a_standby_takes_over(
+    quick: Program, database: str, destinations: Destinations, chance: random.Random, tmp_path: Path
+) -> None:
+    """Two on one slot and one checkpoint: the second waits, says so, and goes on where the first was killed."""
+    listen = {"REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}"}
+    standby = Program(quick.environment | listen, database, tmp_path / "standby.log")
+    first, second = quick, standby
+    try:
+        first.start()
+        with Load(database, chance):
+            for _ in range(2):
+                second.spawn()
+                waits = f"slot {quick.slot} is held by process {_reader(database, quick.slot)}"
+                wait_until(lambda who=second, what=waits: what in who.log, "the standby to say that it waits")  # type: ignore[misc]  # mypy can't type a lambda's default
+                assert waits in second.admin("/readyz")
+                wait_until(lambda who=first: "ready\n" == who.admin("/readyz"), "the first to be ready", 10)  # type: ignore[misc]  # as above
+                _wait(chance.uniform(0.2, 0.6))
+                first.process.kill()
+                first.process.wait()
+                wait_until(lambda who=second: "ready\n" == who.admin("/readyz"), "the standby to take over", 10)  # type: ignore[misc]  # as above
+                first, second = second, first
+        first.wait_until_caught_up()
+        assert 0 == first.stop()
+    finally:
+        standby.end()
+        print(standby.log)  # noqa: T201  pytest shows it when the test has failed
+    assert_exact(database, destinations)
+
+
+def _reader(dsn: str, slot: str) -> int:
+    with psycopg.connect(dsn) as connection:
+        query = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
+        [pid] = connection.execute(query, [slot]).fetchone() or (0,)
+        return int(pid)
+
+
+# -- the slot or the checkpoint is gone ----------------------------------------------------------------------------
+
+
+def test_the_slot_was_dropped(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """It says what is missing from when on and the cure, ends with 1, and the cure works."""
+    quick.start()
+    insert_many(source, 1_000)
+    caught_up_and_stopped(quick)
+    source.execute(DROP, [quick.slot])
+    insert_many(source, 1_000)
+    result = refused(quick, f"Replication slot {quick.slot} does not exist", "`python -m replicator init --accept-gap`")
+    since = re.search(r"committed from (\S+) until there is a new slot", result.stderr)
+    assert since
+    earlier = "SELECT bool_and(%s::timestamptz <= event_ts) FROM engagement_events WHERE id > 1000"
+    assert (True,) == source.execute(earlier, [since[1]]).fetchone(), "what is missing was committed later than that"
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+def test_the_slot_was_dropped_and_made_again(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """The new slot begins past the checkpoint: what lies between is a gap, and no one goes on over it unasked."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    source.execute(DROP, [quick.slot])
+    insert_many(source, 1_000)
+    source.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [quick.slot])
+    refused(quick, "is not continuous with the checkpoint", "past the checkpoint's", "init --accept-gap")
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+def test_the_slot_was_moved_on_by_somebody_else(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Confirmed past the checkpoint, by another reader or by hand: what went by is a gap."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    insert_many(source, 1_000)
+    source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [quick.slot])
+    refused(quick, "is not continuous with the checkpoint", "or read by somebody else", "init --accept-gap")
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+def test_the_checkpoint_is_an_older_backup(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """It can't know that the sinks have more than it says, and neither can we."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    backup = tmp_path / "backup.db"
+    shutil.copy(tmp_path / "checkpoint.db", backup)
+    quick.start()
+    insert_many(source, 1_000)
+    caught_up_and_stopped(quick)
+    for file in tmp_path.glob("checkpoint.db*"):
+        file.unlink()
+    shutil.copy(backup, tmp_path / "checkpoint.db")
+    refused(quick, "past the checkpoint's", "init --accept-gap")
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+def test_the_slot_is_dropped_while_it_runs(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """It finds no slot when it comes back, and does not make a new one over the gap."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    quick.pause()  # else it is back before the slot can be dropped
+    source.execute(TERMINATE, [quick.slot])
+    source.execute(DROP, [quick.slot])
+    insert_many(source, 10)
+    quick.resume()
+    assert 1 == quick.process.wait(30)
+    assert f"Replication slot {quick.slot} does not exist" in quick.log
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_the_slot_lost_its_wal(
+    quick: Program, source: psycopg.Connection, database: str, destinations: Destinations, running: bool
+) -> None:
+    """PostgreSQL threw away what the slot needed (max_slot_wal_keep_size): named, exit 1, and the cure works."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    if running:
+        quick.pause()  # it hangs, and its slot stands still
+    else:
+        assert 0 == quick.stop()
+    source.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+    source.execute("SELECT pg_reload_conf()")
+    try:
+        _lose(source, quick.slot)
+        if running:
+            quick.resume()
+        else:
+            quick.spawn()
+        assert 1 == quick.process.wait(30)
+    finally:
+        source.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        source.execute("SELECT pg_reload_conf()")
+    refused(quick, "wal_status lost", "python -m replicator drop-slot", "init --accept-gap")
+    assert 1 == quick.run("init", "--accept-gap").code  # a lost slot has to go first, as it says
+    mend(quick, "drop-slot --yes")
+    assert_mended(quick, source, database, destinations)
+
+
+def _lose(source: psycopg.Connection, slot: str) -> None:
+    def lost() -> bool:
+        source.execute("SELECT pg_logical_emit_message(false, 'x', 'x'), pg_switch_wal()")
+        source.execute("CHECKPOINT")
+        query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s"
+        return source.execute(query, [slot]).fetchone() == ("lost",)
+
+    wait_until(lost, "the slot to be lost")
+
+
+def test_the_checkpoint_was_deleted(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """With the slot still there nothing is lost: it begins where the slot was confirmed."""
+    quick.start()
+    insert_many(source, 1_000)
+    quick.wait_until_caught_up()
+    quick.kill()
+    insert_many(source, 1_000)
+    for file in tmp_path.glob("checkpoint.db*"):
+        file.unlink()
+    quick.start()
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    assert assert_exact(database, destinations) <= 1_000
+
+
+def test_checkpoint_and_slot_were_deleted(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """Nothing is left that could know of a gap: it begins anew, says so, and names what says which rows are older."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    for file in tmp_path.glob("checkpoint.db*"):
+        file.unlink()
+    source.execute(DROP, [quick.slot])
+    insert_many(source, 1_000)
+    quick.start()
+    assert f"made slot {quick.slot}; `python -m replicator init` says which rows are older" in quick.log
+    told = succeed(quick.run("init"))
+    assert "1010 rows of engagement_events were there before" in told.replace("public.", "")
+    [command] = re.findall(r"python backfill\.py .*", told)
+    succeed(quick.follow(f"{command} --sinks clickhouse,redis,http"))
+    caught_up_and_stopped(quick)
+    assert_exact(database, destinations)
+
+
+# -- another server ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cluster(quick: Program) -> Iterator[tuple[DevStack, str]]:
+    """A cluster of its own, whose files may be changed, and a database in it that the program reads from."""
+    with DevStack("postgres") as own, ground.fresh_database(own) as dsn:
+        quick.environment["REPLICATOR_POSTGRES_DSN"] = ground.plain_role(own, dsn)
+        yield own, dsn
+
+
+def _files(own: DevStack) -> Path:
+    return own.postgres.folder / "data"
+
+
+def _run_into(quick: Program, dsn: str) -> None:
+    """The program on another cluster: a slot, a checkpoint and some events."""
+    quick.move_to(dsn)
+    quick.start()
+    with psycopg.connect(dsn, autocommit=True) as writer:
+        insert_many(writer, 100)
+    caught_up_and_stopped(quick)
+
+
+def test_the_server_is_an_older_backup(quick: Program, destinations: Destinations) -> None:
+    """Its WAL ends before the checkpoint: other events will stand where those stood that were read."""
+    with _cluster(quick) as (own, dsn):
+        _run_into(quick, dsn)
+        own.postgres.stop()
+        backup = own.postgres.folder / "backup"
+        subprocess.run(["cp", "-a", _files(own), backup], check=True)
+        own.postgres.start()
+        quick.start()
+        with psycopg.connect(dsn, autocommit=True) as writer:
+            insert_many(writer, 5_000)
+        caught_up_and_stopped(quick)
+        own.postgres.stop()
+        shutil.rmtree(_files(own))
+        backup.rename(_files(own))
+        own.postgres.start()
+        refused(quick, "behind the checkpoint's", "(an older backup)", "init --accept-gap")
+        mend(quick)
+        quick.start()
+        with psycopg.connect(dsn, autocommit=True) as writer:
+            insert_many(writer, 100)
+        caught_up_and_stopped(quick)
+        with psycopg.connect(dsn) as reader:
+            [ids] = reader.execute("SELECT array_agg(id) FROM engagement_events").fetchone() or ([],)
+    assert set(ids) <= {event["event_id"] for event in destinations.clickhouse()}
+
+
+def test_the_server_is_on_another_timeline(quick: Program, destinations: Destinations) -> None:
+    """A standby is told to be no source; promoted, it is on another history of the same system."""
+    with _cluster(quick) as (own, dsn):
+        _run_into(quick, dsn)
+        own.postgres.stop()
+        (_files(own) / "standby.signal").touch()
+        own.postgres.start()
+        assert "Connect to the primary" in quick.run("run").stderr
+        with psycopg.connect(own.postgres.superuser_dsn, autocommit=True) as admin:
+            admin.execute("SELECT pg_promote()")
+        with psycopg.connect(dsn, autocommit=True) as writer:
+            insert_many(writer, 100)
+        refused(quick, "the server is on timeline 2, the checkpoint is of 1", "init --accept-gap")
+        mend(quick)
+        quick.start()
+        caught_up_and_stopped(quick)
+        assert_exact(dsn, destinations)
+
+
+def test_the_server_is_another_system(quick: Program, source: psycopg.Connection) -> None:
+    """Its positions mean nothing here, slot or no slot; the checkpoint stays as it is."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    here = quick.environment["REPLICATOR_POSTGRES_DSN"]
+    with _cluster(quick) as (_, dsn):
+        refused(quick, "the server is system", "the checkpoint is of", "init --accept-gap")
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [quick.slot])
+        refused(quick, "the server is system", "the checkpoint is of", "init --accept-gap")
+    quick.environment["REPLICATOR_POSTGRES_DSN"] = here
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+
+
+# -- a server or a slot that can't be used -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before the slot", "with a slot"])
+def test_wal2json_is_missing(quick: Program, source: psycopg.Connection, when: str) -> None:
+    """It names the package, before there is a slot and when it was there once; back again, all goes on."""
+    if when == "with a slot":
+        quick.start()
+        insert_many(source, 10)
+        caught_up_and_stopped(quick)
+    source.execute("ALTER SYSTEM SET dynamic_library_path = '/nowhere'")
+    source.execute("SELECT pg_reload_conf()")
+    try:
+        result = quick.run("run")
+    finally:
+        source.execute("ALTER SYSTEM RESET dynamic_library_path")
+        source.execute("SELECT pg_reload_conf()")
+    assert 1 == result.code
+    assert "Install wal2json for this version of PostgreSQL" in result.stderr
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+
+
+MISFITS = {
+    "physical": ("SELECT pg_create_physical_replication_slot(%s)", "a physical slot"),
+    "plugin": ("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", "for plugin test_decoding"),
+    "two_phase": ("SELECT pg_create_logical_replication_slot(%s, 'wal2json', false, true)", "two_phase = true"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_slot_of_another_kind(quick: Program, source: psycopg.Connection, kind: str) -> None:
+    """Named, with the way out, before anything is read from it."""
+    create, told = MISFITS[kind]
+    if kind == "two_phase" and source.info.server_version < 140_000:
+        pytest.skip("PostgreSQL 13 has no two_phase")
+    source.execute(create.encode(), [quick.slot])
+    refused(quick, told, "Drop it or name another one in REPLICATOR_SLOT")
+    source.execute(DROP, [quick.slot])  # the fixture drops only those of its database
+
+
+def test_a_slot_of_another_database(quick: Program, stack: DevStack) -> None:
+    """Slots belong to a database, and their names to the cluster."""
+    with psycopg.connect(stack.postgres.superuser_dsn, autocommit=True) as admin:
+        admin.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [quick.slot])
+        refused(quick, "in database postgres", "name another one in REPLICATOR_SLOT")
+        admin.execute(DROP, [quick.slot])
+
+
+def test_no_slot_is_left(quick: Program, source: psycopg.Connection) -> None:
+    """max_replication_slots: the cure is named."""
+    free = "SELECT current_setting('max_replication_slots')::int - count(*) FROM pg_replication_slots"
+    [count] = source.execute(free).fetchone() or (0,)
+    taken = [f"taken_{number}" for number in range(count)]
+    for name in taken:
+        source.execute("SELECT pg_create_physical_replication_slot(%s)", [name])
+    try:
+        result = quick.run("run")
+    finally:
+        for name in taken:
+            source.execute(DROP, [name])
+    assert 1 == result.code
+    assert "Raise max_replication_slots" in result.stderr
+
+
+def test_the_role_may_not_replicate(quick: Program, stack: DevStack, source: psycopg.Connection) -> None:
+    """It waits, says why, and goes on once it may: rights are given back as quickly as taken."""
+    source.execute("ALTER ROLE replicator NOREPLICATION")
+    try:
+        quick.spawn()
+        quick.wait_for_log("PostgreSQL is not reachable")
+        wait_until(lambda: "replication" in quick.admin("/readyz"), "it to say why")
+    finally:
+        source.execute("ALTER ROLE replicator REPLICATION")
+    quick.wait_for_log("reading slot")
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    assert stack.postgres.running
