@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from devstack import DevStack
+from devstack.api import Api
 from devstack.process import free_port, wait_until
 from tests import ground
 from tests.acceptance.destinations import Destinations
@@ -93,6 +94,65 @@ def test_the_walsender_is_terminated(
     assert 0 == assert_exact(database, destinations)
 
 
+def test_the_walsender_is_terminated_while_a_write_is_held(
+    quick: Program, database: str, source: psycopg.Connection, api: Api, destinations: Destinations
+) -> None:
+    """The stream comes back, repeats what the API has in its hands, and confirms none of it."""
+    quick.environment["REPLICATOR_HTTP_TIMEOUT_SECONDS"] = "60"
+    quick.start()
+    api.behave(hang_seconds=60)
+    insert_many(source, 1_000)
+    [committed] = source.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("",)
+    wait_until(lambda: 1_000 == sum(destinations.counts().values()), "Redis to have it")
+    for times in (2, 3):
+        source.execute(TERMINATE, [quick.slot])
+        wait_until(lambda times=times: times == quick.log.count(f"reading slot {quick.slot}"), "it to read again")  # type: ignore[misc]  # mypy can't type a lambda's default
+    insert_many(source, 10)
+    wait_until(lambda: 1_010 == sum(destinations.counts().values()), "what came later to arrive")
+    past = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+    assert (False,) == source.execute(past, [committed, quick.slot]).fetchone()
+    quick.kill()
+    api.behave()
+    quick.start()
+    caught_up_and_stopped(quick)
+    assert 0 == assert_exact(database, destinations)
+
+
+def test_silent_for_longer_than_wal_sender_timeout(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """A machine that slept: PostgreSQL has cut it off, and it comes back by itself."""
+    quick.environment["REPLICATOR_POSTGRES_DSN"] += "?options=-c%20wal_sender_timeout%3D1s"
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    quick.pause()
+    insert_many(source, 1_000)
+    free = "SELECT active_pid IS NULL FROM pg_replication_slots WHERE slot_name = %s"
+    wait_until(lambda: source.execute(free, [quick.slot]).fetchone() == (True,), "PostgreSQL to cut it off")
+    quick.resume()
+    caught_up_and_stopped(quick)
+    assert 0 == assert_exact(database, destinations)
+
+
+def test_the_table_is_made_again_under_its_name(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Tables are known by name: the new one is read from its first row on; rows moved into it are the same events."""
+    quick.start()
+    insert_many(source, 10)
+    source.execute("""
+        BEGIN;
+        ALTER TABLE engagement_events RENAME TO engagement_events_old;
+        CREATE TABLE engagement_events (LIKE engagement_events_old INCLUDING ALL);
+        INSERT INTO engagement_events SELECT * FROM engagement_events_old;
+        COMMIT
+    """)
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    assert 10 == assert_exact(database, destinations), "inserted again, sent again"
+
+
 # -- two of them ---------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +183,33 @@ def test_a_standby_takes_over(
         standby.end()
         print(standby.log)  # noqa: T201  pytest shows it when the test has failed
     assert_exact(database, destinations)
+
+
+def test_the_one_that_was_cut_off_becomes_the_standby(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """Taken for dead, it wakes up when another one has gone on: it waits its turn, and begins where that one was."""
+    listen = {"REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}"}
+    second = Program(quick.environment | listen, database, tmp_path / "second.log")
+    try:
+        quick.start()
+        insert_many(source, 1_000)
+        quick.wait_until_caught_up()
+        quick.pause()
+        source.execute(TERMINATE, [quick.slot])
+        second.start()
+        insert_many(source, 1_000)
+        second.wait_until_caught_up()
+        quick.resume()
+        quick.wait_for_log(f"slot {quick.slot} is held by process {_reader(database, quick.slot)}")
+        second.kill()
+        quick.wait_for_log("Another replicator went on from")
+        insert_many(source, 1_000)
+        caught_up_and_stopped(quick)
+    finally:
+        second.end()
+        print(second.log)  # noqa: T201  pytest shows it when the test has failed
+    assert 0 == assert_exact(database, destinations)
 
 
 def _reader(dsn: str, slot: str) -> int:
