@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -383,6 +384,26 @@ def test_checkpoint_and_slot_were_deleted(
     succeed(quick.follow(f"{command} --sinks clickhouse,redis,http"))
     caught_up_and_stopped(quick)
     assert_exact(database, destinations)
+
+
+def test_the_checkpoint_takes_nothing_for_a_while(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """A full disk, a database that is down, here one that is locked: sinks go on, nothing is confirmed, it says so."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    confirmed = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
+    with closing(sqlite3.connect(tmp_path / "checkpoint.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        before = source.execute(confirmed, [quick.slot]).fetchone()
+        insert_many(source, 1_000)
+        wait_until(lambda: 1_010 == len(destinations.clickhouse()), "ClickHouse to have it")
+        quick.wait_for_log("Nothing is confirmed to PostgreSQL until it does")
+        assert before == source.execute(confirmed, [quick.slot]).fetchone()
+        other.execute("ROLLBACK")
+    caught_up_and_stopped(quick)
+    assert 0 == assert_exact(database, destinations)
 
 
 # -- another server ------------------------------------------------------------------------------------------------
