@@ -1,6 +1,6 @@
 # Everything a contributor does. The first target lists the others.
 
-.PHONY: help setup lint types test check demo bench audit lock clean
+.PHONY: help setup lint types test check prove demo bench audit lock clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -24,6 +24,9 @@ test: setup ## the whole suite, on two cores; arguments: make test ARGS="-k lane
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: lint types test ## lint, types and test
+
+prove: setup ## the promise: crash matrix and 30 minutes of chaos; writes docs/reliability.md
+	@$(BIN)/python -m tests.prove $(ARGS)
 
 demo: setup ## watch it work, without Docker, until Ctrl-C; make demo SECONDS=20 ends by itself
 	@$(BIN)/python -m devstack.demo $(if $(SECONDS),--seconds $(SECONDS))

@@ -10,9 +10,22 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from tests import ground
+from tests.acceptance import program
+from tests.prove.altered import BREACHES
 
 # Started in the background of a script, SIGINT is ignored, and so it would be in every program that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--breach NAME`: every replicator of this session breaks the rule, and the suite has to notice."""
+    parser.addoption("--breach", choices=BREACHES, help="break the rule on purpose: %(choices)s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell those that start replicators."""
+    if breach := config.getoption("--breach"):
+        program.ALTERED = ("--breach", breach)
 
 
 @pytest.fixture(scope="session")

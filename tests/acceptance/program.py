@@ -29,6 +29,9 @@ STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
 CAUGHT_UP_TIMEOUT_SECONDS = 60.0
 ADMIN_TIMEOUT_SECONDS = 5.0
 
+ALTERED: tuple[str, ...] = ()
+"""How every program of this session is altered: `--breach` of pytest sets it."""
+
 _READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
 
@@ -64,6 +67,8 @@ class Program:
         self.environment = dict(environment)
         """REPLICATOR_* and nothing else; a test may change them before it starts the program."""
         self.slot = self.environment["REPLICATOR_SLOT"]
+        self.altered: tuple[str, ...] = ALTERED
+        """Arguments for `tests/prove/altered.py`; none: the program as it is."""
         self._dsn = dsn
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -205,9 +210,9 @@ class Program:
         with self._log.open("a", encoding="utf-8") as log:
             log.write(text)
 
-    @staticmethod
-    def _command(arguments: tuple[str, ...]) -> list[str]:
-        return [sys.executable, "-W", "error", "-m", "replicator", *arguments]
+    def _command(self, arguments: tuple[str, ...]) -> list[str]:
+        program = ("tests.prove.altered", *self.altered, "--") if self.altered else ("replicator",)
+        return [sys.executable, "-W", "error", "-m", *program, *arguments]
 
     def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}

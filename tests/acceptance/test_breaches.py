@@ -1,0 +1,87 @@
+"""Breaking the rule on purpose: what proves the promise has to notice, else it proves nothing.
+
+`pytest --breach NAME` breaks it for a whole session.
+"""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from devstack import DevStack
+from devstack.api import Api
+from devstack.process import wait_until
+from tests.acceptance.destinations import Destinations, expected
+from tests.acceptance.exact import compare, first_views
+from tests.acceptance.load import insert_many
+from tests.acceptance.program import Program
+from tests.prove.matrix import Case, play
+
+FOUND_BY = [
+    ("confirm-before-checkpoint", "after-confirm/single", "is not continuous with the checkpoint"),
+    ("checkpoint-before-sink", "enriched/ten-thousand", ""),
+    ("row-lsn", "enriched/interleaved", ""),
+]
+SEED = 7
+REPLY = """
+SELECT reply_time FROM pg_stat_replication JOIN pg_replication_slots ON pid = active_pid WHERE slot_name = %s
+"""
+
+
+@pytest.mark.parametrize(("breach", "name", "trouble"), FOUND_BY)
+def test_the_crash_matrix_finds(stack: DevStack, breach: str, name: str, trouble: str) -> None:
+    """One case of the matrix: good as the program is, and not when it breaks the rule."""
+    case = Case.named(name, SEED)
+    assert play(stack, case).good
+    outcome = play(stack, case, "--breach", breach)
+    assert not outcome.good
+    assert trouble in outcome.trouble
+    assert trouble or outcome.lost["http"], "told by what is lost"
+
+
+TRAP = [((), 0), (("--breach", "psycopg2-keepalive"), 0), (("--breach", "markers-off"), 20)]
+
+
+@pytest.mark.parametrize(("altered", "lost"), TRAP, ids=["as it is", "psycopg2-keepalive", "markers-off"])
+def test_the_trap_of_psycopg2(  # noqa: PLR0917  fixtures
+    quick: Program,
+    database: str,
+    source: psycopg.Connection,
+    api: Api,
+    destinations: Destinations,
+    altered: tuple[str, ...],
+    lost: int,
+) -> None:
+    """Begun first, committed last, keepalives while the API holds it, a kill (DESIGN, section 2).
+
+    A reader without transaction markers knows a row by its own LSN, here one that was confirmed long ago; psycopg2 then
+    confirms the next keepalive by itself, and the transaction is gone. With markers even that rule does no harm.
+    """
+    quick.altered = altered
+    quick.start()
+    with psycopg.connect(database) as long:
+        insert_many(long, 10, "long")
+        insert_many(source, 1)
+        quick.wait_until_caught_up()
+        insert_many(long, 10, "long")
+        insert_many(source, 1)
+        quick.wait_until_caught_up()
+        api.behave(hang_seconds=60)
+        long.commit()
+    wait_until(lambda: 22 == sum(destinations.counts().values()), "Redis to have it")
+    source.execute("SELECT pg_switch_wal()")  # the server goes on: keepalives say so
+    for _ in range(5):
+        _see_feedback(source, quick.slot)
+    quick.kill()
+    api.behave()
+    quick.start()
+    quick.wait_until_caught_up()
+    distinct, _ = first_views(destinations.api())
+    difference = compare(expected(database), distinct)
+    assert lost == len(difference.missing), difference
+
+
+def _see_feedback(source: psycopg.Connection, slot: str) -> None:
+    """Return when PostgreSQL has had feedback once more; it is answered with a keepalive."""
+    before = source.execute(REPLY, [slot]).fetchone()
+    wait_until(lambda: source.execute(REPLY, [slot]).fetchone() != before, "feedback")
