@@ -12,7 +12,7 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.exact import compare, first_views
+from tests.acceptance.exact import assert_exact, compare, first_views
 from tests.acceptance.load import insert_many
 from tests.acceptance.program import Program
 from tests.prove.matrix import Case, play
@@ -57,7 +57,7 @@ def test_the_trap_of_psycopg2(  # noqa: PLR0917  fixtures
     A reader without transaction markers knows a row by its own LSN, here one that was confirmed long ago; psycopg2 then
     confirms the next keepalive by itself, and the transaction is gone. With markers even that rule does no harm.
     """
-    quick.altered = altered
+    quick.altered = altered or quick.altered
     quick.start()
     with psycopg.connect(database) as long:
         insert_many(long, 10, "long")
@@ -68,17 +68,22 @@ def test_the_trap_of_psycopg2(  # noqa: PLR0917  fixtures
         quick.wait_until_caught_up()
         api.behave(hang_seconds=60)
         long.commit()
+    [committed] = source.execute("SELECT pg_current_wal_lsn()").fetchone() or ("",)
     wait_until(lambda: 22 == sum(destinations.counts().values()), "Redis to have it")
     source.execute("SELECT pg_switch_wal()")  # the server goes on: keepalives say so
     for _ in range(5):
         _see_feedback(source, quick.slot)
+    past = "SELECT confirmed_flush_lsn >= %s FROM pg_replication_slots WHERE slot_name = %s"
+    assert (lost > 0,) == source.execute(past, [committed, quick.slot]).fetchone()
     quick.kill()
     api.behave()
+    assert 2 == len(api.events())
     quick.start()
     quick.wait_until_caught_up()
+    if not lost:
+        assert 0 == assert_exact(database, destinations)
     distinct, _ = first_views(destinations.api())
-    difference = compare(expected(database), distinct)
-    assert lost == len(difference.missing), difference
+    assert lost == len(compare(expected(database), distinct).missing)
 
 
 def _see_feedback(source: psycopg.Connection, slot: str) -> None:

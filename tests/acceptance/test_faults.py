@@ -65,41 +65,6 @@ def test_killed_again_and_again(
     assert repeats <= KILLS * MAX_REPEATS
 
 
-def test_an_overtaken_transaction_is_not_lost(
-    quick: Program,
-    database: str,
-    source: psycopg.Connection,
-    api: Api,
-    destinations: Destinations,
-) -> None:
-    """Begun first, committed last, with keepalives in between and a kill before the API had it (DESIGN, section 2).
-
-    Its rows have LSNs below what was confirmed long ago; a reader that trusts them confirms it too early.
-    """
-    quick.start()
-    with psycopg.connect(database) as long:
-        insert_many(long, 10, "long")
-        insert_many(source, 1)
-        quick.wait_until_caught_up()
-        insert_many(long, 10, "long")
-        insert_many(source, 1)
-        quick.wait_until_caught_up()
-        api.behave(hang_seconds=60)
-        long.commit()
-    [committed] = source.execute("SELECT pg_current_wal_lsn()").fetchone() or ("",)
-    wait_until(lambda: 22 == sum(destinations.counts().values()), "Redis to have it")
-    source.execute("SELECT pg_switch_wal()")  # the server goes on: keepalives say so
-    _wait(1)  # five rounds of feedback, each with a keepalive in return
-    past = "SELECT confirmed_flush_lsn >= %s FROM pg_replication_slots WHERE slot_name = %s"
-    assert (False,) == source.execute(past, [committed, quick.slot]).fetchone()
-    quick.kill()
-    api.behave()
-    assert 2 == len(api.events())
-    quick.start()
-    quick.wait_until_caught_up()
-    assert 0 == assert_exact(database, destinations)
-
-
 # -- the program is asked to stop ----------------------------------------------------------------------------------
 
 
