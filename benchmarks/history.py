@@ -33,7 +33,7 @@ TRUNCATE public.engagement_events;
 INSERT INTO public.engagement_events (content_id, user_id, event_type, event_ts, duration_ms, device)
 SELECT 1 + floor(1000 * ((hashint8(n) & 65535) / 65536.0::float8) ^ 3), n * 31,
        (ARRAY['play', 'pause', 'seek', 'finish'])[1 + n % 4], timestamptz '{begin}' + n * interval '1 ms',
-       nullif(n * 1047 % 900000, 0), (ARRAY['web', 'ios', 'android', NULL])[1 + n / 1000 % 4]
+       nullif(n::bigint * 1047 % 900000, 0), (ARRAY['web', 'ios', 'android', NULL])[1 + n / 1000 % 4]
 FROM generate_series(0, {rows} - 1) AS n;
 CREATE INDEX IF NOT EXISTS engagement_events_event_ts_id ON public.engagement_events (event_ts, id);
 """
