@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import chdb
 from chdb import ChdbError
 
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  a file there never meets a disk
 HEAD_BYTES = 1 << 16  # an INSERT's statement ends within so many; its data may be far longer
 
 INSERT_WITH_DATA = re.compile(rb"\s*(INSERT\s+INTO\b.*?)\s+FORMAT\s+(\w+)[ \t]*(?:\r?\n)?", re.IGNORECASE | re.DOTALL)
@@ -122,17 +124,20 @@ def _run(connection: Any, statement: Statement) -> Result:
 
 
 def _insert(connection: Any, insert: re.Match[bytes], data: bytes) -> Result:
-    """Twice as fast as the statement with its data in one string, and it tells how many rows there were."""
-    inserter = connection.send_insert(insert[1].decode(), insert[2].decode())
-    try:
-        inserter.append(data)
-        result = inserter.finish()
-    finally:
-        inserter.cancel()  # nothing happens when it is finished
+    """Twice as fast as the statement with its data in one string, and it tells how many rows there were.
+
+    chdb's own streaming insert is as fast and reports success where the rows could not be written: a full disk, a
+    constraint.
+    """
+    with tempfile.NamedTemporaryFile(dir=MEMORY, prefix="insert-") as file:
+        file.write(data)
+        file.flush()
+        source = f" FROM INFILE {_literal(file.name)} FORMAT ".encode()
+        result = connection.query(insert[1] + source + insert[2])
     summary = {
-        "written_rows": result.rows_written,
-        "written_bytes": result.bytes_written,
-        "elapsed_ns": int(result.elapsed * 1e9),
+        "written_rows": result.rows_read(),
+        "written_bytes": result.bytes_read(),
+        "elapsed_ns": int(result.elapsed() * 1e9),
     }
     return Result(b"", None, summary)
 

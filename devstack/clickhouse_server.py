@@ -65,6 +65,8 @@ class Behaviour(Fault, frozen=True, kw_only=True):
     """The text, and by it the code, that goes with `status`."""
     read_only: bool = False
     """Refuse whatever writes, with code 164 (READONLY)."""
+    password: str | None = None
+    """Ask for this password; None: for the one it was started with."""
 
 
 class ClickHouseServer:
@@ -125,7 +127,8 @@ class ClickHouseServer:
         self._faults = Faults(behaviour)
 
     def _authenticate(self, request: web.Request) -> None:
-        if _credentials(request) != (USER, self._password):
+        told = self._behaviour.password
+        if _credentials(request) != (USER, self._password if told is None else told):
             problem = "Authentication failed: password is incorrect, or there is no user with such name."
             raise failure(516, "AUTHENTICATION_FAILED", f"{USER}: {problem}")
 

@@ -151,6 +151,8 @@ class Lane:
         self.progress = Progress()
         self.trouble = ""
         """Why the sink takes nothing at the moment, in words; empty while it does."""
+        self.needs_somebody = False
+        """Nothing but an operator ends the trouble."""
         self._accepted = start.position
         self._retry_max_seconds = retry_max_seconds
         self._dead_letter = dead_letter
@@ -165,6 +167,7 @@ class Lane:
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._failing = 0  # calls that are being tried again
+        self._troubled_at = 0.0
         self._complained = 0.0
 
     @property
@@ -176,6 +179,10 @@ class Lane:
     def held_back(self) -> bool:
         """It may write no more until `saved` says that the checkpoint has moved on."""
         return self._exposed.full
+
+    def trouble_seconds(self) -> float:
+        """How long the sink has taken nothing; 0.0 while it does."""
+        return time.monotonic() - self._troubled_at if self.trouble else 0.0
 
     def saved(self, position: Position) -> None:
         """The checkpoint on disk has this position of the sink."""
@@ -346,13 +353,17 @@ class Lane:
         if not self.trouble or time.monotonic() - self._complained > COMPLAINT_SECONDS:
             log.error("%s (written up to %s, %d events wait)", exc, format_lsn(self.done.end_lsn), self.waiting)
             self._complained = time.monotonic()
+        if not self.trouble:
+            self._troubled_at = time.monotonic()
         self.trouble = str(exc)
+        self.needs_somebody = not isinstance(exc, SinkUnavailable)
 
     def _recover(self) -> None:
         self._failing -= 1
         if not self._failing:  # of several writes side by side one may still be turned away
             log.info("sink %s takes events again", self.name)
             self.trouble = ""
+            self.needs_somebody = False
 
 
 def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:

@@ -25,6 +25,8 @@ LOOK_TIMEOUT_SECONDS = 10
 """A server that does not answer in this time is news, too."""
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
+TROUBLE_SECONDS = 10.0
+"""A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
 
 
 class Monitor:
@@ -88,9 +90,13 @@ class Monitor:
         lane = self.pipeline.fan_out.slowest
         return lane.trouble or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
 
+    def _troubled(self) -> list[str]:
+        lanes = self.pipeline.fan_out.lanes
+        return [lane.trouble for lane in lanes if lane.needs_somebody or lane.trouble_seconds() >= TROUBLE_SECONDS]
+
     def reasons(self) -> list[str]:
         """Why we are not ready; empty when we are."""
-        found = [self.pipeline.trouble, self.trouble, self.stalled()]
+        found = [self.pipeline.trouble, self.trouble, *self._troubled(), self.stalled()]
         if self.slot and self.slot.wal_status in ("unreserved", "lost"):
             found.append(
                 f"the slot's WAL is {self.slot.wal_status}: PostgreSQL throws it away (max_slot_wal_keep_size)"

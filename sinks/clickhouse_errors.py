@@ -72,7 +72,22 @@ class _Misconfigured(IntEnum):
     USER_EXPIRED = 720
 
 
-_KNOWN: dict[int, IntEnum] = {code.value: code for kind in (_Refused, _Unusable, _Misconfigured) for code in kind}
+class _NotNow(IntEnum):
+    """Like every code that is not here: tried again. Named because somebody may have to do something about it."""
+
+    CANNOT_WRITE_TO_FILE_DESCRIPTOR = 75
+    CANNOT_OPEN_FILE = 76
+    TIMEOUT_EXCEEDED = 159
+    TOO_MANY_SIMULTANEOUS_QUERIES = 202
+    MEMORY_LIMIT_EXCEEDED = 241
+    TABLE_IS_READ_ONLY = 242
+    NOT_ENOUGH_SPACE = 243
+    TOO_MANY_PARTS = 252
+    QUERY_WAS_CANCELLED = 394
+
+
+_KINDS: tuple[type[IntEnum], ...] = (_Refused, _Unusable, _Misconfigured, _NotNow)
+_KNOWN: dict[int, IntEnum] = {code.value: code for kind in _KINDS for code in kind}
 
 _UNUSABLE_CURE = "Run `python -m replicator init`, then `python -m replicator check`, which names what is wrong"
 _URL_CURE = "See that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"

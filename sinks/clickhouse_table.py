@@ -38,8 +38,9 @@ _TABLE_SQL = """
     SELECT engine, engine_full, sorting_key FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
 _COLUMNS_SQL = "SELECT name, type FROM system.columns WHERE database = %(database)s AND table = %(table)s"
 
-_INIT = "Run `python -m replicator init`"
-_ALTER = "ALTER it to match sql/clickhouse.sql, or rename it away and run `python -m replicator init`"
+_BACKFILL = "which makes it and prints the `python backfill.py` command that brings what it should hold"
+INIT = f"Run `python -m replicator init`, {_BACKFILL}"
+_ALTER = f"ALTER it to match sql/clickhouse.sql, or rename it away and run `python -m replicator init`, {_BACKFILL}"
 
 
 class Problem(NamedTuple):
@@ -77,7 +78,7 @@ def find_problem(client: Client, database: str) -> Problem | None:
     names = {"database": database, "table": TABLE}
     tables = client.query(_TABLE_SQL, names).result_rows
     if not tables:
-        return Problem(f"table {database}.{TABLE} does not exist", _INIT)
+        return Problem(f"table {database}.{TABLE} does not exist", INIT)
     types: dict[str, str] = {row[0]: row[1] for row in client.query(_COLUMNS_SQL, names).result_rows}
     wrong = [_wrong_type(name, types.get(name)) for name, type_ in COLUMNS.items() if types.get(name) != type_]
     wrong += _wrong_engine(*tables[0])

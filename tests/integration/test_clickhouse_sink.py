@@ -26,7 +26,7 @@ from devstack.process import wait_until
 from replicator.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.events import Event, Finding
 from sinks.clickhouse import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
-from sinks.clickhouse_table import COLUMNS, TABLE
+from sinks.clickhouse_table import COLUMNS, INIT, TABLE
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NOON = datetime(2026, 1, 8, 12, tzinfo=UTC)
@@ -440,7 +440,7 @@ class TestShapes:
             with pytest.raises(SinkUnusable, match="does not exist"):
                 await sink.write(events(1, 3))
             assert (await sink.check())[1] == Finding(
-                False, f"ClickHouse: table engagement.{TABLE} does not exist", "Run `python -m replicator init`"
+                False, f"ClickHouse: table engagement.{TABLE} does not exist", INIT
             )
 
     async def test_dropped_while_we_write(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import pytest
 from msgspec import structs
 
 from replicator.events import Position, SinkPosition
 from replicator.fan_out import Lane
-from replicator.monitor import STALL_SECONDS, Monitor
+from replicator.monitor import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
 from replicator.slot import SlotState
 
@@ -34,6 +35,12 @@ class FakeLane:
     name = "http"
     waiting = 7
     trouble = ""
+    needs_somebody = False
+    troubled_for = 0.0
+
+    def trouble_seconds(self) -> float:
+        """As long as the test says."""
+        return self.troubled_for
 
     def __init__(self) -> None:
         self.done = SinkPosition(position=Position(90, 1), end_lsn=80)
@@ -122,6 +129,17 @@ def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> No
     pipeline.trouble = "held by process 7"
     monitor.trouble = "no such slot"
     assert ["held by process 7", "no such slot"] == monitor.look()
+
+
+def test_a_sink_that_takes_nothing_is_a_reason(monitor: Looking) -> None:
+    """At once where only somebody can mend it, else when it has lasted; not for a hiccup."""
+    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane.trouble, lane.troubled_for = "sink http answered 500", TROUBLE_SECONDS - 1
+    assert [] == monitor.look()
+    lane.troubled_for = TROUBLE_SECONDS
+    assert ["sink http answered 500"] == monitor.look()
+    lane.trouble, lane.troubled_for, lane.needs_somebody = "sink http turns us away", 0.0, True
+    assert ["sink http turns us away"] == monitor.look()
 
 
 @pytest.mark.parametrize("wal_status", ["unreserved", "lost"])

@@ -1,0 +1,478 @@
+"""Everything that can happen to a destination: it goes on, waits and says so, or stops with what mends it.
+
+What a message tells to type is typed here, and afterwards every sink has every event. The table of all this is in
+docs/operations.md. What PostgreSQL can do is in `test_source_faults.py`, killed servers in `test_faults.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import psycopg
+import pytest
+import redis
+
+from devstack import DevStack
+from devstack.process import Service, free_port, wait_until
+from devstack.proxy import Network, Proxy
+from tests.acceptance.destinations import Destinations
+from tests.acceptance.exact import assert_exact
+from tests.acceptance.load import insert_many
+from tests.acceptance.program import Program, assert_clean, succeed
+from tests.ground import SECRET
+
+SINKS = ("clickhouse", "redis", "http")
+URLS = {sink: f"REPLICATOR_{sink.upper()}_URL" for sink in SINKS}
+RIGHT, WRONG = f"{SECRET}-right", f"{SECRET}-wrong"
+DISK_BYTES = 48_000_000
+NOT_ENOUGH_SPACE = "Code: 243. DB::Exception: Cannot reserve 1.00 MiB, not enough space. (NOT_ENOUGH_SPACE)"
+
+Act: TypeAlias = Callable[[], object]
+
+
+def service(stack: DevStack, sink: str) -> Service:
+    """The server behind a sink."""
+    return {"clickhouse": stack.clickhouse, "redis": stack.redis, "http": stack.api}[sink]
+
+
+def trouble(program: Program, sink: str) -> str:
+    """What `/status` says of it."""
+    return str(program.status()["sinks"][sink]["trouble"])
+
+
+def written(program: Program) -> dict[str, int]:
+    """How many events each sink has taken since the program began."""
+    return {sink: lane["events"] for sink, lane in program.status()["sinks"].items()}
+
+
+def begin(program: Program, source: psycopg.Connection) -> None:
+    """It runs, and every sink has taken something: what breaks from here on breaks a lane at work."""
+    program.start()
+    insert_many(source, 10)
+    program.wait_until_caught_up()
+
+
+def waits(program: Program, source: psycopg.Connection, sink: str, told: str) -> None:
+    """New events find the sink broken: it says so in log and status, keeps them, and the others go on."""
+    before = written(program)
+    insert_many(source, 10)
+    wait_until(lambda: told in trouble(program, sink), f"sink {sink} to say {told!r}")
+    for other in set(SINKS) - {sink}:
+        wait_until(lambda other=other: before[other] + 10 == written(program)[other], f"{other} to go on")  # type: ignore[misc]  # mypy can't type a lambda's default
+    assert before[sink] == written(program)[sink]
+
+
+def endures(program: Program, source: psycopg.Connection, sink: str, told: str, *, break_: Act, mend: Act) -> None:
+    """It waits while the sink is broken, and goes on by itself once it is mended."""
+    said_before = len(program.log)
+    break_()
+    try:
+        waits(program, source, sink, told)
+    finally:
+        mend()
+    program.wait_until_caught_up()
+    said = program.log[said_before:]
+    assert told in said
+    assert f"sink {sink} takes events again" in said
+    assert "" == trouble(program, sink)
+
+
+def is_exact(program: Program, database: str, destinations: Destinations) -> None:
+    """It has everything everywhere, ends in order, and has told no secret."""
+    program.wait_until_caught_up()
+    assert 0 == program.stop()
+    is_clean_and_exact(program, database, destinations)
+
+
+def is_clean_and_exact(program: Program, database: str, destinations: Destinations) -> None:
+    """It has told no secret, and every sink has every event."""
+    assert_clean(program.log)
+    assert_exact(database, destinations)
+
+
+# -- the network ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wires(quick: Program, stack: DevStack) -> Iterator[dict[str, Proxy]]:
+    """A proxy in front of every destination; the program loses patience soon."""
+    quick.environment |= {
+        "REPLICATOR_CLICKHOUSE_TIMEOUT_SECONDS": "1",
+        "REPLICATOR_REDIS_TIMEOUT_SECONDS": "1",
+        "REPLICATOR_HTTP_TIMEOUT_SECONDS": "1",
+    }
+    with ExitStack() as opened:
+        proxies = {sink: opened.enter_context(Proxy(service(stack, sink).port)) for sink in SINKS}
+        for sink, proxy in proxies.items():
+            here = quick.environment[URLS[sink]]
+            quick.environment[URLS[sink]] = here.replace(f":{service(stack, sink).port}/", f":{proxy.port}/")
+        yield proxies
+
+
+# What the lane says of a destination that is to be asked again.
+NOT_TAKEN = "did not take the batch"
+
+
+@pytest.mark.parametrize("network", ["down", "stalled"])
+def test_the_network_is_down(  # noqa: PLR0917  fixtures
+    quick: Program,
+    database: str,
+    source: psycopg.Connection,
+    destinations: Destinations,
+    wires: dict[str, Proxy],
+    network: Network,
+) -> None:
+    """Connections are closed, or nothing comes through any more: that sink waits, the others go on."""
+    begin(quick, source)
+    for sink, wire in wires.items():
+        told = f"sink {sink} {NOT_TAKEN}"
+        endures(quick, source, sink, told, break_=partial(wire.behave, network), mend=partial(wire.behave, "whole"))
+    is_exact(quick, database, destinations)
+
+
+def test_trouble_that_lasts_is_told_everywhere(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, wires: dict[str, Proxy]
+) -> None:
+    """All of them away: after 10 s /readyz names each, and so do `status` and the metrics; ready again afterwards."""
+    begin(quick, source)
+    for wire in wires.values():
+        wire.behave("down")
+    insert_many(source, 10)
+    for sink in SINKS:
+        told = f"sink {sink} {NOT_TAKEN}"
+        wait_until(lambda told=told: told in quick.admin("/readyz"), "it not to be ready", 20)  # type: ignore[misc]  # mypy can't type a lambda's default
+        assert told in quick.log
+        assert f'replicator_sink_troubled{{sink="{sink}"}} 1.0' in quick.admin("/metrics")
+    status = succeed(quick.run("status"))
+    assert "NOT READY" in status
+    assert all(f"sink {sink} {NOT_TAKEN}" in status for sink in SINKS)
+    for wire in wires.values():
+        wire.behave("whole")
+    quick.wait_until_caught_up()
+    assert "ready\n" == quick.admin("/readyz")
+    is_exact(quick, database, destinations)
+
+
+@pytest.mark.parametrize("network", ["no answers", "mute"])
+def test_the_answer_is_lost(  # noqa: PLR0917  fixtures
+    quick: Program,
+    database: str,
+    source: psycopg.Connection,
+    stack: DevStack,
+    destinations: Destinations,
+    wires: dict[str, Proxy],
+    network: Network,
+) -> None:
+    """It has the events, and the answer is cut off or held: they are sent again, and nothing comes of it twice."""
+    begin(quick, source)
+    for rows, (sink, wire) in zip((20, 30, 40), wires.items(), strict=True):
+        has_them = partial(have, stack, destinations, sink, rows)
+
+        def mend(wire: Proxy = wire, has_them: Callable[[], bool] = has_them) -> None:
+            wait_until(has_them, "the destination to have what it did not answer for")
+            wire.behave("whole")
+
+        told = f"sink {sink} {NOT_TAKEN}"
+        endures(quick, source, sink, told, break_=partial(wire.behave, network), mend=mend)
+    is_exact(quick, database, destinations)
+
+
+def have(stack: DevStack, destinations: Destinations, sink: str, events: int) -> bool:
+    """Whether a destination has so many events, asked past the proxy."""
+    if sink == "http":
+        return events == len(set(stack.api.event_ids()))
+    if sink == "redis":
+        return events == sum(destinations.counts().values())
+    return events == int(stack.clickhouse.query("SELECT uniqExact(event_id) FROM events_enriched"))
+
+
+def test_the_network_is_slow(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, wires: dict[str, Proxy]
+) -> None:
+    """Every answer takes its time: that is no trouble, and everything arrives."""
+    begin(quick, source)
+    for wire in wires.values():
+        wire.behave("slow")
+    for _ in range(5):
+        insert_many(source, 500)
+    is_exact(quick, database, destinations)
+    assert NOT_TAKEN not in quick.log
+
+
+# -- it answers, and refuses ---------------------------------------------------------------------------------------
+
+
+class Hands:
+    """What an operator does to the servers; `mend` takes all of it back."""
+
+    def __init__(self, stack: DevStack) -> None:
+        self.stack = stack
+        self.redis = redis.Redis.from_url(stack.redis.url)
+        self._redis_settings = self.redis.config_get("*")
+
+    def mend(self, sink: str | None = None) -> None:
+        """Everything as it was, at one of them or at all."""
+        if sink in ("clickhouse", None):
+            self.stack.clickhouse.behave()
+        if sink in ("http", None):
+            self.stack.api.behave()
+        if sink in ("redis", None):
+            self.redis.replicaof("NO", "ONE")
+            for name in ("maxmemory", "min-replicas-to-write", "requirepass"):
+                self.redis.config_set(name, self._redis_settings[name] or "")
+
+    def password(self, sink: str, word: str) -> None:
+        """It asks for this from now on, from who is connected already, too."""
+        if sink == "clickhouse":
+            self.stack.clickhouse.behave(password=word)
+        elif sink == "http":
+            self.stack.api.behave(token=word)
+        else:
+            self.redis.config_set("requirepass", word)
+            self.redis.client_kill_filter(_type="normal", skipme=True)
+
+
+@pytest.fixture
+def hands(stack: DevStack, redis_url: str) -> Iterator[Hands]:
+    """An operator's, on servers that are as they were afterwards."""
+    assert redis_url == stack.redis.url
+    hands = Hands(stack)
+    yield hands
+    hands.mend()
+    hands.redis.close()
+
+
+def every_sink(
+    program: Program, source: psycopg.Connection, hands: Hands, faults: Mapping[str, tuple[Act, str]]
+) -> None:
+    """One after the other is broken in its way, says what is told there, and is mended."""
+    for sink, (break_, told) in faults.items():
+        endures(program, source, sink, told, break_=break_, mend=partial(hands.mend, sink))
+
+
+def test_it_answers_with_errors(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, hands: Hands
+) -> None:
+    """Overloaded, without its replicas, 503: tried again for ever."""
+    begin(quick, source)
+    faults: dict[str, tuple[Act, str]] = {
+        "clickhouse": (partial(hands.stack.clickhouse.behave, status=500), "error 202 TOO_MANY_SIMULTANEOUS_QUERIES"),
+        "redis": (partial(hands.redis.config_set, "min-replicas-to-write", 1), "NOREPLICAS"),
+        "http": (partial(hands.stack.api.behave, status=503), "answered 503 Service Unavailable"),
+    }
+    every_sink(quick, source, hands, faults)
+    is_exact(quick, database, destinations)
+
+
+def test_it_is_read_only(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, hands: Hands
+) -> None:
+    """A user that may only read, a primary that has become a replica, 403: all of it waits for somebody."""
+    begin(quick, source)
+    faults: dict[str, tuple[Act, str]] = {
+        "clickhouse": (partial(hands.stack.clickhouse.behave, read_only=True), "ClickHouse error 164 READONLY"),
+        "redis": (partial(hands.redis.replicaof, "127.0.0.1", str(free_port())), "READONLY"),
+        "http": (partial(hands.stack.api.behave, status=403), "answered 403 Forbidden"),
+    }
+    every_sink(quick, source, hands, faults)
+    is_exact(quick, database, destinations)
+
+
+def test_it_is_full(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, hands: Hands
+) -> None:
+    """No space, no memory, 507: it goes on when there is room again."""
+    quick.start()
+    no_space = partial(hands.stack.clickhouse.behave, status=500, exception=NOT_ENOUGH_SPACE)
+    faults: dict[str, tuple[Act, str]] = {
+        "clickhouse": (no_space, "ClickHouse error 243 NOT_ENOUGH_SPACE"),
+        "redis": (partial(hands.redis.config_set, "maxmemory", 1), "OOM command not allowed"),
+        "http": (partial(hands.stack.api.behave, status=507), "answered 507 Insufficient Storage"),
+    }
+    every_sink(quick, source, hands, faults)
+    is_exact(quick, database, destinations)
+
+
+def test_the_password_is_changed(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, hands: Hands
+) -> None:
+    """Before the start and while it runs: it waits, says where to look, never says the secret, and goes on."""
+    variables = quick.environment
+    variables["REPLICATOR_CLICKHOUSE_URL"] = variables["REPLICATOR_CLICKHOUSE_URL"].replace("@", f":{RIGHT}@")
+    variables["REPLICATOR_REDIS_URL"] = variables["REPLICATOR_REDIS_URL"].replace("//", f"//:{RIGHT}@")
+    variables["REPLICATOR_HTTP_BEARER_TOKEN"] = RIGHT
+    for sink in SINKS:
+        hands.password(sink, WRONG)
+    quick.spawn()
+    for sink in ("clickhouse", "redis"):  # before it reads; the API is first asked with the first event
+        told = f"Sink {sink} turns us away"
+        quick.wait_for_log(told)
+        wait_until(lambda told=told: told in quick.admin("/readyz"), "it to say so")  # type: ignore[misc]  # mypy can't type a lambda's default
+        hands.password(sink, RIGHT)
+    hands.password("http", RIGHT)
+    quick.wait_for_log("reading slot")
+    for sink in SINKS:
+        told = f"Sink {sink} turns us away"
+        mend = partial(hands.password, sink, RIGHT)
+        endures(quick, source, sink, told, break_=partial(hands.password, sink, WRONG), mend=mend)
+        assert re.search(rf"{told}: .*See that .*REPLICATOR_{sink.upper()}_", quick.log)
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    hands.mend()
+    is_clean_and_exact(quick, database, destinations)
+
+
+# -- a disk that is full -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of its own on this folder; yields what to write to fill it."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=777", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield folder / "ballast"
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Leave no room beside it."""
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@contextmanager
+def moved_to(server: Service, folder: Path) -> Iterator[Path]:
+    """The server, on a small disk; yields what fills it."""
+    server.stop()
+    folder.mkdir(exist_ok=True)
+    with small_disk(folder) as ballast:
+        server.start()
+        try:
+            yield ballast
+        finally:
+            ballast.unlink(missing_ok=True)
+            server.kill()
+    server.start()
+
+
+@pytest.mark.parametrize("sink", ["clickhouse", "redis"])
+def test_its_disk_is_full(  # noqa: PLR0917  fixtures
+    quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, sink: str
+) -> None:
+    """A real disk without room: the server's own words, and it goes on once something is deleted."""
+    server = service(stack, sink)
+
+    def break_() -> None:
+        fill(ballast)
+        if sink == "redis":  # it answers before it knows that its log can't be written
+            told_by_redis = partial(destinations.redis.info, "persistence")
+            wait_until(lambda: told_by_redis()["aof_last_write_status"] == "err", "Redis to notice")
+
+    settings = dict(stack.redis.settings)
+    stack.redis.settings |= {"appendonly": "yes", "appendfsync": "everysec"} if sink == "redis" else {}
+    folder = server.folder / "data" if sink == "clickhouse" else server.folder
+    told = "ClickHouse error" if sink == "clickhouse" else "MISCONF"
+    try:
+        with moved_to(server, folder) as ballast:
+            begin(quick, source)
+            endures(quick, source, sink, told, break_=break_, mend=ballast.unlink)
+            is_exact(quick, database, destinations)
+    finally:
+        stack.redis.settings.clear()
+        stack.redis.settings |= settings
+
+
+# -- what it has does not fit any more -----------------------------------------------------------------------------
+
+
+def stops(program: Program, *told: str) -> None:
+    """It ends with exit code 1 and says why; started again it says the same."""
+    assert 1 == program.process.wait(30)
+    result = program.run("run")
+    assert 1 == result.code
+    assert_clean(program.log)
+    for words in told:
+        assert words in program.log
+        assert words in result.stderr
+
+
+def bring_back(program: Program, sink: str) -> None:
+    """What `init` prints, for one sink."""
+    [command] = re.findall(r"python backfill\.py .*", succeed(program.run("init")))
+    succeed(program.follow(f"{command} --sinks {sink}"))
+
+
+BROKEN_TABLES = {
+    "dropped": ("DROP TABLE events_enriched SYNC", "table engagement.events_enriched does not exist"),
+    "a column dropped": ("ALTER TABLE events_enriched DROP COLUMN device", "no column device LowCardinality(Nul"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_TABLES)
+def test_the_clickhouse_table_is_broken(  # noqa: PLR0917  fixtures
+    quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, broken: str
+) -> None:
+    """Stops with what is wrong; as the cure says, `init` makes the table and the backfill fills it."""
+    statement, told = BROKEN_TABLES[broken]
+    quick.start()
+    insert_many(source, 100)
+    quick.wait_until_caught_up()
+    stack.clickhouse.query(statement)
+    insert_many(source, 10)
+    stops(quick, told, "`python -m replicator init`", "`python backfill.py`")
+    if broken != "dropped":
+        stack.clickhouse.query("RENAME TABLE events_enriched TO events_broken")
+    bring_back(quick, "clickhouse")
+    quick.start()
+    is_exact(quick, database, destinations)
+
+
+def test_a_redis_key_is_somebody_else_s(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Of another type: it is left alone, and nothing of the batch is written until it is out of the way."""
+    destinations.redis.lpush("content:count:2", "theirs")
+    quick.start()
+    insert_many(source, 10)
+    stops(quick, "WRONGTYPE", "rename or delete it", "REPLICATOR_REDIS_URL")
+    assert ["theirs"] == destinations.redis.lrange("content:count:2", 0, -1)
+    destinations.redis.rename("content:count:2", "theirs")
+    quick.start()
+    is_exact(quick, database, destinations)
+
+
+# -- it comes back without its data --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_its_data_is_gone(  # noqa: PLR0917  fixtures
+    quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, sink: str
+) -> None:
+    """An empty destination takes what comes and does not know what it lacks; the backfill brings it, at any time."""
+    quick.start()
+    insert_many(source, 100)
+    quick.wait_until_caught_up()
+    lose: dict[str, Act] = {
+        "clickhouse": partial(stack.clickhouse.query, "TRUNCATE TABLE events_enriched SYNC"),
+        "redis": destinations.redis.flushall,
+        "http": stack.api.reset,
+    }
+    lose[sink]()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    assert have(stack, destinations, sink, 10)
+    bring_back(quick, sink)
+    is_exact(quick, database, destinations)
