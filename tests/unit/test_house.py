@@ -156,6 +156,16 @@ def test_env_example_names_real_settings() -> None:
     assert not set(named) - _variables() - {f"{name}_FILE" for name in _variables()}
 
 
+def test_operations_name_real_tests() -> None:
+    """Each row of docs/operations.md is a test: its last column names it."""
+    rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs/operations.md").read_text(encoding="utf-8"), re.MULTILINE)
+    last = [row.rpartition("|")[2].strip() for row in rows]
+    named = [cell for cell in last if not re.fullmatch("test|-+", cell)]
+    tests = {f"`{found.name}`" for file in (ROOT / "tests").rglob("test_*.py") for found in _functions(_tree(file))}
+    assert named
+    assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
 def test_locks_hold_what_pyproject_asks_for() -> None:
     """After a change of dependencies comes `make lock`; the runtime lock carries no tool and no embedded engine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
