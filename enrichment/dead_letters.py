@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from decimal import Decimal
 
 import msgspec
 
 from enrichment.engagement import RowUnusable, fits_integer, microseconds
-from replicator.events import DeadLetter, Event, Row
+from replicator.events import DeadLetter, Event, Row, decode_row
 
 ENRICHMENT = "enrichment"
 """Whose dead letters are rows: `DeadLetter.sink`."""
@@ -41,7 +40,6 @@ class _Stored(msgspec.Struct, gc=False):
 
 
 _decode_stored = msgspec.json.Decoder(_Stored).decode
-_decode_row = msgspec.json.Decoder(Row, float_hook=Decimal).decode
 
 
 def stored_event(letter: DeadLetter) -> Event:
@@ -63,8 +61,9 @@ def stored_row(letter: DeadLetter) -> Row:
     Raises RowUnusable.
     """
     try:
-        row = _decode_row(letter.payload)
-    except msgspec.MsgspecError as exc:
-        raise RowUnusable(f"the dead letter's payload is no row: {exc}") from exc
+        row = decode_row(letter.payload)
+    except ValueError as exc:
+        told = exc if isinstance(exc, msgspec.MsgspecError) else type(exc).__name__  # others quote the payload
+        raise RowUnusable(f"the dead letter's payload is no row: {told}") from None
     row.commit_lsn, row.ordinal = letter.commit_lsn, letter.ordinal
     return row

@@ -18,7 +18,7 @@ import psycopg
 from psycopg import conninfo, generators, pq, sql
 
 from replicator import slot as slots
-from replicator.errors import SourceError, SourceUnavailable
+from replicator.errors import DecodeError, SourceError, SourceUnavailable
 from replicator.events import Lsn, format_lsn
 from replicator.wal2json import OPTIONS, StreamDecoder, Stretch
 
@@ -40,6 +40,7 @@ GOODBYE_TIMEOUT_SECONDS = 5.0
 
 _XLOG_DATA, _KEEPALIVE = b"wk"
 _XLOG_DATA_HEADER = 25  # 'w', start, end, time
+_KEEPALIVE_BODY = struct.Struct("!QqB")  # behind 'k': the WAL's end, time, whether to answer
 _FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs since 2000-01-01, reply requested
 _EPOCH_2000_SECONDS = 946_684_800
 
@@ -179,14 +180,20 @@ class Source:
             if length < 0:
                 raise self._end_of_stream(pgconn)
             messages += 1
-            if data[0] == _XLOG_DATA:
+            if data[0] == _XLOG_DATA and length >= _XLOG_DATA_HEADER:
                 feed(data[_XLOG_DATA_HEADER:])
-            elif data[0] == _KEEPALIVE:
+            elif data[0] == _KEEPALIVE and length >= _KEEPALIVE_BODY.size + 1:
                 self._keepalive(data)
+            else:
+                raise self._unreadable(data)
         return messages
 
+    def _unreadable(self, data: memoryview) -> DecodeError:
+        problem = f"{len(data)} bytes of kind {chr(data[0])!r} are no message of the replication protocol"
+        return DecodeError(lsn=format_lsn(self._received), problem=problem)
+
     def _keepalive(self, data: memoryview) -> None:
-        wal_end, _, reply_requested = struct.unpack_from("!QqB", data, 1)
+        wal_end, _, reply_requested = _KEEPALIVE_BODY.unpack_from(data, 1)
         self._decoder.keepalive(wal_end)
         if reply_requested:
             self.send_feedback()

@@ -6,14 +6,13 @@ when the row arrives and rows can go to the sinks before their transaction's end
 
 from __future__ import annotations
 
-from datetime import datetime
-from decimal import Decimal
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import msgspec
 
 from replicator.errors import DecodeError
-from replicator.events import Lsn, Position, Row, format_lsn, parse_lsn
+from replicator.events import Lsn, Position, Row, decode_row, format_lsn, parse_lsn
 
 OPTIONS = {
     "format-version": "2",
@@ -35,12 +34,23 @@ class _MalformedError(ValueError):
     """What is wrong, in words of ours."""
 
 
+_UNREADABLE = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
+
+
 class _Marker(msgspec.Struct, gc=False):
     """`B` or `C`."""
 
     lsn: str
     nextlsn: str
     timestamp: str
+
+
+class _Message(msgspec.Struct, gc=False):
+    """`M`: what it says is somebody else's, and need not even be UTF-8."""
+
+    transactional: bool
+    prefix: msgspec.Raw
+    content: msgspec.Raw
 
 
 class Stretch(NamedTuple):
@@ -57,8 +67,9 @@ class Stretch(NamedTuple):
     """Bytes of the row messages."""
 
 
-_decode_row = msgspec.json.Decoder(Row, float_hook=Decimal).decode
 _decode_marker = msgspec.json.Decoder(_Marker).decode
+_decode_message = msgspec.json.Decoder(_Message).decode
+_NO_OFFSET = timedelta(0)
 
 
 class StreamDecoder:
@@ -70,6 +81,7 @@ class StreamDecoder:
         self.in_transaction = False
         self._begin: bytes | None = None  # decoded only when a row follows: most transactions have none of ours
         self._commit: bytes | None = None  # decoded only when it is the last one of a stretch
+        self._rows_commit_lsn: Lsn | None = None  # where that one has to be, by its `B`; None: it had no rows
         self._commit_lsn: Lsn = 0
         self._ordinal = 0
         self._end_lsn: Lsn = 0
@@ -79,7 +91,7 @@ class StreamDecoder:
         """Take one message. Raises DecodeError; the stream can't be followed any further then."""
         try:
             self._feed(payload)
-        except (msgspec.MsgspecError, ValueError, IndexError) as exc:
+        except _UNREADABLE as exc:
             raise self._error(exc) from None  # the cause would quote the row
 
     def _feed(self, payload: memoryview | bytes) -> None:
@@ -91,14 +103,19 @@ class StreamDecoder:
             self.in_transaction = True
         elif action == _COMMIT and self.in_transaction:
             self._commit = bytes(payload)
+            self._rows_commit_lsn = self._commit_lsn if self._begin is None else None
             self.in_transaction = False
-        elif action != _MESSAGE:  # a logical message of somebody else's moves the position like any WAL
+        elif action == _MESSAGE:  # of somebody else's: it moves the position like any WAL
+            _decode_message(payload)  # a damaged row must not pass for one
+        else:
             raise _MalformedError(f"action {chr(action)!r} where it can't be")
 
     def _feed_row(self, payload: memoryview | bytes) -> None:
         if self._begin is not None:
             self._open(_decode_marker(self._begin))
-        row = _decode_row(payload)
+        row = decode_row(payload)
+        if row.action != chr(payload[ACTION_AT]):
+            raise _MalformedError("the action stands somewhere else")
         self._ordinal += 1
         row.commit_lsn = self._commit_lsn
         row.ordinal = self._ordinal
@@ -107,7 +124,7 @@ class StreamDecoder:
 
     def _open(self, begin: _Marker) -> None:
         commit_lsn = parse_lsn(begin.lsn)
-        if commit_lsn <= self._commit_lsn:
+        if commit_lsn <= self._commit_lsn or commit_lsn < self._end_lsn:
             raise _MalformedError(f"transaction {format_lsn(commit_lsn)} comes behind a later one")
         self._commit_lsn = commit_lsn
         self._timestamp = begin.timestamp
@@ -124,7 +141,7 @@ class StreamDecoder:
         """What was read since the last call; an open transaction goes on in the next stretch."""
         self._settle()
         try:
-            committed_at = datetime.fromisoformat(self._timestamp).timestamp() if self._timestamp else 0.0
+            committed_at = _seconds(self._timestamp) if self._timestamp else 0.0
         except ValueError as exc:
             raise self._error(exc) from None
         position = Position(self._commit_lsn, self._ordinal)
@@ -137,13 +154,30 @@ class StreamDecoder:
             return
         try:
             marker = _decode_marker(self._commit)
-            self._end_lsn = parse_lsn(marker.nextlsn)
-        except (msgspec.MsgspecError, ValueError) as exc:
+            self._end_lsn = self._end_of(marker)
+        except _UNREADABLE as exc:
             raise self._error(exc) from None
         self._timestamp = marker.timestamp
         self._commit = None
+
+    def _end_of(self, commit: _Marker) -> Lsn:
+        """Where its transaction ends: never before what was told already."""
+        commit_lsn, end_lsn = parse_lsn(commit.lsn), parse_lsn(commit.nextlsn)
+        if self._rows_commit_lsn not in (None, commit_lsn):
+            raise _MalformedError(f"the rows' transaction does not end with the commit at {format_lsn(commit_lsn)}")
+        if not self._end_lsn <= commit_lsn < end_lsn:
+            raise _MalformedError(f"a transaction that ends at {format_lsn(end_lsn)} comes behind a later position")
+        return end_lsn
 
     def _error(self, exc: Exception) -> DecodeError:
         # msgspec names types and paths, never values; what int() and fromisoformat() say quotes their input
         told = str(exc) if isinstance(exc, (msgspec.MsgspecError, _MalformedError)) else type(exc).__name__
         return DecodeError(lsn=format_lsn(self._commit_lsn), problem=told)
+
+
+def _seconds(timestamp: str) -> float:
+    """Since 1970. Raises ValueError unless it is in UTC, as the session asks for."""
+    moment = datetime.fromisoformat(timestamp)
+    if moment.utcoffset() != _NO_OFFSET:
+        raise _MalformedError("the commit's timestamp is not in UTC")
+    return moment.timestamp()
