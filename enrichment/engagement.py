@@ -163,11 +163,11 @@ class Reader:
 
 
 def _check(columns: Iterable[Column]) -> None:
-    """Raise RowUnusable for the first needed column whose value does not fit."""
-    values = {column.name: column.value for column in columns}
-    for name, expected, fits in COLUMNS:
-        if not fits(values[name]):
-            raise RowUnusable(f"{EVENTS}.{name} is not {expected}")
+    """Raise RowUnusable for the first needed column whose value does not fit; of two of a name both are looked at."""
+    for column in columns:
+        for name, expected, fits in COLUMNS:
+            if column.name == name and not fits(column.value):
+                raise RowUnusable(f"{EVENTS}.{name} is not {expected}")
 
 
 def _complain(columns: Iterable[Column]) -> NoReturn:

@@ -58,3 +58,40 @@ def test_list_replay_and_drop(
     wanted = [event for event in expected(database) if event["event_id"] != 5]
     assert wanted == sorted(destinations.api(), key=lambda event: int(event["event_id"]))
     assert {1: 9} == destinations.counts()
+
+
+def test_a_row_that_no_event_can_be_made_of(
+    program: Program, source: psycopg.Connection, destinations: Destinations, database: str
+) -> None:
+    """Among good rows, in their transaction: kept and said with its position, the others exact; numbers of any size."""
+    source.execute("ALTER TABLE engagement_events ALTER user_id TYPE numeric, ADD extra numeric")
+    program.start()
+    with source.transaction():
+        source.execute(INSERT)
+        source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1.5, 'play')")
+        source.execute(
+            "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (2, repeat('9', 5000)::numeric, 'a')"
+        )
+        source.execute(
+            "INSERT INTO engagement_events (content_id, user_id, event_type, extra) SELECT 2, 7, 'b', e::numeric"
+            " FROM unnest(ARRAY[repeat('9', 131072), 'NaN', '-Infinity', '1e-16383', '0']) AS e"
+        )
+    source.execute(INSERT)
+    program.wait_until_caught_up()
+    source.execute("DELETE FROM engagement_events WHERE user_id = 1.5 OR user_id > 100")
+    wanted = expected(database)
+    assert 23 == len(wanted)
+    assert wanted == destinations.clickhouse()
+    assert wanted == sorted(destinations.api(), key=lambda event: int(event["event_id"]))
+    assert {1: 18, 2: 5} == destinations.counts()
+    said = [line for line in program.log.splitlines() if "dead letter of sink enrichment at " in line]
+    assert ["(event 10)", "(event 11)"] == [line[line.index("(event") : line.index(")") + 1] for line in said]
+    assert all("ERROR" in line and "engagement_events.user_id is not a 64-bit integer" in line for line in said)
+    assert ["#10", "#11"] == [line[line.index("#") : line.index(" (event")] for line in said]
+    assert "replicator_enrichment_dead_letters_total 2.0" in program.admin("/metrics")
+    letters = listed(program, "--sink", "enrichment")
+    users = [line.partition('"user_id","value":')[2].partition("}")[0] for line in letters[1::2]]
+    assert ["1.5", "9" * 5_000] == users
+    assert 1 == program.run("dead-letters", "replay").code  # refused as before
+    assert letters == listed(program)
+    assert 0 == program.stop()

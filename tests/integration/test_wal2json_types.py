@@ -196,7 +196,7 @@ def write(connection: psycopg.Connection, tables: list[tuple[str, str, str]]) ->
     for table, shown, name in tables:
         element = name.removeprefix("_")
         for sample in _samples(shown, SAMPLES.get(element, []), is_array=name != element):
-            insert = f"INSERT INTO {table} (v) VALUES ({sample}) RETURNING {SHOWN}"
+            insert = f"INSERT INTO {table} (v) VALUES ({sample}) RETURNING {SHOWN}"  # noqa: S608  ours
             [(text,)] = connection.execute(insert.encode()).fetchall()
             yield Written(table, name, text)
 
@@ -324,7 +324,7 @@ def main() -> None:
     """Print the seeds, a message a line."""
     options = {**OPTIONS, "add-tables": "public.*"}
     listed = ", ".join(f"'{name}', '{value}'" for name, value in options.items())
-    changes = f"SELECT data FROM pg_logical_slot_get_changes('seeds', NULL, NULL, {listed})"
+    changes = f"SELECT data FROM pg_logical_slot_get_changes('seeds', NULL, NULL, {listed})"  # noqa: S608  ours
     with (
         DevStack("postgres") as stack,
         ground.fresh_database(stack) as dsn,
