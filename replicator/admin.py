@@ -47,6 +47,7 @@ def status(monitor: Monitor) -> dict[str, object]:
         "rows": pipeline.rows,
         "held_bytes": pipeline.fan_out.held_bytes,
         "reading_stopped": pipeline.fan_out.full,
+        "dead_letters": pipeline.letters.stored,
         "sinks": {lane.name: _lane_status(monitor, lane) for lane in pipeline.fan_out.lanes},
     }
 
@@ -81,6 +82,7 @@ class _Metrics(Collector):
         yield CounterMetricFamily(
             "replicator_enrichment_dead_letters", "Rows that no event could be made of", pipeline.dead_letters
         )
+        yield self._dead_letters()
         ignored = CounterMetricFamily("replicator_ignored_rows", "Rows that make no event", labels=["action"])
         for action, count in pipeline.enricher.ignored.items():
             ignored.add_metric([ACTIONS[action]], count)
@@ -91,6 +93,13 @@ class _Metrics(Collector):
         yield GaugeMetricFamily("replicator_reading_stopped", "1 at the memory limit", int(pipeline.fan_out.full))
         yield GaugeMetricFamily("replicator_checkpoint_lsn", "Durable position, as a number", checkpoint)
         yield GaugeMetricFamily("replicator_confirmed_lsn", "Confirmed to PostgreSQL", pipeline.source.confirmed)
+
+    def _dead_letters(self) -> Metric:
+        stored = GaugeMetricFamily("replicator_dead_letters", "Dead letters that are kept", labels=["sink"])
+        pipeline = self._monitor.pipeline
+        for sink in ("enrichment", *(lane.name for lane in pipeline.fan_out.lanes)):
+            stored.add_metric([sink], pipeline.letters.stored.get(sink, 0))
+        return stored
 
     def _slot(self) -> Iterator[Metric]:
         slot = self._monitor.slot

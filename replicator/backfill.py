@@ -17,10 +17,11 @@ from math import ceil
 import msgspec
 from msgspec import structs
 
+from replicator.dead_letters import DeadLetters
 from replicator.errors import CheckpointUnavailable, SourceUnavailable
 from replicator.events import Batch, DeadLetter, Position, SinkPosition
 from replicator.fan_out import FanOut, Lane, backoff, weigh
-from replicator.pipeline import keep, single
+from replicator.pipeline import single
 from replicator.protocols import CheckpointStore, History, Page, Sink
 from replicator.settings import CoreSettings
 
@@ -67,6 +68,7 @@ class Backfill:
         self._settings = settings
         self._history = history
         self._store = store
+        self._letters = DeadLetters(store, settings)
         self._task = task
         self._page_rows = min(page_rows, ceil(rate)) if rate else page_rows  # at most a second's worth at once
         self._rate = rate
@@ -198,7 +200,7 @@ class Backfill:
             self._saved = stage
 
     async def _keep(self, letters: Sequence[DeadLetter]) -> None:
-        await keep([_of_event(letter) for letter in letters], self._store, self._settings)
+        await self._letters.keep([_of_event(letter) for letter in letters])
 
 
 def _of_event(letter: DeadLetter) -> DeadLetter:

@@ -12,6 +12,7 @@
     ├── SinkError
     │   ├── SinkUnavailable        retried for ever, with full jitter
     │   ├── SinkMisconfigured      retried slowly and loudly: the settings are wrong, the events are not
+    │   ├── DeadLettersFull        waits, loudly, until somebody has looked at them
     │   └── SinkUnusable           stops the program
     └── CheckpointError
         ├── CheckpointUnavailable  retried for ever; nothing is confirmed meanwhile
@@ -112,6 +113,14 @@ class SinkUnavailable(SinkError):
 
 class SinkMisconfigured(SinkError):
     """Sink {sink} turns us away: {detail}. The events are kept and tried again slowly. {cure}."""
+
+
+class DeadLettersFull(SinkError):
+    """Sink {sink} refuses more than is kept: it has {stored} dead letters, {count} more would pass
+    REPLICATOR_DEAD_LETTERS_MAX, {limit}. Its events wait, and nothing is confirmed past them.
+    `python -m replicator dead-letters list --sink {sink}` says why they were refused; to go on, when that is mended,
+    `python -m replicator dead-letters replay --sink {sink}` delivers them, or
+    `python -m replicator dead-letters drop --sink {sink}` forgets them."""
 
 
 class SinkUnusable(SinkError):

@@ -2,7 +2,7 @@
 
 `pipeline.py` puts every batch into all lanes and reads their `done` positions; a sink (protocols.py) only writes.
 What an error means is the sink's to say, what to do about it is decided here: SinkUnavailable is tried again with full
-jitter, SinkMisconfigured slowly and loudly, everything else stops the program.
+jitter, SinkMisconfigured and DeadLettersFull slowly and loudly, everything else stops the program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
-from replicator.errors import SinkError, SinkMisconfigured, SinkUnavailable
+from replicator.errors import DeadLettersFull, SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.events import Batch, DeadLetter, Event, Lsn, Position, Refusal, SinkPosition, format_lsn
 from replicator.protocols import Sink
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 RETRY_BASE_SECONDS = 0.1
 """Upper end of the first pause; it doubles up to the setting's maximum (AWS, "Exponential Backoff And Jitter")."""
-MISCONFIGURED_SECONDS = 30.0
+OPERATOR_SECONDS = 30.0
 """Pause while a destination turns us away: only an operator can mend it, and it should not look like an attack."""
 RETRY_AFTER_MAX_SECONDS = 900.0
 """A destination may name a time, but a broken one must not silence its lane for days."""
@@ -36,6 +36,9 @@ COMPLAINT_SECONDS = 30.0
 
 EVENT_OVERHEAD_BYTES = 250
 """What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
+
+WRITE_MAX_BYTES = 16_000_000
+"""The most that one write weighs, unless a single event is more: 20,000 events of 3 MB would be one insert of 60 GB."""
 
 DeadLetterWriter = Callable[[Sequence[DeadLetter]], Awaitable[None]]
 
@@ -74,6 +77,7 @@ class _Entry(msgspec.Struct):
     end_lsn: Lsn
     committed_at: float
     arrived: float  # time.monotonic()
+    size: int  # what its events weigh at most
     batch: Batch | None  # None: an empty stretch, nothing to release
 
 
@@ -163,6 +167,7 @@ class Lane:
         self._queue: deque[_Entry] = deque()
         self._head = 0  # events of the queue's first entry that are taken already
         self._waiting = 0
+        self._waiting_bytes = 0  # of whole entries: what is taken of the first one still counts
         self._in_flight: deque[_Write] = deque()
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -212,6 +217,7 @@ class Lane:
             end_lsn=batch.end_lsn,
             committed_at=batch.committed_at,
             arrived=time.monotonic(),
+            size=batch.size if events else 0,
             batch=batch if events else None,
         )
         if not events:
@@ -220,6 +226,7 @@ class Lane:
                 self._queue.pop()  # the newer of two empty stretches says it all: a dead sink must not collect them
         self._queue.append(entry)
         self._waiting += len(events)
+        self._waiting_bytes += entry.size
         if not self._waiting and not self._in_flight:
             self._pass_empty()
         self._changed.set()
@@ -262,7 +269,7 @@ class Lane:
         """Seconds until a write is due; None while only a change can make one due."""
         if not self._waiting or len(self._in_flight) >= self.sink.concurrency or self.held_back:
             return None
-        if self._waiting >= self.sink.max_events:
+        if self._waiting >= self.sink.max_events or self._waiting_bytes >= WRITE_MAX_BYTES:
             return 0.0
         return self.sink.linger_seconds - self.oldest_seconds()
 
@@ -273,18 +280,24 @@ class Lane:
         end_lsn, committed_at = self.done.end_lsn, 0.0
         position = self.done.position
         since = self._queue[0].committed_at
+        size = 0
         while self._queue and len(events) < self.sink.max_events:
             entry = self._queue[0]
             piece = entry.events[self._head : self._head + self.sink.max_events - len(events)]
+            if size + entry.size > WRITE_MAX_BYTES:
+                piece = _fitting(piece, WRITE_MAX_BYTES - size) or ([] if events else piece[:1])
+            size += entry.size
             events += piece
             self._head += len(piece)
             if self._head < len(entry.events):
-                position = Position(piece[-1].commit_lsn, piece[-1].ordinal)
+                if piece:
+                    position = Position(piece[-1].commit_lsn, piece[-1].ordinal)
                 break
             position, end_lsn, committed_at = entry.position, entry.end_lsn, entry.committed_at
             if entry.batch is not None:
                 finished.append(entry.batch)
             self._queue.popleft()
+            self._waiting_bytes -= entry.size
             self._head = 0
         self._waiting -= len(events)
         return _Write(events, position, end_lsn, committed_at, since, finished)
@@ -293,7 +306,9 @@ class Lane:
         if not await self._persist(lambda: self._attempt(write)):
             return
         if write.refused:
-            await self._dead_letter([_dead_letter(self.name, refusal) for refusal in write.refused])
+            letters = [_dead_letter(self.name, refusal) for refusal in write.refused]
+            if not await self._persist(lambda: self._dead_letter(letters)):
+                return
             self.progress.dead_letters += len(write.refused)
         self.progress.writes += 1
         self.progress.events += len(write.events)
@@ -335,8 +350,8 @@ class Lane:
                     backoff(attempt, self._retry_max_seconds) if named is None else min(named, RETRY_AFTER_MAX_SECONDS)
                 )
                 self._complain(exc)
-            except SinkMisconfigured as exc:
-                pause = min(MISCONFIGURED_SECONDS, self._retry_max_seconds)
+            except (SinkMisconfigured, DeadLettersFull) as exc:
+                pause = min(OPERATOR_SECONDS, self._retry_max_seconds)
                 self._complain(exc)
             else:
                 if attempt:
@@ -364,6 +379,15 @@ class Lane:
             log.info("sink %s takes events again", self.name)
             self.trouble = ""
             self.needs_somebody = False
+
+
+def _fitting(events: list[Event], room_bytes: int) -> list[Event]:
+    """The first of them, as many as weigh no more than that."""
+    for number, event in enumerate(events):
+        room_bytes -= len(event.json) + EVENT_OVERHEAD_BYTES
+        if room_bytes < 0:
+            return events[:number]
+    return events
 
 
 def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:

@@ -52,6 +52,7 @@ class Monitor:
                 self.trouble = "" if self.slot else f"replication slot {self.name} does not exist"
             except SourceUnavailable as exc:
                 self.trouble = str(exc)
+            await self.pipeline.letters.look()
             self._watch()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 

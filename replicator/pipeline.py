@@ -15,9 +15,11 @@ from collections.abc import Coroutine, Sequence
 from msgspec import structs
 
 from replicator import slot as slots
+from replicator.dead_letters import DeadLetters
 from replicator.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
+    DeadLettersFull,
     Overtaken,
     SinkMisconfigured,
     SinkUnavailable,
@@ -25,7 +27,7 @@ from replicator.errors import (
     SourceUnavailable,
 )
 from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.fan_out import FanOut, Lane, backoff, wait, weigh
+from replicator.fan_out import OPERATOR_SECONDS, FanOut, Lane, backoff, wait, weigh
 from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.settings import CoreSettings
 from replicator.source import Source
@@ -52,6 +54,7 @@ class Pipeline:
         self.trouble = "starting"
         """Why nothing is read, in words; empty while the stream runs."""
         self.rows = 0
+        self.letters = DeadLetters(store, settings)
         self.dead_letters = 0
         """Rows that no event could be made of."""
         self._settings = settings
@@ -250,7 +253,7 @@ class Pipeline:
                 sink,
                 start,
                 retry_max_seconds=self._settings.retry_max_seconds,
-                dead_letter=self._keep,
+                dead_letter=self.letters.keep,
                 on_progress=self._progress.set,
                 on_release=self.fan_out.release,
                 max_repeats=sink.max_repeats,
@@ -266,7 +269,7 @@ class Pipeline:
             stretch = await self.source.read()
             enriched = await self._enrich(stretch.rows)
             if enriched.refused:
-                await self._keep(enriched.refused)
+                await self._keep_rows(enriched.refused)
                 self.dead_letters += len(enriched.refused)
             self.rows += len(stretch.rows)
             self.fan_out.put(
@@ -294,23 +297,17 @@ class Pipeline:
                 return enriched
         raise AssertionError  # count() has no end
 
-    async def _keep(self, letters: Sequence[DeadLetter]) -> None:
-        await keep(letters, self._store, self._settings)
-
-
-async def keep(letters: Sequence[DeadLetter], store: CheckpointStore, settings: CoreSettings) -> None:
-    """Make dead letters durable; until they are, their position does not count as written."""
-    for attempt in itertools.count():
-        try:
-            await asyncio.to_thread(store.add_dead_letters, settings.slot, letters)
-        except CheckpointUnavailable as exc:
-            log.error("%s", exc)
-            await asyncio.sleep(backoff(attempt, settings.retry_max_seconds))
-        else:
-            break
-    for letter in letters:
-        at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
-        log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
+    async def _keep_rows(self, letters: Sequence[DeadLetter]) -> None:
+        """Keep what no event can be made of; while there is no more room for it, nothing is read."""
+        while True:
+            try:
+                await self.letters.keep(letters)
+            except DeadLettersFull as exc:
+                self._say(exc)
+                await asyncio.sleep(min(OPERATOR_SECONDS, self._settings.retry_max_seconds))
+            else:
+                self.trouble = ""
+                return
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

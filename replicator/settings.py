@@ -148,6 +148,12 @@ class CoreSettings(Settings):
         le=1_000_000,
         description="megabytes that events waiting for sinks may hold before reading stops",
     )
+    dead_letters_max: int = Field(
+        100_000,  # 50 MB of ordinary events on disk; an API that refuses everything gets there in minutes
+        ge=1,
+        le=100_000_000,
+        description="the most dead letters of one sink, 1 to 100000000; one that refuses more waits",
+    )
     feedback_interval_seconds: float = Field(
         10.0,  # wal_sender_timeout is 60 s by default; a sixth of it survives a few lost ones
         ge=0.1,

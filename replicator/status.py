@@ -42,6 +42,7 @@ _decode_live = msgspec.json.Decoder(_Live).decode
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> dict[str, Any]:
     """Everything that is known now, as JSON values. Never raises for a part that does not answer."""
     found: dict[str, Any] = {"slot": {"name": settings.slot}, "checkpoint": None, "sinks": {}, "dead_letters": {}}
+    found["dead_letters_max"] = settings.dead_letters_max
     state = await _look_at_slot(settings, found)
     live = await _ask_replicator(settings, found)
     try:
@@ -150,7 +151,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append(f"checkpoint   {_checkpoint_text(found['checkpoint'])}")
     lines += [f"sink         {name}: {_sink_text(sink)}" for name, sink in found["sinks"].items()]
     letters = ", ".join(f"{count} of {name}" for name, count in found["dead_letters"].items())
-    lines.append(f"dead letters {letters or 'none'}")
+    lines.append(f"dead letters {letters or 'none'} (at most {found['dead_letters_max']} of each sink)")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import hashlib
 import re
 import ssl
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ from sinks.http_status import refusal, status_text
 
 KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
 DRAIN_SECONDS = 1.0  # for the rest of an answer whose status is known already
+CHUNK_BYTES = 262_144
 DRAIN_BYTES = 65_536  # a longer answer costs its connection
 NO_OPTIONS = frozenset({405, 501})  # what servers answer to OPTIONS where only POST is served
 BASE_HEADERS = {"content-type": "application/json", "user-agent": "engagement-replicator"}
@@ -184,6 +185,12 @@ def _authorization(url: httpx.URL, token: SecretStr | None) -> dict[str, str]:
     return {"authorization": f"Basic {credentials}"}
 
 
+async def _chunks(body: bytes) -> AsyncIterator[bytes]:
+    """A large body in pieces, so that sending it leaves the loop to others in between."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
+
+
 async def _drain(response: httpx.Response) -> None:
     """Read the rest of the answer, so that its connection can be used again."""
     stream = cast("httpx.AsyncByteStream", response.stream)
@@ -291,7 +298,10 @@ class HttpSink:
         """Send them in one request. Why they were refused, None if they were taken."""
         body = events[0].json if self.max_events == 1 else b"[" + b",".join([event.json for event in events]) + b"]"
         headers = {**self._headers, **self._identification(event_key(events), body)}
-        response = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
+        if len(body) > CHUNK_BYTES:
+            headers["content-length"] = str(len(body))
+        content = body if len(body) <= CHUNK_BYTES else _chunks(body)
+        response = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=content))
         return refusal(response, sink=self.name, origin=self._origin)
 
     def _identification(self, key: str, body: bytes) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import psycopg
@@ -18,12 +19,14 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from replicator.events import Checkpoint, Lsn, parse_lsn
+from replicator.fan_out import WRITE_MAX_BYTES
 from tests.acceptance.destinations import EXPECTED_SQL, FIELDS, Destinations
 from tests.acceptance.exact import assert_exact
 from tests.acceptance.load import Load, insert_many
 from tests.acceptance.program import Program
 
 MEMORY_LIMIT_KB = 300_000
+HUGE_VALUES_LIMIT_KB = 700_000
 LONG_SECONDS = 240.0  # for a million rows on a busy machine
 IN_FLIGHT_REQUESTS = 16  # REPLICATOR_HTTP_CONCURRENCY's default
 SILENT_SECONDS = 60
@@ -155,6 +158,92 @@ def test_killed_inside_a_transaction(  # noqa: PLR0917  fixtures
     assert [] == [event_id for event_id in again if event_id <= http]
     twice = int(stack.clickhouse.query("SELECT count() FROM events_enriched")) - rows
     assert twice <= max(inserted - clickhouse, 0) + 20_000, "ClickHouse was begun again"
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"hang_seconds": 60}], ids=["500", "hangs"])
+def test_a_million_rows_for_a_dead_api(
+    quick: Program, stack: DevStack, source: psycopg.Connection, api: Api, fault: dict[str, int]
+) -> None:
+    """One transaction that a dead sink can't take: reading stops in bounded memory, and all of it arrives later."""
+    quick.start(http_batch_size="1000", http_timeout_seconds="3")
+    api.behave(**fault)
+    insert_many(source, 1_000_000)
+    wait_until(lambda: bool(quick.status()["reading_stopped"]), "reading to stop", LONG_SECONDS)
+    wait_until(lambda: "reading has stopped" in quick.log, "it to say so")  # 10 s in which it may not grow
+    peak_kb = _peak_kb(quick)
+    print(f"peak memory {peak_kb / 1000:.0f} MB")  # noqa: T201  pytest shows it when the test has failed
+    assert peak_kb < MEMORY_LIMIT_KB
+    assert 0 == len(api.event_ids())
+    if "status" not in fault:
+        return  # once is enough: it takes a minute
+    api.behave()
+    quick.wait_until_caught_up(LONG_SECONDS)
+    assert _peak_kb(quick) < MEMORY_LIMIT_KB
+    assert 0 == quick.stop()
+    assert 1_000_000 == len(set(stack.api.event_ids()))
+
+
+def test_huge_values(
+    quick: Program, database: str, source: psycopg.Connection, api: Api, destinations: Destinations
+) -> None:
+    """3 MB a row, in fields that every sink gets and in one that none gets: no write weighs more than 16 MB."""
+    quick.start()
+    values = "SELECT 1, n, 'play', repeat(chr(97 + n % 26), 3000000), to_json(repeat('x', 3000000)) FROM generate_series"
+    insert = "INSERT INTO engagement_events (content_id, user_id, event_type, device, raw_payload)"
+    source.execute(f"{insert} {values}(1, 20) AS n".encode())
+    quick.wait_until_caught_up(LONG_SECONDS)
+    once_kb = _peak_kb(quick)
+    source.execute(f"{insert} {values}(1, 60) AS n".encode())
+    quick.wait_until_caught_up(LONG_SECONDS)
+    peak_kb = _peak_kb(quick)
+    print(f"peak memory {once_kb / 1000:.0f} MB, of three times as much {peak_kb / 1000:.0f} MB")  # noqa: T201
+    assert peak_kb < HUGE_VALUES_LIMIT_KB
+    assert 0 == quick.stop()
+    assert max(request.body_bytes for request in api.requests()) <= WRITE_MAX_BYTES
+    assert_exact(database, destinations)
+
+
+# -- dead letters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cure", ["replay", "drop"])
+def test_dead_letters_are_bounded(  # noqa: PLR0917  fixtures
+    quick: Program, database: str, source: psycopg.Connection, api: Api, destinations: Destinations, cure: str
+) -> None:
+    """An API that refuses everything is waited for at the bound, visibly, and nothing is confirmed past it."""
+    bound = 50
+    quick.environment |= {"REPLICATOR_DEAD_LETTERS_MAX": str(bound), "REPLICATOR_HTTP_BATCH_SIZE": "10"}
+    quick.start()
+    api.behave(status=422)
+    insert_many(source, 1_000)
+    first_missing = _lsn(source, "pg_current_wal_lsn()")
+    told = "`python -m replicator dead-letters list --sink http`"
+    wait_until(lambda: told in quick.admin("/readyz"), "it to wait for somebody")
+    wait_until(lambda: sum(destinations.counts().values()) == 1_000, "Redis to have them all")
+    assert told in quick.log
+    assert f'replicator_dead_letters{{sink="http"}} {bound}.0' in quick.admin("/metrics")
+    status = quick.run("status").stdout
+    assert f"dead letters {bound} of http (at most {bound} of each sink)" in status
+    assert told in status
+    assert _confirmed(source, quick.slot) < first_missing
+    api.behave()
+    letters = partial(quick.run, "dead-letters")
+    assert bound == letters("list", "--sink", "http").stdout.count("  http  event ")
+    dropped = 0
+    while letters("list").stdout:
+        done = letters(cure, "--sink", "http", *(["--yes"] if cure == "drop" else []))
+        assert 0 == done.code
+        if cure == "drop":
+            dropped += int(done.stdout.split()[1])
+    quick.wait_until_caught_up()
+    while letters("list").stdout:  # what had been refused before the API was mended, and had no room
+        done = letters(cure, *(["--yes"] if cure == "drop" else []))
+        dropped += int(done.stdout.split()[1]) if cure == "drop" else 0
+    wait_until(lambda: 'replicator_dead_letters{sink="http"} 0.0' in quick.admin("/metrics"), "it to see that")
+    assert 0 == quick.stop()
+    assert 1_000 - dropped == len(set(api.event_ids()))
+    if cure == "replay":
+        assert_exact(database, destinations)
 
 
 # -- a slow or dead sink -------------------------------------------------------------------------------------------

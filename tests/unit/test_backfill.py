@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -163,6 +164,10 @@ class Store:
         """Remember it."""
         assert TASK == task
         self.progress.append(progress)
+
+    def count_dead_letters(self, _slot: str) -> dict[str, int]:
+        """By sink."""
+        return dict(Counter(letter.sink for letter in self.letters))
 
     def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter]) -> None:
         """Remember them."""

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 import pytest
 from msgspec import structs
 
-from replicator.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.errors import DeadLettersFull, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
-from replicator.fan_out import FanOut, Lane, backoff
+from replicator.fan_out import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, FanOut, Lane, backoff, weigh
 
 START = SinkPosition(position=Position(0, 0), end_lsn=5)
 
@@ -422,3 +422,73 @@ async def test_where_repeats_do_no_harm_nothing_is_held_back() -> None:
         harness.fan_out.put(batch(10, 500))
         await harness.until(15)
     assert not harness.held_back.is_set()
+
+
+# -- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def heavy(commit_lsn: int, *sizes: int) -> Batch:
+    """One transaction of events that weigh so much."""
+    made = batch(commit_lsn, len(sizes))
+    events = [
+        structs.replace(event, json=b"x" * (size - EVENT_OVERHEAD_BYTES))
+        for event, size in zip(made.events, sizes, strict=True)
+    ]
+    return structs.replace(made, events=events, size=weigh(events))
+
+
+async def test_a_write_is_bounded_in_bytes() -> None:
+    """Large events go in several writes, one that is larger than the bound alone; no position is skipped."""
+    third = WRITE_MAX_BYTES // 3
+    sink = FakeSink()
+    harness = Harness(sink)
+    for made in (heavy(10, third, third), heavy(20, third, third, 9), heavy(30, 2 * WRITE_MAX_BYTES), heavy(40, 9)):
+        harness.fan_out.put(made)
+    async with harness.running():
+        await harness.until(45)
+    assert [[1001, 1002, 2001], [2002, 2003], [3001], [4001]] == sink.taken
+    assert 0 == harness.fan_out.held_bytes
+
+
+async def test_enough_bytes_end_the_wait_for_more() -> None:
+    """What fills a write does not linger."""
+    sink = FakeSink()
+    sink.linger_seconds = 60
+    harness = Harness(sink)
+    harness.fan_out.put(heavy(10, WRITE_MAX_BYTES))
+    async with harness.running():
+        await harness.until(15)
+    assert [[1001]] == sink.taken
+
+
+async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCaptureFixture) -> None:
+    """Loudly; the refused event is not sent again meanwhile, and its position does not count."""
+    sink = FakeSink(max_events=1)
+    harness = Harness(sink)
+    full = asyncio.Event()
+    keep, room = harness.lane._dead_letter, asyncio.Event()  # noqa: SLF001  as it was given
+
+    async def refuses(events: Sequence[Event]) -> Sequence[Refusal]:
+        return [Refusal(events[0], "no")]
+
+    async def keeps_when_there_is_room(letters: Sequence[DeadLetter]) -> None:
+        if not room.is_set():
+            full.set()
+            raise DeadLettersFull(sink="fake", stored=1, count=1, limit=1)
+        await keep(letters)
+
+    sink.script = [refuses]
+    harness.lane._dead_letter = keeps_when_there_is_room  # noqa: SLF001  a store that is full
+    harness.fan_out.put(batch(10, 1))
+    async with harness.running():
+        await full.wait()
+        await asyncio.sleep(0.01)
+        assert START == harness.lane.done
+        assert harness.lane.needs_somebody
+        assert "REPLICATOR_DEAD_LETTERS_MAX" in harness.lane.trouble
+        room.set()
+        await harness.until(15)
+    assert "" == harness.lane.trouble
+    assert [1001] == [letter.event_id for letter in harness.letters]
+    assert [[1001]] == sink.taken
+    assert "`python -m replicator dead-letters drop --sink fake`" in caplog.text

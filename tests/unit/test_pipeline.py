@@ -171,6 +171,10 @@ class FakeStore:
         self.world.stored = checkpoint
         self.world.log.append(("save", checkpoint.end_lsn))
 
+    def count_dead_letters(self, _slot: str) -> dict[str, int]:
+        """None so far."""
+        return {}
+
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
         """Notes where they were."""
         self.world.log.append(("dead letter", (slot, letters[0].commit_lsn)))
