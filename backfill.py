@@ -12,8 +12,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -72,12 +72,8 @@ class Parts(NamedTuple):
     history: EngagementHistory
     sinks: list[Sink]
     store: CheckpointStore
-
-    @property
-    def task(self) -> str:
-        """What an interrupted run is found by."""
-        names = ",".join(sorted(sink.name for sink in self.sinks))
-        return f"backfill {_iso(self.args.start)} {_iso(self.args.end)} {names}"
+    task: str
+    """What an interrupted run is found by."""
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------
@@ -108,15 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help=f"of {', '.join(SINKS)}, separated by commas (default: {','.join(DEFAULT_SINKS)})",
     )
-    parser.add_argument(
-        "--batch-size", type=_count, default=PAGE_ROWS, metavar="N", help=f"rows a page (default: {PAGE_ROWS})"
-    )
-    parser.add_argument("--rate", type=_count, metavar="N", help="events a second at most (default: no limit)")
+    add_pace(parser)
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this range was")
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing: how many events an hour, and how many ClickHouse lacks"
     )
     return parser
+
+
+def add_pace(parser: argparse.ArgumentParser) -> None:
+    """How much at once, and how fast."""
+    parser.add_argument(
+        "--batch-size", type=_count, default=PAGE_ROWS, metavar="N", help=f"rows a page (default: {PAGE_ROWS})"
+    )
+    parser.add_argument("--rate", type=_count, metavar="N", help="events a second at most (default: no limit)")
 
 
 def _time(text: str) -> datetime:
@@ -151,23 +152,32 @@ async def _main(args: argparse.Namespace, settings: CoreSettings, resume: str) -
     history = create_history(settings.postgres_dsn.get_secret_value(), args.start, args.end)
     sinks = create_sinks(args.sinks, backfill=True)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
-    parts = Parts(args, settings, history, sinks, store)
+    task = f"backfill {_iso(args.start)} {_iso(args.end)} {','.join(sorted(sink.name for sink in sinks))}"
+    parts = Parts(args, settings, history, sinks, store, task)
+    async with once(parts):
+        return await (_dry_run(parts) if args.dry_run else carry(parts, resume))
+
+
+@asynccontextmanager
+async def once(parts: Parts) -> AsyncIterator[None]:
+    """Around a run that is tried once: what is away is an error, a signal ends it, and nothing is left open."""
     if task := asyncio.current_task():
         stop_on_signals(partial(_cancel, task))  # until there is something to finish
     try:
-        return await (_dry_run(parts) if args.dry_run else _backfill(parts, resume))
+        yield
     except SourceUnavailable as exc:
         raise SourceError(detail=exc.facts["detail"]) from exc  # here it is not tried again, and neither is the next
     except SinkUnavailable as exc:
         raise SinkError(**exc.facts) from exc
     finally:
-        await history.close()
-        for sink in sinks:
+        await parts.history.close()
+        for sink in parts.sinks:
             await sink.close()
-        await asyncio.to_thread(store.close)
+        await asyncio.to_thread(parts.store.close)
 
 
-async def _backfill(parts: Parts, resume: str) -> int:
+async def carry(parts: Parts, resume: str) -> int:
+    """The whole range, from its beginning or where an interrupted run was; 1 if it was stopped before the end."""
     await parts.history.open()
     run = Backfill(
         parts.settings,

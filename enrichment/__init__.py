@@ -8,11 +8,19 @@ from __future__ import annotations
 from datetime import datetime
 
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
-from enrichment.history import EngagementHistory, Range
+from enrichment.history import BEGINNING, END, EngagementHistory, Range
 from replicator.protocols import Enricher
 from replicator.settings import load
 
-__all__ = ["EngagementEnricher", "EngagementHistory", "EnrichmentSettings", "create_enricher", "create_history"]
+__all__ = [
+    "BEGINNING",
+    "END",
+    "EngagementEnricher",
+    "EngagementHistory",
+    "EnrichmentSettings",
+    "create_enricher",
+    "create_history",
+]
 
 
 def create_enricher(dsn: str) -> Enricher:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -97,6 +97,11 @@ PAGES: Mapping[Order, str] = {
 }
 
 
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+END = datetime.max.replace(tzinfo=UTC)
+"""Stands for the moment behind it, the end of the year 9999: the events of all times end there."""
+
+
 class Range(NamedTuple):
     """The events with `start <= event_ts < end`."""
 
@@ -105,7 +110,8 @@ class Range(NamedTuple):
 
     def parameters(self) -> dict[str, object]:
         """For the queries; as text, so that neither driver nor time zone has a say."""
-        return {"start": self.start.isoformat(), "end": self.end.isoformat()}
+        end = "10000-01-01T00:00:00+00:00" if self.end == END else self.end.isoformat()
+        return {"start": self.start.isoformat(), "end": end}
 
 
 class _Place(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from redis.typing import EncodableT
 from replicator.errors import SinkError
 from replicator.events import Event, Finding, Refusal
 from replicator.settings import Settings, variable
-from sinks.redis_batch import BUCKET_SECONDS, Call, pack, slide_call
+from sinks.redis_batch import BUCKET_SECONDS, GENERATION, PREFIXES, Call, pack, slide_call
 from sinks.redis_errors import is_read_only, sink_error
 from sinks.redis_info import findings
 
@@ -172,6 +173,20 @@ class RedisSink:
             self._window_failed = True
             raise
         self._window_failed = False
+
+    async def generation(self) -> str:
+        """A word that stays the same until Redis loses its keys, or is emptied."""
+        try:
+            await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
+            found = cast("bytes | None", await self._redis.get(GENERATION))
+        except RedisError as exc:
+            raise await self._wrapped(exc) from exc
+        return (found or b"").decode()
+
+    async def empty(self) -> int:
+        """Delete every key of ours, in one moment; how many there were. See `redis_empty.lua`."""
+        [deleted] = await self._run(self._script("redis_empty.lua"), Call([], list(PREFIXES)))
+        return deleted
 
     async def close(self) -> None:
         """Stop keeping the window, which then expires; release connections."""

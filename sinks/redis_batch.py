@@ -17,6 +17,19 @@ WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
 """Start of the newest bucket in the window; without it the window is built anew."""
 
+GENERATION = "engagement:seen:generation"
+"""A random word, lost with everything else: who finds another one knows that Redis was emptied."""
+PREFIXES = (
+    "content:count:",
+    "content:newest:",
+    "content:last:",
+    "engagement:seen:",
+    "top:content:bucket:",
+    WINDOW,
+    WINDOW_STATE,
+)
+"""What every key of ours begins with."""
+
 PAGE_BITS = 16  # 8 kB a page: the key costs nothing beside it, and a lone event not much
 _BIT_MASK = 2**PAGE_BITS - 1
 BUCKET_SECONDS = 5  # the window is at most this much too short, half of the 10 s that are promised

@@ -1,0 +1,69 @@
+"""`python -m replicator rebuild-redis`: all of Redis's keys again, from what stands in PostgreSQL.
+
+It is a backfill of all times into Redis alone, with `backfill.py`'s progress and summary. The seen bits make it exact
+beside the stream: an event that is visible when its page is read is counted by whoever comes first, and one that is
+committed later is the stream's. That holds if Redis lost its keys before the rebuild began; the generation, a word in
+Redis, tells whether it did so again since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+
+from backfill import Parts, carry, once
+from checkpoint_store import SqlCheckpointStore
+from enrichment import BEGINNING, END, create_history
+from replicator import commands
+from replicator.errors import SettingsError, SinkError
+from sinks import create_sinks
+from sinks.redis import RedisSink
+
+MANUAL = """\
+Makes content:count:*, content:last:*, the rankings and the seen bits again after Redis has lost them (a flush, a crash
+without persistence, a new server), from all rows of PostgreSQL, while the replicator runs or without it. The replicator
+need not be stopped: each event is counted once, whoever brings it. Until it is done counts are too low.
+
+Events that Redis has marked as seen are not counted again: where keys are not missing but wrong, they stay wrong.
+--from-empty deletes all of the replicator's keys first, in one moment (some 1 us a key in which Redis serves nobody),
+and then makes them again. What is no longer in PostgreSQL is then no longer counted.
+
+SIGTERM and Ctrl-C stop it in good order; --resume goes on there, also after a crash or a kill, unless Redis was emptied
+again since: then it begins at the beginning. Exit codes: 0 done, 1 failed or interrupted, 2 unusable arguments.
+"""
+
+
+async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
+    """Backfill all times into Redis."""
+    if args.resume and args.from_empty:
+        raise SettingsError(name="--resume", problem="--from-empty begins anew", expected="one of the two")
+    history = create_history(given.dsn, BEGINNING, END)
+    sinks = create_sinks(["redis"], backfill=True)
+    store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())
+    parts = Parts(args, given.settings, history, sinks, store, "rebuild-redis")
+    try:
+        async with once(parts):
+            return await _rebuild(parts)
+    except asyncio.CancelledError:
+        print("rebuild-redis: stopped before anything was written", file=sys.stderr)
+        return 1
+
+
+async def _rebuild(parts: Parts) -> int:
+    [redis] = parts.sinks
+    assert isinstance(redis, RedisSink)  # noqa: S101  for mypy
+    await parts.history.open()  # no table, no database: nothing is deleted
+    if parts.args.from_empty:
+        print(f"deleted     {await redis.empty()} keys", flush=True)
+    generation = await redis.generation()
+    code = await carry(parts._replace(task=f"rebuild-redis {generation}"), _to_go_on(parts.args))
+    if await redis.generation() != generation:
+        raise SinkError(sink="redis", detail="it was emptied while it was filled. Run `rebuild-redis` again")
+    return code
+
+
+def _to_go_on(args: argparse.Namespace) -> str:
+    rate = ["--rate", str(args.rate)] if args.rate else []
+    return shlex.join(["python", "-m", "replicator", "rebuild-redis", *rate, "--resume"])

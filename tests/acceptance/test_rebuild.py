@@ -1,0 +1,195 @@
+"""`python -m replicator rebuild-redis`: after a flush, beside the stream, interrupted, and where keys were wrong."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack.process import wait_until
+from tests.acceptance.destinations import Destinations
+from tests.acceptance.exact import assert_exact
+from tests.acceptance.load import Load, insert_many
+from tests.acceptance.program import ROOT, Program, assert_clean, succeed
+
+OLD = """
+INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms)
+SELECT 1 + n %% 3, n, 'old', timestamptz '2026-01-08 09:00:00+00' + n * interval '1 ms', n
+FROM generate_series(1, %(rows)s) AS n
+"""
+RECENT = """
+SELECT content_id, count(*) FROM engagement_events
+WHERE event_ts BETWEEN now() - interval '9 minutes' AND now() GROUP BY 1
+"""
+LAST_MOMENT = """
+INSERT INTO engagement_events (content_id, user_id, event_type, event_ts)
+VALUES (3, 1, 'sentinel', '9999-12-31 23:59:59.999999+00'), (3, 1, 'sentinel', '0001-01-01 00:00:00+00')
+"""
+
+
+def read_by(out: str) -> int:
+    """How many events it says that it has read."""
+    told = re.search(r"^read +(\d+) events", out, re.MULTILINE)
+    assert told
+    return int(told[1])
+
+
+def assert_rebuilt(program: Program, source: psycopg.Connection, database: str, destinations: Destinations) -> None:
+    """Counts, last events, the ranking: as if nothing had happened."""
+    program.wait_until_caught_up()
+    assert_exact(database, destinations)
+    ranking: dict[int, int] = dict(source.execute(RECENT).fetchall())
+    wait_until(lambda: destinations.top() == ranking, "the window")
+    # All is counted, and known to be: the same rows once more add nothing.
+    again = succeed(program.run("rebuild-redis"))
+    assert f"({0} new, {read_by(again)} already there)" in again
+    assert_exact(database, destinations)
+
+
+def test_after_a_flush_under_traffic(
+    *,
+    quick: Program,
+    source: psycopg.Connection,
+    database: str,
+    destinations: Destinations,
+    chance: random.Random,
+) -> None:
+    """Every key is what it would have been."""
+    quick.start()
+    source.execute(OLD, {"rows": 30_000})
+    source.execute(LAST_MOMENT)
+    with Load(database, chance):
+        wait_until(lambda: sum(destinations.counts().values()) > 35_000, "traffic")
+        destinations.redis.flushall()
+        assert read_by(succeed(quick.run("rebuild-redis"))) > 35_000
+    assert_rebuilt(quick, source, database, destinations)
+
+
+def test_from_empty_under_traffic(
+    *,
+    quick: Program,
+    source: psycopg.Connection,
+    database: str,
+    destinations: Destinations,
+    chance: random.Random,
+) -> None:
+    """Counts that are too high, a content that there is not, seen bits of what was never counted: all made right."""
+    quick.start()
+    source.execute(OLD, {"rows": 30_000})
+    destinations.redis.set("content:foreign", "not ours")
+    with Load(database, chance):
+        wait_until(lambda: sum(destinations.counts().values()) > 35_000, "traffic")
+        destinations.redis.incrby("content:count:1", 7)
+        destinations.redis.delete("content:count:2")
+        destinations.redis.set("content:count:77", 5)
+        destinations.redis.setbit("engagement:seen:0", 65_535, 1)
+        out = succeed(quick.run("rebuild-redis", "--from-empty"))
+        assert re.search(r"^deleted +\d+ keys$", out, re.MULTILINE)
+    assert "not ours" == destinations.redis.get("content:foreign")
+    destinations.redis.delete("content:foreign")
+    assert_rebuilt(quick, source, database, destinations)
+
+
+def spawn(program: Program, *arguments: str) -> subprocess.Popen[str]:
+    """The command, left running."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "replicator", "rebuild-redis", *arguments],
+        cwd=ROOT,
+        env=program.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_and_resumed(
+    number: signal.Signals, quick: Program, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """The rest only, by the command that it prints; and after another flush all of it."""
+    succeed(quick.run("init"))
+    source.execute(OLD, {"rows": 30_000})
+    quick.start()
+    quick.wait_until_caught_up()
+    destinations.redis.flushall()
+    with spawn(quick, "--rate", "5000") as running:
+        wait_until(lambda: sum(destinations.counts().values()) >= 15_000, "half of it")
+        running.send_signal(number)
+        out, err = running.communicate(timeout=30)
+    assert 0 != running.returncode
+    if number is signal.SIGTERM:
+        assert_clean(out + err)
+        command = re.search(r"not finished; to go on: (python .*)", err)
+        assert command
+        assert "python -m replicator rebuild-redis --rate 5000 --resume" == command[1]
+    rest = read_by(succeed(quick.run("rebuild-redis", "--resume")))
+    assert 0 < rest < 25_000
+    assert_exact(database, destinations)
+    with spawn(quick, "--rate", "5000") as running:
+        wait_until(lambda: quick.run("status").code == 0, "some time")
+        running.kill()
+    destinations.redis.flushall()
+    assert 30_000 == read_by(succeed(quick.run("rebuild-redis", "--resume")))
+    assert_exact(database, destinations)
+
+
+def test_emptied_while_it_is_filled(quick: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """That is said, and is a failure."""
+    succeed(quick.run("init"))
+    source.execute(OLD, {"rows": 20_000})
+    with spawn(quick, "--rate", "5000") as running:
+        wait_until(lambda: sum(destinations.counts().values()) >= 5_000, "a part")
+        destinations.redis.flushall()
+        out, err = running.communicate(timeout=30)
+    assert_clean(out + err)
+    assert 1 == running.returncode
+    assert "it was emptied while it was filled. Run `rebuild-redis` again" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "told"),
+    [
+        ((), {"postgres_dsn": "postgresql://app:planted@127.0.0.1:1/engagement"}, 1, "Reading from PostgreSQL failed"),
+        (("--from-empty",), {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"}, 1, "Reading from PostgreSQL failed"),
+        ((), {"redis_url": "redis://127.0.0.1:1"}, 1, "Sink redis failed"),
+        ((), {"redis_url": "ftp://planted"}, 2, "REPLICATOR_REDIS_URL is unusable"),
+        (("--from-empty", "--resume"), {}, 2, "--resume is unusable: --from-empty begins anew"),
+    ],
+)
+def test_what_can_not_be_is_one_line(  # noqa: PLR0917  fixtures
+    program: Program,
+    destinations: Destinations,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    code: int,
+    told: str,
+) -> None:
+    """And nothing is deleted or written."""
+    destinations.redis.set("content:count:1", 5)
+    result = program.run("rebuild-redis", *arguments, **variables)
+    assert_clean(result.stdout + result.stderr)
+    assert (code, "", 1) == (result.code, result.stdout, result.stderr.count("\n"))
+    assert told in result.stderr
+    assert {1: 5} == destinations.counts()
+    assert not (tmp_path / "checkpoint.db").exists()
+
+
+def test_without_the_table_nothing_is_deleted(
+    program: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """`--from-empty` looks at PostgreSQL first."""
+    insert_many(source, 3)
+    source.execute("DROP TABLE engagement_events")
+    destinations.redis.set("content:count:1", 5)
+    result = program.run("rebuild-redis", "--from-empty")
+    assert (1, "") == (result.code, result.stdout)
+    assert 'relation "public.engagement_events" does not exist' in result.stderr
+    assert {1: 5} == destinations.counts()
