@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementHistory, create_history
+from enrichment import EngagementHistory, EngagementLedger, create_history
 from replicator.backfill import Backfill, Stage
 from replicator.commands import stop_on_signals
 from replicator.errors import ReplicatorError, SinkError, SinkUnavailable, SourceError, SourceUnavailable
@@ -79,7 +79,9 @@ class Parts(NamedTuple):
 # -- arguments ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """What is wrong with the arguments, without all that could be right."""
+
     def error(self, message: str) -> NoReturn:
         """One line, without the usage."""
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
@@ -87,16 +89,14 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="backfill.py",
         description=MANUAL,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    when = "ISO 8601, e.g. 2026-01-08T09:00:00, 2026-01-08T10:00:00+01:00 or 2026-01-08; without a zone it is UTC"
-    parser.add_argument("--start", type=_time, required=True, metavar="TIME", help=f"first moment: {when}")
-    parser.add_argument("--end", type=_time, required=True, metavar="TIME", help="first moment after it, likewise")
+    add_range(parser)
     parser.add_argument(
         "--sinks",
         type=_sinks,
@@ -112,12 +112,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_range(parser: argparse.ArgumentParser) -> None:
+    """From when to when."""
+    when = "ISO 8601, e.g. 2026-01-08T09:00:00, 2026-01-08T10:00:00+01:00 or 2026-01-08; without a zone it is UTC"
+    parser.add_argument("--start", type=_time, required=True, metavar="TIME", help=f"first moment: {when}")
+    parser.add_argument("--end", type=_time, required=True, metavar="TIME", help="first moment after it, likewise")
+
+
 def add_pace(parser: argparse.ArgumentParser) -> None:
     """How much at once, and how fast."""
     parser.add_argument(
-        "--batch-size", type=_count, default=PAGE_ROWS, metavar="N", help=f"rows a page (default: {PAGE_ROWS})"
+        "--batch-size", type=count, default=PAGE_ROWS, metavar="N", help=f"rows a page (default: {PAGE_ROWS})"
     )
-    parser.add_argument("--rate", type=_count, metavar="N", help="events a second at most (default: no limit)")
+    parser.add_argument("--rate", type=count, metavar="N", help="events a second at most (default: no limit)")
 
 
 def _time(text: str) -> datetime:
@@ -135,13 +142,15 @@ def _sinks(text: str) -> tuple[str, ...]:
     return names
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of rows, of events, of seconds."""
     if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MOST}")
     return int(text)
 
 
-def _iso(moment: datetime) -> str:
+def iso(moment: datetime) -> str:
+    """As it is typed."""
     return moment.isoformat().replace("+00:00", "Z")
 
 
@@ -152,14 +161,16 @@ async def _main(args: argparse.Namespace, settings: CoreSettings, resume: str) -
     history = create_history(settings.postgres_dsn.get_secret_value(), args.start, args.end)
     sinks = create_sinks(args.sinks, backfill=True)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
-    task = f"backfill {_iso(args.start)} {_iso(args.end)} {','.join(sorted(sink.name for sink in sinks))}"
+    task = f"backfill {iso(args.start)} {iso(args.end)} {','.join(sorted(sink.name for sink in sinks))}"
     parts = Parts(args, settings, history, sinks, store, task)
-    async with once(parts):
+    async with once(history, sinks, store):
         return await (_dry_run(parts) if args.dry_run else carry(parts, resume))
 
 
 @asynccontextmanager
-async def once(parts: Parts) -> AsyncIterator[None]:
+async def once(
+    history: EngagementHistory | EngagementLedger, sinks: Sequence[Sink], store: CheckpointStore
+) -> AsyncIterator[None]:
     """Around a run that is tried once: what is away is an error, a signal ends it, and nothing is left open."""
     if task := asyncio.current_task():
         stop_on_signals(partial(_cancel, task))  # until there is something to finish
@@ -170,10 +181,10 @@ async def once(parts: Parts) -> AsyncIterator[None]:
     except SinkUnavailable as exc:
         raise SinkError(**exc.facts) from exc
     finally:
-        await parts.history.close()
-        for sink in parts.sinks:
+        await history.close()
+        for sink in sinks:
             await sink.close()
-        await asyncio.to_thread(parts.store.close)
+        await asyncio.to_thread(store.close)
 
 
 async def carry(parts: Parts, resume: str) -> int:
@@ -302,7 +313,7 @@ async def _dry_run(parts: Parts) -> int:
     print("  ".join([f"{'hour':<20}", f"{'postgresql':>12}", *(f"{name:>12}" for name in found)]))
     for hour in sorted(source.keys() | {hour for hours in found.values() for hour in hours}):
         counts = [source.get(hour, 0), *(hours.get(hour, 0) for hours in found.values())]
-        label = _iso(EPOCH + timedelta(seconds=hour))
+        label = iso(EPOCH + timedelta(seconds=hour))
         print("  ".join([label, *(f"{count:>12}" for count in counts)]), "" if len({*counts}) == 1 else " differs")
     total = sum(source.values())
     missing = [f"{total - sum(hours.values())} missing in {name}" for name, hours in found.items()]
@@ -317,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(given)
     if args.start >= args.end:
-        parser.error(f"--start {_iso(args.start)} is not before --end {_iso(args.end)}")
+        parser.error(f"--start {iso(args.start)} is not before --end {iso(args.end)}")
     resume = shlex.join(["python", "backfill.py", *(word for word in given if word != "--resume"), "--resume"])
     try:
         settings = load(CoreSettings)

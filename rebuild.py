@@ -13,7 +13,7 @@ import asyncio
 import shlex
 import sys
 
-from backfill import Parts, carry, once
+from backfill import OneLineParser, Parts, add_pace, carry, once
 from checkpoint_store import SqlCheckpointStore
 from enrichment import BEGINNING, END, create_history
 from replicator import commands
@@ -35,6 +35,24 @@ again since: then it begins at the beginning. Exit codes: 0 done, 1 failed or in
 """
 
 
+def add_command(sub: argparse._SubParsersAction[OneLineParser]) -> None:
+    """Its command line."""
+    parser = sub.add_parser(
+        "rebuild-redis",
+        help="make all of Redis's keys again from PostgreSQL, while the replicator runs",
+        description=MANUAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted rebuild was")
+    parser.add_argument(
+        "--from-empty",
+        action="store_true",
+        help="first delete every key of ours, because what is there is wrong (not only missing)",
+    )
+    add_pace(parser)
+    parser.set_defaults(command=rebuild_redis)
+
+
 async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
     """Backfill all times into Redis."""
     if args.resume and args.from_empty:
@@ -44,7 +62,7 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
     store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())
     parts = Parts(args, given.settings, history, sinks, store, "rebuild-redis")
     try:
-        async with once(parts):
+        async with once(history, sinks, store):
             return await _rebuild(parts)
     except asyncio.CancelledError:
         print("rebuild-redis: stopped before anything was written", file=sys.stderr)

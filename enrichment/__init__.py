@@ -9,6 +9,7 @@ from datetime import datetime
 
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
 from enrichment.history import BEGINNING, END, EngagementHistory, Range
+from enrichment.ledger import EngagementLedger
 from replicator.protocols import Enricher
 from replicator.settings import load
 
@@ -17,6 +18,7 @@ __all__ = [
     "END",
     "EngagementEnricher",
     "EngagementHistory",
+    "EngagementLedger",
     "EnrichmentSettings",
     "create_enricher",
     "create_history",

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -34,11 +35,23 @@ class Database:
 
     async def rows(self, query: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
         """The result of one query. Raises SourceUnavailable (try again) or SourceUnusable (an operator is needed)."""
+        async with self._translated(), asyncio.timeout(self._patience_seconds):
+            connection = await self._connected()
+            cursor = await connection.execute(query, parameters)
+            return await cursor.fetchall()
+
+    async def stream(
+        self, query: str, parameters: Mapping[str, object] | None = None
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """The rows of one query as they come, so that memory holds one at a time. Raises as `rows`."""
+        async with self._translated(), (await self._connected()).cursor() as cursor:
+            async for row in cursor.stream(query, parameters, binary=True):
+                yield row
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._patience_seconds):
-                connection = await self._connected()
-                cursor = await connection.execute(query, parameters)
-                return await cursor.fetchall()
+            yield
         except TimeoutError as exc:
             await self.close()
             raise SourceUnavailable(detail="no answer in time") from exc

@@ -12,7 +12,7 @@ carries them on; this module knows the tables and in which order they are read:
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -75,6 +75,8 @@ WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
 ORDER BY id LIMIT %(rows)s
 """
 
+BY_IDS = "SELECT * FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"
+
 PAGE = """
 -- A page of events with their contents as of the same snapshot. The page's last row always comes, wanted or not: the
 -- next page begins behind it. The WAL's end (inserted, not written: a commit may be visible before it is on disk) is
@@ -100,6 +102,8 @@ PAGES: Mapping[Order, str] = {
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 END = datetime.max.replace(tzinfo=UTC)
 """Stands for the moment behind it, the end of the year 9999: the events of all times end there."""
+
+PICKED = PAGE.format(page=BY_IDS, order="p.id")
 
 
 class Range(NamedTuple):
@@ -173,6 +177,40 @@ class EngagementHistory:
         """Close the connections."""
         await self._scans.close()
         await self._pages.close()
+
+
+class PickedHistory:
+    """`replicator.protocols.History` of some events, whenever they were; ids that are gone are left out."""
+
+    def __init__(self, dsn: str, ids: Sequence[int]) -> None:
+        self._ids = ids
+        self._database = Database(dsn, options=PAGE_OPTIONS)
+
+    async def open(self) -> None:
+        """Nothing: it connects when it reads."""
+
+    async def begin(self) -> tuple[str, int]:
+        """A place is a number of ids."""
+        return "0", len(self._ids)
+
+    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+        """See `protocols.History`."""
+        here = int(place)
+        ids = self._ids[here : here + rows]
+        if not ids:
+            return None
+        found = await self._database.rows(PICKED, {**Range(BEGINNING, END).parameters(), "ids": list(ids)})
+        after = str(here + len(ids))
+        if not found:
+            return Page(Enriched([], []), behind, after)
+        drafts = _Drafts(found, behind)
+        events: list[Event] = []
+        engagement.finish(drafts.made, drafts.contents, events)
+        return Page(Enriched(events, drafts.refused), drafts.position, after)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._database.close()
 
 
 _Found: TypeAlias = tuple[Any, ...]

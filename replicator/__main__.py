@@ -15,7 +15,8 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import rebuild
-from backfill import add_pace
+import reconcile
+from backfill import OneLineParser
 from checkpoint_store import SqlCheckpointStore
 from enrichment import create_enricher
 from replicator import commands
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=commands.run)
-    sub = parser.add_subparsers(title="commands", metavar="COMMAND")
+    sub = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=OneLineParser)
     sub.add_parser("run", help="replicate until SIGTERM or Ctrl-C (the default)").set_defaults(command=commands.run)
     init = sub.add_parser("init", help="make ClickHouse table, checkpoint database and slot; harmless twice")
     init.add_argument(
@@ -68,14 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(command=commands.status)
     _add_dead_letters(sub)
-    _add_rebuild(sub)
+    rebuild.add_command(sub)
+    reconcile.add_command(sub)
     drop = sub.add_parser("drop-slot", help="drop the slot: PostgreSQL no longer keeps WAL for it")
     drop.add_argument("--yes", action="store_true", help="don't ask")
     drop.set_defaults(command=commands.drop_slot)
     return parser
 
 
-def _add_dead_letters(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_dead_letters(sub: argparse._SubParsersAction[OneLineParser]) -> None:
     letters = sub.add_parser("dead-letters", help="what a sink refused for good: list, replay or drop it")
     actions = letters.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, command, text in (
@@ -91,23 +93,6 @@ def _add_dead_letters(sub: argparse._SubParsersAction[argparse.ArgumentParser]) 
         if name == "drop":
             action.add_argument("--yes", action="store_true", help="don't ask")
         action.set_defaults(command=command)
-
-
-def _add_rebuild(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = sub.add_parser(
-        "rebuild-redis",
-        help="make all of Redis's keys again from PostgreSQL, while the replicator runs",
-        description=rebuild.MANUAL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted rebuild was")
-    parser.add_argument(
-        "--from-empty",
-        action="store_true",
-        help="first delete every key of ours, because what is there is wrong (not only missing)",
-    )
-    add_pace(parser)
-    parser.set_defaults(command=rebuild.rebuild_redis)
 
 
 class _Threads(ThreadPoolExecutor):

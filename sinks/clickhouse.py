@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
@@ -27,6 +28,8 @@ from replicator.settings import Settings
 from sinks.clickhouse_errors import ValueRefused, translated
 from sinks.clickhouse_table import COLUMNS, Problem, create, find_problem, qualified
 from sinks.clickhouse_url import Address, parse_url
+
+T = TypeVar("T")
 
 _WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
 
@@ -110,7 +113,7 @@ class ClickHouseSink:
 
     name = "clickhouse"
     concurrency = 1  # inserts of one table gain nothing side by side, and in order the latest view is the last
-    max_repeats = None  # a row that comes again replaces itself
+    max_repeats: int | None = None  # a row that comes again replaces itself
 
     def __init__(self, settings: ClickHouseSettings) -> None:
         self.max_events = settings.clickhouse_max_events
@@ -143,7 +146,18 @@ class ClickHouseSink:
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         """How many events it has in each hour of a range, by the hour's start in Unix seconds; for a comparison."""
-        return await asyncio.to_thread(self._hours, start_us, end_us)
+        found = await self.ask(lambda client, table: _hours(client, table, start_us, end_us))
+        return {int(hour): int(count) for hour, count in found}
+
+    async def ask(self, question: Callable[[Client, str], T]) -> T:
+        """What the function says, called in a thread with the client and the table's name; errors are ours."""
+
+        def answer() -> T:
+            client = self._connected()
+            with self._translated():
+                return question(client, self._table)
+
+        return await asyncio.to_thread(answer)
 
     async def close(self) -> None:
         """Drop the connections, or free the embedded engine's directory."""
@@ -191,12 +205,6 @@ class ClickHouseSink:
         if problem is not None:
             raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
 
-    def _hours(self, start_us: int, end_us: int) -> dict[int, int]:
-        client = self._connected()
-        with self._translated():
-            found = client.query(_HOURS_SQL.format(table=self._table), {"start": start_us, "end": end_us})
-        return {int(hour): int(count) for hour, count in found.result_rows}
-
     def _write(self, events: Sequence[Event]) -> list[Refusal]:
         self._connected()
         first, last = self._range_us
@@ -242,6 +250,10 @@ def rows(events: Sequence[Event]) -> bytes:
             tail = b',"_lsn":%d}\n' % lsn
         parts += (event.json[:-1], tail)
     return b"".join(parts)
+
+
+def _hours(client: Client, table: str, start_us: int, end_us: int) -> Sequence[Sequence[int]]:
+    return client.query(_HOURS_SQL.format(table=table), {"start": start_us, "end": end_us}).result_rows
 
 
 def _connect(address: Address, settings: ClickHouseSettings) -> Client:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -104,7 +104,7 @@ class RedisSink:
         2  # one is with Redis while the other waits for its turn on a busy loop: half as fast again in a backlog
     )
 
-    max_repeats = None  # the seen bits tell an event that comes again
+    max_repeats: int | None = None  # the seen bits tell an event that comes again
 
     def __init__(
         self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
@@ -182,6 +182,25 @@ class RedisSink:
         except RedisError as exc:
             raise await self._wrapped(exc) from exc
         return (found or b"").decode()
+
+    async def values(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What stands in these keys, for a comparison."""
+        try:
+            return cast("list[bytes | None]", await self._redis.mget(keys)) if keys else []
+        except RedisError as exc:
+            raise await self._wrapped(exc) from exc
+
+    async def scan(self, pattern: str) -> AsyncIterator[list[str]]:
+        """The keys of a pattern, in pages; one that comes or goes meanwhile may be missing, and one may come twice."""
+        cursor = 0
+        while True:
+            try:
+                cursor, keys = await self._redis.scan(cursor, match=pattern, count=5_000)
+            except RedisError as exc:
+                raise await self._wrapped(exc) from exc
+            yield [str(key, "utf-8", "replace") for key in cast("list[bytes]", keys)]
+            if not cursor:
+                return
 
     async def empty(self) -> int:
         """Delete every key of ours, in one moment; how many there were. See `redis_empty.lua`."""

@@ -17,13 +17,14 @@ WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
 """Start of the newest bucket in the window; without it the window is built anew."""
 
+COUNT_PREFIX, SEEN_PREFIX = "content:count:", "engagement:seen:"
 GENERATION = "engagement:seen:generation"
 """A random word, lost with everything else: who finds another one knows that Redis was emptied."""
 PREFIXES = (
-    "content:count:",
+    COUNT_PREFIX,
     "content:newest:",
     "content:last:",
-    "engagement:seen:",
+    SEEN_PREFIX,
     "top:content:bucket:",
     WINDOW,
     WINDOW_STATE,
@@ -31,7 +32,7 @@ PREFIXES = (
 """What every key of ours begins with."""
 
 PAGE_BITS = 16  # 8 kB a page: the key costs nothing beside it, and a lone event not much
-_BIT_MASK = 2**PAGE_BITS - 1
+BIT_MASK = 2**PAGE_BITS - 1
 BUCKET_SECONDS = 5  # the window is at most this much too short, half of the 10 s that are promised
 WINDOW_SECONDS = 600
 WINDOW_SPAN_SECONDS = WINDOW_SECONDS - BUCKET_SECONDS  # from its oldest bucket to its newest
@@ -107,7 +108,7 @@ def pack(events: Iterable[Event], now: float) -> Write:
         page = pages.setdefault(event_id >> PAGE_BITS, len(pages) + 1)
         rankable = earliest_us <= ts_us < latest_us
         bucket = buckets.setdefault(ts_us // _BUCKET_US, len(buckets) + 1) if rankable else 0
-        indices += (page, event_id & _BIT_MASK, content, bucket)
+        indices += (page, event_id & BIT_MASK, content, bucket)
     starts = [bucket * BUCKET_SECONDS for bucket in buckets]
     return Write(_write_call(pages, starts, newest, indices, now), bool(starts), refused)
 
@@ -127,9 +128,9 @@ def _write_call(
     pages: Iterable[int], buckets: Sequence[int], newest: Sequence[Event], indices: Sequence[int], now: float
 ) -> Call:
     contents = [str(event.key) for event in newest]
-    seen = [f"engagement:seen:{page}" for page in pages]
+    seen = [f"{SEEN_PREFIX}{page}" for page in pages]
     keys = [WINDOW, WINDOW_STATE, *seen, *map(bucket_key, buckets)]
-    keys += ["content:count:" + content for content in contents]
+    keys += [COUNT_PREFIX + content for content in contents]
     keys += ["content:newest:" + content for content in contents]
     keys += ["content:last:" + content for content in contents]
     args: list[str | int | bytes] = [len(seen), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS]

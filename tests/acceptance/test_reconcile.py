@@ -1,0 +1,256 @@
+"""`python -m replicator reconcile`: what is planted is found, named and mended; beside traffic nothing is found."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack import DevStack
+from devstack.process import wait_until
+from tests.acceptance.destinations import Destinations, expected
+from tests.acceptance.exact import assert_exact, assert_same
+from tests.acceptance.load import Load, insert_many
+from tests.acceptance.program import Program, Result, assert_clean, succeed
+
+HOUR = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
+EVERYTHING = ("--start", "2000-01-01", "--end", "2100-01-01")
+WIDE = ("--start", "1900-01-01", "--end", "2300-01-01")
+
+MANY = """
+INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms, device)
+SELECT 1 + n %% 3, n, (ARRAY['play', 'a|b', 'größe', ''])[1 + n %% 4],
+       timestamptz '2026-01-08 09:00:00+00' + n * %(step)s::interval, nullif(n::bigint * 7919 %% 400000, 0),
+       (ARRAY['web', '~', NULL, 'tv "4k" 🎬', '1:x', ''])[1 + n %% 6]
+FROM generate_series(0, %(rows)s::bigint - 1) AS n
+"""
+ODD = """
+-- Values at the ends of what there may be, and times with any fraction, before 1970 too.
+INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms, device) VALUES
+(1, 9223372036854775807, E'tab\\tline\\nend\\\\', '1969-12-31 23:59:59.999999+00', -2147483648, E'\\u00e9'),
+(2, -9223372036854775808, 'play', '1905-01-01 00:00:00.000001+00', 2147483647, '|'),
+(3, 0, 'play', '2199-12-31 23:59:59.5+00', 5, 'x')
+"""
+CHANGED = """
+INSERT INTO events_enriched SELECT * REPLACE (user_id + 1 AS user_id, _lsn + {newer} AS _lsn)
+FROM events_enriched FINAL WHERE event_id = {id}
+"""
+EXTRA = """
+INSERT INTO events_enriched SELECT * REPLACE ({id} AS event_id)
+FROM (SELECT * FROM events_enriched FINAL WHERE event_id = 1)
+"""
+
+
+def differences(result: Result) -> str:
+    """What a comparison told that found some."""
+    assert_clean(result.stdout + result.stderr)
+    assert 1 == result.code, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def settings(program: Program) -> Program:
+    """The program, made, with its sinks filled by a backfill when a test calls for it."""
+    succeed(program.run("init"))
+    return program
+
+
+def fill(program: Program, *arguments: str) -> None:
+    """Everything that PostgreSQL has, into ClickHouse and Redis."""
+    succeed(program.follow(" ".join(["python backfill.py", *WIDE, *arguments])))
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("step", ["1 ms", "0"], ids=["a millisecond apart", "all at one moment"])
+def test_what_is_planted_is_found_and_mended(  # noqa: PLR0917  fixtures
+    settings: Program,
+    stack: DevStack,
+    source: psycopg.Connection,
+    database: str,
+    destinations: Destinations,
+    step: str,
+    index: bool,
+) -> None:
+    """One row missing, one changed, one too many, among 100,000, whether times tell them apart or not."""
+    source.execute(MANY, {"rows": 100_000, "step": step})
+    if index:
+        source.execute("CREATE INDEX ON engagement_events (event_ts, id)")
+    fill(settings)
+    assert "equal" in succeed(settings.run("reconcile", *HOUR)).splitlines()[-1]
+    stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id = 54321")
+    stack.clickhouse.query(CHANGED.format(id=777, newer=0))
+    stack.clickhouse.query(EXTRA.format(id=2_000_000))
+    told = differences(settings.run("reconcile", *HOUR))
+    for line in ("missing 1: 54321", "different 1: 777", "extra 1: 2000000", "redis       not counted 0"):
+        assert line in told
+    assert told.splitlines()[-1].startswith("different, ")
+    mended = differences(settings.run("reconcile", *HOUR, "--repair"))
+    assert "clickhouse  left after the repair 1: 2000000" in mended
+    assert "extra events are deleted by --repair --delete-extra" in mended
+    mended = succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
+    assert mended.splitlines()[-1].startswith("equal after the repair")
+    assert "equal, " in succeed(settings.run("reconcile", *HOUR))
+    assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
+
+
+def test_much_is_missing(
+    settings: Program, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """More than is told, and more than is looked at together: an empty ClickHouse is filled."""
+    source.execute(MANY, {"rows": 60_000, "step": "0"})
+    source.execute(MANY, {"rows": 60_000, "step": "10 ms"})
+    fill(settings, "--sinks redis")
+    told = differences(settings.run("reconcile", *HOUR))
+    assert "clickhouse  120000 events in PostgreSQL, 0 in ClickHouse" in told
+    assert re.search(r"missing 120000: (\d+, ){19}\d+ and 119980 more\n", told)
+    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert "120000\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
+    assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
+
+
+def test_any_value_is_equal(settings: Program, source: psycopg.Connection) -> None:
+    """Both compute the same from it; the content as well."""
+    source.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    source.execute("INSERT INTO content VALUES (8, 'empty', 0), (9, '~|', 7)")
+    source.execute(ODD)
+    source.execute(ODD.replace("(1, ", "(8, ").replace("(2, ", "(9, ").replace("(3, ", "(-404, "))
+    source.execute(MANY, {"rows": 5_000, "step": "333 us"})
+    fill(settings)
+    assert "5006 events in PostgreSQL, 5006 in" in succeed(settings.run("reconcile", *WIDE))
+    assert "equal, " in succeed(settings.run("reconcile", *WIDE, "--with-content"))
+    source.execute("UPDATE content SET length_seconds = 8 WHERE content_id = 9")
+    assert "equal, " in succeed(settings.run("reconcile", *WIDE))
+    assert "different 1: " in differences(settings.run("reconcile", *WIDE, "--with-content"))
+    assert "equal after" in succeed(settings.run("reconcile", *WIDE, "--with-content", "--repair"))
+
+
+def test_under_another_time_or_newer(
+    settings: Program, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """An event at another time is missing and extra; a view from the future is deleted before it is replaced."""
+    source.execute(MANY, {"rows": 1_000, "step": "1 s"})
+    fill(settings)
+    stack.clickhouse.query(
+        "INSERT INTO events_enriched SELECT * REPLACE (event_ts + 60 AS event_ts) FROM events_enriched"
+        " WHERE event_id = 5"
+    )
+    stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id = 5 AND event_ts < '2026-01-08 09:01:00'")
+    stack.clickhouse.query(CHANGED.format(id=7, newer=10**15))
+    told = differences(settings.run("reconcile", *HOUR))
+    assert "missing 1: 5\n" in told
+    assert "extra 1: 5\n" in told
+    assert "left after the repair 2: " in differences(settings.run("reconcile", *HOUR, "--repair"))
+    succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
+    assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
+
+
+def test_equal_under_traffic(quick: Program, database: str, destinations: Destinations, chance: random.Random) -> None:
+    """What is under way is no difference: three times in a row, all of Redis's counts included."""
+    quick.start()
+    with Load(database, chance):
+        wait_until(lambda: sum(destinations.counts().values()) > 10_000, "traffic")
+        for _ in range(3):
+            assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
+        destinations.redis.incrby("content:count:2", 1_000_000)
+        assert "content:count:2 has 10" in differences(quick.run("reconcile", *EVERYTHING))
+        destinations.redis.incrby("content:count:2", -1_000_000)
+    quick.wait_until_caught_up()
+    assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
+    assert_exact(database, destinations)
+
+
+def test_redis(settings: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """A wrong count is named with what it should be; what was not counted is counted by --repair."""
+    source.execute(MANY, {"rows": 70_000, "step": "1 ms"})
+    fill(settings)
+    destinations.redis.incrby("content:count:2", 5)
+    destinations.redis.set("content:count:-77", 3)
+    told = differences(settings.run("reconcile", *HOUR))
+    assert "redis       not counted 0" in told
+    assert "redis       wrong counts 2\n" in told
+    assert "redis       content:count:2 has 23338, should have 23333\n" in told
+    assert "redis       content:count:-77 has 3, should have 0\n" in told
+    assert "rebuild-redis --from-empty" in told
+    destinations.redis.incrby("content:count:2", -5)
+    destinations.redis.delete("content:count:-77")
+
+    destinations.redis.setbit("engagement:seen:1", 66_000 - 65_536, 0)
+    destinations.redis.incrby("content:count:3", -1)
+    told = differences(settings.run("reconcile", *HOUR))
+    assert "redis       not counted 1: 66000\n" in told
+    assert "wrong counts 1" in told
+    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert "equal, " in succeed(settings.run("reconcile", *HOUR, "--sinks", "redis"))
+
+    destinations.redis.flushall()
+    assert "not counted 70000: 1, 2, " in differences(settings.run("reconcile", *HOUR))
+    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert 70_000 == sum(destinations.counts().values())
+
+
+def test_without_a_replicator_it_says_so(settings: Program, source: psycopg.Connection) -> None:
+    """What is missing may still come."""
+    insert_many(source, 10)
+    told = differences(settings.run("reconcile", *EVERYTHING))
+    assert "missing 10: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n" in told
+    assert "what differs may still be under way: no replicator runs, slot" in told
+
+
+def test_what_is_still_open_is_not_deleted(
+    settings: Program, stack: DevStack, source: psycopg.Connection, database: str
+) -> None:
+    """An extra event may be of a transaction that cannot be seen yet: it is told, and kept."""
+    source.execute(MANY, {"rows": 10, "step": "1 s"})
+    fill(settings)
+    stack.clickhouse.query(EXTRA.format(id=99))
+    with psycopg.connect(database) as late:
+        insert_many(late, 1)
+        told = differences(settings.run("reconcile", *HOUR, "--repair", "--delete-extra", "--wait", "1"))
+        assert "may be of a transaction that is still open" in told
+        assert "11\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
+        late.rollback()
+    assert "equal after" in succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
+
+
+def test_nothing_in_the_range(settings: Program) -> None:
+    """That is equal."""
+    assert "equal, " in succeed(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "prepare", "code", "told"),
+    [
+        (("--start", "yesterday", *HOUR[2:]), {}, "", 2, "'yesterday' is no ISO 8601 time"),
+        (HOUR[:2], {}, "", 2, "required: --end"),
+        ((*HOUR[:3], HOUR[1]), {}, "", 2, "is not before --end 2026-01-08T09:00:00Z"),
+        ((*HOUR, "--sinks", "http"), {}, "", 2, "'http' is not one or more of clickhouse, redis"),
+        ((*HOUR, "--delete-extra"), {}, "", 2, "--delete-extra is unusable: it is a part of --repair"),
+        ((*HOUR, "--repair"), {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"}, "", 1, "PostgreSQL failed"),
+        ((*HOUR, "--repair"), {}, "DROP TABLE engagement_events", 1, '"public.engagement_events" does not exist'),
+        ((*HOUR, "--repair"), {}, "", 1, "does not exist. Run `python -m replicator init`"),
+        ((*HOUR, "--sinks", "redis"), {"redis_url": "redis://127.0.0.1:1"}, "", 1, "Sink redis failed"),
+        (HOUR, {"clickhouse_url": "ftp://planted"}, "", 2, "REPLICATOR_CLICKHOUSE_URL is unusable"),
+    ],
+)
+def test_what_can_not_be_is_one_line(  # noqa: PLR0917  fixtures
+    program: Program,
+    source: psycopg.Connection,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    prepare: str,
+    code: int,
+    told: str,
+) -> None:
+    """And nothing is written."""
+    insert_many(source, 3)
+    if prepare:
+        source.execute(prepare)
+    result = program.run("reconcile", *arguments, **variables)
+    assert_clean(result.stdout + result.stderr)
+    assert (code, 1) == (result.code, result.stderr.count("\n")), result.stderr
+    assert told in result.stderr
+    assert not (tmp_path / "checkpoint.db").exists()
