@@ -1,7 +1,7 @@
 """`python backfill.py --start ... --end ...`: a stretch of history through the same enrichment into the same sinks.
 
 This is the command line, the progress and the summary; `enrichment/history.py` reads, `replicator/backfill.py` carries,
-`replicator/fan_out.py` and `sinks` write, as they do for the stream.
+`replicator/lane.py` and `sinks` write, as they do for the stream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from enrichment import EngagementHistory, EngagementLedger, create_history
 from replicator.backfill import Backfill, Stage
 from replicator.commands import stop_on_signals
 from replicator.errors import ReplicatorError, SinkError, SinkUnavailable, SourceError, SourceUnavailable
-from replicator.fan_out import Lane
+from replicator.lane import Lane
 from replicator.logs import configure_logging
 from replicator.protocols import CheckpointStore, Sink
 from replicator.settings import CoreSettings, load

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from replicator.errors import SettingsError
 from replicator.events import format_lsn
-from replicator.fan_out import LATENCY_BUCKETS_SECONDS, Lane
+from replicator.lane import LATENCY_BUCKETS_SECONDS, Lane
 from replicator.monitor import Monitor
 
 ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}

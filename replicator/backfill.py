@@ -1,6 +1,6 @@
 """From a history's pages through the lanes to the sinks: what `backfill.py` runs, beside the stream or without it.
 
-`fan_out.py` batches, retries and dead-letters as for the stream. Neither slot nor checkpoint is touched; what is kept
+`lane.py` batches, retries and dead-letters as for the stream. Neither slot nor checkpoint is touched; what is kept
 is the place behind which nothing is left to write, so that `--resume` goes on there.
 """
 
@@ -20,7 +20,8 @@ from msgspec import structs
 from replicator.dead_letters import DeadLetters
 from replicator.errors import CheckpointUnavailable, SourceUnavailable
 from replicator.events import Batch, DeadLetter, Position, SinkPosition
-from replicator.fan_out import FanOut, Lane, backoff, weigh
+from replicator.fan_out import FanOut
+from replicator.lane import Lane, backoff, weigh
 from replicator.pipeline import single
 from replicator.protocols import CheckpointStore, History, Page, Sink
 from replicator.settings import CoreSettings

@@ -1,6 +1,6 @@
 """Keeps dead letters: on disk before their position counts as written, and of each sink no more than the bound.
 
-A lane that refuses (`fan_out.py`) and rows that no event can be made of (`pipeline.py`) come here; `commands.py` lists,
+A lane that refuses (`lane.py`) and rows that no event can be made of (`pipeline.py`) come here; `commands.py` lists,
 replays and drops them in a process of its own.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from replicator.errors import CheckpointError, CheckpointUnavailable, DeadLettersFull
 from replicator.events import DeadLetter, format_lsn
-from replicator.fan_out import backoff
+from replicator.lane import backoff
 from replicator.protocols import CheckpointStore
 from replicator.settings import CoreSettings
 

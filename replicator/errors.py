@@ -20,7 +20,7 @@
         ├── Overtaken              the program begins anew, as the standby
         └── CheckpointUnusable
 
-What happened is said here; what to do about it is decided by who catches it (fan_out.py for sinks,
+What happened is said here; what to do about it is decided by who catches it (lane.py for sinks,
 pipeline.py for the source). Whatever nobody names stops the program with its message.
 Messages carry table, LSN and sink, never row values or secrets.
 """

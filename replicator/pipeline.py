@@ -27,7 +27,8 @@ from replicator.errors import (
     SourceUnavailable,
 )
 from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.fan_out import OPERATOR_SECONDS, FanOut, Lane, backoff, wait, weigh
+from replicator.fan_out import FanOut
+from replicator.lane import OPERATOR_SECONDS, Lane, backoff, wait, weigh
 from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.settings import CoreSettings
 from replicator.source import Source

@@ -1,6 +1,6 @@
 """The contracts between the parts. Nobody inherits from these; the docstrings are the contract.
 
-`pipeline` drives an `Enricher`, `backfill` a `History`, one `fan_out.Lane` a `Sink`, `reconcile` compares `Ledger`s,
+`pipeline` drives an `Enricher`, `backfill` a `History`, one `lane.Lane` a `Sink`, `reconcile` compares `Ledger`s,
 and `pipeline.commit` alone saves checkpoints to the `CheckpointStore`.
 """
 

@@ -1,7 +1,7 @@
 """Writes events to ClickHouse: one insert a batch, over HTTP or into the embedded engine (chdb), by URL alone.
 
 `clickhouse_url.py` reads the URL, `clickhouse_table.py` makes and compares the table, `clickhouse_errors.py` says what
-an error means, and `replicator/fan_out.py` decides when a batch is written and what happens after an error.
+an error means, and `replicator/lane.py` decides when a batch is written and what happens after an error.
 
 Each event ends up in the table once under FINAL, and without it after merges: the sort key is the event's identity.
 Before that, an insert that is sent again is recognised by its token. ClickHouse silently drops the rows of a token that

@@ -2,7 +2,7 @@
 
 Each `write` is one request, unless the API refuses the events in it: then halves are sent until the bad event stands
 alone. `http_status.py` reads from an answer what became of the events; retries and their pauses, dead letters and how
-far the sink is belong to its lane (`replicator/fan_out.py`).
+far the sink is belong to its lane (`replicator/lane.py`).
 
 The transport is used without `httpx.AsyncClient` around it. The client's redirects, cookies, proxies from the
 environment and a log line with the whole URL for every request are unwanted here, and a request without them costs

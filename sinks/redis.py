@@ -2,7 +2,7 @@
 
 Each `write` is one Lua call, `redis_write.lua`; a call of `redis_slide.lua` once a second keeps the window right when
 nothing arrives. `redis_batch.py` makes keys and arguments of both, `redis_errors.py` reads the errors; retries and
-their pauses, dead letters and how far the sink is belong to its lane (`replicator/fan_out.py`).
+their pauses, dead letters and how far the sink is belong to its lane (`replicator/lane.py`).
 """
 
 from __future__ import annotations

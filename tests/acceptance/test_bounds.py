@@ -19,7 +19,7 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from replicator.events import Checkpoint, Lsn, parse_lsn
-from replicator.fan_out import WRITE_MAX_BYTES
+from replicator.lane import WRITE_MAX_BYTES
 from tests.acceptance.destinations import EXPECTED_SQL, FIELDS, Destinations
 from tests.acceptance.exact import assert_exact
 from tests.acceptance.load import Load, insert_many
@@ -188,7 +188,9 @@ def test_huge_values(
 ) -> None:
     """3 MB a row, in fields that every sink gets and in one that none gets: no write weighs more than 16 MB."""
     quick.start()
-    values = "SELECT 1, n, 'play', repeat(chr(97 + n % 26), 3000000), to_json(repeat('x', 3000000)) FROM generate_series"
+    values = (
+        "SELECT 1, n, 'play', repeat(chr(97 + n % 26), 3000000), to_json(repeat('x', 3000000)) FROM generate_series"
+    )
     insert = "INSERT INTO engagement_events (content_id, user_id, event_type, device, raw_payload)"
     source.execute(f"{insert} {values}(1, 20) AS n".encode())
     quick.wait_until_caught_up(LONG_SECONDS)

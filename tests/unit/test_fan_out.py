@@ -13,7 +13,8 @@ from msgspec import structs
 
 from replicator.errors import DeadLettersFull, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
-from replicator.fan_out import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, FanOut, Lane, backoff, weigh
+from replicator.fan_out import FanOut
+from replicator.lane import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, Lane, backoff, weigh
 
 START = SinkPosition(position=Position(0, 0), end_lsn=5)
 

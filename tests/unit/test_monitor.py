@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from replicator.events import Position, SinkPosition
-from replicator.fan_out import Lane
+from replicator.lane import Lane
 from replicator.monitor import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
 from replicator.slot import SlotState
