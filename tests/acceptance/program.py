@@ -72,6 +72,7 @@ class Program:
         self._dsn = dsn
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._said_before = 0
 
     def run(self, *arguments: str, **variables: str) -> Result:
         """Run one command to its end. `variables` are settings for this one: `slot="x"` is REPLICATOR_SLOT=x."""
@@ -104,6 +105,7 @@ class Program:
     def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start it and return at once."""
         assert not self.running, "it runs already"
+        self._said_before = len(self.log)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(arguments),
@@ -117,12 +119,11 @@ class Program:
 
     def start(self, *arguments: str, **variables: str) -> None:
         """Start it and return when the stream runs and everything behind it is open."""
-        said_before = len(self.log)
         process = self.spawn(*arguments, **variables)
 
         def reads() -> bool:
             assert process.poll() is None, f"it ended with {process.returncode}:\n{self.log}"
-            return f"reading slot {self.slot} from" in self.log[said_before:]
+            return f"reading slot {self.slot} from" in self.said
 
         wait_until(reads, "the replicator to read its slot")
 
@@ -205,6 +206,11 @@ class Program:
     def log(self) -> str:
         """Everything that it has said, on both streams, in all its lives."""
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+
+    @property
+    def said(self) -> str:
+        """The same, since it was started last."""
+        return self.log[self._said_before :]
 
     def _note(self, text: str) -> None:
         with self._log.open("a", encoding="utf-8") as log:
