@@ -26,7 +26,7 @@ from replicator.errors import SinkError, SinkUnusable
 from replicator.events import Event, Finding, Refusal
 from replicator.settings import Settings
 from sinks.clickhouse_errors import ValueRefused, translated
-from sinks.clickhouse_table import COLUMNS, Problem, create, find_problem, qualified
+from sinks.clickhouse_table import COLUMNS, Problem, Shape, create, find_problem, look, qualified
 from sinks.clickhouse_url import Address, parse_url
 
 T = TypeVar("T")
@@ -124,6 +124,8 @@ class ClickHouseSink:
         self._run = secrets.token_bytes(16)
         self._client: Client | None = None
         self._range_us = YEARS_1900_TO_2299_US
+        self._shape: Shape | None = None
+        """The table when it was seen last, and was right."""
 
     async def create(self) -> list[str]:
         """Make the database and the table, each only if it is missing (a plain user may not make databases)."""
@@ -195,15 +197,27 @@ class ClickHouseSink:
             return [found, Finding(False, f"ClickHouse: {problem.what}", problem.cure)]
         return [found, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
 
-    def _find_problem(self) -> Problem | None:
+    def _look(self) -> Shape | None:
         client = self._connected()
         with self._translated():
-            return find_problem(client, self._address.database)
+            return look(client, self._address.database)
+
+    def _find_problem(self) -> Problem | None:
+        return find_problem(self._look(), self._address.database)
 
     def _require_table(self) -> None:
-        problem = self._find_problem()
+        """Raises SinkUnusable unless the table keeps events as they are.
+
+        Looked at again after every insert: ClickHouse wraps and cuts values without a word where a column has become
+        narrower. Rows that went into such a column do not count as written, and are inserted again once it is mended.
+        """
+        shape = self._look()
+        if shape is not None and shape == self._shape:
+            return
+        problem = find_problem(shape, self._address.database)
         if problem is not None:
             raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
+        self._shape = shape
 
     def _write(self, events: Sequence[Event]) -> list[Refusal]:
         self._connected()
@@ -228,6 +242,7 @@ class ClickHouseSink:
                 return [Refusal(events[0], f"ClickHouse refuses a value in it: {exc}")]
             middle = len(events) // 2
             return self._insert(events[:middle]) + self._insert(events[middle:])
+        self._require_table()
         return []
 
     def _insert_rows(self, body: bytes) -> None:

@@ -34,9 +34,11 @@ SORT_KEY = "event_ts, content_id, event_id"
 _SCHEMA_FILE = Path(__file__).parent.parent / "sql" / "clickhouse.sql"
 
 _DATABASE_SQL = "SELECT name FROM system.databases WHERE name = %(database)s"
-_TABLE_SQL = """
-    SELECT engine, engine_full, sorting_key FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
-_COLUMNS_SQL = "SELECT name, type FROM system.columns WHERE database = %(database)s AND table = %(table)s"
+_TABLE_SQL = "SELECT name FROM system.tables WHERE database = %(database)s AND name = %(table)s"
+_SHAPE_SQL = """
+    SELECT engine, engine_full, sorting_key,
+        (SELECT groupArray((name, type)) FROM system.columns WHERE database = %(database)s AND table = %(table)s)
+    FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
 
 _BACKFILL = "which makes it and prints the `python backfill.py` command that brings what it should hold"
 INIT = f"Run `python -m replicator init`, {_BACKFILL}"
@@ -48,6 +50,15 @@ class Problem(NamedTuple):
 
     what: str
     cure: str
+
+
+class Shape(NamedTuple):
+    """What decides whether a table keeps values as they are."""
+
+    engine: str
+    definition: str
+    sort_key: str
+    columns: dict[str, str]
 
 
 def qualified(database: str) -> str:
@@ -73,15 +84,21 @@ def create(client: Client, database: str) -> list[str]:
     return made
 
 
-def find_problem(client: Client, database: str) -> Problem | None:
-    """What about the table would lose, change or multiply events; None when nothing."""
+def look(client: Client, database: str) -> Shape | None:
+    """The table as it is now, in one query; None when there is none."""
     names = {"database": database, "table": TABLE}
-    tables = client.query(_TABLE_SQL, names).result_rows
-    if not tables:
+    for engine, definition, sort_key, columns in client.query(_SHAPE_SQL, names).result_rows:
+        return Shape(engine, definition, sort_key, dict(columns))
+    return None
+
+
+def find_problem(shape: Shape | None, database: str) -> Problem | None:
+    """What about the table would lose, change or multiply events; None when nothing."""
+    if shape is None:
         return Problem(f"table {database}.{TABLE} does not exist", INIT)
-    types: dict[str, str] = {row[0]: row[1] for row in client.query(_COLUMNS_SQL, names).result_rows}
+    types = shape.columns
     wrong = [_wrong_type(name, types.get(name)) for name, type_ in COLUMNS.items() if types.get(name) != type_]
-    wrong += _wrong_engine(*tables[0])
+    wrong += _wrong_engine(shape.engine, shape.definition, shape.sort_key)
     return Problem(f"table {database}.{TABLE} has {', '.join(wrong)}", _ALTER) if wrong else None
 
 

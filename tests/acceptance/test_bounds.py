@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
@@ -26,6 +27,7 @@ from tests.acceptance.load import Load, insert_many
 from tests.acceptance.program import Program
 
 MEMORY_LIMIT_KB = 300_000
+CHECKPOINT_LIMIT_BYTES = 8_000_000  # SQLite's write-ahead log is most of it
 HUGE_VALUES_LIMIT_KB = 700_000
 LONG_SECONDS = 240.0  # for a million rows on a busy machine
 IN_FLIGHT_REQUESTS = 16  # REPLICATOR_HTTP_CONCURRENCY's default
@@ -203,6 +205,18 @@ def test_huge_values(
     assert 0 == quick.stop()
     assert max(request.body_bytes for request in api.requests()) <= WRITE_MAX_BYTES
     assert_exact(database, destinations)
+
+
+def test_the_checkpoint_stays_small(quick: Program, source: psycopg.Connection, tmp_path: Path) -> None:
+    """Saved again and again, it is as large as it was: its rows are written in place, its log is used again."""
+    quick.start(checkpoint_interval_seconds="0.01", clickhouse_linger_seconds="0")
+    for _ in range(2_000):
+        insert_many(source, 1)
+    quick.wait_until_caught_up()
+    running = sum(file.stat().st_size for file in tmp_path.glob("checkpoint.db*"))
+    assert 0 == quick.stop()
+    print(f"{running} bytes")  # noqa: T201  pytest shows it when the test has failed
+    assert running < CHECKPOINT_LIMIT_BYTES
 
 
 # -- dead letters --------------------------------------------------------------------------------------------------

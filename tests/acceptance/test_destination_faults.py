@@ -440,6 +440,34 @@ def test_the_clickhouse_table_is_broken(  # noqa: PLR0917  fixtures
     is_exact(quick, database, destinations)
 
 
+NARROWER = {
+    "user_id": ("Int32", "Int64"),
+    "event_type": ("FixedString(40)", "LowCardinality(String)"),
+    "duration_ms": ("Nullable(Int16)", "Nullable(Int64)"),
+    "engagement_seconds": ("Nullable(Decimal(18, 1))", "Nullable(Decimal(18, 3))"),
+}
+
+
+@pytest.mark.parametrize("column", NARROWER)
+def test_a_clickhouse_column_became_narrower(  # noqa: PLR0917  fixtures
+    quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, column: str
+) -> None:
+    """ClickHouse would cut what does not fit and say nothing; it stops, and writes the cut rows again afterwards."""
+    narrow, wide = NARROWER[column]
+    values = "SELECT 1, 9000000000 + n, 'play', 70001 + n FROM generate_series(1, 10) AS n"
+    insert = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms)"
+    begin(quick, source)
+    stack.clickhouse.query(f"ALTER TABLE events_enriched MODIFY COLUMN {column} {narrow}")
+    source.execute(f"{insert} {values}".encode())
+    stops(quick, f"has column {column} as {narrow} and not {wide}", "ALTER it to match sql/clickhouse.sql")
+    stack.clickhouse.query(f"ALTER TABLE events_enriched MODIFY COLUMN {column} {wide}")
+    quick.start()
+    quick.wait_until_caught_up()
+    if column in {"duration_ms", "engagement_seconds"}:  # ALTER itself has cut what was there before
+        bring_back(quick, "clickhouse")
+    is_exact(quick, database, destinations)
+
+
 def test_a_redis_key_is_somebody_else_s(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
 ) -> None:
