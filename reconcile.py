@@ -7,12 +7,12 @@ what is there, `replicator/backfill.py` mends. This is the command line and what
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from itertools import islice
 
 from backfill import PAGE_ROWS, OneLineParser, add_range, count, iso, once
 from checkpoint_store import SqlCheckpointStore
@@ -38,7 +38,8 @@ checksums of stretches of time, computed inside both, then the events of the str
 each of these events counted, and is content:count:* of every content, over all times, the number of its events?
 
 It runs beside the replicator: what differs is looked at again when the slot has passed the place in the WAL at which
-PostgreSQL was read, and only what differs then is told.
+PostgreSQL was read, and only what differs then is told. REPLICATOR_SLOT must be the slot that feeds these sinks.
+Events that wait as dead letters are missing too.
 
 content_type, length_seconds and engagement_pct are what the content was when the event was committed, or when it was
 backfilled, which PostgreSQL does not know any more. They are compared with today's content only --with-content.
@@ -137,7 +138,7 @@ class _Run:
                 await self._clickhouse(sink)
             elif isinstance(sink, RedisSink):
                 await self._redis(sink)
-        if self._found and self._stream.trouble:
+        if self._left and self._stream.trouble:
             print(f"what differs may still be under way: {self._stream.trouble}")
         outcome = "different" if self._left else "equal after the repair" if self._found else "equal"
         print(f"{outcome}, {time.monotonic() - started:.1f} s")
@@ -161,7 +162,8 @@ class _Run:
             left.add(verdict.missing)
             left.add(row.id for row in (*verdict.different, *verdict.extra))
         there, here = comparison.events
-        print(f"clickhouse  {there} events in PostgreSQL, {here} in ClickHouse")
+        meanwhile = " (more came meanwhile)" if there != here and not (missing.count or extra.count) else ""
+        print(f"clickhouse  {there} events in PostgreSQL, {here} in ClickHouse{meanwhile}")
         self._tell("clickhouse", {"missing": missing, "different": different, "extra": extra}, left)
         if extra.count and left.count and not self._args.delete_extra:
             print("clickhouse  extra events are deleted by --repair --delete-extra")
@@ -194,23 +196,23 @@ class _Run:
         await self._counts(ledger)
 
     async def _counts(self, ledger: RedisLedger) -> None:
-        suspects: list[int] = []
-        beyond = 0
+        suspects = array.array("q")  # 8 bytes each
         async for key in compare.suspicious_counts(self._ledger, ledger):
-            if len(suspects) < SETTLED:
-                suspects.append(key)
-            else:
-                beyond += 1
-        wrong = await compare.wrong_counts(self._ledger, ledger, self._stream, suspects) if suspects else []
-        more = f" (and {beyond} that were not looked at twice)" if beyond else ""
-        self._found += len(wrong)
-        self._left += len(wrong)
-        print(f"redis       wrong counts {len(wrong)}{more}")
-        for one in islice(wrong, SHOWN):
+            suspects.append(key)
+        found, shown = 0, list[str]()
+        for at in range(0, len(suspects), SETTLED):
+            some = suspects[at : at + SETTLED]
+            wrong = await compare.wrong_counts(self._ledger, ledger, self._stream, some)
+            found += len(wrong)
+            shown += [str(one) for one in wrong[: SHOWN - len(shown)]]
+        self._found += found
+        self._left += found
+        print(f"redis       wrong counts {found}")
+        for one in shown:
             print(f"redis       content:count:{one}")
-        if len(wrong) > SHOWN:
-            print(f"redis       and {len(wrong) - SHOWN} more")
-        if wrong:
+        if found > len(shown):
+            print(f"redis       and {found - len(shown)} more")
+        if found:
             print("redis       counts are made right by `python -m replicator rebuild-redis --from-empty`")
 
     # -- both ------------------------------------------------------------------------------------------------------

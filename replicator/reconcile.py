@@ -185,6 +185,8 @@ class Comparison:
         found: dict[int, Digest] = {}
         for part in sliced(whole, slices if side.sliced else 1):
             found |= await side.by_time(part)
+            if slices > 1 and side.sliced:
+                self._progress(f"{part.buckets[-1] + 1} of {len(whole.buckets)} stretches of time are read")
         return found
 
     async def _divided(self, part: Part, events: int) -> AsyncIterator[Part]:

@@ -215,6 +215,36 @@ def test_what_is_still_open_is_not_deleted(
     assert "equal after" in succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
 
 
+def test_many_wrong_counts(settings: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """The first are told, the others counted."""
+    source.execute("INSERT INTO content SELECT n, 'video', 5 FROM generate_series(10, 12009) AS n")
+    source.execute(
+        "INSERT INTO engagement_events (content_id, user_id, event_type) SELECT content_id, 1, 'x' FROM content"
+    )
+    fill(settings)
+    with destinations.redis.pipeline() as pipeline:
+        for content in range(10, 12_010):
+            pipeline.incr(f"content:count:{content}")
+        pipeline.execute()
+    told = differences(settings.run("reconcile", *EVERYTHING))
+    assert "redis       wrong counts 12000\n" in told
+    assert "redis       content:count:10 has 2, should have 1\n" in told
+    assert "redis       and 11980 more\n" in told
+
+
+def test_interrupted(settings: Program, database: str) -> None:
+    """SIGTERM while PostgreSQL does not answer: one line, and nobody waits."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with psycopg.connect(database) as holder, psycopg.connect(database, autocommit=True) as looking:
+        holder.execute("LOCK TABLE engagement_events IN ACCESS EXCLUSIVE MODE")
+        running = settings.spawn("reconcile", *HOUR)
+        wait_until(lambda: looking.execute(waiting).fetchone() == (1,), "it to wait")
+        assert 1 == settings.stop()
+        assert "reconcile: stopped before it was done\n" in settings.log
+        assert_clean(settings.log)
+        assert running.poll() == 1
+
+
 def test_nothing_in_the_range(settings: Program) -> None:
     """That is equal."""
     assert "equal, " in succeed(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
