@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Coroutine
@@ -34,11 +35,12 @@ SLOW_SECONDS = 0.05
 
 
 class Proxy:
-    """Passes everything on until told otherwise."""
+    """Passes everything on until told otherwise; with `tls` clients speak that to it, and it speaks plainly."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
         self.port = free_port()
         self._target_port = target_port
+        self._tls = tls
         self._network: Network = "whole"
         self._changed = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -47,7 +49,7 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._tls))
         return self
 
     def __exit__(

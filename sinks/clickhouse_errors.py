@@ -92,7 +92,10 @@ _KNOWN: dict[int, IntEnum] = {code.value: code for kind in _KINDS for code in ki
 _UNUSABLE_CURE = "Run `python -m replicator init`, then `python -m replicator check`, which names what is wrong"
 _URL_CURE = "See that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
 _RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table and change settings"
-_CA_CURE = "Name the authority behind the server's certificate in REPLICATOR_CLICKHOUSE_CA_FILE"
+_CA_CURE = (
+    "See that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
+    "REPLICATOR_CLICKHOUSE_CA_FILE holds the authority that signed it, if that is a private one"
+)
 _CHDB_CURE = "Install it with `pip install 'engagement-replicator[chdb]'`, or use an http:// URL"
 _CLIENT_CURE = "See REPLICATOR_CLICKHOUSE_URL, the user's settings profile and, for chdb, who holds its directory"
 

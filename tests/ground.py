@@ -60,13 +60,13 @@ def _drop_slots(admin: psycopg.Connection, database: str) -> None:
         admin.execute("SELECT pg_drop_replication_slot(%s)", [slot])
 
 
-def plain_role(stack: DevStack, database: str) -> str:
+def plain_role(stack: DevStack, database: str, role: str = ROLE, password: str = PASSWORD) -> str:
     """DSN of the role that sql/roles.sql makes, for this database."""
-    variables = ["-v", f"role={ROLE}", "-v", f"password={PASSWORD}"]
+    variables = ["-v", f"role={role}", "-v", f"password={password}"]
     psql = ["psql", "-X", "-q", database, *variables, "-f", str(SQL / "roles.sql")]
     subprocess.run(psql, check=True, timeout=60)
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
-    return stack.postgres.dsn_for(database=str(name), user=ROLE, password=PASSWORD)
+    return stack.postgres.dsn_for(database=str(name), user=role, password=password)
 
 
 def empty_redis(stack: DevStack) -> str:

@@ -69,9 +69,7 @@ def test_a_row_that_no_event_can_be_made_of(
     with source.transaction():
         source.execute(INSERT)
         source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1.5, 'play')")
-        source.execute(
-            "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (2, repeat('9', 5000)::numeric, 'a')"
-        )
+        source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (2, 1e5000, 'a')")
         source.execute(
             "INSERT INTO engagement_events (content_id, user_id, event_type, extra) SELECT 2, 7, 'b', e::numeric"
             " FROM unnest(ARRAY[repeat('9', 131072), 'NaN', '-Infinity', '1e-16383', '0']) AS e"
@@ -91,7 +89,7 @@ def test_a_row_that_no_event_can_be_made_of(
     assert "replicator_enrichment_dead_letters_total 2.0" in program.admin("/metrics")
     letters = listed(program, "--sink", "enrichment")
     users = [line.partition('"user_id","value":')[2].partition("}")[0] for line in letters[1::2]]
-    assert ["1.5", "9" * 5_000] == users
+    assert ["1.5", "1" + "0" * 5_000] == users
     assert 1 == program.run("dead-letters", "replay").code  # refused as before
     assert letters == listed(program)
     assert 0 == program.stop()
