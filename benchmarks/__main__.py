@@ -159,7 +159,7 @@ def _latency(found: Latencies) -> Table:
 
 def _backfill(found: list[list[Backfilled]]) -> Table:
     table = Table(title="backfill.py into ClickHouse and Redis", title_justify="left")
-    for heading in ("rows", "seconds", "rows/s", "of COPY", "of ClickHouse", "CPU µs a row", "peak MB"):
+    for heading in ("rows", "seconds", "rows/s", "of COPY", "of ClickHouse", "CPU µs a row", "peak MB", "reconcile s"):
         table.add_column(heading, justify="right")
     for runs in found:
         seconds = median(run.seconds for run in runs)
@@ -171,6 +171,7 @@ def _backfill(found: list[list[Backfilled]]) -> Table:
             f"{median(run.ingest_seconds / run.seconds for run in runs):.2f}",
             f"{median(run.cpu_us for run in runs):.1f}",
             f"{max(run.peak_memory_mb for run in runs):.0f}",
+            f"{median(run.reconcile_seconds for run in runs):.1f}",
         )
     table.caption = "beside PostgreSQL's COPY of the rows, and ClickHouse's insert of the JSON, each alone"
     return table

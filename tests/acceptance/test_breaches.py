@@ -19,7 +19,7 @@ from tests.prove.matrix import Case, play
 
 FOUND_BY = [
     ("confirm-before-checkpoint", "after-confirm/single", "is not continuous with the checkpoint"),
-    ("checkpoint-before-sink", "enriched/ten-thousand", ""),
+    ("checkpoint-before-sink", "after-save/ten-thousand", ""),
     ("row-lsn", "enriched/interleaved", ""),
 ]
 SEED = 7

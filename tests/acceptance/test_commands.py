@@ -11,7 +11,6 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.process import free_port
-from tests.acceptance.destinations import Destinations
 from tests.acceptance.program import Program, Result, assert_clean, succeed
 from tests.ground import SECRET
 
@@ -189,32 +188,3 @@ def test_drop_slot(program: Program, source: psycopg.Connection) -> None:
     assert (1,) == source.execute(slots, [program.slot]).fetchone()
     succeed(program.run("drop-slot", "--yes"))
     assert (0,) == source.execute(slots, [program.slot]).fetchone()
-
-
-def test_no_secret_is_ever_shown(program: Program, source: psycopg.Connection, destinations: Destinations) -> None:
-    """Secrets in every URL that takes one: not where all goes well, and not where everything fails."""
-    secrets = {
-        "redis_url": program.environment["REPLICATOR_REDIS_URL"].replace("//", f"//default:{SECRET}@"),
-        "http_url": program.environment["REPLICATOR_HTTP_URL"].replace("//", f"//user:{SECRET}@"),
-        "http_webhook_secret": f"whsec_{SECRET}w",  # is base64
-        "log_level": "debug",
-    }
-    for command in (["init"], ["check"], ["status"], ["status", "--json"], ["dead-letters", "list"]):
-        succeed(program.run(*command, **secrets))
-    program.start(**secrets)
-    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
-    program.wait_until_caught_up()
-    assert 1 == len(destinations.api())
-    assert 0 == program.stop()
-    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
-    program.start(**{**secrets, **NO_SINKS})
-    for sink in ("clickhouse", "redis", "http"):
-        program.wait_for_log(f"sink {sink} did not take the batch")
-    assert 0 == program.stop()
-    postgres = f"postgresql://replicator:{SECRET}@{CLOSED}/engagement"
-    program.spawn(**{**secrets, "postgres_dsn": postgres})
-    program.wait_for_log("PostgreSQL is not reachable")
-    assert 0 == program.stop()
-    elsewhere = f"postgresql+psycopg://replicator:{SECRET}@{CLOSED}/checkpoint"
-    assert 1 == program.run("dead-letters", "list", **{**secrets, "checkpoint_url": elsewhere}).code
-    assert_clean(program.log)

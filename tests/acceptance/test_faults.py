@@ -20,7 +20,7 @@ from tests.acceptance.exact import assert_exact
 from tests.acceptance.load import Load, insert_many
 from tests.acceptance.program import Program
 
-KILLS = 8
+KILLS = 5
 MAX_REPEATS = 5_000
 
 

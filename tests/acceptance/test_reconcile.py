@@ -63,8 +63,7 @@ def fill(program: Program, *arguments: str) -> None:
     succeed(program.follow(" ".join(["python backfill.py", *WIDE, *arguments])))
 
 
-@pytest.mark.parametrize("index", [False, True])
-@pytest.mark.parametrize("step", ["1 ms", "0"], ids=["a millisecond apart", "all at one moment"])
+@pytest.mark.parametrize(("step", "index"), [("1 ms", True), ("0", False)], ids=["spread out", "all at one moment"])
 def test_what_is_planted_is_found_and_mended(  # noqa: PLR0917  fixtures
     settings: Program,
     stack: DevStack,
