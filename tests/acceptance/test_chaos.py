@@ -7,7 +7,7 @@ import random
 from tests.prove.chaos import run
 from tests.prove.plan import KILLS, WEIGHTS, draw
 
-SECONDS = 20.0
+SECONDS = 15.0
 
 
 def test_chaos() -> None:
