@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from devstack import DevStack
 from devstack.api import Api
 from tests import ground
 from tests.acceptance import program
 from tests.prove.altered import BREACHES
+
+# How fast a busy machine makes up examples, and runs one, says nothing about the program.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 # Started in the background of a script, SIGINT is ignored, and so it would be in every program that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
