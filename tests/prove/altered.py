@@ -261,8 +261,8 @@ def psycopg2_keepalive() -> None:
         return keepalive
 
     def forward(original: Callable[..., None]) -> Callable[..., None]:
-        def send_feedback(source: Source, flush_lsn: Lsn = 0, *, ask: bool = False) -> None:
-            original(source, max(flush_lsn, source.confirmed), ask=ask)
+        def send_feedback(source: Source, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
+            original(source, max(flush_lsn or 0, source.confirmed), ask=ask)
 
         return send_feedback
 
