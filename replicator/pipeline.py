@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from typing import NoReturn
 
 from msgspec import structs
 
@@ -148,6 +149,8 @@ class Pipeline:
                 self._progress.set()
                 attempt += 1
                 await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+            except CheckpointBackward as exc:
+                self._give_up(str(exc.facts["stored"]))
             else:
                 attempt = 0
                 await self._pause()
@@ -227,14 +230,18 @@ class Pipeline:
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
         if self.checkpoint is not None:
-            if stored.end_lsn != self.checkpoint.end_lsn:
-                mine, self.checkpoint = self.checkpoint, None  # nothing of ours is saved or confirmed any more
-                raise Overtaken(checkpoint=format_lsn(mine.end_lsn), stored=format_lsn(stored.end_lsn))
+            if (stored.end_lsn, stored.sinks) != (self.checkpoint.end_lsn, self.checkpoint.sinks):
+                self._give_up(format_lsn(stored.end_lsn))
             return
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")
         await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
         self._open_lanes(stored)
+
+    def _give_up(self, stored: str) -> NoReturn:
+        """Somebody else moved the checkpoint to `stored`: nothing of ours is saved or confirmed any more."""
+        mine, self.checkpoint = self.checkpoint, None
+        raise Overtaken(checkpoint=format_lsn(mine.end_lsn) if mine else "nothing", stored=stored)
 
     async def _load(self) -> Checkpoint | None:
         """The durable checkpoint, with the sinks that are configured now."""

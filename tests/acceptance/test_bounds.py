@@ -69,6 +69,12 @@ def _lsn(connection: psycopg.Connection, what: str, *values: str) -> Lsn:
     return parse_lsn(str(text))
 
 
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, text
+    return match[1]
+
+
 def _confirmed(connection: psycopg.Connection, slot: str) -> Lsn:
     return _lsn(connection, "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s", slot)
 
@@ -227,14 +233,16 @@ def test_dead_letters_are_bounded(  # noqa: PLR0917  fixtures
     wait_until(lambda: told in quick.admin("/readyz"), "it to wait for somebody")
     wait_until(lambda: sum(destinations.counts().values()) == 1_000, "Redis to have them all")
     assert told in quick.log
-    assert f'replicator_dead_letters{{sink="http"}} {bound}.0' in quick.admin("/metrics")
+    # A request has 10 events, or fewer where the lane found no more: the last ones that fit need not fill the bound.
+    kept = range(bound - 10 + 1, bound + 1)
+    assert int(_found(r'replicator_dead_letters\{sink="http"\} (\d+)\.0', quick.admin("/metrics"))) in kept
     status = quick.run("status").stdout
-    assert f"dead letters {bound} of http (at most {bound} of each sink)" in status
+    assert int(_found(rf"dead letters (\d+) of http \(at most {bound} of each sink\)", status)) in kept
     assert told in status
     assert _confirmed(source, quick.slot) < first_missing
     api.behave()
     letters = partial(quick.run, "dead-letters")
-    assert bound == letters("list", "--sink", "http").stdout.count("  http  event ")
+    assert letters("list", "--sink", "http").stdout.count("  http  event ") in kept
     dropped = 0
     while letters("list").stdout:
         done = letters(cure, "--sink", "http", *(["--yes"] if cure == "drop" else []))

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
-from replicator.errors import CheckpointUnavailable, SinkUnusable, SourceUnavailable
+from replicator.errors import CheckpointBackward, CheckpointUnavailable, Overtaken, SinkUnusable, SourceUnavailable
 from replicator.events import Checkpoint, DeadLetter, Event, Finding, Lsn, Position, Refusal, Row, SinkPosition
 from replicator.pipeline import Pipeline
 from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
@@ -362,6 +363,36 @@ async def test_a_reconnect_begins_behind_the_checkpoint_and_repeats_nothing() ->
         await world.until(lambda: 21 in world.told("confirm"))
     assert [START, 11] == world.starts
     assert [[10], [20]] == world.told("write a")
+
+
+async def test_a_reconnect_sees_that_another_one_moved_a_sink_on() -> None:
+    """Inside a huge transaction the end stays where it was, and only a sink's position tells."""
+    world = World("a")
+    world.commit(10)
+    with pytest.raises(Overtaken):
+        async with world.running():
+            await world.until(lambda: 11 in world.told("confirm"))
+            assert world.stored is not None
+            ahead = SinkPosition(position=Position(20, 7), end_lsn=11)
+            world.stored = structs.replace(world.stored, sinks={"a": ahead})
+            world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+            await world.until(lambda: False)
+    assert [START, 11] == world.starts
+    assert world.stored is not None
+    assert {"a": ahead} == world.stored.sinks
+
+
+async def test_a_save_that_would_go_back_ends_the_one_that_was_overtaken() -> None:
+    """Another one has moved on and this one has not reconnected yet: it saves and confirms nothing more."""
+    world = World("a")
+    with pytest.raises(Overtaken, match="to 0/99"):
+        async with world.running():
+            await world.until(lambda: world.pipeline.checkpoint is not None)
+            world.failures = [CheckpointBackward(slot="s", stored="0/99", offered="0/B")]
+            world.commit(10)
+            await world.until(lambda: False)
+    assert [11] == world.told("save failed")
+    assert 11 not in world.told("confirm")
 
 
 async def test_trouble_with_a_look_up_passes() -> None:
