@@ -346,10 +346,9 @@ class Lane:
             try:
                 await call()
             except SinkUnavailable as exc:
-                named = exc.retry_after
-                pause = (
-                    backoff(attempt, self._retry_max_seconds) if named is None else min(named, RETRY_AFTER_MAX_SECONDS)
-                )
+                # A time that is named is the least: 0, or a date that has passed, must not become a storm.
+                named = min(exc.retry_after or 0.0, RETRY_AFTER_MAX_SECONDS)
+                pause = max(named, backoff(attempt, self._retry_max_seconds))
                 self._complain(exc)
             except (SinkMisconfigured, DeadLettersFull) as exc:
                 pause = min(OPERATOR_SECONDS, self._retry_max_seconds)

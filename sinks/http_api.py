@@ -25,6 +25,7 @@ from typing import Annotated, TypeAlias, cast
 
 import aiohttp
 import httpx
+from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from standardwebhooks import Webhook
@@ -204,6 +205,16 @@ async def _drain(response: httpx.Response) -> None:
                     break
 
 
+class _Answer(aiohttp.ClientResponse):
+    """An answer whose phrase is ASCII: httpx-aiohttp can't pass on any other, and nobody reads it (RFC 9112, 4)."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        """Read its head."""
+        await super().start(connection)
+        self.reason = (self.reason or "").encode("ascii", "replace").decode()
+        return self
+
+
 class HttpSink:
     """POSTs events to the API in `settings`; see `replicator.protocols.Sink`.
 
@@ -339,6 +350,8 @@ class HttpSink:
 
         def session() -> aiohttp.ClientSession:
             connector = aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context)
-            return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            return aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=_Answer
+            )
 
         return AiohttpTransport(verify=context, client=session)

@@ -56,6 +56,6 @@ def retry_after_seconds(value: str | None, now: datetime) -> float | None:
         return float(value.strip())
     try:
         then = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - now).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - now).total_seconds())

@@ -228,8 +228,26 @@ async def _garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
 
 
+def _phrase(status_line: bytes) -> Handler:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"]")
+            writer.write(b"HTTP/1.1 " + status_line + b"\r\nContent-Length: 0\r\n\r\n")
+
+    return answer
+
+
 class TestServers:
     """Against servers that don't keep to the protocol."""
+
+    async def test_a_phrase_of_any_bytes_is_a_phrase(self) -> None:
+        """Localised servers send Latin-1: the status decides, and nothing of ours ends over it."""
+        async with serving(_phrase(b"200 verf\xfcgbar")) as url, opened(url) as sink:
+            assert [] == list(await sink.write([event(1)]))
+            assert [] == list(await sink.write([event(2)]))
+        async with serving(_phrase(b"503 nicht verf\xfcgbar")) as url, opened(url) as sink:
+            with pytest.raises(SinkUnavailable, match="answered 503 Service Unavailable"):
+                await sink.write([event(1)])
 
     @pytest.mark.parametrize("handler", [_endless, _stuck, _torn])
     async def test_a_2xx_counts_whatever_its_body_does(self, handler: Handler) -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 from msgspec import structs
 
+from replicator import lane
 from replicator.errors import DeadLettersFull, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
 from replicator.fan_out import FanOut
@@ -316,6 +317,31 @@ async def test_retry_after_is_honoured() -> None:
         harness.fan_out.put(batch(10, 1))
         await harness.until(15)
     assert times[1] - times[0] >= 0.2
+
+
+async def test_a_named_time_that_has_passed_is_no_leave_to_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Retry-After: 0`, or a date by a clock that is behind ours: the ordinary pauses are the least."""
+    pauses = iter([0.05, 0.1])
+    monkeypatch.setattr(lane, "backoff", lambda _attempt, _longest: next(pauses))
+    sink = FakeSink()
+    harness = Harness(sink)
+    times: list[float] = []
+
+    async def overloaded(_: Sequence[Event]) -> Sequence[Refusal]:
+        times.append(asyncio.get_running_loop().time())
+        raise SinkUnavailable(sink="fake", detail="503", retry_after=0.0)
+
+    async def takes(_: Sequence[Event]) -> Sequence[Refusal]:
+        times.append(asyncio.get_running_loop().time())
+        return ()
+
+    sink.script = [overloaded, overloaded, takes]
+    async with harness.running():
+        harness.fan_out.put(batch(10, 1))
+        await harness.until(15)
+    first, second, third = times
+    assert second - first >= 0.05
+    assert third - second >= 0.1
 
 
 async def test_a_refused_event_is_kept_before_its_position_counts() -> None:

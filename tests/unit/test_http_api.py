@@ -266,6 +266,7 @@ class TestRetryAfter:
             ("soon", None),
             ("9" * 400, None),
             ("nan", None),
+            ("Mon, 01 Jan 2024 00:00:00 +99999999999999999999", None),
         ],
     )
     def test_is_read(self, value: str | None, expected: float | None) -> None:
