@@ -18,7 +18,7 @@ from replicator import gap, preflight
 from replicator import slot as slots
 from replicator import status as statuses
 from replicator.admin import Admin
-from replicator.errors import SettingsError
+from replicator.errors import Overtaken, SettingsError
 from replicator.events import Checkpoint, DeadLetter, format_lsn
 from replicator.monitor import Monitor
 from replicator.pipeline import Pipeline
@@ -66,7 +66,13 @@ async def run(parts: Parts, _args: argparse.Namespace) -> int:
     """Replicate until SIGTERM or SIGINT. The very first time it also does what `init` does."""
     async with _closing(parts):
         pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
-        stop_on_signals(pipeline.stop)
+        told_to_stop = asyncio.Event()
+
+        def stop() -> None:
+            told_to_stop.set()
+            pipeline.stop()
+
+        stop_on_signals(stop)
         monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
         admin = Admin(monitor, parts.settings.admin_listen)
         await admin.start()
@@ -74,6 +80,9 @@ async def run(parts: Parts, _args: argparse.Namespace) -> int:
         watching.add_done_callback(lambda _: pipeline.stop())  # blind, we would look healthy over a slot that stands
         try:
             await pipeline.run()
+        except Overtaken:
+            if not told_to_stop.is_set():  # else there is nothing to begin anew
+                raise
         finally:
             watching.cancel()
             [ended] = await asyncio.gather(watching, return_exceptions=True)

@@ -53,6 +53,8 @@ class Pipeline:
         self.fan_out = FanOut(settings.memory_limit_mb * 1_000_000)
         self.checkpoint: Checkpoint | None = None
         """What is on disk; None until the slot is ours for the first time."""
+        self._offered: Checkpoint | None = None
+        """What was saved last, or may have been: the answer can be lost."""
         self.trouble = "starting"
         """Why nothing is read, in words; empty while the stream runs."""
         self.rows = 0
@@ -88,6 +90,7 @@ class Pipeline:
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
             known = max(self.checkpoint.committed_at, self.fan_out.committed_at)
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=known)
+            self._offered = checkpoint
             await asyncio.to_thread(self._store.save, checkpoint)
             self.checkpoint = checkpoint
             self.fan_out.saved(checkpoint.sinks)
@@ -230,7 +233,9 @@ class Pipeline:
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
         if self.checkpoint is not None:
-            if (stored.end_lsn, stored.sinks) != (self.checkpoint.end_lsn, self.checkpoint.sinks):
+            if self._offered is not None and _same_place(stored, self._offered):
+                self.checkpoint = self._offered
+            elif not _same_place(stored, self.checkpoint):
                 self._give_up(format_lsn(stored.end_lsn))
             return
         if stored.end_lsn != started_at:
@@ -316,6 +321,10 @@ class Pipeline:
             else:
                 self.trouble = ""
                 return
+
+
+def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
+    return (one.end_lsn, one.sinks) == (other.end_lsn, other.sinks)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -51,6 +51,8 @@ class World:
         self.stored: Checkpoint | None = None
         self.failures: list[Exception] = []
         """What the store's next saves raise."""
+        self.lost_answers = 0
+        """How many of the next saves succeed and look as if they had not; those after them fail."""
         self.starts: list[Lsn] = []
         self.task: asyncio.Task[None] | None = None
         self.sinks = [FakeSink(name, self) for name in sinks]
@@ -76,6 +78,11 @@ class World:
                 if self.task is not None and self.task.done():
                     await self.task  # raises what has ended it
                 await asyncio.sleep(0.001)
+
+    async def run(self, scene: Callable[[], Awaitable[None]]) -> None:
+        """All of it."""
+        async with self.running():
+            await scene()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -171,14 +178,15 @@ class FakeStore:
             raise self.world.failures.pop(0)
         self.world.stored = checkpoint
         self.world.log.append(("save", checkpoint.end_lsn))
+        if self.world.lost_answers:
+            self.world.lost_answers -= 1
+            self.world.failures = [CheckpointUnavailable(detail="away")] * 100_000
+            raise CheckpointUnavailable(detail="the answer was lost")
 
-    def count_dead_letters(self, _slot: str) -> dict[str, int]:
-        """None so far."""
-        return {}
-
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
         """Notes where they were."""
         self.world.log.append(("dead letter", (slot, letters[0].commit_lsn)))
+        return {}
 
 
 class FakeSink:
@@ -368,15 +376,18 @@ async def test_a_reconnect_begins_behind_the_checkpoint_and_repeats_nothing() ->
 async def test_a_reconnect_sees_that_another_one_moved_a_sink_on() -> None:
     """Inside a huge transaction the end stays where it was, and only a sink's position tells."""
     world = World("a")
+    ahead = SinkPosition(position=Position(20, 7), end_lsn=11)
+
+    async def is_overtaken() -> None:
+        await world.until(lambda: 11 in world.told("confirm"))
+        assert world.stored is not None
+        world.stored = structs.replace(world.stored, sinks={"a": ahead})
+        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        await world.until(lambda: False)
+
     world.commit(10)
     with pytest.raises(Overtaken):
-        async with world.running():
-            await world.until(lambda: 11 in world.told("confirm"))
-            assert world.stored is not None
-            ahead = SinkPosition(position=Position(20, 7), end_lsn=11)
-            world.stored = structs.replace(world.stored, sinks={"a": ahead})
-            world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
-            await world.until(lambda: False)
+        await world.run(is_overtaken)
     assert [START, 11] == world.starts
     assert world.stored is not None
     assert {"a": ahead} == world.stored.sinks
@@ -385,14 +396,34 @@ async def test_a_reconnect_sees_that_another_one_moved_a_sink_on() -> None:
 async def test_a_save_that_would_go_back_ends_the_one_that_was_overtaken() -> None:
     """Another one has moved on and this one has not reconnected yet: it saves and confirms nothing more."""
     world = World("a")
+
+    async def is_overtaken() -> None:
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.failures = [CheckpointBackward(slot="s", stored="0/99", offered="0/B")]
+        world.commit(10)
+        await world.until(lambda: False)
+
     with pytest.raises(Overtaken, match="to 0/99"):
-        async with world.running():
-            await world.until(lambda: world.pipeline.checkpoint is not None)
-            world.failures = [CheckpointBackward(slot="s", stored="0/99", offered="0/B")]
-            world.commit(10)
-            await world.until(lambda: False)
+        await world.run(is_overtaken)
     assert [11] == world.told("save failed")
     assert 11 not in world.told("confirm")
+
+
+async def test_a_save_whose_answer_is_lost_is_its_own() -> None:
+    """The database had it: after a reconnect nobody takes it for another replicator's, and the stream goes on."""
+    world = World("a")
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.lost_answers = 1
+        world.commit(10)
+        await world.until(lambda: world.stored is not None and 11 == world.stored.end_lsn)
+        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        await world.until(lambda: 2 == len(world.starts))
+        world.failures = []
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+    assert [START, 11] == world.starts
+    assert [[10], [20]] == world.told("write a")
 
 
 async def test_trouble_with_a_look_up_passes() -> None:
