@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
-from replicator.errors import CheckpointBackward, CheckpointUnusable
+from replicator.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
 from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
 
 IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
@@ -56,6 +56,13 @@ _COUNT_LETTERS = (
     select(dead_letters.c.sink, func.count().label("letters"))
     .where(dead_letters.c.slot == bindparam("of_slot"))
     .group_by(dead_letters.c.sink)
+)
+# In a server that was restored positions come a second time, with other events: letters that wait give theirs up. An
+# event that is replayed from LSN 0 replaces no view.
+_RELEASE_POSITIONS = (
+    dead_letters.update()
+    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn > 0)
+    .values(commit_lsn=0, ordinal=-dead_letters.c.id)
 )
 _DROP_LETTERS = dead_letters.delete().where(
     dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))
@@ -101,15 +108,23 @@ class SqlCheckpointStore:
             connection.execute(_LOCK_CHECKPOINT, of_slot)
             connection.execute(_DELETE_SINKS, of_slot)
             connection.execute(_DELETE_CHECKPOINT, of_slot)
+            connection.execute(_RELEASE_POSITIONS, of_slot)
             _insert(connection, checkpoint)
 
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
-        """Keep the letters whose position is not there yet."""
-        if not letters:
-            return
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> dict[str, int]:
+        """Keep the letters whose position is not there yet; how many there are then, by sink."""
         now = time.time()
         with self._writing() as connection:
+            before = _count_letters(connection, slot)
+            if not letters:
+                return before
             connection.execute(_INSERT_LETTER_ONCE, [_letter_row(slot, letter, now) for letter in letters])
+            after = _count_letters(connection, slot)
+            for sink, count in after.items():
+                known = before.get(sink, 0)
+                if most is not None and 0 < known < count > most:
+                    raise DeadLettersFull(sink=sink, stored=known, count=count - known, limit=most)
+            return after
 
     def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
         """The page behind `after_id`, oldest first."""
@@ -123,8 +138,7 @@ class SqlCheckpointStore:
     def count_dead_letters(self, slot: str) -> dict[str, int]:
         """How many there are, by sink."""
         with self._reading() as connection:
-            rows = connection.execute(_COUNT_LETTERS, {"of_slot": slot}).all()
-        return {row.sink: row.letters for row in rows}
+            return _count_letters(connection, slot)
 
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
         """Remove these; how many there were."""
@@ -263,6 +277,10 @@ def _update(connection: Connection, stored: Checkpoint, checkpoint: Checkpoint) 
 
 def _position_row(at: SinkPosition) -> dict[str, int]:
     return {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
+
+
+def _count_letters(connection: Connection, slot: str) -> dict[str, int]:
+    return {row.sink: row.letters for row in connection.execute(_COUNT_LETTERS, {"of_slot": slot})}
 
 
 def _letter_row(slot: str, letter: DeadLetter, now: float) -> dict[str, Any]:

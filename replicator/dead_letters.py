@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Sequence
 
-from replicator.errors import CheckpointError, CheckpointUnavailable, DeadLettersFull
+from replicator.errors import CheckpointError, CheckpointUnavailable
 from replicator.events import DeadLetter, format_lsn
 from replicator.lane import backoff
 from replicator.protocols import CheckpointStore
@@ -36,7 +35,9 @@ class DeadLetters:
         async with self._turn:
             for attempt in itertools.count():
                 try:
-                    await asyncio.to_thread(self._add, letters)
+                    self.stored = await asyncio.to_thread(
+                        self._store.add_dead_letters, self._settings.slot, letters, self._settings.dead_letters_max
+                    )
                 except CheckpointUnavailable as exc:
                     log.error("%s", exc)
                     await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
@@ -52,14 +53,3 @@ class DeadLetters:
             self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._settings.slot)
         except CheckpointError as exc:
             log.debug("%s", exc)  # who saves the checkpoint says it
-
-    def _add(self, letters: Sequence[DeadLetter]) -> None:
-        limit = self._settings.dead_letters_max
-        stored = self._store.count_dead_letters(self._settings.slot)
-        self.stored = dict(stored)
-        for sink, count in Counter(letter.sink for letter in letters).items():
-            # What one write refuses is kept as a whole, and it fits once there is nothing else: nobody waits in vain.
-            if (known := stored.get(sink, 0)) and known + count > limit:
-                raise DeadLettersFull(sink=sink, stored=known, count=count, limit=limit)
-            self.stored[sink] = known + count
-        self._store.add_dead_letters(self._settings.slot, letters)

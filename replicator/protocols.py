@@ -262,10 +262,17 @@ class CheckpointStore(Protocol):
         """
 
     def replace(self, checkpoint: Checkpoint) -> None:
-        """Store it whatever was there: an operator accepted a gap. Sinks not named are removed."""
+        """Store it whatever was there: an operator accepted a gap. Sinks not named are removed.
 
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter]) -> None:
-        """Store them in one database transaction. One that is there already (slot, sink, position) is kept once."""
+        Dead letters lose their position, which may be another event's from now on.
+        """
+
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> dict[str, int]:
+        """Store them in one database transaction. One that is there already (slot, sink, position) is kept once.
+
+        Returns how many there are then, by sink. Raises DeadLettersFull, with nothing stored, when a sink would have
+        more than `most` and has some already: what comes together is kept as a whole, so that nobody waits in vain.
+        """
 
     def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
         """Oldest first; the page behind `after_id`."""

@@ -30,6 +30,7 @@ from replicator.errors import (
     CheckpointError,
     CheckpointUnavailable,
     CheckpointUnusable,
+    DeadLettersFull,
     SettingsError,
 )
 from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, parse_lsn
@@ -525,6 +526,35 @@ def test_a_dead_letter_is_kept_once(store: CheckpointStore) -> None:
         (2, "refused"),
         (3, "refused"),
     ]
+
+
+def test_dead_letters_are_bounded(store: CheckpointStore) -> None:
+    """More is refused with nothing stored; what is there already is no more; what comes together fits when empty."""
+    ten = [letter(n) for n in range(1, 11)]
+    assert {"http": 10} == store.add_dead_letters("s", ten, 5)
+    assert {"http": 10} == store.add_dead_letters("s", ten, 10), "the same after a restart"
+    with pytest.raises(DeadLettersFull, match=r"it has 10 dead letters, 1 more would pass .*, 10\.") as caught:
+        store.add_dead_letters("s", [letter(11), letter(1, sink="redis"), letter(10)], 10)
+    assert {"sink": "http", "stored": 10, "count": 1, "limit": 10} == caught.value.facts
+    assert {"http": 10} == store.count_dead_letters("s")
+    assert {"http": 10, "redis": 1} == store.add_dead_letters("s", [letter(1, sink="redis")], 10)
+    assert {"http": 11, "redis": 1} == store.add_dead_letters("s", [letter(11)])
+
+
+def test_an_accepted_gap_frees_the_positions_of_dead_letters(store: CheckpointStore) -> None:
+    """In a restored server another event may have one: it is kept beside those that wait, in this slot only."""
+    for slot in "st":
+        store.save(at(100, slot))
+        store.add_dead_letters(slot, [letter(1, reason="old"), letter(2, reason="old")])
+    store.replace(at(50))
+    store.add_dead_letters("s", [letter(1, reason="new")])
+    assert ["old", "old", "new"] == [found.reason for found in store.dead_letters("s")]
+    assert [0, 0] == [found.commit_lsn for found in store.dead_letters("s")][:2]
+    store.replace(at(50))
+    store.add_dead_letters("s", [letter(1, reason="newer")])
+    assert ["old", "old", "new", "newer"] == [found.reason for found in store.dead_letters("s")]
+    store.add_dead_letters("t", [letter(1, reason="again")])
+    assert ["old", "old"] == [found.reason for found in store.dead_letters("t")]
 
 
 def test_dead_letters_of_other_sinks_and_slots_are_others(store: CheckpointStore) -> None:
