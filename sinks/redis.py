@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -32,7 +33,13 @@ from sinks.redis_errors import is_read_only, sink_error
 from sinks.redis_info import findings
 
 SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window as it begins
+EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
 SCRIPTS = Path(__file__).parent
+
+LOST = (
+    "Redis at %s was emptied, or came back without its keys: counts began again at 0, and what was counted before is"
+    " missing. `python -m replicator rebuild-redis` makes it all again, while this goes on (nothing to do if that runs)"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +116,7 @@ class RedisSink:
     def __init__(
         self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
     ) -> None:
+        self._url = settings.redis_url
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
         self._redis = Redis.from_pool(pool)
         self._address = _address(pool)
@@ -118,6 +126,7 @@ class RedisSink:
         self._keeps_window = keeps_window
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
+        self._known_word = ""
         self.new_events = 0
         """Events written that Redis had not counted before."""
 
@@ -175,13 +184,22 @@ class RedisSink:
         self._window_failed = False
 
     async def generation(self) -> str:
-        """A word that stays the same until Redis loses its keys, or is emptied."""
+        """A word that stays the same until Redis loses its keys, is emptied, or may have gone back in time.
+
+        That is a restart or another server: the key alone could be in a snapshot that lacks the latest writes.
+        """
         try:
-            await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
-            found = cast("bytes | None", await self._redis.get(GENERATION))
+            word = await self._word()
+            with suppress(NoPermissionError):  # without INFO a restart is not noticed
+                word += f" {(await self._redis.info('server')).get('run_id', '')}"
         except RedisError as exc:
             raise await self._wrapped(exc) from exc
-        return (found or b"").decode()
+        return word
+
+    async def _word(self) -> str:
+        """What stands in a key that is lost together with all others; a new one when it is missing."""
+        await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
+        return (cast("bytes | None", await self._redis.get(GENERATION)) or b"").decode()
 
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """What stands in these keys, for a comparison."""
@@ -203,8 +221,16 @@ class RedisSink:
                 return
 
     async def empty(self) -> int:
-        """Delete every key of ours, in one moment; how many there were. See `redis_empty.lua`."""
-        [deleted] = await self._run(self._script("redis_empty.lua"), Call([], list(PREFIXES)))
+        """Delete every key of ours, in one moment; how many there were. See `redis_empty.lua`.
+
+        With many keys that takes longer than a write ever does, and Redis goes on with it whether we wait or not.
+        """
+        client = Redis.from_pool(_pool(self._url, EMPTY_TIMEOUT_SECONDS))
+        try:
+            script = client.register_script((SCRIPTS / "redis_empty.lua").read_text(encoding="utf-8"))
+            [deleted] = await self._run(script, Call([], list(PREFIXES)))
+        finally:
+            await client.aclose()
         return deleted
 
     async def close(self) -> None:
@@ -224,12 +250,22 @@ class RedisSink:
             failed_before = self._window_failed
             try:
                 await self.slide()
+                await self._notice_a_loss()
             except SinkError as exc:
                 if not failed_before:
                     _log.warning("top:content:10m can't be kept right and will expire: %s", exc)
             else:
                 if failed_before:
                     _log.info("top:content:10m is kept right again")
+
+    async def _notice_a_loss(self) -> None:
+        """Say it when the keys are gone: writing goes on as if nothing had happened, and counts begin again at 0."""
+        try:
+            before, self._known_word = self._known_word, await self._word()
+        except RedisError as exc:
+            raise await self._wrapped(exc) from exc
+        if before and before != self._known_word:
+            _log.error(LOST, self._address)
 
     async def _run(self, script: AsyncScript, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""

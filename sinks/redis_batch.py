@@ -78,8 +78,11 @@ def bucket_key(bucket: int) -> str:
 
 
 def moment(event: Event) -> str:
-    """`(event_ts, event_id)` as digits that sort as text the way the pair does."""
-    return f"{(event.ts_us or 0) + _TS_BIAS}{event.id + _ID_BIAS:020}"
+    """`(event_ts, event_id)` as digits that sort as text the way the pair does; behind them the commit's LSN.
+
+    So a later view of the same event, a backfill's with corrected content, replaces an earlier one, as in ClickHouse.
+    """
+    return f"{(event.ts_us or 0) + _TS_BIAS}{event.id + _ID_BIAS:020}{event.commit_lsn:020}"
 
 
 def pack(events: Iterable[Event], now: float) -> Write:
@@ -136,8 +139,9 @@ def _write_call(
     args: list[str | int | bytes] = [len(seen), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS]
     args.append(struct.pack(f"<{len(indices)}i", *indices))
     args += buckets
-    # Counted from our clock to a duration, so that a Redis whose clock is off keeps them as long.
-    args += [ceil(bucket + BUCKET_EXPIRY_SECONDS - now) for bucket in buckets]
+    # Counted from our clock to a duration, so that a Redis whose clock is off keeps them as long. And never shorter:
+    # our clock may be set back, and a bucket that expires before it has left the window stays counted in it for ever.
+    args += [max(BUCKET_EXPIRY_SECONDS, ceil(bucket + BUCKET_EXPIRY_SECONDS - now)) for bucket in buckets]
     args += [moment(event) for event in newest]
     args += [event.json for event in newest]
     return Call(keys, args)

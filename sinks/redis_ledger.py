@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 
 from replicator.errors import SinkUnusable
@@ -10,6 +11,8 @@ from sinks.redis_batch import BIT_MASK, COUNT_PREFIX, PAGE_BITS, SEEN_PREFIX
 from sinks.redis_errors import FOREIGN_CURE
 
 PAGES = 64  # half a megabyte an answer
+
+_is_integer = re.compile(r"0|-?[1-9][0-9]{0,18}").fullmatch
 
 
 class RedisLedger:
@@ -30,8 +33,8 @@ class RedisLedger:
     async def keys(self) -> AsyncIterator[Sequence[int]]:
         """See `protocols.Counts`. Keys that no content can have are somebody else's."""
         async for page in self._sink.scan(COUNT_PREFIX + "*"):
-            names = [key.removeprefix(COUNT_PREFIX) for key in page]
-            yield [int(name) for name in names if name.removeprefix("-").isdecimal()]
+            names = filter(_is_integer, (key.removeprefix(COUNT_PREFIX) for key in page))
+            yield [key for key in map(int, names) if -(2**63) <= key < 2**63]
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
         """See `protocols.Counts`."""

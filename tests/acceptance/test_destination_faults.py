@@ -489,10 +489,12 @@ def test_a_redis_key_is_somebody_else_s(
 def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, sink: str
 ) -> None:
-    """An empty destination takes what comes and does not know what it lacks; the backfill brings it, at any time."""
+    """An empty destination takes what comes; of Redis it is said. The backfill brings the rest, at any time."""
     quick.start()
     insert_many(source, 100)
     quick.wait_until_caught_up()
+    if sink == "redis":
+        wait_until(lambda: bool(destinations.redis.exists("engagement:seen:generation")), "Redis to be known")
     lose: dict[str, Act] = {
         "clickhouse": partial(stack.clickhouse.query, "TRUNCATE TABLE events_enriched SYNC"),
         "redis": destinations.redis.flushall,
@@ -502,5 +504,8 @@ def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     insert_many(source, 10)
     quick.wait_until_caught_up()
     assert have(stack, destinations, sink, 10)
+    if sink == "redis":
+        quick.wait_for_log("was emptied, or came back without its keys: counts began again at 0")
+        assert "`python -m replicator rebuild-redis`" in quick.log
     bring_back(quick, sink)
     is_exact(quick, database, destinations)

@@ -46,7 +46,16 @@ def test_moments_sort_as_the_pairs_do(ts_a: int, id_a: int, ts_b: int, id_b: int
 def test_moments_have_one_width() -> None:
     """The extremes are as wide as everything between them."""
     extremes = [event(-(2**63), YEAR_1_US), event(2**63 - 1, YEAR_9999_END_US), event(0, 0)]
-    assert {38} == {len(moment(e)) for e in extremes}
+    extremes.append(Event(commit_lsn=2**64 - 1, ordinal=1, id=1, key=1, ts_us=1, json=b"{}"))
+    assert {58} == {len(moment(e)) for e in extremes}
+
+
+def test_the_later_view_of_an_event_is_the_newer() -> None:
+    """A backfill's, which brings corrected content, and never one that is replayed from LSN 0."""
+    views = [Event(commit_lsn=lsn, ordinal=1, id=7, key=1, ts_us=5, json=b"{}") for lsn in (0, 9, 10, 2**64 - 1)]
+    assert sorted(map(moment, views)) == [moment(view) for view in views]
+    assert moment(views[-1]) < moment(event(8, 5))
+    assert moment(event(7, 5))[:38] < moment(views[0]), "what an older release has stored"
 
 
 def test_an_event_without_a_time_is_refused() -> None:
@@ -66,6 +75,18 @@ def test_an_event_without_a_time_is_refused() -> None:
 def test_what_gets_a_bucket(age_seconds: int, ranked: bool) -> None:
     """Events whose bucket would have expired don't, nor those more than a day ahead; an event 3 hours ahead does."""
     assert ranked == pack([event(1, int((NOW - age_seconds) * 1e6))], NOW).ranked
+
+
+@pytest.mark.parametrize("ahead_seconds", [0, 400, 850])
+def test_a_bucket_outlives_the_window_whatever_our_clock_says(ahead_seconds: int) -> None:
+    """It has to be there when it leaves the window, or what it holds stays in it: from its last write on for 15 min."""
+    call = pack([event(1, int(NOW * 1e6))], NOW + ahead_seconds).call
+    [start, keep] = call.args[5:7]
+    assert bucket_of(NOW) == start
+    assert 900 == keep
+    [later, keep] = pack([event(1, int((NOW + 3_600) * 1e6))], NOW).call.args[5:7]
+    assert bucket_of(NOW + 3_600) - NOW + 900 <= int(keep)
+    assert later == bucket_of(NOW + 3_600)
 
 
 def test_the_window_is_ten_minutes_of_buckets() -> None:
