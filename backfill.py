@@ -12,6 +12,7 @@ import logging
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -30,8 +31,11 @@ from replicator.errors import ReplicatorError, SinkError, SinkUnavailable, Sourc
 from replicator.lane import Lane
 from replicator.logs import configure_logging
 from replicator.protocols import CheckpointStore, Sink
+from replicator.reconcile import unseen
 from replicator.settings import CoreSettings, load
 from sinks import SINKS, create_sinks
+from sinks.redis import RedisSink
+from sinks.redis_ledger import RedisLedger
 
 MANUAL = """\
 Sends every event with start <= event_ts < end, with today's content, through the same enrichment into the same sinks,
@@ -107,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_pace(parser)
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this range was")
     parser.add_argument(
-        "--dry-run", action="store_true", help="write nothing: how many events an hour, and how many ClickHouse lacks"
+        "--dry-run",
+        action="store_true",
+        help="write nothing: how many events an hour, and how many of them the sinks lack",
     )
     return parser
 
@@ -190,6 +196,9 @@ async def once(
 async def carry(parts: Parts, resume: str) -> int:
     """The whole range, from its beginning or where an interrupted run was; 1 if it was stopped before the end."""
     await parts.history.open()
+    for sink in parts.sinks:
+        with suppress(SinkUnavailable):  # one that is away is waited for, one that can't be written to ends it now
+            await sink.open()
     run = Backfill(
         parts.settings,
         parts.history,
@@ -315,11 +324,27 @@ async def _dry_run(parts: Parts) -> int:
         counts = [source.get(hour, 0), *(hours.get(hour, 0) for hours in found.values())]
         label = iso(EPOCH + timedelta(seconds=hour))
         print("  ".join([label, *(f"{count:>12}" for count in counts)]), "" if len({*counts}) == 1 else " differs")
-    total = sum(source.values())
-    missing = [f"{total - sum(hours.values())} missing in {name}" for name, hours in found.items()]
-    silent = [f"{sink.name} can't be asked" for sink in parts.sinks if sink.name not in found]
-    print("; ".join([f"{total} events", *missing, *silent, "nothing was written"]))
+    told = [f"{sum(source.values())} events"]
+    for name, hours in found.items():
+        told.append(f"{sum((Counter(source) - Counter(hours)).values())} missing in {name}")
+        if extra := sum((Counter(hours) - Counter(source)).values()):
+            told.append(f"{extra} too many there")
+    for sink in parts.sinks:
+        if isinstance(sink, RedisSink):
+            told.append(f"{await _uncounted(parts, sink, first, end)} not counted in {sink.name}")
+        elif sink.name not in found:
+            told.append(f"{sink.name} can't be asked")
+    print("; ".join([*told, "nothing was written"]))
     return 0
+
+
+async def _uncounted(parts: Parts, sink: RedisSink, start_us: int, end_us: int) -> int:
+    ledger = EngagementLedger(parts.settings.postgres_dsn.get_secret_value(), with_content=False)
+    try:
+        await ledger.open()
+        return sum([len(ids) async for ids in unseen(ledger, RedisLedger(sink), start_us, end_us)])
+    finally:
+        await ledger.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

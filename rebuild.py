@@ -72,13 +72,15 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
 async def _rebuild(parts: Parts) -> int:
     [redis] = parts.sinks
     assert isinstance(redis, RedisSink)  # noqa: S101  for mypy
-    await parts.history.open()  # no table, no database: nothing is deleted
+    await parts.history.open()  # no table, no right, no primary: nothing is deleted
     if parts.args.from_empty:
+        await asyncio.to_thread(parts.store.create)
         print(f"deleted     {await redis.empty()} keys", flush=True)
     generation = await redis.generation()
     code = await carry(parts._replace(task=f"rebuild-redis {generation}"), _to_go_on(parts.args))
     if await redis.generation() != generation:
-        raise SinkError(sink="redis", detail="it was emptied while it was filled. Run `rebuild-redis` again")
+        detail = "it was emptied, restarted or replaced while it was filled. Run `rebuild-redis` again"
+        raise SinkError(sink="redis", detail=detail)
     return code
 
 

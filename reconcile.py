@@ -24,7 +24,7 @@ from replicator.backfill import Backfill, Stage
 from replicator.errors import SettingsError
 from replicator.events import Lsn
 from replicator.protocols import CheckpointStore, Sink
-from replicator.reconcile import SETTLE_SECONDS, SETTLED, SHOWN, Comparison, Settled, Stream, Tally, Verdict
+from replicator.reconcile import SETTLE_SECONDS, SETTLED, Comparison, Settled, Stream, Tally, Verdict
 from replicator.settings import CoreSettings
 from sinks import create_sinks
 from sinks.clickhouse import ClickHouseSink
@@ -35,7 +35,8 @@ from sinks.redis_ledger import RedisLedger
 MANUAL = """\
 Compares the events with start <= event_ts < end in PostgreSQL with those in ClickHouse, field by field: counts and
 checksums of stretches of time, computed inside both, then the events of the stretches that differ. And with Redis: was
-each of these events counted, and is content:count:* of every content, over all times, the number of its events?
+each of these events counted, and is content:count:* of every content, over all times, no less than the number of its
+events? (More is told and is no difference: deleted rows stay counted. This part reads the whole table.)
 
 It runs beside the replicator: what differs is looked at again when the slot has passed the place in the WAL at which
 PostgreSQL was read, and only what differs then is told. REPLICATOR_SLOT must be the slot that feeds these sinks.
@@ -46,7 +47,7 @@ backfilled, which PostgreSQL does not know any more. They are compared with toda
 """
 EPILOG = """\
 --repair sends the events that are missing or different through the same enrichment into ClickHouse, and those that were
-not counted into Redis. Wrong counts of events that are marked as counted are made right by
+not counted into Redis. Counts that are too low although every event is marked as counted are made right by
 `python -m replicator rebuild-redis --from-empty`.
 --delete-extra also deletes from ClickHouse what PostgreSQL does not have. Events that PostgreSQL no longer keeps, of a
 dropped partition for instance, are such: choose the range accordingly.
@@ -199,21 +200,19 @@ class _Run:
         suspects = array.array("q")  # 8 bytes each
         async for key in compare.suspicious_counts(self._ledger, ledger):
             suspects.append(key)
-        found, shown = 0, list[str]()
+        low, above = Tally(), Tally()
         for at in range(0, len(suspects), SETTLED):
             some = suspects[at : at + SETTLED]
             wrong = await compare.wrong_counts(self._ledger, ledger, self._stream, some)
-            found += len(wrong)
-            shown += [str(one) for one in wrong[: SHOWN - len(shown)]]
-        self._found += found
-        self._left += found
-        print(f"redis       wrong counts {found}")
-        for one in shown:
-            print(f"redis       content:count:{one}")
-        if found > len(shown):
-            print(f"redis       and {found - len(shown)} more")
-        if found:
+            low.add(one for one in wrong if not one.above)
+            above.add(one for one in wrong if one.above)
+        self._found += low.count
+        self._left += low.count
+        print(f"redis       counts too low {low}")
+        if low.count:
             print("redis       counts are made right by `python -m replicator rebuild-redis --from-empty`")
+        if above.count:
+            print(f"redis       counts above PostgreSQL's, of rows that it has deleted or wrong: {above}")
 
     # -- both ------------------------------------------------------------------------------------------------------
 

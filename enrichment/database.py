@@ -81,7 +81,9 @@ def _conninfo(dsn: str, timeout_seconds: int, more: str) -> str:
         # libpq's message quotes the DSN, and with it the password
         expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
         raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
-    options = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {more}"
+    # Rows that a policy hides would be missing without a word: with row_security off it is an error that says so.
+    harmless = "-c default_transaction_read_only=on -c row_security=off"
+    options = f"{harmless} -c statement_timeout={timeout_seconds}s {more}"
     ours = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "fallback_application_name": "replicator enrichment",
@@ -93,9 +95,9 @@ def _conninfo(dsn: str, timeout_seconds: int, more: str) -> str:
 
 
 def _unusable(exc: psycopg.Error) -> SourceUnusable:
-    """Class 42 (names, rights) speaks of tables and columns; what others say may quote values."""
+    """Class 42 (names, rights) speaks of tables and columns, 55 of the server; what others say may quote values."""
     sqlstate = exc.sqlstate or ""
-    said = exc.diag.message_primary if sqlstate.startswith("42") else None
+    said = exc.diag.message_primary if sqlstate.startswith(("42", "55")) else None
     problem = f"{said} ({type(exc).__name__})" if said else f"{type(exc).__name__} (SQLSTATE {sqlstate})"
     cure = "`python -m replicator check` says what the tables need"
     return SourceUnusable(problem=problem, cure=cure)

@@ -12,6 +12,7 @@ carries them on; this module knows the tables and in which order they are read:
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -62,40 +63,56 @@ SELECT EXISTS (
       AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
 """
 
-BY_TIME = """
-SELECT * FROM public.engagement_events
+WANTED = "id, content_id, user_id, event_type, event_ts, duration_ms, device"
+"""Not raw_payload, which may be large."""
+
+BY_TIME = f"""
+SELECT {WANTED} FROM public.engagement_events
 WHERE (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
   AND id <= %(last_id)s::bigint
 ORDER BY event_ts, id LIMIT %(rows)s
-"""
+"""  # noqa: S608  constants of ours
 
-BY_ID = """
-SELECT * FROM public.engagement_events
+BY_ID = f"""
+SELECT {WANTED} FROM public.engagement_events
 WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
 ORDER BY id LIMIT %(rows)s
-"""
+"""  # noqa: S608  constants of ours
 
-BY_IDS = "SELECT * FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"
+BY_IDS = f"SELECT {WANTED} FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"  # noqa: S608  constants of ours
+
+PAGE_BYTES = 8_000_000
+"""Of text in a page; its last event may be larger. Ordinary events have some ten bytes each, but nothing bounds them,
+and a page stands in memory several times: in the result, as rows, as events."""
+
+WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 
 PAGE = """
--- A page of events with their contents as of the same snapshot. The page's last row always comes, wanted or not: the
--- next page begins behind it. The WAL's end (inserted, not written: a commit may be visible before it is on disk) is
--- read while the statement runs, hence after its snapshot was taken.
-WITH page AS MATERIALIZED ({page})
+-- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
+-- row always comes, wanted or not: the next page begins behind it. The WAL's end (inserted, not written: a commit may
+-- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
+WITH found AS MATERIALIZED ({page}), sized AS (
+    SELECT p.*, row_number() OVER place AS number,
+           coalesce(sum(octet_length(p.event_type::text) + coalesce(octet_length(p.device::text), 0)) OVER before, 0)
+               AS bytes_before
+    FROM found p
+    WINDOW place AS (ORDER BY {order}), before AS (place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+), page AS MATERIALIZED (SELECT * FROM sized WHERE bytes_before < %(bytes)s::bigint)
 SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::timestamptz::text,
        p.duration_ms::bigint, p.device::text, c.content_type::text, c.length_seconds::bigint,
        p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz,
-       (SELECT pg_current_wal_insert_lsn()::text)
+       ({wal_end})
 FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
-WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz OR p.id = (SELECT max(id) FROM page)
-ORDER BY {order}
+WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz
+      OR p.number = (SELECT max(number) FROM page)
+ORDER BY p.number
 """
 
 Order: TypeAlias = Literal["event_ts", "id"]
 
 PAGES: Mapping[Order, str] = {
-    "event_ts": PAGE.format(page=BY_TIME, order="p.event_ts, p.id"),
-    "id": PAGE.format(page=BY_ID, order="p.id"),
+    "event_ts": PAGE.format(page=BY_TIME, order="p.event_ts, p.id", wal_end=WAL_END),
+    "id": PAGE.format(page=BY_ID, order="p.id", wal_end=WAL_END),
 }
 
 
@@ -103,7 +120,7 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)
 END = datetime.max.replace(tzinfo=UTC)
 """Stands for the moment behind it, the end of the year 9999: the events of all times end there."""
 
-PICKED = PAGE.format(page=BY_IDS, order="p.id")
+PICKED = PAGE.format(page=BY_IDS, order="p.id", wal_end=WAL_END)
 
 
 class Range(NamedTuple):
@@ -139,8 +156,11 @@ class EngagementHistory:
         self._indexed = False
 
     async def open(self) -> None:
-        """Connect, and see in which order the table can be read."""
+        """Connect, see in which order the table can be read, and that it can: rights, columns, a primary."""
         [(self._indexed,)] = await self._scans.rows(INDEXED)
+        nothing = {"id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
+        await self._pages.rows(PAGES["id"], self._range.parameters() | nothing)
+        await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
         """See `protocols.History`. Reads the range once, to count it."""
@@ -164,8 +184,8 @@ class EngagementHistory:
         here = _read_place(place)
         if here.id > here.last_id and here.order == "id":
             return None
-        wanted = {**self._range.parameters(), "ts": here.ts, "id": here.id, "last_id": here.last_id, "rows": rows}
-        found = await self._pages.rows(PAGES[here.order], wanted)
+        wanted = {"ts": here.ts, "id": here.id, "last_id": here.last_id, "rows": rows, "bytes": PAGE_BYTES}
+        found = await self._pages.rows(PAGES[here.order], self._range.parameters() | wanted)
         if not found:
             return None
         drafts = _Drafts(found, behind)
@@ -183,7 +203,7 @@ class PickedHistory:
     """`replicator.protocols.History` of some events, whenever they were; ids that are gone are left out."""
 
     def __init__(self, dsn: str, ids: Sequence[int]) -> None:
-        self._ids = ids
+        self._ids = sorted(ids)
         self._database = Database(dsn, options=PAGE_OPTIONS)
 
     async def open(self) -> None:
@@ -199,10 +219,11 @@ class PickedHistory:
         ids = self._ids[here : here + rows]
         if not ids:
             return None
-        found = await self._database.rows(PICKED, {**Range(BEGINNING, END).parameters(), "ids": list(ids)})
-        after = str(here + len(ids))
+        wanted = {"ids": ids, "bytes": PAGE_BYTES}
+        found = await self._database.rows(PICKED, Range(BEGINNING, END).parameters() | wanted)
         if not found:
-            return Page(Enriched([], []), behind, after)
+            return Page(Enriched([], []), behind, str(here + len(ids)))
+        after = str(bisect_right(self._ids, found[-1][0]))  # the next: the ids between have gone, or were not read yet
         drafts = _Drafts(found, behind)
         events: list[Event] = []
         engagement.finish(drafts.made, drafts.contents, events)
@@ -253,7 +274,9 @@ def _refused(values: _Found, lsn: Lsn, ordinal: int) -> DeadLetter:
 
 def _behind(here: _Place, last: _Found) -> _Place:
     event_id, ts = last[0], last[4]
-    if here.order == "id" or event_id < INT64_MAX:
+    if here.order == "id":
+        return structs.replace(here, id=event_id + 1)
+    if event_id < INT64_MAX:
         return structs.replace(here, ts=ts, id=event_id + 1)
     later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
     return structs.replace(here, ts=later.isoformat(), id=INT64_MIN)

@@ -29,11 +29,11 @@ MICROSECONDS_13 = """(extract(epoch FROM date_trunc('second', e.event_ts))::bigi
     + extract(microseconds FROM e.event_ts)::bigint %% 1000000)"""
 """Before PostgreSQL 14 `extract` gives a float, too short for microseconds of far years."""
 
-OWN_LINE = """e.id, e.content_id, e.user_id, length(e.event_type) || ':' || e.event_type, {us},
-    coalesce(e.duration_ms::text, '~'), coalesce(length(e.device) || ':' || e.device, '~'),
+OWN_LINE = """e.id, e.content_id, e.user_id, length(e.event_type::text) || ':' || e.event_type::text, {us},
+    coalesce(e.duration_ms::text, '~'), coalesce(length(e.device::text) || ':' || e.device::text, '~'),
     coalesce(e.duration_ms::text, '~')"""
 CONTENT_LINE = """
-    coalesce(length(c.content_type) || ':' || c.content_type, '~'), coalesce(c.length_seconds::text, '~'),
+    coalesce(length(c.content_type::text) || ':' || c.content_type::text, '~'), coalesce(c.length_seconds::text, '~'),
     coalesce((round(e.duration_ms / 1000.0 / nullif(c.length_seconds, 0), 2) * 100)::bigint::text, '~')"""
 JOIN = "LEFT JOIN public.content c ON c.content_id = e.content_id"
 

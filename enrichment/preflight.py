@@ -19,8 +19,9 @@ SELECT current_setting('server_encoding')
 """
 
 TABLE = """
--- What kind of table it is, how it is stored, and which columns tell the stream what row an update or delete is about.
-SELECT t.relkind::text, t.relpersistence::text, t.relreplident::text,
+-- What kind of table it is, how it is stored, whether a policy hides rows of it from us, and which columns tell the
+-- stream what row an update or delete is about.
+SELECT t.relkind::text, t.relpersistence::text, t.relreplident::text, row_security_active(t.oid),
        ARRAY(SELECT a.attname::text FROM pg_index i
              JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = ANY(i.indkey)
              WHERE i.indrelid = t.oid AND i.indisprimary),
@@ -122,11 +123,11 @@ async def _findings(database: Database) -> AsyncIterator[Finding]:
         if not rows:
             yield Finding(False, f"table {table}: does not exist", "psql -f sql/source_schema.sql")
             continue
-        kind, persistence, identity, primary_key, identity_index = rows[0]
+        kind, persistence, identity, hides_rows, primary_key, identity_index = rows[0]
         columns = {column.name: column for column in map(_Column._make, await database.rows(COLUMNS, names))}
         yield _storage(table, kind, persistence)
         yield _columns(table, columns)
-        yield _rights(table, columns)
+        yield _rights(table, columns, hides_rows=hides_rows)
         if table.name == content.TABLE:
             yield _identity(table, identity, primary_key, identity_index)
 
@@ -166,7 +167,10 @@ def _wrong_columns(table: _Table, columns: dict[str, _Column]) -> Iterator[tuple
             )
 
 
-def _rights(table: _Table, columns: dict[str, _Column]) -> Finding:
+def _rights(table: _Table, columns: dict[str, _Column], *, hides_rows: bool) -> Finding:
+    if hides_rows:
+        what = f"table {table}: row-level security may hide rows of it ({table.purpose})"
+        return Finding(False, what, "ALTER ROLE our role BYPASSRLS")
     hidden = [name for name in table.needed if name in columns and not columns[name].readable]
     if not hidden:
         return Finding(True, f"table {table}: may be read ({table.purpose})")

@@ -133,14 +133,16 @@ class Backfill:
 
     async def _work(self) -> None:
         """Read all pages, and wait until every lane has written them."""
-        started, before = time.monotonic(), self._reached.events
-        behind = START
+        behind, before = START, self._reached.events
+        began = due = time.monotonic()
         while page := await self._read(behind):
             behind = page.position
             await self._put(page)
             if self._rate:
-                due = started + (self._reached.events - before) / self._rate
+                # From where this page began: time that was lost is not made up for, or the rate would be no limit.
+                due = max(due, began) + (self._reached.events - before) / self._rate
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+            began, before = time.monotonic(), self._reached.events
         while self._pages:
             self._settled.clear()
             await self._settled.wait()

@@ -60,11 +60,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.count = 0
-        self.shown: list[int] = []
+        self.shown: list[object] = []
 
-    def add(self, ids: Iterable[int]) -> None:
-        """Count these."""
-        for one in ids:
+    def add(self, found: Iterable[object]) -> None:
+        """Count these: ids, or whatever says in words what it is."""
+        for one in found:
             self.count += 1
             if len(self.shown) < SHOWN:
                 self.shown.append(one)
@@ -281,10 +281,15 @@ class WrongCount(NamedTuple):
     least: int
     most: int
 
+    @property
+    def above(self) -> bool:
+        """Right all the same where rows were deleted at the source: they had been counted, and stay so."""
+        return self.found > self.most
+
     def __str__(self) -> str:
         """In words."""
         wanted = self.least if self.least == self.most else f"{self.least} to {self.most}"
-        return f"{self.key} has {self.found}, should have {wanted}"
+        return f"{self.key} has {self.found} instead of {wanted}"
 
 
 async def suspicious_counts(source: SourceLedger, counted: Counts) -> AsyncIterator[int]:

@@ -681,6 +681,29 @@ async def test_check_tells_a_plain_role_what_it_lacks(stack: DevStack, database:
         stream.run(f"DROP ROLE {name}")
 
 
+async def test_rows_that_a_policy_hides(stack: DevStack, database: str, stream: Stream) -> None:
+    """Are an error and a finding, not missing; with BYPASSRLS there is no policy."""
+    name = "plain_" + database.rpartition("/")[2]
+    stream.run(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'")
+    try:
+        stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
+        stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
+        dsn = stack.postgres.dsn_for(database=database.rpartition("/")[2], user=name, password="plain")  # noqa: S106
+        enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
+        with pytest.raises(SourceUnusable, match='affected by row-level security policy for table "content"'):
+            await enricher.open()
+        [finding] = _failing(await enricher.check())
+        assert finding.what.startswith("table public.content: row-level security may hide rows")
+        assert "BYPASSRLS" in finding.cure
+        stream.run(f"ALTER ROLE {name} BYPASSRLS")
+        assert _failing(await enricher.check()) == []
+        await enricher.open()
+        await enricher.close()
+    finally:
+        stream.run(f"DROP OWNED BY {name}")
+        stream.run(f"DROP ROLE {name}")
+
+
 async def test_history_names_the_command_that_brings_it(enricher: EngagementEnricher, stream: Stream) -> None:
     """The range in whole seconds, end excluded; what no range holds is left out."""
     assert await enricher.history() == ""

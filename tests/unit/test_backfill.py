@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -128,6 +129,7 @@ class FakeSink:
         self.failures = list(failures)
         self.refused = refused
         self.taken: list[int] = []
+        self.times: list[float] = []
         self.called = asyncio.Event()
 
     async def create(self) -> list[str]:
@@ -146,6 +148,7 @@ class FakeSink:
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Fail as often as told, then take them."""
+        self.times.append(asyncio.get_running_loop().time())
         self.called.set()
         if self.failures:
             raise self.failures.pop(0)
@@ -165,13 +168,10 @@ class Store:
         assert TASK == task
         self.progress.append(progress)
 
-    def count_dead_letters(self, _slot: str) -> dict[str, int]:
-        """By sink."""
-        return dict(Counter(letter.sink for letter in self.letters))
-
-    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter]) -> None:
+    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
         """Remember them."""
         self.letters += letters
+        return dict(Counter(letter.sink for letter in self.letters))
 
 
 @pytest.fixture
@@ -290,6 +290,19 @@ async def test_it_reads_no_faster_than_the_rate(settings: CoreSettings) -> None:
     assert loop.time() - started >= 0.19
 
 
+async def test_lost_time_is_not_made_up_for(settings: CoreSettings) -> None:
+    """After the source was away it goes on at the rate, not at full speed until the average is right again."""
+    loop = asyncio.get_running_loop()
+    past = FakeHistory(*([n] * 5 for n in range(1, 5)))
+    past.gate.clear()
+    loop.call_later(0.4, past.gate.set)
+    sink = FakeSink()
+    sink.max_events = 5
+    assert await run_of(settings, past, Store(), sink, rate=50).run()
+    [_, *rest] = sink.times
+    assert [True, True] == [later - earlier >= 0.09 for earlier, later in itertools.pairwise(rest)]
+
+
 # --- pages
 
 
@@ -327,6 +340,8 @@ def test_the_next_place_is_right_behind_a_row() -> None:
     assert ("2026-01-08T09:00:00.500001+00:00", -(2**63)) == (after.ts, after.id)
     by_id = msgspec.structs.replace(here, order="id")
     assert LATEST_ID + 1 == history._behind(by_id, found(LATEST_ID)).id  # noqa: SLF001  pure
+    timeless = (*found(7)[:4], None, *found(7)[5:])
+    assert msgspec.structs.replace(by_id, id=8) == history._behind(by_id, timeless)  # noqa: SLF001  pure
 
 
 async def test_behind_the_last_id_there_is_nothing() -> None:

@@ -242,11 +242,15 @@ async def test_counts_may_be_anything_in_between() -> None:
     stream = Passing(lambda: source.rows.extend(event(number, key=1) for number in range(30, 33)))
     counted = Counted({0: 10, 1: 12, 2: 11, 7: 1})
     wrong = await reconcile.wrong_counts(source, counted, stream, [0, 1, 2, 2, 7])
-    assert ["2 has 11, should have 10", "7 has 1, should have 0"] == list(map(str, wrong))
+    assert ["2 has 11 instead of 10", "7 has 1 instead of 0"] == list(map(str, wrong))
+    assert all(one.above for one in wrong)
     counted.found[1] = 14
     stream = Passing()
     [one] = await reconcile.wrong_counts(source, counted, stream, [1])
-    assert "1 has 14, should have 13" == str(one)
+    assert "1 has 14 instead of 13" == str(one)
+    counted.found[1] = 12
+    [one] = await reconcile.wrong_counts(source, counted, stream, [1])
+    assert ("1 has 12 instead of 13", False) == (str(one), one.above)
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
