@@ -64,32 +64,37 @@ async def _closing(parts: Parts) -> AsyncIterator[None]:
 
 async def run(parts: Parts, _args: argparse.Namespace) -> int:
     """Replicate until SIGTERM or SIGINT. The very first time it also does what `init` does."""
-    async with _closing(parts):
-        pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
-        told_to_stop = asyncio.Event()
+    told_to_stop = asyncio.Event()
+    try:
+        async with _closing(parts):
+            await _replicate(parts, told_to_stop)
+    except Overtaken:
+        if not told_to_stop.is_set():  # else there is nothing to begin anew
+            raise
+    return 0
 
-        def stop() -> None:
-            told_to_stop.set()
-            pipeline.stop()
 
-        stop_on_signals(stop)
-        monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
-        admin = Admin(monitor, parts.settings.admin_listen)
-        await admin.start()
-        watching = asyncio.create_task(monitor.run())
-        watching.add_done_callback(lambda _: pipeline.stop())  # blind, we would look healthy over a slot that stands
-        try:
-            await pipeline.run()
-        except Overtaken:
-            if not told_to_stop.is_set():  # else there is nothing to begin anew
-                raise
-        finally:
-            watching.cancel()
-            [ended] = await asyncio.gather(watching, return_exceptions=True)
-            await admin.stop()
+async def _replicate(parts: Parts, told_to_stop: asyncio.Event) -> None:
+    pipeline = Pipeline(parts.settings, parts.source(), parts.enricher, parts.sinks, parts.store)
+
+    def stop() -> None:
+        told_to_stop.set()
+        pipeline.stop()
+
+    stop_on_signals(stop)
+    monitor = Monitor(pipeline, parts.dsn, parts.settings.slot)
+    admin = Admin(monitor, parts.settings.admin_listen)
+    await admin.start()
+    watching = asyncio.create_task(monitor.run())
+    watching.add_done_callback(lambda _: pipeline.stop())  # blind, we would look healthy over a slot that stands
+    try:
+        await pipeline.run()
+    finally:
+        watching.cancel()
+        [ended] = await asyncio.gather(watching, return_exceptions=True)
+        await admin.stop()
     if isinstance(ended, Exception):
         raise ended
-    return 0
 
 
 def stop_on_signals(stop_work: Callable[[], None]) -> None:

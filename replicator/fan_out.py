@@ -46,7 +46,8 @@ class FanOut:
     def saved(self, sinks: Mapping[str, SinkPosition]) -> None:
         """These positions are on disk."""
         for lane in self.lanes:
-            lane.saved(sinks[lane.name].position)
+            if (at := sinks.get(lane.name)) is not None:  # one that is new has no position yet
+                lane.saved(at.position)
 
     def put(self, batch: Batch) -> None:
         """Give the batch to every lane."""

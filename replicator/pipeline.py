@@ -53,8 +53,8 @@ class Pipeline:
         self.fan_out = FanOut(settings.memory_limit_mb * 1_000_000)
         self.checkpoint: Checkpoint | None = None
         """What is on disk; None until the slot is ours for the first time."""
-        self._offered: Checkpoint | None = None
-        """What was saved last, or may have been: the answer can be lost."""
+        self._offers: list[Checkpoint] = []
+        """What may be on disk instead: a save fails, too, when only its answer is lost."""
         self.trouble = "starting"
         """Why nothing is read, in words; empty while the stream runs."""
         self.rows = 0
@@ -90,12 +90,23 @@ class Pipeline:
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
             known = max(self.checkpoint.committed_at, self.fan_out.committed_at)
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=known)
-            self._offered = checkpoint
+            self._offers.append(checkpoint)
             await asyncio.to_thread(self._store.save, checkpoint)
-            self.checkpoint = checkpoint
-            self.fan_out.saved(checkpoint.sinks)
+            self._saved(checkpoint)
         # 3. PostgreSQL: it may forget everything up to here.
         self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
+
+    def _saved(self, checkpoint: Checkpoint) -> None:
+        """It is on disk."""
+        self.checkpoint = checkpoint
+        self._offers.clear()
+        self.fan_out.saved(checkpoint.sinks)
+
+    async def _commit_unless_overtaken(self) -> None:
+        try:
+            await self.commit()
+        except CheckpointBackward as exc:
+            self._give_up(str(exc.facts["stored"]))
 
     # -- from start to stop --------------------------------------------------------------------------------------
 
@@ -134,7 +145,7 @@ class Pipeline:
             await asyncio.wait(self._writers, timeout=self._settings.drain_timeout_seconds)
             await _cancel(self._writers)
         try:
-            await self.commit()
+            await self._commit_unless_overtaken()
             await self.source.finish()
         finally:
             self.source.close()
@@ -146,14 +157,12 @@ class Pipeline:
             self._progress.clear()
             try:
                 async with self._saving:
-                    await self.commit()
+                    await self._commit_unless_overtaken()
             except CheckpointUnavailable as exc:  # a full disk, a database that restarts: nothing was confirmed
                 log.error("%s", exc)
                 self._progress.set()
                 attempt += 1
                 await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
-            except CheckpointBackward as exc:
-                self._give_up(str(exc.facts["stored"]))
             else:
                 attempt = 0
                 await self._pause()
@@ -233,10 +242,10 @@ class Pipeline:
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
         if self.checkpoint is not None:
-            if self._offered is not None and _same_place(stored, self._offered):
-                self.checkpoint = self._offered
-            elif not _same_place(stored, self.checkpoint):
+            known = (known for known in (self.checkpoint, *self._offers) if _same_place(stored, known))
+            if (ours := next(known, None)) is None:
                 self._give_up(format_lsn(stored.end_lsn))
+            self._saved(ours)
             return
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")

@@ -409,21 +409,30 @@ async def test_a_save_that_would_go_back_ends_the_one_that_was_overtaken() -> No
     assert 11 not in world.told("confirm")
 
 
-async def test_a_save_whose_answer_is_lost_is_its_own() -> None:
-    """The database had it: after a reconnect nobody takes it for another replicator's, and the stream goes on."""
+@pytest.mark.parametrize("meanwhile", [0, 1], ids=["nothing else is written", "the sink goes on"])
+async def test_a_save_whose_answer_is_lost_is_its_own(meanwhile: int) -> None:
+    """The database had it: after a reconnect nobody takes it for another replicator's, and the stream goes on.
+
+    Also a lane that waits for the next checkpoint because a crash would repeat too much.
+    """
     world = World("a")
+    world.sinks[0].max_events, world.sinks[0].max_repeats = 1, 1 + meanwhile
     async with world.running():
         await world.until(lambda: world.pipeline.checkpoint is not None)
         world.lost_answers = 1
         world.commit(10)
         await world.until(lambda: world.stored is not None and 11 == world.stored.end_lsn)
+        world.commit(20)
+        if meanwhile:
+            await world.until(lambda: 21 in world.told("save failed"))
         world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
         await world.until(lambda: 2 == len(world.starts))
         world.failures = []
         world.commit(20)
-        await world.until(lambda: 21 in world.told("confirm"))
+        world.commit(30)
+        await world.until(lambda: 31 in world.told("confirm"))
     assert [START, 11] == world.starts
-    assert [[10], [20]] == world.told("write a")
+    assert [[10], [20], [30]] == world.told("write a")
 
 
 async def test_trouble_with_a_look_up_passes() -> None:
