@@ -22,7 +22,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from redis.typing import EncodableT
 
 from replicator.errors import SinkError
@@ -36,9 +36,14 @@ SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window a
 EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
 SCRIPTS = Path(__file__).parent
 
-LOST = (
+EMPTIED = (
     "Redis at %s was emptied, or came back without its keys: counts began again at 0, and what was counted before is"
     " missing. `python -m replicator rebuild-redis` makes it all again, while this goes on (nothing to do if that runs)"
+)
+RESTARTED = (
+    "Redis at %s was restarted, or another one answers now: unless it keeps an append-only file with appendfsync"
+    " always, what it was told last is missing. `python -m replicator reconcile --start ... --end ... --repair`"
+    " of the last hours finds and mends that"
 )
 
 _log = logging.getLogger(__name__)
@@ -117,6 +122,7 @@ class RedisSink:
         self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
     ) -> None:
         self._url = settings.redis_url
+        self._timeout_seconds = settings.redis_timeout_seconds
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
         self._redis = Redis.from_pool(pool)
         self._address = _address(pool)
@@ -126,7 +132,7 @@ class RedisSink:
         self._keeps_window = keeps_window
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
-        self._known_word = ""
+        self._generation = ""
         self.new_events = 0
         """Events written that Redis had not counted before."""
 
@@ -189,17 +195,13 @@ class RedisSink:
         That is a restart or another server: the key alone could be in a snapshot that lacks the latest writes.
         """
         try:
-            word = await self._word()
-            with suppress(NoPermissionError):  # without INFO a restart is not noticed
+            await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
+            word = (cast("bytes | None", await self._redis.get(GENERATION)) or b"").decode()
+            with suppress(ResponseError):  # no right to INFO, or no such command: a restart is not noticed
                 word += f" {(await self._redis.info('server')).get('run_id', '')}"
         except RedisError as exc:
             raise await self._wrapped(exc) from exc
         return word
-
-    async def _word(self) -> str:
-        """What stands in a key that is lost together with all others; a new one when it is missing."""
-        await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
-        return (cast("bytes | None", await self._redis.get(GENERATION)) or b"").decode()
 
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """What stands in these keys, for a comparison."""
@@ -225,7 +227,9 @@ class RedisSink:
 
         With many keys that takes longer than a write ever does, and Redis goes on with it whether we wait or not.
         """
-        client = Redis.from_pool(_pool(self._url, EMPTY_TIMEOUT_SECONDS))
+        pool = _pool(self._url, self._timeout_seconds)
+        pool.connection_kwargs["socket_timeout"] = EMPTY_TIMEOUT_SECONDS
+        client = Redis.from_pool(pool)
         try:
             script = client.register_script((SCRIPTS / "redis_empty.lua").read_text(encoding="utf-8"))
             [deleted] = await self._run(script, Call([], list(PREFIXES)))
@@ -244,28 +248,28 @@ class RedisSink:
             slider.result()
 
     async def _keep_window(self) -> None:
-        """Slide for ever. A failure is logged when it begins, and raised by the next write; see `write`."""
-        while True:
+        """Slide until closed. A failure is logged when it begins, and raised by the next write; see `write`."""
+        # `close` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
+        while self._slider is not None:
             await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
             failed_before = self._window_failed
             try:
                 await self.slide()
-                await self._notice_a_loss()
             except SinkError as exc:
                 if not failed_before:
                     _log.warning("top:content:10m can't be kept right and will expire: %s", exc)
             else:
                 if failed_before:
                     _log.info("top:content:10m is kept right again")
+                with suppress(SinkError):  # who writes next meets it, too
+                    await self._notice_a_loss()
 
     async def _notice_a_loss(self) -> None:
-        """Say it when the keys are gone: writing goes on as if nothing had happened, and counts begin again at 0."""
-        try:
-            before, self._known_word = self._known_word, await self._word()
-        except RedisError as exc:
-            raise await self._wrapped(exc) from exc
-        if before and before != self._known_word:
-            _log.error(LOST, self._address)
+        """Say it when keys may be gone: writing goes on as if nothing had happened."""
+        before, self._generation = self._generation, await self.generation()
+        if before and before != self._generation:
+            same_keys = before.split()[0] == self._generation.split()[0]
+            _log.error(RESTARTED if same_keys else EMPTIED, self._address)
 
     async def _run(self, script: AsyncScript, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""

@@ -16,6 +16,7 @@ local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2])
 local EVENTS = ARGV[5]
 local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
 local ID_FROM = #'content:count:' + 1
+local MOMENT_WIDTH = 38 -- of (event_ts, event_id); behind it stands of which commit the view is
 local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
 local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
 
@@ -112,7 +113,11 @@ for content = 1, N_CONTENTS do
   local moment = ARGV[MOMENT + content]
   if not newest[content] or newest[content] < moment then
     put(KEYS[NEWEST + content], moment)
-    redis.call('SETEX', KEYS[LAST + content], KEEP_LAST, ARGV[EVENT + content])
+    if newest[content] and string.sub(newest[content], 1, MOMENT_WIDTH) == string.sub(moment, 1, MOMENT_WIDTH) then
+      redis.call('SET', KEYS[LAST + content], ARGV[EVENT + content], 'XX', 'KEEPTTL') -- another view of the same event
+    else
+      redis.call('SETEX', KEYS[LAST + content], KEEP_LAST, ARGV[EVENT + content])
+    end
   end
 end
 set(pairs_to_set)

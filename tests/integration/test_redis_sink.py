@@ -316,6 +316,23 @@ async def test_the_window_ends_with_the_replicator(server: Server) -> None:
     assert server.client.exists(WINDOW) == 0
 
 
+async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `asyncio.wait_for` does it until Python 3.12 when what it waits for ends at the same moment."""
+    sliding = asyncio.Event()
+
+    async def slide() -> None:
+        sliding.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    sink = sink_at(server.service.url, Clock())
+    await sink.open()
+    monkeypatch.setattr(sink, "slide", slide)
+    await sliding.wait()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await sink.close()
+
+
 @pytest.mark.parametrize("lost", [[WINDOW], ["top:content:window"], [WINDOW, "top:content:window"]])
 async def test_a_lost_window_is_built_anew(server: Server, lost: list[str]) -> None:
     """From its buckets, with the next write at the latest."""
