@@ -315,7 +315,6 @@ def _written(lane: Lane) -> str:
 
 async def _dry_run(parts: Parts) -> int:
     """Events an hour, beside what the sinks have that can be asked for that."""
-    await parts.history.open()
     source = await parts.history.hours()
     first, end = (round(moment.timestamp() * 1_000_000) for moment in (parts.args.start, parts.args.end))
     found = {sink.name: await sink.hours(first, end) for sink in parts.sinks if hasattr(sink, "hours")}
@@ -331,7 +330,10 @@ async def _dry_run(parts: Parts) -> int:
             told.append(f"{extra} too many there")
     for sink in parts.sinks:
         if isinstance(sink, RedisSink):
-            told.append(f"{await _uncounted(parts, sink, first, end)} not counted in {sink.name}")
+            try:
+                told.append(f"{await _uncounted(parts, sink, first, end)} not counted in {sink.name}")
+            except SinkUnavailable:
+                told.append(f"{sink.name} does not answer")
         elif sink.name not in found:
             told.append(f"{sink.name} can't be asked")
     print("; ".join([*told, "nothing was written"]))

@@ -31,7 +31,9 @@ Events that Redis has marked as seen are not counted again: where keys are not m
 and then makes them again. What is no longer in PostgreSQL is then no longer counted.
 
 SIGTERM and Ctrl-C stop it in good order; --resume goes on there, also after a crash or a kill, unless Redis was emptied
-again since: then it begins at the beginning. Exit codes: 0 done, 1 failed or interrupted, 2 unusable arguments.
+again or restarted since: then it begins at the beginning.
+
+Exit codes: 0 done, 1 failed or interrupted, 2 unusable arguments.
 """
 
 
@@ -72,8 +74,10 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
 async def _rebuild(parts: Parts) -> int:
     [redis] = parts.sinks
     assert isinstance(redis, RedisSink)  # noqa: S101  for mypy
-    await parts.history.open()  # no table, no right, no primary: nothing is deleted
+    await parts.history.open()  # whatever can't be read, or written to: nothing is deleted before that is known
+    await redis.open()
     if parts.args.from_empty:
+        await redis.generation()
         await asyncio.to_thread(parts.store.create)
         print(f"deleted     {await redis.empty()} keys", flush=True)
     generation = await redis.generation()

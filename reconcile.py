@@ -133,6 +133,8 @@ class _Run:
         """All of them; the exit code."""
         started = time.monotonic()
         await self._ledger.open()
+        if self._args.repair:
+            await self._see_that_it_can_be_mended(sinks)
         for sink in sinks:
             if isinstance(sink, ClickHouseSink):
                 await sink.open()
@@ -144,6 +146,16 @@ class _Run:
         outcome = "different" if self._left else "equal after the repair" if self._found else "equal"
         print(f"{outcome}, {time.monotonic() - started:.1f} s")
         return int(bool(self._left))
+
+    async def _see_that_it_can_be_mended(self, sinks: Sequence[Sink]) -> None:
+        """Before anything is written or deleted."""
+        history = self._ledger.picked([])
+        try:
+            await history.open()
+        finally:
+            await history.close()
+        for sink in sinks:
+            await sink.open()
 
     # -- ClickHouse ------------------------------------------------------------------------------------------------
 

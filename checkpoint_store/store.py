@@ -57,12 +57,13 @@ _COUNT_LETTERS = (
     .where(dead_letters.c.slot == bindparam("of_slot"))
     .group_by(dead_letters.c.sink)
 )
-# In a server that was restored positions come a second time, with other events: letters that wait give theirs up. An
-# event that is replayed from LSN 0 replaces no view.
+# In a server that was restored positions come a second time, with other events: letters that wait give theirs up for
+# one that no commit has, nor a backfill's letter (those are at LSN 0), and from which a replay replaces no view.
+_NO_COMMIT = 1
 _RELEASE_POSITIONS = (
     dead_letters.update()
-    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn > 0)
-    .values(commit_lsn=0, ordinal=-dead_letters.c.id)
+    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn > _NO_COMMIT)
+    .values(commit_lsn=_NO_COMMIT, ordinal=dead_letters.c.id)
 )
 _DROP_LETTERS = dead_letters.delete().where(
     dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))

@@ -25,6 +25,12 @@ ANSWER_GRACE_SECONDS = 5
 """How much longer than the server we wait: past this it is not going to tell us about the timeout itself."""
 
 
+ALL_ROWS = "-c row_security=off"
+"""Rows that a policy hides would be missing without a word: off, it is an error that says so. PostgreSQL can't tell a
+policy that hides from one that does not: who has such ones may say `row_security=on` in the DSN's options, which win.
+"""
+
+
 class Database:
     """Connects when it is first needed, and again after trouble. One task uses it."""
 
@@ -81,23 +87,21 @@ def _conninfo(dsn: str, timeout_seconds: int, more: str) -> str:
         # libpq's message quotes the DSN, and with it the password
         expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
         raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
-    # Rows that a policy hides would be missing without a word: with row_security off it is an error that says so.
-    harmless = "-c default_transaction_read_only=on -c row_security=off"
-    options = f"{harmless} -c statement_timeout={timeout_seconds}s {more}"
+    options = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {more}"
     ours = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "fallback_application_name": "replicator enrichment",
         **given,
         "client_encoding": "UTF8",
-        "options": f"{given.get('options', '')} {options}".strip(),
+        "options": f"{ALL_ROWS} {given.get('options', '')} {options}",
     }
     return make_conninfo("", **ours)
 
 
 def _unusable(exc: psycopg.Error) -> SourceUnusable:
-    """Class 42 (names, rights) speaks of tables and columns, 55 of the server; what others say may quote values."""
+    """Class 42 (names, rights) speaks of tables and columns; what others say may quote values."""
     sqlstate = exc.sqlstate or ""
-    said = exc.diag.message_primary if sqlstate.startswith(("42", "55")) else None
+    said = exc.diag.message_primary if sqlstate.startswith("42") else None
     problem = f"{said} ({type(exc).__name__})" if said else f"{type(exc).__name__} (SQLSTATE {sqlstate})"
     cure = "`python -m replicator check` says what the tables need"
     return SourceUnusable(problem=problem, cure=cure)

@@ -91,21 +91,20 @@ PAGE = """
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins behind it. The WAL's end (inserted, not written: a commit may
 -- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
-WITH found AS MATERIALIZED ({page}), sized AS (
-    SELECT p.*, row_number() OVER place AS number,
-           coalesce(sum(octet_length(p.event_type::text) + coalesce(octet_length(p.device::text), 0)) OVER before, 0)
-               AS bytes_before
-    FROM found p
-    WINDOW place AS (ORDER BY {order}), before AS (place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
-), page AS MATERIALIZED (SELECT * FROM sized WHERE bytes_before < %(bytes)s::bigint)
+WITH found AS MATERIALIZED (
+    SELECT p.*, 1 + coalesce(octet_length(event_type::text), 0) + coalesce(octet_length(device::text), 0) AS size
+    FROM ({page}) p
+), measured AS (
+    SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
+), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
 SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::timestamptz::text,
        p.duration_ms::bigint, p.device::text, c.content_type::text, c.length_seconds::bigint,
        p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz,
        ({wal_end})
 FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
 WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz
-      OR p.number = (SELECT max(number) FROM page)
-ORDER BY p.number
+      OR p.size_up_to = (SELECT max(size_up_to) FROM page)
+ORDER BY p.size_up_to
 """
 
 Order: TypeAlias = Literal["event_ts", "id"]
@@ -207,7 +206,9 @@ class PickedHistory:
         self._database = Database(dsn, options=PAGE_OPTIONS)
 
     async def open(self) -> None:
-        """Nothing: it connects when it reads."""
+        """Connect, and see that the tables can be read."""
+        await self._database.rows(PICKED, self._wanted([]))
+        await self._database.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
         """A place is a number of ids."""
@@ -219,8 +220,7 @@ class PickedHistory:
         ids = self._ids[here : here + rows]
         if not ids:
             return None
-        wanted = {"ids": ids, "bytes": PAGE_BYTES}
-        found = await self._database.rows(PICKED, Range(BEGINNING, END).parameters() | wanted)
+        found = await self._database.rows(PICKED, self._wanted(ids))
         if not found:
             return Page(Enriched([], []), behind, str(here + len(ids)))
         after = str(bisect_right(self._ids, found[-1][0]))  # the next: the ids between have gone, or were not read yet
@@ -228,6 +228,9 @@ class PickedHistory:
         events: list[Event] = []
         engagement.finish(drafts.made, drafts.contents, events)
         return Page(Enriched(events, drafts.refused), drafts.position, after)
+
+    def _wanted(self, ids: Sequence[int]) -> dict[str, object]:
+        return {**Range(BEGINNING, END).parameters(), "ids": list(ids), "bytes": PAGE_BYTES}
 
     async def close(self) -> None:
         """Close the connection."""

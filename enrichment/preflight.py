@@ -21,7 +21,8 @@ SELECT current_setting('server_encoding')
 TABLE = """
 -- What kind of table it is, how it is stored, whether a policy hides rows of it from us, and which columns tell the
 -- stream what row an update or delete is about.
-SELECT t.relkind::text, t.relpersistence::text, t.relreplident::text, row_security_active(t.oid),
+SELECT t.relkind::text, t.relpersistence::text, t.relreplident::text,
+       row_security_active(t.oid) AND NOT current_setting('row_security')::bool,
        ARRAY(SELECT a.attname::text FROM pg_index i
              JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = ANY(i.indkey)
              WHERE i.indrelid = t.oid AND i.indisprimary),
@@ -169,8 +170,11 @@ def _wrong_columns(table: _Table, columns: dict[str, _Column]) -> Iterator[tuple
 
 def _rights(table: _Table, columns: dict[str, _Column], *, hides_rows: bool) -> Finding:
     if hides_rows:
-        what = f"table {table}: row-level security may hide rows of it ({table.purpose})"
-        return Finding(False, what, "ALTER ROLE our role BYPASSRLS")
+        what = f"table {table}: row-level security applies to us ({table.purpose})"
+        cure = (
+            "ALTER ROLE our role BYPASSRLS; if no policy hides rows from us, `-c row_security=on` in the DSN's options"
+        )
+        return Finding(False, what, cure)
     hidden = [name for name in table.needed if name in columns and not columns[name].readable]
     if not hidden:
         return Finding(True, f"table {table}: may be read ({table.purpose})")

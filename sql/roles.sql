@@ -41,8 +41,8 @@ GRANT USAGE ON SCHEMA public TO :"role";
 -- SELECT on engagement_events: backfill reads it; the stream itself needs no right on it.
 GRANT SELECT ON public.content, public.engagement_events TO :"role";
 
--- Where row-level security is on for these two tables: `ALTER ROLE replicator BYPASSRLS`. Rows that a policy hides are
--- refused, not left out: the stream, which comes from the WAL, knows no policies, and a backfill would differ from it.
+-- Where row-level security is on for these two tables: `ALTER ROLE replicator BYPASSRLS`. Reading is refused where a
+-- policy applies, whatever it says: the stream, which comes from the WAL, knows none, and a backfill would differ.
 
 -- Optional, and left out: `GRANT pg_read_all_stats TO replicator` fills the columns time_lag and last_reply of
 -- sql/slot_lag.sql. It also shows every session's statements, so it is no part of the least.

@@ -23,14 +23,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--breach NAME`: every replicator of this session breaks the rule, and the suite has to notice."""
+    """`--breach NAME`: every replicator of this session breaks the rule, and the suite has to notice.
+
+    `--rows N`: tests of history that take the fixture of that name have so many, instead of a number of their own.
+    """
     parser.addoption("--breach", choices=BREACHES, help="break the rule on purpose: %(choices)s")
+    parser.addoption("--rows", type=int, default=100_000, help="events in tests of backfill and reconcile (100000)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tell those that start replicators."""
     if breach := config.getoption("--breach"):
         program.ALTERED = ("--breach", breach)
+
+
+@pytest.fixture(scope="session")
+def rows(pytestconfig: pytest.Config) -> int:
+    """How many events a test of history has."""
+    return int(pytestconfig.getoption("--rows"))
 
 
 @pytest.fixture(scope="session")

@@ -693,8 +693,15 @@ async def test_rows_that_a_policy_hides(stack: DevStack, database: str, stream: 
         with pytest.raises(SourceUnusable, match='affected by row-level security policy for table "content"'):
             await enricher.open()
         [finding] = _failing(await enricher.check())
-        assert finding.what.startswith("table public.content: row-level security may hide rows")
+        assert finding.what.startswith("table public.content: row-level security applies to us")
         assert "BYPASSRLS" in finding.cure
+        stream.run(f"CREATE POLICY everything ON content TO {name} USING (true)")
+        harmless = EngagementEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
+        assert _failing(await harmless.check()) == []
+        await harmless.open()
+        await harmless.close()
+        with pytest.raises(SourceUnusable):
+            await enricher.open()
         stream.run(f"ALTER ROLE {name} BYPASSRLS")
         assert _failing(await enricher.check()) == []
         await enricher.open()
