@@ -93,6 +93,8 @@ class _Write(msgspec.Struct):
     """Commit time of its oldest batch."""
     finished: list[Batch]
     refused: Sequence[Refusal] = ()
+    asked_at: float = 0.0
+    """When the sink was given it, time.monotonic(); 0.0 before that and once it has answered."""
     done: bool = False
 
 
@@ -189,6 +191,11 @@ class Lane:
     def trouble_seconds(self) -> float:
         """How long the sink has taken nothing; 0.0 while it does."""
         return time.monotonic() - self._troubled_at if self.trouble else 0.0
+
+    def unanswered_seconds(self) -> float:
+        """How long the oldest write in flight has gone without an answer; 0.0 when there is none."""
+        asked = [write.asked_at for write in self._in_flight if write.asked_at]
+        return time.monotonic() - min(asked) if asked else 0.0
 
     def saved(self, position: Position) -> None:
         """The checkpoint on disk has this position of the sink."""
@@ -317,7 +324,9 @@ class Lane:
         self._settle()
 
     async def _attempt(self, write: _Write) -> None:
+        write.asked_at = time.monotonic()
         write.refused = await self.sink.write(write.events)
+        write.asked_at = 0.0
 
     def _settle(self) -> None:
         """Move the position over all writes that are done and have none undone before them."""

@@ -12,6 +12,7 @@ import time
 from replicator import slot as slots
 from replicator.errors import SourceUnavailable
 from replicator.events import Position
+from replicator.lane import Lane
 from replicator.pipeline import Pipeline
 from replicator.slot import SlotState
 
@@ -88,12 +89,27 @@ class Monitor:
             return self.pipeline.trouble
         if not self.pipeline.fan_out.lanes:
             return "no sink is open"
-        lane = self.pipeline.fan_out.slowest
+        if self._unsaved():
+            return "the checkpoint is not saved, the log says why"
+        lanes = [lane for lane in self.pipeline.fan_out.lanes if lane.waiting]
+        if not lanes:
+            return self._silent()
+        lane = min(lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
         return lane.trouble or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
 
+    def _unsaved(self) -> bool:
+        """Every sink is past the checkpoint: neither they nor PostgreSQL are to blame."""
+        written = min(self.pipeline.source.received, self.pipeline.fan_out.slowest.done.end_lsn)
+        return self.pipeline.checkpoint is not None and self.pipeline.checkpoint.end_lsn < written
+
+    def _silent(self) -> str:
+        """The sinks have all that was read. No reason to connect again: decoding would begin anew."""
+        pid = self.slot.active_pid if self.slot else None
+        reader = f"process {pid} decodes a large transaction or hangs" if pid else "no process of it reads the slot"
+        return f"PostgreSQL has sent nothing for {self.pipeline.source.silent_seconds:.0f} s, {reader}"
+
     def _troubled(self) -> list[str]:
-        lanes = self.pipeline.fan_out.lanes
-        return [lane.trouble for lane in lanes if lane.needs_somebody or lane.trouble_seconds() >= TROUBLE_SECONDS]
+        return [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
 
     def reasons(self) -> list[str]:
         """Why we are not ready; empty when we are."""
@@ -103,3 +119,11 @@ class Monitor:
                 f"the slot's WAL is {self.slot.wal_status}: PostgreSQL throws it away (max_slot_wal_keep_size)"
             )
         return [reason for reason in found if reason]
+
+
+def _trouble(lane: Lane) -> str:
+    """Why the sink is a reason not to be ready; empty while it is none."""
+    if lane.trouble:
+        return lane.trouble if lane.needs_somebody or lane.trouble_seconds() >= TROUBLE_SECONDS else ""
+    seconds = lane.unanswered_seconds()
+    return f"sink {lane.name} has not answered for {seconds:.0f} s" if seconds >= TROUBLE_SECONDS else ""

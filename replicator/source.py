@@ -60,6 +60,7 @@ class Source:
         self._decoder = StreamDecoder()
         self._received: Lsn = 0
         self._flushed: Lsn = 0
+        self._heard_at = 0.0  # time.monotonic()
         self._wake = asyncio.Event()
         self._watched: int | None = None  # the file descriptor that the loop watches for us
 
@@ -77,6 +78,11 @@ class Source:
     def received(self) -> Lsn:
         """Everything up to here was read, in this stream or before the checkpoint; never goes back."""
         return self._received
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago a message of the stream, a keepalive included, was last read; 0.0 while not connected."""
+        return time.monotonic() - self._heard_at if self.connected else 0.0
 
     async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
@@ -126,6 +132,7 @@ class Source:
         pgconn.nonblocking = 1
         self._decoder = StreamDecoder()
         self._pgconn = pgconn
+        self._heard_at = time.monotonic()
         self._flushed = end_lsn
         self._received = max(self._received, end_lsn)
 
@@ -161,6 +168,7 @@ class Source:
         except psycopg.OperationalError as exc:
             self.close()
             raise SourceUnavailable(detail=_first_line(exc)) from exc
+        self._heard_at = time.monotonic()
         stretch = self._decoder.take()
         self._received = max(self._received, stretch.end_lsn)
         return stretch

@@ -41,20 +41,27 @@ _decode_live = msgspec.json.Decoder(_Live).decode
 
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> dict[str, Any]:
     """Everything that is known now, as JSON values. Never raises for a part that does not answer."""
-    found: dict[str, Any] = {"slot": {"name": settings.slot}, "checkpoint": None, "sinks": {}, "dead_letters": {}}
+    found: dict[str, Any] = {"slot": {"name": settings.slot}, "checkpoint": None, "sinks": {}, "dead_letters": None}
     found["dead_letters_max"] = settings.dead_letters_max
     state = await _look_at_slot(settings, found)
     live = await _ask_replicator(settings, found)
+    checkpoint = await _load(settings, store, found)
+    if state is None:
+        found["slot"].setdefault("error", _missing(checkpoint))
+    if checkpoint is not None:
+        found["checkpoint"] = _checkpoint(checkpoint, state)
+        found["sinks"] = {name: _sink(name, checkpoint, state, live) for name in sinks}
+    return found
+
+
+async def _load(settings: CoreSettings, store: CheckpointStore, found: dict[str, Any]) -> Checkpoint | None:
     try:
         checkpoint = await asyncio.to_thread(store.load, settings.slot)
         found["dead_letters"] = await asyncio.to_thread(store.count_dead_letters, settings.slot)
     except CheckpointError as exc:
         found["checkpoint"] = {"error": str(exc)}
-        return found
-    if checkpoint is not None:
-        found["checkpoint"] = _checkpoint(checkpoint, state)
-        found["sinks"] = {name: _sink(name, checkpoint, state, live) for name in sinks}
-    return found
+        return None
+    return checkpoint
 
 
 async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotState | None:
@@ -65,7 +72,6 @@ async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotSt
         found["slot"]["error"] = str(exc)
         return None
     if state is None:
-        found["slot"]["error"] = "does not exist; `python -m replicator init` makes it"
         return None
     found["slot"] |= {
         "active_pid": state.active_pid,
@@ -79,33 +85,46 @@ async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotSt
     return state
 
 
+def _missing(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "does not exist; `python -m replicator init` makes it"
+    cure = '`python -m replicator init --accept-gap` makes it (docs/operations.md, "How to mend a gap")'
+    return f"does not exist, but a checkpoint of it does; {cure}"
+
+
 async def _ask_replicator(settings: CoreSettings, found: dict[str, Any]) -> dict[str, Any]:
-    live: dict[str, Any] = {}
-    if settings.admin_listen:
-        timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=timeout) as session,
-                session.get(f"http://{settings.admin_listen}/status") as response,
-            ):
-                body = await response.read()
-            if _decode_live(body).slot == settings.slot:  # another slot's replicator may have this address
-                live = msgspec.json.decode(body)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-            pass  # said below
-    found["replicator"] = live or {"ready": False, "reasons": [_silent(settings)]}
-    return live
+    if not settings.admin_listen:
+        found["replicator"] = {"ready": None, "reasons": ["not asked: REPLICATOR_ADMIN_LISTEN is off"]}
+        return {}
+    address = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})"
+    try:
+        body = await _get_status(settings.admin_listen)
+        slot = _decode_live(body).slot
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
+        found["replicator"] = {"ready": False, "reasons": [f"no answer at {address}: not running here"]}
+        return {}
+    if slot != settings.slot:
+        told = f"another slot's replicator, {slot}, answers at {address}"
+        found["replicator"] = {"ready": False, "reasons": [told]}
+        return {}
+    found["replicator"] = live = msgspec.json.decode(body)
+    return dict(live)
 
 
-def _silent(settings: CoreSettings) -> str:
-    return f"no answer at REPLICATOR_ADMIN_LISTEN ({settings.admin_listen or 'off'}): not running here"
+async def _get_status(address: str) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(f"http://{address}/status") as response,
+    ):
+        return await response.read()
 
 
 def _checkpoint(checkpoint: Checkpoint, state: SlotState | None) -> dict[str, Any]:
     return {
         "end_lsn": format_lsn(checkpoint.end_lsn),
         "lag_bytes": _behind(checkpoint.end_lsn, state),
-        "moved_seconds_ago": round(time.time() - checkpoint.updated_at, 1),
+        "saved_seconds_ago": round(time.time() - checkpoint.updated_at, 1),
         "system_identifier": checkpoint.system_identifier,
         "timeline": checkpoint.timeline,
     }
@@ -121,10 +140,16 @@ def _sink(name: str, checkpoint: Checkpoint, state: SlotState | None, live: dict
         "end_lsn": format_lsn(at.end_lsn),
         "position": f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
         "lag_bytes": behind,
-        # A replicator that runs knows; otherwise the sink lacks at most what was committed since the checkpoint moved.
-        "lag_seconds": lane.get("lag_seconds", round(time.time() - checkpoint.updated_at, 1) if behind else 0.0),
+        "lag_seconds": lane.get("lag_seconds", _lag_seconds(checkpoint, behind)),  # a replicator that runs knows better
         "trouble": lane.get("trouble", ""),
     }
+
+
+def _lag_seconds(checkpoint: Checkpoint, behind: int | None) -> float | None:
+    """The most that it can be: what a sink lacks was committed after the newest that all of them have."""
+    if not behind:
+        return None if behind is None else 0.0
+    return round(max(0.0, time.time() - (checkpoint.committed_at or checkpoint.updated_at)), 1)
 
 
 def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
@@ -138,8 +163,7 @@ def as_json(found: dict[str, Any]) -> str:
 
 def as_text(found: dict[str, Any]) -> str:
     """For people: a line a thing, what is wrong first."""
-    reasons = "; ".join(found["replicator"]["reasons"])
-    lines = [f"replicator   {'ready' if found['replicator']['ready'] else f'NOT READY: {reasons}'}"]
+    lines = [f"replicator   {_replicator_text(found['replicator'])}"]
     slot = found["slot"]
     if "error" in slot:
         lines.append(f"slot         {slot['name']}: {slot['error']}")
@@ -147,12 +171,31 @@ def as_text(found: dict[str, Any]) -> str:
         reader = f"read by process {slot['active_pid']}" if slot["active_pid"] else "NOBODY READS IT"
         lines.append(f"slot         {slot['name']}: {reader}, WAL {slot['wal_status']}")
         lines.append(f"  confirmed  {slot['confirmed_lsn']}, {_size(slot['lag_bytes'])} behind {slot['server_lsn']}")
-        lines.append(f"  WAL kept   {_size(slot['retained_bytes'])}, safe for {_size(slot['safe_wal_bytes'])} more")
+        lines.append(f"  WAL kept   {_size(slot['retained_bytes'])}, {_safe_text(slot)}")
     lines.append(f"checkpoint   {_checkpoint_text(found['checkpoint'])}")
     lines += [f"sink         {name}: {_sink_text(sink)}" for name, sink in found["sinks"].items()]
-    letters = ", ".join(f"{count} of {name}" for name, count in found["dead_letters"].items())
-    lines.append(f"dead letters {letters or 'none'} (at most {found['dead_letters_max']} of each sink)")
+    letters = _letters_text(found["dead_letters"])
+    lines.append(f"dead letters {letters} (at most {found['dead_letters_max']} of each sink)")
     return "\n".join(lines)
+
+
+def _replicator_text(replicator: dict[str, Any]) -> str:
+    reasons = "; ".join(replicator["reasons"])
+    if replicator["ready"] is None:
+        return reasons
+    return "ready" if replicator["ready"] else f"NOT READY: {reasons}"
+
+
+def _safe_text(slot: dict[str, Any]) -> str:
+    if slot["safe_wal_bytes"] is not None:
+        return f"safe for {_size(slot['safe_wal_bytes'])} more"
+    return "no longer safe" if slot["wal_status"] == "lost" else "no limit (max_slot_wal_keep_size)"
+
+
+def _letters_text(letters: dict[str, int] | None) -> str:
+    if letters is None:
+        return "unknown"
+    return ", ".join(f"{count} of {name}" for name, count in letters.items()) or "none"
 
 
 def _checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
@@ -160,14 +203,15 @@ def _checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
         return "none yet"
     if "error" in checkpoint:
         return str(checkpoint["error"])
-    return f"{checkpoint['end_lsn']}, moved {checkpoint['moved_seconds_ago']} s ago"
+    return f"{checkpoint['end_lsn']}, saved {checkpoint['saved_seconds_ago']} s ago"
 
 
 def _sink_text(sink: dict[str, Any]) -> str:
     if "error" in sink:
         return str(sink["error"])
     trouble = f": {sink['trouble']}" if sink["trouble"] else ""
-    lag = f"{_size(sink['lag_bytes'])} and {sink['lag_seconds']} s behind"
+    seconds = "an unknown time" if sink["lag_seconds"] is None else f"{sink['lag_seconds']} s"
+    lag = f"{_size(sink['lag_bytes'])} and {seconds} behind"
     return f"{sink['end_lsn']} (row {sink['position']}), {lag}{trouble}"
 
 

@@ -157,6 +157,9 @@ async def test_status_does_not_take_another_program_for_the_replicator(
         with closing(SqlCheckpointStore(other.checkpoint_url.get_secret_value())) as store:
             found = await status.collect(other, ["redis"], store)
         assert found["replicator"]["ready"] is False
+        [reason] = found["replicator"]["reasons"]
+        assert f"another slot's replicator, {replicator.settings.slot}, answers at" in reason
+        assert replicator.settings.admin_listen in reason
         assert "does not exist" in found["slot"]["error"]
 
 

@@ -130,6 +130,18 @@ async def test_the_slot_moves_to_what_was_given_and_never_by_itself(source: Sour
     assert end_lsn == client.confirmed()
 
 
+async def test_silence_is_counted_from_the_last_message(source: Source, client: Client) -> None:
+    """From the stream's beginning until something comes; none without a connection."""
+    await asyncio.sleep(0.2)
+    assert 0.2 <= source.silent_seconds < 10
+    silent = source.silent_seconds
+    client.insert(1)
+    await read_users(source, 1)
+    assert source.silent_seconds < silent
+    source.close()
+    assert source.silent_seconds == 0.0
+
+
 async def test_a_position_that_can_not_be_is_an_error(source: Source, client: Client) -> None:
     """One that goes back, and one that was never received."""
     client.insert(1)

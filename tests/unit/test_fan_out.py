@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 from msgspec import structs
@@ -25,6 +26,7 @@ class FakeSink:
 
     name = "fake"
     linger_seconds = 0.0
+    resumes = False
 
     def __init__(self, max_events: int = 100, concurrency: int = 1, max_repeats: int | None = None) -> None:
         self.max_events = max_events
@@ -296,6 +298,45 @@ async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None
         gate.set()
         await harness.until(35)
     assert harness.lane.lag_seconds() == 0.0
+
+
+async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest one's; what was answered has none, also while it waits for one before it or for its dead letters."""
+    now = 1_000.0
+    monkeypatch.setattr(lane, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    harness = Harness(sink := FakeSink(max_events=1, concurrency=2))
+    asked = [asyncio.Event(), asyncio.Event()]
+    answer = [asyncio.Event(), asyncio.Event()]
+    storing, stored = asyncio.Event(), asyncio.Event()
+
+    async def hangs(events: Sequence[Event]) -> Sequence[Refusal]:
+        number = events[0].commit_lsn // 10 - 1
+        asked[number].set()
+        await answer[number].wait()
+        return [Refusal(events[0], "no")] if number == 0 else []
+
+    async def stores(_: Sequence[DeadLetter]) -> None:
+        storing.set()
+        await stored.wait()
+
+    sink.script = [hangs, hangs]
+    harness.lane._dead_letter = stores  # noqa: SLF001  a store that takes its time
+    async with harness.running(), asyncio.timeout(10):
+        for number in (0, 1):
+            assert number * 5.0 == harness.lane.unanswered_seconds()
+            harness.fan_out.put(batch(10 * number + 10, 1))
+            await asked[number].wait()
+            now += 5
+        assert harness.lane.unanswered_seconds() == 10.0
+        answer[0].set()
+        await storing.wait()
+        assert harness.lane.unanswered_seconds() == 5.0
+        answer[1].set()
+        while len(sink.taken) < 2:  # noqa: ASYNC110  the fake has no event to wait for
+            await asyncio.sleep(0.001)
+        assert (2, 0.0) == (harness.lane.waiting, harness.lane.unanswered_seconds())
+        stored.set()
+        await harness.until(25)
 
 
 async def test_retry_after_is_honoured() -> None:

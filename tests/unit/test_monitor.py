@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 from msgspec import structs
 
-from replicator.events import Position, SinkPosition
+from replicator.events import Checkpoint, Position, SinkPosition
 from replicator.lane import Lane
 from replicator.monitor import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
@@ -37,6 +37,11 @@ class FakeLane:
     trouble = ""
     needs_somebody = False
     troubled_for = 0.0
+    unanswered_for = 0.0
+
+    def unanswered_seconds(self) -> float:
+        """As long as the test says."""
+        return self.unanswered_for
 
     def trouble_seconds(self) -> float:
         """As long as the test says."""
@@ -46,14 +51,27 @@ class FakeLane:
         self.done = SinkPosition(position=Position(90, 1), end_lsn=80)
 
 
+class FakeSource:
+    """A connection on which nothing comes."""
+
+    received = 80
+    silent_seconds = 45.0
+
+
 class FakePipeline:
     """A pipeline that reads, with one sink."""
 
     def __init__(self) -> None:
         self.trouble = ""
+        self.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={})
+        self.source = FakeSource()
         self.fan_out = self
         self.lanes: list[Lane | FakeLane] = [FakeLane()]
-        self.slowest = self.lanes[0]
+
+    @property
+    def slowest(self) -> Lane | FakeLane:
+        """As `FanOut` chooses it."""
+        return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
 
 
 class Looking(Monitor):
@@ -122,6 +140,51 @@ def test_it_says_what_the_sink_says(monitor: Looking) -> None:
     monitor.look(1, server_lsn=300)
     [reason] = monitor.look(2 * STALL_SECONDS)
     assert reason.endswith(": sink http answered 500")
+
+
+@pytest.mark.parametrize(
+    ("active_pid", "told"),
+    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
+)
+def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pid: int | None, told: str) -> None:
+    """All that was read is written: PostgreSQL is the one to look at, by its process."""
+    cast("FakeLane", monitor.pipeline.fan_out.lanes[0]).waiting = 0
+    monitor.look(1, server_lsn=300, active_pid=active_pid)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {told}")
+
+
+def test_the_sink_that_something_waits_for_is_blamed(monitor: Looking, pipeline: Pipeline) -> None:
+    """Also while its position is ahead of that of a sink which has all that was read."""
+    idle, busy = FakeLane(), FakeLane()
+    idle.name, idle.waiting, idle.trouble = "redis", 0, "sink redis is away"
+    busy.done = SinkPosition(position=Position(90, 1), end_lsn=100)
+    pipeline.fan_out.lanes[:] = [cast("Lane", idle), cast("Lane", busy)]
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": sink http is the slowest, 7 events wait for it")
+
+
+def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(monitor: Looking, pipeline: Pipeline) -> None:
+    """The sinks have what was read, and PostgreSQL sent it."""
+    cast("FakeLane", pipeline.fan_out.lanes[0]).waiting = 0
+    pipeline.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=70, sinks={})
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": the checkpoint is not saved, the log says why")
+
+
+def test_a_sink_that_does_not_answer_is_a_reason(monitor: Looking) -> None:
+    """Without an error as well, once it has lasted; its own trouble is told in its own words and time."""
+    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane.unanswered_for = TROUBLE_SECONDS - 1
+    assert [] == monitor.look()
+    lane.unanswered_for = TROUBLE_SECONDS + 2
+    assert ["sink http has not answered for 12 s"] == monitor.look()
+    lane.trouble, lane.troubled_for = "sink http answered 500", 1.0
+    assert [] == monitor.look()
+    lane.troubled_for = TROUBLE_SECONDS
+    assert ["sink http answered 500"] == monitor.look()
 
 
 def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> None:
