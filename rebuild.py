@@ -27,14 +27,18 @@ without persistence, a new server), from all rows of PostgreSQL, while the repli
 need not be stopped: each event is counted once, whoever brings it. Until it is done counts are too low.
 
 Events that Redis has marked as seen are not counted again: where keys are not missing but wrong, they stay wrong.
---from-empty deletes all of the replicator's keys first, in one moment (some 1 us a key in which Redis serves nobody),
-and then makes them again. What is no longer in PostgreSQL is then no longer counted.
+--from-empty asks, then deletes all of the replicator's keys first, in one moment (some 1 us a key in which Redis serves
+nobody), and then makes them again. What is no longer in PostgreSQL is then no longer counted.
 
 SIGTERM and Ctrl-C stop it in good order; --resume goes on there, also after a crash or a kill, unless Redis was emptied
 again or restarted since: then it begins at the beginning.
 
 Exit codes: 0 done, 1 failed or interrupted, 2 unusable arguments.
 """
+QUESTION = (
+    "Delete all of the replicator's keys in Redis? Counts are too low until all are made again, and what PostgreSQL no"
+    " longer has is not counted any more."
+)
 
 
 def add_command(sub: argparse._SubParsersAction[OneLineParser]) -> None:
@@ -51,6 +55,7 @@ def add_command(sub: argparse._SubParsersAction[OneLineParser]) -> None:
         action="store_true",
         help="first delete every key of ours, because what is there is wrong (not only missing)",
     )
+    parser.add_argument("--yes", action="store_true", help="don't ask before --from-empty deletes")
     add_pace(parser)
     parser.set_defaults(command=rebuild_redis)
 
@@ -59,6 +64,8 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
     """Backfill all times into Redis."""
     if args.resume and args.from_empty:
         raise SettingsError(name="--resume", problem="--from-empty begins anew", expected="one of the two")
+    if args.from_empty and not args.yes and not commands.agreed(QUESTION):
+        return 1
     history = create_history(given.dsn, BEGINNING, END)
     sinks = create_sinks(["redis"], backfill=True)
     store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())

@@ -55,6 +55,12 @@ dropped partition for instance, are such: choose the range accordingly.
 Exit codes: 0 equal (or equal after --repair), 1 different or failed, 2 unusable arguments or settings.
 """
 SINKS = ("clickhouse", "redis")
+MENDED = "`--repair` writes what is missing or different; for a whole range a backfill is faster"
+COUNTED = (
+    "`--repair` counts what was not counted in this range; after Redis lost its keys"
+    " `python -m replicator rebuild-redis` counts all there is"
+)
+COUNTED_ANEW = "counts are made right by `python -m replicator rebuild-redis --from-empty`"
 
 log = logging.getLogger("replicator.reconcile")
 
@@ -178,6 +184,8 @@ class _Run:
         meanwhile = " (more came meanwhile)" if there != here and not (missing.count or extra.count) else ""
         print(f"clickhouse  {there} events in PostgreSQL, {here} in ClickHouse{meanwhile}")
         self._tell("clickhouse", {"missing": missing, "different": different, "extra": extra}, left)
+        if (missing.count or different.count) and not self._args.repair:
+            print(f"clickhouse  {MENDED}")
         if extra.count and left.count and not self._args.delete_extra:
             print("clickhouse  extra events are deleted by --repair --delete-extra")
         if not settled.certain:
@@ -206,9 +214,14 @@ class _Run:
                 ids = await ledger.unseen(ids)
             left.add(ids)
         self._tell("redis", {"not counted": uncounted}, left)
-        await self._counts(ledger)
+        low = await self._counts(ledger)
+        if left.count or (low and (uncounted.count or await _is_empty(ledger))):
+            print(f"redis       {COUNTED}")
+        elif low:
+            print(f"redis       {COUNTED_ANEW}")
 
-    async def _counts(self, ledger: RedisLedger) -> None:
+    async def _counts(self, ledger: RedisLedger) -> int:
+        """How many are too low."""
         suspects = array.array("q")  # 8 bytes each
         async for key in compare.suspicious_counts(self._ledger, ledger):
             suspects.append(key)
@@ -221,10 +234,9 @@ class _Run:
         self._found += low.count
         self._left += low.count
         print(f"redis       counts too low {low}")
-        if low.count:
-            print("redis       counts are made right by `python -m replicator rebuild-redis --from-empty`")
         if above.count:
             print(f"redis       counts above PostgreSQL's, of rows that it has deleted or wrong: {above}")
+        return low.count
 
     # -- both ------------------------------------------------------------------------------------------------------
 
@@ -257,3 +269,11 @@ class _Run:
             await run.run()
         finally:
             await history.close()
+
+
+async def _is_empty(ledger: RedisLedger) -> bool:
+    """Whether it counts nothing at all."""
+    async for keys in ledger.keys():
+        if keys:
+            return False
+    return True

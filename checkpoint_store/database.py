@@ -70,6 +70,17 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+def require_file(url: URL) -> None:
+    """Whoever only reads makes no database: a relative path may be meant to lead to the one of another directory."""
+    path = Path(url.database or "")
+    if url.get_backend_name() != "sqlite" or url.query.get("uri"):  # SQLite's own URIs are not looked into
+        return
+    if path.absolute().parent.is_dir() and not path.exists():
+        problem = f"there is no file {path.absolute()}"
+        cure = f"Run `python -m replicator init`, or see that {URL_SETTING} is the path that `run` writes to"
+        raise CheckpointUnusable(problem=problem, cure=cure)
+
+
 def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
     """Our error for a driver's: what happened, without the password and without values."""
     orig = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc

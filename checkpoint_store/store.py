@@ -179,6 +179,7 @@ class SqlCheckpointStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
+        database.require_file(self._engine.url)
         with self._transaction(self._engine) as connection:
             self._require_schema(connection)
             yield connection

@@ -112,7 +112,7 @@ class EngagementEnricher:
         return Enriched(events, refused)
 
     async def history(self) -> str:
-        """How many events there are already, and the command that brings them."""
+        """How many events there are, and the command that brings them all."""
         database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
         try:
             [(count, start, end)] = await database.rows(HISTORY)
@@ -123,7 +123,8 @@ class EngagementEnricher:
         if not count:
             return ""
         command = f"python backfill.py --start {start} --end {end}"
-        return f"{count} rows of {engagement.EVENTS} were there before; to bring them: {command}"
+        told = f"{engagement.EVENTS} holds {count} rows; those from before the slot do not come through it"
+        return f"{told}. To bring all of them: {command}"
 
     async def check(self) -> list[Finding]:
         """Do the tables have what is needed?"""

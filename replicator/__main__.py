@@ -18,13 +18,14 @@ import rebuild
 import reconcile
 from backfill import OneLineParser
 from checkpoint_store import SqlCheckpointStore
-from enrichment import create_enricher
+from enrichment import EnrichmentSettings, create_enricher
+from enrichment.dead_letters import ENRICHMENT
 from replicator import commands
 from replicator.commands import Parts
-from replicator.errors import Overtaken, ReplicatorError
+from replicator.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.logs import configure_logging
-from replicator.settings import CoreSettings, load
-from sinks import create_sinks
+from replicator.settings import CoreSettings, load, unknown
+from sinks import SINKS, create_sinks, settings_classes
 
 MANUAL = """\
 Reads a PostgreSQL logical replication slot (wal2json), enriches every new row of engagement_events with its content,
@@ -86,7 +87,11 @@ def _add_dead_letters(sub: argparse._SubParsersAction[OneLineParser]) -> None:
         ("drop", commands.drop_dead_letters, "forget them"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("--sink", help="only this sink's (`enrichment`: rows that no event could be made of)")
+        action.add_argument(
+            "--sink",
+            choices=[*SINKS, ENRICHMENT],
+            help="only this sink's (`enrichment`: rows that no event could be made of)",
+        )
         action.add_argument(
             "--id", dest="ids", type=int, action="append", default=[], metavar="N", help="only number N"
         )
@@ -108,12 +113,27 @@ async def _run(command: Coroutine[None, None, int]) -> int:
     return await command
 
 
+def _name_unknown_settings() -> None:
+    for name in unknown([CoreSettings, EnrichmentSettings, *settings_classes()]):
+        logging.getLogger(__name__).warning("%s is no setting, nobody reads it: the README's table has them all", name)
+
+
+def _tell(command: object, exc: ReplicatorError) -> None:
+    """A line of the log where there is one: whoever collects it should have the last line, too."""
+    if command is commands.run and not isinstance(exc, SettingsError):
+        logging.getLogger("replicator").critical("%s", exc)
+    else:
+        print(f"replicator: {exc}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     args = build_parser().parse_args(arguments)
     try:
         settings = load(CoreSettings)
         configure_logging(settings.log_level, settings.log_format)
+        if args.command in (commands.run, commands.check):
+            _name_unknown_settings()
         parts = Parts(
             settings=settings,
             enricher=create_enricher(settings.postgres_dsn.get_secret_value()),
@@ -129,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReplicatorError as exc:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()  # what was done before it; os._exit would drop it
-        print(f"replicator: {exc}", file=sys.stderr)
+        _tell(args.command, exc)
         return exc.exit_code
     except KeyboardInterrupt:
         return 1

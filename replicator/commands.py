@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from replicator import gap, preflight
 from replicator import slot as slots
 from replicator import status as statuses
 from replicator.admin import Admin
-from replicator.errors import Overtaken, SettingsError
+from replicator.errors import Overtaken, SettingsError, SlotInUse, SlotMissing, StreamGap
 from replicator.events import Checkpoint, DeadLetter, format_lsn
 from replicator.monitor import Monitor
 from replicator.pipeline import Pipeline
@@ -121,28 +121,44 @@ async def init(parts: Parts, args: argparse.Namespace) -> int:
             for line in await sink.create():
                 print(line)
         with closing(parts.source()) as source:
-            checkpoint = await _take_slot(parts, source, accept_gap=args.accept_gap)
+            checkpoint, to_bring = await _take_slot(parts, source, accept_gap=args.accept_gap)
         print(f"slot {checkpoint.slot}: replication begins behind {format_lsn(checkpoint.end_lsn)}")
-        print(await parts.enricher.history() or "no older rows: nothing to backfill")
+        if not to_bring:
+            to_bring = [await parts.enricher.history() or "no older rows: nothing to backfill"]
+        print("\n".join(to_bring))
     return 0
 
 
-async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> Checkpoint:
-    """Slot and checkpoint that fit together; both are made if they are missing."""
+async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> tuple[Checkpoint, list[str]]:
+    """Slot and checkpoint that fit together, both made if they are missing; and what an accepted gap came to."""
     identity, state = await source.connect()
     stored = await asyncio.to_thread(parts.store.load, parts.settings.slot)
-    known = None if accept_gap else _of_configured(stored, parts.sinks)
+    known = _of_configured(stored, parts.sinks)
+    if accept_gap and known is not None and _is_gap(parts.settings.slot, state, identity, known):
+        known = None
     slots.verify(parts.settings.slot, state, identity, known)
     if state is None:
         state = await source.create_slot()
         print(f"made replication slot {parts.settings.slot}")
     if known is not None:
-        return known
+        return known, []
     first = slots.first_checkpoint(parts.settings.slot, state, identity)
     await asyncio.to_thread(parts.store.replace, first)
-    if stored is not None and state is not None:
-        print("\n".join(gap.describe(stored, first, state.server_time, parts.sinks)))
-    return first
+    if stored is None or state is None:
+        return first, []
+    return first, list(gap.describe(stored, first, state.server_time, parts.sinks))
+
+
+def _is_gap(slot: str, state: slots.SlotState | None, identity: slots.Identity, known: Checkpoint) -> bool:
+    """Is there something to accept? Raises SlotInUse: the checkpoint of a replicator that runs is not replaced."""
+    try:
+        slots.verify(slot, state, identity, known)
+    except (SlotMissing, StreamGap) as exc:
+        if state is not None and state.active_pid is not None:
+            raise SlotInUse(slot=slot, pid=state.active_pid) from exc
+        return True
+    print(f"there is no gap: the slot has everything behind the checkpoint, {format_lsn(known.end_lsn)}")
+    return False
 
 
 def _of_configured(stored: Checkpoint | None, sinks: Sequence[Sink]) -> Checkpoint | None:
@@ -183,14 +199,15 @@ async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:
                 print(f"there is no replication slot {slot}")
                 return 0
             told = f"Drop replication slot {slot}? Whatever is committed from now on is not kept for it."
-            if not args.yes and not _agreed(told):
+            if not args.yes and not agreed(told):
                 return 1
             await source.drop_slot()
     print(f"dropped replication slot {slot}; `python -m replicator init --accept-gap` makes a new one")
     return 0
 
 
-def _agreed(question: str) -> bool:
+def agreed(question: str) -> bool:
+    """Ask on the terminal. Raises SettingsError where there is none: it takes --yes."""
     if not sys.stdin.isatty():
         raise SettingsError(
             name="standard input", problem="it is no terminal", expected="a terminal to ask on, or --yes"
@@ -203,60 +220,82 @@ def _agreed(question: str) -> bool:
 
 
 async def list_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
-    """Print them, oldest first, with their payload."""
+    """Print them, oldest first, with their payload. 1 if a number that was asked for is not there."""
+    found: set[int | None] = set()
     async with _closing(parts):
         for page in _pages(parts, args):
+            found.update(letter.id for letter in page)
             for letter in page:
                 at = datetime.fromtimestamp(letter.created_at, UTC).isoformat(timespec="seconds")
                 position = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
                 print(f"{letter.id}  {at}  {letter.sink}  event {letter.event_id}  {position}  {letter.reason}")
                 print(f"    {letter.payload.decode(errors='replace')}")
-    return 0
+    return _tell_of_absent(args, found)
 
 
 async def replay_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
-    """Give them to their sink again and drop what it takes. 1 if any is left."""
-    left = 0
+    """Give them to their sink again and drop what it takes. 1 if any is left, or not there."""
+    found: set[int | None] = set()
+    left: dict[int | None, str] = {}
     async with _closing(parts):
         await parts.enricher.open()
         for page in _pages(parts, args):
-            taken = await _replay(parts, page)
+            kept = await _replay(parts, page)
+            taken = [letter.id for letter in page if letter.id is not None and letter.id not in kept]
             await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, taken)
-            left += len(page) - len(taken)
-            print(f"{len(taken)} taken, {len(page) - len(taken)} left")
-    return int(bool(left))
+            print(f"{len(taken)} taken, {len(kept)} left")
+            for number, reason in kept.items():
+                print(f"{number} is left: {reason}")
+            found.update(letter.id for letter in page)
+            left |= kept
+    return _tell_of_absent(args, found) or int(bool(left))
 
 
-async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> list[int]:
-    """The numbers of those that every sink they are for has taken now."""
-    kept: set[tuple[int, int]] = set()
+async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
+    """Those that are left, each with the reason; every sink that the others are for has taken them now."""
+    present = {sink.name for sink in parts.sinks} | {"enrichment"}
+    away = "sink {} is not among REPLICATOR_SINKS".format
+    left = {letter.id: away(letter.sink) for letter in letters if letter.sink not in present}
     for sink in parts.sinks:
         mine = [letter for letter in letters if letter.sink in (sink.name, "enrichment")]
-        if not mine:
-            continue  # another sink may be down: these letters are not for it
-        await sink.open()
-        restored = await parts.enricher.restore(mine)
-        kept.update((letter.commit_lsn, letter.ordinal) for letter in restored.refused)
-        for start in range(0, len(restored.events), sink.max_events):
-            refusals = await sink.write(restored.events[start : start + sink.max_events])
-            kept.update((refusal.event.commit_lsn, refusal.event.ordinal) for refusal in refusals)
-    present = {sink.name for sink in parts.sinks} | {"enrichment"}
-    return [
-        letter.id
-        for letter in letters
-        if letter.id is not None and letter.sink in present and (letter.commit_lsn, letter.ordinal) not in kept
-    ]
+        if mine:  # another sink may be down: these letters are not for it
+            refused = await _give(parts.enricher, sink, mine)
+            positions = {letter.id: (letter.commit_lsn, letter.ordinal) for letter in mine}
+            left |= {number: refused[at] for number, at in positions.items() if at in refused}
+    return left
+
+
+async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[tuple[int, int], str]:
+    """Why the sink refuses what it does, by position."""
+    await sink.open()
+    restored = await enricher.restore(letters)
+    refused = {(letter.commit_lsn, letter.ordinal): letter.reason for letter in restored.refused}
+    for start in range(0, len(restored.events), sink.max_events):
+        for event, reason in await sink.write(restored.events[start : start + sink.max_events]):
+            refused[event.commit_lsn, event.ordinal] = reason
+    return refused
 
 
 async def drop_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
-    """Forget them, after asking."""
+    """Forget them, after asking. 1 if a number that was asked for is not there."""
     async with _closing(parts):
         doomed = [letter.id for page in _pages(parts, args) for letter in page if letter.id is not None]
-        if doomed and not args.yes and not _agreed(f"Forget {len(doomed)} dead letters?"):
+        if doomed and not args.yes and not agreed(f"Forget {len(doomed)} dead letters?"):
             return 1
         dropped = await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, doomed)
     print(f"dropped {dropped} dead letters")
-    return 0
+    return _tell_of_absent(args, doomed)
+
+
+def _tell_of_absent(args: argparse.Namespace, found: Collection[int | None]) -> int:
+    """Say what is not there, beside the output; the exit code."""
+    of_sink = f" of sink {args.sink}" if args.sink else ""
+    absent = sorted(set(args.ids).difference(found))
+    for number in absent:
+        print(f"there is no dead letter {number}{of_sink}", file=sys.stderr)
+    if not found and not absent:
+        print(f"no dead letters{of_sink}", file=sys.stderr)
+    return int(bool(absent))
 
 
 def _pages(parts: Parts, args: argparse.Namespace) -> Iterator[list[DeadLetter]]:

@@ -8,6 +8,7 @@ message and is checked against the README's table by a test.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -89,6 +90,16 @@ def variable(field_name: str) -> str:
     return PREFIX + field_name.upper()
 
 
+def unknown(settings_classes: Iterable[type[Settings]]) -> list[str]:
+    """Variables with our prefix, of the environment or `.env`, that none of these classes takes."""
+    fields = [variable(name).lower() for known in settings_classes for name in known.model_fields]
+    taken = {*fields, *(f"{name}_file" for name in fields)}
+    given = {*EnvSettingsSource(Settings).env_vars, *DotEnvSettingsSource(Settings).env_vars}
+    return sorted(
+        name.upper() for name in given if name.lower().startswith(PREFIX.lower()) and name.lower() not in taken
+    )
+
+
 def load(settings_class: type[T]) -> T:
     """Read and check all settings of a class. Raises SettingsError that names the first unusable one."""
     try:
@@ -106,6 +117,10 @@ def load(settings_class: type[T]) -> T:
 
 def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _conninfo(value: SecretStr) -> SecretStr:
@@ -180,5 +195,7 @@ class CoreSettings(Settings):
         pattern=r"^(|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^:\s]+:\d{1,5})$",
         description="host:port for /healthz, /readyz and /metrics; empty turns them off",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        "info", description="debug, info, warning or error"
+    )
     log_format: Literal["text", "json"] = Field("text", description="text or json (one object a line)")

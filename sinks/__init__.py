@@ -11,7 +11,7 @@ from typing import Any
 
 from replicator.errors import SettingsError
 from replicator.protocols import Sink
-from replicator.settings import load
+from replicator.settings import Settings, load
 
 SINKS = {
     "clickhouse": ("sinks.clickhouse", "ClickHouseSink", "ClickHouseSettings"),
@@ -22,6 +22,11 @@ SINKS = {
 
 BACKFILL: Mapping[str, Mapping[str, Any]] = {"redis": {"keeps_window": False}}
 """What a sink is told when history is written beside the stream: what goes by the clock is the replicator's to keep."""
+
+
+def settings_classes() -> list[type[Settings]]:
+    """Of all sinks, configured or not."""
+    return [getattr(import_module(module), settings) for module, _, settings in SINKS.values()]
 
 
 def create_sinks(names: Iterable[str], *, backfill: bool = False) -> list[Sink]:

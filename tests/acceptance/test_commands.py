@@ -23,8 +23,8 @@ def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program
            (3, 1, 'play', '2026-01-08 09:30:00+00')"""
     )
     hint = (
-        "3 rows of public.engagement_events were there before; to bring them: "
-        "python backfill.py --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00\n"
+        "public.engagement_events holds 3 rows; those from before the slot do not come through it. "
+        "To bring all of them: python backfill.py --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00\n"
     )
     first = program.run("init")
     assert succeed(first).endswith(hint)
@@ -167,8 +167,9 @@ def test_unusable_settings(program: Program) -> None:
         (["replicate"], 2, "invalid choice: 'replicate'"),
         (["dead-letters"], 2, "ACTION"),
         (["dead-letters", "list", "--id", "x"], 2, "--id"),
+        (["dead-letters", "list", "--sink", "bogus"], 2, "invalid choice: 'bogus' (choose from"),
     ],
-    ids=["help", "command", "action", "number"],
+    ids=["help", "command", "action", "number", "sink"],
 )
 def test_arguments(program: Program, arguments: list[str], code: int, told: str) -> None:
     """Help is no failure; what can't be understood is 2."""

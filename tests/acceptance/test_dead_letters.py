@@ -40,8 +40,18 @@ def test_list_replay_and_drop(
     assert all("422" in line for line in letters[::2])
     assert all('{"event_id":' in line for line in letters[1::2])
 
-    assert 1 == program.run("dead-letters", "replay").code  # refused as before
+    again = program.run("dead-letters", "replay")
+    assert 1 == again.code  # refused as before
+    assert "0 taken, 3 left\n" in again.stdout
+    for line in letters[::2]:
+        number, *_, reason = line.split("  ")
+        assert f"{number} is left: {reason}\n" in again.stdout
     assert letters == listed(program)
+
+    elsewhere = program.run("dead-letters", "replay", "--id", letters[0].split()[0], sinks="redis")
+    assert 1 == elsewhere.code
+    assert "0 taken, 1 left\n" in elsewhere.stdout
+    assert "is left: sink http is not among REPLICATOR_SINKS\n" in elsewhere.stdout
 
     api.behave(refuse_event_ids=[5, 7])
     assert 1 == program.run("dead-letters", "replay").code
@@ -58,6 +68,16 @@ def test_list_replay_and_drop(
     wanted = [event for event in expected(database) if event["event_id"] != 5]
     assert wanted == sorted(destinations.api(), key=lambda event: int(event["event_id"]))
     assert {1: 9} == destinations.counts()
+
+
+def test_there_is_none(program: Program) -> None:
+    """Nothing to do is said and is no failure; a number that there is not is one."""
+    succeed(program.run("init"))
+    for action in (["list"], ["replay"], ["drop", "--yes"]):
+        nothing = program.run("dead-letters", *action)
+        assert (0, "no dead letters\n") == (nothing.code, nothing.stderr)
+        unknown = program.run("dead-letters", *action, "--sink", "http", "--id", "99")
+        assert (1, "there is no dead letter 99 of sink http\n") == (unknown.code, unknown.stderr)
 
 
 def test_a_row_that_no_event_can_be_made_of(

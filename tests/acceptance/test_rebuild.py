@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -90,20 +91,20 @@ def test_from_empty_under_traffic(
         destinations.redis.delete("content:count:2")
         destinations.redis.set("content:count:77", 5)
         destinations.redis.setbit("engagement:seen:0", 65_535, 1)
-        out = succeed(quick.run("rebuild-redis", "--from-empty"))
+        out = succeed(quick.run("rebuild-redis", "--from-empty", "--yes"))
         assert re.search(r"^deleted +\d+ keys$", out, re.MULTILINE)
     assert "not ours" == destinations.redis.get("content:foreign")
     destinations.redis.delete("content:foreign")
     assert_rebuilt(quick, source, database, destinations)
 
 
-def spawn(program: Program, *arguments: str) -> subprocess.Popen[str]:
+def spawn(program: Program, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     """The command, left running."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "replicator", "rebuild-redis", *arguments],
         cwd=ROOT,
         env=program.environment,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,11 +161,37 @@ def test_emptied_while_it_is_filled(quick: Program, source: psycopg.Connection, 
     assert "it was emptied, restarted or replaced while it was filled. Run `rebuild-redis` again" in err
 
 
+@pytest.mark.parametrize(("answer", "counts"), [("n", {1: 5}), ("y", {1: 1, 2: 1, 3: 1})])
+def test_from_empty_asks(
+    program: Program, source: psycopg.Connection, destinations: Destinations, answer: str, counts: dict[int, int]
+) -> None:
+    """On a terminal; whatever is no yes leaves everything as it is."""
+    succeed(program.run("init"))
+    source.execute(OLD, {"rows": 3})
+    destinations.redis.set("content:count:1", 5)
+    ours, theirs = os.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    with spawn(program, "--from-empty", stdin=theirs) as running:
+        out, err = running.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert_clean(out + err)
+    assert (answer == "n") == running.returncode
+    assert out.startswith("Delete all of the replicator's keys in Redis? ")
+    assert counts == destinations.counts()
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "code", "told"),
     [
         ((), {"postgres_dsn": "postgresql://app:planted@127.0.0.1:1/engagement"}, 1, "Reading from PostgreSQL failed"),
-        (("--from-empty",), {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"}, 1, "Reading from PostgreSQL failed"),
+        (
+            ("--from-empty", "--yes"),
+            {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"},
+            1,
+            "Reading from PostgreSQL failed",
+        ),
+        (("--from-empty",), {}, 2, "standard input is unusable: it is no terminal. It takes a terminal to ask on, or"),
         ((), {"redis_url": "redis://127.0.0.1:1"}, 1, "Sink redis failed"),
         ((), {"redis_url": "ftp://planted"}, 2, "REPLICATOR_REDIS_URL is unusable"),
         (("--from-empty", "--resume"), {}, 2, "--resume is unusable: --from-empty begins anew"),
@@ -211,7 +238,7 @@ def test_what_can_not_be_made_again_is_not_deleted(  # noqa: PLR0917  fixtures
     insert_many(source, 3)
     source.execute(statement.encode())
     destinations.redis.set("content:count:1", 5)
-    result = program.run("rebuild-redis", "--from-empty", **variables)
+    result = program.run("rebuild-redis", "--from-empty", "--yes", **variables)
     assert (1, "", 1) == (result.code, result.stdout, result.stderr.count("\n"))
     assert told in result.stderr
     assert {1: 5} == destinations.counts()

@@ -38,6 +38,9 @@ CHANGED = """
 INSERT INTO events_enriched SELECT * REPLACE (user_id + 1 AS user_id, _lsn + {newer} AS _lsn)
 FROM events_enriched FINAL WHERE event_id = {id}
 """
+WRITES = "clickhouse  `--repair` writes what is missing or different; for a whole range a backfill is faster\n"
+COUNTS = "redis       `--repair` counts what was not counted in this range; after Redis lost its keys `python -m"
+COUNTS_ANEW = "redis       counts are made right by `python -m replicator rebuild-redis --from-empty`\n"
 HIDDEN = "ALTER TABLE engagement_events ENABLE ROW LEVEL SECURITY"
 EXTRA = """
 INSERT INTO events_enriched SELECT * REPLACE ({id} AS event_id)
@@ -88,10 +91,12 @@ def test_what_is_planted_is_found_and_mended(  # noqa: PLR0917  fixtures
     told = differences(settings.run("reconcile", *HOUR))
     for line in ("missing 1: 54321", "different 1: 777", "extra 1: 20000000", "redis       not counted 0"):
         assert line in told
+    assert WRITES in told
     found = told.splitlines()[-1]
     assert found.startswith("different, ")
     mended = differences(settings.run("reconcile", *HOUR, "--repair"))
     assert "clickhouse  left after the repair 1: 20000000" in mended
+    assert WRITES not in mended
     assert "extra events are deleted by --repair --delete-extra" in mended
     mended = succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
     assert mended.splitlines()[-1].startswith("equal after the repair")
@@ -190,7 +195,10 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
     destinations.redis.incrby("content:count:2", -6)
     told = differences(settings.run("reconcile", *HOUR))
     assert "redis       counts too low 1: 2 has 23332 instead of 23333\n" in told
-    assert "rebuild-redis --from-empty" in told
+    assert COUNTS_ANEW in told
+    assert COUNTS not in told
+    empty = differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
+    assert COUNTS_ANEW in empty
     destinations.redis.incr("content:count:2")
     destinations.redis.delete("content:count:-77", "content:count:20260108120000123456789")
     destinations.redis.delete("content:count:007", "content:count:x")
@@ -200,11 +208,18 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
     told = differences(settings.run("reconcile", *HOUR))
     assert "redis       not counted 1: 66000\n" in told
     assert "counts too low 1: 3 has 23332 instead of 23333\n" in told
+    assert COUNTS in told
+    assert COUNTS_ANEW not in told
     assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert "equal, " in succeed(settings.run("reconcile", *HOUR, "--sinks", "redis"))
 
     destinations.redis.flushall()
-    assert "not counted 70000: 1, 2, " in differences(settings.run("reconcile", *HOUR))
+    told = differences(settings.run("reconcile", *HOUR))
+    assert "not counted 70000: 1, 2, " in told
+    assert COUNTS in told
+    lost = differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
+    assert COUNTS in lost
+    assert COUNTS_ANEW not in told + lost
     assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert 70_000 == sum(destinations.counts().values())
 

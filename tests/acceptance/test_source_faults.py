@@ -62,6 +62,7 @@ def mend(program: Program, *before: str) -> None:
     assert "gap accepted: from" in accepted
     commands = re.findall(r"^ +(python backfill\.py .*)$", accepted, re.MULTILINE)
     assert 2 == len(commands), "one for the sinks that repeats do no harm, one for the API"
+    assert 2 == accepted.count("python backfill.py"), "and none for everything there is"
     for line in commands:
         succeed(program.follow(line))
 
@@ -269,6 +270,47 @@ def test_the_slot_was_moved_on_by_somebody_else(
     assert_mended(quick, source, database, destinations)
 
 
+def test_a_gap_is_accepted_only_where_there_is_one(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
+) -> None:
+    """The checkpoint stays as it is, byte for byte."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    before = _stored(tmp_path)
+    accepted = succeed(quick.run("init", "--accept-gap"))
+    assert "there is no gap: the slot has everything behind the checkpoint, " in accepted
+    assert "gap accepted" not in accepted
+    assert before == _stored(tmp_path)
+    assert_mended(quick, source, database, destinations)
+
+
+def test_a_gap_is_not_accepted_while_the_slot_is_read(
+    quick: Program, source: psycopg.Connection, tmp_path: Path
+) -> None:
+    """A live replicator's checkpoint is not replaced; here the API is named that it leaves out."""
+    quick.start()
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+    insert_many(source, 10)
+    quick.start(sinks="clickhouse,redis")
+    quick.wait_until_caught_up()
+    before = _stored(tmp_path)
+    assert 3 == len(before)
+    result = quick.run("init", "--accept-gap")
+    assert (1, 1) == (result.code, result.stderr.count("\n"))
+    assert f"Replication slot {quick.slot} is held by process" in result.stderr
+    assert before[2] == _stored(tmp_path)[2], "where the API is"
+    assert 0 == quick.stop()
+    refused(quick, "sink http was left out after")
+
+
+def _stored(folder: Path) -> list[tuple[object, ...]]:
+    """The positions of the sinks, the API's last."""
+    with closing(sqlite3.connect(folder / "checkpoint.db")) as checkpoint:
+        return checkpoint.execute("SELECT * FROM replicator_sink_positions ORDER BY sink = 'http', sink").fetchall()
+
+
 def test_the_checkpoint_is_an_older_backup(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
 ) -> None:
@@ -367,7 +409,7 @@ def test_the_checkpoint_was_deleted(
 def test_checkpoint_and_slot_were_deleted(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
 ) -> None:
-    """Nothing is left that could know of a gap: it begins anew, says so, and names what says which rows are older."""
+    """Nothing is left that could know of a gap: it begins anew, says so, and names what says how to bring older rows."""
     quick.start()
     insert_many(source, 10)
     caught_up_and_stopped(quick)
@@ -376,9 +418,9 @@ def test_checkpoint_and_slot_were_deleted(
     source.execute(DROP, [quick.slot])
     insert_many(source, 1_000)
     quick.start()
-    assert f"made slot {quick.slot}; `python -m replicator init` says which rows are older" in quick.log
+    assert f"made slot {quick.slot}; `python -m replicator init` says how to bring older rows" in quick.log
     told = succeed(quick.run("init"))
-    assert "1010 rows of engagement_events were there before" in told.replace("public.", "")
+    assert "public.engagement_events holds 1010 rows; those from before the slot do not come through it." in told
     [command] = re.findall(r"python backfill\.py .*", told)
     succeed(quick.follow(f"{command} --sinks clickhouse,redis,http"))
     caught_up_and_stopped(quick)

@@ -528,6 +528,16 @@ def test_a_dead_letter_is_kept_once(store: CheckpointStore) -> None:
     ]
 
 
+def test_who_reads_makes_no_file(tmp_path: Path) -> None:
+    """A path that leads nowhere is named, with the cure."""
+    path = tmp_path / "none.db"
+    store = SqlCheckpointStore(f"sqlite:///{path}")
+    for read in (store.load, store.count_dead_letters, store.dead_letters):
+        with pytest.raises(CheckpointUnusable, match=rf"there is no file {path}\. Run `python -m replicator init`"):
+            read("s")
+    assert not path.exists()
+
+
 def test_dead_letters_are_bounded(store: CheckpointStore) -> None:
     """More is refused with nothing stored; what is there already is no more; what comes together fits when empty."""
     ten = [letter(n) for n in range(1, 11)]
