@@ -58,7 +58,7 @@ class SourceUnavailable(SourceError):
 
 class SlotInUse(SourceError):
     """Replication slot {slot} is held by process {pid}. `run` waits for its turn as the standby, nothing to do if
-    another one is meant to run; to drop the slot, stop that one first."""
+    another one is meant to run; to drop the slot, or to accept a gap, stop that one first."""
 
 
 class SlotMissing(SourceError):

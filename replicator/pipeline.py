@@ -147,6 +147,7 @@ class Pipeline:
         try:
             await self._commit_unless_overtaken()
             await self.source.finish()
+            log.info("stopped; PostgreSQL knows that everything up to %s is written", format_lsn(self.source.confirmed))
         finally:
             self.source.close()
 
@@ -223,7 +224,7 @@ class Pipeline:
         slots.verify(self._settings.slot, state, identity, checkpoint)
         if state is None:
             state = await self.source.create_slot()
-            log.warning("made slot %s; `python -m replicator init` says which rows are older", self._settings.slot)
+            log.warning("made slot %s; `python -m replicator init` says how to bring older rows", self._settings.slot)
         if checkpoint is None:
             checkpoint = slots.first_checkpoint(self._settings.slot, state, identity)
             await self._save_first(checkpoint)
@@ -266,6 +267,7 @@ class Pipeline:
     def _open_lanes(self, checkpoint: Checkpoint) -> None:
         for sink in self._sinks:
             start = checkpoint.sinks.get(sink.name)
+            sink.resumes = start is not None
             if start is None:
                 log.info(
                     "sink %s is new: it gets what is committed after %s", sink.name, format_lsn(checkpoint.end_lsn)

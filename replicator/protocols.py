@@ -215,6 +215,8 @@ class Sink(Protocol):
     max_repeats: int | None
     """The most events that a crash may make it see twice, at least `max_events`: so many may be written, or being
     written, past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
+    resumes: bool
+    """Set before `open`: it was written to before, says the checkpoint. One that finds nothing there can say so."""
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""

@@ -114,6 +114,7 @@ class ClickHouseSink:
     name = "clickhouse"
     concurrency = 1  # inserts of one table gain nothing side by side, and in order the latest view is the last
     max_repeats: int | None = None  # a row that comes again replaces itself
+    resumes = False
 
     def __init__(self, settings: ClickHouseSettings) -> None:
         self.max_events = settings.clickhouse_max_events

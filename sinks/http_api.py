@@ -223,6 +223,7 @@ class HttpSink:
 
     name = "http"
     linger_seconds = 0.0
+    resumes = False
 
     def __init__(self, settings: HttpSettings, connect: Callable[[], httpx.AsyncBaseTransport] | None = None) -> None:
         url = httpx.URL(settings.http_url.get_secret_value())

@@ -117,6 +117,7 @@ class RedisSink:
     )
 
     max_repeats: int | None = None  # the seen bits tell an event that comes again
+    resumes = False
 
     def __init__(
         self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
@@ -149,6 +150,7 @@ class RedisSink:
         if not self._keeps_window:
             return
         await self.slide()
+        await self._notice_a_loss()
         if self._slider is None:
             self._slider = asyncio.create_task(self._keep_window(), name="redis window")
 
@@ -194,14 +196,18 @@ class RedisSink:
 
         That is a restart or another server: the key alone could be in a snapshot that lacks the latest writes.
         """
+        return (await self._generation_now())[1]
+
+    async def _generation_now(self) -> tuple[bool, str]:
+        """Whether the word had to be made, because Redis has forgotten it or is new; and the word."""
         try:
-            await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
+            made = await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
             word = (cast("bytes | None", await self._redis.get(GENERATION)) or b"").decode()
             with suppress(ResponseError):  # no right to INFO, or no such command: a restart is not noticed
                 word += f" {(await self._redis.info('server')).get('run_id', '')}"
         except RedisError as exc:
             raise await self._wrapped(exc) from exc
-        return word
+        return bool(made), word
 
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """What stands in these keys, for a comparison."""
@@ -266,10 +272,12 @@ class RedisSink:
 
     async def _notice_a_loss(self) -> None:
         """Say it when keys may be gone: writing goes on as if nothing had happened."""
-        before, self._generation = self._generation, await self.generation()
-        if before and before != self._generation:
-            same_keys = before.split()[0] == self._generation.split()[0]
-            _log.error(RESTARTED if same_keys else EMPTIED, self._address)
+        made, word = await self._generation_now()
+        before, self._generation = self._generation, word
+        if before.split()[:1] != word.split()[:1] and (before or (made and self.resumes)):
+            _log.error(EMPTIED, self._address)
+        elif before and before != word:
+            _log.error(RESTARTED, self._address)
 
     async def _run(self, script: AsyncScript, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""

@@ -316,6 +316,27 @@ async def test_the_window_ends_with_the_replicator(server: Server) -> None:
     assert server.client.exists(WINDOW) == 0
 
 
+@pytest.mark.parametrize("resumes", [True, False])
+async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFixture, *, resumes: bool) -> None:
+    """When it opens, and a second after it happened; not of a Redis that is new, nor of one that has it all."""
+    sink = sink_at(server.service.url)
+    sink.resumes = resumes
+    await sink.open()
+    assert resumes == ("was emptied" in caplog.text)
+    await sink.close()
+    caplog.clear()
+    again = sink_at(server.service.url)
+    again.resumes = True
+    await again.open()
+    try:
+        await again.write([event(1)])
+        assert "was emptied" not in caplog.text
+        server.client.flushall()
+        await until(lambda: "was emptied, or came back without its keys" in caplog.text, "it to be noticed")
+    finally:
+        await again.close()
+
+
 async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `asyncio.wait_for` does it until Python 3.12 when what it waits for ends at the same moment."""
     sliding = asyncio.Event()

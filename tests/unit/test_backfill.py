@@ -119,6 +119,7 @@ class FakeHistory:
 class FakeSink:
     """Takes everything, unless told otherwise."""
 
+    resumes = False
     linger_seconds = 0.0
     max_events = 2
     concurrency = 1

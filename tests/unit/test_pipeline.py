@@ -192,6 +192,7 @@ class FakeStore:
 class FakeSink:
     """Does what the test says, then takes everything."""
 
+    resumes = False
     max_events = 100
     linger_seconds = 0.0
     concurrency = 1
