@@ -409,7 +409,7 @@ def test_the_checkpoint_was_deleted(
 def test_checkpoint_and_slot_were_deleted(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, tmp_path: Path
 ) -> None:
-    """Nothing is left that could know of a gap: it begins anew, says so, and names what says how to bring older rows."""
+    """Nothing is left that could know of a gap: it begins anew and says so, and how to bring older rows."""
     quick.start()
     insert_many(source, 10)
     caught_up_and_stopped(quick)
