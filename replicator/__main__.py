@@ -49,7 +49,7 @@ Exit codes: 0 done, 1 failed, 2 unusable arguments or settings.
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m replicator",
         description=MANUAL,
         epilog=EPILOG,

@@ -29,6 +29,9 @@ from replicator.errors import SettingsError
 
 PREFIX = "REPLICATOR_"
 
+_PLAINLY = {"too_short": "it names none", "string_pattern_mismatch": "it is not of that form"}
+"""By pydantic's type of the error, where its own words are about Python."""
+
 T = TypeVar("T", bound="Settings")
 
 
@@ -111,7 +114,7 @@ def load(settings_class: type[T]) -> T:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         field_name = str(first["loc"][0])
         expected = settings_class.model_fields[field_name].description or "another value"
-        problem = first["msg"].removeprefix("Value error, ")
+        problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise SettingsError(name=variable(field_name), problem=problem, expected=expected) from None
 
 

@@ -165,17 +165,19 @@ def test_unusable_settings(program: Program) -> None:
     [
         (["--help"], 0, "python -m replicator init"),
         (["replicate"], 2, "invalid choice: 'replicate'"),
+        (["init", "--bogus"], 2, "unrecognized arguments: --bogus"),
         (["dead-letters"], 2, "ACTION"),
         (["dead-letters", "list", "--id", "x"], 2, "--id"),
         (["dead-letters", "list", "--sink", "bogus"], 2, "invalid choice: 'bogus' (choose from"),
     ],
-    ids=["help", "command", "action", "number", "sink"],
+    ids=["help", "command", "option", "action", "number", "sink"],
 )
 def test_arguments(program: Program, arguments: list[str], code: int, told: str) -> None:
     """Help is no failure; what can't be understood is 2."""
     result = program.run(*arguments)
     assert code == result.code
     assert told in result.stdout + result.stderr
+    assert result.stderr.count("\n") == int(code > 0), "one line"
     assert_clean(result.stdout + result.stderr)
 
 
