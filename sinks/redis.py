@@ -134,6 +134,7 @@ class RedisSink:
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
         self._generation = ""
+        self._generations: set[str] = set()
         self.new_events = 0
         """Events written that Redis had not counted before."""
 
@@ -276,8 +277,9 @@ class RedisSink:
         before, self._generation = self._generation, word
         if before.split()[:1] != word.split()[:1] and (before or (made and self.resumes)):
             _log.error(EMPTIED, self._address)
-        elif before and before != word:
+        elif before and word not in self._generations:  # behind some proxies there are several, in turn
             _log.error(RESTARTED, self._address)
+        self._generations.add(word)
 
     async def _run(self, script: AsyncScript, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; redis-py sends its text when Redis has forgotten it."""

@@ -337,6 +337,23 @@ async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFix
         await again.close()
 
 
+async def test_a_restart_is_said_once(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run_id is another run; two that answer in turn are told of once."""
+    async with unopened(server.service.url) as sink:
+        runs = iter(["a", "b", "a", "b", "c"])
+
+        async def info(_section: str) -> dict[str, str]:
+            return {"run_id": next(runs)}
+
+        monkeypatch.setattr(sink._redis, "info", info)  # noqa: SLF001  no server changes it that fast
+        for _ in range(5):
+            await sink._notice_a_loss()  # noqa: SLF001  once a second else
+    assert 2 == caplog.text.count("was restarted, or another one answers now")
+    assert "was emptied" not in caplog.text
+
+
 async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `asyncio.wait_for` does it until Python 3.12 when what it waits for ends at the same moment."""
     sliding = asyncio.Event()
