@@ -267,7 +267,7 @@ class Pipeline:
     def _open_lanes(self, checkpoint: Checkpoint) -> None:
         for sink in self._sinks:
             start = checkpoint.sinks.get(sink.name)
-            sink.resumes = start is not None
+            sink.resumes = start is not None and start.position > Position(0, 0)
             if start is None:
                 log.info(
                     "sink %s is new: it gets what is committed after %s", sink.name, format_lsn(checkpoint.end_lsn)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +27,15 @@ from replicator.errors import SinkError, SinkUnusable
 from replicator.events import Event, Finding, Refusal
 from replicator.settings import Settings
 from sinks.clickhouse_errors import ValueRefused, translated
-from sinks.clickhouse_table import COLUMNS, Problem, Shape, create, find_problem, look, qualified
+from sinks.clickhouse_table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
 from sinks.clickhouse_url import Address, parse_url
+
+EMPTIED = (
+    "ClickHouse table %s is empty, and was written to before: what it had is missing. `python -m replicator init`"
+    " prints the `python backfill.py` command that brings it; type that with --sinks clickhouse, while this goes on"
+)
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -138,7 +146,7 @@ class ClickHouseSink:
 
     async def open(self) -> None:
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        await asyncio.to_thread(self._require_table)
+        await asyncio.to_thread(self._open)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert, unless ClickHouse refuses a value in it.
@@ -205,6 +213,16 @@ class ClickHouseSink:
 
     def _find_problem(self) -> Problem | None:
         return find_problem(self._look(), self._address.database)
+
+    def _open(self) -> None:
+        self._require_table()
+        if not self.resumes:
+            return
+        client = self._connected()
+        with self._translated():
+            empty = is_empty(client, self._address.database)
+        if empty:
+            _log.error(EMPTIED, self._table)
 
     def _require_table(self) -> None:
         """Raises SinkUnusable unless the table keeps events as they are.

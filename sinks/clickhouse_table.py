@@ -35,6 +35,7 @@ _SCHEMA_FILE = Path(__file__).parent.parent / "sql" / "clickhouse.sql"
 
 _DATABASE_SQL = "SELECT name FROM system.databases WHERE name = %(database)s"
 _TABLE_SQL = "SELECT name FROM system.tables WHERE database = %(database)s AND name = %(table)s"
+_ROWS_SQL = "SELECT total_rows FROM system.tables WHERE database = %(database)s AND name = %(table)s"
 _SHAPE_SQL = """
     SELECT engine, engine_full, sorting_key,
         (SELECT groupArray((name, type)) FROM system.columns WHERE database = %(database)s AND table = %(table)s)
@@ -90,6 +91,11 @@ def look(client: Client, database: str) -> Shape | None:
     for engine, definition, sort_key, columns in client.query(_SHAPE_SQL, names).result_rows:
         return Shape(engine, definition, sort_key, dict(columns))
     return None
+
+
+def is_empty(client: Client, database: str) -> bool:
+    """Whether it has no row, as its parts say: no data is read."""
+    return client.query(_ROWS_SQL, {"database": database, "table": TABLE}).result_rows == [(0,)]
 
 
 def find_problem(shape: Shape | None, database: str) -> Problem | None:

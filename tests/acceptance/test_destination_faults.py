@@ -507,5 +507,11 @@ def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     if sink == "redis":
         quick.wait_for_log("was emptied, or came back without its keys: counts began again at 0")
         assert "`python -m replicator rebuild-redis`" in quick.log
+    if sink == "clickhouse":
+        lose[sink]()
+        assert 0 == quick.stop()
+        assert "was written to before" not in quick.log
+        quick.start()
+        quick.wait_for_log("events_enriched is empty, and was written to before")
     bring_back(quick, sink)
     is_exact(quick, database, destinations)
