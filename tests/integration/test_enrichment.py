@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 import pytest
@@ -657,58 +657,64 @@ async def test_check_lets_pass_what_does_as_well(
     assert _failing(await enricher.check()) == []
 
 
-async def test_check_tells_a_plain_role_what_it_lacks(stack: DevStack, database: str, stream: Stream) -> None:
+class Plain(NamedTuple):
+    """A role without rights."""
+
+    name: str
+    dsn: str
+
+
+@pytest.fixture
+def plain(stack: DevStack, database: str, stream: Stream) -> Iterator[Plain]:
+    """One for this test."""
+    name = "plain_" + database.rpartition("/")[2]
+    stream.run(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'")
+    dsn = stack.postgres.dsn_for(database=database.rpartition("/")[2], user=name, password="plain")  # noqa: S106
+    yield Plain(name, dsn)
+    stream.run(f"DROP OWNED BY {name}")
+    stream.run(f"DROP ROLE {name}")
+
+
+async def test_check_tells_a_plain_role_what_it_lacks(plain: Plain, stream: Stream) -> None:
     """Without rights, with rights on some columns only, with all."""
-    name = "plain_" + database.rpartition("/")[2]
-    stream.run(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'")
-    try:
-        dsn = stack.postgres.dsn_for(database=database.rpartition("/")[2], user=name, password="plain")  # noqa: S106
-        enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
-        with pytest.raises(SourceUnusable, match="permission denied for table content"):
-            await enricher.open()
-        assert "could not be counted" in await enricher.history()
-        lacking = [finding.what.partition(":")[0] for finding in _failing(await enricher.check())]
-        assert lacking == ["table public.content", "table public.engagement_events"]
-        stream.run(f"GRANT SELECT (content_id, content_type) ON content TO {name}")
-        stream.run(f"GRANT SELECT ON engagement_events TO {name}")
-        assert [f.what.partition(":")[0] for f in _failing(await enricher.check())] == ["table public.content"]
-        stream.run(f"GRANT SELECT (length_seconds) ON content TO {name}")
-        assert _failing(await enricher.check()) == []
+    name, dsn = plain
+    enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
+    with pytest.raises(SourceUnusable, match="permission denied for table content"):
         await enricher.open()
-        await enricher.close()
-    finally:
-        stream.run(f"DROP OWNED BY {name}")
-        stream.run(f"DROP ROLE {name}")
+    assert "could not be counted" in await enricher.history()
+    lacking = [finding.what.partition(":")[0] for finding in _failing(await enricher.check())]
+    assert lacking == ["table public.content", "table public.engagement_events"]
+    stream.run(f"GRANT SELECT (content_id, content_type) ON content TO {name}")
+    stream.run(f"GRANT SELECT ON engagement_events TO {name}")
+    assert [f.what.partition(":")[0] for f in _failing(await enricher.check())] == ["table public.content"]
+    stream.run(f"GRANT SELECT (length_seconds) ON content TO {name}")
+    assert _failing(await enricher.check()) == []
+    await enricher.open()
+    await enricher.close()
 
 
-async def test_rows_that_a_policy_hides(stack: DevStack, database: str, stream: Stream) -> None:
+async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     """Are an error and a finding, not missing; with BYPASSRLS there is no policy."""
-    name = "plain_" + database.rpartition("/")[2]
-    stream.run(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'")
-    try:
-        stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
-        stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
-        dsn = stack.postgres.dsn_for(database=database.rpartition("/")[2], user=name, password="plain")  # noqa: S106
-        enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
-        with pytest.raises(SourceUnusable, match='affected by row-level security policy for table "content"'):
-            await enricher.open()
-        [finding] = _failing(await enricher.check())
-        assert finding.what.startswith("table public.content: row-level security applies to us")
-        assert "BYPASSRLS" in finding.cure
-        stream.run(f"CREATE POLICY everything ON content TO {name} USING (true)")
-        harmless = EngagementEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
-        assert _failing(await harmless.check()) == []
-        await harmless.open()
-        await harmless.close()
-        with pytest.raises(SourceUnusable):
-            await enricher.open()
-        stream.run(f"ALTER ROLE {name} BYPASSRLS")
-        assert _failing(await enricher.check()) == []
+    name, dsn = plain
+    stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
+    stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
+    enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
+    with pytest.raises(SourceUnusable, match='affected by row-level security policy for table "content"'):
         await enricher.open()
-        await enricher.close()
-    finally:
-        stream.run(f"DROP OWNED BY {name}")
-        stream.run(f"DROP ROLE {name}")
+    [finding] = _failing(await enricher.check())
+    assert finding.what.startswith("table public.content: row-level security applies to us")
+    assert "BYPASSRLS" in finding.cure
+    stream.run(f"CREATE POLICY everything ON content TO {name} USING (true)")
+    harmless = EngagementEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
+    assert _failing(await harmless.check()) == []
+    await harmless.open()
+    await harmless.close()
+    with pytest.raises(SourceUnusable):
+        await enricher.open()
+    stream.run(f"ALTER ROLE {name} BYPASSRLS")
+    assert _failing(await enricher.check()) == []
+    await enricher.open()
+    await enricher.close()
 
 
 async def test_history_names_the_command_that_brings_it(enricher: EngagementEnricher, stream: Stream) -> None:

@@ -12,21 +12,9 @@ from replicator.events import Checkpoint, Position, SinkPosition
 from replicator.lane import Lane
 from replicator.monitor import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
-from replicator.slot import SlotState
+from tests.unit.test_slot import STATE
 
-SLOT = SlotState(
-    plugin="wal2json",
-    database="d",
-    own_database="d",
-    active_pid=1,
-    restart_lsn=50,
-    confirmed_lsn=100,
-    wal_status="reserved",
-    safe_wal_size=None,
-    two_phase=False,
-    server_time=0.0,
-    server_lsn=100,
-)
+SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
 
 
 class FakeLane:

@@ -18,6 +18,7 @@ from replicator.settings import CoreSettings
 from replicator.slot import Identity, SlotState
 from replicator.source import Source
 from replicator.wal2json import Stretch
+from tests.unit.test_slot import STATE
 
 START: Lsn = 5
 SETTINGS = {
@@ -27,19 +28,7 @@ SETTINGS = {
     "feedback_interval_seconds": 60,
     "drain_timeout_seconds": 1,
 }
-STATE = SlotState(
-    plugin="wal2json",
-    database="d",
-    own_database="d",
-    active_pid=None,
-    restart_lsn=1,
-    confirmed_lsn=START,
-    wal_status="reserved",
-    safe_wal_size=None,
-    two_phase=False,
-    server_time=0.0,
-    server_lsn=1000,
-)
+FRESH = structs.replace(STATE, restart_lsn=1, confirmed_lsn=START)
 
 
 class World:
@@ -104,7 +93,7 @@ class FakeSource:
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Always there."""
-        return Identity(system_identifier="7", timeline=1), STATE
+        return Identity(system_identifier="7", timeline=1), FRESH
 
     async def start(self, end_lsn: Lsn) -> None:
         """Notes from where."""

@@ -12,29 +12,9 @@ from msgspec import structs
 from replicator import slot as slots
 from replicator import status
 from replicator.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
-from replicator.events import Checkpoint, Position, SinkPosition
+from replicator.events import Checkpoint
 from replicator.settings import CoreSettings
-
-STATE = slots.SlotState(
-    plugin="wal2json",
-    database="d",
-    own_database="d",
-    active_pid=None,
-    restart_lsn=50,
-    confirmed_lsn=100,
-    wal_status="reserved",
-    safe_wal_size=None,
-    two_phase=False,
-    server_time=0.0,
-    server_lsn=1000,
-)
-CHECKPOINT = Checkpoint(
-    slot="s",
-    system_identifier="7",
-    timeline=1,
-    end_lsn=200,
-    sinks={"redis": SinkPosition(position=Position(190, 3), end_lsn=200)},
-)
+from tests.unit.test_slot import CHECKPOINT, STATE
 
 
 class FakeStore:
