@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--accept-gap",
         action="store_true",
-        help="begin where the slot is now, whatever the checkpoint says: what is between is missing until a backfill",
+        help="if slot and checkpoint no longer fit together: begin where the slot is now. What is between is missing"
+        " until a backfill, whose command is printed",
     )
     init.set_defaults(command=commands.init)
     sub.add_parser("check", help="is everything as it has to be? exit 1 if not").set_defaults(command=commands.check)

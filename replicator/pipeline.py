@@ -147,7 +147,9 @@ class Pipeline:
         try:
             await self._commit_unless_overtaken()
             await self.source.finish()
-            log.info("stopped; PostgreSQL knows that everything up to %s is written", format_lsn(self.source.confirmed))
+            if self.checkpoint is not None:
+                told = format_lsn(self.source.confirmed)
+                log.info("stopped; PostgreSQL was told that everything up to %s is written", told)
         finally:
             self.source.close()
 
