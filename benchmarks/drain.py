@@ -27,8 +27,8 @@ from devstack.comparison import count
 from devstack.process import DevStackError, wait_until
 from devstack.replicator import Replicator
 from enrichment.enricher import EngagementEnricher
-from replicator.wal2json import OPTIONS
-from sinks.redis_batch import PAGE_BITS
+from replicator.source.wal2json import OPTIONS
+from sinks.redis.keys import PAGE_BITS
 
 HTTP_BATCH_SIZE = 500  # the size of DESIGN's measurement; the default of 100 costs 1.7 µs more an event
 DRAIN_TIMEOUT_SECONDS = 300.0

@@ -21,7 +21,7 @@ from benchmarks.drain import empty_sinks
 from devstack import DevStack
 from devstack.comparison import count
 from devstack.process import ROOT, DevStackError
-from sinks.clickhouse_table import COLUMNS
+from sinks.clickhouse.table import COLUMNS
 
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 BEGIN = datetime(2026, 1, 8, tzinfo=UTC)

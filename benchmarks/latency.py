@@ -27,7 +27,7 @@ from benchmarks.drain import HTTP_BATCH_SIZE, empty_sinks
 from benchmarks.machine import cpu_seconds, peak_memory_mb
 from devstack import DevStack
 from devstack.process import DevStackError, wait_until
-from sinks.redis_batch import PAGE_BITS
+from sinks.redis.keys import PAGE_BITS
 
 REDIS_LOOK_SECONDS = 0.002
 CLICKHOUSE_LOOK_SECONDS = 0.025

@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError
 
-from replicator.errors import CheckpointError, CheckpointUnavailable, CheckpointUnusable, SettingsError
+from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, CheckpointUnusable, SettingsError
 
 URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
 URL_TAKES = (

@@ -29,8 +29,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateColumn
 
-from replicator.errors import CheckpointUnusable
-from replicator.events import parse_lsn
+from replicator.contracts.errors import CheckpointUnusable
+from replicator.contracts.events import parse_lsn
 
 VERSION = 3
 

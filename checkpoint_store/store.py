@@ -1,4 +1,4 @@
-"""`SqlCheckpointStore`: what `replicator.protocols.CheckpointStore` promises, on any database of SQLAlchemy's.
+"""`SqlCheckpointStore`: what `contracts.protocols.CheckpointStore` promises, on any database of SQLAlchemy's.
 
 `schema` has the tables, `database` the connection and the durability of its commits.
 """
@@ -15,8 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
-from replicator.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
-from replicator.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
+from replicator.contracts.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
+from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
 
 IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
 

@@ -10,8 +10,8 @@ from datetime import datetime
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
 from enrichment.history import BEGINNING, END, EngagementHistory, Range
 from enrichment.ledger import EngagementLedger
-from replicator.protocols import Enricher
-from replicator.settings import load
+from replicator.contracts.protocols import Enricher
+from replicator.contracts.settings import load
 
 __all__ = [
     "BEGINNING",

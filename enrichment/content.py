@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from enrichment.database import Database
 from enrichment.engagement import INT64_MAX, INT64_MIN, MISSING, Content, RowUnusable, fits_integer
-from replicator.events import Column, Row, Value
+from replicator.contracts.events import Column, Row, Value
 
 SCHEMA = "public"
 TABLE = "content"

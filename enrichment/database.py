@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from replicator.errors import SettingsError, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable
 
 CONNECT_TIMEOUT_SECONDS = 10
 """For each address of the DSN; a server that is there answers in milliseconds. The DSN's own connect_timeout wins."""

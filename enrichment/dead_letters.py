@@ -10,7 +10,7 @@ from datetime import datetime
 import msgspec
 
 from enrichment.engagement import RowUnusable, fits_integer, microseconds
-from replicator.events import DeadLetter, Event, Row, decode_row
+from replicator.contracts.events import DeadLetter, Event, Row, decode_row
 
 ENRICHMENT = "enrichment"
 """Whose dead letters are rows: `DeadLetter.sink`."""

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, NoReturn, TypeAlias
 
 import msgspec
 
-from replicator.events import Column, Event, Lsn, Row, Value
+from replicator.contracts.events import Column, Event, Lsn, Row, Value
 
 SCHEMA = "public"
 TABLE = "engagement_events"

@@ -1,8 +1,8 @@
 """The events that stand in the table already, page by page.
 
 A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. It
-becomes drafts as the stream's rows do, and `engagement.finish` makes the events of both. `replicator/backfill.py`
-carries them on; this module knows the tables and in which order they are read:
+becomes drafts as the stream's rows do, and `engagement.finish` makes the events of both. `delivery/backfill.py` carries
+them on; this module knows the tables and in which order they are read:
 
 - by `(event_ts, id)` where an index begins with event_ts: a page costs what it holds;
 - by id, from the first to the last event of the range, where none does: the primary key is enough, and the rows in
@@ -24,8 +24,8 @@ from enrichment import engagement
 from enrichment.database import Database
 from enrichment.dead_letters import dead_letter
 from enrichment.engagement import INT64_MAX, INT64_MIN, Content, Draft, Reader, RowUnusable
-from replicator.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
-from replicator.protocols import Enriched, Page
+from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
+from replicator.contracts.protocols import Enriched, Page
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngagementHistory:
-    """`replicator.protocols.History` of `public.engagement_events`, for one range of time."""
+    """`contracts.protocols.History` of `public.engagement_events`, for one range of time."""
 
     def __init__(self, dsn: str, wanted: Range) -> None:
         self._range = wanted
@@ -199,7 +199,7 @@ class EngagementHistory:
 
 
 class PickedHistory:
-    """`replicator.protocols.History` of some events, whenever they were; ids that are gone are left out."""
+    """`contracts.protocols.History` of some events, whenever they were; ids that are gone are left out."""
 
     def __init__(self, dsn: str, ids: Sequence[int]) -> None:
         self._ids = sorted(ids)

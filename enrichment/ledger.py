@@ -2,7 +2,7 @@
 
 An event's line is its fields as text, `|` between them: integers as they are, `event_ts` in microseconds since 1970,
 text with its length before it (so that no two events have the same line), `engagement_seconds` in thousandths and
-`engagement_pct` in hundredths, `~` for NULL. `sinks/clickhouse_ledger.py` makes the same line.
+`engagement_pct` in hundredths, `~` for NULL. `sinks/clickhouse/ledger.py` makes the same line.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from enrichment.database import Database
 from enrichment.history import BEGINNING, END, INDEXED, PickedHistory, Range
-from replicator.events import Lsn, parse_lsn
-from replicator.protocols import Digest, Held, Part
+from replicator.contracts.events import Lsn, parse_lsn
+from replicator.contracts.protocols import Digest, Held, Part
 
 STATEMENT_SECONDS = 86_400
 """In effect none: reading a table once takes as long as it takes, some 400,000 events a second."""
@@ -73,7 +73,7 @@ _WITH_EXACT_EXTRACT = 140_000
 
 
 class EngagementLedger:
-    """`replicator.protocols.SourceLedger` of `public.engagement_events`."""
+    """`contracts.protocols.SourceLedger` of `public.engagement_events`."""
 
     def __init__(self, dsn: str, *, with_content: bool) -> None:
         self._dsn = dsn

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from enrichment import content, engagement
 from enrichment.database import Database
-from replicator.errors import SourceError
-from replicator.events import Finding
+from replicator.contracts.errors import SourceError
+from replicator.contracts.events import Finding
 
 ENCODING = """
 -- What the database stores text in.

@@ -15,9 +15,7 @@ from typing import NoReturn
 
 from msgspec import structs
 
-from replicator import slot as slots
-from replicator.dead_letters import DeadLetters
-from replicator.errors import (
+from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
     DeadLettersFull,
@@ -27,12 +25,14 @@ from replicator.errors import (
     SlotInUse,
     SourceUnavailable,
 )
-from replicator.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.fan_out import FanOut
-from replicator.lane import OPERATOR_SECONDS, Lane, backoff, wait, weigh
-from replicator.protocols import CheckpointStore, Enriched, Enricher, Sink
-from replicator.settings import CoreSettings
-from replicator.source import Source
+from replicator.contracts.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
+from replicator.contracts.protocols import CheckpointStore, Enriched, Enricher, Sink
+from replicator.contracts.settings import CoreSettings
+from replicator.delivery.dead_letters import DeadLetters
+from replicator.delivery.fan_out import FanOut
+from replicator.delivery.lane import OPERATOR_SECONDS, Lane, backoff, single, wait, weigh
+from replicator.source import slot as slots
+from replicator.source.stream import Source
 
 log = logging.getLogger(__name__)
 
@@ -344,10 +344,3 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def single(failure: BaseException) -> BaseException:
-    """The first of what a TaskGroup collected."""
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure

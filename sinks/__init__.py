@@ -1,4 +1,4 @@
-"""Destinations: each module is one, with its own settings; see `replicator.protocols.Sink`.
+"""Destinations: each module is one, with its own settings; see `contracts.protocols.Sink`.
 
 A new sink is a new module and a line in `SINKS`.
 """
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from replicator.errors import SettingsError
-from replicator.protocols import Sink
-from replicator.settings import Settings, load
+from replicator.contracts.errors import SettingsError
+from replicator.contracts.protocols import Sink
+from replicator.contracts.settings import Settings, load
 
 SINKS = {
-    "clickhouse": ("sinks.clickhouse", "ClickHouseSink", "ClickHouseSettings"),
-    "redis": ("sinks.redis", "RedisSink", "RedisSettings"),
-    "http": ("sinks.http_api", "HttpSink", "HttpSettings"),
+    "clickhouse": ("sinks.clickhouse.sink", "ClickHouseSink", "ClickHouseSettings"),
+    "redis": ("sinks.redis.sink", "RedisSink", "RedisSettings"),
+    "http": ("sinks.http.sink", "HttpSink", "HttpSettings"),
 }
 """Name in REPLICATOR_SINKS → module, sink class, settings class; imported only when used."""
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from devstack import DevStack
 from devstack.api import Api
-from tests import ground
-from tests.acceptance import program
-from tests.prove.altered import BREACHES
+from tests.prove.failpoints import BREACHES
+from tests.support import environment as ground
+from tests.support import program
 
 # How fast a busy machine makes up examples, and runs one, says nothing about the program.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

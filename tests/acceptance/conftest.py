@@ -11,9 +11,9 @@ import pytest
 
 from devstack import DevStack
 from devstack.api import Api
-from tests import ground
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.program import Program
+from tests.support import environment as ground
+from tests.support.destinations import Destinations
+from tests.support.program import Program
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
-from replicator.backfill import Stage
-from replicator.events import parse_lsn
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.exact import assert_exact, assert_same, newest
-from tests.acceptance.load import Load
-from tests.acceptance.program import ROOT, Program, Result, assert_clean, succeed
+from replicator.contracts.events import parse_lsn
+from replicator.delivery.backfill import Stage
+from tests.support.destinations import Destinations, expected
+from tests.support.exact import assert_exact, assert_same, newest
+from tests.support.load import Load
+from tests.support.program import ROOT, Program, Result, assert_clean, succeed
 
 CONTRACT = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
 EVERYTHING = ("--start", "2000-01-01", "--end", "2100-01-01")

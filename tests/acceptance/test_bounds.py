@@ -19,12 +19,12 @@ from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
-from replicator.events import Checkpoint, Lsn, parse_lsn
-from replicator.lane import WRITE_MAX_BYTES
-from tests.acceptance.destinations import EXPECTED_SQL, FIELDS, Destinations
-from tests.acceptance.exact import assert_exact
-from tests.acceptance.load import Load, insert_many
-from tests.acceptance.program import Program
+from replicator.contracts.events import Checkpoint, Lsn, parse_lsn
+from replicator.delivery.lane import WRITE_MAX_BYTES
+from tests.support.destinations import EXPECTED_SQL, FIELDS, Destinations
+from tests.support.exact import assert_exact
+from tests.support.load import Load, insert_many
+from tests.support.program import Program
 
 MEMORY_LIMIT_KB = 300_000
 CHECKPOINT_LIMIT_BYTES = 8_000_000  # SQLite's write-ahead log is most of it

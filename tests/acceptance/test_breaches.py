@@ -11,11 +11,11 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.exact import assert_exact, compare, first_views
-from tests.acceptance.load import insert_many
-from tests.acceptance.program import Program
 from tests.prove.matrix import Case, play
+from tests.support.destinations import Destinations, expected
+from tests.support.exact import assert_exact, compare, first_views
+from tests.support.load import insert_many
+from tests.support.program import Program
 
 FOUND_BY = [
     ("confirm-before-checkpoint", "after-confirm/single", "is not continuous with the checkpoint"),

@@ -11,8 +11,8 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.process import free_port
-from tests.acceptance.program import Program, Result, assert_clean, succeed
-from tests.ground import SECRET
+from tests.support.environment import SECRET
+from tests.support.program import Program, Result, assert_clean, succeed
 
 
 def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program, source: psycopg.Connection) -> None:

@@ -7,8 +7,8 @@ from decimal import Decimal
 
 import psycopg
 
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.program import Program
+from tests.support.destinations import Destinations
+from tests.support.program import Program
 
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms) VALUES (%s, 1, %s, 60000)"
 

@@ -14,8 +14,8 @@ import pytest
 
 from devstack import DevStack
 from devstack.process import wait_until
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.program import Program, assert_clean, succeed
+from tests.support.destinations import Destinations, expected
+from tests.support.program import Program, assert_clean, succeed
 
 BY_HAND = """
 CREATE TABLE content (content_id bigint PRIMARY KEY, content_type text NOT NULL, length_seconds int);

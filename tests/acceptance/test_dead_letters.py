@@ -5,8 +5,8 @@ from __future__ import annotations
 import psycopg
 
 from devstack.api import Api
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.program import Program, succeed
+from tests.support.destinations import Destinations, expected
+from tests.support.program import Program, succeed
 
 INSERT = (
     "INSERT INTO engagement_events (content_id, user_id, event_type) SELECT 1, n, 'play' FROM generate_series(1, 9) n"

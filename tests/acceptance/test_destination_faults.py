@@ -22,11 +22,11 @@ import redis
 from devstack import DevStack
 from devstack.process import Service, free_port, wait_until
 from devstack.proxy import Network, Proxy
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.exact import assert_exact
-from tests.acceptance.load import insert_many
-from tests.acceptance.program import Program, assert_clean, succeed
-from tests.ground import SECRET
+from tests.support.destinations import Destinations
+from tests.support.environment import SECRET
+from tests.support.exact import assert_exact
+from tests.support.load import insert_many
+from tests.support.program import Program, assert_clean, succeed
 
 SINKS = ("clickhouse", "redis", "http")
 URLS = {sink: f"REPLICATOR_{sink.upper()}_URL" for sink in SINKS}

@@ -15,10 +15,10 @@ import redis
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import Service, wait_until
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.exact import assert_exact
-from tests.acceptance.load import Load, insert_many
-from tests.acceptance.program import Program
+from tests.support.destinations import Destinations
+from tests.support.exact import assert_exact
+from tests.support.load import Load, insert_many
+from tests.support.program import Program
 
 KILLS = 5
 MAX_REPEATS = 5_000

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from devstack import DevStack
-from tests.prove.altered import PLACES
+from tests.prove.failpoints import PLACES
 from tests.prove.matrix import Case, play
 
 CASES = [f"{place}/interleaved" for place in PLACES]

@@ -11,10 +11,10 @@ import pytest
 
 from devstack import DevStack
 from devstack.process import wait_until
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.exact import assert_exact, assert_same
-from tests.acceptance.load import Load, insert_many
-from tests.acceptance.program import Program, Result, assert_clean, succeed
+from tests.support.destinations import Destinations, expected
+from tests.support.exact import assert_exact, assert_same
+from tests.support.load import Load, insert_many
+from tests.support.program import Program, Result, assert_clean, succeed
 
 HOUR = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
 EVERYTHING = ("--start", "2000-01-01", "--end", "2100-01-01")

@@ -23,8 +23,8 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import free_port, wait_until
-from tests import ground
-from tests.acceptance.program import Program, Result
+from tests.support import environment as ground
+from tests.support.program import Program, Result
 
 PLACES = ("postgres", "clickhouse", "redis", "basic", "bearer", "webhook", "checkpoint")
 SECRETS = {place: f"hush-{place}+=!x" for place in PLACES}
@@ -52,7 +52,8 @@ BACKFILL = "python backfill.py --start 2020-01-01 --end 2040-01-01 --sinks click
 BACKFILLS = (BACKFILL, f"{BACKFILL} --dry-run", f"{BACKFILL} --rate nonsense", "python backfill.py --start 2040")
 BUG = """
 import sys
-from replicator import __main__, source
+from replicator.cli import main as __main__
+from replicator.source import stream as source
 def read(self): raise RuntimeError("a bug of ours")
 source.Source.read = read
 sys.exit(__main__.main(["run"]))

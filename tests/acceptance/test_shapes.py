@@ -1,4 +1,4 @@
-"""20,000 random events of all shapes: identical in all sinks to what PostgreSQL computes (`tests/expected.sql`)."""
+"""20,000 random events of all shapes: identical in all sinks to what PostgreSQL computes (`expected.sql`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 from devstack import DevStack
-from tests.acceptance.destinations import FIELDS, Destinations, Event, expected
-from tests.acceptance.exact import assert_same
-from tests.acceptance.program import Program, succeed
+from tests.support.destinations import FIELDS, Destinations, Event, expected
+from tests.support.exact import assert_same
+from tests.support.program import Program, succeed
 
 EVENTS = 20_000
 TRANSACTION_ROWS_MAX = 2_000

@@ -22,11 +22,11 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import free_port, wait_until
-from tests import ground
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.exact import assert_exact
-from tests.acceptance.load import Load, insert_many
-from tests.acceptance.program import Program, Result, assert_clean, succeed
+from tests.support import environment as ground
+from tests.support.destinations import Destinations
+from tests.support.exact import assert_exact
+from tests.support.load import Load, insert_many
+from tests.support.program import Program, Result, assert_clean, succeed
 
 TERMINATE = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
 DROP = "SELECT pg_drop_replication_slot(%s)"

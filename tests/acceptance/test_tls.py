@@ -20,10 +20,10 @@ from devstack import DevStack
 from devstack.postgres import ACCOUNT
 from devstack.process import free_port
 from devstack.proxy import Proxy
-from tests import ground
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.program import Program, assert_clean
-from tests.certificates import Certificate, sign
+from tests.support import environment as ground
+from tests.support.certificates import Certificate, sign
+from tests.support.destinations import Destinations, expected
+from tests.support.program import Program, assert_clean
 
 HOST = "localhost"
 SINKS = ("clickhouse", "redis", "http")

@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 import psycopg
 import pytest
 
-from tests.acceptance.destinations import Destinations, Event, expected
-from tests.acceptance.exact import assert_same
-from tests.acceptance.program import Program, assert_clean
+from tests.support.destinations import Destinations, Event, expected
+from tests.support.exact import assert_same
+from tests.support.program import Program, assert_clean
 
 COLUMNS = "content_id, user_id, event_type, duration_ms"
 INSERT = f"INSERT INTO engagement_events ({COLUMNS}) VALUES (%s, 1, %s, 7000)"  # noqa: S608  ours

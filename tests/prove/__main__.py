@@ -19,7 +19,7 @@ from pathlib import Path
 
 from devstack import DevStack
 from tests.prove import chaos
-from tests.prove.altered import PLACES
+from tests.prove.failpoints import PLACES
 from tests.prove.matrix import MAX_REPEATS, Case, Outcome, cases, play
 from tests.prove.shapes import SHAPES
 

@@ -30,14 +30,14 @@ from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
 from devstack.process import Service, free_port, wait_until
 from devstack.proxy import Proxy
-from replicator.errors import CheckpointError
-from replicator.events import format_lsn, parse_lsn
-from tests import ground
-from tests.acceptance.destinations import Destinations
-from tests.acceptance.exact import assert_exact
-from tests.acceptance.program import Program
+from replicator.contracts.errors import CheckpointError
+from replicator.contracts.events import format_lsn, parse_lsn
 from tests.prove.plan import KILLS, WEIGHTS, Deed, Strike, Victim, draw
 from tests.prove.traffic import HostileTraffic, settle
+from tests.support import environment as ground
+from tests.support.destinations import Destinations
+from tests.support.exact import assert_exact
+from tests.support.program import Program
 
 ROUND_SECONDS = 55.0
 CAUGHT_UP_SECONDS = 180.0

@@ -3,7 +3,7 @@
     python -m tests.prove --case answered-redis/interleaved --seed 7
 
 A case begins with an empty database, slot, checkpoint and sinks. The program dies at the first passage of its place
-once a number of rows was received that the seed draws; `altered.py` does it. Started again as it is, it catches up, and
+once a number of rows was received that the seed draws; `failpoints.py` does it. Started again as it is, it catches up, and
 every field of every event in every sink is compared with what PostgreSQL computes.
 """
 
@@ -24,12 +24,12 @@ import psycopg
 
 from devstack import DevStack
 from devstack.process import DevStackError, wait_until
-from tests import ground
-from tests.acceptance.destinations import Destinations, expected
-from tests.acceptance.exact import compare, first_views, newest
-from tests.acceptance.program import Program
-from tests.prove.altered import PLACES
+from tests.prove.failpoints import PLACES
 from tests.prove.shapes import SHAPES
+from tests.support import environment as ground
+from tests.support.destinations import Destinations, expected
+from tests.support.exact import compare, first_views, newest
+from tests.support.program import Program
 
 MAX_REPEATS = 5_000
 DIES_SECONDS = 120.0
@@ -105,7 +105,7 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def play(stack: DevStack, case: Case, *altered: str) -> Outcome:
-    """One case on a stack of servers; `altered` breaks the rule, see `altered.py`."""
+    """One case on a stack of servers; `altered` breaks the rule, see `failpoints.py`."""
     shape = SHAPES[case.shape]
     chance = random.Random(f"{case.seed} {case.name}")  # noqa: S311  not a secret
     with ExitStack() as cleanup:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from tests.acceptance.load import insert_many
+from tests.support.load import insert_many
 
 ROUNDS = 20
 NOISE = 200  # transactions between two events that touch no table of ours

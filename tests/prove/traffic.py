@@ -1,4 +1,4 @@
-"""Hostile traffic: what `tests/acceptance/load.py` writes, and whatever else an application can do to the tables.
+"""Hostile traffic: what `tests/support/load.py` writes, and whatever else an application can do to the tables.
 
 Every event that is committed stays as it is: PostgreSQL's own computation is what the sinks are compared with.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import psycopg
 
-from tests.acceptance.load import Load, Step, insert_many
+from tests.support.load import Load, Step, insert_many
 
 LARGE_ROWS = 8_000
 PAYLOAD_BYTES = (50_000, 2_000_000)

@@ -1,0 +1,55 @@
+"""Keeps dead letters: on disk before their position counts as written, and of each sink no more than the bound.
+
+A lane that refuses (`lane.py`) and rows that no event can be made of (`pipeline.py`) come here; `commands.py` lists,
+replays and drops them in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+
+from replicator.contracts.errors import CheckpointError, CheckpointUnavailable
+from replicator.contracts.events import DeadLetter, format_lsn
+from replicator.contracts.protocols import CheckpointStore
+from replicator.contracts.settings import CoreSettings
+from replicator.delivery.lane import backoff
+
+log = logging.getLogger(__name__)
+
+
+class DeadLetters:
+    """Those of one slot."""
+
+    def __init__(self, store: CheckpointStore, settings: CoreSettings) -> None:
+        self.stored: dict[str, int] = {}
+        """How many are on disk, by sink, as of the last look."""
+        self._store = store
+        self._settings = settings
+        self._turn = asyncio.Lock()  # lanes count and add one after the other
+
+    async def keep(self, letters: Sequence[DeadLetter]) -> None:
+        """Make them durable; until they are, their position does not count as written. Raises DeadLettersFull."""
+        async with self._turn:
+            for attempt in itertools.count():
+                try:
+                    self.stored = await asyncio.to_thread(
+                        self._store.add_dead_letters, self._settings.slot, letters, self._settings.dead_letters_max
+                    )
+                except CheckpointUnavailable as exc:
+                    log.error("%s", exc)
+                    await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
+                else:
+                    break
+        for letter in letters:
+            at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
+            log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
+
+    async def look(self) -> None:
+        """See how many there are: others drop them. What can't be seen now stays as it was."""
+        try:
+            self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._settings.slot)
+        except CheckpointError as exc:
+            log.debug("%s", exc)  # who saves the checkpoint says it

@@ -1,0 +1,147 @@
+"""`check`: is everything as it has to be? A line each, with the cure. Changes nothing anywhere.
+
+What concerns PostgreSQL as a source is here; tables are the enricher's to check, destinations the sinks'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import psycopg
+from psycopg import sql
+
+from replicator.contracts.errors import CheckpointError, SourceError, SourceUnavailable
+from replicator.contracts.events import Finding, format_lsn
+from replicator.contracts.protocols import CheckpointStore, Enricher, Sink
+from replicator.contracts.settings import CoreSettings
+from replicator.source import slot as slots
+from replicator.source.stream import Source
+from replicator.source.wal2json import OPTIONS
+
+PLUGIN_TIMEOUT_MS = 10_000
+"""A new slot waits for the transactions that run; a check should not."""
+
+OLDEST_SERVER = 130_000
+"""PostgreSQL 13: pg_replication_slots has wal_status and safe_wal_size since then."""
+
+_SETTINGS = """
+SELECT name, setting, unit FROM pg_settings
+WHERE name IN ('wal_level', 'max_replication_slots', 'max_wal_senders', 'max_slot_wal_keep_size', 'wal_sender_timeout')
+"""
+_ROLE = "SELECT rolname, rolreplication, rolsuper FROM pg_roles WHERE rolname = current_user"
+# A temporary slot ends with the connection. Reading one change through it proves plugin, version and options.
+_TRY_CREATE = "SELECT pg_create_logical_replication_slot({slot}, 'wal2json', true)"
+_TRY_PEEK = "SELECT count(*) FROM pg_logical_slot_peek_changes({slot}, NULL, 1, {options})"
+
+
+async def findings(
+    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
+) -> AsyncIterator[Finding]:
+    """Everything, one after the other; never raises for what it finds."""
+    dsn = settings.postgres_dsn.get_secret_value()
+    for finding in await asyncio.to_thread(_source, dsn, settings):
+        yield finding
+    async for finding in _continuity(dsn, settings, enricher, sinks, store):
+        yield finding
+    for check in (enricher.check, *(sink.check for sink in sinks)):
+        for finding in await check():
+            yield finding
+
+
+def _source(dsn: str, settings: CoreSettings) -> list[Finding]:
+    try:
+        with psycopg.connect(
+            dsn, autocommit=True, connect_timeout=10, application_name="replicator check"
+        ) as connection:
+            return list(_look(connection, settings))
+    except psycopg.Error as exc:
+        problem = str(exc).strip().partition("\n")[0]
+        return [Finding(False, f"PostgreSQL: {problem}", "See REPLICATOR_POSTGRES_DSN and pg_hba.conf")]
+
+
+def _look(connection: psycopg.Connection, settings: CoreSettings) -> Iterator[Finding]:
+    version = connection.info.server_version
+    recent = version >= OLDEST_SERVER
+    yield Finding(recent, f"PostgreSQL {version // 10_000}", "" if recent else "Upgrade to PostgreSQL 13 or newer")
+    values = {name: (value, unit) for name, value, unit in connection.execute(_SETTINGS)}
+    level = values["wal_level"][0]
+    logical = level == "logical"
+    cure = "" if logical else "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
+    yield Finding(logical, f"wal_level = {level}", cure)
+    yield _role(connection)
+    yield _timeout(int(values["wal_sender_timeout"][0]), settings)
+    yield _bound(int(values["max_slot_wal_keep_size"][0]))
+    if logical:
+        yield _plugin(connection)
+
+
+def _role(connection: psycopg.Connection) -> Finding:
+    name, replication, superuser = connection.execute(_ROLE).fetchone() or ("?", False, False)
+    able = replication or superuser
+    cure = "" if able else f"ALTER ROLE {sql.Identifier(name).as_string(connection)} REPLICATION (see sql/roles.sql)"
+    return Finding(able, f"role {name} {'may' if able else 'may not'} replicate", cure)
+
+
+def _timeout(timeout_ms: int, settings: CoreSettings) -> Finding:
+    interval_ms = settings.feedback_interval_seconds * 1000
+    fine = timeout_ms == 0 or interval_ms * 2 <= timeout_ms
+    cure = "" if fine else "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less"
+    return Finding(fine, f"wal_sender_timeout = {timeout_ms} ms, feedback every {interval_ms:.0f} ms", cure)
+
+
+def _bound(keep_mb: int) -> Finding:
+    if keep_mb >= 0:
+        return Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that lags further is lost")
+    advice = "fine while somebody watches the disk; set a bound if losing the slot is better than a full disk"
+    return Finding(True, "max_slot_wal_keep_size = -1: WAL is kept without bound while nobody reads", advice)
+
+
+def _plugin(connection: psycopg.Connection) -> Finding:
+    slot = sql.Literal(f"replicator_check_{connection.info.backend_pid}")
+    pairs = [text for pair in OPTIONS.items() for text in pair]
+    options = sql.SQL(", ").join(sql.Literal(text) for text in pairs)
+    try:
+        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(PLUGIN_TIMEOUT_MS)))
+        connection.execute(sql.SQL(_TRY_CREATE).format(slot=slot))
+        connection.execute(sql.SQL(_TRY_PEEK).format(slot=slot, options=options))
+    except psycopg.errors.QueryCanceled:
+        cure = "Wait for the long-running transaction to end (pg_stat_activity, oldest xact_start), then check again"
+        return Finding(False, "wal2json: a new slot could not be made in 10 s", cure)
+    except psycopg.Error as exc:
+        problem = slots.unusable(exc.sqlstate, str(exc.diag.message_primary))
+        return Finding(False, f"wal2json: {problem.facts['problem']}", str(problem.facts["cure"]))
+    return Finding(True, "wal2json decodes with format-version 2 (release 2.0 or newer)")
+
+
+async def _continuity(
+    dsn: str, settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
+) -> AsyncIterator[Finding]:
+    """Slot and checkpoint, and whether the two fit together. In this order: a replicator that runs moves both."""
+    source = Source(dsn, settings.slot, enricher.tables)
+    try:
+        identity, state = await source.connect()
+    except SourceUnavailable as exc:
+        yield Finding(False, f"replication connection: {exc.facts['detail']}", "Allow it in pg_hba.conf (database too)")
+        return
+    finally:
+        source.close()
+    try:
+        checkpoint = await asyncio.to_thread(store.load, settings.slot)
+        at = f"at {format_lsn(checkpoint.end_lsn)}" if checkpoint else "empty: the first start begins at the slot"
+        yield Finding(True, f"checkpoint database: {at}")
+        known = checkpoint and slots.of_sinks(checkpoint, {sink.name for sink in sinks})
+        slots.verify(settings.slot, state, identity, known)
+    except CheckpointError as exc:
+        yield Finding(False, "checkpoint database", str(exc))
+    except SourceError as exc:
+        yield Finding(False, f"replication slot {settings.slot}", str(exc))
+    else:
+        yield _slot(settings.slot, state)
+
+
+def _slot(name: str, state: slots.SlotState | None) -> Finding:
+    if state is None:
+        return Finding(True, f"replication slot {name}: not there yet", "`python -m replicator init` makes it")
+    reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
+    return Finding(True, f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind")

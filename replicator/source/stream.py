@@ -1,0 +1,300 @@
+"""Sole owner of the replication connection: START_REPLICATION, messages in, status updates out.
+
+Speaks the streaming replication protocol over libpq (psycopg.pq) itself, so that the flushed position is only ever
+what `send_feedback` was given: psycopg2's replication cursor moves it on its own on a keepalive (see
+`pq_read_replication_message` in psycopg2's pqpath.c). `wal2json.py` decodes the messages, `slot.py` looks at the slot,
+`pipeline.py` decides what is confirmed. Protocol: PostgreSQL's documentation, "Streaming Replication Protocol".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import Iterator, Sequence
+
+import psycopg
+from psycopg import conninfo, generators, pq, sql
+
+from replicator.contracts.errors import DecodeError, SourceError, SourceUnavailable
+from replicator.contracts.events import Lsn, format_lsn
+from replicator.source import slot as slots
+from replicator.source.wal2json import OPTIONS, StreamDecoder, Stretch
+
+STRETCH_ROWS = 500
+"""Rows read before the sinks get their turn on the loop: some 4 ms of work. At 1,000 lanes starve in a backlog."""
+STRETCH_BYTES = 1_000_000
+"""The same bound for wide rows; one row may be larger."""
+STRETCH_MESSAGES = 5_000
+"""The same bound for transactions that touch no table of ours."""
+
+NAP_SECONDS = 0.0005
+"""Pause when the socket is empty: fewer wake-ups on both sides of it (DESIGN, section 5: 65k → 105k commits/s)."""
+
+CONNECT_TIMEOUT_SECONDS = 10
+ANSWER_TIMEOUT_SECONDS = 30.0
+"""For what a living server answers in milliseconds; one that is frozen must not hold us for ever."""
+GOODBYE_TIMEOUT_SECONDS = 5.0
+"""How long PostgreSQL may take to answer the end of the stream, which proves that it read our last feedback."""
+
+_XLOG_DATA, _KEEPALIVE = b"wk"
+_XLOG_DATA_HEADER = 25  # 'w', start, end, time
+_KEEPALIVE_BODY = struct.Struct("!QqB")  # behind 'k': the WAL's end, time, whether to answer
+_FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs since 2000-01-01, reply requested
+_EPOCH_2000_SECONDS = 946_684_800
+
+_SLOT_IN_USE = "55006"
+_CONFIGURATION = {"55000", "58P01", "42501", "0A000"}  # wrong state, no plugin, no right, a standby: no retry helps
+
+
+class Source:
+    """One connection at a time to one slot. All methods belong to the event loop's thread."""
+
+    def __init__(self, dsn: str, slot: str, tables: Sequence[str]) -> None:
+        self._dsn = dsn
+        self._slot = slot
+        self._tables = tables
+        self._connection: psycopg.AsyncConnection | None = None
+        self._pgconn: pq.abc.PGconn | None = None
+        self._decoder = StreamDecoder()
+        self._received: Lsn = 0
+        self._flushed: Lsn = 0
+        self._heard_at = 0.0  # time.monotonic()
+        self._wake = asyncio.Event()
+        self._watched: int | None = None  # the file descriptor that the loop watches for us
+
+    @property
+    def connected(self) -> bool:
+        """Whether the stream is running."""
+        return self._pgconn is not None
+
+    @property
+    def confirmed(self) -> Lsn:
+        """What PostgreSQL was told last."""
+        return self._flushed
+
+    @property
+    def received(self) -> Lsn:
+        """Everything up to here was read, in this stream or before the checkpoint; never goes back."""
+        return self._received
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago a message of the stream, a keepalive included, was last read; 0.0 while not connected."""
+        return time.monotonic() - self._heard_at if self.connected else 0.0
+
+    async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
+        """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
+        self.close()
+        with _translated():
+            self._connection = await self._open()
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                return await slots.identify(self._connection), await slots.inspect(self._connection, self._slot)
+
+    async def _open(self) -> psycopg.AsyncConnection:
+        given = conninfo.conninfo_to_dict(self._dsn)
+        defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+        # wal2json prints timestamps as the session says; a new slot waits for the transactions that run
+        session = "-c DateStyle=ISO -c TimeZone=UTC -c statement_timeout=0"
+        ours: dict[str, str | int | None] = {
+            **{name: value for name, value in defaults.items() if name not in given},
+            "replication": "database",
+            "application_name": f"replicator {self._slot}",
+            "options": f"{given.get('options') or ''} {session}",
+        }
+        return await psycopg.AsyncConnection.connect(conninfo.make_conninfo(self._dsn, **ours), autocommit=True)
+
+    async def create_slot(self) -> slots.SlotState | None:
+        """Make the slot and look at it again. Raises SourceUnavailable, SourceUnusable."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        with _translated():
+            await slots.create(self._connection, self._slot)
+            return await slots.inspect(self._connection, self._slot)
+
+    async def drop_slot(self) -> None:
+        """Drop the slot. Raises SlotInUse while somebody reads it, SlotInvalid, SourceUnavailable."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        with _translated():
+            await slots.drop(self._connection, self._slot)
+
+    async def start(self, end_lsn: Lsn) -> None:
+        """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+        assert self._connection is not None  # noqa: S101  connect() comes first
+        pgconn = self._connection.pgconn
+        command = self._start_command(end_lsn).as_string(self._connection)
+        with _translated():
+            pgconn.send_query(command.encode())
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                result, *_ = await self._connection.wait(generators.execute(pgconn))
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            raise self._refusal(result)
+        pgconn.nonblocking = 1
+        self._decoder = StreamDecoder()
+        self._pgconn = pgconn
+        self._heard_at = time.monotonic()
+        self._flushed = end_lsn
+        self._received = max(self._received, end_lsn)
+
+    def _start_command(self, lsn: Lsn) -> sql.Composed:
+        options = {**OPTIONS, "add-tables": ",".join(self._tables)}
+        listed = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+        )
+        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
+        return start.format(sql.Identifier(self._slot), sql.SQL(format_lsn(lsn)), listed)
+
+    def _refusal(self, result: pq.abc.PGresult) -> SourceError:
+        sqlstate = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"no reason given").decode()
+        if sqlstate == _SLOT_IN_USE:
+            return slots.in_use(self._slot, message)
+        if sqlstate in _CONFIGURATION:
+            return slots.unusable(sqlstate, message)
+        return SourceUnavailable(detail=message)
+
+    async def read(self) -> Stretch:
+        """The next stretch of the stream; waits until there is something. Raises SourceUnavailable, DecodeError.
+
+        Cancelling it loses nothing: what was read stays for the next call.
+        """
+        try:
+            napped = False
+            while not self._read_available():
+                if napped:
+                    await self._readable()
+                await asyncio.sleep(NAP_SECONDS)
+                napped = True
+        except psycopg.OperationalError as exc:
+            self.close()
+            raise SourceUnavailable(detail=_first_line(exc)) from exc
+        self._heard_at = time.monotonic()
+        stretch = self._decoder.take()
+        self._received = max(self._received, stretch.end_lsn)
+        return stretch
+
+    def _read_available(self) -> int:
+        """Take what libpq and the socket hold, up to a stretch's bounds; how many messages it was."""
+        pgconn, decoder = self._running(), self._decoder
+        get, feed, rows = pgconn.get_copy_data, decoder.feed, decoder.rows
+        messages = 0
+        while messages < STRETCH_MESSAGES and len(rows) < STRETCH_ROWS and decoder.size < STRETCH_BYTES:
+            length, data = get(1)
+            if length == 0:
+                pgconn.consume_input()
+                length, data = get(1)
+                if length == 0:
+                    break
+            if length < 0:
+                raise self._end_of_stream(pgconn)
+            messages += 1
+            if data[0] == _XLOG_DATA and length >= _XLOG_DATA_HEADER:
+                feed(data[_XLOG_DATA_HEADER:])
+            elif data[0] == _KEEPALIVE and length >= _KEEPALIVE_BODY.size + 1:
+                self._keepalive(data)
+            else:
+                raise self._unreadable(data)
+        return messages
+
+    def _unreadable(self, data: memoryview) -> DecodeError:
+        problem = f"{len(data)} bytes of kind {chr(data[0])!r} are no message of the replication protocol"
+        return DecodeError(lsn=format_lsn(self._received), problem=problem)
+
+    def _keepalive(self, data: memoryview) -> None:
+        wal_end, _, reply_requested = _KEEPALIVE_BODY.unpack_from(data, 1)
+        self._decoder.keepalive(wal_end)
+        if reply_requested:
+            self.send_feedback()
+
+    def _end_of_stream(self, pgconn: pq.abc.PGconn) -> SourceUnavailable:
+        result = pgconn.get_result()
+        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) if result else None
+        self.close()
+        return SourceUnavailable(detail=(message or b"the server ended the stream").decode())
+
+    async def _readable(self) -> None:
+        self._watched = self._running().socket
+        self._wake.clear()
+        asyncio.get_running_loop().add_reader(self._watched, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        # Before the descriptor is closed: a moment later its number can be another connection's.
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = None
+
+    def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
+        """Send a status update: alive, and everything up to `flush_lsn` (default: as before) is flushed.
+
+        Only `Pipeline.commit` gives a position. Does nothing while disconnected: the stream begins behind the
+        checkpoint again, which covers it. `ask` for a keepalive in return: on an idle database nothing else says how
+        far the server is. Raises ValueError for a position that goes back or was never received.
+        """
+        flushed = self._flushed if flush_lsn is None else flush_lsn
+        if not self._flushed <= flushed <= self._received:
+            known = f"{format_lsn(self._flushed)} to {format_lsn(self._received)}"
+            raise ValueError(f"flushed position {format_lsn(flushed)} is outside what can be: {known}")
+        if self._pgconn is None:
+            return
+        self._flushed = flushed
+        now_us = int((time.time() - _EPOCH_2000_SECONDS) * 1_000_000)
+        try:
+            self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", self._received, flushed, flushed, now_us, ask))
+            self._pgconn.flush()  # what the socket doesn't take now goes with the next consume_input
+        except psycopg.OperationalError:
+            # The reader meets and reports it. It has to be woken: libpq has closed the socket that it may wait for.
+            self._wake.set()
+
+    async def finish(self) -> None:
+        """End the stream in order; on return PostgreSQL has read the last feedback, or it took too long."""
+        if self._pgconn is None:
+            return
+        with contextlib.suppress(TimeoutError, psycopg.OperationalError, SourceUnavailable):
+            async with asyncio.timeout(GOODBYE_TIMEOUT_SECONDS):
+                await self._say_goodbye(self._pgconn)
+        self.close()
+
+    async def _say_goodbye(self, pgconn: pq.abc.PGconn) -> None:
+        pgconn.put_copy_end()
+        pgconn.flush()
+        while True:
+            length, _ = pgconn.get_copy_data(1)
+            if length < 0:
+                return
+            if length == 0:
+                await self._readable()
+                pgconn.consume_input()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._unwatch()
+        self._pgconn = None
+        if self._connection is not None:
+            self._connection.pgconn.finish()  # all that its own close() does, which is a coroutine
+            self._connection = None
+
+    def _running(self) -> pq.abc.PGconn:
+        if self._pgconn is None:
+            raise SourceUnavailable(detail="the connection was lost")
+        return self._pgconn
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """The border where psycopg's errors become ours, until the stream runs."""
+    try:
+        yield
+    except TimeoutError as exc:
+        raise SourceUnavailable(detail=f"no answer in {ANSWER_TIMEOUT_SECONDS:.0f} s") from exc
+    except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+        raise SourceUnavailable(detail=_first_line(exc)) from exc
+    except psycopg.Error as exc:
+        raise slots.unusable(exc.sqlstate, _first_line(exc)) from exc
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0]

@@ -1,0 +1,183 @@
+"""wal2json format-version 2: payload bytes → rows with positions, and transaction ends. Pure; `source.py` feeds it.
+
+A transaction comes as `B`, its rows, `C`. `B` already carries the commit record's LSN, so a row's position is known
+when the row arrives and rows can go to the sinks before their transaction's end was read: what is sent is committed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import msgspec
+
+from replicator.contracts.errors import DecodeError
+from replicator.contracts.events import Lsn, Position, Row, decode_row, format_lsn, parse_lsn
+
+OPTIONS = {
+    "format-version": "2",
+    "include-transaction": "true",  # without B and C a row's place in the stream is unknown (DESIGN: lost rows)
+    "include-lsn": "true",
+    "include-timestamp": "true",  # lag in seconds; costs the walsender some 5 %
+    "include-types": "false",
+}
+"""Plugin options of the stream; `add-tables` comes on top."""
+
+ACTION_AT = len('{"action":"')
+"""Where the action's letter stands in every message: peeking at it saves decoding the ones that don't matter."""
+
+_INSERT, _UPDATE, _DELETE, _TRUNCATE, _BEGIN, _COMMIT, _MESSAGE = b"IUDTBCM"
+_ROWS = frozenset((_INSERT, _UPDATE, _DELETE, _TRUNCATE))
+
+
+class _MalformedError(ValueError):
+    """What is wrong, in words of ours."""
+
+
+_UNREADABLE = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
+
+
+class _Marker(msgspec.Struct, gc=False):
+    """`B` or `C`."""
+
+    lsn: str
+    nextlsn: str
+    timestamp: str
+
+
+class _Message(msgspec.Struct, gc=False):
+    """`M`: what it says is somebody else's, and need not even be UTF-8."""
+
+    transactional: bool
+    prefix: msgspec.Raw
+    content: msgspec.Raw
+
+
+class Stretch(NamedTuple):
+    """A stretch of the stream, decoded."""
+
+    rows: list[Row]
+    position: Position
+    """The last row so far; `Position(0, 0)` before the first."""
+    end_lsn: Lsn
+    """End of the last complete transaction (or a keepalive's position behind it); 0 before the first."""
+    committed_at: float
+    """Commit time of the newest transaction, Unix seconds by PostgreSQL's clock; 0.0 before the first."""
+    size: int
+    """Bytes of the row messages."""
+
+
+_decode_marker = msgspec.json.Decoder(_Marker).decode
+_decode_message = msgspec.json.Decoder(_Message).decode
+_NO_OFFSET = timedelta(0)
+
+
+class StreamDecoder:
+    """Follows one stream from its start, message by message."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.size = 0
+        self.in_transaction = False
+        self._begin: bytes | None = None  # decoded only when a row follows: most transactions have none of ours
+        self._commit: bytes | None = None  # decoded only when it is the last one of a stretch
+        self._rows_commit_lsn: Lsn | None = None  # where that one has to be, by its `B`; None: it had no rows
+        self._commit_lsn: Lsn = 0
+        self._ordinal = 0
+        self._end_lsn: Lsn = 0
+        self._timestamp = ""  # of the newest transaction, parsed once a stretch
+
+    def feed(self, payload: memoryview | bytes) -> None:
+        """Take one message. Raises DecodeError; the stream can't be followed any further then."""
+        try:
+            self._feed(payload)
+        except _UNREADABLE as exc:
+            raise self._error(exc) from None  # the cause would quote the row
+
+    def _feed(self, payload: memoryview | bytes) -> None:
+        action = payload[ACTION_AT]
+        if action in _ROWS and self.in_transaction:
+            self._feed_row(payload)
+        elif action == _BEGIN and not self.in_transaction:
+            self._begin = bytes(payload)
+            self.in_transaction = True
+        elif action == _COMMIT and self.in_transaction:
+            self._commit = bytes(payload)
+            self._rows_commit_lsn = self._commit_lsn if self._begin is None else None
+            self.in_transaction = False
+        elif action == _MESSAGE:  # of somebody else's: it moves the position like any WAL
+            _decode_message(payload)  # a damaged row must not pass for one
+        else:
+            raise _MalformedError(f"action {chr(action)!r} where it can't be")
+
+    def _feed_row(self, payload: memoryview | bytes) -> None:
+        if self._begin is not None:
+            self._open(_decode_marker(self._begin))
+        row = decode_row(payload)
+        if row.action != chr(payload[ACTION_AT]):
+            raise _MalformedError("the action stands somewhere else")
+        self._ordinal += 1
+        row.commit_lsn = self._commit_lsn
+        row.ordinal = self._ordinal
+        self.rows.append(row)
+        self.size += len(payload)
+
+    def _open(self, begin: _Marker) -> None:
+        commit_lsn = parse_lsn(begin.lsn)
+        if commit_lsn <= self._commit_lsn or commit_lsn < self._end_lsn:
+            raise _MalformedError(f"transaction {format_lsn(commit_lsn)} comes behind a later one")
+        self._commit_lsn = commit_lsn
+        self._timestamp = begin.timestamp
+        self._ordinal = 0
+        self._begin = None
+
+    def keepalive(self, wal_end: Lsn) -> None:
+        """The server has sent everything up to `wal_end`: between two transactions that is a place to stand."""
+        if not self.in_transaction:
+            self._settle()
+            self._end_lsn = max(self._end_lsn, wal_end)
+
+    def take(self) -> Stretch:
+        """What was read since the last call; an open transaction goes on in the next stretch."""
+        self._settle()
+        try:
+            committed_at = _seconds(self._timestamp) if self._timestamp else 0.0
+        except ValueError as exc:
+            raise self._error(exc) from None
+        position = Position(self._commit_lsn, self._ordinal)
+        stretch = Stretch(self.rows, position, self._end_lsn, committed_at, self.size)
+        self.rows, self.size = [], 0
+        return stretch
+
+    def _settle(self) -> None:
+        if self._commit is None:
+            return
+        try:
+            marker = _decode_marker(self._commit)
+            self._end_lsn = self._end_of(marker)
+        except _UNREADABLE as exc:
+            raise self._error(exc) from None
+        self._timestamp = marker.timestamp
+        self._commit = None
+
+    def _end_of(self, commit: _Marker) -> Lsn:
+        """Where its transaction ends: never before what was told already."""
+        commit_lsn, end_lsn = parse_lsn(commit.lsn), parse_lsn(commit.nextlsn)
+        if self._rows_commit_lsn not in (None, commit_lsn):
+            raise _MalformedError(f"the rows' transaction does not end with the commit at {format_lsn(commit_lsn)}")
+        if not self._end_lsn <= commit_lsn < end_lsn:
+            raise _MalformedError(f"a transaction that ends at {format_lsn(end_lsn)} comes behind a later position")
+        return end_lsn
+
+    def _error(self, exc: Exception) -> DecodeError:
+        # msgspec names types and paths, never values; what int() and fromisoformat() say quotes their input
+        told = str(exc) if isinstance(exc, (msgspec.MsgspecError, _MalformedError)) else type(exc).__name__
+        return DecodeError(lsn=format_lsn(self._commit_lsn), problem=told)
+
+
+def _seconds(timestamp: str) -> float:
+    """Since 1970. Raises ValueError unless it is in UTC, as the session asks for."""
+    moment = datetime.fromisoformat(timestamp)
+    if moment.utcoffset() != _NO_OFFSET:
+        raise _MalformedError("the commit's timestamp is not in UTC")
+    return moment.timestamp()

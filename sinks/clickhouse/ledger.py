@@ -1,0 +1,137 @@
+"""Which events ClickHouse has, as numbers that PostgreSQL can compute as well; see `protocols.Ledger`.
+
+The line that an event is hashed from is described in `enrichment/ledger.py`, which makes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from clickhouse_connect.driver.client import Client
+
+from replicator.contracts.protocols import Digest, Held, Part
+from sinks.clickhouse.sink import ClickHouseSink
+
+CHUNK = 5_000
+"""Ids or keys a statement: below ClickHouse's 256 kB for the text of one."""
+
+OWN_LINE = (
+    "toString(event_id)",
+    "toString(content_id)",
+    "toString(user_id)",
+    "concat(toString(lengthUTF8(event_type)), ':', event_type)",
+    "toString(us)",
+    "ifNull(toString(duration_ms), '~')",
+    "ifNull(concat(toString(lengthUTF8(device)), ':', device), '~')",
+    "ifNull(toString(toInt128(toDecimal128(engagement_seconds, 3) * 1000)), '~')",
+)
+CONTENT_LINE = (
+    "ifNull(concat(toString(lengthUTF8(content_type)), ':', content_type), '~')",
+    "ifNull(toString(length_seconds), '~')",
+    "ifNull(toString(toInt128(toDecimal128(engagement_pct, 2) * 100)), '~')",
+)
+WITH = """
+WITH toUnixTimestamp64Micro(event_ts) AS us,
+     bitShiftRight(reinterpretAsUInt64(reverse(substring(MD5(concat({line})), 1, 8))), 4) AS hash,
+     intDiv(us - {{origin}}, {{width}}) AS bucket, positiveModulo(event_id, {{modulus}}) AS remainder
+"""
+EVENTS = """
+FROM {table} FINAL
+WHERE event_ts >= fromUnixTimestamp64Micro({start}, 'UTC') AND event_ts < fromUnixTimestamp64Micro({end}, 'UTC')
+"""
+SPAN = "SELECT count(), min(toUnixTimestamp64Micro(event_ts)), max(toUnixTimestamp64Micro(event_ts))" + EVENTS
+BY_TIME = "SELECT bucket, count(), sum(toUInt128(hash))" + EVENTS + "GROUP BY bucket"
+BY_ID = "SELECT remainder, count(), sum(toUInt128(hash))" + EVENTS + "GROUP BY remainder"
+ROWS = "SELECT event_id, us, content_id, hash, _lsn" + EVENTS
+HELD = ROWS + "AND bucket IN ({buckets}) AND remainder IN ({remainders})"
+FIND = ROWS + "AND event_id IN ({ids})"
+DELETE = """
+DELETE FROM {table}
+WHERE event_ts >= fromUnixTimestamp64Micro({start}, 'UTC') AND event_ts < fromUnixTimestamp64Micro({end}, 'UTC')
+  AND (event_id, toUnixTimestamp64Micro(event_ts), content_id) IN ({keys})
+"""
+"""Lightweight: the rows are gone from every query at once, and from the disk with the next merge."""
+
+NO_PART: Mapping[str, object] = {"origin": 0, "width": 1, "modulus": 1}
+
+
+class ClickHouseLedger:
+    """`contracts.protocols.Ledger` of `events_enriched`, each event once, whatever was sent again."""
+
+    sliced = True
+
+    def __init__(self, sink: ClickHouseSink, *, with_content: bool) -> None:
+        self._sink = sink
+        line = (*OWN_LINE, *CONTENT_LINE) if with_content else OWN_LINE
+        self._with = WITH.format(line=", '|', ".join(line))
+
+    async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
+        """See `protocols.Ledger`."""
+        [(events, first, last)] = await self._rows(SPAN, start=start_us, end=end_us)
+        return events, first if events else 0, last if events else 0
+
+    async def by_time(self, part: Part) -> dict[int, Digest]:
+        """See `protocols.Ledger`."""
+        return _digests(await self._rows(self._with + BY_TIME, **_of(part)))
+
+    async def by_id(self, part: Part) -> dict[int, Digest]:
+        """See `protocols.Ledger`."""
+        return _digests(await self._rows(self._with + BY_ID, **_of(part)))
+
+    async def held(self, part: Part) -> list[Held]:
+        """See `protocols.Ledger`."""
+        return [Held(*row) for row in await self._rows(self._with + HELD, **_of(part))]
+
+    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[Held]:
+        """See `protocols.Ledger`."""
+        found: list[Held] = []
+        for start in range(0, len(ids), CHUNK):
+            words = {**NO_PART, "start": start_us, "end": end_us, "ids": _list(ids[start : start + CHUNK])}
+            found += [Held(*row) for row in await self._rows(self._with + FIND, **words)]
+        return found
+
+    async def delete(self, doomed: Sequence[Held]) -> None:
+        """Exactly these rows; not those of the same event under another time or content."""
+        for some in _chunks(doomed):
+            times = [row.ts_us for row in some]
+            keys = ",".join(f"({row.id},{row.ts_us},{row.key})" for row in some)
+            await self._command(DELETE, start=min(times), end=max(times) + 1, keys=keys)
+
+    async def _rows(self, query: str, **words: object) -> Sequence[Sequence[int]]:
+        def question(client: Client, table: str) -> Sequence[Sequence[int]]:
+            return client.query(query.format(table=table, **words)).result_rows
+
+        return await self._sink.ask(question)
+
+    async def _command(self, statement: str, **words: object) -> None:
+        def question(client: Client, table: str) -> None:
+            client.command(statement.format(table=table, **words))
+
+        await self._sink.ask(question)
+
+
+def _chunks(rows: Sequence[Held]) -> Iterator[Sequence[Held]]:
+    """Few enough for a statement, and near each other in time."""
+    ordered = sorted(rows, key=lambda row: row.ts_us)
+    size = CHUNK // 2  # a key is three numbers
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
+
+
+def _of(part: Part) -> dict[str, object]:
+    return {
+        "start": part.start_us,
+        "end": part.end_us,
+        "origin": part.origin_us,
+        "width": part.width_us,
+        "modulus": part.modulus,
+        "buckets": _list(part.buckets),
+        "remainders": _list(part.remainders),
+    }
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _digests(rows: Sequence[Sequence[int]]) -> dict[int, Digest]:
+    return {int(group): Digest(int(events), int(total)) for group, events, total in rows}

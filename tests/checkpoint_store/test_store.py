@@ -1,0 +1,825 @@
+"""The contract of `CheckpointStore`, on SQLite and on PostgreSQL, and what is peculiar to each."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.pool import Pool
+
+from checkpoint_store import SqlCheckpointStore, schema
+from devstack import DevStack
+from replicator.contracts.errors import (
+    CheckpointBackward,
+    CheckpointError,
+    CheckpointUnavailable,
+    CheckpointUnusable,
+    DeadLettersFull,
+    SettingsError,
+)
+from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition, parse_lsn
+from replicator.contracts.protocols import CheckpointStore
+
+ROOT = Path(__file__).parents[2]
+LAST_LSN = 2**64 - 1
+BLOCKED_SECONDS = 0.3  # a save takes a millisecond; one that takes this long waits for a lock
+
+SAVE_IN_A_PROCESS = """
+import sys, time
+from checkpoint_store import SqlCheckpointStore
+from replicator.contracts.events import Checkpoint, Position, SinkPosition
+
+store = SqlCheckpointStore(sys.argv[1])
+for lsn in range(1000, 1 << 40, 1000):
+    sinks = {"redis": SinkPosition(position=Position(lsn - 50, 3), end_lsn=lsn)}
+    at = 1_768_000_000.123456 + lsn
+    store.save(Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=lsn, sinks=sinks, committed_at=at))
+    print(lsn, flush=True)
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Database:
+    """One database for one test, and a way around the store."""
+
+    url: str
+
+    def engine(self) -> Engine:
+        """Ours, not the store's."""
+        return create_engine(self.url)
+
+    def execute(self, statement: str) -> None:
+        """Change something behind the store's back."""
+        engine = self.engine()
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+
+    def shape(self) -> dict[str, list[str]]:
+        """Tables and columns."""
+        engine = self.engine()
+        inspector = inspect(engine)
+        tables = {name: [str(column) for column in inspector.get_columns(name)] for name in inspector.get_table_names()}
+        engine.dispose()
+        return tables
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[DevStack]:
+    """PostgreSQL, once for this module."""
+    with DevStack("postgres") as stack:
+        yield stack
+
+
+def make_postgres_database(stack: DevStack) -> Database:
+    """A schema of its own; the URL is of the plain form, and chooses it by libpq's options."""
+    name = f"s{uuid.uuid4().hex}"
+    with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(name)))
+    url = make_url(stack.postgres.dsn).set(drivername="postgresql+psycopg", query={"options": f"-csearch_path={name}"})
+    return Database(url=url.render_as_string(hide_password=False))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return Database(url=f"sqlite:///{tmp_path}/checkpoint.db")
+    return make_postgres_database(request.getfixturevalue("stack"))
+
+
+@pytest.fixture
+def store(database: Database) -> Iterator[SqlCheckpointStore]:
+    """A store with its tables made."""
+    store = SqlCheckpointStore(database.url)
+    store.create()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def other(database: Database) -> Iterator[SqlCheckpointStore]:
+    """Another replicator's store in the same database."""
+    store = SqlCheckpointStore(database.url)
+    yield store
+    store.close()
+
+
+@contextmanager
+def on_pool(identifier: str, listener: Callable[..., None]) -> Iterator[None]:
+    """Listen to every connection pool, the store's among them."""
+    event.listen(Pool, identifier, listener)
+    try:
+        yield
+    finally:
+        event.remove(Pool, identifier, listener)
+
+
+@pytest.fixture
+def sqlite_path(tmp_path: Path) -> Path:
+    """A database file with tables."""
+    path = tmp_path / "made.db"
+    store = SqlCheckpointStore(f"sqlite:///{path}")
+    store.create()
+    store.save(at(100))
+    store.close()
+    return path
+
+
+def sink_at(commit_lsn: int, ordinal: int, end_lsn: int) -> SinkPosition:
+    """Shorthand."""
+    return SinkPosition(position=Position(commit_lsn, ordinal), end_lsn=end_lsn)
+
+
+def at(end_lsn: int, slot: str = "s", **sinks: SinkPosition) -> Checkpoint:
+    """A checkpoint of cluster 7."""
+    committed_at = 1_768_000_000.123456 + end_lsn % 2**32  # any, told apart by the position
+    return Checkpoint(
+        slot=slot, system_identifier="7", timeline=1, end_lsn=end_lsn, sinks=sinks, committed_at=committed_at
+    )
+
+
+def letter(ordinal: int, sink: str = "http", reason: str = "refused") -> DeadLetter:
+    """A dead letter that is told apart by its ordinal."""
+    payload = f'{{"n":{ordinal}}}'.encode()
+    return DeadLetter(sink=sink, commit_lsn=500, ordinal=ordinal, event_id=ordinal, reason=reason, payload=payload)
+
+
+def loaded(store: CheckpointStore, slot: str = "s") -> Checkpoint | None:
+    """What is stored, without its time."""
+    checkpoint = store.load(slot)
+    return checkpoint and msgspec.structs.replace(checkpoint, updated_at=0.0)
+
+
+# --- checkpoints
+
+
+def test_nothing_is_loaded_before_something_is_saved(store: CheckpointStore) -> None:
+    """A slot nobody saved has no checkpoint."""
+    assert store.load("s") is None
+
+
+def test_what_is_saved_is_loaded(store: CheckpointStore, other: CheckpointStore) -> None:
+    """Every field comes back, in another store too, with the time of saving."""
+    checkpoint = at(1000, http=sink_at(990, 7, 980), redis=sink_at(990, 12, 1000))
+    before = time.time()
+    store.save(checkpoint)
+    assert checkpoint == loaded(store)
+    assert checkpoint == loaded(other)
+    stored = store.load("s")
+    assert stored is not None
+    assert before <= stored.updated_at <= time.time()
+
+
+def test_the_largest_lsn_survives(store: CheckpointStore) -> None:
+    """All 64 bits, on both sides of the signed limit."""
+    for lsn in (0, 2**32 - 1, 2**32, 2**63 - 1, 2**63, LAST_LSN):
+        checkpoint = at(lsn, redis=sink_at(lsn, 2**62, lsn))
+        store.save(checkpoint)
+        assert checkpoint == loaded(store)
+
+
+def test_a_position_moves_forward(store: CheckpointStore) -> None:
+    """A later save replaces an earlier one; sinks that did not move stay."""
+    store.save(at(1000, http=sink_at(990, 7, 980), redis=sink_at(990, 12, 1000)))
+    moved = at(2000, http=sink_at(990, 7, 980), redis=sink_at(1990, 1, 2000))
+    store.save(msgspec.structs.replace(moved, timeline=2))
+    assert msgspec.structs.replace(moved, timeline=2) == loaded(store)
+
+
+def test_the_same_position_may_be_saved_again(store: CheckpointStore) -> None:
+    """Equal is not backward."""
+    checkpoint = at(1000, redis=sink_at(990, 12, 1000))
+    store.save(checkpoint)
+    store.save(checkpoint)
+    assert checkpoint == loaded(store)
+
+
+def test_sinks_that_are_not_named_stay_and_new_ones_come_in(store: CheckpointStore) -> None:
+    """A replicator with other sinks leaves the position of a sink that it lacks."""
+    store.save(at(1000, redis=sink_at(990, 12, 1000)))
+    store.save(at(2000, http=sink_at(1990, 1, 2000)))
+    assert at(2000, redis=sink_at(990, 12, 1000), http=sink_at(1990, 1, 2000)) == loaded(store)
+
+
+@pytest.mark.parametrize(
+    ("offered", "words"),
+    [
+        (at(0x16_0000_0FFF, redis=sink_at(990, 12, 1000)), "from 16/1000 to 16/FFF"),
+        (at(0x16_0000_1000, redis=sink_at(990, 11, 1000)), "sink redis at row 12 of commit 0/3DE"),
+        (at(0x16_0000_1000, redis=sink_at(989, 99, 1000)), "sink redis at row 99 of commit 0/3DD"),
+        (at(0x16_0000_1000, redis=sink_at(990, 12, 999)), r"from 0/3E8 .* to 0/3E7"),
+        (at(0x16_0000_2000, http=sink_at(9, 9, 9), redis=sink_at(990, 11, 1000)), "sink redis at row 11"),
+    ],
+    ids=["end_lsn", "ordinal", "commit_lsn", "sink end_lsn", "one of two sinks"],
+)
+def test_going_back_is_refused(store: CheckpointStore, offered: Checkpoint, words: str) -> None:
+    """Whichever part would go back, nothing at all is stored, and the error says from where to where."""
+    checkpoint = at(0x16_0000_1000, redis=sink_at(990, 12, 1000))
+    store.save(checkpoint)
+    with pytest.raises(CheckpointBackward, match=words):
+        store.save(offered)
+    assert checkpoint == loaded(store)
+
+
+def test_a_position_moved_by_another_replicator_is_seen(store: CheckpointStore, other: CheckpointStore) -> None:
+    """The comparison is with what is stored, not with what this store remembers."""
+    store.save(at(1000))
+    other.save(at(3000))
+    with pytest.raises(CheckpointBackward):
+        store.save(at(2000))
+    assert at(3000) == loaded(store)
+
+
+def test_two_replicators_cannot_both_move_it(database: Database, store: CheckpointStore) -> None:
+    """A save waits for one under way in another process, and then compares with its result."""
+    store.save(at(1000))
+    engine = database.engine()
+    with ThreadPoolExecutor(1) as threads, engine.connect() as rival:
+        if rival.dialect.name == "sqlite":
+            rival.exec_driver_sql("BEGIN IMMEDIATE")
+        rival.execute(text("UPDATE replicator_checkpoints SET end_lsn = '00000000/00003000'"))
+        save = threads.submit(store.save, at(2000))
+        with pytest.raises(TimeoutError):
+            save.result(BLOCKED_SECONDS)
+        rival.commit()
+        with pytest.raises(CheckpointBackward, match="from 0/3000 to 0/7D0"):
+            save.result()
+    engine.dispose()
+
+
+def test_reading_does_not_wait_for_a_writer(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
+    """`status` answers while `run` is in the middle of a save."""
+    store.save(at(1000))
+    engine = database.engine()
+    with engine.connect() as writer:
+        if writer.dialect.name == "sqlite":
+            writer.exec_driver_sql("BEGIN IMMEDIATE")
+        writer.execute(text("UPDATE replicator_checkpoints SET end_lsn = '00000000/00003000'"))
+        assert at(1000) == loaded(other)
+        writer.rollback()
+    engine.dispose()
+
+
+def test_racing_replicators_leave_the_furthest(store: CheckpointStore, other: CheckpointStore) -> None:
+    """Whatever the interleaving, the end is the greatest position that any save returned for."""
+    seed = time.time_ns()
+    print(f"seed {seed}")  # noqa: T201  shown when the test fails
+    rng = random.Random(seed)  # noqa: S311  no secret is made of it
+    store.save(at(0))
+
+    def save_some(racer: CheckpointStore, lsns: list[int]) -> int:
+        furthest = 0
+        for lsn in lsns:
+            try:
+                racer.save(at(lsn, redis=sink_at(lsn, 1, lsn)))
+            except CheckpointBackward:
+                continue
+            assert lsn >= furthest
+            furthest = lsn
+        return furthest
+
+    with ThreadPoolExecutor(2) as threads:
+        tries = [[rng.randrange(10_000) for _ in range(50)] for _ in range(2)]
+        furthest = max(threads.map(save_some, (store, other), tries))
+    assert at(furthest, redis=sink_at(furthest, 1, furthest)) == loaded(store)
+
+
+def test_slots_do_not_touch_each_other(store: CheckpointStore) -> None:
+    """Two replicators with two slots share a database."""
+    store.save(at(2000, "a", redis=sink_at(1990, 1, 2000)))
+    store.save(at(1000, "b", redis=sink_at(990, 1, 1000)))
+    assert at(2000, "a", redis=sink_at(1990, 1, 2000)) == loaded(store, "a")
+    assert at(1000, "b", redis=sink_at(990, 1, 1000)) == loaded(store, "b")
+
+
+def test_another_cluster_is_refused(store: CheckpointStore) -> None:
+    """LSNs of two clusters can't be compared; the default slot name makes this mistake easy."""
+    store.save(at(1000))
+    with pytest.raises(CheckpointUnusable, match="belongs to the PostgreSQL cluster 7, not to 8"):
+        store.save(msgspec.structs.replace(at(2000), system_identifier="8"))
+    assert at(1000) == loaded(store)
+
+
+def test_replace_accepts_anything(store: CheckpointStore) -> None:
+    """Backward, another cluster, fewer sinks: the operator has said so. Other slots stay."""
+    store.save(at(9, "neighbour", redis=sink_at(8, 1, 9)))
+    store.save(at(1000, http=sink_at(990, 1, 1000), redis=sink_at(990, 1, 1000)))
+    replacement = msgspec.structs.replace(at(500, redis=sink_at(400, 0, 500)), system_identifier="8", timeline=3)
+    store.replace(replacement)
+    assert replacement == loaded(store)
+    assert at(9, "neighbour", redis=sink_at(8, 1, 9)) == loaded(store, "neighbour")
+
+
+def test_replace_makes_a_first_checkpoint(store: CheckpointStore) -> None:
+    """Nothing need be there."""
+    store.replace(at(500, redis=sink_at(400, 0, 500)))
+    assert at(500, redis=sink_at(400, 0, 500)) == loaded(store)
+
+
+def test_calls_may_come_from_any_thread(store: CheckpointStore) -> None:
+    """As asyncio.to_thread does it: one call at a time, each from another thread."""
+    for lsn in range(1, 6):
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(store.save, at(lsn)).result()
+    assert at(5) == loaded(store)
+
+
+def test_nothing_saved_is_lost_by_a_kill(database: Database, store: CheckpointStore) -> None:
+    """SIGKILL at once after save() has returned: another process finds that checkpoint, or the next one, whole."""
+    program = [sys.executable, "-c", SAVE_IN_A_PROCESS, database.url]
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(20):
+            lsn = int(process.stdout.readline())
+        process.kill()
+        lsn = max([lsn, *map(int, process.stdout.read().split())])
+    assert process.returncode == -signal.SIGKILL
+    stored = loaded(store)
+    assert stored in [at(lsn, redis=sink_at(lsn - 50, 3, lsn)) for lsn in (lsn, lsn + 1000)]
+
+
+def test_close_may_come_twice(store: CheckpointStore) -> None:
+    """Closing is safe at any time."""
+    store.close()
+    store.close()
+
+
+# --- schema
+
+
+def test_create_twice_is_create_once(database: Database, store: CheckpointStore) -> None:
+    """The second time nothing is done, nothing is said, and what is stored stays."""
+    store.save(at(1000))
+    before = database.shape()
+    assert store.create() == []
+    assert before == database.shape()
+    assert at(1000) == loaded(store)
+
+
+def test_create_says_what_it_made(database: Database) -> None:
+    """One line; every table has our prefix."""
+    store = SqlCheckpointStore(database.url)
+    (line,) = store.create()
+    store.close()
+    assert f"schema version {schema.VERSION}" in line
+    tables = [name for name in database.shape() if name.startswith("replicator_")]
+    assert sorted(schema.metadata.tables) == sorted(tables)
+
+
+def test_replicators_that_start_together_create_together(database: Database) -> None:
+    """Several `init` at the same moment: one makes the tables, the others find them."""
+    stores = [SqlCheckpointStore(database.url) for _ in range(4)]
+    with ThreadPoolExecutor(len(stores)) as threads:
+        lines = list(threads.map(SqlCheckpointStore.create, stores))
+    for store in stores:
+        store.close()
+    assert sorted(map(len, lines)) == [0, 0, 0, 1]
+
+
+def test_a_database_without_tables_says_what_to_run(database: Database) -> None:
+    """Before `init`, every call names it."""
+    store = SqlCheckpointStore(database.url)
+    with pytest.raises(CheckpointUnusable, match="python -m replicator init"):
+        store.load("s")
+    with pytest.raises(CheckpointUnusable, match="python -m replicator init"):
+        store.save(at(1))
+    store.close()
+
+
+def test_a_newer_schema_is_refused(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
+    """An older program neither changes nor reads what it does not know."""
+    database.execute("UPDATE replicator_schema SET version = 99")
+    with pytest.raises(CheckpointUnusable, match=f"schema version is 99, this program knows {schema.VERSION}"):
+        store.create()
+    with pytest.raises(CheckpointUnusable, match="schema version is 99"):
+        other.load("s")
+
+
+def test_an_older_schema_is_upgraded_step_by_step(
+    store: CheckpointStore, other: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two releases later: each step runs once, in order, and the stored checkpoint stays."""
+    steps = {
+        3: lambda connection: connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER")),
+        4: lambda connection: connection.execute(text("UPDATE replicator_checkpoints SET extra = 5")),
+    }
+    store.save(at(1000))
+    monkeypatch.setattr(schema, "VERSION", 5)
+    monkeypatch.setattr(schema, "UPGRADES", steps)
+    with pytest.raises(CheckpointUnusable, match="schema version is 3, this program needs 5"):
+        other.load("s")
+    assert [[line.removeprefix("upgraded the checkpoint tables ") for line in store.create()] for _ in range(2)] == [
+        ["from schema version 3 to 4", "from schema version 4 to 5"],
+        [],
+    ]
+    assert at(1000) == loaded(other)
+
+
+def test_the_first_release_is_upgraded(database: Database, store: CheckpointStore, other: CheckpointStore) -> None:
+    """Version 1 had no table for tasks, version 2 no time of the last commit; the checkpoint in it stays."""
+    store.save(at(1000))
+    shape = database.shape()
+    database.execute("ALTER TABLE replicator_checkpoints DROP COLUMN committed_at")
+    database.execute("DROP TABLE replicator_tasks")
+    database.execute("UPDATE replicator_schema SET version = 1")
+    assert [f"upgraded the checkpoint tables from schema version {n} to {n + 1}" for n in (1, 2)] == other.create()
+    assert shape == database.shape()
+    assert msgspec.structs.replace(at(1000), committed_at=0.0) == loaded(other)
+    store.save(at(1001))
+    assert at(1001) == loaded(other)
+
+
+def test_a_failed_upgrade_changes_nothing(
+    database: Database, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step's new column is gone when the second one fails: one transaction."""
+
+    def fail(connection: Connection) -> None:
+        connection.execute(text("SELECT * FROM nowhere"))
+
+    def add_column(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE replicator_checkpoints ADD COLUMN extra INTEGER"))
+
+    before = database.shape()
+    monkeypatch.setattr(schema, "VERSION", 5)
+    monkeypatch.setattr(schema, "UPGRADES", {3: add_column, 4: fail})
+    with pytest.raises(CheckpointError, match="nowhere"):
+        store.create()
+    assert before == database.shape()
+
+
+def test_a_table_that_is_gone_is_not_waited_for(database: Database, store: CheckpointStore) -> None:
+    """Trying again would not bring it back: the error stops the program and names the cure."""
+    store.save(at(1000))
+    database.execute("DROP TABLE replicator_sink_positions")
+    with pytest.raises(CheckpointUnusable, match=r"replicator_sink_positions.*python -m replicator init"):
+        store.save(at(2000))
+
+
+# --- tasks beside the stream
+
+
+def test_progress_is_kept_until_the_task_is_done(store: CheckpointStore, other: CheckpointStore) -> None:
+    """The last word counts, each slot and task has its own, and what is done is forgotten."""
+    store.save_progress("s", "backfill a", "1")
+    store.save_progress("s", "backfill a", "2")
+    store.save_progress("s", "backfill b", "länge ✓")
+    store.save_progress("t", "backfill a", "4")
+    store.save_progress("t", "backfill a", None)
+    found = [other.load_progress(slot, f"backfill {name}") for slot in "st" for name in "ab"]
+    assert ["2", "länge ✓", None, None] == found
+
+
+# --- dead letters
+
+
+def test_dead_letters_come_back_whole(store: CheckpointStore, other: CheckpointStore) -> None:
+    """Any bytes, no event id, the largest positions; numbered and dated by the store."""
+    every_byte = DeadLetter(
+        sink="enrichment",
+        commit_lsn=LAST_LSN,
+        ordinal=2**62,
+        event_id=None,
+        reason="länge ✓",
+        payload=bytes(range(256)) * 500,
+    )
+    before = time.time()
+    store.add_dead_letters("s", [every_byte, letter(1)])
+    first, second = other.dead_letters("s")
+    assert every_byte == msgspec.structs.replace(first, id=None, created_at=0.0)
+    assert letter(1) == msgspec.structs.replace(second, id=None, created_at=0.0)
+    assert first.id is not None
+    assert second.id is not None
+    assert first.id < second.id
+    assert before <= first.created_at <= time.time()
+
+
+def test_a_reason_that_text_columns_refuse_is_kept_readable(store: CheckpointStore) -> None:
+    """A destination's own words may hold NUL or half a surrogate pair: they are replaced, the letter is kept."""
+    store.add_dead_letters("s", [letter(1, reason="a\0b\ud800c")])
+    assert [found.reason for found in store.dead_letters("s")] == ["a\N{REPLACEMENT CHARACTER}b?c"]
+
+
+def test_a_dead_letter_is_kept_once(store: CheckpointStore) -> None:
+    """After a restart the same events are refused again: within one call and between calls, the first stays."""
+    store.add_dead_letters("s", [letter(1, reason="first"), letter(1, reason="again"), letter(2)])
+    store.add_dead_letters("s", [letter(2, reason="again"), letter(3)])
+    assert [(found.ordinal, found.reason) for found in store.dead_letters("s")] == [
+        (1, "first"),
+        (2, "refused"),
+        (3, "refused"),
+    ]
+
+
+def test_who_reads_makes_no_file(tmp_path: Path) -> None:
+    """A path that leads nowhere is named, with the cure."""
+    path = tmp_path / "none.db"
+    store = SqlCheckpointStore(f"sqlite:///{path}")
+    for read in (store.load, store.count_dead_letters, store.dead_letters):
+        with pytest.raises(CheckpointUnusable, match=rf"there is no file {path}\. Run `python -m replicator init`"):
+            read("s")
+    assert not path.exists()
+
+
+def test_dead_letters_are_bounded(store: CheckpointStore) -> None:
+    """More is refused with nothing stored; what is there already is no more; what comes together fits when empty."""
+    ten = [letter(n) for n in range(1, 11)]
+    assert {"http": 10} == store.add_dead_letters("s", ten, 5)
+    assert {"http": 10} == store.add_dead_letters("s", ten, 10), "the same after a restart"
+    with pytest.raises(DeadLettersFull, match=r"it has 10 dead letters, 1 more would pass .*, 10\.") as caught:
+        store.add_dead_letters("s", [letter(11), letter(1, sink="redis"), letter(10)], 10)
+    assert {"sink": "http", "stored": 10, "count": 1, "limit": 10} == caught.value.facts
+    assert {"http": 10} == store.count_dead_letters("s")
+    assert {"http": 10, "redis": 1} == store.add_dead_letters("s", [letter(1, sink="redis")], 10)
+    assert {"http": 11, "redis": 1} == store.add_dead_letters("s", [letter(11)])
+
+
+def test_an_accepted_gap_frees_the_positions_of_dead_letters(store: CheckpointStore) -> None:
+    """In a restored server another event may have one: it is kept beside those that wait, in this slot only."""
+    for slot in "st":
+        store.save(at(100, slot))
+        store.add_dead_letters(slot, [letter(1, reason="old"), letter(2, reason="old")])
+    store.replace(at(50))
+    store.add_dead_letters("s", [letter(1, reason="new")])
+    assert ["old", "old", "new"] == [found.reason for found in store.dead_letters("s")]
+    assert [1, 1] == [found.commit_lsn for found in store.dead_letters("s")][:2]
+    store.replace(at(50))
+    store.add_dead_letters("s", [letter(1, reason="newer")])
+    assert ["old", "old", "new", "newer"] == [found.reason for found in store.dead_letters("s")]
+    store.add_dead_letters("t", [letter(1, reason="again")])
+    assert ["old", "old"] == [found.reason for found in store.dead_letters("t")]
+
+
+def test_dead_letters_of_other_sinks_and_slots_are_others(store: CheckpointStore) -> None:
+    """The same position refused by two sinks, or in two slots, is as many letters."""
+    store.add_dead_letters("s", [letter(1), letter(1, sink="redis")])
+    store.add_dead_letters("t", [letter(1)])
+    assert store.count_dead_letters("s") == {"http": 1, "redis": 1}
+    assert store.count_dead_letters("t") == {"http": 1}
+    assert [found.sink for found in store.dead_letters("s", sink="redis")] == ["redis"]
+
+
+def test_dead_letters_are_read_in_pages(store: CheckpointStore) -> None:
+    """Each page goes on behind the last id; the last one is empty."""
+    store.add_dead_letters("s", [letter(n, sink="http" if n % 2 else "redis") for n in range(1, 26)])
+    seen: list[int] = []
+    after = 0
+    while page := store.dead_letters("s", sink="http", after_id=after, limit=5):
+        assert len(page) <= 5
+        seen += [found.ordinal for found in page]
+        after = page[-1].id or 0
+    assert list(range(1, 26, 2)) == seen
+
+
+def test_no_dead_letters_count_as_nothing(store: CheckpointStore) -> None:
+    """Sinks without any are absent; storing none is fine."""
+    store.add_dead_letters("s", [])
+    assert store.count_dead_letters("s") == {}
+    assert store.dead_letters("s") == []
+    assert store.drop_dead_letters("s", []) == 0
+
+
+def test_dropping_takes_the_named_ones(store: CheckpointStore) -> None:
+    """Of this slot only; what is not there any more is not counted; more ids than a statement takes are fine."""
+    store.add_dead_letters("s", [letter(n) for n in range(1, 1201)])
+    store.add_dead_letters("t", [letter(1)])
+    (neighbour,) = store.dead_letters("t")
+    ids = [found.id for found in store.dead_letters("s", limit=2000) if found.id is not None and found.ordinal > 2]
+    assert store.drop_dead_letters("s", [*ids, neighbour.id or 0]) == 1198
+    assert store.drop_dead_letters("s", ids) == 0
+    assert store.count_dead_letters("s") == {"http": 2}
+    assert store.count_dead_letters("t") == {"http": 1}
+
+
+def test_numbers_are_not_given_again(store: CheckpointStore) -> None:
+    """A page read behind a dropped letter's number misses nothing that came later."""
+    store.add_dead_letters("s", [letter(1)])
+    (first,) = store.dead_letters("s")
+    assert first.id is not None
+    store.drop_dead_letters("s", [first.id])
+    store.add_dead_letters("s", [letter(2)])
+    assert [found.ordinal for found in store.dead_letters("s", after_id=first.id)] == [2]
+
+
+def test_lsns_sort_in_the_database_as_numbers(database: Database, store: CheckpointStore) -> None:
+    """An operator's ORDER BY is right on both sides of every power of two that could matter."""
+    lsns = sorted({lsn for power in (0, 4, 31, 32, 36, 63, 64) for lsn in (2**power - 1, 2**power) if lsn <= LAST_LSN})
+    letters = [msgspec.structs.replace(letter(1), commit_lsn=lsn) for lsn in lsns]
+    store.add_dead_letters("s", letters[::-1])
+    engine = database.engine()
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT commit_lsn FROM replicator_dead_letters ORDER BY commit_lsn")).all()
+    engine.dispose()
+    assert lsns == [parse_lsn(commit_lsn) for (commit_lsn,) in rows]
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("hunter2", "can't be parsed"),
+        ("postgresql://app:hunter2@host:port/db", "can't be parsed"),
+        ("nonsense://app:hunter2@host/db", "no driver nonsense"),
+        ("postgresql+nonsense://app:hunter2@host/db", r"no driver postgresql\+nonsense"),
+        ("mssql+pyodbc://app:hunter2@host/db", "pyodbc is not installed"),
+        ("mysql+pymysql://app:hunter2@host/db", "pymysql is not installed"),
+        ("postgresql+psycopg_async://app:hunter2@host/db", "asynchronous"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", "in memory"),
+    ],
+)
+def test_an_unusable_url_names_the_setting(url: str, problem: str) -> None:
+    """What is wrong and what it takes, never the password, not even in the errors behind it."""
+    with pytest.raises(SettingsError, match=f"REPLICATOR_CHECKPOINT_URL is unusable: .*{problem}") as caught:
+        SqlCheckpointStore(url)
+    assert "It takes any SQLAlchemy URL" in str(caught.value)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_a_plain_postgresql_url_means_psycopg_3(stack: DevStack, scheme: str) -> None:
+    """No driver need be named."""
+    url = make_postgres_database(stack).url.replace("postgresql+psycopg", scheme)
+    store = SqlCheckpointStore(url)
+    store.create()
+    store.save(at(1000))
+    assert at(1000) == loaded(store)
+    store.close()
+
+
+# --- SQLite
+
+
+def test_sqlite_commits_reach_the_disk(tmp_path: Path) -> None:
+    """WAL journal and synchronous FULL, on the connection the store really uses."""
+    pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+    found: list[object] = []
+
+    def look(connection: sqlite3.Connection, *_: object) -> None:
+        found[:] = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+
+    store = SqlCheckpointStore(f"sqlite:///{tmp_path}/c.db")
+    with on_pool("checkout", look):
+        store.create()
+    assert found == ["wal", 2, 1, 5000]
+    store.close()
+
+
+def test_a_missing_directory_names_its_cure(tmp_path: Path) -> None:
+    """Which directory, and the command that makes it."""
+    store = SqlCheckpointStore(f"sqlite:///{tmp_path}/no/where/c.db")
+    with pytest.raises(CheckpointUnusable, match=rf"directory {tmp_path}/no/where does not exist.*mkdir -p"):
+        store.create()
+    store.close()
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    """It is left as it was."""
+    path = tmp_path / "c.db"
+    path.write_text("a shopping list\n" * 100, encoding="utf-8")
+    store = SqlCheckpointStore(f"sqlite:///{path}")
+    with pytest.raises(CheckpointUnusable, match="is no SQLite database"):
+        store.create()
+    store.close()
+    assert path.read_text(encoding="utf-8") == "a shopping list\n" * 100
+
+
+def test_a_directory_in_the_file_s_place_is_refused(tmp_path: Path) -> None:
+    """A volume mounted on the file's path makes one."""
+    store = SqlCheckpointStore(f"sqlite:///{tmp_path}")
+    with pytest.raises(CheckpointUnusable, match="can't be opened"):
+        store.create()
+    store.close()
+
+
+def test_a_read_only_file_says_so(sqlite_path: Path) -> None:
+    """Reading works, saving says why not."""
+    store = SqlCheckpointStore(f"sqlite:///file:{sqlite_path}?mode=ro&uri=true")
+    assert at(100) == loaded(store)
+    with pytest.raises(CheckpointUnavailable, match="read-only"):
+        store.save(at(200))
+    store.close()
+
+
+def test_a_locked_file_says_so(sqlite_path: Path) -> None:
+    """After the time in which an ordinary writer would have let go; afterwards saving goes on."""
+    store = SqlCheckpointStore(f"sqlite:///{sqlite_path}?timeout=0.05")
+    holder = sqlite3.connect(sqlite_path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(CheckpointUnavailable, match="another process holds the file locked"):
+        store.save(at(200))
+    holder.execute("ROLLBACK")
+    holder.close()
+    store.save(at(200))
+    assert at(200) == loaded(store)
+    store.close()
+
+
+def test_a_full_disk_says_so_and_keeps_what_was_stored(sqlite_path: Path) -> None:
+    """SQLite's own page limit gives the error of a full disk; nothing of the failed call is stored."""
+
+    def limit(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # below what there is: means "not one page more"
+
+    store = SqlCheckpointStore(f"sqlite:///{sqlite_path}")
+    letters = [letter(n, reason="x" * 1000) for n in range(100)]
+    with on_pool("connect", limit), pytest.raises(CheckpointUnavailable, match="the disk is full") as caught:
+        store.add_dead_letters("s", letters)
+    assert "xxx" not in "".join(traceback.format_exception(caught.value))
+    assert store.count_dead_letters("s") == {}
+    store.close()
+
+
+# --- PostgreSQL
+
+
+def test_a_user_without_rights_is_not_waited_for(stack: DevStack) -> None:
+    """The tables are somebody else's: an operator has to grant something."""
+    url = make_url(make_postgres_database(stack).url)
+    store = SqlCheckpointStore(url.render_as_string(hide_password=False))
+    store.create()
+    store.close()
+    name = str(url.query["options"]).partition("=")[2]
+    with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
+        connection.execute("CREATE ROLE stranger LOGIN PASSWORD 'stranger'")
+        connection.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO stranger").format(sql.Identifier(name)))
+    login = url.set(username="stranger", password="stranger")  # noqa: S106  the test's own role
+    stranger = SqlCheckpointStore(login.render_as_string(hide_password=False))
+    with pytest.raises(CheckpointUnusable, match="permission denied"):
+        stranger.load("s")
+    stranger.close()
+
+
+def test_a_password_is_never_shown(stack: DevStack) -> None:
+    """A refused login names user and server only."""
+    url = make_url(stack.postgres.dsn).set(password="hunter2")  # noqa: S106  the wrong one
+    store = SqlCheckpointStore(url.render_as_string(hide_password=False))
+    with pytest.raises(CheckpointUnavailable, match="authentication failed") as caught:
+        store.load("s")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    store.close()
+
+
+def test_a_server_that_is_away_is_one_clear_error(stack: DevStack) -> None:
+    """While it is down each call fails; when it is back the same store goes on, its old connection forgotten."""
+    store = SqlCheckpointStore(make_postgres_database(stack).url)
+    store.create()
+    store.save(at(1000))
+    stack.postgres.stop()
+    with pytest.raises(CheckpointUnavailable, match="Connection refused"):
+        store.save(at(2000))
+    stack.postgres.start()
+    store.save(at(3000))
+    assert at(3000) == loaded(store)
+    store.close()
+
+
+def test_a_restart_between_two_calls_is_not_noticed(stack: DevStack) -> None:
+    """The connection is looked at before it is used."""
+    store = SqlCheckpointStore(make_postgres_database(stack).url)
+    store.create()
+    store.save(at(1000))
+    stack.postgres.stop()
+    stack.postgres.start()
+    store.save(at(2000))
+    assert at(2000) == loaded(store)
+    store.close()
+
+
+@pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+def test_postgresql_commits_reach_the_disk(stack: DevStack, configured: str, used: str) -> None:
+    """A server or role set to asynchronous commits is overruled; stricter settings stay."""
+    settings: list[str] = []
+
+    def look(connection: psycopg.Connection[tuple[str]], *_: object) -> None:
+        row = connection.execute("SELECT current_setting('synchronous_commit')").fetchone()
+        settings.extend(row or ())
+        connection.rollback()
+
+    url = make_url(make_postgres_database(stack).url)
+    options = f"{url.query['options']} -csynchronous_commit={configured}"
+    store = SqlCheckpointStore(url.set(query={"options": options}).render_as_string(hide_password=False))
+    with on_pool("checkout", look):
+        store.create()
+    store.close()
+    assert used == settings[-1]

@@ -1,0 +1,205 @@
+"""The compose file and its images against the contract with users, as far as that goes without an engine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from replicator.contracts.settings import CoreSettings, variable
+
+ROOT = Path(__file__).parents[2]
+SERVICES = {"pg", "clickhouse", "redis", "external-api", "replicator"}
+BUILT = {
+    "pg": "docker/pg/Dockerfile",
+    "external-api": "docker/replicator/Dockerfile",
+    "replicator": "docker/replicator/Dockerfile",
+}
+VERSION = re.compile(r":\d+\.\d+\.\d+[\w.-]*$|:\d+\.\d+-[\w.-]+$")
+"""A patch release; PostgreSQL has two numbers."""
+CONTRACT = """\
+docker compose up -d
+docker exec -it pg psql -U app -d engagement -c "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms, device) VALUES (1, 999, 'play', 7000, 'web');"
+docker exec -it clickhouse clickhouse-client -q "SELECT * FROM engagement.events_enriched ORDER BY event_id DESC LIMIT 5;"
+docker exec -it redis redis-cli GET content:last:1
+docker exec -it redis redis-cli ZREVRANGE top:content:10m 0 10 WITHSCORES
+docker logs -f external-api
+""".splitlines()  # noqa: E501  verbatim
+"""What a user types; docker-compose.yml has to suit it, not the other way round."""
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+
+
+def _service(name: str) -> dict[str, Any]:
+    service: dict[str, Any] = COMPOSE["services"][name]
+    return service
+
+
+def _dockerfile(name: str) -> str:
+    """Its instructions, one a line."""
+    text = (ROOT / BUILT[name]).read_text(encoding="utf-8").replace("\\\n", "")
+    return re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
+
+
+def _stage(name: str) -> str:
+    """The part of the replicator's Dockerfile that makes the image of this name."""
+    (stage,) = re.findall(rf"^FROM \S+ AS {name}\n(.*?)(?=^FROM |\Z)", _dockerfile(name), re.MULTILINE | re.DOTALL)
+    return str(stage)
+
+
+def _seconds(duration: str) -> int:
+    return int(duration.removesuffix("s"))
+
+
+def test_the_file_follows_the_specification() -> None:
+    """No misspelt key, no value that Compose would turn down; merges are resolved first."""
+    PyCompose.from_yaml(yaml.safe_dump(COMPOSE)).validate()
+
+
+def test_a_misspelt_key_is_found() -> None:
+    """The check above does check."""
+    with pytest.raises(ValueError, match="helthcheck"):
+        PyCompose.from_yaml("services: {redis: {image: redis, helthcheck: {test: [CMD, 'true']}}}")
+
+
+def test_compose_finds_the_file() -> None:
+    """`docker compose up -d` takes docker-compose.yml, and there is no other that it would merge or prefer."""
+    names = {file.name for pattern in ("compose*.y*ml", "docker-compose*.y*ml") for file in ROOT.glob(pattern)}
+    assert names == {"docker-compose.yml"}
+
+
+def test_names_are_the_contract() -> None:
+    """`docker exec -it pg ...` and `docker logs -f external-api` work as they stand in the README."""
+    assert set(COMPOSE["services"]) == SERVICES
+    assert {name: _service(name)["container_name"] for name in SERVICES} == {name: name for name in SERVICES}
+
+
+def test_readme_has_the_commands_of_the_contract() -> None:
+    """Verbatim: they are what people know, and the tests here hold docker-compose.yml to them."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [command for command in CONTRACT if command not in lines] == []
+
+
+def test_the_database_is_the_contract() -> None:
+    """`psql -U app -d engagement` in pg, and clickhouse-client without a user or a password in clickhouse."""
+    postgres = _service("pg")["environment"]
+    assert [postgres[f"POSTGRES_{key}"] for key in ("USER", "PASSWORD", "DB")] == ["app", "app", "engagement"]
+    clickhouse = _service("clickhouse")["environment"]
+    assert clickhouse == {"CLICKHOUSE_DB": "engagement", "CLICKHOUSE_SKIP_USER_SETUP": "1"}
+
+
+def test_default_settings_reach_the_published_ports() -> None:
+    """`python -m replicator` on the same machine needs no settings beside the compose services."""
+    ports = {name: _service(name)["ports"] for name in SERVICES}
+    expected = {"pg": 5432, "clickhouse": 8123, "redis": 6379, "external-api": 8000, "replicator": 8080}
+    assert {name: [f"127.0.0.1:{port}:{port}"] for name, port in expected.items()} == ports
+
+
+def test_images_are_pinned() -> None:
+    """Neither `latest` nor a tag that moves with the next release."""
+    pulled = [_service(name)["image"] for name in SERVICES if "image" in _service(name)]
+    dockerfiles = "".join(_dockerfile(name) for name in BUILT)
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)", dockerfiles, re.MULTILINE))
+    bases = set(re.findall(r"^FROM (\S+)", dockerfiles, re.MULTILINE)) - stages
+    assert [image for image in [*pulled, *bases] if not VERSION.search(image)] == []
+    assert {name for name in SERVICES if "build" in _service(name)} == set(BUILT)
+
+
+def test_what_the_images_copy_exists() -> None:
+    """Each COPY names something that is in the repository and that .dockerignore lets through."""
+    allowed = re.findall(r"^!(.*)", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    for name, dockerfile in BUILT.items():
+        for line in re.findall(r"^COPY (?!--from)(.*)", _dockerfile(name), re.MULTILINE):
+            for source in shlex.split(line)[:-1]:
+                assert (ROOT / source).exists(), f"{dockerfile}: {source}"
+                assert any(f"{source}/".startswith(f"{entry}/") for entry in allowed), f".dockerignore: {source}"
+
+
+def test_the_replicator_image_has_the_whole_program() -> None:
+    """Every package of the product, and backfill.py once it is there."""
+    copied = set(re.findall(r"^COPY (\S+) ", _stage("replicator"), re.MULTILINE))
+    packages = {"replicator", "enrichment", "sinks", "checkpoint_store", "sql"}
+    assert copied == packages | {script.name for script in ROOT.glob("backfill.py")}
+
+
+def test_the_images_hold_only_the_runtime_lock() -> None:
+    """Hashes are checked; neither tools nor the embedded engine are in the image."""
+    dockerfile = _dockerfile("replicator")
+    assert "--require-hashes" in dockerfile
+    assert set(re.findall(r"\S*requirements\S*\.lock", dockerfile)) == {"requirements.lock", "/requirements.lock"}
+
+
+def test_commands_go_to_the_program() -> None:
+    """`docker compose run replicator status`: what follows the service's name is the program's command."""
+    assert 'ENTRYPOINT ["python", "-m", "replicator"]' in _stage("replicator")
+    assert {"command", "entrypoint"}.isdisjoint(_service("replicator"))
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_every_service_has_a_health_check(name: str) -> None:
+    """`docker compose up -d --wait` and the dependency below wait for something; all survive a reboot."""
+    assert "healthcheck" in _service(name) or "\nHEALTHCHECK " in _stage(name)
+    assert _service(name)["restart"] == "unless-stopped"
+
+
+def test_the_replicator_starts_when_the_others_are_healthy() -> None:
+    """And stops before them, so that it can confirm its last position."""
+    expected = {name: {"condition": "service_healthy"} for name in SERVICES - {"replicator"}}
+    assert expected == _service("replicator")["depends_on"]
+
+
+@pytest.mark.parametrize("name", ["replicator", "external-api"])
+def test_our_own_images_run_confined(name: str) -> None:
+    """Not root, no capabilities, nothing writable but /tmp and the volume."""
+    assert "\nUSER 10001\n" in _stage(name)
+    service = _service(name)
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_state_is_on_named_volumes() -> None:
+    """`docker compose down` and an upgrade lose nothing; the checkpoint belongs to the user that writes it."""
+    mounts = dict(volume.split(":") for name in SERVICES for volume in _service(name).get("volumes", []))
+    assert set(mounts) == set(COMPOSE["volumes"])
+    directory = mounts["checkpoint"]
+    assert f"sqlite:///{directory}/checkpoint.db" == _service("replicator")["environment"]["REPLICATOR_CHECKPOINT_URL"]
+    assert f"--owner=10001 --group=10001 --mode=0750 {directory}\n" in _stage("replicator")
+
+
+def test_there_is_time_to_drain() -> None:
+    """Docker kills only after the drain timeout, and the time to save and to say goodbye, are over."""
+    service = _service("replicator")
+    drain = int(service["environment"][variable("drain_timeout_seconds")])
+    assert drain == CoreSettings.model_fields["drain_timeout_seconds"].default
+    assert _seconds(service["stop_grace_period"]) >= drain + 10
+
+
+def test_postgres_decodes_and_guards_its_disk() -> None:
+    """wal2json for the server's own version, logical WAL, and a bound on what a slot may retain."""
+    command = _service("pg")["command"]
+    settings = dict(option.split("=") for option in command if "=" in option)
+    assert settings["wal_level"] == "logical"
+    assert "wal2json" in settings["output_plugin_libraries"].split(",")
+    assert "max_slot_wal_keep_size" in settings
+    assert '"postgresql-${PG_MAJOR}-wal2json"' in _dockerfile("pg")
+
+
+def test_the_replicator_logs_in_with_the_least_rights() -> None:
+    """Not as the superuser app: as the role that sql/roles.sql makes when the database is new."""
+    password = _service("pg")["environment"]["REPLICATOR_PASSWORD"]
+    dsn = _service("replicator")["environment"]["REPLICATOR_POSTGRES_DSN"]
+    assert dsn == f"postgresql://replicator:{password}@pg:5432/engagement"
+    assert "roles.sql" in (ROOT / "docker/pg/20-roles.sh").read_text(encoding="utf-8")
+
+
+def test_redis_never_evicts() -> None:
+    """Counts are state: an evicted key would be a wrong number without an error."""
+    command = _service("redis")["command"]
+    assert {"--maxmemory-policy": "noeviction", "--appendonly": "yes"}.items() <= dict(
+        zip(command[1::2], command[2::2], strict=True)
+    ).items()

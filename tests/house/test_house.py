@@ -1,0 +1,203 @@
+"""The rules of the house that a reader can't check at a glance: layers, lengths, the one confirmation, documents."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from replicator.contracts.settings import Settings, variable
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+MAX_FUNCTION_LINES = 50
+MAX_COMMIT_LINES = 29
+FOREIGN = tuple(
+    name.replace("~", "")  # so that this file does not find itself
+    for name in (
+        "/wo~rk/",
+        "/opt/~pypi",
+        "/opt/~wheels",
+        "files.~pythonhosted.org",
+        "pypi~.org",
+        "deb.~debian.org",
+        "registry.~npmjs.org",
+    )
+)
+
+
+def _sources() -> list[Path]:
+    return sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+
+
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def _is_confirmation(node: ast.AST) -> bool:
+    """A call of `send_feedback` that carries a position; without one it only repeats what was confirmed."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name == "send_feedback" and bool(node.args or {keyword.arg for keyword in node.keywords} - {"ask"})
+
+
+def _settings_classes() -> list[type[Settings]]:
+    """All that the product has: a class is known once its module is imported."""
+    for package in PACKAGES:
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    known = list(Settings.__subclasses__())
+    for found in known:
+        known.extend(found.__subclasses__())
+    return [found for found in known if found.__module__.partition(".")[0] in PACKAGES]
+
+
+def _variables() -> set[str]:
+    return {variable(field) for settings in _settings_classes() for field in settings.model_fields}
+
+
+def _pinned(lock: str) -> set[str]:
+    return set(re.findall(r"^([a-z0-9._-]+)==", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _required(requirements: list[str]) -> set[str]:
+    names = (re.match(r"[A-Za-z0-9._-]+", requirement) for requirement in requirements)
+    return {name[0].lower().replace("_", "-").replace(".", "-") for name in names if name}
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_imports_point_one_way() -> None:
+    """The contracts in pyproject.toml hold; a layer that does not exist is a failure, too."""
+    lint_imports = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_long_function() -> None:
+    """A function that outgrows a screen lacks a noun."""
+    long = [
+        f"{file.relative_to(ROOT)}:{function.lineno} {function.name} has {_lines(function)} lines"
+        for file in _sources()
+        for function in _functions(_tree(file))
+        if _lines(function) > MAX_FUNCTION_LINES
+    ]
+    assert not long
+
+
+def test_the_rule_is_short() -> None:
+    """Sinks, then checkpoint, then PostgreSQL: one method, believed at a glance."""
+    (commit,) = (found for found in _functions(_tree(ROOT / "replicator/pipeline.py")) if found.name == "commit")
+    assert _lines(commit) <= MAX_COMMIT_LINES
+
+
+def test_one_place_confirms() -> None:
+    """`send_feedback` gets a position in `commit` alone."""
+    places = [
+        f"{file.relative_to(ROOT)} {function.name}"
+        for file in [*_sources(), *ROOT.glob("*.py")]
+        for function in _functions(_tree(file))
+        for node in ast.walk(function)
+        if _is_confirmation(node)
+    ]
+    assert places == ["replicator/pipeline.py commit"]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("source.send_feedback(flush_lsn=1)", True),
+        ("self._source.send_feedback(end_lsn)", True),
+        ("send_feedback(1)", True),
+        ("source.send_feedback(**what)", True),
+        ("source.send_feedback()", False),
+        ("source.send_feedback(ask=True)", False),
+        ("source.send(1)", False),
+    ],
+)
+def test_confirmation_is_recognised(call: str, *, expected: bool) -> None:
+    """The search above finds what it looks for, and nothing else."""
+    assert expected == any(_is_confirmation(node) for node in ast.walk(ast.parse(call)))
+
+
+def test_every_setting_is_documented() -> None:
+    """README's settings table has a row for each variable, and none for one that is gone."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| *`(REPLICATOR_[A-Z0-9_]+)` *\|", readme, re.MULTILINE))
+    assert _variables() == documented
+
+
+def test_env_example_names_real_settings() -> None:
+    """`.env.example` can be copied as it is: no variable in it is misspelt."""
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    named = re.findall(r"^#?(REPLICATOR_[A-Z0-9_]+)=", text, re.MULTILINE)
+    assert named
+    assert not set(named) - _variables() - {f"{name}_FILE" for name in _variables()}
+
+
+def test_operations_name_real_tests() -> None:
+    """Each row of docs/operations.md is a test: its last column names it."""
+    rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs/operations.md").read_text(encoding="utf-8"), re.MULTILINE)
+    last = [row.rpartition("|")[2].strip() for row in rows]
+    named = [cell for cell in last if not re.fullmatch("test|-+", cell)]
+    functions = [found.name for file in (ROOT / "tests").rglob("test_*.py") for found in _functions(_tree(file))]
+    tests = {f"`{name}`" for name in functions if name.startswith("test_")}
+    assert named
+    assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
+def test_locks_hold_what_pyproject_asks_for() -> None:
+    """After a change of dependencies comes `make lock`; the runtime lock carries no tool and no embedded engine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    runtime = _required(project["dependencies"])
+    extras = _required([name for extra in project["optional-dependencies"].values() for name in extra])
+    assert not runtime - _pinned("requirements.lock")
+    assert not (extras - runtime) & _pinned("requirements.lock")
+    assert not (runtime | extras) - _pinned("requirements-dev.lock")
+
+
+def test_both_locks_pin_the_same_versions() -> None:
+    """What is tested is what ships."""
+    pins = [
+        set(re.findall(r"^[a-z0-9._-]+==\S+", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
+        for lock in ("requirements.lock", "requirements-dev.lock")
+    ]
+    assert not pins[0] - pins[1]
+
+
+def test_nothing_of_a_workplace_is_tracked() -> None:
+    """Paths and package servers of the machine it was written on are nobody else's business."""
+    found = [
+        f"{file.relative_to(ROOT)}: {foreign}"
+        for file in _tracked()
+        for foreign in FOREIGN
+        if foreign in file.read_text(encoding="utf-8", errors="replace")
+    ]
+    assert not found
+
+
+def test_every_module_says_what_it_does() -> None:
+    """A module's first docstring is its signpost."""
+    silent = [str(file.relative_to(ROOT)) for file in _sources() if not ast.get_docstring(_tree(file))]
+    assert not silent

@@ -1,0 +1,326 @@
+"""The real program, altered in memory: it dies at a named place, or it breaks the rule on purpose.
+
+    python -m tests.prove.failpoints --die enriched --after 4711 -- run
+    python -m tests.prove.failpoints --breach markers-off -- run
+
+The program itself knows nothing of this and pays nothing for it. What is altered is looked up by name: a function that
+was renamed is an error here, not a place that is never reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import structs
+
+from checkpoint_store import SqlCheckpointStore
+from replicator.contracts.errors import DecodeError
+from replicator.contracts.events import Lsn, Row, SinkPosition, parse_lsn
+from replicator.contracts.protocols import Enriched
+from replicator.pipeline import Pipeline
+from replicator.source import slot, wal2json
+from replicator.source import stream as source
+from replicator.source.stream import Source
+from replicator.source.wal2json import StreamDecoder, Stretch
+
+SINKS = ("clickhouse", "redis", "http")
+PLACES: Mapping[str, str] = {
+    "received": "rows were read from the slot",
+    "enriched": "their events were made",
+    **{f"sent-{sink}": f"events were given to the socket of {sink}" for sink in SINKS},
+    **{f"answered-{sink}": f"{sink} has them, its answer is at the socket and not read" for sink in SINKS},
+    "before-save": "a checkpoint is about to be stored",
+    "after-save": "it is on disk",
+    "before-confirm": "PostgreSQL is about to be told",
+    "after-confirm": "it was told",
+}
+"""The named places on the way from the slot to the confirmation."""
+
+EVENT = b'"event_id":'
+"""Stands in everything that carries events to a sink, and in nothing else."""
+ANSWER_SECONDS = 60.0
+
+
+def alter(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put `make(what is there)` in its place. Raises AttributeError when there is no such thing."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+# -- dying at a place ----------------------------------------------------------------------------------------------
+
+
+class Death:
+    """Waits at one place, until so many rows were received; the next one that passes it there ends the process."""
+
+    def __init__(self, place: str, after_rows: int) -> None:
+        self._place = place
+        self._after_rows = after_rows
+        self._rows = 0
+        self._asked: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._ports = {_port(f"REPLICATOR_{sink.upper()}_URL"): sink for sink in SINKS}
+
+    @property
+    def _armed(self) -> bool:
+        return self._rows >= self._after_rows
+
+    def _pass(self, place: str) -> None:
+        if place == self._place and self._armed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def alter(self) -> None:
+        """Stand at the places."""
+        alter(Source, "read", self._read)
+        alter(Pipeline, "_enrich", self._enrich)
+        alter(SqlCheckpointStore, "save", self._save)
+        alter(Source, "send_feedback", self._confirm)
+        for name in ("send", "sendall", "sendmsg"):
+            alter(socket.socket, name, self._send)
+        for name in ("recv", "recv_into"):
+            alter(socket.socket, name, self._receive)
+
+    def _read(self, original: Callable[[Source], Any]) -> Callable[[Source], Any]:
+        async def read(source: Source) -> Stretch:
+            stretch: Stretch = await original(source)
+            self._rows += len(stretch.rows)
+            if stretch.rows:
+                self._pass("received")
+            return stretch
+
+        return read
+
+    def _enrich(self, original: Callable[[Pipeline, list[Row]], Any]) -> Callable[[Pipeline, list[Row]], Any]:
+        async def enrich(pipeline: Pipeline, rows: list[Row]) -> Enriched:
+            enriched: Enriched = await original(pipeline, rows)
+            if enriched.events:
+                self._pass("enriched")
+            return enriched
+
+        return enrich
+
+    def _save(self, original: Callable[..., None]) -> Callable[..., None]:
+        def save(*args: object) -> None:
+            self._pass("before-save")
+            original(*args)
+            self._pass("after-save")
+
+        return save
+
+    def _confirm(self, original: Callable[..., None]) -> Callable[..., None]:
+        def send_feedback(source: Source, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
+            moves = flush_lsn is not None and flush_lsn > source.confirmed
+            if moves:
+                self._pass("before-confirm")
+            original(source, flush_lsn, ask=ask)
+            if moves:
+                self._pass("after-confirm")
+
+        return send_feedback
+
+    def _send(self, original: Callable[..., int | None]) -> Callable[..., int | None]:
+        def send(sock: socket.socket, data: Any, *args: Any) -> int | None:
+            sent = original(sock, data, *args)
+            parts = [memoryview(part) for part in data] if isinstance(data, list | tuple) else [memoryview(data)]
+            whole = sent is None or sent == sum(part.nbytes for part in parts)
+            if whole and any(EVENT in bytes(part) for part in parts):
+                self._pass(f"sent-{self._sink(sock)}")
+                if self._armed:
+                    self._asked.add(sock)
+            return sent
+
+        return send
+
+    def _receive(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def receive(sock: socket.socket, *args: Any) -> Any:
+            if sock in self._asked:
+                readable, _, _ = select.select([sock], [], [], ANSWER_SECONDS)
+                if readable:
+                    self._pass(f"answered-{self._sink(sock)}")
+            return original(sock, *args)
+
+        return receive
+
+    def _sink(self, sock: socket.socket) -> str:
+        return self._ports.get(sock.getpeername()[1], "nobody")
+
+
+def _port(name: str) -> int:
+    port = urlsplit(os.environ[name]).port
+    if port is None:
+        raise SystemExit(f"{name} names no port")
+    return port
+
+
+# -- breaking the rule ---------------------------------------------------------------------------------------------
+
+
+def confirm_before_checkpoint() -> None:
+    """PostgreSQL is told before the checkpoint is on disk."""
+
+    def make(original: Callable[[Pipeline], Any]) -> Callable[[Pipeline], Any]:
+        async def commit(pipeline: Pipeline) -> None:
+            if pipeline.checkpoint is not None:
+                written = (lane.done.end_lsn for lane in pipeline.fan_out.lanes)
+                pipeline.source.send_feedback(flush_lsn=min(pipeline.source.received, *written))
+            await original(pipeline)
+
+        return commit
+
+    alter(Pipeline, "commit", make)
+
+
+def checkpoint_before_sink() -> None:
+    """What a lane has taken counts as written."""
+
+    def make(_: object) -> Callable[[Any], Any]:
+        async def commit(pipeline: Any) -> None:
+            if pipeline.checkpoint is None:
+                return
+            end_lsn = pipeline.source.received
+            taken = {
+                lane.name: SinkPosition(position=lane._accepted, end_lsn=end_lsn)  # noqa: SLF001  a lane's own affair
+                for lane in pipeline.fan_out.lanes
+            }
+            checkpoint = structs.replace(pipeline.checkpoint, end_lsn=end_lsn, sinks=taken)
+            await asyncio.to_thread(pipeline._store.save, checkpoint)  # noqa: SLF001
+            pipeline.checkpoint = checkpoint
+            pipeline.fan_out.saved(taken)
+            pipeline.source.send_feedback(flush_lsn=end_lsn)
+
+        return commit
+
+    alter(Pipeline, "commit", make)
+
+
+def row_lsn() -> None:
+    """What has an LSN below one that was seen counts as seen (debezium#7531, flink-cdc#4323)."""
+    lsns: dict[int, Lsn] = {}
+    newest = 0
+
+    def feed(original: Callable[..., None]) -> Callable[..., None]:
+        def feed_row(decoder: StreamDecoder, payload: memoryview | bytes) -> None:
+            original(decoder, payload)
+            lsns[id(decoder.rows[-1])] = own_lsn(payload)
+
+        return feed_row
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def enrich(pipeline: Pipeline, rows: list[Row]) -> Enriched:
+            nonlocal newest
+            fresh = []
+            for row in rows:
+                lsn = lsns.pop(id(row))
+                if lsn > newest:
+                    fresh.append(row)
+                    newest = lsn
+            enriched: Enriched = await original(pipeline, fresh)
+            return enriched
+
+        return enrich
+
+    alter(StreamDecoder, "_feed_row", feed)
+    alter(Pipeline, "_enrich", make)
+
+
+def own_lsn(payload: memoryview | bytes) -> Lsn:
+    """The LSN of the change itself, or of the commit's end: what the message's `data_start` is."""
+    message: dict[str, str] = msgspec.json.decode(payload)
+    return parse_lsn(message.get("nextlsn", message["lsn"]))
+
+
+def psycopg2_keepalive() -> None:
+    """psycopg2's rule: a keepalive is confirmed once the newest message's start counts as flushed."""
+    started = 0  # last_msg_data_start
+
+    def feed(original: Callable[..., None]) -> Callable[..., None]:
+        def fed(decoder: StreamDecoder, payload: memoryview | bytes) -> None:
+            nonlocal started
+            started = own_lsn(payload)
+            original(decoder, payload)
+
+        return fed
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def keepalive(source: Source, data: memoryview) -> None:
+            original(source, data)
+            wal_end = int.from_bytes(data[1:9], "big")
+            if source.confirmed >= started and wal_end > source.confirmed:
+                setattr(source, "_received", max(source.received, wal_end))  # noqa: B010  not ours to set
+                source.send_feedback(flush_lsn=wal_end)
+
+        return keepalive
+
+    def forward(original: Callable[..., None]) -> Callable[..., None]:
+        def send_feedback(source: Source, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
+            original(source, max(flush_lsn or 0, source.confirmed), ask=ask)
+
+        return send_feedback
+
+    alter(StreamDecoder, "feed", feed)
+    alter(Source, "_keepalive", make)
+    alter(Source, "send_feedback", forward)
+    # Such a reader has no checkpoint that knows better.
+    alter(slot, "_gap", lambda _: lambda *_: "")
+
+
+def markers_off() -> None:
+    """No `B`, no `C`: a row's own LSN is all that is known of its place. And psycopg2's rule, which wants them."""
+    psycopg2_keepalive()
+    alter(wal2json, "OPTIONS", lambda options: {**options, "include-transaction": "false"})
+    alter(source, "OPTIONS", lambda _: wal2json.OPTIONS)
+
+    def feed(_: Callable[..., None]) -> Callable[..., None]:
+        def fed(decoder: Any, payload: memoryview | bytes) -> None:
+            row = msgspec.json.decode(payload, type=Row)
+            if row.action not in "IUD":
+                raise DecodeError(lsn="", problem=f"action {row.action} without markers")
+            decoder._commit_lsn = decoder._end_lsn = max(decoder._commit_lsn, own_lsn(payload))  # noqa: SLF001
+            decoder._ordinal += 1  # noqa: SLF001
+            row.commit_lsn, row.ordinal = decoder._commit_lsn, decoder._ordinal  # noqa: SLF001
+            decoder.rows.append(row)
+
+        return fed
+
+    alter(StreamDecoder, "_feed", feed)
+
+
+BREACHES: Mapping[str, Callable[[], None]] = {
+    "confirm-before-checkpoint": confirm_before_checkpoint,
+    "checkpoint-before-sink": checkpoint_before_sink,
+    "row-lsn": row_lsn,
+    "markers-off": markers_off,
+    "psycopg2-keepalive": psycopg2_keepalive,
+}
+"""Ways to break the rule; the last one alone does not, which is what the markers are for."""
+
+
+def main() -> NoReturn:
+    """Become the replicator."""
+    parser = argparse.ArgumentParser(prog="python -m tests.prove.failpoints", description=__doc__.partition("\n")[0])
+    parser.add_argument("--die", choices=PLACES, help="end here, without warning")
+    parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")
+    parser.add_argument("--breach", choices=BREACHES, help="break the rule like this")
+    parser.add_argument("arguments", nargs="*", help="the replicator's own, behind --")
+    args = parser.parse_args()
+    if args.breach:
+        BREACHES[args.breach]()
+    if args.die:
+        Death(args.die, args.after).alter()
+    sys.argv = ["replicator", *args.arguments]
+    runpy.run_module("replicator", run_name="__main__", alter_sys=True)
+    raise SystemExit("the replicator returned")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Backfill without servers: arguments, how far it is, what is kept of it, dead letters, the pages' places."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+
+from enrichment import history
+from enrichment.dead_letters import stored_row
+from enrichment.history import EngagementHistory, Range
+from replicator.cli import backfill
+from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
+from replicator.contracts.events import DeadLetter, Event, Finding, Position, Refusal
+from replicator.contracts.protocols import Enriched, Page
+from replicator.contracts.settings import CoreSettings, load
+from replicator.delivery.backfill import Backfill, Stage
+
+RANGE = ["--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
+NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
+TASK = "backfill test"
+LATEST_ID = 2**63 - 1
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-08T09:00:00",
+        "2026-01-08T09:00:00Z",
+        "2026-01-08T10:00:00+01:00",
+        "2026-01-08 09:00",
+        "20260108T090000Z",
+        "2026-01-08T09:00:00.000000",
+    ],
+)
+def test_times_are_iso_8601_and_without_a_zone_utc(text: str) -> None:
+    """Every form of the same moment."""
+    args = backfill.build_parser().parse_args(["--start", text, "--end", "2026-01-09"])
+    assert (NINE, datetime(2026, 1, 9, tzinfo=UTC)) == (args.start, args.end)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required: --start, --end"),
+        (RANGE[:2], "required: --end"),
+        (["--start", "yesterday", *RANGE[2:]], "--start: 'yesterday' is no ISO 8601 time"),
+        (["--start", "2026-13-01", *RANGE[2:]], "--start: '2026-13-01' is no ISO 8601 time"),
+        (["--start", "0001-01-01T00:00:00+14:00", *RANGE[2:]], "is no ISO 8601 time"),
+        ([*RANGE[:3], "2026-01-08T09:00:00Z"], "--start 2026-01-08T09:00:00Z is not before --end 2026-01-08T09:00:00Z"),
+        ([*RANGE[:3], "2026-01-08T09:30:00+01:00"], "is not before --end 2026-01-08T08:30:00Z"),
+        ([*RANGE, "--sinks", "kafka"], "--sinks: 'kafka' is not one or more of clickhouse, redis, http"),
+        ([*RANGE, "--sinks", ""], "--sinks: '' is not one or more of"),
+        ([*RANGE, "--batch-size", "0"], "--batch-size: '0' is no whole number from 1"),
+        ([*RANGE, "--rate", "fast"], "--rate: 'fast' is no whole number from 1"),
+        ([*RANGE, "--res"], "unrecognized arguments: --res"),
+        ([*RANGE, "2026"], "unrecognized arguments: 2026"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is read or written."""
+    with pytest.raises(SystemExit) as ended:
+        backfill.main(arguments)
+    out, err = capsys.readouterr()
+    assert (2, "", 1) == (ended.value.code, out, err.count("\n"))
+    assert told in err
+
+
+# --- how far it is
+
+
+class FakeHistory:
+    """Pages of ids; the place is the number of the next page."""
+
+    def __init__(self, *pages: list[int], refused: Sequence[DeadLetter] = ()) -> None:
+        self.pages = pages
+        self.refused = refused
+        self.failures: list[Exception] = []
+        self.read_places: list[str] = []
+        self.page_rows = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def begin(self) -> tuple[str, int]:
+        """The first page."""
+        return "0", sum(map(len, self.pages))
+
+    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+        """The page of this number."""
+        self.page_rows = rows
+        self.read_places.append(place)
+        await self.gate.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        if int(place) == len(self.pages):
+            return None
+        ids = self.pages[int(place)]
+        events = [Event(7, behind.ordinal + n, id_, 1, 0, b"{}") for n, id_ in enumerate(ids, 1)]
+        refused = list(self.refused) if place == "0" else []
+        return Page(Enriched(events, refused), Position(7, behind.ordinal + len(ids)), str(int(place) + 1))
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+class FakeSink:
+    """Takes everything, unless told otherwise."""
+
+    resumes = False
+    linger_seconds = 0.0
+    max_events = 2
+    concurrency = 1
+    max_repeats: int | None = 2  # of no consequence here: nobody saves a checkpoint
+
+    def __init__(self, name: str = "fake", failures: Sequence[Exception] = (), refused: Sequence[int] = ()) -> None:
+        self.name = name
+        self.failures = list(failures)
+        self.refused = refused
+        self.taken: list[int] = []
+        self.called = asyncio.Event()
+
+    async def create(self) -> list[str]:
+        """Nothing to make."""
+        return []
+
+    async def check(self) -> list[Finding]:
+        """Nothing to look at."""
+        return []
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Fail as often as told, then take them."""
+        self.called.set()
+        if self.failures:
+            raise self.failures.pop(0)
+        self.taken += [event.id for event in events if event.id not in self.refused]
+        return [Refusal(event, "no") for event in events if event.id in self.refused]
+
+
+class Store:
+    """The checkpoint store's part that a backfill uses; anything else would be an AttributeError."""
+
+    def __init__(self) -> None:
+        self.progress: list[str | None] = []
+        self.letters: list[DeadLetter] = []
+
+    def save_progress(self, _slot: str, task: str, progress: str | None) -> None:
+        """Remember it."""
+        assert TASK == task
+        self.progress.append(progress)
+
+    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
+        """Remember them."""
+        self.letters += letters
+        return dict(Counter(letter.sink for letter in self.letters))
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> CoreSettings:
+    """Retries without waiting."""
+    monkeypatch.setenv("REPLICATOR_RETRY_MAX_SECONDS", "0.01")
+    return load(CoreSettings)
+
+
+def run_of(
+    settings: CoreSettings,
+    past: FakeHistory,
+    store: Store,
+    *sinks: FakeSink,
+    place: str = "0",
+    rate: float | None = None,
+) -> Backfill:
+    """A backfill of all that `past` has."""
+    stage = Stage(place=place, events=0, total=sum(map(len, past.pages)))
+    return Backfill(
+        settings,
+        past,
+        sinks,
+        store,  # type: ignore[arg-type]  # only what it may touch
+        task=TASK,
+        stage=stage,
+        page_rows=100,
+        rate=rate,
+    )
+
+
+async def test_everything_arrives_and_nothing_is_left_to_resume(settings: CoreSettings) -> None:
+    """Pages of any size, empty ones among them; errors that pass are tried again; the place is forgotten at the end."""
+    past, store = FakeHistory([1, 2, 3], [], [4], [], []), Store()
+    past.failures = [SourceUnavailable(detail="gone for a moment")]
+    one, other = FakeSink("one", [SinkUnavailable(sink="one", detail="busy")]), FakeSink("other")
+    run = run_of(settings, past, store, one, other)
+    assert await run.run()
+    assert ([1, 2, 3, 4], [1, 2, 3, 4]) == (one.taken, other.taken)
+    assert (Stage(place="5", events=4, total=4), None) == (run.written, store.progress[-1])
+
+
+async def test_an_empty_range_is_done_at_once(settings: CoreSettings) -> None:
+    """No page at all."""
+    run = run_of(settings, FakeHistory(), Store(), FakeSink())
+    assert await run.run()
+    assert 0 == run.written.events
+
+
+async def test_the_place_is_behind_what_every_sink_has(settings: CoreSettings) -> None:
+    """One sink that can't be written to holds the place back, whatever the other has; the error comes out."""
+    past, store = FakeHistory([1, 2], [3], [4]), Store()
+    broken = FakeSink("broken", [SinkUnusable(sink="broken", detail="no table", cure="Make it")])
+    fine = FakeSink("fine")
+    run = run_of(settings, past, store, fine, broken)
+    with pytest.raises(SinkUnusable, match="no table"):
+        await run.run()
+    assert Stage(place="0", events=0, total=4) == run.written
+    kept = store.progress[-1]
+    assert kept is not None
+    assert run.written == msgspec.json.decode(kept, type=Stage)
+
+
+async def test_it_goes_on_at_a_place(settings: CoreSettings) -> None:
+    """What is before it is neither read nor written."""
+    past, sink = FakeHistory([1, 2], [3], [4]), FakeSink()
+    assert await run_of(settings, past, Store(), sink, place="1").run()
+    assert (["1", "2", "3"], [3, 4]) == (past.read_places, sink.taken)
+
+
+async def test_stopped_it_finishes_what_is_in_flight_and_keeps_the_place(settings: CoreSettings) -> None:
+    """`stop` while it waits for a page: what was read is written, and `run` says that it is not all."""
+    past, store, sink = FakeHistory([1, 2], [3, 4]), Store(), FakeSink()
+    run = run_of(settings, past, store, sink)
+    running = asyncio.create_task(run.run())
+    async with asyncio.timeout(10):
+        await sink.called.wait()
+        past.gate.clear()
+        run.stop()
+        assert not await running
+    kept = store.progress[-1]
+    assert kept is not None
+    stage = msgspec.json.decode(kept, type=Stage)
+    assert len(sink.taken) == stage.events == 2 * int(stage.place)
+
+
+async def test_stopped_while_a_sink_is_away(settings: CoreSettings) -> None:
+    """It does not wait for the sink to come back."""
+    away = FakeSink("away", [SinkUnavailable(sink="away", detail="down")] * 1000)
+    run = run_of(settings, FakeHistory([1]), Store(), away)
+    running = asyncio.create_task(run.run())
+    async with asyncio.timeout(10):
+        await away.called.wait()
+        run.stop()
+        assert not await running
+
+
+async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> None:
+    """So the store keeps it once over any number of backfills, whatever the position of the page."""
+    letter = DeadLetter(sink="enrichment", commit_lsn=7, ordinal=1, event_id=9, reason="no type", payload=b"{}")
+    past, store = FakeHistory([1, 2], [3], refused=[letter]), Store()
+    run = run_of(settings, past, store, FakeSink(refused=[2]))
+    assert await run.run()
+    kept = {(kept.sink, kept.commit_lsn, kept.ordinal, kept.event_id) for kept in store.letters}
+    assert {("enrichment", 0, 9, 9), ("fake", 0, 2, 2)} == kept
+    assert (1, 4) == (run.rows_refused, run.written.events)
+
+
+async def test_it_reads_no_faster_than_the_rate(settings: CoreSettings) -> None:
+    """A second's worth of events is the most that is read at once, and then the second is waited for."""
+    past = FakeHistory([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert await run_of(settings, past, Store(), FakeSink(), rate=50).run()
+    assert 50 == past.page_rows
+    assert loop.time() - started >= 0.19
+
+
+async def test_lost_time_is_not_made_up_for(settings: CoreSettings) -> None:
+    """After the source was away it goes on at the rate, not at full speed until the average is right again."""
+    loop = asyncio.get_running_loop()
+    past = FakeHistory(*([n] * 5 for n in range(1, 5)))
+    past.gate.clear()
+    started = loop.time()
+    loop.call_later(0.4, past.gate.set)
+    assert await run_of(settings, past, Store(), FakeSink(), rate=50).run()
+    assert loop.time() - started >= 0.69, "the first page at once, then a tenth of a second each"
+
+
+# --- pages
+
+
+def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: str = "0/64") -> tuple[object, ...]:
+    """A row as the page's query gives it."""
+    ts = "2026-01-08 09:00:00.5+00"
+    return (event_id, 1, user_id, "play", ts, 7000, "web", "video", 300, wanted, lsn)
+
+
+def test_a_page_is_behind_the_one_before() -> None:
+    """Even if the WAL's end went back: a server that was failed over."""
+    drafts = history._Drafts([found(1), found(2, wanted=False), found(3)], Position(0x63, 5))  # noqa: SLF001  pure
+    assert [(0x64, 6, 1), (0x64, 7, 3)] == [draft[:3] for draft in drafts.made]
+    assert Position(0x64, 7) == drafts.position
+    later = history._Drafts([found(4, lsn="0/10")], drafts.position)  # noqa: SLF001  pure
+    assert Position(0x64, 8) == later.position
+
+
+def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None:
+    """In the reader's words, with the row, which can be read again from the letter, at the letter's position."""
+    drafts = history._Drafts([found(1), found(2, user_id=None)], Position(0, 0))  # noqa: SLF001  pure
+    [letter] = drafts.refused
+    expected = ("enrichment", 2, "public.engagement_events.user_id is not a 64-bit integer")
+    assert expected == (letter.sink, letter.event_id, letter.reason)
+    moved = msgspec.structs.replace(letter, commit_lsn=0, ordinal=2)
+    assert (0, 2) == (stored_row(moved).commit_lsn, stored_row(moved).ordinal)
+
+
+def test_the_next_place_is_right_behind_a_row() -> None:
+    """Also behind the largest id, where only time is left to go on."""
+    here = history._Place(order="event_ts", ts="2026-01-08T09:00:00+00:00", id=0, last_id=LATEST_ID)  # noqa: SLF001  pure
+    after = history._behind(here, found(5))  # noqa: SLF001  pure
+    assert ("2026-01-08 09:00:00.5+00", 6) == (after.ts, after.id)
+    after = history._behind(here, found(LATEST_ID))  # noqa: SLF001  pure
+    assert ("2026-01-08T09:00:00.500001+00:00", -(2**63)) == (after.ts, after.id)
+    by_id = msgspec.structs.replace(here, order="id")
+    assert LATEST_ID + 1 == history._behind(by_id, found(LATEST_ID)).id  # noqa: SLF001  pure
+    timeless = (*found(7)[:4], None, *found(7)[5:])
+    assert msgspec.structs.replace(by_id, id=8) == history._behind(by_id, timeless)  # noqa: SLF001  pure
+
+
+async def test_behind_the_last_id_there_is_nothing() -> None:
+    """No query is made: the number would not fit."""
+    past = EngagementHistory("host=/nonexistent", Range(NINE, NINE.replace(hour=10)))
+    place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'
+    assert await past.read(place, Position(0, 0), 10) is None
+
+
+def test_lines_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal: one now and then."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    tell = backfill._Lines(Stage(place="", events=100, total=1100))  # noqa: SLF001  what is printed is the product
+    now = 105.0
+    tell(Stage(place="", events=200, total=1100))
+    now = 110.0
+    tell(Stage(place="", events=600, total=1100))
+    assert "backfill: 600 of 1100 events (54 %), 50/s, 10 s left\n" == capsys.readouterr().err

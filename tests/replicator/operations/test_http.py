@@ -1,0 +1,173 @@
+"""The admin endpoints over HTTP, beside a pipeline on real servers: ready, not ready, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from checkpoint_store import SqlCheckpointStore
+from devstack import DevStack
+from devstack.process import free_port
+from enrichment import EngagementEnricher, EnrichmentSettings
+from replicator.contracts.errors import SettingsError
+from replicator.contracts.settings import CoreSettings
+from replicator.operations import status
+from replicator.operations import watchdog as monitors
+from replicator.operations.http import Admin
+from replicator.operations.watchdog import Monitor
+from replicator.pipeline import Pipeline
+from replicator.source.stream import Source
+from sinks import create_sinks
+
+
+class Running:
+    """A pipeline with its monitor and its endpoints."""
+
+    def __init__(self, settings: CoreSettings, pipeline: Pipeline) -> None:
+        self.settings = settings
+        self.pipeline = pipeline
+        self.client = httpx.AsyncClient(base_url=f"http://{settings.admin_listen}", trust_env=False)
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Status and body."""
+        response = await self.client.get(path)
+        return response.status_code, response.text
+
+    async def until_ready_says(self, status_code: int, words: str) -> None:
+        """Wait for what /readyz has to say."""
+        async with asyncio.timeout(30):
+            while (told := await self.get("/readyz"))[0] != status_code or words not in told[1]:  # noqa: ASYNC110  asked over HTTP
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    """Everything that `run` puts together, in this process."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    monkeypatch.setattr(monitors, "LOOK_SECONDS", 0.1)
+    settings = CoreSettings.model_validate(
+        {
+            "postgres_dsn": dsn,
+            "slot": f"admin_{uuid.uuid4().hex[:12]}",
+            "sinks": "redis",
+            "checkpoint_url": f"sqlite:///{folder}/checkpoint.db",
+            "checkpoint_interval_seconds": 0.01,
+            "retry_max_seconds": 0.2,
+            "admin_listen": f"127.0.0.1:{free_port()}",
+        }
+    )
+    enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({}))
+    sinks = create_sinks(settings.sinks)
+    store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
+    pipeline = Pipeline(settings, Source(dsn, settings.slot, enricher.tables), enricher, sinks, store)
+    monitor = Monitor(pipeline, dsn, settings.slot)
+    admin = Admin(monitor, settings.admin_listen)
+    await admin.start()
+    work = [asyncio.create_task(monitor.run()), asyncio.create_task(pipeline.run())]
+    made = Running(settings, pipeline)
+    try:
+        yield made
+    finally:
+        pipeline.stop()
+        await asyncio.wait_for(work[1], 30)
+        work[0].cancel()
+        await asyncio.wait([work[0]])
+        await made.client.aclose()
+        await admin.stop()
+        await enricher.close()
+        for sink in sinks:
+            await sink.close()
+        store.close()
+
+
+async def test_what_a_healthy_replicator_says(
+    database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alive, ready, its counters and its status; `status` reads the latter."""
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        await replicator.until_ready_says(200, "ready")
+        assert (200, "ok\n") == await replicator.get("/healthz")
+        with psycopg.connect(database) as connection:
+            connection.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+            connection.execute("UPDATE engagement_events SET device = 'tv'")
+        async with asyncio.timeout(10):
+            while 'replicator_sink_events_total{sink="redis"} 1.0' not in (await replicator.get("/metrics"))[1]:  # noqa: ASYNC110  likewise
+                await asyncio.sleep(0.05)
+        metrics = (await replicator.get("/metrics"))[1]
+        for line in ("replicator_ready 1.0", "replicator_connected 1.0", "replicator_rows_total 2.0"):
+            assert f"\n{line}\n" in metrics
+        assert 'replicator_ignored_rows_total{action="update"} 1.0' in metrics
+        assert 'replicator_sink_latency_seconds_count{sink="redis"} 1.0' in metrics
+        with closing(SqlCheckpointStore(replicator.settings.checkpoint_url.get_secret_value())) as store:
+            found = await status.collect(replicator.settings, ["redis"], store)
+        assert (True, []) == (found["replicator"]["ready"], found["replicator"]["reasons"])
+        assert found["replicator"]["sinks"]["redis"]["events"] == 1
+        assert "redis" in found["sinks"]
+
+
+async def test_not_ready_while_postgresql_is_away(
+    stack: DevStack, database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alive all the time; ready again by itself."""
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        await replicator.until_ready_says(200, "ready")
+        stack.postgres.stop()
+        try:
+            await replicator.until_ready_says(503, "PostgreSQL is not reachable")
+            assert (200, "ok\n") == await replicator.get("/healthz")
+        finally:
+            stack.postgres.start()
+        await replicator.until_ready_says(200, "ready")
+
+
+async def test_not_ready_over_a_slot_that_stands_still(
+    stack: DevStack, database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connected, and nothing moves because a sink takes nothing: said with the sink's own words."""
+    monkeypatch.setattr(monitors, "STALL_SECONDS", 0.5)
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        await replicator.until_ready_says(200, "ready")
+        stack.redis.stop()
+        try:
+            with psycopg.connect(database) as connection:
+                insert = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
+                connection.execute(insert)
+            await replicator.until_ready_says(503, "the slot has not moved for")
+            assert "sink redis" in (await replicator.get("/readyz"))[1]
+            assert 'replicator_sink_troubled{sink="redis"} 1.0' in (await replicator.get("/metrics"))[1]
+        finally:
+            stack.redis.start()
+        await replicator.until_ready_says(200, "ready")
+
+
+async def test_status_does_not_take_another_program_for_the_replicator(
+    database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address may belong to another slot's replicator: its lag is not ours."""
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        await replicator.until_ready_says(200, "ready")
+        other = replicator.settings.model_copy(update={"slot": "another"})
+        with closing(SqlCheckpointStore(other.checkpoint_url.get_secret_value())) as store:
+            found = await status.collect(other, ["redis"], store)
+        assert found["replicator"]["ready"] is False
+        [reason] = found["replicator"]["reasons"]
+        assert f"another slot's replicator, {replicator.settings.slot}, answers at" in reason
+        assert replicator.settings.admin_listen in reason
+        assert "does not exist" in found["slot"]["error"]
+
+
+async def test_an_address_that_is_taken_is_a_setting_to_change(
+    database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, with the setting's name."""
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        second = Admin(Monitor(replicator.pipeline, database, "s"), replicator.settings.admin_listen)
+        with pytest.raises(SettingsError, match="REPLICATOR_ADMIN_LISTEN"):
+            await second.start()

@@ -1,0 +1,220 @@
+"""The monitor: never ready over a slot that stands still while there is something to read."""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import pytest
+from msgspec import structs
+
+from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.delivery.lane import Lane
+from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Monitor
+from replicator.pipeline import Pipeline
+from tests.replicator.source.test_slot import STATE
+
+SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
+
+
+class FakeLane:
+    """The slowest lane."""
+
+    name = "http"
+    waiting = 7
+    trouble = ""
+    needs_somebody = False
+    troubled_for = 0.0
+    unanswered_for = 0.0
+
+    def unanswered_seconds(self) -> float:
+        """As long as the test says."""
+        return self.unanswered_for
+
+    def trouble_seconds(self) -> float:
+        """As long as the test says."""
+        return self.troubled_for
+
+    def __init__(self) -> None:
+        self.done = SinkPosition(position=Position(90, 1), end_lsn=80)
+
+
+class FakeSource:
+    """A connection on which nothing comes."""
+
+    received = 80
+    silent_seconds = 45.0
+
+
+class FakePipeline:
+    """A pipeline that reads, with one sink."""
+
+    def __init__(self) -> None:
+        self.trouble = ""
+        self.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={})
+        self.source = FakeSource()
+        self.fan_out = self
+        self.lanes: list[Lane | FakeLane] = [FakeLane()]
+
+    @property
+    def slowest(self) -> Lane | FakeLane:
+        """As `FanOut` chooses it."""
+        return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
+
+
+class Looking(Monitor):
+    """A monitor that looks when told, at a slot and a clock of the test's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        super().__init__(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
+        self.trouble = ""
+
+    def look(self, seconds_later: float = 0.0, **changes: object) -> list[str]:
+        """Why it is not ready once time has passed and the slot has changed so."""
+        self.now += seconds_later
+        self.slot = structs.replace(self.slot or SLOT, **changes)
+        self._watch()
+        return self.reasons()
+
+
+@pytest.fixture
+def monitor(monkeypatch: pytest.MonkeyPatch) -> Looking:
+    """It has seen the slot once, with nothing to read."""
+    looking = Looking(monkeypatch)
+    assert [] == looking.look()
+    return looking
+
+
+@pytest.fixture
+def pipeline(monitor: Looking) -> Pipeline:
+    """What it watches."""
+    return monitor.pipeline
+
+
+def test_a_slot_that_stands_still_is_not_ready(monitor: Looking) -> None:
+    """Something to read and no movement: ready for a minute, then not, with the sink that is to blame."""
+    assert [] == monitor.look(1, server_lsn=300)
+    assert [] == monitor.look(STALL_SECONDS - 2)
+    [reason] = monitor.look(2)
+    assert "the slot has not moved for 61 s while 200 bytes wait: sink http is the slowest, 7 events" in reason
+
+
+def test_any_movement_counts(monitor: Looking) -> None:
+    """A slot that moves is slow, not stalled, however much there is to read."""
+    for confirmed in range(101, 110):
+        assert [] == monitor.look(STALL_SECONDS - 1, confirmed_lsn=confirmed, server_lsn=10**9)
+
+
+def test_an_idle_server_is_no_stall(monitor: Looking) -> None:
+    """Nothing to read: time passes and it stays ready; the minute begins when there is something."""
+    assert [] == monitor.look(10 * STALL_SECONDS)
+    assert [] == monitor.look(5, server_lsn=300)
+    assert [] == monitor.look(STALL_SECONDS - 6, server_lsn=400)
+
+
+def test_the_slot_moves_again(monitor: Looking) -> None:
+    """Ready again as soon as the slot has moved."""
+    monitor.look(1, server_lsn=300)
+    assert [] != monitor.look(2 * STALL_SECONDS)
+    assert [] == monitor.look(1, confirmed_lsn=150)
+
+
+def test_it_says_what_the_sink_says(monitor: Looking) -> None:
+    """A sink in trouble is the reason, in its own words."""
+    lane = monitor.pipeline.fan_out.slowest
+    lane.trouble = "sink http answered 500"
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": sink http answered 500")
+
+
+@pytest.mark.parametrize(
+    ("active_pid", "told"),
+    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
+)
+def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pid: int | None, told: str) -> None:
+    """All that was read is written: PostgreSQL is the one to look at, by its process."""
+    cast("FakeLane", monitor.pipeline.fan_out.lanes[0]).waiting = 0
+    monitor.look(1, server_lsn=300, active_pid=active_pid)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {told}")
+
+
+def test_the_sink_that_something_waits_for_is_blamed(monitor: Looking, pipeline: Pipeline) -> None:
+    """Also while its position is ahead of that of a sink which has all that was read."""
+    idle, busy = FakeLane(), FakeLane()
+    idle.name, idle.waiting, idle.trouble = "redis", 0, "sink redis is away"
+    busy.done = SinkPosition(position=Position(90, 1), end_lsn=100)
+    pipeline.fan_out.lanes[:] = [cast("Lane", idle), cast("Lane", busy)]
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": sink http is the slowest, 7 events wait for it")
+
+
+def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(monitor: Looking, pipeline: Pipeline) -> None:
+    """The sinks have what was read, and PostgreSQL sent it."""
+    cast("FakeLane", pipeline.fan_out.lanes[0]).waiting = 0
+    pipeline.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=70, sinks={})
+    monitor.look(1, server_lsn=300)
+    [reason] = monitor.look(2 * STALL_SECONDS)
+    assert reason.endswith(": the checkpoint is not saved, the log says why")
+
+
+def test_a_sink_that_does_not_answer_is_a_reason(monitor: Looking) -> None:
+    """Without an error as well, once it has lasted; its own trouble is told in its own words and time."""
+    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane.unanswered_for = TROUBLE_SECONDS - 1
+    assert [] == monitor.look()
+    lane.unanswered_for = TROUBLE_SECONDS + 2
+    assert ["sink http has not answered for 12 s"] == monitor.look()
+    lane.trouble, lane.troubled_for = "sink http answered 500", 1.0
+    assert [] == monitor.look()
+    lane.troubled_for = TROUBLE_SECONDS
+    assert ["sink http answered 500"] == monitor.look()
+
+
+def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> None:
+    """The pipeline's and the look's own trouble need no minute."""
+    pipeline.trouble = "held by process 7"
+    monitor.trouble = "no such slot"
+    assert ["held by process 7", "no such slot"] == monitor.look()
+
+
+def test_a_sink_that_takes_nothing_is_a_reason(monitor: Looking) -> None:
+    """At once where only somebody can mend it, else when it has lasted; not for a hiccup."""
+    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane.trouble, lane.troubled_for = "sink http answered 500", TROUBLE_SECONDS - 1
+    assert [] == monitor.look()
+    lane.troubled_for = TROUBLE_SECONDS
+    assert ["sink http answered 500"] == monitor.look()
+    lane.trouble, lane.troubled_for, lane.needs_somebody = "sink http turns us away", 0.0, True
+    assert ["sink http turns us away"] == monitor.look()
+
+
+@pytest.mark.parametrize("wal_status", ["unreserved", "lost"])
+def test_a_slot_in_danger_is_not_ready(monitor: Looking, wal_status: str) -> None:
+    """PostgreSQL is about to throw away what the slot needs, or has."""
+    [reason] = monitor.look(wal_status=wal_status)
+    assert f"the slot's WAL is {wal_status}" in reason
+
+
+def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot moves at a transaction's end; until then the slowest sink's rows count."""
+    monitor = Looking(monkeypatch)
+    lane = monitor.pipeline.fan_out.slowest
+    assert [] == monitor.look(server_lsn=200)
+    for row in range(2, 6):
+        lane.done = SinkPosition(position=Position(90, row), end_lsn=80)
+        assert [] == monitor.look(seconds_later=STALL_SECONDS - 1)
+    assert [] != monitor.look(seconds_later=STALL_SECONDS + 1)
+
+
+def test_a_stall_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Every look would fill the log of the night in which it matters."""
+    monitor = Looking(monkeypatch)
+    monitor.look(server_lsn=200)
+    for _ in range(12):
+        monitor.look(seconds_later=STALL_SECONDS / 4)
+    assert len(caplog.records) == 3

@@ -1,0 +1,91 @@
+"""The framing of the replication stream: a message that is cut off or of an unknown kind is never passed over."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicator.contracts.errors import DecodeError
+from replicator.source.stream import Source
+
+HEADER = b"w" + struct.pack("!QQq", 1, 2, 3)
+KEEPALIVE = b"k" + struct.pack("!QqB", 0x50, 3, 0)
+BEGIN = b'{"action":"B","timestamp":"2026-01-08 14:21:52+00","lsn":"0/10","nextlsn":"0/18"}'
+COMMIT = BEGIN.replace(b'"B"', b'"C"')
+
+
+class Connection:
+    """What `Source` uses of libpq's connection: messages, then nothing."""
+
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = list(messages)
+        self.sent: list[bytes] = []
+
+    def get_copy_data(self, _: int) -> tuple[int, memoryview]:
+        """The next message."""
+        message = self._messages.pop(0) if self._messages else b""
+        return len(message), memoryview(message)
+
+    def consume_input(self) -> None:
+        """There is no more."""
+
+    def put_copy_data(self, data: bytes) -> None:
+        """A status update."""
+        self.sent.append(data)
+
+    def flush(self) -> None:
+        """All is sent."""
+
+
+def take(*messages: bytes) -> tuple[Source, Connection]:
+    """A source that has taken these messages."""
+    source, connection = Source("", "slot", ()), Connection(*messages)
+    source._pgconn = connection  # type: ignore[assignment]  # noqa: SLF001  a server never sends such messages
+    source._read_available()  # noqa: SLF001
+    return source, connection
+
+
+def end_lsn(source: Source) -> int:
+    """How far the source has come."""
+    return source._decoder.take().end_lsn  # noqa: SLF001
+
+
+def test_whole_messages_are_taken() -> None:
+    """A transaction, a keepalive behind it, and one that wants an answer."""
+    source, connection = take(HEADER + BEGIN, HEADER + COMMIT, KEEPALIVE, KEEPALIVE[:-1] + b"\1")
+    assert 0x50 == end_lsn(source)
+    assert [b"r"] == [sent[:1] for sent in connection.sent]
+
+
+@pytest.mark.parametrize("size", range(1, len(KEEPALIVE)))
+def test_a_keepalive_that_is_cut_off(size: int) -> None:
+    """It says how much there was."""
+    with pytest.raises(DecodeError, match=rf"at LSN 0/0 .*: {size} bytes of kind 'k' are no message"):
+        take(KEEPALIVE[:size])
+
+
+@pytest.mark.parametrize("size", range(1, len(HEADER + BEGIN)))
+def test_wal_data_that_is_cut_off(size: int) -> None:
+    """In the header or in the payload; an undecoded `B` is decoded by its first row."""
+    row = b'{"action":"I","schema":"public","table":"t","columns":[]}'
+    with pytest.raises(DecodeError):
+        take((HEADER + BEGIN)[:size], HEADER + row)
+
+
+@given(st.integers(0, 255).filter(lambda kind: kind not in b"wk"), st.binary(max_size=60))
+def test_an_unknown_kind(kind: int, rest: bytes) -> None:
+    """Not passed over: what it carries is unknown."""
+    with pytest.raises(DecodeError, match="are no message of the replication protocol"):
+        take(bytes([kind]) + rest)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40) | st.just(HEADER + BEGIN) | st.just(HEADER + COMMIT)))
+def test_any_messages(messages: list[bytes]) -> None:
+    """Taken, or a DecodeError; never another exception."""
+    try:
+        end_lsn(take(*messages)[0])
+    except DecodeError:
+        return

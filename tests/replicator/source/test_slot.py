@@ -1,0 +1,84 @@
+"""Is the stream continuous with the checkpoint? Every way in which it is not has an error with its cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SourceError, StreamGap
+from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.source import slot as slots
+
+HERE = slots.Identity(system_identifier="7", timeline=1)
+STATE = slots.SlotState(
+    plugin="wal2json",
+    database="engagement",
+    own_database="engagement",
+    active_pid=None,
+    restart_lsn=50,
+    confirmed_lsn=100,
+    wal_status="reserved",
+    safe_wal_size=None,
+    two_phase=False,
+    server_time=0.0,
+    server_lsn=1000,
+)
+AT_200 = SinkPosition(position=Position(190, 3), end_lsn=200)
+CHECKPOINT = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=200, sinks={"redis": AT_200})
+
+
+def test_a_slot_behind_its_checkpoint_is_continuous() -> None:
+    """PostgreSQL writes a slot's position lazily: after its crash it may have gone back."""
+    slots.verify("s", STATE, HERE, CHECKPOINT)
+
+
+def test_a_new_slot_needs_no_checkpoint() -> None:
+    """It begins where it was made."""
+    slots.verify("s", STATE, HERE, None)
+    slots.verify("s", None, HERE, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "identity", "error", "told"),
+    [
+        (None, {}, SlotMissing, "init --accept-gap"),
+        ({"wal_status": "lost"}, {}, SlotLost, "max_slot_wal_keep_size"),
+        ({"restart_lsn": None}, {}, SlotLost, "backfill.py"),
+        ({"plugin": "pgoutput"}, {}, SlotInvalid, "pgoutput"),
+        ({"database": "other"}, {}, SlotInvalid, "database other"),
+        ({"plugin": None, "database": None}, {}, SlotInvalid, "a physical slot"),
+        ({"two_phase": True}, {}, SlotInvalid, "two_phase"),
+        ({"confirmed_lsn": 201}, {}, StreamGap, "0/C9"),
+        ({"server_lsn": 199}, {}, StreamGap, "older backup"),
+        ({}, {"system_identifier": "8"}, StreamGap, "system 8"),
+        ({}, {"timeline": 2}, StreamGap, "timeline 2"),
+    ],
+)
+def test_a_gap_is_an_error_that_names_it(
+    state: dict[str, Any] | None, identity: dict[str, Any], error: type[SourceError], told: str
+) -> None:
+    """What may be missing, and what to do."""
+    changed = None if state is None else structs.replace(STATE, **state)
+    with pytest.raises(error, match=told):
+        slots.verify("s", changed, structs.replace(HERE, **identity), CHECKPOINT)
+
+
+def test_a_checkpoint_that_moved_while_we_looked_is_no_gap() -> None:
+    """Whoever reads the slot goes on between the look at the server and that at the checkpoint: `check`, a standby."""
+    slots.verify("s", structs.replace(STATE, active_pid=1, server_lsn=199), HERE, CHECKPOINT)
+
+
+def test_a_sink_that_was_left_out_is_a_gap() -> None:
+    """It was taken out of REPLICATOR_SINKS for a while; the stream can't give it what went by."""
+    behind = SinkPosition(position=Position(90, 1), end_lsn=100)
+    checkpoint = structs.replace(CHECKPOINT, sinks={"redis": AT_200, "http": behind})
+    with pytest.raises(StreamGap, match="sink http was left out after 0/64"):
+        slots.verify("s", STATE, HERE, checkpoint)
+    slots.verify("s", STATE, HERE, slots.of_sinks(checkpoint, {"redis"}))
+
+
+def test_lag_counts_from_the_confirmed_position() -> None:
+    """Retained WAL counts from the restart position, which is older."""
+    assert (STATE.lag_bytes, STATE.retained_bytes) == (900, 950)

@@ -1,0 +1,473 @@
+"""The rule with fakes: sinks, then checkpoint, then PostgreSQL; what happens when one of them fails; the drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from msgspec import structs
+
+from replicator.contracts.errors import (
+    CheckpointBackward,
+    CheckpointUnavailable,
+    Overtaken,
+    SinkUnusable,
+    SourceUnavailable,
+)
+from replicator.contracts.events import (
+    Checkpoint,
+    DeadLetter,
+    Event,
+    Finding,
+    Lsn,
+    Position,
+    Refusal,
+    Row,
+    SinkPosition,
+)
+from replicator.contracts.protocols import CheckpointStore, Enriched, Enricher, Sink
+from replicator.contracts.settings import CoreSettings
+from replicator.pipeline import Pipeline
+from replicator.source.slot import Identity, SlotState
+from replicator.source.stream import Source
+from replicator.source.wal2json import Stretch
+from tests.replicator.source.test_slot import STATE
+
+START: Lsn = 5
+SETTINGS = {
+    "slot": "s",
+    "checkpoint_interval_seconds": 0.01,
+    "retry_max_seconds": 0.01,
+    "feedback_interval_seconds": 60,
+    "drain_timeout_seconds": 1,
+}
+FRESH = structs.replace(STATE, restart_lsn=1, confirmed_lsn=START)
+
+
+class World:
+    """A source, an enricher, a store and sinks that write down what happens, in order."""
+
+    def __init__(self, *sinks: str) -> None:
+        self.log: list[tuple[str, object]] = []
+        self.stretches: asyncio.Queue[Stretch | Exception] = asyncio.Queue()
+        self.stored: Checkpoint | None = None
+        self.failures: list[Exception] = []
+        """What the store's next saves raise."""
+        self.lost_answers = 0
+        """How many of the next saves succeed and look as if they had not; those after them fail."""
+        self.starts: list[Lsn] = []
+        self.task: asyncio.Task[None] | None = None
+        self.sinks = [FakeSink(name, self) for name in sinks]
+        self.look_ups: list[Exception] = []
+        """What the enricher's next calls raise."""
+        fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", FakeStore(self))
+        settings = CoreSettings.model_validate(SETTINGS)
+        self.pipeline = Pipeline(settings, *cast("tuple[Source, Enricher, list[Sink], CheckpointStore]", fakes))
+
+    def commit(self, commit_lsn: Lsn) -> None:
+        """A transaction with one row."""
+        row = Row("I", "public", "t", commit_lsn=commit_lsn, ordinal=1)
+        self.stretches.put_nowait(Stretch([row], Position(commit_lsn, 1), commit_lsn + 1, 0.0, 1))
+
+    def told(self, what: str) -> list[object]:
+        """Everything of one kind that has happened."""
+        return [value for kind, value in self.log if kind == what]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it."""
+        async with asyncio.timeout(10):
+            while not condition():
+                if self.task is not None and self.task.done():
+                    await self.task  # raises what has ended it
+                await asyncio.sleep(0.001)
+
+    async def run(self, scene: Callable[[], Awaitable[None]]) -> None:
+        """All of it."""
+        async with self.running():
+            await scene()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The pipeline at work; it is stopped, and has to end, at the end."""
+        self.task = asyncio.create_task(self.pipeline.run())
+        yield
+        self.pipeline.stop()
+        await asyncio.wait_for(self.task, 10)
+
+
+class FakeSource:
+    """Gives the world's stretches."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.connected = False
+        self.confirmed = START
+        self.received = START
+
+    async def connect(self) -> tuple[Identity, SlotState | None]:
+        """Always there."""
+        return Identity(system_identifier="7", timeline=1), FRESH
+
+    async def start(self, end_lsn: Lsn) -> None:
+        """Notes from where."""
+        self.world.starts.append(end_lsn)
+
+    async def read(self) -> Stretch:
+        """The next stretch, or trouble."""
+        told = await self.world.stretches.get()
+        if isinstance(told, Exception):
+            raise told
+        self.received = max(self.received, told.end_lsn)
+        return told
+
+    def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
+        """Notes a position."""
+        assert flush_lsn is not None, ask
+        self.world.log.append(("confirm", flush_lsn))
+
+    async def finish(self) -> None:
+        """Notes the goodbye."""
+        self.world.log.append(("goodbye", None))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class FakeEnricher:
+    """An event a row."""
+
+    tables = ("public.t",)
+
+    def __init__(self, world: World) -> None:
+        self.ignored: dict[str, int] = {}
+        self.world = world
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+        """Rows of commit LSN 66 make no event."""
+        if self.world.look_ups:
+            raise self.world.look_ups.pop(0)
+        good = [Event(row.commit_lsn, row.ordinal, row.commit_lsn, 1, 0, b"{}") for row in rows if row.commit_lsn != 66]
+        bad = [
+            DeadLetter(sink="enrichment", commit_lsn=66, ordinal=1, event_id=None, reason="no", payload=b"")
+            for row in rows
+            if row.commit_lsn == 66
+        ]
+        return Enriched(good, bad)
+
+
+class FakeStore:
+    """Keeps the last checkpoint."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def create(self) -> list[str]:
+        """Nothing to make."""
+        return []
+
+    def load(self, slot: str) -> Checkpoint | None:
+        """The last one."""
+        assert slot == "s"
+        return self.world.stored
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Follow the script, then keep it."""
+        if self.world.failures:
+            self.world.log.append(("save failed", checkpoint.end_lsn))
+            raise self.world.failures.pop(0)
+        self.world.stored = checkpoint
+        self.world.log.append(("save", checkpoint.end_lsn))
+        if self.world.lost_answers:
+            self.world.lost_answers -= 1
+            self.world.failures = [CheckpointUnavailable(detail="away")] * 100_000
+            raise CheckpointUnavailable(detail="the answer was lost")
+
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
+        """Notes where they were."""
+        self.world.log.append(("dead letter", (slot, letters[0].commit_lsn)))
+        return {}
+
+
+class FakeSink:
+    """Does what the test says, then takes everything."""
+
+    resumes = False
+    max_events = 100
+    linger_seconds = 0.0
+    concurrency = 1
+    max_repeats: int | None = None
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self.world = world
+        self.script: list[Callable[[], Awaitable[None]]] = []
+
+    async def create(self) -> list[str]:
+        """Notes it."""
+        self.world.log.append(("create", self.name))
+        return []
+
+    async def check(self) -> list[Finding]:
+        """Nothing to look at."""
+        return []
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Notes what is durable now."""
+        if self.script:
+            await self.script.pop(0)()
+        self.world.log.append((f"write {self.name}", [event.id for event in events]))
+        return ()
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+async def test_sinks_then_checkpoint_then_postgresql() -> None:
+    """For every position, in this order."""
+    world = World("a", "b")
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+    order = [world.log.index(step) for step in (("save", 11), ("confirm", 11))]
+    written = [world.log.index((f"write {name}", [10])) for name in "ab"]
+    assert max(written) < order[0] < order[1]
+
+
+async def test_the_slowest_sink_counts() -> None:
+    """No checkpoint and no confirmation passes what it holds; how far the others are is saved."""
+    world = World("slow", "fast")
+    gate = asyncio.Event()
+
+    async def waits() -> None:
+        await gate.wait()
+
+    world.sinks[0].script = [waits]
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: world.stored is not None and world.stored.sinks.get("fast") == at(10))
+        assert {START} == set(world.told("save")) == set(world.told("confirm"))
+        gate.set()
+        await world.until(lambda: 11 in world.told("confirm"))
+
+
+def at(commit_lsn: Lsn) -> SinkPosition:
+    """Everything up to this transaction written."""
+    return SinkPosition(position=Position(commit_lsn, 1), end_lsn=commit_lsn + 1)
+
+
+async def test_what_could_not_be_saved_is_not_confirmed_but_tried_again() -> None:
+    """The database is full for a while; sinks go on, PostgreSQL keeps everything."""
+    world = World("a")
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.failures = [CheckpointUnavailable(detail="the disk is full")] * 3
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+    assert [("save failed", 11)] * 3 == [entry for entry in world.log if entry[0] == "save failed"]
+    assert world.log.index(("save", 11)) < world.log.index(("confirm", 11))
+
+
+async def test_a_first_start_makes_what_the_sinks_need_and_a_second_does_not() -> None:
+    """As `init` does; later a missing table is an error, not something to make anew."""
+    world = World("a", "b")
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+    again = World("a", "b")
+    again.stored = world.stored
+    async with again.running():
+        await again.until(lambda: again.pipeline.checkpoint is not None)
+    assert (["a", "b"], []) == (world.told("create"), again.told("create"))
+
+
+async def test_a_sink_that_can_not_go_on_ends_the_program_after_the_others_are_saved() -> None:
+    """Its own position stays, what the others have written is on disk, and its error is what is raised."""
+    world = World("broken", "good")
+
+    async def breaks() -> None:
+        await world.until(lambda: world.pipeline.fan_out.lanes[1].done == at(10))
+        raise SinkUnusable(sink="broken", detail="no table", cure="init")
+
+    world.sinks[0].script = [breaks]
+    world.commit(10)
+    with pytest.raises(SinkUnusable, match="no table"):
+        await asyncio.wait_for(world.pipeline.run(), 10)
+    assert world.stored is not None
+    assert at(10) == world.stored.sinks["good"]
+    assert START == world.stored.end_lsn == max(cast("list[int]", world.told("confirm")))
+
+
+async def test_the_first_failure_is_raised_when_the_drain_fails_too() -> None:
+    """The sink's error is the cause; that the checkpoint can't be saved either must not hide it."""
+    world = World("broken")
+
+    async def breaks() -> None:
+        world.failures = [CheckpointUnavailable(detail="gone")] * 9
+        raise SinkUnusable(sink="broken", detail="no table", cure="init")
+
+    world.sinks[0].script = [breaks]
+    world.commit(10)
+    world.commit(20)
+    with pytest.raises(SinkUnusable):
+        await asyncio.wait_for(world.pipeline.run(), 10)
+
+
+async def test_a_drain_finishes_what_is_in_flight_and_begins_nothing() -> None:
+    """Then it saves, confirms and says goodbye, in this order."""
+    world = World("a")
+    writing = asyncio.Event()
+
+    async def slow() -> None:
+        writing.set()
+        world.commit(20)
+        await asyncio.sleep(0.05)
+
+    world.sinks[0].script = [slow]
+    async with world.running():
+        world.commit(10)
+        await writing.wait()
+    assert [[10]] == world.told("write a")
+    assert [("save", 11), ("confirm", 11), ("goodbye", None)] == world.log[-3:]
+
+
+async def test_a_write_that_hangs_does_not_hold_the_drain_for_ever() -> None:
+    """Its events count as not written."""
+    world = World("a")
+    writing = asyncio.Event()
+
+    async def hangs() -> None:
+        writing.set()
+        await asyncio.Event().wait()
+
+    world.sinks[0].script = [hangs]
+    async with world.running():
+        world.commit(10)
+        await writing.wait()
+    assert START == max(cast("list[int]", world.told("confirm")))
+    assert ("goodbye", None) == world.log[-1]
+
+
+async def test_a_row_that_makes_no_event_is_kept_before_its_position_counts() -> None:
+    """Durable as a dead letter first."""
+    world = World("a")
+    async with world.running():
+        world.commit(66)
+        await world.until(lambda: 67 in world.told("confirm"))
+    assert world.log.index(("dead letter", ("s", 66))) < world.log.index(("save", 67))
+
+
+async def test_a_reconnect_begins_behind_the_checkpoint_and_repeats_nothing() -> None:
+    """The stream gives the transaction again; the sink has it."""
+    world = World("a")
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        await world.until(lambda: len(world.starts) == 2)
+        world.commit(10)
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+    assert [START, 11] == world.starts
+    assert [[10], [20]] == world.told("write a")
+
+
+async def test_a_reconnect_sees_that_another_one_moved_a_sink_on() -> None:
+    """Inside a huge transaction the end stays where it was, and only a sink's position tells."""
+    world = World("a")
+    ahead = SinkPosition(position=Position(20, 7), end_lsn=11)
+
+    async def is_overtaken() -> None:
+        await world.until(lambda: 11 in world.told("confirm"))
+        assert world.stored is not None
+        world.stored = structs.replace(world.stored, sinks={"a": ahead})
+        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        await world.until(lambda: False)
+
+    world.commit(10)
+    with pytest.raises(Overtaken):
+        await world.run(is_overtaken)
+    assert [START, 11] == world.starts
+    assert world.stored is not None
+    assert {"a": ahead} == world.stored.sinks
+
+
+async def test_a_save_that_would_go_back_ends_the_one_that_was_overtaken() -> None:
+    """Another one has moved on and this one has not reconnected yet: it saves and confirms nothing more."""
+    world = World("a")
+
+    async def is_overtaken() -> None:
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.failures = [CheckpointBackward(slot="s", stored="0/99", offered="0/B")]
+        world.commit(10)
+        await world.until(lambda: False)
+
+    with pytest.raises(Overtaken, match="to 0/99"):
+        await world.run(is_overtaken)
+    assert [11] == world.told("save failed")
+    assert 11 not in world.told("confirm")
+
+
+@pytest.mark.parametrize("meanwhile", [0, 1], ids=["nothing else is written", "the sink goes on"])
+async def test_a_save_whose_answer_is_lost_is_its_own(meanwhile: int) -> None:
+    """The database had it: after a reconnect nobody takes it for another replicator's, and the stream goes on.
+
+    Also a lane that waits for the next checkpoint because a crash would repeat too much.
+    """
+    world = World("a")
+    world.sinks[0].max_events, world.sinks[0].max_repeats = 1, 1 + meanwhile
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.lost_answers = 1
+        world.commit(10)
+        await world.until(lambda: world.stored is not None and 11 == world.stored.end_lsn)
+        world.commit(20)
+        if meanwhile:
+            await world.until(lambda: 21 in world.told("save failed"))
+        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        await world.until(lambda: 2 == len(world.starts))
+        world.failures = []
+        world.commit(20)
+        world.commit(30)
+        await world.until(lambda: 31 in world.told("confirm"))
+    assert [START, 11] == world.starts
+    assert [[10], [20], [30]] == world.told("write a")
+
+
+async def test_trouble_with_a_look_up_passes() -> None:
+    """The same rows are given again, and we are ready again afterwards."""
+    world = World("a")
+    world.look_ups = [SourceUnavailable(detail="cut off")] * 2
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        assert world.pipeline.trouble == ""
+
+
+async def test_a_stop_before_anything_is_connected_ends_at_once() -> None:
+    """While PostgreSQL or the checkpoint database is away: nothing to save, nothing to confirm."""
+    world = World("a")
+    world.failures = [CheckpointUnavailable(detail="away")] * 100_000
+    async with world.running():
+        await world.until(lambda: "away" in world.pipeline.trouble)
+    assert world.told("confirm") == []
+
+
+async def test_a_lane_that_is_held_back_does_not_wait_for_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the next checkpoint at once, and so goes on however long the pause between two of them is."""
+    monkeypatch.setitem(SETTINGS, "checkpoint_interval_seconds", 60)
+    world = World("a")
+    [sink] = world.sinks
+    sink.max_events, sink.max_repeats = 1, 2
+    async with world.running():
+        for commit_lsn in range(10, 100, 10):
+            world.commit(commit_lsn)
+        await world.until(lambda: 9 == len(world.told("write a")))
+    assert 4 <= len(world.told("save"))

@@ -1,0 +1,169 @@
+"""What the Redis scripts are called with, and what Redis's errors mean: no server needed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterCrossSlotError,
+    ConnectionError,  # noqa: A004  redis-py's name
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004  redis-py's name
+)
+
+from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.events import Event
+from replicator.contracts.settings import load
+from sinks.redis.errors import sink_error
+from sinks.redis.info import Info, findings
+from sinks.redis.keys import bucket_of, moment, pack, slide_call
+from sinks.redis.sink import RedisSettings
+
+NOW = 1_767_882_112.5
+YEAR_1_US = -62_135_596_800_000_000
+YEAR_9999_END_US = 253_402_300_799_999_999
+times_us = st.integers(YEAR_1_US, YEAR_9999_END_US)
+ids = st.integers(-(2**63), 2**63 - 1)
+
+
+def event(event_id: int, ts_us: int | None, key: int = 1) -> Event:
+    """An event with these."""
+    return Event(commit_lsn=1, ordinal=1, id=event_id, key=key, ts_us=ts_us, json=b"{}")
+
+
+@given(times_us, ids, times_us, ids)
+def test_moments_sort_as_the_pairs_do(ts_a: int, id_a: int, ts_b: int, id_b: int) -> None:
+    """Compared as text, moments order like (event_ts, event_id), over all years and ids."""
+    assert ((ts_a, id_a) < (ts_b, id_b)) == (moment(event(id_a, ts_a)) < moment(event(id_b, ts_b)))
+
+
+def test_moments_have_one_width() -> None:
+    """The extremes are as wide as everything between them."""
+    extremes = [event(-(2**63), YEAR_1_US), event(2**63 - 1, YEAR_9999_END_US), event(0, 0)]
+    extremes.append(Event(commit_lsn=2**64 - 1, ordinal=1, id=1, key=1, ts_us=1, json=b"{}"))
+    assert {58} == {len(moment(e)) for e in extremes}
+
+
+def test_the_later_view_of_an_event_is_the_newer() -> None:
+    """A backfill's, which brings corrected content, and never one that is replayed from LSN 0."""
+    views = [Event(commit_lsn=lsn, ordinal=1, id=7, key=1, ts_us=5, json=b"{}") for lsn in (0, 9, 10, 2**64 - 1)]
+    assert sorted(map(moment, views)) == [moment(view) for view in views]
+    assert moment(views[-1]) < moment(event(8, 5))
+    assert moment(event(7, 5))[:38] < moment(views[0]), "what an older release has stored"
+
+
+def test_an_event_without_a_time_is_refused() -> None:
+    """It is left out of the call; the reason names the column, no value."""
+    lost, kept = event(1, None), event(2, int(NOW * 1e6), key=7)
+    write = pack([lost, kept], NOW)
+    assert [lost] == [refusal.event for refusal in write.refused]
+    assert "event_ts" in write.refused[0].reason
+    expected = ["content:count:7"]
+    assert expected == [key for key in write.call.keys if key.startswith("content:count:")]
+
+
+@pytest.mark.parametrize(
+    ("age_seconds", "ranked"),
+    [(0, True), (890, True), (910, False), (-10_800, True), (-86_000, True), (-86_800, False)],
+)
+def test_what_gets_a_bucket(age_seconds: int, ranked: bool) -> None:
+    """Events whose bucket would have expired don't, nor those more than a day ahead; an event 3 hours ahead does."""
+    assert ranked == pack([event(1, int((NOW - age_seconds) * 1e6))], NOW).ranked
+
+
+@pytest.mark.parametrize("ahead_seconds", [0, 400, 850])
+def test_a_bucket_outlives_the_window_whatever_our_clock_says(ahead_seconds: int) -> None:
+    """It has to be there when it leaves the window, or what it holds stays in it: from its last write on for 15 min."""
+    call = pack([event(1, int(NOW * 1e6))], NOW + ahead_seconds).call
+    [start, keep] = call.args[5:7]
+    assert bucket_of(NOW) == start
+    assert 900 == keep
+    [later, keep] = pack([event(1, int((NOW + 3_600) * 1e6))], NOW).call.args[5:7]
+    assert bucket_of(NOW + 3_600) - NOW + 900 <= int(keep)
+    assert later == bucket_of(NOW + 3_600)
+
+
+def test_the_window_is_ten_minutes_of_buckets() -> None:
+    """All the window's buckets are among a slide's keys, each once."""
+    keys = slide_call(NOW).keys[2:]
+    window = [f"top:content:bucket:{start}" for start in range(bucket_of(NOW) - 595, bucket_of(NOW) + 1, 5)]
+    assert len(set(keys).intersection(window)) == 120
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (ConnectionError("Error 111 connecting to localhost:6379."), SinkUnavailable),
+        (TimeoutError("Timeout reading from localhost:6379"), SinkUnavailable),
+        (BusyLoadingError("Redis is loading the dataset in memory", status_code="LOADING"), SinkUnavailable),
+        (OutOfMemoryError("command not allowed when used memory > 'maxmemory'.", status_code="OOM"), SinkUnavailable),
+        (ResponseError("BUSY Redis is busy running a script."), SinkUnavailable),
+        (ResponseError("MISCONF Redis is configured to save RDB snapshots, but it can't"), SinkUnavailable),
+        (ResponseError("ERR Error running script (call to f_ab): @user_script: 9: -OOM no memory"), SinkUnavailable),
+        (AuthenticationError("Authentication required.", status_code="NOAUTH"), SinkMisconfigured),
+        (ResponseError("DB index is out of range"), SinkMisconfigured),
+        (ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), SinkMisconfigured),
+        (ClusterCrossSlotError("Keys in request don't hash to the same slot", status_code="CROSSSLOT"), SinkUnusable),
+        (ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"), SinkUnusable),
+        (ResponseError("unknown command 'EVALSHA'"), SinkUnusable),
+    ],
+)
+def test_what_errors_mean(exc: RedisError, expected: type[SinkError]) -> None:
+    """The class decides what the lane does."""
+    assert expected is type(sink_error("redis", exc))
+
+
+def test_arguments_are_not_repeated() -> None:
+    """Redis repeats arguments of a command it does not know; we don't."""
+    exc = ResponseError("unknown command 'EVALSHA', with args beginning with: 'ab' '9' 'content:count:42'")
+    assert "42" not in str(sink_error("redis", exc))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:secret@localhost",
+        "redis://:secret@localhost:port/0",
+        "redis://:secret@localhost?no_such_option=1",
+        "redis://:secret@localhost?db=x",
+        "",
+    ],
+)
+def test_unusable_urls_are_named_without_their_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the setting and what it takes."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", url)
+    with pytest.raises(SettingsError, match=r"REPLICATOR_REDIS_URL.*rediss://") as caught:
+        load(RedisSettings)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost:6379/0",
+        "rediss://user:secret@localhost:6380/1?ssl_cert_reqs=required&ssl_ca_certs=/etc/ssl/ca.pem",
+        "unix:///run/redis.sock?db=2",
+        "redis://localhost?socket_timeout=1.5",
+    ],
+)
+def test_usable_urls(url: str) -> None:
+    """Every form that redis-py takes."""
+    assert url == RedisSettings(redis_url=SecretStr(url)).redis_url.get_secret_value()
+
+
+def test_findings_tell_what_redis_forgets() -> None:
+    """Old versions and eviction fail the check; eviction without a limit, and no append-only file, don't."""
+    fine: Info = {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "allkeys-lru", "aof_enabled": 1}
+    expected = [True, True, True]
+    assert expected == [finding.ok for finding in findings(fine)]
+    bad: Info = {"redis_version": "5.0.7", "maxmemory": 1000, "maxmemory_policy": "allkeys-lru", "aof_enabled": 0}
+    expected = [False, False, True]
+    assert expected == [finding.ok for finding in findings(bad)]
+    assert all(finding.cure for finding in findings(bad) if not finding.ok)

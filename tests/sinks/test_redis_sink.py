@@ -1,0 +1,673 @@
+"""The Redis sink on a real Redis: exact counts whatever is repeated or killed, newest events, the window, faults."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import redis
+from pydantic import SecretStr
+
+from devstack import DevStack
+from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.events import Event
+from sinks.redis.sink import RedisSettings, RedisSink
+
+NOON = 1_767_873_600.0  # 2026-01-08T12:00:00Z, the start of a bucket
+WINDOW = "top:content:10m"
+DEADLINE_SECONDS = 30.0  # for what a background task or a server does soon
+
+
+class Clock:
+    """The replicator's clock, in our hand."""
+
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+class Server:
+    """Redis as a test looks at it, and time as Redis's keys feel it."""
+
+    def __init__(self, stack: DevStack) -> None:
+        self.service = stack.redis
+        self.client: Any = redis.Redis.from_url(stack.redis.url, decode_responses=True)
+
+    def cli(self, *words: str) -> str:
+        """What an operator sees."""
+        command = ["redis-cli", "-p", str(self.service.port), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def counts(self) -> dict[int, int]:
+        """Every content's count."""
+        keys = self.client.keys("content:count:*")
+        return {int(key.rpartition(":")[2]): int(self.client.get(key)) for key in keys}
+
+    def window(self) -> dict[int, int]:
+        """The ranking."""
+        return {int(member): int(score) for member, score in self.client.zrange(WINDOW, 0, -1, withscores=True)}
+
+    def pass_time(self, clock: Clock, seconds: float) -> None:
+        """Move the clock, and every key as far towards its end."""
+        clock.now += seconds
+        keys = self.client.keys("*")
+        with self.client.pipeline() as reading, self.client.pipeline() as changing:
+            for key in keys:
+                reading.pttl(key)
+            for key, left_ms in zip(keys, reading.execute(), strict=True):
+                if left_ms >= 0:
+                    changing.pexpire(key, max(0, left_ms - int(seconds * 1000)))
+            changing.execute()
+
+
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[DevStack]:
+    """A Redis that keeps what it answered over a kill."""
+    with DevStack("redis", redis_settings={"appendonly": "yes", "appendfsync": "always"}) as stack:
+        yield stack
+
+
+@pytest.fixture
+def server(module_stack: DevStack) -> Iterator[Server]:
+    """It, empty."""
+    found = Server(module_stack)
+    found.client.flushall()
+    yield found
+    found.client.close()
+
+
+def sink_at(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> RedisSink:
+    """A sink that is not open yet."""
+    settings = RedisSettings(redis_url=SecretStr(url), redis_timeout_seconds=timeout_seconds)
+    return RedisSink(settings, clock=clock) if clock else RedisSink(settings)
+
+
+@contextlib.asynccontextmanager
+async def unopened(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> AsyncIterator[RedisSink]:
+    """A sink whose window moves only when it is told to."""
+    sink = sink_at(url, clock, timeout_seconds=timeout_seconds)
+    try:
+        yield sink
+    finally:
+        await sink.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, clock: Clock | None = None) -> AsyncIterator[RedisSink]:
+    """A sink as a lane has it."""
+    async with unopened(url, clock) as sink:
+        await sink.open()
+        yield sink
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not condition():  # noqa: ASYNC110  the condition is in another process
+            await asyncio.sleep(0.01)
+    assert condition(), what
+
+
+def event(number: int, *, key: int = 1, at: float = NOON) -> Event:
+    """An event whose JSON tells its number."""
+    body = json.dumps({"event_id": number, "content_id": key}).encode()
+    return Event(commit_lsn=1, ordinal=1, id=number, key=key, ts_us=round(at * 1_000_000), json=body)
+
+
+def events(random_source: random.Random, first: int, count: int, *, contents: int = 50) -> list[Event]:
+    """Consecutive ids, out of order in time."""
+    return [
+        event(number, key=random_source.randrange(contents), at=NOON - random_source.uniform(0, 500))
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def random_source() -> random.Random:
+    """Repeatable with the printed seed."""
+    seed = random.randrange(2**32)  # noqa: S311  not a secret
+    print(f"seed {seed}")  # noqa: T201  shown when the test fails
+    return random.Random(seed)  # noqa: S311  not a secret
+
+
+async def test_keys_are_as_the_contract_says(server: Server) -> None:
+    """Types, values and expiries, as redis-cli shows them."""
+    async with opened(server.service.url, Clock(NOON + 2)) as sink:
+        assert list(await sink.write([event(10, key=7), event(11, key=7), event(12, key=-3)])) == []
+        assert json.loads(server.cli("GET", "content:last:7")) == {"event_id": 11, "content_id": 7}
+        assert server.cli("GET", "content:count:7") == "2"
+        assert server.cli("ZREVRANGE", WINDOW, "0", "10", "WITHSCORES").split() == ["7", "2", "-3", "1"]
+        bucket = f"top:content:bucket:{int(NOON)}"
+        assert server.cli("ZREVRANGE", bucket, "0", "10", "WITHSCORES").split() == ["7", "2", "-3", "1"]
+        assert server.cli("TTL", "content:count:7") == "-1"
+        assert 3590 <= int(server.cli("TTL", "content:last:7")) <= 3600
+        assert 110 <= int(server.cli("TTL", WINDOW)) <= 120
+        assert 890 <= int(server.cli("TTL", bucket)) <= 900
+
+
+async def test_replays_and_overlaps_count_once(server: Server, random_source: random.Random) -> None:
+    """Any stretch may come again, in any order, within a batch too."""
+    stream = events(random_source, 65_000, 3_000)  # over the border of two pages
+    async with opened(server.service.url, Clock()) as sink:
+        for _ in range(40):
+            start = random_source.randrange(len(stream))
+            stretch = stream[start : start + random_source.randrange(1, 1_000)]
+            await sink.write(random_source.sample(stretch + stretch[:50], len(stretch + stretch[:50])))
+        for start in range(0, len(stream), 700):
+            await sink.write(stream[start : start + 700])
+    assert server.counts() == Counter(e.key for e in stream)
+    assert server.window() == Counter(e.key for e in stream)
+
+
+async def test_another_sink_does_not_count_again(server: Server, random_source: random.Random) -> None:
+    """A restarted replicator and a backfill see the same bits."""
+    stream = events(random_source, 1, 500)
+    for _ in range(2):
+        async with opened(server.service.url, Clock()) as sink:
+            await sink.write(stream)
+    assert server.counts() == Counter(e.key for e in stream)
+
+
+async def test_extreme_ids_stay_exact(server: Server) -> None:
+    """Event and content ids beyond 2^53, up to both ends of 64 bits, are told apart."""
+    edges = [-(2**63), -(2**63) + 1, -(2**53) - 1, -65_537, -65_536, -1, 0, 65_535, 65_536, 2**53 + 1, 2**63 - 1]
+    async with opened(server.service.url, Clock()) as sink:
+        for _ in range(2):
+            await sink.write([event(number, key=key) for number in edges for key in [number]])
+        assert server.counts() == dict.fromkeys(edges, 1)
+        assert server.window() == dict.fromkeys(edges, 1)
+        assert json.loads(server.client.get(f"content:last:{2**63 - 1}"))["event_id"] == 2**63 - 1
+
+
+async def test_full_batches_of_distinct_everything(server: Server, random_source: random.Random) -> None:
+    """No limit of Lua is met when every event has its own page, content and bucket."""
+    async with opened(server.service.url, Clock()) as sink:
+        batch = [
+            event(n * 65_536, key=n, at=NOON + random_source.randrange(-800, 80_000)) for n in range(sink.max_events)
+        ]
+        for _ in range(2):
+            await sink.write(batch)
+        assert server.counts() == {e.key: 1 for e in batch}
+
+
+async def test_the_newest_event_stays(server: Server, random_source: random.Random) -> None:
+    """By event_ts, then by id, numerically, whatever the order of arrival."""
+    stream = [event(n, at=NOON - random_source.randrange(5)) for n in range(-200, 200)]
+    newest = max(stream, key=lambda e: (e.ts_us or 0, e.id))
+    random_source.shuffle(stream)
+    async with opened(server.service.url, Clock()) as sink:
+        for start in range(0, len(stream), 7):
+            await sink.write(stream[start : start + 7])
+        assert json.loads(server.client.get("content:last:1"))["event_id"] == newest.id
+
+
+@pytest.mark.parametrize(("older_at", "older_id"), [(NOON - 1e-6, 9), (NOON, 4), (-6e10, 10**15)])
+async def test_an_older_event_never_comes_back(server: Server, older_at: float, older_id: int) -> None:
+    """Not even after the newest has expired: an older one does not take its place, nor does a replay."""
+    async with opened(server.service.url, Clock()) as sink:
+        await sink.write([event(5)])
+        await sink.write([event(older_id, at=older_at)])
+        assert json.loads(server.client.get("content:last:1"))["event_id"] == 5
+        server.client.delete("content:last:1")
+        await sink.write([event(older_id, at=older_at), event(5)])
+        assert server.client.get("content:last:1") is None
+        await sink.write([event(6)])
+        assert json.loads(server.client.get("content:last:1"))["event_id"] == 6
+
+
+async def test_events_without_a_time_are_refused(server: Server) -> None:
+    """Nothing of them is counted, their neighbours are."""
+    lost = event(1, key=1)
+    lost.ts_us = None
+    async with opened(server.service.url, Clock()) as sink:
+        refused = await sink.write([lost, event(2, key=2)])
+        assert [refusal.event for refusal in refused] == [lost]
+        assert len(await sink.write([lost])) == 1
+    assert server.counts() == {2: 1}
+
+
+def expected_window(written: Sequence[Event], now: float, *, tolerance_seconds: float) -> Counter[int]:
+    """Events of the last ten minutes; the tolerance widens (or, negative, narrows) them on both ends."""
+    earliest, latest = now - 600 - tolerance_seconds, now + tolerance_seconds
+    return Counter(e.key for e in written if earliest <= (e.ts_us or 0) / 1e6 <= latest)
+
+
+def assert_window_right(server: Server, written: Sequence[Event], now: float) -> None:
+    """Within 10 s on either side."""
+    window = server.window()
+    least = expected_window(written, now, tolerance_seconds=-10)
+    most = expected_window(written, now, tolerance_seconds=10)
+    assert all(least[key] <= window.get(key, 0) <= most[key] for key in most | window), now
+    assert all(score > 0 for score in window.values())
+
+
+async def test_the_window_is_right_at_any_moment(server: Server, random_source: random.Random) -> None:
+    """Random traffic, late, early and repeated, over hours with pauses longer than every expiry, beside a recount."""
+    clock = Clock(NOON + random_source.random() * 60)
+    written: list[Event] = []
+    async with unopened(server.service.url, clock) as sink:
+        for _ in range(250):
+            gap = random_source.choice([0.3, 1, 4, 7, 55, 70, 119, 130, 595, 700, 1_000])
+            server.pass_time(clock, random_source.uniform(0, gap))
+            if random_source.random() < 0.7:
+                ahead = random_source.choice([0, 0, 30, 3_000])
+                batch = [
+                    event(len(written) + n, key=random_source.randrange(8), at=clock() + shift)
+                    for n in range(random_source.randrange(30))
+                    for shift in [random_source.uniform(-850, ahead)]
+                ]
+                written += batch
+                await sink.write(batch + random_source.sample(written, min(len(written), 5)))
+            await sink.slide()
+            assert_window_right(server, written, clock())
+    assert server.counts() == Counter(e.key for e in written)
+
+
+async def test_the_window_slides_by_itself(server: Server) -> None:
+    """With no traffic an event leaves after ten minutes, and one that lies three hours ahead enters in time."""
+    clock = Clock()
+    async with opened(server.service.url, clock) as sink:
+        await sink.write([event(1, key=1), event(2, key=2, at=NOON + 10_800), event(3, key=3, at=NOON + 90_000)])
+        assert server.window() == {1: 1}
+        clock.now += 606
+        await until(lambda: server.window() == {}, "it left")
+        clock.now = NOON + 10_800
+        await until(lambda: server.window() == {2: 1}, "it entered")
+
+
+async def test_a_clock_set_back_takes_the_window_along(server: Server) -> None:
+    """By little or by much."""
+    clock = Clock()
+    async with unopened(server.service.url, clock) as sink:
+        await sink.write([event(1, key=1), event(2, key=2, at=NOON - 30), event(3, key=3, at=NOON - 610)])
+        await sink.slide()
+        assert server.window() == {1: 1, 2: 1}
+        clock.now -= 20
+        await sink.slide()
+        assert server.window() == {2: 1, 3: 1}
+        clock.now -= 100
+        await sink.slide()
+        assert server.window() == {3: 1}
+        clock.now += 120
+        await sink.slide()
+        assert server.window() == {1: 1, 2: 1}
+
+
+async def test_the_window_ends_with_the_replicator(server: Server) -> None:
+    """A closed sink refreshes nothing, so that the window expires; an open one does."""
+    clock = Clock()
+    async with opened(server.service.url, clock) as sink:
+        await sink.write([event(1)])
+        server.client.expire(WINDOW, 5)
+        await until(lambda: server.client.ttl(WINDOW) > 110, "the expiry was refreshed")
+    server.pass_time(clock, 121)
+    assert server.client.exists(WINDOW) == 0
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFixture, *, resumes: bool) -> None:
+    """When it opens, and a second after it happened; not of a Redis that is new, nor of one that has it all."""
+    sink = sink_at(server.service.url)
+    sink.resumes = resumes
+    await sink.open()
+    assert resumes == ("was emptied" in caplog.text)
+    await sink.close()
+    caplog.clear()
+    again = sink_at(server.service.url)
+    again.resumes = True
+    await again.open()
+    try:
+        await again.write([event(1)])
+        assert "was emptied" not in caplog.text
+        server.client.flushall()
+        await until(lambda: "was emptied, or came back without its keys" in caplog.text, "it to be noticed")
+    finally:
+        await again.close()
+
+
+async def test_a_restart_is_said_once(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run_id is another run; two that answer in turn are told of once."""
+    async with unopened(server.service.url) as sink:
+        runs = iter(["a", "b", "a", "b", "c"])
+
+        async def info(_section: str) -> dict[str, str]:
+            return {"run_id": next(runs)}
+
+        monkeypatch.setattr(sink._redis, "info", info)  # noqa: SLF001  no server changes it that fast
+        for _ in range(5):
+            await sink._notice_a_loss()  # noqa: SLF001  once a second else
+    assert 2 == caplog.text.count("was restarted, or another one answers now")
+    assert "was emptied" not in caplog.text
+
+
+async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `asyncio.wait_for` does it until Python 3.12 when what it waits for ends at the same moment."""
+    sliding = asyncio.Event()
+
+    async def slide() -> None:
+        sliding.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    sink = sink_at(server.service.url, Clock())
+    await sink.open()
+    monkeypatch.setattr(sink, "slide", slide)
+    await sliding.wait()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await sink.close()
+
+
+@pytest.mark.parametrize("lost", [[WINDOW], ["top:content:window"], [WINDOW, "top:content:window"]])
+async def test_a_lost_window_is_built_anew(server: Server, lost: list[str]) -> None:
+    """From its buckets, with the next write at the latest."""
+    async with unopened(server.service.url, Clock()) as sink:
+        await sink.write([event(1, key=1), event(2, key=2, at=NOON - 590)])
+        server.client.delete(*lost)
+        await sink.write([event(3, key=1)])
+        assert server.window() == {1: 2, 2: 1}
+
+
+async def test_a_flushed_redis_starts_over(server: Server) -> None:
+    """Scripts and data gone under a running sink: the next write is right, its window too."""
+    async with opened(server.service.url, Clock()) as sink:
+        await sink.write([event(1)])
+        server.client.script_flush()
+        server.client.flushall()
+        await sink.write([event(2), event(3)])
+        assert server.counts() == {1: 2}
+        assert server.window() == {1: 2}
+
+
+async def test_kills_of_redis_lose_and_repeat_nothing(server: Server, random_source: random.Random) -> None:
+    """A lane's view: a batch that failed is written again when Redis is back, answered or not before."""
+    stream = events(random_source, 1, 6_000)
+    async with opened(server.service.url, Clock()) as sink:
+        batches = [stream[start : start + 200] for start in range(0, len(stream), 200)]
+        killed_at = random_source.sample(range(len(batches)), 4)
+        for i, batch in enumerate(batches):
+            writing = asyncio.create_task(sink.write(batch))
+            if i in killed_at:
+                for _ in range(random_source.randrange(30)):
+                    await asyncio.sleep(0)
+                await asyncio.to_thread(server.service.kill)
+                await asyncio.to_thread(server.service.start)
+                if isinstance((await asyncio.gather(writing, return_exceptions=True))[0], SinkUnavailable):
+                    await write_again(sink, batch)
+            else:
+                await write_again(sink, batch, writing)
+        assert server.counts() == Counter(e.key for e in stream)
+        assert server.window() == Counter(e.key for e in stream)
+
+
+async def write_again(sink: RedisSink, batch: list[Event], first: asyncio.Task[Any] | None = None) -> None:
+    """Until it is taken: the pool may still hold a connection to the Redis that was killed."""
+    for _ in range(10):
+        try:
+            await (first or sink.write(batch))
+        except SinkUnavailable:
+            first = None
+        else:
+            return
+    raise AssertionError("Redis is back and does not take the batch")
+
+
+async def test_a_write_may_be_cancelled_anywhere(server: Server, random_source: random.Random) -> None:
+    """It then counts as not written; written again it counts once, and no answer goes to the wrong caller."""
+    stream = events(random_source, 1, 20_000)
+    async with opened(server.service.url, Clock()) as sink:
+        for start in range(0, len(stream), 200):
+            batch = stream[start : start + 200]
+            writing = asyncio.create_task(sink.write(batch))
+            for _ in range(random_source.randrange(12)):
+                await asyncio.sleep(0)
+            writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writing
+            assert list(await sink.write(batch)) == []
+    assert server.counts() == Counter(e.key for e in stream)
+
+
+FOREIGN = ["content:count:1", "content:newest:1", "content:last:1", "engagement:seen:0", WINDOW, "top:content:window"]
+
+
+@pytest.mark.parametrize("key", [*FOREIGN, f"top:content:bucket:{int(NOON)}"])
+async def test_a_key_of_somebody_else_is_left_alone(server: Server, key: str) -> None:
+    """The write fails for good and with a cure, and has changed nothing, so that it counts once the key is gone."""
+    async with unopened(server.service.url, Clock()) as sink:
+        server.client.rpush(key, "theirs")
+        with pytest.raises(SinkUnusable, match="somebody else's"):
+            await sink.write([event(1), event(2, key=2)])
+        assert server.client.keys("*") == [key]
+        server.client.delete(key)
+        await sink.write([event(1), event(2, key=2)])
+        assert server.counts() == {1: 1, 2: 1}
+        assert server.window() == {1: 1, 2: 1}
+
+
+async def test_a_full_redis_takes_nothing_of_a_batch(server: Server) -> None:
+    """Out of memory: nothing is counted, and everything once there is memory again."""
+    async with opened(server.service.url, Clock()) as sink:
+        await sink.write([event(1)])
+        server.client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(SinkUnavailable, match="OOM"):
+                await sink.write([event(1), event(2)])
+            assert server.counts() == {1: 1}
+        finally:
+            server.client.config_set("maxmemory", 0)
+        await sink.write([event(1), event(2)])
+        assert server.counts() == {1: 2}
+        assert server.window() == {1: 2}
+
+
+async def test_a_replica_is_tried_again(server: Server) -> None:
+    """After a failover the connection may still be to the old primary: not now, on a new connection."""
+    async with unopened(server.service.url, Clock()) as sink:
+        await sink.write([event(1)])
+        server.client.replicaof("127.0.0.1", 1)
+        try:
+            with pytest.raises(SinkUnavailable, match="READONLY"):
+                await sink.write([event(2)])
+        finally:
+            server.client.replicaof("NO", "ONE")
+        await sink.write([event(2)])
+        assert server.counts() == {1: 2}
+
+
+async def test_a_redis_that_hangs_is_left_after_the_timeout(server: Server) -> None:
+    """Connections stay open and nothing is answered; what was sent before may still arrive, and counts once."""
+    async with unopened(server.service.url, Clock(), timeout_seconds=0.3) as sink:
+        await sink.write([event(1)])
+        server.service.pause()
+        try:
+            with pytest.raises(SinkUnavailable, match=r"(?i)timeout"):
+                await sink.write([event(2)])
+        finally:
+            server.service.resume()
+        await sink.write([event(2)])
+        assert server.counts() == {1: 2}
+
+
+async def test_an_unreachable_redis_is_tried_again(server: Server) -> None:
+    """The message has the address, never the password."""
+    server.service.kill()
+    try:
+        url = f"redis://user:secret@127.0.0.1:{server.service.port}/0"
+        async with unopened(url, Clock()) as sink:
+            with pytest.raises(SinkUnavailable, match=str(server.service.port)) as caught:
+                await sink.open()
+            assert "secret" not in str(caught.value)
+            (finding,) = await sink.check()
+            assert not finding.ok
+            assert "REPLICATOR_REDIS_URL" in finding.cure
+    finally:
+        server.service.start()
+
+
+async def test_a_failing_window_is_told_and_tried_again(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Logged when it begins and when it ends, raised by the next write, right again when its hindrance is gone."""
+    caplog.set_level(logging.INFO, "sinks.redis.sink")
+    async with opened(server.service.url, Clock()) as sink:
+        await sink.write([event(1)])
+        server.client.rename(WINDOW, "kept")
+        server.client.rpush(WINDOW, "theirs")
+        await until(lambda: "can't be kept right" in caplog.text, "it was logged")
+        with pytest.raises(SinkUnusable, match="somebody else's"):
+            await sink.write([event(2)])
+        server.client.delete(WINDOW)
+        await until(lambda: "kept right again" in caplog.text, "it goes on")
+        await sink.write([event(2)])
+        assert server.window() == {1: 2}
+
+
+async def test_a_bug_in_the_window_s_task_ends_the_next_write(server: Server) -> None:
+    """What nobody foresaw is neither lost nor waited for."""
+    clock = Clock()
+    async with unopened(server.service.url, clock) as sink:
+        await sink.open()
+        clock.now = cast("float", "no number")
+        others = asyncio.all_tasks() - {cast("asyncio.Task[Any]", asyncio.current_task())}
+        await asyncio.wait(others)
+        clock.now = NOON
+        with pytest.raises(TypeError):
+            await sink.write([event(1)])
+        with pytest.raises(TypeError):
+            await sink.close()
+
+
+@contextlib.contextmanager
+def acl_user(server: Server, *rules: str) -> Iterator[str]:
+    """The URL of a user with these rights."""
+    server.cli("ACL", "SETUSER", "writer", "on", ">secret", *rules)
+    try:
+        yield f"redis://writer:secret@127.0.0.1:{server.service.port}/0"
+    finally:
+        server.cli("ACL", "DELUSER", "writer")
+
+
+RIGHTS = "~content:* ~top:content:* ~engagement:seen:* +@read +@write +@scripting +@transaction +@connection +info"
+
+
+async def test_the_rights_that_the_cure_names_suffice(server: Server) -> None:
+    """For everything a sink does."""
+    with acl_user(server, *RIGHTS.split()) as url:
+        async with opened(url, Clock()) as sink:
+            assert [finding.ok for finding in await sink.check()] == [True] * 4
+            await sink.write([event(1)])
+    assert server.counts() == {1: 1}
+
+
+@pytest.mark.parametrize("missing", ["-evalsha", "-zincrby", "-expire", "-zunionstore", "-zremrangebyscore", "-setex"])
+async def test_a_missing_right_shows_before_the_first_event(server: Server, missing: str) -> None:
+    """At open, with the rights that are needed; nothing is left behind."""
+    with acl_user(server, *RIGHTS.split(), missing) as url:
+        async with unopened(url, Clock()) as sink:
+            with pytest.raises(SinkMisconfigured, match="ACL SETUSER"):
+                await sink.open()
+            (finding,) = await sink.check()
+            assert not finding.ok
+    assert server.client.keys("*") == []
+
+
+async def test_keys_out_of_reach_are_a_missing_right(server: Server) -> None:
+    """Nothing of the batch is written when the user may touch half of its keys."""
+    with acl_user(server, "~content:*", "+@all") as url:
+        async with unopened(url, Clock()) as sink:
+            with pytest.raises(SinkMisconfigured, match="NOPERM"):
+                await sink.write([event(1)])
+    assert server.client.keys("*") == []
+
+
+async def test_wrong_credentials_are_ours_to_correct(server: Server) -> None:
+    """Wrong password, no password, no such database: the settings are wrong, the events are not."""
+    port = server.service.port
+    async with unopened(f"redis://:secret@127.0.0.1:{port}/0") as sink:
+        with pytest.raises(SinkMisconfigured) as caught:
+            await sink.write([event(1)])
+        assert "secret" not in str(caught.value)
+    async with unopened(f"redis://127.0.0.1:{port}/99") as sink:
+        with pytest.raises(SinkMisconfigured, match="database number"):
+            await sink.write([event(1)])
+    server.client.config_set("requirepass", "secret")
+    try:
+        async with unopened(f"redis://127.0.0.1:{port}/0") as sink:
+            with pytest.raises(SinkMisconfigured, match=r"unauthenticated|Authentication"):
+                await sink.write([event(1)])
+    finally:
+        server.client.config_set("requirepass", "")
+
+
+async def test_check_leaves_no_trace(server: Server) -> None:
+    """Four lines, all fine here, and not a key."""
+    async with unopened(server.service.url) as sink:
+        assert await sink.create() == []
+        assert [finding.ok for finding in await sink.check()] == [True] * 4
+    assert server.client.keys("*") == []
+
+
+async def test_check_says_that_eviction_breaks_counts(server: Server) -> None:
+    """A limit with a policy that throws keys away fails, with the cure."""
+    server.client.config_set("maxmemory", "1gb")
+    server.client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        async with unopened(server.service.url) as sink:
+            (bad,) = [finding for finding in await sink.check() if not finding.ok]
+        assert "noeviction" in bad.cure
+    finally:
+        server.client.config_set("maxmemory", 0)
+        server.client.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_redis_cluster_is_named_as_the_reason() -> None:
+    """It can't change keys of several slots as one."""
+    with DevStack("redis", redis_settings={"cluster-enabled": "yes"}) as stack:
+        client: Any = redis.Redis.from_url(stack.redis.url)
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        await until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True), "up")
+        client.close()
+        async with unopened(stack.redis.url) as sink:
+            with pytest.raises(SinkUnusable, match="cluster mode"):
+                await sink.open()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=redis"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    return cert, key
+
+
+async def test_tls_and_its_options(server: Server, certificate: tuple[Path, Path]) -> None:
+    """rediss:// with our authority writes; without it the certificate is not trusted and the settings are at fault."""
+    cert, key = certificate
+    server.client.config_set("tls-key-file", str(key), "tls-cert-file", str(cert), "tls-auth-clients", "no")
+    server.client.config_set("tls-ca-cert-file", str(cert))
+    port = server.service.port + 1
+    server.client.config_set("tls-port", port)
+    try:
+        async with opened(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={cert}", Clock()) as sink:
+            await sink.write([event(1)])
+        async with unopened(f"rediss://127.0.0.1:{port}/0") as sink:
+            with pytest.raises(SinkMisconfigured, match="ssl_ca_certs"):
+                await sink.open()
+    finally:
+        server.client.config_set("tls-port", 0)
+    assert server.counts() == {1: 1}

@@ -1,0 +1,75 @@
+"""Whether every sink has exactly what PostgreSQL computes; `destinations.py` reads, this module judges."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tests.support.destinations import Destinations, Event, expected
+
+
+class Difference(NamedTuple):
+    """What a sink has beside what it should have, event by event; equal when all four are empty."""
+
+    missing: list[int]
+    """Event ids, sorted."""
+    surplus: list[int]
+    double: int
+    wrong: list[tuple[Event, Event]]
+    """As it should be and as it is."""
+
+    def __str__(self) -> str:
+        """In a few words, where pytest would print thousands of rows."""
+        return (
+            f"{len(self.missing)} are missing ({self.missing[:5]}…), {len(self.surplus)} too many"
+            f" ({self.surplus[:5]}…), {self.double} double, {len(self.wrong)} wrong ({self.wrong[:2]}…)"
+        )
+
+
+def assert_exact(dsn: str, destinations: Destinations) -> int:
+    """Every field of every event, in every sink. Returns how many repeats the API got."""
+    events = expected(dsn)
+    assert events, "a test without events can't fail"
+    assert_same(events, destinations.clickhouse(), "ClickHouse")
+    assert Counter(event["content_id"] for event in events) == destinations.counts()
+    assert newest(events) == destinations.last()
+    distinct, repeats = first_views(destinations.api())
+    assert_same(events, distinct, "the API")
+    return repeats
+
+
+def first_views(taken: list[Event]) -> tuple[list[Event], int]:
+    """What the API has taken, by id and each event once, and how many repeats there were; a repeat must be equal."""
+    distinct: dict[int, Event] = {}
+    for event in taken:
+        distinct.setdefault(event["event_id"], event)
+    wrong = [event for event in taken if event != distinct[event["event_id"]]]
+    assert [] == wrong[:3], f"{len(wrong)} repeats at the API differ from the first one"
+    return [distinct[event_id] for event_id in sorted(distinct)], len(taken) - len(distinct)
+
+
+def assert_same(events: list[Event], arrived: list[Event], where: str) -> None:
+    """Equal, each event once."""
+    if events != arrived:
+        raise AssertionError(f"{where}: of {len(events)} events {compare(events, arrived)}")
+
+
+def compare(events: list[Event], arrived: list[Event]) -> Difference:
+    """Whatever the order."""
+    wanted = {event["event_id"]: event for event in events}
+    found = {event["event_id"]: event for event in arrived}
+    return Difference(
+        missing=sorted(wanted.keys() - found.keys()),
+        surplus=sorted(found.keys() - wanted.keys()),
+        double=len(arrived) - len(found),
+        wrong=[(wanted[key], found[key]) for key in sorted(wanted.keys() & found.keys()) if wanted[key] != found[key]],
+    )
+
+
+def newest(events: Iterable[Event]) -> dict[int, Event]:
+    """Content → its last event, as Redis keeps it."""
+    last: dict[int, Event] = {}
+    for event in sorted(events, key=lambda event: (event["event_ts"], event["event_id"])):
+        last[event["content_id"]] = event
+    return last

@@ -1,0 +1,226 @@
+"""The real program as a child process: `python -m replicator` with nothing but environment variables.
+
+`destinations.py` reads what it has written; `conftest.py` gives every test one of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import psycopg
+
+from devstack.process import wait_until
+from tests.support.environment import SECRET
+
+ROOT = Path(__file__).parents[2]
+COMMAND_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
+CAUGHT_UP_TIMEOUT_SECONDS = 60.0
+ADMIN_TIMEOUT_SECONDS = 5.0
+
+ALTERED: tuple[str, ...] = ()
+"""How every program of this session is altered: `--breach` of pytest sets it."""
+
+_READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
+_CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+
+
+class Result(NamedTuple):
+    """What a command that has ended left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def assert_clean(text: str) -> None:
+    """Neither a traceback nor a secret."""
+    assert "Traceback" not in text
+    assert SECRET not in text
+
+
+def succeed(result: Result) -> str:
+    """What a command printed that did what it was to do."""
+    assert_clean(result.stdout + result.stderr)
+    assert 0 == result.code, result.stderr
+    return result.stdout
+
+
+class Program:
+    """One replicator: its settings, its process when it runs, its log.
+
+    `dsn` is a superuser's in the same database: for looking at the slot, not for the program.
+    """
+
+    def __init__(self, environment: Mapping[str, str], dsn: str, log: Path) -> None:
+        self.environment = dict(environment)
+        """REPLICATOR_* and nothing else; a test may change them before it starts the program."""
+        self.slot = self.environment["REPLICATOR_SLOT"]
+        self.altered: tuple[str, ...] = ALTERED
+        """Arguments for `tests/prove/failpoints.py`; none: the program as it is."""
+        self._dsn = dsn
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said_before = 0
+
+    def run(self, *arguments: str, **variables: str) -> Result:
+        """Run one command to its end. `variables` are settings for this one: `slot="x"` is REPLICATOR_SLOT=x."""
+        return self._run(self._command(arguments), variables)
+
+    def _run(self, command: list[str], variables: Mapping[str, str]) -> Result:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self._environment(variables),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            check=False,
+        )
+        self._note(f"$ {shlex.join(command[3:])} → {done.returncode}\n{done.stdout}{done.stderr}")
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def follow(self, command: str) -> Result:
+        """Type a command that a message has told: `python …`."""
+        python, *arguments = shlex.split(command, comments=True)
+        assert "python" == python
+        return self._run([sys.executable, "-W", "error", *arguments], {})
+
+    def move_to(self, dsn: str) -> None:
+        """Look for the slot there from now on; where the program reads is a setting."""
+        self._dsn = dsn
+
+    def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start it and return at once."""
+        assert not self.running, "it runs already"
+        self._said_before = len(self.log)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(arguments),
+                cwd=ROOT,
+                env=self._environment(variables),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return self._process
+
+    def start(self, *arguments: str, **variables: str) -> None:
+        """Start it and return when the stream runs and everything behind it is open."""
+        process = self.spawn(*arguments, **variables)
+
+        def reads() -> bool:
+            assert process.poll() is None, f"it ended with {process.returncode}:\n{self.log}"
+            return f"reading slot {self.slot} from" in self.said
+
+        wait_until(reads, "the replicator to read its slot")
+
+    def wait_for_log(self, text: str) -> None:
+        """Return when it has said this."""
+
+        def said() -> bool:
+            assert text in self.log or self.running, f"it ended with {self.process.returncode}:\n{self.log}"
+            return text in self.log
+
+        wait_until(said, f"the replicator to say {text!r}")
+
+    @property
+    def running(self) -> bool:
+        """Whether its process exists."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The one started last."""
+        assert self._process is not None, "it was never started"
+        return self._process
+
+    def wait_until_caught_up(self, timeout_seconds: float = CAUGHT_UP_TIMEOUT_SECONDS) -> None:
+        """Return when it has confirmed everything that is committed now: every sink has it then."""
+        with psycopg.connect(self._dsn, autocommit=True) as looking:
+            # What is committed is flushed. Later WAL of other databases needs no waiting for.
+            [lsn] = looking.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone() or ("0/0",)
+            wait_until(lambda: self._confirmed(looking, lsn), f"the slot to pass {lsn}", timeout_seconds)
+
+    def _confirmed(self, looking: psycopg.Connection, lsn: str) -> bool:
+        assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log}"
+        row = looking.execute(_CONFIRMED, [lsn, self.slot]).fetchone()
+        assert row is not None, f"there is no slot {self.slot}"
+        return bool(row[0])
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_TIMEOUT_SECONDS)
+
+    def admin(self, path: str) -> str:
+        """What an admin endpoint answers, whatever the status: `/readyz`, `/status`, `/metrics`."""
+        url = f"http://{self.environment['REPLICATOR_ADMIN_LISTEN']}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=ADMIN_TIMEOUT_SECONDS) as response:
+                return str(response.read().decode())
+        except urllib.error.HTTPError as exc:
+            return str(exc.read().decode())
+
+    def status(self) -> dict[str, Any]:
+        """What `/status` says."""
+        return dict(msgspec.json.decode(self.admin("/status")))
+
+    def kill(self) -> None:
+        """SIGKILL; on return PostgreSQL has noticed and the slot is free."""
+        self.process.kill()
+        self.process.wait()
+        with psycopg.connect(self._dsn, autocommit=True) as looking:
+            free = (None, (None,))
+            wait_until(lambda: looking.execute(_READER, [self.slot]).fetchone() in free, "the slot to be free")
+
+    def pause(self) -> None:
+        """SIGSTOP: it is there and does nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """See that nothing is left, whatever state it is in."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def log(self) -> str:
+        """Everything that it has said, on both streams, in all its lives."""
+        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+
+    @property
+    def said(self) -> str:
+        """The same, since it was started last."""
+        return self.log[self._said_before :]
+
+    def _note(self, text: str) -> None:
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(text)
+
+    def _command(self, arguments: tuple[str, ...]) -> list[str]:
+        program = ("tests.prove.failpoints", *self.altered, "--") if self.altered else ("replicator",)
+        return [sys.executable, "-W", "error", "-m", *program, *arguments]
+
+    def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
+        ours = {f"REPLICATOR_{name.upper()}": value for name, value in variables.items()}
+        return {**outside, **self.environment, **ours}
