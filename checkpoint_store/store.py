@@ -1,4 +1,4 @@
-"""`SqlCheckpointStore`: what `contracts.protocols.CheckpointStore` promises, on any database of SQLAlchemy's.
+"""`SqlCheckpointStore`: what `contracts.stores.CheckpointStore` promises, on any database of SQLAlchemy's.
 
 `schema` has the tables, `database` the connection and the durability of its commits.
 """
@@ -74,7 +74,7 @@ _DELETE_TASK = tasks.delete().where(_TASK)
 
 
 class SqlCheckpointStore:
-    """Checkpoints and dead letters in the database of a SQLAlchemy URL; see `protocols.CheckpointStore`."""
+    """Checkpoints and dead letters in the database of a SQLAlchemy URL; see `stores.CheckpointStore`."""
 
     def __init__(self, url: str) -> None:
         self._engine = database.open_engine(url)

@@ -1,4 +1,4 @@
-"""Everything that knows what an engagement event is; `replicator` drives it as a `protocols.Enricher`.
+"""Everything that knows what an engagement event is; `replicator` drives it as a `stream.Enricher`.
 
 Another table's pipeline is another package like this one: a module with a `create_enricher`.
 """
@@ -10,8 +10,8 @@ from datetime import datetime
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
 from enrichment.history import BEGINNING, END, EngagementHistory, Range
 from enrichment.ledger import EngagementLedger
-from replicator.contracts.protocols import Enricher
 from replicator.contracts.settings import load
+from replicator.contracts.stream import Enricher
 
 __all__ = [
     "BEGINNING",

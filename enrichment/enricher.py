@@ -1,4 +1,4 @@
-"""The engagement enricher: rows in stream order → events, as `contracts.protocols.Enricher` wants it.
+"""The engagement enricher: rows in stream order → events, as `contracts.stream.Enricher` wants it.
 
 Three steps: `engagement.py` reads the rows, `content.py` looks up what is not known, and then events are made and
 content changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed.
@@ -20,8 +20,8 @@ from enrichment.engagement import Draft, Reader, RowUnusable
 from enrichment.preflight import preflight
 from replicator.contracts.errors import SourceUnusable
 from replicator.contracts.events import DeadLetter, Event, Finding, Row
-from replicator.contracts.protocols import Enriched
 from replicator.contracts.settings import Settings
+from replicator.contracts.stream import Enriched
 
 HISTORY = """
 -- How many events there are, and the shortest range of whole seconds, end excluded, that holds them all; those at

@@ -25,7 +25,7 @@ from enrichment.database import Database
 from enrichment.dead_letters import dead_letter
 from enrichment.engagement import INT64_MAX, INT64_MIN, Content, Draft, Reader, RowUnusable
 from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
-from replicator.contracts.protocols import Enriched, Page
+from replicator.contracts.stream import Enriched, Page
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngagementHistory:
-    """`contracts.protocols.History` of `public.engagement_events`, for one range of time."""
+    """`contracts.stream.History` of `public.engagement_events`, for one range of time."""
 
     def __init__(self, dsn: str, wanted: Range) -> None:
         self._range = wanted
@@ -162,7 +162,7 @@ class EngagementHistory:
         await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
-        """See `protocols.History`. Reads the range once, to count it."""
+        """See `stream.History`. Reads the range once, to count it."""
         if not self._indexed:
             log.info("no index begins with event_ts, the table is read in the order of id; to be faster: %s", INDEX)
         [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range.parameters())
@@ -179,7 +179,7 @@ class EngagementHistory:
         return dict(await self._scans.rows(HOURS, self._range.parameters()))
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
-        """See `protocols.History`."""
+        """See `stream.History`."""
         here = _read_place(place)
         if here.id > here.last_id and here.order == "id":
             return None
@@ -199,7 +199,7 @@ class EngagementHistory:
 
 
 class PickedHistory:
-    """`contracts.protocols.History` of some events, whenever they were; ids that are gone are left out."""
+    """`contracts.stream.History` of some events, whenever they were; ids that are gone are left out."""
 
     def __init__(self, dsn: str, ids: Sequence[int]) -> None:
         self._ids = sorted(ids)
@@ -215,7 +215,7 @@ class PickedHistory:
         return "0", len(self._ids)
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
-        """See `protocols.History`."""
+        """See `stream.History`."""
         here = int(place)
         ids = self._ids[here : here + rows]
         if not ids:

@@ -1,4 +1,4 @@
-"""Which engagement events PostgreSQL has, as numbers that another place can compute as well; see `protocols.Ledger`.
+"""Which engagement events PostgreSQL has, as numbers that another place can compute as well; see `ledger.Ledger`.
 
 An event's line is its fields as text, `|` between them: integers as they are, `event_ts` in microseconds since 1970,
 text with its length before it (so that no two events have the same line), `engagement_seconds` in thousandths and
@@ -15,7 +15,7 @@ from typing import Any
 from enrichment.database import Database
 from enrichment.history import BEGINNING, END, INDEXED, PickedHistory, Range
 from replicator.contracts.events import Lsn, parse_lsn
-from replicator.contracts.protocols import Digest, Held, Part
+from replicator.contracts.ledger import Digest, EventDigest, Slice
 
 STATEMENT_SECONDS = 86_400
 """In effect none: reading a table once takes as long as it takes, some 400,000 events a second."""
@@ -73,7 +73,7 @@ _WITH_EXACT_EXTRACT = 140_000
 
 
 class EngagementLedger:
-    """`contracts.protocols.SourceLedger` of `public.engagement_events`."""
+    """`contracts.ledger.SourceLedger` of `public.engagement_events`."""
 
     def __init__(self, dsn: str, *, with_content: bool) -> None:
         self._dsn = dsn
@@ -98,29 +98,29 @@ class EngagementLedger:
         await self._scans.rows(f"{self._text(FIND)} LIMIT 0", {**_between(0, 0), "ids": []})  # the columns are there
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        """See `protocols.Ledger`."""
+        """See `ledger.Ledger`."""
         [(events, first, last)] = await self._scans.rows(self._text(SPAN), _between(start_us, end_us))
         return events, first or 0, last or 0
 
-    async def by_time(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_time(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests(await self._scans.rows(self._text(BY_TIME), _of(part)))
 
-    async def by_id(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_id(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests(await self._scans.rows(self._text(BY_ID), _of(part)))
 
-    async def held(self, part: Part) -> list[Held]:
-        """See `protocols.Ledger`."""
-        return [Held(*row) for row in await self._scans.rows(self._text(HELD), _of(part))]
+    async def held(self, part: Slice) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
+        return [EventDigest(*row) for row in await self._scans.rows(self._text(HELD), _of(part))]
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[Held]:
-        """See `protocols.Ledger`."""
+    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
         wanted = {**_between(start_us, end_us), "ids": list(ids)}
-        return [Held(*row) for row in await self._scans.rows(self._text(FIND), wanted)]
+        return [EventDigest(*row) for row in await self._scans.rows(self._text(FIND), wanted)]
 
     async def lsn(self) -> Lsn:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         [(text,)] = await self._scans.rows(LSN)
         lsn = parse_lsn(text)
         # At the end of a WAL page this is behind the next page's header, where no commit ends before there is one.
@@ -128,17 +128,17 @@ class EngagementLedger:
         return lsn - over if over <= PAGE_HEADER_BYTES else lsn
 
     async def next_transaction(self) -> int:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         [(number,)] = await self._scans.rows(NEXT_TRANSACTION)
         return int(number)
 
     async def oldest_transaction(self) -> int:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         [(number,)] = await self._scans.rows(OLDEST_TRANSACTION)
         return int(number)
 
     async def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[int]]:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         async for (packed,) in self._streams.stream(self._text(IDS), _between(start_us, end_us)):
             ids = array.array("q", packed)
             if sys.byteorder == "little":
@@ -146,7 +146,7 @@ class EngagementLedger:
             yield ids
 
     async def counts(self) -> AsyncIterator[Sequence[tuple[int, int]]]:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         chunk: list[tuple[int, int]] = []
         async for row in self._streams.stream(self._text(COUNTS), Range(BEGINNING, END).parameters()):
             chunk.append((row[0], row[1]))
@@ -156,12 +156,12 @@ class EngagementLedger:
         yield chunk
 
     async def counts_of(self, keys: Sequence[int]) -> dict[int, int]:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         wanted = {**Range(BEGINNING, END).parameters(), "keys": list(keys)}
         return dict(await self._scans.rows(self._text(COUNTS_OF), wanted))
 
     def picked(self, ids: Sequence[int]) -> PickedHistory:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         return PickedHistory(self._dsn, ids)
 
     async def close(self) -> None:
@@ -184,7 +184,7 @@ def _moment(us: int) -> str:
     return f"J{2_440_588 + days} {seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{fraction:06}+00"
 
 
-def _of(part: Part) -> dict[str, object]:
+def _of(part: Slice) -> dict[str, object]:
     return {
         **_between(part.start_us, part.end_us),
         "origin": part.origin_us,

@@ -26,8 +26,10 @@ from replicator.contracts.errors import (
     SourceUnavailable,
 )
 from replicator.contracts.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
-from replicator.contracts.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import OPERATOR_SECONDS, Lane, backoff, single, wait, weigh
@@ -106,7 +108,7 @@ class Pipeline:
         try:
             await self.commit()
         except CheckpointBackward as exc:
-            self._give_up(str(exc.facts["stored"]))
+            self._give_up(exc.stored)
 
     # -- from start to stop --------------------------------------------------------------------------------------
 
@@ -269,7 +271,6 @@ class Pipeline:
     def _open_lanes(self, checkpoint: Checkpoint) -> None:
         for sink in self._sinks:
             start = checkpoint.sinks.get(sink.name)
-            sink.resumes = start is not None and start.position > Position(0, 0)
             if start is None:
                 log.info(
                     "sink %s is new: it gets what is committed after %s", sink.name, format_lsn(checkpoint.end_lsn)
@@ -282,7 +283,6 @@ class Pipeline:
                 dead_letter=self.letters.keep,
                 on_progress=self._progress.set,
                 on_release=self.fan_out.release,
-                max_repeats=sink.max_repeats,
                 on_held_back=self._held_back.set,
             )
             self.fan_out.lanes.append(lane)

@@ -27,15 +27,15 @@ from checkpoint_store import SqlCheckpointStore
 from enrichment import EngagementHistory, EngagementLedger, create_history
 from replicator.cli.commands import stop_on_signals
 from replicator.contracts.errors import ReplicatorError, SinkError, SinkUnavailable, SourceError, SourceUnavailable
-from replicator.contracts.protocols import CheckpointStore, Sink
+from replicator.contracts.ledger import EventCounter
 from replicator.contracts.settings import CoreSettings, load
+from replicator.contracts.sink import CountsByHour, HasCounter, Mode, Sink
+from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.backfill import Backfill, Stage
 from replicator.delivery.lane import Lane
 from replicator.operations.logs import configure_logging
 from replicator.reconcile.compare import unseen
 from sinks import SINKS, create_sinks
-from sinks.redis.ledger import RedisLedger
-from sinks.redis.sink import RedisSink
 
 MANUAL = """\
 Sends every event with start <= event_ts < end, with today's content, through the same enrichment into the same sinks,
@@ -165,7 +165,7 @@ def iso(moment: datetime) -> str:
 
 async def _main(args: argparse.Namespace, settings: CoreSettings, resume: str) -> int:
     history = create_history(settings.postgres_dsn.get_secret_value(), args.start, args.end)
-    sinks = create_sinks(args.sinks, backfill=True)
+    sinks = create_sinks(args.sinks)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     task = f"backfill {iso(args.start)} {iso(args.end)} {','.join(sorted(sink.name for sink in sinks))}"
     parts = Parts(args, settings, history, sinks, store, task)
@@ -183,9 +183,9 @@ async def once(
     try:
         yield
     except SourceUnavailable as exc:
-        raise SourceError(detail=exc.facts["detail"]) from exc  # here it is not tried again, and neither is the next
+        raise SourceError(f"reading from PostgreSQL failed: {exc.detail}") from exc  # a one-off run does not retry
     except SinkUnavailable as exc:
-        raise SinkError(**exc.facts) from exc
+        raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
     finally:
         await history.close()
         for sink in sinks:
@@ -198,7 +198,7 @@ async def carry(parts: Parts, resume: str) -> int:
     await parts.history.open()
     for sink in parts.sinks:
         with suppress(SinkUnavailable):  # one that is away is waited for, one that can't be written to ends it now
-            await sink.open()
+            await sink.open(None, Mode.BACKFILL)
     run = Backfill(
         parts.settings,
         parts.history,
@@ -307,7 +307,7 @@ def _summary(run: Backfill, before: Stage, seconds: float) -> Iterator[str]:
 
 def _written(lane: Lane) -> str:
     taken = lane.progress.events - lane.progress.dead_letters
-    new: int | None = getattr(lane.sink, "new_events", None)  # a sink that can tell has it
+    new = lane.sink.new_events
     known = "" if new is None else f" ({new} new, {taken - new} already there)"
     refused = f", {lane.progress.dead_letters} dead letters" if lane.progress.dead_letters else ""
     return f"{taken} written{known}{refused}"
@@ -317,7 +317,7 @@ async def _dry_run(parts: Parts) -> int:
     """Events an hour, beside what the sinks have that can be asked for that."""
     source = await parts.history.hours()
     first, end = (round(moment.timestamp() * 1_000_000) for moment in (parts.args.start, parts.args.end))
-    found = {sink.name: await sink.hours(first, end) for sink in parts.sinks if hasattr(sink, "hours")}
+    found = {sink.name: await sink.hours(first, end) for sink in parts.sinks if isinstance(sink, CountsByHour)}
     print("  ".join([f"{'hour':<20}", f"{'postgresql':>12}", *(f"{name:>12}" for name in found)]))
     for hour in sorted(source.keys() | {hour for hours in found.values() for hour in hours}):
         counts = [source.get(hour, 0), *(hours.get(hour, 0) for hours in found.values())]
@@ -329,9 +329,9 @@ async def _dry_run(parts: Parts) -> int:
         if extra := sum((Counter(hours) - Counter(source)).values()):
             told.append(f"{extra} too many there")
     for sink in parts.sinks:
-        if isinstance(sink, RedisSink):
+        if isinstance(sink, HasCounter):
             try:
-                told.append(f"{await _uncounted(parts, sink, first, end)} not counted in {sink.name}")
+                told.append(f"{await _uncounted(parts, sink.counter(), first, end)} not counted in {sink.name}")
             except SinkUnavailable:
                 told.append(f"{sink.name} does not answer")
         elif sink.name not in found:
@@ -340,11 +340,11 @@ async def _dry_run(parts: Parts) -> int:
     return 0
 
 
-async def _uncounted(parts: Parts, sink: RedisSink, start_us: int, end_us: int) -> int:
+async def _uncounted(parts: Parts, counter: EventCounter, start_us: int, end_us: int) -> int:
     ledger = EngagementLedger(parts.settings.postgres_dsn.get_secret_value(), with_content=False)
     try:
         await ledger.open()
-        return sum([len(ids) async for ids in unseen(ledger, RedisLedger(sink), start_us, end_us)])
+        return sum([len(ids) async for ids in unseen(ledger, counter, start_us, end_us)])
     finally:
         await ledger.close()
 

@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 from replicator.contracts.errors import Overtaken, SettingsError, SlotInUse, SlotMissing, StreamGap
 from replicator.contracts.events import Checkpoint, DeadLetter, format_lsn
-from replicator.contracts.protocols import CheckpointStore, Enricher, Sink
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import Enricher
 from replicator.operations import check as preflight
 from replicator.operations import status as statuses
 from replicator.operations.http import Admin
@@ -268,7 +270,7 @@ async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> dict[int | Non
 
 async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[tuple[int, int], str]:
     """Why the sink refuses what it does, by position."""
-    await sink.open()
+    await sink.open(None, Mode.BACKFILL)
     restored = await enricher.restore(letters)
     refused = {(letter.commit_lsn, letter.ordinal): letter.reason for letter in restored.refused}
     for start in range(0, len(restored.events), sink.max_events):

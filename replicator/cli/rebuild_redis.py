@@ -18,8 +18,8 @@ from enrichment import BEGINNING, END, create_history
 from replicator.cli import commands
 from replicator.cli.backfill import OneLineParser, Parts, add_pace, carry, once
 from replicator.contracts.errors import SettingsError, SinkError
+from replicator.contracts.sink import Mode, Rebuildable
 from sinks import create_sinks
-from sinks.redis.sink import RedisSink
 
 MANUAL = """\
 Makes content:count:*, content:last:*, the rankings and the seen bits again after Redis has lost them (a flush, a crash
@@ -67,7 +67,7 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
     if args.from_empty and not args.yes and not commands.agreed(QUESTION):
         return 1
     history = create_history(given.dsn, BEGINNING, END)
-    sinks = create_sinks(["redis"], backfill=True)
+    sinks = create_sinks(["redis"])
     store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())
     parts = Parts(args, given.settings, history, sinks, store, "rebuild-redis")
     try:
@@ -80,9 +80,9 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
 
 async def _rebuild(parts: Parts) -> int:
     [redis] = parts.sinks
-    assert isinstance(redis, RedisSink)  # noqa: S101  for mypy
+    assert isinstance(redis, Rebuildable)  # noqa: S101  for mypy
     await parts.history.open()  # whatever can't be read, or written to: nothing is deleted before that is known
-    await redis.open()
+    await parts.sinks[0].open(None, Mode.BACKFILL)
     if parts.args.from_empty:
         await redis.generation()
         await asyncio.to_thread(parts.store.create)
@@ -91,7 +91,7 @@ async def _rebuild(parts: Parts) -> int:
     code = await carry(parts._replace(task=f"rebuild-redis {generation}"), _to_go_on(parts.args))
     if await redis.generation() != generation:
         detail = "it was emptied, restarted or replaced while it was filled. Run `rebuild-redis` again"
-        raise SinkError(sink="redis", detail=detail)
+        raise SinkError("redis", f"sink redis failed: {detail}")
     return code
 
 

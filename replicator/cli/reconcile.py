@@ -21,15 +21,16 @@ from replicator.cli import commands
 from replicator.cli.backfill import PAGE_ROWS, OneLineParser, add_range, count, iso, once
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.events import Lsn
-from replicator.contracts.protocols import CheckpointStore, Sink
+from replicator.contracts.ledger import EventCounter
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.backfill import Backfill, Stage
 from replicator.reconcile import compare
 from replicator.reconcile.compare import SETTLE_SECONDS, SETTLED, Comparison, Settled, Stream, Tally, Verdict
 from sinks import create_sinks
 from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.sink import ClickHouseSink
-from sinks.redis.ledger import RedisLedger
 from sinks.redis.sink import RedisSink
 
 MANUAL = """\
@@ -109,7 +110,7 @@ async def reconcile(given: commands.Parts, args: argparse.Namespace) -> int:
     if args.delete_extra and not args.repair:
         raise SettingsError(name="--delete-extra", problem="it is a part of --repair", expected="both, or neither")
     ledger = EngagementLedger(given.dsn, with_content=args.with_content)
-    sinks = create_sinks(args.sinks, backfill=True)
+    sinks = create_sinks(args.sinks)
     store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())
     try:
         async with once(ledger, sinks, store):
@@ -143,7 +144,7 @@ class _Run:
             await self._see_that_it_can_be_mended(sinks)
         for sink in sinks:
             if isinstance(sink, ClickHouseSink):
-                await sink.open()
+                await sink.open(None, Mode.BACKFILL)
                 await self._clickhouse(sink)
             elif isinstance(sink, RedisSink):
                 await self._redis(sink)
@@ -161,12 +162,12 @@ class _Run:
         finally:
             await history.close()
         for sink in sinks:
-            await sink.open()
+            await sink.open(None, Mode.BACKFILL)
 
     # -- ClickHouse ------------------------------------------------------------------------------------------------
 
     async def _clickhouse(self, sink: ClickHouseSink) -> None:
-        ledger = ClickHouseLedger(sink, with_content=self._args.with_content)
+        ledger = sink.ledger(with_content=self._args.with_content)
         settled = Settled(self._ledger, ledger, self._stream, self._args.wait)
         comparison = Comparison(self._ledger, ledger, *self._range, progress=log.info)
         missing, different, extra, left = Tally(), Tally(), Tally(), Tally()
@@ -204,7 +205,7 @@ class _Run:
     # -- Redis -----------------------------------------------------------------------------------------------------
 
     async def _redis(self, sink: RedisSink) -> None:
-        ledger = RedisLedger(sink)
+        ledger = sink.counter()
         uncounted, left = Tally(), Tally()
         async for suspects in compare.unseen(self._ledger, ledger, *self._range):
             ids = await compare.settled_unseen(self._ledger, ledger, self._stream, suspects)
@@ -220,7 +221,7 @@ class _Run:
         elif low:
             print(f"redis       {COUNTED_ANEW}")
 
-    async def _counts(self, ledger: RedisLedger) -> int:
+    async def _counts(self, ledger: EventCounter) -> int:
         """How many are too low."""
         suspects = array.array("q")  # 8 bytes each
         async for key in compare.suspicious_counts(self._ledger, ledger):
@@ -271,7 +272,7 @@ class _Run:
             await history.close()
 
 
-async def _is_empty(ledger: RedisLedger) -> bool:
+async def _is_empty(ledger: EventCounter) -> bool:
     """Whether it counts nothing at all."""
     async for keys in ledger.keys():
         if keys:

@@ -1,150 +1,267 @@
-"""Everything that can go wrong, as a tree. A docstring is the message: cause first, cure last.
+"""Everything that can go wrong, as a tree.
 
     ReplicatorError
     ├── SettingsError              exit code 2
     ├── SourceError
-    │   ├── SourceUnavailable      retried for ever
-    │   ├── SlotInUse              retried for ever: we are the standby
+    │   ├── SourceUnavailable      retried until it works
+    │   ├── SlotInUse              retried until it works: this process is the standby
     │   ├── SlotMissing, SlotLost, SlotInvalid
-    │   ├── StreamGap              the slot is not continuous with the checkpoint
+    │   ├── StreamGap              the slot does not continue where the checkpoint ends
     │   ├── SourceUnusable         wal_level, wal2json, rights, tables
     │   └── DecodeError
     ├── SinkError
-    │   ├── SinkUnavailable        retried for ever, with full jitter
+    │   ├── SinkUnavailable        retried with full jitter until it works
     │   ├── SinkMisconfigured      retried slowly and loudly: the settings are wrong, the events are not
-    │   ├── DeadLettersFull        waits, loudly, until somebody has looked at them
+    │   ├── DeadLettersFull        waits, loudly, until an operator has looked at them
     │   └── SinkUnusable           stops the program
     └── CheckpointError
-        ├── CheckpointUnavailable  retried for ever; nothing is confirmed meanwhile
+        ├── CheckpointUnavailable  retried until it works; nothing is confirmed meanwhile
         ├── CheckpointBackward
-        ├── Overtaken              the program begins anew, as the standby
+        ├── Overtaken              the program starts again, as the standby
         └── CheckpointUnusable
 
-What happened is said here; what to do about it is decided by who catches it (lane.py for sinks,
-pipeline.py for the source). Whatever nobody names stops the program with its message.
-Messages carry table, LSN and sink, never row values or secrets.
+An error says what happened (`problem`) and what the operator can do (`cure`). The handler decides what the program
+does: `delivery/lane.py` for sinks, `pipeline.py` for the source. An error that nobody handles stops the program and
+prints its message. Messages name table, LSN and sink; they never hold row values or secrets.
 """
 
 from __future__ import annotations
 
-import inspect
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def _program() -> str:
+    if given := os.environ.get("REPLICATOR_PROGRAM"):  # the container image knows how it is run from outside
+        return given
+    called = Path(sys.argv[0]) if sys.argv else Path()
+    if called.name == "replicator":
+        return "replicator" if shutil.which("replicator") == str(called) else shlex.quote(str(called))
+    if "replicator" in sys.orig_argv[1:3] or called.name == "backfill.py":
+        return f"{shlex.quote(sys.orig_argv[0])} -m replicator"
+    return "python -m replicator"
+
+
+PROGRAM = _program()
+"""How this program was called, so that the commands in messages can be pasted: `replicator`, `python -m replicator`."""
+
+
+def command(words: str) -> str:
+    """A command of this program, in backticks: `command("init")` is "`replicator init`" where that was typed."""
+    return f"`{PROGRAM} {words}`"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
 class ReplicatorError(Exception):
-    """The replicator failed: {detail}."""
+    """Base of all. `str(error)` is the problem and the cure as sentences."""
 
     exit_code = 1
 
-    def __init__(self, **facts: object) -> None:
-        template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
-        super().__init__(template.format(**facts))
-        self.facts = facts
+    def __init__(self, problem: str, cure: str = "") -> None:
+        super().__init__(" ".join(_sentence(part) for part in (problem, cure) if part))
+        self.problem = problem
+        """What happened."""
+        self.cure = cure
+        """What the operator can do, the exact command where there is one."""
 
 
 class SettingsError(ReplicatorError):
-    """{name} is unusable: {problem}. It takes {expected}."""
+    """A setting, or an argument, can't be used."""
 
     exit_code = 2
 
+    def __init__(self, *, name: str, problem: str, expected: str) -> None:
+        super().__init__(f"{name} is unusable: {problem}", f"It takes {expected}")
+        self.name = name
+
 
 class SourceError(ReplicatorError):
-    """Reading from PostgreSQL failed: {detail}."""
+    """PostgreSQL can't be read from."""
 
 
 class SourceUnavailable(SourceError):
-    """PostgreSQL is not reachable: {detail}. `run` tries again until it answers; if it should be up, look at
-    REPLICATOR_POSTGRES_DSN and pg_hba.conf."""
+    """PostgreSQL does not answer."""
+
+    def __init__(self, *, detail: str) -> None:
+        cure = "`run` retries until it answers; if it should be up, check REPLICATOR_POSTGRES_DSN and pg_hba.conf"
+        super().__init__(f"PostgreSQL is not reachable: {detail}", cure)
+        self.detail = detail
 
 
 class SlotInUse(SourceError):
-    """Replication slot {slot} is held by process {pid}. `run` waits for its turn as the standby, nothing to do if
-    another one is meant to run; to drop the slot, or to accept a gap, stop that one first."""
+    """Another process reads the slot."""
+
+    def __init__(self, *, slot: str, pid: object) -> None:
+        cure = (
+            "`run` waits as the standby: nothing to do if another replicator is meant to run. To drop the slot or to"
+            " accept a gap, stop that process first"
+        )
+        super().__init__(f"replication slot {slot} is held by process {pid}", cure)
 
 
 class SlotMissing(SourceError):
-    """Replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}: what is
-    committed from {since} until there is a new slot will be missing in the sinks. To go on:
-    `python -m replicator init --accept-gap` makes the slot and prints the `python backfill.py` command that brings
-    what is missing."""
+    """There is a checkpoint, but no slot."""
+
+    def __init__(self, *, slot: str, checkpoint: str, since: str) -> None:
+        problem = (
+            f"replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}."
+            f" What was committed since {since}, and is until there is a new slot, will be missing in the sinks"
+        )
+        cure = f"{command('init --accept-gap')} makes the slot and prints the backfill command for what is missing"
+        super().__init__(problem, cure)
 
 
 class SlotLost(SourceError):
-    """PostgreSQL has thrown away WAL that replication slot {slot} still needed (wal_status {wal_status}); it was
-    read up to {checkpoint}: what is committed from {since} until there is a new slot will be missing in the sinks. To
-    go on: raise max_slot_wal_keep_size, then `python -m replicator drop-slot`, then
-    `python -m replicator init --accept-gap`, which makes a new slot and prints the `python backfill.py` command that
-    brings what is missing."""
+    """PostgreSQL removed WAL that the slot still needed."""
+
+    def __init__(self, *, slot: str, wal_status: str | None, checkpoint: str, since: str) -> None:
+        problem = (
+            f"PostgreSQL has removed WAL that replication slot {slot} still needed (wal_status {wal_status}). It was"
+            f" read up to {checkpoint}. What was committed since {since}, and is until there is a new slot, will be"
+            " missing in the sinks"
+        )
+        cure = (
+            f"Raise max_slot_wal_keep_size, then run {command('drop-slot')}, then {command('init --accept-gap')}, which"
+            " makes a new slot and prints the backfill command for what is missing"
+        )
+        super().__init__(problem, cure)
 
 
 class SlotInvalid(SourceError):
-    """Replication slot {slot} can't be used: {problem}. Drop it or name another one in REPLICATOR_SLOT."""
+    """The slot is of another kind, or belongs to another database."""
+
+    def __init__(self, *, slot: str, problem: str) -> None:
+        cure = "Drop it, or name another one in REPLICATOR_SLOT"
+        super().__init__(f"replication slot {slot} can't be used: {problem}", cure)
 
 
 class StreamGap(SourceError):
-    """Replication slot {slot} is not continuous with the checkpoint: {problem}. What was committed from {since} until
-    now may be missing in the sinks. If that is understood: `python -m replicator init --accept-gap` begins where the
-    slot is, and prints the `python backfill.py` command that brings what is missing."""
+    """The slot does not continue where the checkpoint ends."""
+
+    def __init__(self, *, slot: str, problem: str, since: str) -> None:
+        cure = (
+            f"If that is understood, {command('init --accept-gap')} begins where the slot is and prints the backfill"
+            " command for what is missing"
+        )
+        super().__init__(
+            f"replication slot {slot} is not continuous with the checkpoint: {problem}. What was committed since"
+            f" {since} may be missing in the sinks",
+            cure,
+        )
 
 
 class SourceUnusable(SourceError):
-    """PostgreSQL can't be replicated from: {problem}. {cure}."""
+    """PostgreSQL can't be replicated from until an operator has changed something."""
+
+    def __init__(self, *, problem: str, cure: str) -> None:
+        super().__init__(f"PostgreSQL can't be replicated from: {problem}", cure)
+        self.detail = problem
 
 
 class DecodeError(SourceError):
-    """A message from wal2json at LSN {lsn} can't be understood: {problem}. If the plugin or its options were changed,
-    change them back; otherwise this is a bug worth reporting."""
+    """A message of the stream is not what wal2json sends."""
+
+    def __init__(self, *, lsn: str, problem: str) -> None:
+        cure = "If the plugin or its options were changed, change them back; otherwise please report this as a bug"
+        super().__init__(f"a message from wal2json at LSN {lsn} can't be understood: {problem}", cure)
 
 
 class SinkError(ReplicatorError):
-    """Sink {sink} failed: {detail}."""
+    """A sink failed. `detail` says how, without the sink's name."""
+
+    def __init__(self, sink: str, problem: str, cure: str = "", *, detail: str = "") -> None:
+        super().__init__(problem, cure)
+        self.sink = sink
+        self.detail = detail
 
 
 class SinkUnavailable(SinkError):
-    """Sink {sink} did not take the batch: {detail}. It is tried again until it does.
+    """The destination can't take events now. Retried until it does.
 
-    Raise with `retry_after` (seconds, float) when the destination named a time.
+    `retry_after`: seconds that the destination asked to be left alone, None if it did not.
     """
 
     def __init__(self, *, sink: str, detail: str, retry_after: float | None = None) -> None:
-        Exception.__init__(self, f"sink {sink} did not take the batch: {detail}; it is tried again until it does")
-        self.facts = {"sink": sink, "detail": detail}
+        problem = f"sink {sink} did not take the batch: {detail}"
+        super().__init__(sink, problem, "It is retried until it does", detail=detail)
         self.retry_after = retry_after
 
 
 class SinkMisconfigured(SinkError):
-    """Sink {sink} turns us away: {detail}. The events are kept and tried again slowly. {cure}."""
+    """The destination turns the replicator away, whatever the events are. Retried slowly."""
+
+    def __init__(self, *, sink: str, detail: str, cure: str) -> None:
+        problem = f"sink {sink} turns the replicator away: {detail}. The events are kept and retried slowly"
+        super().__init__(sink, problem, cure, detail=detail)
 
 
 class DeadLettersFull(SinkError):
-    """Sink {sink} refuses more than is kept: it has {stored} dead letters, {count} more would pass
-    REPLICATOR_DEAD_LETTERS_MAX, {limit}. Its events wait, and nothing is confirmed past them.
-    `python -m replicator dead-letters list --sink {sink}` says why they were refused; to go on, when that is mended,
-    `python -m replicator dead-letters replay --sink {sink}` delivers them, or
-    `python -m replicator dead-letters drop --sink {sink}` forgets them."""
+    """A sink refuses more events than may be kept."""
+
+    def __init__(self, *, sink: str, stored: int, count: int, limit: int) -> None:
+        of_sink = f"--sink {sink}"
+        problem = (
+            f"sink {sink} has {stored} dead letters; {count} more would pass the limit of {limit}. Its events wait, and"
+            " nothing is confirmed past them"
+        )
+        cure = (
+            f"{command(f'dead-letters list {of_sink}')} says why they were refused. Then"
+            f" {command(f'dead-letters replay {of_sink}')} delivers them, or {command(f'dead-letters drop {of_sink}')}"
+            " forgets them"
+        )
+        super().__init__(sink, problem, cure)
 
 
 class SinkUnusable(SinkError):
-    """Sink {sink} can't be written to: {detail}. {cure}."""
+    """No event can be written until an operator has changed something."""
+
+    def __init__(self, *, sink: str, detail: str, cure: str) -> None:
+        super().__init__(sink, f"sink {sink} can't be written to: {detail}", cure, detail=detail)
 
 
 class CheckpointError(ReplicatorError):
-    """The checkpoint database failed: {detail}."""
+    """The checkpoint database failed."""
 
 
 class CheckpointUnavailable(CheckpointError):
-    """The checkpoint database does not take what it is given: {detail}. Nothing is confirmed to PostgreSQL until it
-    does; see that what REPLICATOR_CHECKPOINT_URL names is reachable, writable and has room."""
+    """The checkpoint database does not store what it is given."""
+
+    def __init__(self, *, detail: str) -> None:
+        cure = (
+            "Nothing is confirmed to PostgreSQL until it does. Check that the database in REPLICATOR_CHECKPOINT_URL is"
+            " reachable, writable and has room"
+        )
+        super().__init__(f"the checkpoint database does not take what it is given: {detail}", cure)
 
 
 class CheckpointBackward(CheckpointError):
-    """The checkpoint of slot {slot} would go back from {stored} to {offered}. Another replicator uses the same slot
-    and checkpoint database; see that only one of them is active, then start this one again."""
+    """A checkpoint is older than the stored one."""
+
+    def __init__(self, *, slot: str, stored: str, offered: str) -> None:
+        cure = (
+            "Another replicator uses the same slot and checkpoint database. See that only one is active, then start"
+            " this one again"
+        )
+        super().__init__(f"the checkpoint of slot {slot} would go back from {stored} to {offered}", cure)
+        self.stored = stored
 
 
 class Overtaken(CheckpointError):
-    """Another replicator went on from {checkpoint} to {stored} while this one was cut off. It begins anew, as the
-    standby; see that the other one runs."""
+    """Another replicator moved the checkpoint while this one was cut off."""
+
+    def __init__(self, *, checkpoint: str, stored: str) -> None:
+        cure = "This one starts again, as the standby. See that the other one runs"
+        super().__init__(f"another replicator went on from {checkpoint} to {stored} while this one was cut off", cure)
 
 
 class CheckpointUnusable(CheckpointError):
-    """The checkpoint database can't be used: {problem}. {cure}."""
+    """The checkpoint database can't be used until an operator has changed something."""
+
+    def __init__(self, *, problem: str, cure: str) -> None:
+        super().__init__(f"the checkpoint database can't be used: {problem}", cure)

@@ -19,8 +19,10 @@ from msgspec import structs
 
 from replicator.contracts.errors import CheckpointUnavailable, SourceUnavailable
 from replicator.contracts.events import Batch, DeadLetter, Position, SinkPosition
-from replicator.contracts.protocols import CheckpointStore, History, Page, Sink
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import Lane, backoff, single, weigh
@@ -38,7 +40,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """How far a backfill is."""
 
     place: str
-    """Where the next page begins; see `protocols.History`."""
+    """Where the next page begins; see `stream.History`."""
     events: int
     """Events before it."""
     total: int
@@ -119,6 +121,7 @@ class Backfill:
             dead_letter=self._keep,
             on_progress=self._settle,
             on_release=self.fan_out.release,
+            mode=Mode.BACKFILL,
         )
 
     async def _drain(self, lanes: Sequence[asyncio.Task[None]]) -> None:

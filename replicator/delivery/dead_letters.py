@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable
 from replicator.contracts.events import DeadLetter, format_lsn
-from replicator.contracts.protocols import CheckpointStore
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import backoff
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import msgspec
 
 from replicator.contracts.errors import DeadLettersFull, SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Batch, DeadLetter, Event, Lsn, Position, Refusal, SinkPosition, format_lsn
-from replicator.contracts.protocols import Sink
+from replicator.contracts.sink import Mode, Sink
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Lane:
         dead_letter: DeadLetterWriter,
         on_progress: Callable[[], None],
         on_release: Callable[[Batch], None],
-        max_repeats: int | None = None,
+        mode: Mode = Mode.LIVE,
         on_held_back: Callable[[], None] = lambda: None,
     ) -> None:
         self.sink = sink
@@ -160,13 +160,15 @@ class Lane:
         """Why the sink takes nothing at the moment, in words; empty while it does."""
         self.needs_somebody = False
         """Nothing but an operator ends the trouble."""
+        self._start = start if start.position > Position(0, 0) else None
+        self._mode = mode
         self._accepted = start.position
         self._retry_max_seconds = retry_max_seconds
         self._dead_letter = dead_letter
         self._on_progress = on_progress
         self._on_release = on_release
         self._on_held_back = on_held_back
-        self._exposed = _Exposed(max_repeats, sink.max_events)
+        self._exposed = _Exposed(sink.max_repeats if mode is Mode.LIVE else None, sink.max_events)
         self._queue: deque[_Entry] = deque()
         self._head = 0  # events of the queue's first entry that are taken already
         self._waiting = 0
@@ -254,7 +256,7 @@ class Lane:
     async def run(self) -> None:
         """Write until stopped. Raises what the sink raises, except what is tried again."""
         async with asyncio.TaskGroup() as writes:
-            opened = await self._persist(self.sink.open)
+            opened = await self._persist(lambda: self.sink.open(self._start, self._mode))
             while opened and await self._ready():
                 write = self._take()
                 self._in_flight.append(write)

@@ -13,8 +13,10 @@ from psycopg import sql
 
 from replicator.contracts.errors import CheckpointError, SourceError, SourceUnavailable
 from replicator.contracts.events import Finding, format_lsn
-from replicator.contracts.protocols import CheckpointStore, Enricher, Sink
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import Enricher
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.wal2json import OPTIONS
@@ -110,7 +112,7 @@ def _plugin(connection: psycopg.Connection) -> Finding:
         return Finding(False, "wal2json: a new slot could not be made in 10 s", cure)
     except psycopg.Error as exc:
         problem = slots.unusable(exc.sqlstate, str(exc.diag.message_primary))
-        return Finding(False, f"wal2json: {problem.facts['problem']}", str(problem.facts["cure"]))
+        return Finding(False, f"wal2json: {problem.detail}", problem.cure)
     return Finding(True, "wal2json decodes with format-version 2 (release 2.0 or newer)")
 
 
@@ -122,7 +124,7 @@ async def _continuity(
     try:
         identity, state = await source.connect()
     except SourceUnavailable as exc:
-        yield Finding(False, f"replication connection: {exc.facts['detail']}", "Allow it in pg_hba.conf (database too)")
+        yield Finding(False, f"replication connection: {exc.detail}", "Allow it in pg_hba.conf (database too)")
         return
     finally:
         source.close()

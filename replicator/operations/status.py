@@ -16,8 +16,8 @@ import msgspec
 
 from replicator.contracts.errors import CheckpointError, SourceUnavailable
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
-from replicator.contracts.protocols import CheckpointStore
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import CheckpointStore
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
 

@@ -2,7 +2,7 @@
 
 `Comparison` finds the ids that differ at first sight, `Settled` looks at them again once the stream has brought what
 was committed before, and `judge` says what is missing, different or extra. What an event is, and where it stands, is
-known to the ledgers alone (`protocols.Ledger`). Memory holds some ten thousand events at a time, however many differ.
+known to the ledgers alone (`ledger.Ledger`). Memory holds some ten thousand events at a time, however many differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from typing import NamedTuple, TypeVar
 
 from replicator.contracts.events import Lsn, format_lsn
-from replicator.contracts.protocols import Counts, Digest, Held, Ledger, Part, SourceLedger
+from replicator.contracts.ledger import Digest, EventCounter, EventDigest, Ledger, Slice, SourceLedger
 from replicator.source import slot as slots
 
 BUCKETS = 4_096
@@ -45,9 +45,9 @@ class Verdict(NamedTuple):
 
     missing: list[int]
     """Ids at the source and not at the destination."""
-    different: list[Held]
+    different: list[EventDigest]
     """As the destination has them: another hash."""
-    extra: list[Held]
+    extra: list[EventDigest]
     """At the destination and not at the source."""
 
     def __bool__(self) -> bool:
@@ -80,7 +80,7 @@ class Tally:
 # -- pure ----------------------------------------------------------------------------------------------------------
 
 
-def judge(wanted: Iterable[Held], found: Iterable[Held]) -> Verdict:
+def judge(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> Verdict:
     """The same events at both sides, compared by their identity: id, time and key."""
     source = {row[:3]: row for row in wanted}
     there = {row[:3]: row for row in found}
@@ -91,7 +91,7 @@ def judge(wanted: Iterable[Held], found: Iterable[Held]) -> Verdict:
     )
 
 
-def suspects(wanted: Iterable[Held], found: Iterable[Held]) -> list[int]:
+def suspects(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> list[int]:
     """The ids of all events that are not the same at both sides."""
     return sorted({row[0] for row in {row[:4] for row in wanted} ^ {row[:4] for row in found}})
 
@@ -127,7 +127,7 @@ def prime_from(number: int) -> int:
     return number
 
 
-def sliced(part: Part, slices: int) -> Iterator[Part]:
+def sliced(part: Slice, slices: int) -> Iterator[Slice]:
     """The part's buckets, in so many pieces."""
     size = max(1, -(-len(part.buckets) // slices))
     return (part._replace(buckets=part.buckets[start : start + size]) for start in range(0, len(part.buckets), size))
@@ -170,7 +170,7 @@ class Comparison:
                 for start in range(0, len(ids), SETTLED):
                     yield ids[start : start + SETTLED], part.start_us, min(part.end_us, self._range[1])
 
-    async def _whole(self) -> Part | None:
+    async def _whole(self) -> Slice | None:
         """From the first event to the last; None when there is none."""
         spans = await self._both(lambda side: side.span(*self._range))
         self.events = (spans[0][0], spans[1][0])
@@ -179,9 +179,9 @@ class Comparison:
             return None
         first, behind = min(span[1] for span in there), max(span[2] for span in there) + 1
         width = max(1, -(-(behind - first) // BUCKETS))
-        return Part(first, width, tuple(range(-(-(behind - first) // width))))
+        return Slice(first, width, tuple(range(-(-(behind - first) // width))))
 
-    async def _digests(self, side: Ledger, whole: Part, slices: int) -> dict[int, Digest]:
+    async def _digests(self, side: Ledger, whole: Slice, slices: int) -> dict[int, Digest]:
         found: dict[int, Digest] = {}
         for part in sliced(whole, slices if side.sliced else 1):
             found |= await side.by_time(part)
@@ -189,7 +189,7 @@ class Comparison:
                 self._progress(f"{part.buckets[-1] + 1} of {len(whole.buckets)} stretches of time are read")
         return found
 
-    async def _divided(self, part: Part, events: int) -> AsyncIterator[Part]:
+    async def _divided(self, part: Slice, events: int) -> AsyncIterator[Slice]:
         """It, or, if that is one bucket with too many events, those of its parts that differ."""
         if events <= FETCHED:
             yield part
@@ -292,7 +292,7 @@ class WrongCount(NamedTuple):
         return f"{self.key} has {self.found} instead of {wanted}"
 
 
-async def suspicious_counts(source: SourceLedger, counted: Counts) -> AsyncIterator[int]:
+async def suspicious_counts(source: SourceLedger, counted: EventCounter) -> AsyncIterator[int]:
     """Keys whose count is not what the source has at this moment, both ways round."""
     known = array.array("q")
     async for chunk in source.counts():
@@ -308,7 +308,9 @@ async def suspicious_counts(source: SourceLedger, counted: Counts) -> AsyncItera
                 yield key
 
 
-async def wrong_counts(source: SourceLedger, counted: Counts, stream: Stream, keys: Sequence[int]) -> list[WrongCount]:
+async def wrong_counts(
+    source: SourceLedger, counted: EventCounter, stream: Stream, keys: Sequence[int]
+) -> list[WrongCount]:
     """Those that are below what was there before the stream passed, or above what is there afterwards."""
     keys = sorted(set(keys))
     least = await source.counts_of(keys)
@@ -331,7 +333,7 @@ async def stretches(source: SourceLedger, start_us: int, end_us: int) -> list[tu
     return [(start, min(start + width, last + 1)) for start in range(first, last + 1, width)]
 
 
-async def unseen(source: SourceLedger, counted: Counts, start_us: int, end_us: int) -> AsyncIterator[list[int]]:
+async def unseen(source: SourceLedger, counted: EventCounter, start_us: int, end_us: int) -> AsyncIterator[list[int]]:
     """Ids of the range that were not counted, at first sight, in chunks. No statement is open meanwhile."""
     for start, end in await stretches(source, start_us, end_us):
         found = array.array("q")  # 8 bytes each
@@ -341,7 +343,7 @@ async def unseen(source: SourceLedger, counted: Counts, start_us: int, end_us: i
             yield list(found[at : at + SETTLED])
 
 
-async def settled_unseen(source: SourceLedger, counted: Counts, stream: Stream, ids: Sequence[int]) -> list[int]:
+async def settled_unseen(source: SourceLedger, counted: EventCounter, stream: Stream, ids: Sequence[int]) -> list[int]:
     """Those that the stream has not brought either."""
     await stream.passed(await source.lsn())
     return await counted.unseen(ids)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from replicator.contracts.events import Checkpoint, format_lsn
-from replicator.contracts.protocols import Sink
+from replicator.contracts.sink import Sink
 
 MARGIN = timedelta(hours=1)
 """How much earlier the backfill begins: longer than nearly every transaction, and repeating costs little."""

@@ -1,16 +1,26 @@
-"""Which events ClickHouse has, as numbers that PostgreSQL can compute as well; see `protocols.Ledger`.
+"""Which events ClickHouse has, as numbers that PostgreSQL can compute as well; see `ledger.Ledger`.
 
 The line that an event is hashed from is described in `enrichment/ledger.py`, which makes the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from clickhouse_connect.driver.client import Client
 
-from replicator.contracts.protocols import Digest, Held, Part
-from sinks.clickhouse.sink import ClickHouseSink
+from replicator.contracts.ledger import Digest, EventDigest, Slice
+
+T = TypeVar("T")
+
+
+class Ask(Protocol):
+    """`ClickHouseSink.ask`."""
+
+    async def __call__(self, question: Callable[[Client, str], T]) -> T:
+        """What the function says, called with the client and the table's name."""
+
 
 CHUNK = 5_000
 """Ids or keys a statement: below ClickHouse's 256 kB for the text of one."""
@@ -56,41 +66,41 @@ NO_PART: Mapping[str, object] = {"origin": 0, "width": 1, "modulus": 1}
 
 
 class ClickHouseLedger:
-    """`contracts.protocols.Ledger` of `events_enriched`, each event once, whatever was sent again."""
+    """`contracts.ledger.Ledger` of `events_enriched`, each event once, whatever was sent again."""
 
     sliced = True
 
-    def __init__(self, sink: ClickHouseSink, *, with_content: bool) -> None:
-        self._sink = sink
+    def __init__(self, ask: Ask, *, with_content: bool) -> None:
+        self._ask = ask
         line = (*OWN_LINE, *CONTENT_LINE) if with_content else OWN_LINE
         self._with = WITH.format(line=", '|', ".join(line))
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        """See `protocols.Ledger`."""
+        """See `ledger.Ledger`."""
         [(events, first, last)] = await self._rows(SPAN, start=start_us, end=end_us)
         return events, first if events else 0, last if events else 0
 
-    async def by_time(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_time(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests(await self._rows(self._with + BY_TIME, **_of(part)))
 
-    async def by_id(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_id(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests(await self._rows(self._with + BY_ID, **_of(part)))
 
-    async def held(self, part: Part) -> list[Held]:
-        """See `protocols.Ledger`."""
-        return [Held(*row) for row in await self._rows(self._with + HELD, **_of(part))]
+    async def held(self, part: Slice) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
+        return [EventDigest(*row) for row in await self._rows(self._with + HELD, **_of(part))]
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[Held]:
-        """See `protocols.Ledger`."""
-        found: list[Held] = []
+    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
+        found: list[EventDigest] = []
         for start in range(0, len(ids), CHUNK):
             words = {**NO_PART, "start": start_us, "end": end_us, "ids": _list(ids[start : start + CHUNK])}
-            found += [Held(*row) for row in await self._rows(self._with + FIND, **words)]
+            found += [EventDigest(*row) for row in await self._rows(self._with + FIND, **words)]
         return found
 
-    async def delete(self, doomed: Sequence[Held]) -> None:
+    async def delete(self, doomed: Sequence[EventDigest]) -> None:
         """Exactly these rows; not those of the same event under another time or content."""
         for some in _chunks(doomed):
             times = [row.ts_us for row in some]
@@ -101,23 +111,23 @@ class ClickHouseLedger:
         def question(client: Client, table: str) -> Sequence[Sequence[int]]:
             return client.query(query.format(table=table, **words)).result_rows
 
-        return await self._sink.ask(question)
+        return await self._ask(question)
 
     async def _command(self, statement: str, **words: object) -> None:
         def question(client: Client, table: str) -> None:
             client.command(statement.format(table=table, **words))
 
-        await self._sink.ask(question)
+        await self._ask(question)
 
 
-def _chunks(rows: Sequence[Held]) -> Iterator[Sequence[Held]]:
+def _chunks(rows: Sequence[EventDigest]) -> Iterator[Sequence[EventDigest]]:
     """Few enough for a statement, and near each other in time."""
     ordered = sorted(rows, key=lambda row: row.ts_us)
     size = CHUNK // 2  # a key is three numbers
     return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
-def _of(part: Part) -> dict[str, object]:
+def _of(part: Slice) -> dict[str, object]:
     return {
         "start": part.start_us,
         "end": part.end_us,

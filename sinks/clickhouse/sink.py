@@ -23,10 +23,12 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from pydantic import Field, FilePath, SecretStr, field_validator
 
-from replicator.contracts.errors import SinkError, SinkUnusable
-from replicator.contracts.events import Event, Finding, Refusal
+from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
+from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings
+from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.errors import ValueRefused, translated
+from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
 from sinks.clickhouse.url import Address, parse_url
 
@@ -34,6 +36,8 @@ EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: what it had is missing. `python -m replicator init`"
     " prints the `python backfill.py` command that brings it; type that with --sinks clickhouse, while this goes on"
 )
+
+UNREACHED_CURE = "See that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
 
 _log = logging.getLogger(__name__)
 
@@ -116,13 +120,11 @@ class ClickHouseSettings(Settings):
         return url
 
 
-class ClickHouseSink:
-    """A `contracts.protocols.Sink`. The client blocks, so every call to it runs in a thread."""
+class ClickHouseSink(Sink, CountsByHour, HasLedger):
+    """A `contracts.sink.Sink`. The client blocks, so every call to it runs in a thread."""
 
     name = "clickhouse"
     concurrency = 1  # inserts of one table gain nothing side by side, and in order the latest view is the last
-    max_repeats: int | None = None  # a row that comes again replaces itself
-    resumes = False
 
     def __init__(self, settings: ClickHouseSettings) -> None:
         self.max_events = settings.clickhouse_max_events
@@ -144,9 +146,9 @@ class ClickHouseSink:
         """Reachable, the table as it should be, and an insert of no rows goes through."""
         return await asyncio.to_thread(self._check)
 
-    async def open(self) -> None:
+    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        await asyncio.to_thread(self._open)
+        await asyncio.to_thread(self._open, resumes=start is not None)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert, unless ClickHouse refuses a value in it.
@@ -169,6 +171,10 @@ class ClickHouseSink:
                 return question(client, self._table)
 
         return await asyncio.to_thread(answer)
+
+    def ledger(self, *, with_content: bool) -> ClickHouseLedger:
+        """Its rows, for a comparison."""
+        return ClickHouseLedger(self.ask, with_content=with_content)
 
     async def close(self) -> None:
         """Drop the connections, or free the embedded engine's directory."""
@@ -200,8 +206,8 @@ class ClickHouseSink:
             if problem is None:
                 self._insert_rows(b"")
         except SinkError as exc:
-            cure = exc.facts.get("cure", "See that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it")
-            return [Finding(False, f"ClickHouse at {self._address}: {exc.facts['detail']}", str(cure))]
+            cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
+            return [Finding(False, f"ClickHouse at {self._address}: {exc.detail}", cure)]
         if problem is not None:
             return [found, Finding(False, f"ClickHouse: {problem.what}", problem.cure)]
         return [found, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
@@ -214,9 +220,9 @@ class ClickHouseSink:
     def _find_problem(self) -> Problem | None:
         return find_problem(self._look(), self._address.database)
 
-    def _open(self) -> None:
+    def _open(self, *, resumes: bool) -> None:
         self._require_table()
-        if not self.resumes:
+        if not resumes:
             return
         client = self._connected()
         with self._translated():

@@ -33,6 +33,7 @@ from standardwebhooks import Webhook
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal
 from replicator.contracts.settings import Settings
+from replicator.contracts.sink import Sink
 from sinks.http.errors import refusal, status_text
 
 KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
@@ -215,15 +216,13 @@ class _Answer(aiohttp.ClientResponse):
         return self
 
 
-class HttpSink:
-    """POSTs events to the API in `settings`; see `contracts.protocols.Sink`.
+class HttpSink(Sink):
+    """POSTs events to the API in `settings`; see `contracts.sink.Sink`.
 
     `connect` makes the transport; tests put theirs there.
     """
 
     name = "http"
-    linger_seconds = 0.0
-    resumes = False
 
     def __init__(self, settings: HttpSettings, connect: Callable[[], httpx.AsyncBaseTransport] | None = None) -> None:
         url = httpx.URL(settings.http_url.get_secret_value())
@@ -244,10 +243,6 @@ class HttpSink:
         # again with the same events and must not send these again.
         self._settled: dict[Identity, str | None] = {}
 
-    async def create(self) -> list[str]:
-        """Nothing to make: the API is somebody else's."""
-        return []
-
     async def check(self) -> list[Finding]:
         """Ask with OPTIONS, which carries no event. It shows the way to the API; only a POST shows that it takes."""
         try:
@@ -255,12 +250,11 @@ class HttpSink:
             if response.status_code not in NO_OPTIONS:
                 refusal(response, sink=self.name, origin=self._origin)
         except SinkError as exc:
-            return [Finding(ok=False, what=str(exc.facts["detail"]), cure=str(exc.facts.get("cure", START_CURE)))]
+            return [
+                Finding(ok=False, what=exc.detail, cure=START_CURE if isinstance(exc, SinkUnavailable) else exc.cure)
+            ]
         answer = f"{self._origin} answers OPTIONS with {status_text(response.status_code)}"
         return [Finding(ok=True, what=f"{answer}; whether it takes events shows with the first one")]
-
-    async def open(self) -> None:
-        """Nothing to wait for: connections are made when a request needs one, and kept."""
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """POST `events`; returns those that the API refused when they stood alone, and those that JSON can't tell."""

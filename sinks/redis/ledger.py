@@ -1,48 +1,52 @@
-"""What Redis has counted, for a comparison; see `protocols.Counts`. `redis_batch.py` makes the keys and bits."""
+"""What Redis has counted, for a comparison; see `ledger.EventCounter`. `redis_batch.py` makes the keys and bits."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeAlias
 
 from replicator.contracts.errors import SinkUnusable
 from sinks.redis.errors import FOREIGN_CURE
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, PAGE_BITS, SEEN_PREFIX
-from sinks.redis.sink import RedisSink
 
 PAGES = 64  # half a megabyte an answer
 
 _is_integer = re.compile(r"0|-?[1-9][0-9]{0,18}").fullmatch
 
+Values: TypeAlias = Callable[[Sequence[str]], Awaitable[list[bytes | None]]]
+Scan: TypeAlias = Callable[[str], AsyncIterator[list[str]]]
+
 
 class RedisLedger:
-    """`contracts.protocols.Counts` of Redis."""
+    """`contracts.ledger.EventCounter` of Redis."""
 
-    def __init__(self, sink: RedisSink) -> None:
-        self._sink = sink
+    def __init__(self, values: Values, scan: Scan) -> None:
+        self._values = values
+        self._scan = scan
 
     async def counts(self, keys: Sequence[int]) -> list[int]:
-        """See `protocols.Counts`."""
-        found = await self._sink.values([f"{COUNT_PREFIX}{key}" for key in keys])
+        """See `ledger.EventCounter`."""
+        found = await self._values([f"{COUNT_PREFIX}{key}" for key in keys])
         try:
             return [int(value or b"0") for value in found]
         except ValueError:
             detail = "a key of content:count:* is not a number"
-            raise SinkUnusable(sink=self._sink.name, detail=detail, cure=FOREIGN_CURE) from None
+            raise SinkUnusable(sink="redis", detail=detail, cure=FOREIGN_CURE) from None
 
     async def keys(self) -> AsyncIterator[Sequence[int]]:
-        """See `protocols.Counts`. Keys that no content can have are somebody else's."""
-        async for page in self._sink.scan(COUNT_PREFIX + "*"):
+        """See `ledger.EventCounter`. Keys that no content can have are somebody else's."""
+        async for page in self._scan(COUNT_PREFIX + "*"):
             names = filter(_is_integer, (key.removeprefix(COUNT_PREFIX) for key in page))
             yield [key for key in map(int, names) if -(2**63) <= key < 2**63]
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
-        """See `protocols.Counts`."""
+        """See `ledger.EventCounter`."""
         pages = sorted({event_id >> PAGE_BITS for event_id in ids})
         unseen: list[int] = []
         for start in range(0, len(pages), PAGES):
             some = pages[start : start + PAGES]
-            found = await self._sink.values([f"{SEEN_PREFIX}{page}" for page in some])
+            found = await self._values([f"{SEEN_PREFIX}{page}" for page in some])
             bits = {page: value or b"" for page, value in zip(some, found, strict=True)}
             unseen += [event_id for event_id in ids if event_id >> PAGE_BITS in bits and not _is_set(bits, event_id)]
         return unseen

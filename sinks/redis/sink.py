@@ -25,12 +25,14 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from redis.typing import EncodableT
 
-from replicator.contracts.errors import SinkError
-from replicator.contracts.events import Event, Finding, Refusal
+from replicator.contracts.errors import SinkError, SinkUnavailable
+from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings, variable
+from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.errors import is_read_only, sink_error
 from sinks.redis.info import findings
 from sinks.redis.keys import BUCKET_SECONDS, GENERATION, PREFIXES, Call, pack, slide_call
+from sinks.redis.ledger import RedisLedger
 
 SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window as it begins
 EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
@@ -101,11 +103,11 @@ def _address(pool: ConnectionPool) -> str:
     return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
 
 
-class RedisSink:
-    """`contracts.protocols.Sink` on Redis; exact under replay, since each event's bit tells whether it was counted.
+class RedisSink(Sink, HasCounter, Rebuildable):
+    """`contracts.sink.Sink` on Redis; exact under replay, since each event's bit tells whether it was counted.
 
     What it keeps is as durable as Redis is: after a Redis that lost everything, a backfill brings it all back.
-    With `keeps_window` off (a backfill) events still go where they belong, but time is left to the replicator: a
+    In a backfill events still go where they belong, but time is left to the replicator: a
     window that nobody keeps any more expires, for it is gone rather than stale.
     """
 
@@ -116,12 +118,7 @@ class RedisSink:
         2  # one is with Redis while the other waits for its turn on a busy loop: half as fast again in a backlog
     )
 
-    max_repeats: int | None = None  # the seen bits tell an event that comes again
-    resumes = False
-
-    def __init__(
-        self, settings: RedisSettings, *, clock: Callable[[], float] = time.time, keeps_window: bool = True
-    ) -> None:
+    def __init__(self, settings: RedisSettings, *, clock: Callable[[], float] = time.time) -> None:
         self._url = settings.redis_url
         self._timeout_seconds = settings.redis_timeout_seconds
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)
@@ -130,23 +127,20 @@ class RedisSink:
         self._write_script = self._script("write.lua")
         self._slide_script = self._script("slide.lua")
         self._clock = clock
-        self._keeps_window = keeps_window
+        self._keeps_window = True
+        self._resumes = False
         self._slider: asyncio.Task[None] | None = None
         self._window_failed = False
         self._generation = ""
         self._generations: set[str] = set()
-        self.new_events = 0
-        """Events written that Redis had not counted before."""
+        self.new_events: int = 0
 
     def _script(self, name: str) -> AsyncScript:
         return self._redis.register_script((SCRIPTS / name).read_text(encoding="utf-8"))
 
-    async def create(self) -> list[str]:
-        """Nothing: keys come with the first event."""
-        return []
-
-    async def open(self) -> None:
+    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
         """Try everything on keys of a probe, bring the window to the present, and start to keep it there."""
+        self._resumes, self._keeps_window = start is not None, mode is Mode.LIVE
         await self._probe()
         if not self._keeps_window:
             return
@@ -160,18 +154,18 @@ class RedisSink:
         try:
             await self._probe()
         except SinkError as exc:
-            cure = exc.facts.get("cure", f"Start Redis, or correct {variable('redis_url')}")
-            return [Finding(False, f"Redis at {self._address}: {exc.facts['detail']}", str(cure))]
+            cure = f"Start Redis, or correct {variable('redis_url')}" if isinstance(exc, SinkUnavailable) else exc.cure
+            return [Finding(False, f"Redis at {self._address}: {exc.detail}", cure)]
         writable = Finding(True, f"Redis at {self._address} answers and may be written to")
         try:
             return [writable, *findings(await self._redis.info())]
         except NoPermissionError:
             return [writable, Finding(True, "Redis: version, eviction and persistence are unknown, INFO is denied")]
         except RedisError as exc:
-            return [writable, Finding(False, f"Redis: {sink_error(self.name, exc).facts['detail']}", "Try again")]
+            return [writable, Finding(False, f"Redis: {sink_error(self.name, exc).detail}", "Try again")]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """See `contracts.protocols.Sink`; also raises what ended the keeping of the window, or hinders it."""
+        """See `contracts.sink.Sink`; also raises what ended the keeping of the window, or hinders it."""
         if self._slider is not None and self._slider.done():
             self._slider.result()
         batch = pack(events, self._clock())
@@ -229,6 +223,10 @@ class RedisSink:
             if not cursor:
                 return
 
+    def counter(self) -> RedisLedger:
+        """Its counts, for a comparison."""
+        return RedisLedger(self.values, self.scan)
+
     async def empty(self) -> int:
         """Delete every key of ours, in one moment; how many there were. See `empty.lua`.
 
@@ -275,7 +273,7 @@ class RedisSink:
         """Say it when keys may be gone: writing goes on as if nothing had happened."""
         made, word = await self._generation_now()
         before, self._generation = self._generation, word
-        if before.split()[:1] != word.split()[:1] and (before or (made and self.resumes)):
+        if before.split()[:1] != word.split()[:1] and (before or (made and self._resumes)):
             _log.error(EMPTIED, self._address)
         elif before and word not in self._generations:  # behind some proxies there are several, in turn
             _log.error(RESTARTED, self._address)

@@ -312,14 +312,14 @@ def test_the_password_is_changed(
         hands.password(sink, WRONG)
     quick.spawn()
     for sink in ("clickhouse", "redis"):  # before it reads; the API is first asked with the first event
-        told = f"Sink {sink} turns us away"
+        told = f"Sink {sink} turns the replicator away"
         quick.wait_for_log(told)
         wait_until(lambda told=told: told in quick.admin("/readyz"), "it to say so")  # type: ignore[misc]  # mypy can't type a lambda's default
         hands.password(sink, RIGHT)
     hands.password("http", RIGHT)
     quick.wait_for_log("reading slot")
     for sink in SINKS:
-        told = f"Sink {sink} turns us away"
+        told = f"Sink {sink} turns the replicator away"
         mend = partial(hands.password, sink, RIGHT)
         endures(quick, source, sink, told, break_=partial(hands.password, sink, WRONG), mend=mend)
         assert re.search(rf"{told}: .*See that .*REPLICATOR_{sink.upper()}_", quick.log)

@@ -28,7 +28,7 @@ from msgspec import structs
 from checkpoint_store import SqlCheckpointStore
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Lsn, Row, SinkPosition, parse_lsn
-from replicator.contracts.protocols import Enriched
+from replicator.contracts.stream import Enriched
 from replicator.pipeline import Pipeline
 from replicator.source import slot, wal2json
 from replicator.source import stream as source

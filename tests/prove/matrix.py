@@ -3,8 +3,8 @@
     python -m tests.prove --case answered-redis/interleaved --seed 7
 
 A case begins with an empty database, slot, checkpoint and sinks. The program dies at the first passage of its place
-once a number of rows was received that the seed draws; `failpoints.py` does it. Started again as it is, it catches up, and
-every field of every event in every sink is compared with what PostgreSQL computes.
+once a number of rows was received that the seed draws; `failpoints.py` does it. Started again as it is, it catches
+up, and every field of every event in every sink is compared with what PostgreSQL computes.
 """
 
 from __future__ import annotations

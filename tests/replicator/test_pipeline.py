@@ -28,8 +28,10 @@ from replicator.contracts.events import (
     Row,
     SinkPosition,
 )
-from replicator.contracts.protocols import CheckpointStore, Enriched, Enricher, Sink
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import Enriched, Enricher
 from replicator.pipeline import Pipeline
 from replicator.source.slot import Identity, SlotState
 from replicator.source.stream import Source
@@ -194,14 +196,12 @@ class FakeStore:
         return {}
 
 
-class FakeSink:
+class FakeSink(Sink):
     """Does what the test says, then takes everything."""
 
-    resumes = False
     max_events = 100
     linger_seconds = 0.0
     concurrency = 1
-    max_repeats: int | None = None
 
     def __init__(self, name: str, world: World) -> None:
         self.name = name
@@ -216,9 +216,6 @@ class FakeSink:
     async def check(self) -> list[Finding]:
         """Nothing to look at."""
         return []
-
-    async def open(self) -> None:
-        """Nothing to connect to."""
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Notes what is durable now."""

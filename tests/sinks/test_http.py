@@ -524,5 +524,5 @@ class TestSettings:
             try:
                 shown += [refusal.reason for refusal in await sink.write(events(1))]
             except SinkError as exc:
-                shown += [str(exc), repr(exc), repr(exc.facts), repr(exc.__cause__)]
+                shown += [str(exc), repr(exc), repr(exc.detail), repr(exc.__cause__)]
             assert [text for text in [*shown, caplog.text] if "hunter2" in text or "aHVudGVyMg" in text] == []

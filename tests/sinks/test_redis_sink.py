@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from devstack import DevStack
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
-from replicator.contracts.events import Event
+from replicator.contracts.events import Event, Position, SinkPosition
 from sinks.redis.sink import RedisSettings, RedisSink
 
 NOON = 1_767_873_600.0  # 2026-01-08T12:00:00Z, the start of a bucket
@@ -110,6 +110,9 @@ async def opened(url: str, clock: Clock | None = None) -> AsyncIterator[RedisSin
     async with unopened(url, clock) as sink:
         await sink.open()
         yield sink
+
+
+WRITTEN = SinkPosition(position=Position(1, 1), end_lsn=2)
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -320,14 +323,12 @@ async def test_the_window_ends_with_the_replicator(server: Server) -> None:
 async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFixture, *, resumes: bool) -> None:
     """When it opens, and a second after it happened; not of a Redis that is new, nor of one that has it all."""
     sink = sink_at(server.service.url)
-    sink.resumes = resumes
-    await sink.open()
+    await sink.open(WRITTEN if resumes else None)
     assert resumes == ("was emptied" in caplog.text)
     await sink.close()
     caplog.clear()
     again = sink_at(server.service.url)
-    again.resumes = True
-    await again.open()
+    await again.open(WRITTEN)
     try:
         await again.write([event(1)])
         assert "was emptied" not in caplog.text

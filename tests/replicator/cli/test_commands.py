@@ -101,7 +101,7 @@ def test_a_slot_that_is_read_is_not_dropped(environment: Environment, tmp_path: 
     with environment.running(log) as process:
         wait_until(lambda: "reading slot" in log.read_text(encoding="utf-8"), "the stream to run")
         code, said = environment.run("drop-slot", "--yes")
-        assert (1, True) == (code, "stop that one first" in said)
+        assert (1, True) == (code, "stop that process first" in said)
         assert 0 == _ended(process, log)
     assert environment.run("drop-slot", "--yes")[0] == 0
     assert "there is no replication slot" in environment.run("drop-slot", "--yes")[1]
@@ -130,7 +130,7 @@ def test_a_stop_of_a_standby(environment: Environment, tmp_path: Path) -> None:
         wait_until(lambda: "reading slot" in first.read_text(encoding="utf-8"), "the stream to run")
         environment["REPLICATOR_ADMIN_LISTEN"] = ""
         with environment.running(second) as standby:
-            wait_until(lambda: "waits for its turn" in second.read_text(encoding="utf-8"), "the standby to wait")
+            wait_until(lambda: "waits as the standby" in second.read_text(encoding="utf-8"), "the standby to wait")
             assert 0 == _ended(standby, second)
         assert 0 == _ended(active, first)
 

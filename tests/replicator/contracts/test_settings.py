@@ -28,7 +28,7 @@ def refused(name: str) -> str:
     """The message of the error that names this setting."""
     with pytest.raises(SettingsError) as caught:
         load(CoreSettings)
-    assert name == caught.value.facts["name"]
+    assert name == caught.value.name
     assert caught.value.exit_code == 2
     return str(caught.value)
 

@@ -16,8 +16,9 @@ from enrichment.history import EngagementHistory, Range
 from replicator.cli import backfill
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import DeadLetter, Event, Finding, Position, Refusal
-from replicator.contracts.protocols import Enriched, Page
 from replicator.contracts.settings import CoreSettings, load
+from replicator.contracts.sink import Sink
+from replicator.contracts.stream import Enriched, Page
 from replicator.delivery.backfill import Backfill, Stage
 
 RANGE = ["--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
@@ -115,10 +116,9 @@ class FakeHistory:
         """Nothing to release."""
 
 
-class FakeSink:
+class FakeSink(Sink):
     """Takes everything, unless told otherwise."""
 
-    resumes = False
     linger_seconds = 0.0
     max_events = 2
     concurrency = 1
@@ -138,9 +138,6 @@ class FakeSink:
     async def check(self) -> list[Finding]:
         """Nothing to look at."""
         return []
-
-    async def open(self) -> None:
-        """Nothing to connect to."""
 
     async def close(self) -> None:
         """Nothing to release."""

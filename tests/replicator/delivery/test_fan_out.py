@@ -14,6 +14,7 @@ from msgspec import structs
 
 from replicator.contracts.errors import DeadLettersFull, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
+from replicator.contracts.sink import Sink
 from replicator.delivery import lane
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, Lane, backoff, weigh
@@ -21,12 +22,11 @@ from replicator.delivery.lane import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, Lane
 START = SinkPosition(position=Position(0, 0), end_lsn=5)
 
 
-class FakeSink:
+class FakeSink(Sink):
     """Does what the test says; a real server does not fail on a particular write."""
 
     name = "fake"
     linger_seconds = 0.0
-    resumes = False
 
     def __init__(self, max_events: int = 100, concurrency: int = 1, max_repeats: int | None = None) -> None:
         self.max_events = max_events
@@ -42,9 +42,6 @@ class FakeSink:
     async def check(self) -> list[Finding]:
         """Nothing to look at."""
         return []
-
-    async def open(self) -> None:
-        """Nothing to connect to."""
 
     async def close(self) -> None:
         """Nothing to release."""
@@ -71,7 +68,6 @@ class Harness:
             dead_letter=self._keep,
             on_progress=self.moved.set,
             on_release=self.fan_out.release,
-            max_repeats=sink.max_repeats,
             on_held_back=self.held_back.set,
         )
         self.fan_out.lanes.append(self.lane)
@@ -553,7 +549,7 @@ async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCapt
         await asyncio.sleep(0.01)
         assert START == harness.lane.done
         assert harness.lane.needs_somebody
-        assert "REPLICATOR_DEAD_LETTERS_MAX" in harness.lane.trouble
+        assert "would pass the limit of 1" in harness.lane.trouble
         room.set()
         await harness.until(15)
     assert "" == harness.lane.trouble

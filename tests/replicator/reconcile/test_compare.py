@@ -10,7 +10,8 @@ import pytest
 
 from enrichment.ledger import _moment
 from replicator.contracts.events import Lsn
-from replicator.contracts.protocols import Digest, Held, History, Part
+from replicator.contracts.ledger import Digest, EventDigest, Slice
+from replicator.contracts.stream import History
 from replicator.reconcile import compare as reconcile
 from replicator.reconcile.compare import (
     Comparison,
@@ -27,27 +28,27 @@ from replicator.reconcile.compare import (
 START_US, END_US = 0, 1_000_000_000
 
 
-def event(number: int, ts_us: int = 0, key: int = 1, value: int = 0) -> Held:
+def event(number: int, ts_us: int = 0, key: int = 1, value: int = 0) -> EventDigest:
     """With a hash of everything that it is."""
     digest = hashlib.md5(f"{number} {ts_us} {key} {value}".encode(), usedforsecurity=False).digest()
-    return Held(number, ts_us, key, int.from_bytes(digest[:8], "big") >> 4)
+    return EventDigest(number, ts_us, key, int.from_bytes(digest[:8], "big") >> 4)
 
 
 class Place:
-    """A `protocols.SourceLedger` in memory, as far as events go. Remembers how much was asked for at once."""
+    """A `ledger.SourceLedger` in memory, as far as events go. Remembers how much was asked for at once."""
 
-    def __init__(self, rows: Sequence[Held], *, sliced: bool = True) -> None:
+    def __init__(self, rows: Sequence[EventDigest], *, sliced: bool = True) -> None:
         self.rows = list(rows)
         self.sliced = sliced
         self.largest = 0
-        self.asked: list[Part] = []
+        self.asked: list[Slice] = []
         self.wal = 100
         self.open_transaction = 0
 
-    def _between(self, start_us: int, end_us: int) -> list[Held]:
+    def _between(self, start_us: int, end_us: int) -> list[EventDigest]:
         return [row for row in self.rows if start_us <= row.ts_us < end_us]
 
-    def _in(self, part: Part) -> list[tuple[int, int, Held]]:
+    def _in(self, part: Slice) -> list[tuple[int, int, EventDigest]]:
         self.asked.append(part)
         placed = (
             ((row.ts_us - part.origin_us) // part.width_us, row.id % part.modulus, row)
@@ -56,38 +57,38 @@ class Place:
         return [(bucket, left, row) for bucket, left, row in placed if bucket in part.buckets]
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        """See `protocols.Ledger`."""
+        """See `ledger.Ledger`."""
         times = [row.ts_us for row in self._between(start_us, end_us)]
         return len(times), min(times, default=0), max(times, default=0)
 
-    async def by_time(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_time(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests((bucket, row) for bucket, _, row in self._in(part))
 
-    async def by_id(self, part: Part) -> dict[int, Digest]:
-        """See `protocols.Ledger`."""
+    async def by_id(self, part: Slice) -> dict[int, Digest]:
+        """See `ledger.Ledger`."""
         return _digests((left, row) for _, left, row in self._in(part))
 
-    async def held(self, part: Part) -> list[Held]:
-        """See `protocols.Ledger`."""
+    async def held(self, part: Slice) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
         found = [row for _, left, row in self._in(part) if left in part.remainders]
         self.largest = max(self.largest, len(found))
         return found
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[Held]:
-        """See `protocols.Ledger`."""
+    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+        """See `ledger.Ledger`."""
         return [row for row in self._between(start_us, end_us) if row.id in set(ids)]
 
     async def lsn(self) -> Lsn:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         return self.wal
 
     async def next_transaction(self) -> int:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         return 50
 
     async def oldest_transaction(self) -> int:
-        """See `protocols.SourceLedger`."""
+        """See `ledger.SourceLedger`."""
         return self.open_transaction or 51
 
     def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[int]]:
@@ -228,17 +229,17 @@ async def test_an_open_transaction_makes_extra_uncertain(monkeypatch: pytest.Mon
 
 
 class Counted:
-    """`protocols.Counts` in memory."""
+    """`ledger.EventCounter` in memory."""
 
     def __init__(self, counts: dict[int, int]) -> None:
         self.found = counts
 
     async def counts(self, keys: Sequence[int]) -> list[int]:
-        """See `protocols.Counts`."""
+        """See `ledger.EventCounter`."""
         return [self.found.get(key, 0) for key in keys]
 
     async def keys(self) -> AsyncIterator[Sequence[int]]:
-        """See `protocols.Counts`."""
+        """See `ledger.EventCounter`."""
         yield list(self.found)
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:

@@ -45,7 +45,7 @@ def test_a_new_slot_needs_no_checkpoint() -> None:
     [
         (None, {}, SlotMissing, "init --accept-gap"),
         ({"wal_status": "lost"}, {}, SlotLost, "max_slot_wal_keep_size"),
-        ({"restart_lsn": None}, {}, SlotLost, "backfill.py"),
+        ({"restart_lsn": None}, {}, SlotLost, "backfill"),
         ({"plugin": "pgoutput"}, {}, SlotInvalid, "pgoutput"),
         ({"database": "other"}, {}, SlotInvalid, "database other"),
         ({"plugin": None, "database": None}, {}, SlotInvalid, "a physical slot"),

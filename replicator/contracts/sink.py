@@ -1,0 +1,110 @@
+"""What a destination implements: subclass `Sink`, and the capabilities that it has.
+
+A lane (`delivery/lane.py`) calls `write` with consecutive events and decides about retries; the command line asks for
+capabilities with `isinstance`, and says so where a sink lacks one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import Enum
+
+from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.ledger import EventCounter, Ledger
+
+
+class Mode(Enum):
+    """On whose behalf a sink is opened."""
+
+    LIVE = "live"
+    """By the replicator that follows the slot."""
+    BACKFILL = "backfill"
+    """By a command beside it: what goes by the clock, such as a sliding window, is left to the replicator."""
+
+
+class Sink(ABC):
+    """A destination."""
+
+    name: str
+    """As in REPLICATOR_SINKS; the key of its position in the checkpoint."""
+    max_events: int
+    """The most events one `write` gets."""
+    linger_seconds: float = 0.0
+    """How long a lane may wait for `max_events` to gather; 0: write what is there."""
+    concurrency: int = 1
+    """How many `write` calls may run at once. Above 1 their order is not kept."""
+    max_repeats: int | None = None
+    """The most events that a crash may make it see twice, at least `max_events`: a lane writes no more than so many
+    past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
+    new_events: int | None = None
+    """Events written that the destination did not have before; None if it can't tell."""
+
+    async def create(self) -> list[str]:
+        """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""
+        return []
+
+    async def check(self) -> list[Finding]:
+        """Preflight: reachable, writable, of the right shape? Leaves no trace. Never raises for a finding."""
+        return []
+
+    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: B027  optional
+        """Connect. Raises as `write` does; called again until it succeeds.
+
+        `start` is the last position that the sink wrote, None if it never wrote any. A sink that finds nothing at the
+        destination although it wrote before can say so.
+        """
+
+    @abstractmethod
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Make `events` durable at the destination, except those returned, which it will never take.
+
+        Called again with the very same events after SinkUnavailable or SinkMisconfigured, and with overlapping events
+        after a restart: the effect must be the same as of one call, as far as the destination allows. May be cancelled
+        at any await; the events then count as not written.
+
+        Raises:
+            SinkUnavailable: the destination can't take them now (network, timeout, overload). Retried.
+            SinkMisconfigured: it turns the replicator away (credentials, address, rights). Retried slowly, loudly.
+            SinkUnusable: it can never work like this (table missing, wrong shape). Stops the program.
+        """
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice, and without `open`."""
+        return
+
+
+class CountsByHour(ABC):
+    """A sink that can say how many events it has."""
+
+    @abstractmethod
+    async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
+        """Events with `start <= event_ts < end` by the start of their hour, in Unix seconds. Times in µs since 1970."""
+
+
+class HasLedger(ABC):
+    """A sink whose rows `reconcile` can compare with PostgreSQL's, field by field."""
+
+    @abstractmethod
+    def ledger(self, *, with_content: bool) -> Ledger:
+        """Its rows; `with_content` also compares the fields that come from the content."""
+
+
+class HasCounter(ABC):
+    """A sink that counts each event once, by content."""
+
+    @abstractmethod
+    def counter(self) -> EventCounter:
+        """Its counts."""
+
+
+class Rebuildable(ABC):
+    """A sink whose whole state can be made again from PostgreSQL."""
+
+    @abstractmethod
+    async def generation(self) -> str:
+        """A word that changes when the destination loses its data, is emptied, or may have gone back in time."""
+
+    @abstractmethod
+    async def empty(self) -> int:
+        """Delete all of the replicator's data there, atomically; how many keys that were."""

@@ -1,0 +1,72 @@
+"""What a checkpoint database keeps: checkpoints, dead letters, and how far a backfill is.
+
+Durably: a call that has returned survives a power cut. All methods block (call them in a thread) and raise
+CheckpointError when the database fails. `checkpoint_store` implements all three on any SQL database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from replicator.contracts.events import Checkpoint, DeadLetter
+
+
+class Checkpoints(Protocol):
+    """The durable position in each slot."""
+
+    def create(self) -> list[str]:
+        """Make the tables. Idempotent. A line for each thing done. Raises CheckpointUnusable if they are newer."""
+
+    def load(self, slot: str) -> Checkpoint | None:
+        """The slot's checkpoint with all its sinks' positions; None when there is none."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Store it in one database transaction. Sinks that are stored and not named stay as they are.
+
+        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is behind the stored one.
+        """
+
+    def replace(self, checkpoint: Checkpoint) -> None:
+        """Store it whatever was there: an operator accepted a gap. Sinks not named are removed.
+
+        Dead letters lose their position, which may be another event's from now on.
+        """
+
+    def close(self) -> None:
+        """Release connections. Safe to call twice."""
+
+
+class DeadLetterBox(Protocol):
+    """Events that a sink refused for good, until an operator replays or drops them."""
+
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> dict[str, int]:
+        """Store them in one database transaction. One that is there already is kept once.
+
+        Returns how many there are then, by sink. Raises DeadLettersFull, with nothing stored, when a sink would have
+        more than `most` and has some already. A batch is stored whole even if it exceeds `most`: otherwise one larger
+        than that could never be stored.
+        """
+
+    def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
+        """Oldest first; the page behind `after_id`."""
+
+    def count_dead_letters(self, slot: str) -> dict[str, int]:
+        """How many there are, by sink; sinks without any are absent."""
+
+    def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
+        """Remove these; how many there were."""
+
+
+class TaskProgress(Protocol):
+    """How far a task beside the stream is, a backfill for instance."""
+
+    def load_progress(self, slot: str, task: str) -> str | None:
+        """What was saved last for the task, in its own words; None when nothing is."""
+
+    def save_progress(self, slot: str, task: str, progress: str | None) -> None:
+        """Store it in one database transaction; None: the task is done, forget it. No checkpoint is touched."""
+
+
+class CheckpointStore(Checkpoints, DeadLetterBox, TaskProgress, Protocol):
+    """All three in one database."""

@@ -1,0 +1,95 @@
+"""Where events come from: an `Enricher` makes them from the rows of the slot, a `History` from the rows in the tables.
+
+Nobody inherits from these; the docstrings are the contract. `pipeline.py` drives the one, `delivery/backfill.py` the
+other; `enrichment` implements both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from replicator.contracts.events import DeadLetter, Event, Finding, Position, Row
+
+
+class Enriched(NamedTuple):
+    """What an enricher made of some rows."""
+
+    events: list[Event]
+    """In the order of the rows."""
+    refused: list[DeadLetter]
+    """Rows no event can be made of (`sink='enrichment'`), with their position and what is wrong."""
+
+
+class Enricher(Protocol):
+    """Turns rows of the slot's tables into events. Knows the tables; nothing in `replicator` does."""
+
+    tables: Sequence[str]
+    """What the slot must carry, schema-qualified, e.g. `public.engagement_events`."""
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Rows that make no event by their nature, counted by action (`U`, `D`, `T`); only ever grows."""
+
+    async def open(self) -> None:
+        """Connect. Raises SourceUnavailable (tried again) or SourceUnusable."""
+
+    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+        """Events for the rows that make one.
+
+        Called with every row of the stream once, in stream order, from one task. Rows may be repeated after a
+        reconnect and must give the same events. Raises SourceUnavailable when a look-up can't be made now: the same
+        rows are then given again; no state may have changed.
+        """
+
+    async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
+        """Events for dead letters, for a replay: from the event's JSON, or, for `enrichment`'s, from the row anew.
+
+        Order is kept; `refused` are those that still make no event. Raises SourceUnavailable.
+        """
+
+    async def history(self) -> str:
+        """What stands in the tables already and so never comes through a new slot, with the command that brings it.
+
+        In words for the operator; empty when there is nothing. Raises SourceUnavailable.
+        """
+
+    async def check(self) -> list[Finding]:
+        """Preflight: do the tables have what is needed? Never raises for a finding."""
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice, and without `open`."""
+
+
+class Page(NamedTuple):
+    """A stretch of history, read in one snapshot."""
+
+    enriched: Enriched
+    """As from the stream; may be empty. Every position in it is behind that of the page before."""
+    position: Position
+    """The last event's; without any, one between the page before and the next."""
+    place: str
+    """Where the next page begins, in the history's own words."""
+
+
+class History(Protocol):
+    """Reads what stands in the tables already, as the stream would have told it. Knows the tables.
+
+    An event's `commit_lsn` is where the WAL ended right after its page's snapshot was taken: behind the commit of every
+    row that the snapshot sees, so this view replaces the stream's, and before that of every row it does not see.
+    """
+
+    async def open(self) -> None:
+        """Connect, and look at the tables. Raises SourceUnavailable or SourceUnusable."""
+
+    async def begin(self) -> tuple[str, int]:
+        """The place of the first page, and how many events there are. Raises as `open`."""
+
+    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+        """The page that begins there, of at most so many rows; None at the end.
+
+        Raises as `open`; the same page may then be read again, and a place may be read from in another process.
+        """
+
+    async def close(self) -> None:
+        """Release connections. Safe to call twice."""
