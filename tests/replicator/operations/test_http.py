@@ -140,7 +140,7 @@ async def test_not_ready_over_a_slot_that_stands_still(
                 insert = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
                 connection.execute(insert)
             await replicator.until_ready_says(503, "the slot has not moved for")
-            assert "sink redis" in (await replicator.get("/readyz"))[1]
+            assert "Sink redis" in (await replicator.get("/readyz"))[1]
             assert 'replicator_sink_troubled{sink="redis"} 1.0' in (await replicator.get("/metrics"))[1]
         finally:
             stack.redis.start()
