@@ -1,40 +1,63 @@
-"""Destinations: each module is one, with its own settings; see `contracts.sink.Sink`.
+"""Destinations, a folder each; `contracts/sink.py` says what one implements.
 
-A new sink is a new module and a line in `SINKS`.
+A sink is a class with its own settings. Those in `BUILT_IN` are ours; an installed package adds others through the
+entry point group `replicator.sinks`, name → "module:Class".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.settings import Settings, load
-from replicator.contracts.sink import Sink
+from replicator.contracts.settings import Settings, load, variable
+from replicator.contracts.sink import Contract, Sink
 
-SINKS = {
-    "clickhouse": ("sinks.clickhouse.sink", "ClickHouseSink", "ClickHouseSettings"),
-    "redis": ("sinks.redis.sink", "RedisSink", "RedisSettings"),
-    "http": ("sinks.http.sink", "HttpSink", "HttpSettings"),
+GROUP = "replicator.sinks"
+
+BUILT_IN = {
+    "clickhouse": "sinks.clickhouse.sink:ClickHouseSink",
+    "redis": "sinks.redis.sink:RedisSink",
+    "http": "sinks.http.sink:HttpSink",
 }
-"""Name in REPLICATOR_SINKS → module, sink class, settings class; imported only when used."""
+"""Name in REPLICATOR_SINKS → "module:Class". Not entry points: a checkout that is not installed has none."""
+
+
+@cache
+def known_sinks() -> Mapping[str, EntryPoint]:
+    """Every sink there is, built-in or installed, by its name in REPLICATOR_SINKS. Imports none of them.
+
+    Raises SettingsError if two packages use one name.
+    """
+    found: dict[str, EntryPoint] = {name: EntryPoint(name, where, GROUP) for name, where in BUILT_IN.items()}
+    for entry in entry_points(group=GROUP):
+        first = found.setdefault(entry.name, entry)
+        if first.value != entry.value:
+            problem = f"two installed sinks are called {entry.name!r}: {first.value} and {entry.value}"
+            raise SettingsError(name=variable("sinks"), problem=problem, expected="sinks with different names")
+    return found
+
+
+def sink_names() -> str:
+    """The names of all sinks, for messages: "clickhouse, redis, http"."""
+    return ", ".join(known_sinks())
 
 
 def settings_classes() -> list[type[Settings]]:
-    """Of all sinks, configured or not."""
-    return [getattr(import_module(module), settings) for module, _, settings in SINKS.values()]
+    """The settings of all sinks, configured or not."""
+    return [_sink_class(name).settings_class for name in known_sinks()]
 
 
-def create_sinks(names: Iterable[str]) -> list[Sink]:
+def create_sinks(names: Iterable[str], contract: Contract = None) -> list[Sink]:
     """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
-    return [_create(name) for name in dict.fromkeys(names)]
+    classes = [_sink_class(name) for name in dict.fromkeys(names)]
+    return [sink_class(load(sink_class.settings_class), contract) for sink_class in classes]
 
 
-def _create(name: str) -> Sink:
-    if name not in SINKS:
-        expected = f"one or more of {', '.join(SINKS)}, separated by commas"
-        raise SettingsError(name="REPLICATOR_SINKS", problem=f"there is no sink {name!r}", expected=expected)
-    module_name, sink, settings = SINKS[name]
-    module = import_module(module_name)
-    created: Sink = getattr(module, sink)(load(getattr(module, settings)))
-    return created
+def _sink_class(name: str) -> type[Sink]:
+    if name not in known_sinks():
+        expected = f"one or more of {sink_names()}, separated by commas"
+        raise SettingsError(name=variable("sinks"), problem=f"there is no sink {name!r}", expected=expected)
+    found: type[Sink] = known_sinks()[name].load()
+    return found

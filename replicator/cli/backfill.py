@@ -35,7 +35,7 @@ from replicator.delivery.backfill import Backfill, Stage
 from replicator.delivery.lane import Lane
 from replicator.operations.logs import configure_logging
 from replicator.reconcile.compare import unseen
-from sinks import SINKS, create_sinks
+from sinks import create_sinks, known_sinks, sink_names
 
 MANUAL = """\
 Sends every event with start <= event_ts < end, with today's content, through the same enrichment into the same sinks,
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_sinks,
         default=DEFAULT_SINKS,
         metavar="NAMES",
-        help=f"of {', '.join(SINKS)}, separated by commas (default: {','.join(DEFAULT_SINKS)})",
+        help=f"of {sink_names()}, separated by commas (default: {','.join(DEFAULT_SINKS)})",
     )
     add_pace(parser)
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this range was")
@@ -143,8 +143,8 @@ def _time(text: str) -> datetime:
 
 def _sinks(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names or not SINKS.keys() >= set(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one or more of {', '.join(SINKS)}, separated by commas")
+    if not names or not known_sinks().keys() >= set(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one or more of {sink_names()}, separated by commas")
     return names
 
 

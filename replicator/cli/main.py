@@ -24,7 +24,7 @@ from replicator.cli.commands import Parts
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.contracts.settings import CoreSettings, load, unknown
 from replicator.operations.logs import configure_logging
-from sinks import SINKS, create_sinks, settings_classes
+from sinks import create_sinks, known_sinks, settings_classes
 
 MANUAL = """\
 Reads a PostgreSQL logical replication slot (wal2json), enriches every new row of engagement_events with its content,
@@ -89,7 +89,7 @@ def _add_dead_letters(sub: argparse._SubParsersAction[OneLineParser]) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument(
             "--sink",
-            choices=[*SINKS, ENRICHMENT],
+            choices=[*known_sinks(), ENRICHMENT],
             help="only this sink's (`enrichment`: rows that no event could be made of)",
         )
         action.add_argument(

@@ -9,9 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
+from typing import ClassVar, TypeAlias
 
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.ledger import EventCounter, Ledger
+from replicator.contracts.settings import Settings
+
+Contract: TypeAlias = object
+"""Stands for the declaration of the event's fields."""
 
 
 class Mode(Enum):
@@ -24,8 +29,10 @@ class Mode(Enum):
 
 
 class Sink(ABC):
-    """A destination."""
+    """A destination. `sinks.create_sinks` makes one as `sink_class(load(sink_class.settings_class), contract)`."""
 
+    settings_class: ClassVar[type[Settings]] = Settings
+    """Its options, each an environment variable; the default has none."""
     name: str
     """As in REPLICATOR_SINKS; the key of its position in the checkpoint."""
     max_events: int
@@ -39,6 +46,10 @@ class Sink(ABC):
     past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
+
+    def __init__(self, settings: Settings, contract: Contract = None) -> None:
+        self.settings = settings
+        self.contract = contract
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""

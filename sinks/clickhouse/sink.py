@@ -17,7 +17,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
@@ -26,7 +26,7 @@ from pydantic import Field, FilePath, SecretStr, field_validator
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
+from replicator.contracts.sink import Contract, CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.errors import ValueRefused, translated
 from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
@@ -124,9 +124,11 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
     """A `contracts.sink.Sink`. The client blocks, so every call to it runs in a thread."""
 
     name = "clickhouse"
+    settings_class: ClassVar = ClickHouseSettings
     concurrency = 1  # inserts of one table gain nothing side by side, and in order the latest view is the last
 
-    def __init__(self, settings: ClickHouseSettings) -> None:
+    def __init__(self, settings: ClickHouseSettings, contract: Contract = None) -> None:
+        super().__init__(settings, contract)
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
         self._settings = settings

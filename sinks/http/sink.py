@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeAlias, cast
+from typing import Annotated, ClassVar, TypeAlias, cast
 
 import aiohttp
 import httpx
@@ -33,7 +33,7 @@ from standardwebhooks import Webhook
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Contract, Sink
 from sinks.http.errors import refusal, status_text
 
 KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
@@ -223,8 +223,16 @@ class HttpSink(Sink):
     """
 
     name = "http"
+    settings_class: ClassVar = HttpSettings
 
-    def __init__(self, settings: HttpSettings, connect: Callable[[], httpx.AsyncBaseTransport] | None = None) -> None:
+    def __init__(
+        self,
+        settings: HttpSettings,
+        contract: Contract = None,
+        *,
+        connect: Callable[[], httpx.AsyncBaseTransport] | None = None,
+    ) -> None:
+        super().__init__(settings, contract)
         url = httpx.URL(settings.http_url.get_secret_value())
         self.max_events = settings.http_batch_size
         self.concurrency = settings.http_concurrency

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import hiredis
 from pydantic import Field, SecretStr, field_validator
@@ -28,7 +28,7 @@ from redis.typing import EncodableT
 from replicator.contracts.errors import SinkError, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings, variable
-from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
+from replicator.contracts.sink import Contract, HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.errors import is_read_only, sink_error
 from sinks.redis.info import findings
 from sinks.redis.keys import BUCKET_SECONDS, GENERATION, PREFIXES, Call, pack, slide_call
@@ -112,13 +112,17 @@ class RedisSink(Sink, HasCounter, Rebuildable):
     """
 
     name = "redis"
+    settings_class: ClassVar = RedisSettings
     max_events = 2_000  # touching 900 contents: 7 ms of Redis, which serves nobody else meanwhile, and 3 ms of ours
     linger_seconds = 0.0
     concurrency = (
         2  # one is with Redis while the other waits for its turn on a busy loop: half as fast again in a backlog
     )
 
-    def __init__(self, settings: RedisSettings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, settings: RedisSettings, contract: Contract = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(settings, contract)
         self._url = settings.redis_url
         self._timeout_seconds = settings.redis_timeout_seconds
         pool = _pool(settings.redis_url, settings.redis_timeout_seconds)

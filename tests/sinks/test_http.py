@@ -59,7 +59,7 @@ class Api:
 
     def sink(self, **settings: Any) -> HttpSink:
         """A sink that talks to it."""
-        return HttpSink(HttpSettings(**settings), lambda: httpx.MockTransport(self._handle))
+        return HttpSink(HttpSettings(**settings), connect=lambda: httpx.MockTransport(self._handle))
 
     async def _handle(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
