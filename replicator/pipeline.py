@@ -24,6 +24,7 @@ from replicator.contracts.errors import (
     SinkUnavailable,
     SlotInUse,
     SourceUnavailable,
+    command,
 )
 from replicator.contracts.events import Batch, Checkpoint, DeadLetter, Lsn, Position, Row, SinkPosition, format_lsn
 from replicator.contracts.settings import CoreSettings
@@ -33,8 +34,8 @@ from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import OPERATOR_SECONDS, Lane, backoff, single, wait, weigh
-from replicator.source import slot as slots
 from replicator.source.stream import Source
+from replicator.source.takeover import Beginning
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Pipeline:
         self._store = store
         self._created = False
         self._complained = 0.0
-        self._saving = asyncio.Lock()
+        self._beginning = Beginning(source, store, settings.slot, sinks)
         self._progress = asyncio.Event()
         self._held_back = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -161,7 +162,7 @@ class Pipeline:
             await self._progress.wait()
             self._progress.clear()
             try:
-                async with self._saving:
+                async with self._beginning.saving:
                     await self._commit_unless_overtaken()
             except CheckpointUnavailable as exc:  # a full disk, a database that restarts: nothing was confirmed
                 log.error("%s", exc)
@@ -213,7 +214,7 @@ class Pipeline:
     async def _create(self) -> None:
         """The checkpoint's tables; on the very first start also what the sinks need. As `init` does."""
         await asyncio.to_thread(self._store.create)
-        if await self._load() is None:
+        if await self._beginning.load() is None:
             for sink in self._sinks:
                 for line in await sink.create():
                     log.info("%s", line)
@@ -223,26 +224,15 @@ class Pipeline:
         """Take the slot and start the stream behind the durable checkpoint, if the two fit together."""
         if not self._created:
             await self._create()
-        identity, state = await self.source.connect()
-        checkpoint = await self._load()
-        slots.verify(self._settings.slot, state, identity, checkpoint)
-        if state is None:
-            state = await self.source.create_slot()
-            log.warning("made slot %s; `python -m replicator init` says how to bring older rows", self._settings.slot)
-        if checkpoint is None:
-            checkpoint = slots.first_checkpoint(self._settings.slot, state, identity)
-            await self._save_first(checkpoint)
-        await self.source.start(checkpoint.end_lsn)
+        taken = await self._beginning.take()
+        end_lsn = taken.checkpoint.end_lsn
+        if taken.created_slot:
+            log.warning("made slot %s; %s says how to bring older rows", self._settings.slot, command("init"))
+        await self.source.start(end_lsn)
         # The slot is ours from here on. Whoever had it may have saved once more before that.
-        await self._open(checkpoint.end_lsn, await self._load() or checkpoint)
+        await self._open(end_lsn, await self._beginning.load() or taken.checkpoint)
         self.trouble = ""
-        log.info("reading slot %s from %s", checkpoint.slot, format_lsn(checkpoint.end_lsn))
-
-    async def _save_first(self, checkpoint: Checkpoint) -> None:
-        try:
-            await asyncio.to_thread(self._store.save, checkpoint)
-        except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
-            raise SourceUnavailable(detail="another replicator took the slot first") from exc
+        log.info("reading slot %s from %s", self._settings.slot, format_lsn(end_lsn))
 
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
@@ -261,12 +251,6 @@ class Pipeline:
         """Somebody else moved the checkpoint to `stored`: nothing of ours is saved or confirmed any more."""
         mine, self.checkpoint = self.checkpoint, None
         raise Overtaken(checkpoint=format_lsn(mine.end_lsn) if mine else "nothing", stored=stored)
-
-    async def _load(self) -> Checkpoint | None:
-        """The durable checkpoint, with the sinks that are configured now."""
-        async with self._saving:  # not in the middle of a commit
-            stored = await asyncio.to_thread(self._store.load, self._settings.slot)
-        return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
 
     def _open_lanes(self, checkpoint: Checkpoint) -> None:
         for sink in self._sinks:

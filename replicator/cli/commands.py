@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from replicator.contracts.errors import Overtaken, SettingsError, SlotInUse, SlotMissing, StreamGap
-from replicator.contracts.events import Checkpoint, DeadLetter, format_lsn
+from replicator.contracts.errors import Overtaken, SettingsError
+from replicator.contracts.events import DeadLetter, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.contracts.stores import CheckpointStore
@@ -25,9 +25,8 @@ from replicator.operations import status as statuses
 from replicator.operations.http import Admin
 from replicator.operations.watchdog import Monitor
 from replicator.pipeline import Pipeline
-from replicator.source import gap
-from replicator.source import slot as slots
 from replicator.source.stream import Source
+from replicator.source.takeover import Beginning
 
 PAGE = 500
 """Dead letters in memory at once."""
@@ -124,48 +123,16 @@ async def init(parts: Parts, args: argparse.Namespace) -> int:
             for line in await sink.create():
                 print(line)
         with closing(parts.source()) as source:
-            checkpoint, to_bring = await _take_slot(parts, source, accept_gap=args.accept_gap)
-        print(f"slot {checkpoint.slot}: replication begins behind {format_lsn(checkpoint.end_lsn)}")
-        if not to_bring:
-            to_bring = [await parts.enricher.history() or "no older rows: nothing to backfill"]
-        print("\n".join(to_bring))
+            beginning = Beginning(source, parts.store, parts.settings.slot, parts.sinks)
+            taken = await beginning.take(accept_gap=args.accept_gap)
+        slot, end = taken.checkpoint.slot, format_lsn(taken.checkpoint.end_lsn)
+        if taken.created_slot:
+            print(f"made replication slot {slot}")
+        if args.accept_gap and taken.resumed:
+            print(f"there is no gap: the slot has everything behind the checkpoint, {end}")
+        print(f"slot {slot}: replication begins behind {end}")
+        print("\n".join(taken.gap or [await parts.enricher.history() or "no older rows: nothing to backfill"]))
     return 0
-
-
-async def _take_slot(parts: Parts, source: Source, *, accept_gap: bool) -> tuple[Checkpoint, list[str]]:
-    """Slot and checkpoint that fit together, both made if they are missing; and what an accepted gap came to."""
-    identity, state = await source.connect()
-    stored = await asyncio.to_thread(parts.store.load, parts.settings.slot)
-    known = _of_configured(stored, parts.sinks)
-    if accept_gap and known is not None and _is_gap(parts.settings.slot, state, identity, known):
-        known = None
-    slots.verify(parts.settings.slot, state, identity, known)
-    if state is None:
-        state = await source.create_slot()
-        print(f"made replication slot {parts.settings.slot}")
-    if known is not None:
-        return known, []
-    first = slots.first_checkpoint(parts.settings.slot, state, identity)
-    await asyncio.to_thread(parts.store.replace, first)
-    if stored is None or state is None:
-        return first, []
-    return first, list(gap.describe(stored, first, state.server_time, parts.sinks))
-
-
-def _is_gap(slot: str, state: slots.SlotState | None, identity: slots.Identity, known: Checkpoint) -> bool:
-    """Is there something to accept? Raises SlotInUse: the checkpoint of a replicator that runs is not replaced."""
-    try:
-        slots.verify(slot, state, identity, known)
-    except (SlotMissing, StreamGap) as exc:
-        if state is not None and state.active_pid is not None:
-            raise SlotInUse(slot=slot, pid=state.active_pid) from exc
-        return True
-    print(f"there is no gap: the slot has everything behind the checkpoint, {format_lsn(known.end_lsn)}")
-    return False
-
-
-def _of_configured(stored: Checkpoint | None, sinks: Sequence[Sink]) -> Checkpoint | None:
-    return stored and slots.of_sinks(stored, [sink.name for sink in sinks])
 
 
 # -- check, status, drop-slot ------------------------------------------------------------------------------------

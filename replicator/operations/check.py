@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
 
 import psycopg
 from psycopg import sql
@@ -19,6 +20,7 @@ from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
 from replicator.source import slot as slots
 from replicator.source.stream import Source
+from replicator.source.takeover import Beginning
 from replicator.source.wal2json import OPTIONS
 
 PLUGIN_TIMEOUT_MS = 10_000
@@ -119,27 +121,21 @@ def _plugin(connection: psycopg.Connection) -> Finding:
 async def _continuity(
     dsn: str, settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
-    """Slot and checkpoint, and whether the two fit together. In this order: a replicator that runs moves both."""
-    source = Source(dsn, settings.slot, enricher.tables)
+    """Slot and checkpoint, and whether the two fit together."""
     try:
-        identity, state = await source.connect()
+        with closing(Source(dsn, settings.slot, enricher.tables)) as source:
+            found = await Beginning(source, store, settings.slot, sinks).look()
+        at = f"at {format_lsn(found.stored.end_lsn)}" if found.stored else "empty: the first start begins at the slot"
+        yield Finding(True, f"checkpoint database: {at}")
+        found.verify()
     except SourceUnavailable as exc:
         yield Finding(False, f"replication connection: {exc.detail}", "Allow it in pg_hba.conf (database too)")
-        return
-    finally:
-        source.close()
-    try:
-        checkpoint = await asyncio.to_thread(store.load, settings.slot)
-        at = f"at {format_lsn(checkpoint.end_lsn)}" if checkpoint else "empty: the first start begins at the slot"
-        yield Finding(True, f"checkpoint database: {at}")
-        known = checkpoint and slots.of_sinks(checkpoint, {sink.name for sink in sinks})
-        slots.verify(settings.slot, state, identity, known)
     except CheckpointError as exc:
         yield Finding(False, "checkpoint database", str(exc))
     except SourceError as exc:
         yield Finding(False, f"replication slot {settings.slot}", str(exc))
     else:
-        yield _slot(settings.slot, state)
+        yield _slot(settings.slot, found.state)
 
 
 def _slot(name: str, state: slots.SlotState | None) -> Finding:

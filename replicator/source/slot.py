@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from datetime import UTC, datetime
 
 import msgspec
 import psycopg
@@ -24,7 +25,6 @@ from replicator.contracts.errors import (
     StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn, parse_lsn
-from replicator.source import gap
 
 PLUGIN = "wal2json"
 
@@ -218,6 +218,11 @@ def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     return structs.replace(checkpoint, sinks={name: at for name, at in checkpoint.sinks.items() if name in names})
 
 
+def begins(checkpoint: Checkpoint) -> datetime:
+    """When a gap behind the checkpoint begins: every sink has what was committed before."""
+    return datetime.fromtimestamp(checkpoint.committed_at or checkpoint.updated_at, UTC)
+
+
 def _misfit(state: SlotState) -> str:
     if state.plugin is None:
         return "it is a physical slot, not a logical one"
@@ -252,7 +257,7 @@ def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
 
 
 def _when(checkpoint: Checkpoint | None) -> str:
-    return gap.begins(checkpoint).isoformat(timespec="seconds") if checkpoint else "an unknown time"
+    return begins(checkpoint).isoformat(timespec="seconds") if checkpoint else "an unknown time"
 
 
 def _lsn(text: str | None) -> Lsn | None:

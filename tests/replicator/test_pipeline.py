@@ -36,7 +36,7 @@ from replicator.pipeline import Pipeline
 from replicator.source.slot import Identity, SlotState
 from replicator.source.stream import Source
 from replicator.source.wal2json import Stretch
-from tests.replicator.source.test_slot import STATE
+from tests.support.fakes import STATE
 
 START: Lsn = 5
 SETTINGS = {

@@ -14,7 +14,7 @@ from replicator.contracts.events import Checkpoint
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.source import slot as slots
-from tests.replicator.source.test_slot import CHECKPOINT, STATE
+from tests.support.fakes import CHECKPOINT, STATE
 
 
 class FakeStore:

@@ -12,7 +12,7 @@ from replicator.contracts.events import Checkpoint, Position, SinkPosition
 from replicator.delivery.lane import Lane
 from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
-from tests.replicator.source.test_slot import STATE
+from tests.support.fakes import STATE
 
 SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
 

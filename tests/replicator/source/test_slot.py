@@ -8,25 +8,9 @@ import pytest
 from msgspec import structs
 
 from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SourceError, StreamGap
-from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.contracts.events import Position, SinkPosition
 from replicator.source import slot as slots
-
-HERE = slots.Identity(system_identifier="7", timeline=1)
-STATE = slots.SlotState(
-    plugin="wal2json",
-    database="engagement",
-    own_database="engagement",
-    active_pid=None,
-    restart_lsn=50,
-    confirmed_lsn=100,
-    wal_status="reserved",
-    safe_wal_size=None,
-    two_phase=False,
-    server_time=0.0,
-    server_lsn=1000,
-)
-AT_200 = SinkPosition(position=Position(190, 3), end_lsn=200)
-CHECKPOINT = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=200, sinks={"redis": AT_200})
+from tests.support.fakes import AT_200, CHECKPOINT, HERE, STATE
 
 
 def test_a_slot_behind_its_checkpoint_is_continuous() -> None:

@@ -1,0 +1,143 @@
+"""Where to begin: the slot and the checkpoint, taken together. One answer for `run`, `init` and `check`.
+
+`slot.py` tells whether the two are continuous, `stream.py` connects, `pipeline.py` starts the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import msgspec
+from msgspec import structs
+
+from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotMissing, SourceUnavailable, StreamGap
+from replicator.contracts.events import Checkpoint, format_lsn
+from replicator.contracts.sink import Sink
+from replicator.contracts.stores import Checkpoints
+from replicator.source import slot as slots
+from replicator.source.stream import Source
+
+MARGIN = timedelta(hours=1)
+"""How much earlier than the gap a backfill begins: longer than nearly every transaction, and repeating costs little."""
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A slot and its checkpoint, as they are."""
+
+    slot: str
+    identity: slots.Identity
+    state: slots.SlotState | None
+    """None: there is no such slot."""
+    stored: Checkpoint | None
+    """What is on disk, with every sink that ever wrote; None before the first start."""
+    checkpoint: Checkpoint | None
+    """The same with the configured sinks only: one that is left out holds nothing up."""
+
+    def verify(self) -> None:
+        """Raise SourceError unless the slot has everything behind the checkpoint."""
+        slots.verify(self.slot, self.state, self.identity, self.checkpoint)
+
+    def is_gap(self) -> bool:
+        """Whether there is a gap to accept. Raises SlotInUse: a running replicator's checkpoint is not replaced."""
+        try:
+            self.verify()
+        except (SlotMissing, StreamGap) as exc:
+            if self.state is not None and self.state.active_pid is not None:
+                raise SlotInUse(slot=self.slot, pid=self.state.active_pid) from exc
+            return True
+        return False
+
+
+class Takeover(NamedTuple):
+    """Where to begin, and what was done for it."""
+
+    checkpoint: Checkpoint
+    """On disk; the slot has everything behind it."""
+    resumed: bool = False
+    """It was there before."""
+    created_slot: bool = False
+    gap: Sequence[str] = ()
+    """Lines for the operator who accepted a gap: what may be missing, and the command that brings it."""
+
+
+class Beginning:
+    """Takes one slot for the configured sinks."""
+
+    def __init__(self, source: Source, store: Checkpoints, slot: str, sinks: Sequence[Sink]) -> None:
+        self.saving = asyncio.Lock()
+        """Held while a checkpoint is saved, so that `load` sees it either before or after."""
+        self._source = source
+        self._store = store
+        self._slot = slot
+        self._sinks = sinks
+
+    async def load(self) -> Checkpoint | None:
+        """The stored checkpoint with the configured sinks only."""
+        return self._configured(await self._load())
+
+    async def look(self) -> Found:
+        """Connect and look; nothing is changed. Raises SourceError, CheckpointError."""
+        identity, state = await self._source.connect()
+        stored = await self._load()  # in this order: whoever reads the slot moves the checkpoint first
+        checkpoint = self._configured(stored)
+        return Found(slot=self._slot, identity=identity, state=state, stored=stored, checkpoint=checkpoint)
+
+    async def take(self, *, accept_gap: bool = False) -> Takeover:
+        """A slot and a checkpoint that fit together; what is missing is made.
+
+        Raises SourceError when they do not fit, unless the operator accepts that; CheckpointError.
+        """
+        found = await self.look()
+        gap = accept_gap and found.checkpoint is not None and found.is_gap()
+        if gap:
+            found = structs.replace(found, checkpoint=None)
+        found.verify()
+        if found.checkpoint is not None:
+            return Takeover(found.checkpoint, resumed=True)
+        state = found.state or await self._source.create_slot()
+        first = slots.first_checkpoint(self._slot, state, found.identity)
+        await self._save_first(first, self._store.replace if gap else self._store.save)
+        lines = list(describe(found.stored, first, state, self._sinks)) if found.stored and state else []
+        return Takeover(first, created_slot=found.state is None, gap=lines)
+
+    async def _save_first(self, first: Checkpoint, save: Callable[[Checkpoint], None]) -> None:
+        try:
+            await asyncio.to_thread(save, first)
+        except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
+            raise SourceUnavailable(detail="another replicator took the slot first") from exc
+
+    async def _load(self) -> Checkpoint | None:
+        async with self.saving:
+            return await asyncio.to_thread(self._store.load, self._slot)
+
+    def _configured(self, stored: Checkpoint | None) -> Checkpoint | None:
+        return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
+
+
+def describe(stored: Checkpoint, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:
+    """Lines for the operator: the gap between two checkpoints, the second one made when the slot was as in `state`."""
+    since, until = slots.begins(stored), datetime.fromtimestamp(state.server_time, UTC)
+    command = f"python backfill.py --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
+    yield (
+        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {_iso(since)} to"
+        f" {_iso(until)} may be missing. To bring it:"
+    )
+    if exact := [sink.name for sink in sinks if sink.max_repeats is None]:
+        yield f"  {command} {','.join(exact)}"
+    if others := [sink.name for sink in sinks if sink.max_repeats is not None]:
+        yield f"  {command} {','.join(others)}   # sees again what it has of that time, under the same event_id"
+    yield (
+        f"(It begins {MARGIN.total_seconds() / 3600:.0f} h earlier, because event_ts is older than the commit. Where"
+        " transactions last longer, or applications set event_ts themselves, begin still earlier.)"
+    )
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    return f"{format_lsn(checkpoint.end_lsn)} (system {checkpoint.system_identifier}, timeline {checkpoint.timeline})"
+
+
+def _iso(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,132 @@
+"""Where to begin, with a slot and a store that do what the test says: `run`, `init` and `check` all ask here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotLost, SlotMissing, SourceUnavailable
+from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.source.slot import Identity, SlotState
+from replicator.source.takeover import Beginning
+from tests.support.fakes import HERE, FakeSink
+from tests.support.fakes import STATE as STATE_AT_100
+
+STATE = structs.replace(STATE_AT_100, server_time=1767864112.0)
+AT_100 = SinkPosition(position=Position(90, 3), end_lsn=100)
+STORED = Checkpoint(
+    slot="s", system_identifier="7", timeline=1, end_lsn=100, sinks={"redis": AT_100}, committed_at=1767861112.0
+)
+
+
+class Slot:
+    """A source that has, or makes, one slot."""
+
+    def __init__(self, state: SlotState | None) -> None:
+        self.state = state
+        self.created = False
+
+    async def connect(self) -> tuple[Identity, SlotState | None]:
+        """Look."""
+        return HERE, self.state
+
+    async def create_slot(self) -> SlotState:
+        """Make it."""
+        self.created, self.state = True, STATE
+        return STATE
+
+
+class Store:
+    """One checkpoint."""
+
+    def __init__(self, stored: Checkpoint | None, failure: Exception | None = None) -> None:
+        self.stored = stored
+        self.failure = failure
+        self.calls: list[str] = []
+
+    def load(self, _slot: str) -> Checkpoint | None:
+        """What there is."""
+        return self.stored
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """As the pipeline does."""
+        self.calls.append("save")
+        if self.failure:
+            raise self.failure
+        self.stored = checkpoint
+
+    def replace(self, checkpoint: Checkpoint) -> None:
+        """As after an accepted gap."""
+        self.calls.append("replace")
+        self.stored = checkpoint
+
+
+def beginning(slot: Slot, store: Store, *sinks: FakeSink) -> Beginning:
+    """For these sinks."""
+    source: Any = slot
+    stores: Any = store
+    return Beginning(source, stores, "s", sinks or (FakeSink("redis"),))
+
+
+async def test_what_is_missing_is_made() -> None:
+    """A new slot and a first checkpoint at its beginning, saved as any other: it never replaces one."""
+    slot, store = Slot(None), Store(None)
+    taken = await beginning(slot, store).take()
+    assert (True, False, []) == (taken.created_slot, taken.resumed, taken.gap)
+    assert (taken.checkpoint, ["save"]) == (store.stored, store.calls)
+    assert (100, {}) == (taken.checkpoint.end_lsn, taken.checkpoint.sinks)
+
+
+async def test_a_checkpoint_is_resumed_without_the_sinks_that_are_left_out() -> None:
+    """What an old sink lacks holds nothing up; nothing is stored."""
+    behind = SinkPosition(position=Position(1, 1), end_lsn=2)
+    store = Store(structs.replace(STORED, sinks={"redis": AT_100, "http": behind}))
+    taken = await beginning(Slot(STATE), store).take(accept_gap=True)
+    assert (True, {"redis": AT_100}, [], ()) == (taken.resumed, taken.checkpoint.sinks, store.calls, taken.gap)
+
+
+@pytest.mark.parametrize("state", [None, structs.replace(STATE, wal_status="lost")], ids=["missing", "lost"])
+async def test_no_slot_is_made_over_a_gap(state: SlotState | None) -> None:
+    """Nobody has accepted it: nothing is made and nothing stored. A lost slot can't be accepted: it has to go first."""
+    slot, store = Slot(state), Store(STORED)
+    with pytest.raises((SlotMissing, SlotLost)):
+        await beginning(slot, store).take(accept_gap=state is not None)
+    assert (False, []) == (slot.created, store.calls)
+
+
+async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() -> None:
+    """A command for sinks that repeats can't harm, another one for those that see them again."""
+    slot, store = Slot(None), Store(STORED)
+    taken = await beginning(slot, store, FakeSink("redis"), FakeSink("http", max_repeats=100)).take(accept_gap=True)
+    assert (True, ["replace"], {}) == (slot.created, store.calls, taken.checkpoint.sinks)
+    first, redis, http, _ = taken.gap
+    assert "from 0/64 (system 7, timeline 1)" in first
+    assert "backfill.py --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
+    assert "--sinks http   # sees again" in http
+
+
+async def test_the_checkpoint_of_a_running_replicator_is_not_replaced() -> None:
+    """Whoever reads the slot would go on with the old one."""
+    state = structs.replace(STATE, active_pid=4711, confirmed_lsn=200)
+    store = Store(STORED)
+    with pytest.raises(SlotInUse, match="4711"):
+        await beginning(Slot(state), store).take(accept_gap=True)
+    assert [] == store.calls
+
+
+async def test_of_two_that_start_on_a_new_slot_the_slower_one_tries_again() -> None:
+    """The other one's first checkpoint is on disk already, and further."""
+    store = Store(None, CheckpointBackward(slot="s", stored="0/65", offered="0/64"))
+    with pytest.raises(SourceUnavailable, match="took the slot first"):
+        await beginning(Slot(STATE), store).take()
+
+
+async def test_a_look_changes_nothing() -> None:
+    """`check` sees what there is, and whether it fits."""
+    slot, store = Slot(None), Store(STORED)
+    found = await beginning(slot, store).look()
+    with pytest.raises(SlotMissing):
+        found.verify()
+    assert (False, [], STORED) == (slot.created, store.calls, found.stored)
