@@ -1,8 +1,8 @@
-"""What an error from ClickHouse or on the way to it means for us; `clickhouse.py` is the only one to ask.
+"""What an error of the driver means for the sink; the clients translate with it.
 
-ClickHouse has some 700 error codes. Those that say "not like this" are named here; every other one, and whatever goes
-wrong on the network, is taken as "not now": the insert is tried again until it succeeds, and each try is reported.
-The messages keep the code and drop the server's text, because that text quotes the row.
+ClickHouse has some 700 error codes. The ones that mean "never like this" are named here. Every other code, and every
+failure of the network, means "not now": the insert is retried until it succeeds, and each failure is reported.
+Messages keep the code and drop the server's text, because that text quotes the row.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
+import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError, ProgrammingError
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable, command
 
 SINK = "clickhouse"
 
 
 class _Refused(IntEnum):
-    """A value can't be stored: the event's fault, if the table is as it should be."""
+    """A value can't be stored. The event is at fault if the table is as it should be."""
 
     CANNOT_PARSE_TEXT = 6
     CANNOT_PARSE_ESCAPE_SEQUENCE = 25
@@ -42,7 +44,7 @@ class _Refused(IntEnum):
 
 
 class _Unusable(IntEnum):
-    """Table and program don't fit: no event can be written."""
+    """The table does not fit: no event can be written."""
 
     NO_SUCH_COLUMN_IN_TABLE = 16
     ILLEGAL_COLUMN = 44
@@ -53,12 +55,12 @@ class _Unusable(IntEnum):
     UNKNOWN_DATABASE = 81
     UNKNOWN_SETTING = 115
     THERE_IS_NO_DEFAULT_VALUE = 116
-    INCORRECT_DATA = 117  # a field that the table does not have
+    INCORRECT_DATA = 117  # the table lacks a field
     UNEXPECTED_TABLE_ENGINE = 727
 
 
 class _Misconfigured(IntEnum):
-    """ClickHouse knows us not, or not for this."""
+    """The user is unknown or lacks a right."""
 
     READONLY = 164
     UNKNOWN_USER = 192
@@ -73,7 +75,7 @@ class _Misconfigured(IntEnum):
 
 
 class _NotNow(IntEnum):
-    """Like every code that is not here: tried again. Named because somebody may have to do something about it."""
+    """Retried, like every code that is not listed. Named because an operator may have to act."""
 
     CANNOT_WRITE_TO_FILE_DESCRIPTOR = 75
     CANNOT_OPEN_FILE = 76
@@ -89,17 +91,17 @@ class _NotNow(IntEnum):
 _KINDS: tuple[type[IntEnum], ...] = (_Refused, _Unusable, _Misconfigured, _NotNow)
 _KNOWN: dict[int, IntEnum] = {code.value: code for kind in _KINDS for code in kind}
 
-_UNUSABLE_CURE = "Run `python -m replicator init`, then `python -m replicator check`, which names what is wrong"
-_URL_CURE = "See that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
+_UNUSABLE_CURE = f"Run {command('init')}, then {command('check')}, which names what is wrong"
+_URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
 _RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table and change settings"
 _CA_CURE = (
-    "See that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
+    "Check that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
     "REPLICATOR_CLICKHOUSE_CA_FILE holds the authority that signed it, if that is a private one"
 )
 _CHDB_CURE = "Install it with `pip install 'engagement-replicator[chdb]'`, or use an http:// URL"
-_CLIENT_CURE = "See REPLICATOR_CLICKHOUSE_URL, the user's settings profile and, for chdb, who holds its directory"
+_CLIENT_CURE = "Check REPLICATOR_CLICKHOUSE_URL, the user's settings profile and, for chdb, who holds its directory"
 
-_TURNED_AWAY_STATUSES = {"401", "403", "404", "405", "407"}  # by a proxy or something that is not ClickHouse
+_TURNED_AWAY_STATUSES = {"401", "403", "404", "405", "407"}  # from a proxy or something that is not ClickHouse
 
 
 class ValueRefused(Exception):
@@ -108,14 +110,30 @@ class ValueRefused(Exception):
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Raise what goes wrong inside as a SinkError or ValueRefused; `where` is the server, without secrets."""
+    """Raise the driver's errors as a SinkError or ValueRefused; `where` is the server, without secrets."""
     try:
         yield
-    except (ClickHouseError, OSError, ImportError) as exc:
+    except (ClickHouseError, aiohttp.ClientError, TimeoutError) as exc:
         code = getattr(exc, "code", None)
         if code is None:
-            raise _on_the_way(exc, where) from exc
+            raise _unanswered(exc, where) from exc
         raise _answered(code) from None  # the driver's message quotes the row
+
+
+def not_clickhouse(where: str) -> SinkMisconfigured:
+    """Something answers with success and not as ClickHouse does: nothing was written."""
+    return SinkMisconfigured(sink=SINK, detail=f"{where} answers, but not as ClickHouse does", cure=_URL_CURE)
+
+
+def unreadable_authority(ca_file: Path, exc: OSError) -> SinkMisconfigured:
+    """REPLICATOR_CLICKHOUSE_CA_FILE is gone or holds no certificate."""
+    detail = f"certificates can't be read from {ca_file} ({type(exc).__name__})"
+    return SinkMisconfigured(sink=SINK, detail=detail, cure=_CA_CURE)
+
+
+def engine_missing() -> SinkUnusable:
+    """A chdb:// URL without the extra."""
+    return SinkUnusable(sink=SINK, detail="the embedded engine is not installed", cure=_CHDB_CURE)
 
 
 def _answered(code: int) -> SinkError | ValueRefused:
@@ -132,27 +150,28 @@ def _answered(code: int) -> SinkError | ValueRefused:
             return SinkUnavailable(sink=SINK, detail=detail)
 
 
-def _on_the_way(exc: Exception, where: str) -> SinkError:
-    """No answer of ClickHouse's: the network, something in between, or the client itself."""
-    if isinstance(exc, ImportError):
-        return SinkUnusable(sink=SINK, detail="the embedded engine is not installed", cure=_CHDB_CURE)
+def _unanswered(exc: Exception, where: str) -> SinkError:
+    """ClickHouse itself did not answer: the network failed, something in between, or the driver."""
     causes = list(_causes(exc))
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return SinkMisconfigured(sink=SINK, detail=f"the certificate of {where} is not trusted", cure=_CA_CURE)
     if isinstance(exc, ProgrammingError):
         return SinkMisconfigured(sink=SINK, detail=str(exc), cure=_CLIENT_CURE)
     status = re.search(r"HTTP status (\d+)", str(exc))
-    if status is None:
-        return SinkUnavailable(sink=SINK, detail=f"no answer from {where} ({type(causes[-1]).__name__})")
-    if status[1] in _TURNED_AWAY_STATUSES:
-        return SinkMisconfigured(sink=SINK, detail=f"{where} answers with HTTP status {status[1]}", cure=_URL_CURE)
-    return SinkUnavailable(sink=SINK, detail=f"{where} answers with HTTP status {status[1]}")
+    if status is not None:
+        turned_away = status[1] in _TURNED_AWAY_STATUSES
+        detail = f"{where} answers with HTTP status {status[1]}"
+        if turned_away:
+            return SinkMisconfigured(sink=SINK, detail=detail, cure=_URL_CURE)
+        return SinkUnavailable(sink=SINK, detail=detail)
+    if str(exc).startswith("Unexpected response"):
+        return not_clickhouse(where)
+    return SinkUnavailable(sink=SINK, detail=f"no answer from {where} ({type(causes[-1]).__name__})")
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """The error and what lies behind it; urllib3 keeps that in `reason`."""
+    """The error and what lies behind it."""
     seen: BaseException | None = exc
     while seen is not None:
         yield seen
-        reason = getattr(seen, "reason", None)
-        seen = reason if isinstance(reason, BaseException) else seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or seen.__context__

@@ -5,22 +5,10 @@ The line that an event is hashed from is described in `enrichment/ledger.py`, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
-
-from clickhouse_connect.driver.client import Client
+from collections.abc import Iterator, Mapping, Sequence
 
 from replicator.contracts.ledger import Digest, EventDigest, Slice
-
-T = TypeVar("T")
-
-
-class Ask(Protocol):
-    """`ClickHouseSink.ask`."""
-
-    async def __call__(self, question: Callable[[Client, str], T]) -> T:
-        """What the function says, called with the client and the table's name."""
-
+from sinks.clickhouse.client import Client
 
 CHUNK = 5_000
 """Ids or keys a statement: below ClickHouse's 256 kB for the text of one."""
@@ -70,8 +58,9 @@ class ClickHouseLedger:
 
     sliced = True
 
-    def __init__(self, ask: Ask, *, with_content: bool) -> None:
-        self._ask = ask
+    def __init__(self, client: Client, table: str, *, with_content: bool) -> None:
+        self._client = client
+        self._table = table
         line = (*OWN_LINE, *CONTENT_LINE) if with_content else OWN_LINE
         self._with = WITH.format(line=", '|', ".join(line))
 
@@ -108,16 +97,10 @@ class ClickHouseLedger:
             await self._command(DELETE, start=min(times), end=max(times) + 1, keys=keys)
 
     async def _rows(self, query: str, **words: object) -> Sequence[Sequence[int]]:
-        def question(client: Client, table: str) -> Sequence[Sequence[int]]:
-            return client.query(query.format(table=table, **words)).result_rows
-
-        return await self._ask(question)
+        return await self._client.query(query.format(table=self._table, **words))
 
     async def _command(self, statement: str, **words: object) -> None:
-        def question(client: Client, table: str) -> None:
-            client.command(statement.format(table=table, **words))
-
-        await self._ask(question)
+        await self._client.command(statement.format(table=self._table, **words))
 
 
 def _chunks(rows: Sequence[EventDigest]) -> Iterator[Sequence[EventDigest]]:

@@ -1,36 +1,32 @@
-"""Writes events to ClickHouse: one insert a batch, over HTTP or into the embedded engine (chdb), by URL alone.
+"""Writes events to ClickHouse, one insert per batch.
 
-`clickhouse_url.py` reads the URL, `clickhouse_table.py` makes and compares the table, `clickhouse_errors.py` says what
-an error means, and `replicator/delivery/lane.py` decides when a batch is written and what happens after an error.
+`client.py` connects, `table.py` creates and compares the table, `errors.py` interprets errors, and
+`replicator/delivery/lane.py` decides when a batch is written and what happens after an error.
 
-Each event ends up in the table once under FINAL, and without it after merges: the sort key is the event's identity.
-Before that, an insert that is sent again is recognised by its token. ClickHouse silently drops the rows of a token that
-it knows, whatever they are, and it knows a token longer than its rows, if those are deleted. So the token is a hash of
-the exact bytes, and of a number that is new in each process: a backfill that repairs a table is no retry.
+Each event is in the table once under FINAL, and without FINAL after merges: the sort key is the event's identity.
+Until then ClickHouse recognises a repeated insert by its token. It silently drops the rows of a token that it knows,
+whatever they are, and it remembers a token even when the rows have been deleted. So the token is a hash of the exact
+bytes and of a number that is new in each process: a backfill that repairs a table is not a retry.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import clickhouse_connect
-from clickhouse_connect.driver.client import Client
 from pydantic import Field, FilePath, SecretStr, field_validator
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Contract, CountsByHour, HasLedger, Mode, Sink
-from sinks.clickhouse.errors import ValueRefused, translated
+from sinks.clickhouse.client import connect, parse_url
+from sinks.clickhouse.errors import ValueRefused
 from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
-from sinks.clickhouse.url import Address, parse_url
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: what it had is missing. `python -m replicator init`"
@@ -40,8 +36,6 @@ EMPTIED = (
 UNREACHED_CURE = "See that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
 
@@ -121,7 +115,7 @@ class ClickHouseSettings(Settings):
 
 
 class ClickHouseSink(Sink, CountsByHour, HasLedger):
-    """A `contracts.sink.Sink`. The client blocks, so every call to it runs in a thread."""
+    """A `contracts.sink.Sink`."""
 
     name = "clickhouse"
     settings_class: ClassVar = ClickHouseSettings
@@ -131,155 +125,111 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         super().__init__(settings, contract)
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
-        self._settings = settings
         self._address = parse_url(settings.clickhouse_url.get_secret_value())
+        self._client = connect(
+            self._address,
+            timeout_seconds=settings.clickhouse_timeout_seconds,
+            ca_file=settings.clickhouse_ca_file,
+        )
         self._table = qualified(self._address.database)
         self._run = secrets.token_bytes(16)
-        self._client: Client | None = None
-        self._range_us = YEARS_1900_TO_2299_US
+        self._range_us: tuple[int, int] | None = None
         self._shape: Shape | None = None
-        """The table when it was seen last, and was right."""
+        """The table as it was when it last passed."""
 
     async def create(self) -> list[str]:
-        """Make the database and the table, each only if it is missing (a plain user may not make databases)."""
-        return await asyncio.to_thread(self._create)
+        return await create(self._client, self._address.database)
 
     async def check(self) -> list[Finding]:
-        """Reachable, the table as it should be, and an insert of no rows goes through."""
-        return await asyncio.to_thread(self._check)
-
-    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
-        """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        await asyncio.to_thread(self._open, resumes=start is not None)
-
-    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """One insert, unless ClickHouse refuses a value in it.
-
-        Cancelled, the insert may still happen in its thread; the same events again do no harm.
-        """
-        return await asyncio.to_thread(self._write, events)
-
-    async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
-        """How many events it has in each hour of a range, by the hour's start in Unix seconds; for a comparison."""
-        found = await self.ask(lambda client, table: _hours(client, table, start_us, end_us))
-        return {int(hour): int(count) for hour, count in found}
-
-    async def ask(self, question: Callable[[Client, str], T]) -> T:
-        """What the function says, called in a thread with the client and the table's name; errors are ours."""
-
-        def answer() -> T:
-            client = self._connected()
-            with self._translated():
-                return question(client, self._table)
-
-        return await asyncio.to_thread(answer)
-
-    def ledger(self, *, with_content: bool) -> ClickHouseLedger:
-        """Its rows, for a comparison."""
-        return ClickHouseLedger(self.ask, with_content=with_content)
-
-    async def close(self) -> None:
-        """Drop the connections, or free the embedded engine's directory."""
-        client, self._client = self._client, None
-        if client is not None:
-            await asyncio.to_thread(client.close)
-
-    def _connected(self) -> Client:
-        if self._client is None:
-            with self._translated():
-                client = _connect(self._address, self._settings)
-                if client.query(_PROBE_RANGE_SQL).result_rows == [YEARS_1_TO_9999_US]:
-                    self._range_us = YEARS_1_TO_9999_US
-            self._client = client
-        return self._client
-
-    def _translated(self) -> AbstractContextManager[None]:
-        return translated(str(self._address))
-
-    def _create(self) -> list[str]:
-        client = self._connected()
-        with self._translated():
-            return create(client, self._address.database)
-
-    def _check(self) -> list[Finding]:
+        """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
         try:
-            found = Finding(True, f"ClickHouse {self._connected().server_version} at {self._address}")
-            problem = self._find_problem()
+            [[version]] = await self._client.query("SELECT version()")
+            problem = await self._find_problem()
             if problem is None:
-                self._insert_rows(b"")
+                await self._insert_rows(b"")
         except SinkError as exc:
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
             return [Finding(False, f"ClickHouse at {self._address}: {exc.detail}", cure)]
+        found = Finding(True, f"ClickHouse {version} at {self._address}")
         if problem is not None:
             return [found, Finding(False, f"ClickHouse: {problem.what}", problem.cure)]
         return [found, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
 
-    def _look(self) -> Shape | None:
-        client = self._connected()
-        with self._translated():
-            return look(client, self._address.database)
-
-    def _find_problem(self) -> Problem | None:
-        return find_problem(self._look(), self._address.database)
-
-    def _open(self, *, resumes: bool) -> None:
-        self._require_table()
-        if not resumes:
-            return
-        client = self._connected()
-        with self._translated():
-            empty = is_empty(client, self._address.database)
-        if empty:
+    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
+        """Connect, and look at the table: a wrong one is an error now and not at the first event."""
+        await self._require_table()
+        if start is not None and await is_empty(self._client, self._address.database):
             _log.error(EMPTIED, self._table)
 
-    def _require_table(self) -> None:
-        """Raises SinkUnusable unless the table keeps events as they are.
-
-        Looked at again after every insert: ClickHouse wraps and cuts values without a word where a column has become
-        narrower. Rows that went into such a column do not count as written, and are inserted again once it is mended.
-        """
-        shape = self._look()
-        if shape is not None and shape == self._shape:
-            return
-        problem = find_problem(shape, self._address.database)
-        if problem is not None:
-            raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
-        self._shape = shape
-
-    def _write(self, events: Sequence[Event]) -> list[Refusal]:
-        self._connected()
-        first, last = self._range_us
-        held = [event for event in events if event.ts_us is not None and first <= event.ts_us <= last]
-        refused = self._insert(held) if held else []
-        if len(held) < len(events):
-            kept = set(map(id, held))
-            refused += [Refusal(event, _OUTSIDE_RANGE) for event in events if id(event) not in kept]
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """One insert, unless ClickHouse refuses a value in it."""
+        first, last = await self._range()
+        fitting = [event for event in events if event.ts_us is not None and first <= event.ts_us <= last]
+        refused = await self._insert(fitting) if fitting else []
+        if len(fitting) < len(events):
+            sent = set(map(id, fitting))
+            refused += [Refusal(event, _OUTSIDE_RANGE) for event in events if id(event) not in sent]
         return refused
 
-    def _insert(self, events: Sequence[Event]) -> list[Refusal]:
+    async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
+        sql = _HOURS_SQL.format(table=self._table)
+        return dict(await self._client.query(sql, {"start": start_us, "end": end_us}))
+
+    def ledger(self, *, with_content: bool) -> ClickHouseLedger:
+        return ClickHouseLedger(self._client, self._table, with_content=with_content)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _range(self) -> tuple[int, int]:
+        """The times that DateTime64 holds on this server, in µs since 1970."""
+        if self._range_us is None:
+            wide = await self._client.query(_PROBE_RANGE_SQL) == [list(YEARS_1_TO_9999_US)]
+            self._range_us = YEARS_1_TO_9999_US if wide else YEARS_1900_TO_2299_US
+        return self._range_us
+
+    async def _find_problem(self) -> Problem | None:
+        """What is wrong with the table as it is now. One that passed is not compared again until it changes."""
+        shape = await look(self._client, self._address.database)
+        if shape is not None and shape == self._shape:
+            return None
+        problem = find_problem(shape, self._address.database)
+        self._shape = shape if problem is None else None
+        return problem
+
+    async def _require_table(self) -> None:
+        """Raises SinkUnusable unless the table keeps events as they are.
+
+        Called after every insert: ClickHouse silently wraps and cuts values when a column has become narrower. Rows
+        that went into such a column do not count as written, and are inserted again once the table is repaired.
+        """
+        problem = await self._find_problem()
+        if problem is not None:
+            raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
+
+    async def _insert(self, events: Sequence[Event]) -> list[Refusal]:
         """Insert, or halve until the events that ClickHouse refuses stand alone; returns those."""
         try:
-            self._insert_rows(rows(events))
+            written = await self._insert_rows(rows(events))
         except SinkUnusable:
-            self._require_table()  # names what is wrong, as a rule
+            await self._require_table()  # names what is wrong, as a rule
             raise
         except ValueRefused as exc:
-            self._require_table()  # an altered column is not the events' fault
+            await self._require_table()  # an altered column is not the events' fault
             if len(events) == 1:
                 return [Refusal(events[0], f"ClickHouse refuses a value in it: {exc}")]
             middle = len(events) // 2
-            return self._insert(events[:middle]) + self._insert(events[middle:])
-        self._require_table()
+            return await self._insert(events[:middle]) + await self._insert(events[middle:])
+        await self._require_table()
+        if 0 < written < len(events):  # 0: it did not count, or the token was known
+            raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {written} of {len(events)} rows")
         return []
 
-    def _insert_rows(self, body: bytes) -> None:
-        token = hashlib.sha256(
-            body
-        )  # of the rows that go out, not of their positions: those can't tell two views apart
+    async def _insert_rows(self, body: bytes) -> int:
+        token = hashlib.sha256(body)  # not of the positions, which can't tell two views of an event apart
         token.update(self._run)
         settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
-        with self._translated():
-            self._connected().raw_insert(self._table, list(COLUMNS), body, settings, "JSONEachRow")
+        return await self._client.insert(self._table, list(COLUMNS), body, settings)
 
 
 def rows(events: Sequence[Event]) -> bytes:
@@ -292,27 +242,3 @@ def rows(events: Sequence[Event]) -> bytes:
             tail = b',"_lsn":%d}\n' % lsn
         parts += (event.json[:-1], tail)
     return b"".join(parts)
-
-
-def _hours(client: Client, table: str, start_us: int, end_us: int) -> Sequence[Sequence[int]]:
-    return client.query(_HOURS_SQL.format(table=table), {"start": start_us, "end": end_us}).result_rows
-
-
-def _connect(address: Address, settings: ClickHouseSettings) -> Client:
-    """A client that tells no database (it may not exist yet), keeps no session and shares no pool."""
-    if address.scheme == "chdb":
-        return clickhouse_connect.get_client(interface="chdb", path=address.directory)
-    return clickhouse_connect.get_client(
-        interface=address.scheme,
-        host=address.host,
-        port=address.port,
-        username=address.user,
-        password=address.password,
-        ca_cert=str(settings.clickhouse_ca_file) if settings.clickhouse_ca_file else None,
-        connect_timeout=min(10, settings.clickhouse_timeout_seconds),
-        send_receive_timeout=settings.clickhouse_timeout_seconds,
-        compress=False,  # on a local network compressing costs more than it saves
-        query_retries=0,  # the lane retries
-        autogenerate_session_id=False,  # a session would forbid the retry of a cancelled insert that still runs
-        dedicated_pool=True,
-    )

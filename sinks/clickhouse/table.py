@@ -1,6 +1,6 @@
 """The table in ClickHouse: made from `sql/clickhouse.sql`, and compared with what an insert needs.
 
-Written to by `clickhouse.py`. The functions raise the driver's errors; their caller translates them.
+`sink.py` writes to it. The functions raise what a `Client` raises.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from clickhouse_connect.driver.client import Client
+from sinks.clickhouse.client import Client
 
 TABLE = "events_enriched"
 
@@ -38,7 +38,8 @@ _TABLE_SQL = "SELECT name FROM system.tables WHERE database = %(database)s AND n
 _ROWS_SQL = "SELECT total_rows FROM system.tables WHERE database = %(database)s AND name = %(table)s"
 _SHAPE_SQL = """
     SELECT engine, engine_full, sorting_key,
-        (SELECT groupArray((name, type)) FROM system.columns WHERE database = %(database)s AND table = %(table)s)
+        (SELECT [groupArray(name), groupArray(type)] FROM system.columns
+         WHERE database = %(database)s AND table = %(table)s) AS columns
     FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
 
 _BACKFILL = "which makes it and prints the `python backfill.py` command that brings what it should hold"
@@ -67,7 +68,7 @@ def qualified(database: str) -> str:
     return f"`{database}`.{TABLE}"
 
 
-def create(client: Client, database: str) -> list[str]:
+async def create(client: Client, database: str) -> list[str]:
     """Make the database and the table, each only if it is missing: a plain user may not make databases.
 
     Returns a line for each thing made.
@@ -76,26 +77,26 @@ def create(client: Client, database: str) -> list[str]:
     schema = _SCHEMA_FILE.read_text(encoding="utf-8").replace("`engagement`", f"`{database}`")
     database_sql, table_sql, _ = schema.split(";")
     made = []
-    if not client.query(_DATABASE_SQL, names).result_rows:
-        client.command(database_sql)
+    if not await client.query(_DATABASE_SQL, names):
+        await client.command(database_sql)
         made.append(f"ClickHouse: made database {database}")
-    if not client.query(_TABLE_SQL, names).result_rows:
-        client.command(table_sql)
+    if not await client.query(_TABLE_SQL, names):
+        await client.command(table_sql)
         made.append(f"ClickHouse: made table {database}.{TABLE}")
     return made
 
 
-def look(client: Client, database: str) -> Shape | None:
+async def look(client: Client, database: str) -> Shape | None:
     """The table as it is now, in one query; None when there is none."""
     names = {"database": database, "table": TABLE}
-    for engine, definition, sort_key, columns in client.query(_SHAPE_SQL, names).result_rows:
-        return Shape(engine, definition, sort_key, dict(columns))
+    for engine, definition, sort_key, columns in await client.query(_SHAPE_SQL, names):
+        return Shape(engine, definition, sort_key, dict(zip(*columns, strict=True)))
     return None
 
 
-def is_empty(client: Client, database: str) -> bool:
+async def is_empty(client: Client, database: str) -> bool:
     """Whether it has no row, as its parts say: no data is read."""
-    return client.query(_ROWS_SQL, {"database": database, "table": TABLE}).result_rows == [(0,)]
+    return await client.query(_ROWS_SQL, {"database": database, "table": TABLE}) == [[0]]
 
 
 def find_problem(shape: Shape | None, database: str) -> Problem | None:

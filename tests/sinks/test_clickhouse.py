@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import ssl
+import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
 from hypothesis import given
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
+from sinks.clickhouse.client import Address, parse_url
+from sinks.clickhouse.embedded import EmbeddedClient
 from sinks.clickhouse.errors import ValueRefused, translated
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
-from sinks.clickhouse.url import Address, parse_url
 
 SECRET = "Xq7Zk2"  # noqa: S105  looked for in messages
 ROW_TEXT = 'Cannot parse input: \'{"device":"Xq7Zk2"}\': (XQ7ZK2) (at row 1)'
@@ -184,14 +187,24 @@ class TestErrors:
         """A profile that pins a setting we need, a chdb directory that another process holds."""
         assert isinstance(meaning(ProgrammingError("Setting async_insert is readonly")), SinkMisconfigured)
 
-    def test_the_embedded_engine_is_missing(self) -> None:
+    async def test_the_embedded_engine_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is an extra."""
-        found = meaning(ImportError("chdb"))
-        assert isinstance(found, SinkUnusable)
-        assert "engagement-replicator[chdb]" in str(found)
+        monkeypatch.setitem(sys.modules, "chdb", None)
+        monkeypatch.delitem(sys.modules, "clickhouse_connect.driver._chdbclient", raising=False)
+        monkeypatch.delitem(sys.modules, "clickhouse_connect.driver._backend.chdb_backend", raising=False)
+        with pytest.raises(SinkUnusable, match=r"engagement-replicator\[chdb\]"):
+            await EmbeddedClient("/nowhere").query("SELECT 1")
+
+    def test_a_missing_file_is_not_the_network(self) -> None:
+        """An error of the operating system that the driver did not wrap is not explained away."""
+        with pytest.raises(FileNotFoundError), translated("http://h:8123"):
+            raise FileNotFoundError("table.sql")
 
     def test_no_answer(self) -> None:
         """Tried again; the message says from where."""
-        found = meaning(ConnectionRefusedError("refused"))
+        error = OperationalError("Network Error: refused")
+        error.__cause__ = aiohttp.ClientOSError()
+        error.__cause__.__cause__ = ConnectionRefusedError("refused")
+        found = meaning(error)
         assert isinstance(found, SinkUnavailable)
         assert "no answer from http://h:8123 (ConnectionRefusedError)" in str(found)
