@@ -5,8 +5,6 @@ Every name starts with `replicator_`: the URL may be that of a database shared w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -25,17 +23,16 @@ from sqlalchemy import (
     func,
     inspect,
     select,
-    text,
 )
-from sqlalchemy.schema import CreateColumn
 
-from replicator.contracts.errors import CheckpointUnusable
+from replicator.contracts.errors import CheckpointUnusable, command
 from replicator.contracts.events import parse_lsn
 
-VERSION = 3
+VERSION = 4
 
 MAX_PAYLOAD_BYTES = 2**30  # makes MySQL choose LONGBLOB, since its plain BLOB ends at 64 kB; others ignore it
 MAX_NAME_CHARACTERS = 63  # of a slot, as in PostgreSQL, and of a sink; MySQL wants a bound for what is in a key
+MAX_LETTER_KEY_CHARACTERS = 160  # an origin, a sink and a position, or a number
 MAX_TASK_CHARACTERS = 255  # two points in time and the names of the sinks; likewise
 CREATE_LOCK_KEY = 0x7265706C  # "repl": of an advisory lock, any number that others are unlikely to take
 
@@ -74,7 +71,7 @@ checkpoints = Table(
     Column("timeline", BigInteger, nullable=False),
     Column("end_lsn", LsnText, nullable=False),
     Column("updated_at", Double, nullable=False),  # Unix seconds
-    Column("committed_at", Double, nullable=False, server_default="0"),  # likewise, by PostgreSQL's clock
+    Column("committed_at", Double, nullable=False),  # likewise, by PostgreSQL's clock
 )
 
 sink_positions = Table(
@@ -93,14 +90,17 @@ dead_letters = Table(
     # SQLite numbers rows only in an INTEGER key, and with AUTOINCREMENT never gives a dropped row's number again.
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("slot", String(MAX_NAME_CHARACTERS), nullable=False),  # no foreign key: one may come before any checkpoint
-    Column("sink", String(MAX_NAME_CHARACTERS), nullable=False),
-    Column("commit_lsn", LsnText, nullable=False),
-    Column("ordinal", BigInteger, nullable=False),
+    Column("letter_key", String(MAX_LETTER_KEY_CHARACTERS), nullable=False),  # what makes two letters the same
+    Column("origin", String(10), nullable=False),
+    Column("sink", String(MAX_NAME_CHARACTERS)),  # NULL: no event could be made of the row
+    Column("commit_lsn", LsnText),  # NULL, like ordinal: it has no position
+    Column("ordinal", BigInteger),
     Column("event_id", BigInteger),
     Column("reason", Text, nullable=False),
     Column("payload", LargeBinary(MAX_PAYLOAD_BYTES), nullable=False),
     Column("created_at", Double, nullable=False),  # Unix seconds
-    UniqueConstraint("slot", "sink", "commit_lsn", "ordinal", name="replicator_dead_letters_position"),
+    # One text, since NULLs in a unique key count as different everywhere.
+    UniqueConstraint("slot", "letter_key", name="replicator_dead_letters_key"),
     sqlite_autoincrement=True,
 )
 
@@ -114,36 +114,24 @@ tasks = Table(
 )
 
 
-def _add_committed_at(connection: Connection) -> None:
-    column = CreateColumn(checkpoints.c.committed_at).compile(dialect=connection.dialect)
-    connection.execute(text(f"ALTER TABLE {checkpoints.name} ADD COLUMN {column}"))
-
-
-UPGRADES: Mapping[int, Callable[[Connection], None]] = {1: tasks.create, 2: _add_committed_at}
-"""From each older version, the step to the next one."""
-
-
 def create(connection: Connection) -> list[str]:
-    """Make or upgrade the tables inside the caller's transaction; a line for each thing done."""
+    """Make the tables inside the caller's transaction; a line for each thing done."""
     _take_turns(connection)
     found = _stored_version(connection)
     if found is None:
         metadata.create_all(connection)
         connection.execute(schema_version.insert().values(version=VERSION))
         return [f"made the checkpoint tables ({', '.join(sorted(metadata.tables))}), schema version {VERSION}"]
-    _refuse_newer(found)
-    return [_upgrade(connection, version) for version in range(found, VERSION)]
+    _refuse_other(found)
+    return []
 
 
 def require(connection: Connection) -> None:
     """Raise CheckpointUnusable unless the tables are there, in this program's version."""
     found = _stored_version(connection)
     if found is None:
-        raise CheckpointUnusable(problem="it has no checkpoint tables yet", cure="Run `python -m replicator init`")
-    _refuse_newer(found)
-    if found < VERSION:
-        problem = f"its schema version is {found}, this program needs {VERSION}"
-        raise CheckpointUnusable(problem=problem, cure="Run `python -m replicator init`, which upgrades it")
+        raise CheckpointUnusable(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
+    _refuse_other(found)
 
 
 def _take_turns(connection: Connection) -> None:
@@ -158,13 +146,8 @@ def _stored_version(connection: Connection) -> int | None:
     return connection.execute(select(schema_version.c.version)).scalar()
 
 
-def _refuse_newer(found: int) -> None:
-    if found > VERSION:
-        problem = f"its schema version is {found}, this program knows {VERSION} at most"
-        raise CheckpointUnusable(problem=problem, cure="Run the newer release that made it")
-
-
-def _upgrade(connection: Connection, version: int) -> str:
-    UPGRADES[version](connection)
-    connection.execute(schema_version.update().values(version=version + 1))
-    return f"upgraded the checkpoint tables from schema version {version} to {version + 1}"
+def _refuse_other(found: int) -> None:
+    if found != VERSION:
+        problem = f"its tables have schema version {found}, this program needs {VERSION}"
+        cure = "Run the release that made them, or name another database in REPLICATOR_CHECKPOINT_URL"
+        raise CheckpointUnusable(problem=problem, cure=cure)

@@ -10,13 +10,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, bindparam, exists, func, select
+from sqlalchemy import Connection, Engine, String, and_, bindparam, cast, exists, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
 from replicator.contracts.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
-from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition, format_lsn
+from replicator.contracts.events import (
+    Checkpoint,
+    DeadLetter,
+    LetterCounts,
+    Origin,
+    Position,
+    SinkPosition,
+    Stage,
+    format_lsn,
+)
 
 IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
 
@@ -42,13 +51,23 @@ _UPDATE_SINK = (
 _DELETE_SINKS = sink_positions.delete().where(_SINKS_OF_SLOT)
 _DELETE_CHECKPOINT = checkpoints.delete().where(_OF_SLOT)
 
-_POSITION = ("slot", "sink", "commit_lsn", "ordinal")
-_LETTER = (*_POSITION, "event_id", "reason", "payload", "created_at")
+_KEY = ("slot", "letter_key")
+_LETTER = (
+    *_KEY,
+    "origin",
+    "sink",
+    "commit_lsn",
+    "ordinal",
+    "event_id",
+    "reason",
+    "payload",
+    "created_at",
+)
 _INSERT_LETTER_ONCE = dead_letters.insert().from_select(
     _LETTER,
     select(*(bindparam(name, type_=dead_letters.c[name].type) for name in _LETTER)).where(
         ~exists().where(
-            and_(*(dead_letters.c[name] == bindparam(name, type_=dead_letters.c[name].type) for name in _POSITION))
+            and_(*(dead_letters.c[name] == bindparam(name, type_=dead_letters.c[name].type) for name in _KEY))
         )
     ),
 )
@@ -57,13 +76,16 @@ _COUNT_LETTERS = (
     .where(dead_letters.c.slot == bindparam("of_slot"))
     .group_by(dead_letters.c.sink)
 )
-# In a server that was restored positions come a second time, with other events: letters that wait give theirs up for
-# one that no commit has, nor a backfill's letter (those are at LSN 0), and from which a replay replaces no view.
-_NO_COMMIT = 1
+# After a restore the same positions can hold different events. The letter's own number takes the position's place.
 _RELEASE_POSITIONS = (
     dead_letters.update()
-    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn > _NO_COMMIT)
-    .values(commit_lsn=_NO_COMMIT, ordinal=dead_letters.c.id)
+    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn.is_not(None))
+    .values(
+        origin=Origin.RESTORED.value,
+        letter_key=literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String),
+        commit_lsn=None,
+        ordinal=None,
+    )
 )
 _DROP_LETTERS = dead_letters.delete().where(
     dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))
@@ -82,7 +104,7 @@ class SqlCheckpointStore:
         self._schema_is_ours = False
 
     def create(self) -> list[str]:
-        """Make or upgrade the schema; a line for each thing done."""
+        """Make the tables; a line for each thing done."""
         with self._transaction(self._writing_engine) as connection:
             return schema.create(connection)
 
@@ -112,8 +134,8 @@ class SqlCheckpointStore:
             connection.execute(_RELEASE_POSITIONS, of_slot)
             _insert(connection, checkpoint)
 
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> dict[str, int]:
-        """Keep the letters whose position is not there yet; how many there are then, by sink."""
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> LetterCounts:
+        """Keep the letters that are not there yet; how many there are then."""
         now = time.time()
         with self._writing() as connection:
             before = _count_letters(connection, slot)
@@ -121,23 +143,26 @@ class SqlCheckpointStore:
                 return before
             connection.execute(_INSERT_LETTER_ONCE, [_letter_row(slot, letter, now) for letter in letters])
             after = _count_letters(connection, slot)
-            for sink, count in after.items():
-                known = before.get(sink, 0)
-                if most is not None and 0 < known < count > most:
-                    raise DeadLettersFull(sink=sink, stored=known, count=count - known, limit=most)
+            if most is not None:
+                _refuse_too_many(before, after, most)
             return after
 
-    def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
+    def dead_letters(
+        self, slot: str, *, sink: str | None = None, stage: Stage | None = None, after_id: int = 0, limit: int = 100
+    ) -> list[DeadLetter]:
         """The page behind `after_id`, oldest first."""
         page = select(dead_letters).where(dead_letters.c.slot == slot, dead_letters.c.id > after_id)
+        if stage is not None:
+            of_rows = dead_letters.c.sink.is_(None)
+            page = page.where(of_rows if stage is Stage.ROW else ~of_rows)
         if sink is not None:
             page = page.where(dead_letters.c.sink == sink)
         with self._reading() as connection:
             rows = connection.execute(page.order_by(dead_letters.c.id).limit(limit)).all()
         return [_letter(row) for row in rows]
 
-    def count_dead_letters(self, slot: str) -> dict[str, int]:
-        """How many there are, by sink."""
+    def count_dead_letters(self, slot: str) -> LetterCounts:
+        """How many there are now."""
         with self._reading() as connection:
             return _count_letters(connection, slot)
 
@@ -281,18 +306,37 @@ def _position_row(at: SinkPosition) -> dict[str, int]:
     return {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
 
 
-def _count_letters(connection: Connection, slot: str) -> dict[str, int]:
-    return {row.sink: row.letters for row in connection.execute(_COUNT_LETTERS, {"of_slot": slot})}
+def _count_letters(connection: Connection, slot: str) -> LetterCounts:
+    sinks = {row.sink: row.letters for row in connection.execute(_COUNT_LETTERS, {"of_slot": slot})}
+    return LetterCounts(rows=sinks.pop(None, 0), sinks=sinks)
+
+
+def _refuse_too_many(before: LetterCounts, after: LetterCounts, most: int) -> None:
+    for sink, count in ((None, after.rows), *after.sinks.items()):
+        known = before.rows if sink is None else before.sinks.get(sink, 0)
+        if 0 < known < count > most:
+            raise DeadLettersFull(sink=sink, stored=known, count=count - known, limit=most)
+
+
+def _letter_key(letter: DeadLetter) -> str:
+    if letter.position is None:
+        identity = f"event {letter.event_id}"
+    else:
+        identity = f"{format_lsn(letter.position.commit_lsn)}#{letter.position.ordinal}"
+    return f"{letter.origin}/{letter.sink or ''}/{identity}"
 
 
 def _letter_row(slot: str, letter: DeadLetter, now: float) -> dict[str, Any]:
     # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
     reason = letter.reason.replace("\0", "�").encode(errors="replace").decode()
+    commit_lsn, ordinal = letter.position or (None, None)
     return {
         "slot": slot,
+        "letter_key": _letter_key(letter),
+        "origin": letter.origin.value,
         "sink": letter.sink,
-        "commit_lsn": letter.commit_lsn,
-        "ordinal": letter.ordinal,
+        "commit_lsn": commit_lsn,
+        "ordinal": ordinal,
         "event_id": letter.event_id,
         "reason": reason,
         "payload": letter.payload,
@@ -304,8 +348,8 @@ def _letter(row: Any) -> DeadLetter:
     return DeadLetter(
         id=row.id,
         sink=row.sink,
-        commit_lsn=row.commit_lsn,
-        ordinal=row.ordinal,
+        origin=Origin(row.origin),
+        position=None if row.commit_lsn is None else Position(row.commit_lsn, row.ordinal),
         event_id=row.event_id,
         reason=row.reason,
         payload=row.payload,

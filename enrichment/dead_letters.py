@@ -10,10 +10,7 @@ from datetime import datetime
 import msgspec
 
 from enrichment.engagement import RowUnusable, fits_integer, microseconds
-from replicator.contracts.events import DeadLetter, Event, Row, decode_row
-
-ENRICHMENT = "enrichment"
-"""Whose dead letters are rows: `DeadLetter.sink`."""
+from replicator.contracts.events import DeadLetter, Event, Position, Row, decode_row
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode
 
@@ -22,9 +19,8 @@ def dead_letter(row: Row, reason: str) -> DeadLetter:
     """What is kept of a row that no event can be made of: all of it."""
     event_id = next((column.value for column in row.columns if column.name == "id"), None)
     return DeadLetter(
-        sink=ENRICHMENT,
-        commit_lsn=row.commit_lsn,
-        ordinal=row.ordinal,
+        sink=None,
+        position=Position(row.commit_lsn, row.ordinal),
         event_id=event_id if type(event_id) is int and fits_integer(event_id) else None,
         reason=reason,
         payload=_encode_row(row),
@@ -52,18 +48,16 @@ def stored_event(letter: DeadLetter) -> Event:
         ts_us = microseconds(datetime.fromisoformat(stored.event_ts))
     except ValueError:
         ts_us = None  # infinite or out of Python's years, as it was
-    return Event(letter.commit_lsn, letter.ordinal, stored.event_id, stored.content_id, ts_us, letter.payload)
+    commit_lsn, ordinal = letter.replay_position
+    return Event(commit_lsn, ordinal, stored.event_id, stored.content_id, ts_us, letter.payload)
 
 
 def stored_row(letter: DeadLetter) -> Row:
-    """The row that `dead_letter` kept, at the letter's position: a backfill's letter has another one than its row.
-
-    Raises RowUnusable.
-    """
+    """The row that `dead_letter` kept. Raises RowUnusable."""
     try:
         row = decode_row(letter.payload)
     except ValueError as exc:
         told = exc if isinstance(exc, msgspec.MsgspecError) else type(exc).__name__  # others quote the payload
         raise RowUnusable(f"the dead letter's payload is no row: {told}") from None
-    row.commit_lsn, row.ordinal = letter.commit_lsn, letter.ordinal
+    row.commit_lsn, row.ordinal = letter.replay_position
     return row

@@ -15,11 +15,11 @@ from pydantic import Field
 from enrichment import content, engagement
 from enrichment.content import Change, Contents
 from enrichment.database import Database
-from enrichment.dead_letters import ENRICHMENT, dead_letter, stored_event, stored_row
+from enrichment.dead_letters import dead_letter, stored_event, stored_row
 from enrichment.engagement import Draft, Reader, RowUnusable
 from enrichment.preflight import preflight
 from replicator.contracts.errors import SourceUnusable
-from replicator.contracts.events import DeadLetter, Event, Finding, Row
+from replicator.contracts.events import DeadLetter, Event, Finding, Row, Stage
 from replicator.contracts.settings import Settings
 from replicator.contracts.stream import Enriched
 
@@ -101,7 +101,7 @@ class EngagementEnricher:
         refused: list[DeadLetter] = []
         for letter in letters:
             try:
-                if letter.sink == ENRICHMENT:
+                if letter.stage is Stage.ROW:
                     again = await self.enrich([stored_row(letter)])
                     events += again.events
                     refused += again.refused

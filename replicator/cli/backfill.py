@@ -302,7 +302,7 @@ def _summary(run: Backfill, before: Stage, seconds: float) -> Iterator[str]:
     for lane in run.fan_out.lanes:
         yield f"{lane.name:<11} {_written(lane)}"
     if run.rows_refused:
-        yield f"enrichment  {run.rows_refused} dead letters: no event can be made of the row"
+        yield f"rows        {run.rows_refused} dead letters: no event can be made of the row"
 
 
 def _written(lane: Lane) -> str:

@@ -9,17 +9,18 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 from replicator.contracts.errors import Overtaken, SettingsError
-from replicator.contracts.events import DeadLetter, format_lsn
+from replicator.contracts.events import DeadLetter, Position, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
+from replicator.delivery.dead_letters import place
 from replicator.operations import check as preflight
 from replicator.operations import status as statuses
 from replicator.operations.http import Admin
@@ -193,12 +194,12 @@ async def list_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
     """Print them, oldest first, with their payload. 1 if a number that was asked for is not there."""
     found: set[int | None] = set()
     async with _closing(parts):
-        for page in _pages(parts, args):
+        async for page in _pages(parts, args):
             found.update(letter.id for letter in page)
             for letter in page:
                 at = datetime.fromtimestamp(letter.created_at, UTC).isoformat(timespec="seconds")
-                position = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
-                print(f"{letter.id}  {at}  {letter.sink}  event {letter.event_id}  {position}  {letter.reason}")
+                owner = letter.sink or "every sink"
+                print(f"{letter.id}  {at}  {owner}  event {letter.event_id}  {place(letter)}  {letter.reason}")
                 print(f"    {letter.payload.decode(errors='replace')}")
     return _tell_of_absent(args, found)
 
@@ -209,7 +210,7 @@ async def replay_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
     left: dict[int | None, str] = {}
     async with _closing(parts):
         await parts.enricher.open()
-        for page in _pages(parts, args):
+        async for page in _pages(parts, args):
             kept = await _replay(parts, page)
             taken = [letter.id for letter in page if letter.id is not None and letter.id not in kept]
             await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, taken)
@@ -223,33 +224,33 @@ async def replay_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
 
 async def _replay(parts: Parts, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
     """Those that are left, each with the reason; every sink that the others are for has taken them now."""
-    present = {sink.name for sink in parts.sinks} | {"enrichment"}
+    present = {None, *(sink.name for sink in parts.sinks)}
     away = "sink {} is not among REPLICATOR_SINKS".format
     left = {letter.id: away(letter.sink) for letter in letters if letter.sink not in present}
     for sink in parts.sinks:
-        mine = [letter for letter in letters if letter.sink in (sink.name, "enrichment")]
+        mine = [letter for letter in letters if letter.sink in (sink.name, None)]
         if mine:  # another sink may be down: these letters are not for it
             refused = await _give(parts.enricher, sink, mine)
-            positions = {letter.id: (letter.commit_lsn, letter.ordinal) for letter in mine}
+            positions = {letter.id: letter.replay_position for letter in mine}
             left |= {number: refused[at] for number, at in positions.items() if at in refused}
     return left
 
 
-async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[tuple[int, int], str]:
+async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[Position, str]:
     """Why the sink refuses what it does, by position."""
     await sink.open(None, Mode.BACKFILL)
     restored = await enricher.restore(letters)
-    refused = {(letter.commit_lsn, letter.ordinal): letter.reason for letter in restored.refused}
+    refused = {letter.replay_position: letter.reason for letter in restored.refused}
     for start in range(0, len(restored.events), sink.max_events):
         for event, reason in await sink.write(restored.events[start : start + sink.max_events]):
-            refused[event.commit_lsn, event.ordinal] = reason
+            refused[Position(event.commit_lsn, event.ordinal)] = reason
     return refused
 
 
 async def drop_dead_letters(parts: Parts, args: argparse.Namespace) -> int:
     """Forget them, after asking. 1 if a number that was asked for is not there."""
     async with _closing(parts):
-        doomed = [letter.id for page in _pages(parts, args) for letter in page if letter.id is not None]
+        doomed = [letter.id async for page in _pages(parts, args) for letter in page if letter.id is not None]
         if doomed and not args.yes and not agreed(f"Forget {len(doomed)} dead letters?"):
             return 1
         dropped = await asyncio.to_thread(parts.store.drop_dead_letters, parts.settings.slot, doomed)
@@ -268,10 +269,12 @@ def _tell_of_absent(args: argparse.Namespace, found: Collection[int | None]) -> 
     return int(bool(absent))
 
 
-def _pages(parts: Parts, args: argparse.Namespace) -> Iterator[list[DeadLetter]]:
+async def _pages(parts: Parts, args: argparse.Namespace) -> AsyncIterator[list[DeadLetter]]:
     """Pages of those that the arguments choose."""
     after = 0
-    while page := parts.store.dead_letters(parts.settings.slot, args.sink, after, PAGE):
+    while page := await asyncio.to_thread(
+        parts.store.dead_letters, parts.settings.slot, sink=args.sink, stage=args.stage, after_id=after, limit=PAGE
+    ):
         after = page[-1].id or 0
         chosen = [letter for letter in page if not args.ids or letter.id in args.ids]
         if chosen:

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EnrichmentSettings, create_enricher
-from enrichment.dead_letters import ENRICHMENT
 from replicator.cli import commands, reconcile
 from replicator.cli import rebuild_redis as rebuild
 from replicator.cli.backfill import OneLineParser
 from replicator.cli.commands import Parts
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
+from replicator.contracts.events import Stage
 from replicator.contracts.settings import CoreSettings, load, unknown
 from replicator.operations.logs import configure_logging
 from sinks import create_sinks, known_sinks, settings_classes
@@ -89,8 +89,15 @@ def _add_dead_letters(sub: argparse._SubParsersAction[OneLineParser]) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument(
             "--sink",
-            choices=[*known_sinks(), ENRICHMENT],
-            help="only this sink's (`enrichment`: rows that no event could be made of)",
+            choices=[*known_sinks()],
+            help="only this sink's",
+        )
+        action.add_argument(
+            "--stage",
+            type=Stage,
+            choices=[*Stage],
+            metavar="STAGE",
+            help="only `row` (no event could be made of it, for every sink) or `event` (one sink refused it)",
         )
         action.add_argument(
             "--id", dest="ids", type=int, action="append", default=[], metavar="N", help="only number N"

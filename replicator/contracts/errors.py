@@ -175,7 +175,7 @@ class DecodeError(SourceError):
 class SinkError(ReplicatorError):
     """A sink failed. `detail` says how, without the sink's name."""
 
-    def __init__(self, sink: str, problem: str, cure: str = "", *, detail: str = "") -> None:
+    def __init__(self, sink: str | None, problem: str, cure: str = "", *, detail: str = "") -> None:
         super().__init__(problem, cure)
         self.sink = sink
         self.detail = detail
@@ -202,17 +202,18 @@ class SinkMisconfigured(SinkError):
 
 
 class DeadLettersFull(SinkError):
-    """A sink refuses more events than may be kept."""
+    """A sink refuses more events than may be kept, or no event can be made of more rows (`sink` is None)."""
 
-    def __init__(self, *, sink: str, stored: int, count: int, limit: int) -> None:
-        of_sink = f"--sink {sink}"
+    def __init__(self, *, sink: str | None, stored: int, count: int, limit: int) -> None:
+        which = f"--sink {sink}" if sink else "--stage row"
+        owner = f"sink {sink} has" if sink else "rows that no event could be made of:"
         problem = (
-            f"sink {sink} has {stored} dead letters; {count} more would pass the limit of {limit}. Its events wait, and"
-            " nothing is confirmed past them"
+            f"{owner} {stored} dead letters; {count} more would pass the limit of {limit}. They wait, and nothing is"
+            " confirmed past them"
         )
         cure = (
-            f"{command(f'dead-letters list {of_sink}')} says why they were refused. Then"
-            f" {command(f'dead-letters replay {of_sink}')} delivers them, or {command(f'dead-letters drop {of_sink}')}"
+            f"{command(f'dead-letters list {which}')} says why they were refused. Then"
+            f" {command(f'dead-letters replay {which}')} delivers them, or {command(f'dead-letters drop {which}')}"
             " forgets them"
         )
         super().__init__(sink, problem, cure)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
@@ -141,21 +142,64 @@ class Refusal(NamedTuple):
     reason: str
 
 
+class Origin(enum.StrEnum):
+    """Which way a dead letter's event came."""
+
+    STREAM = "stream"
+    BACKFILL = "backfill"
+    RESTORED = "restored"
+    """Of a server that was restored from a backup since: its position may be another event's now."""
+
+
+class Stage(enum.StrEnum):
+    """What was refused."""
+
+    ROW = "row"
+    """No event could be made of the row."""
+    EVENT = "event"
+    """One sink refused the event."""
+
+
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """What was refused for good, kept in the checkpoint database until an operator replays or drops it."""
 
-    sink: str
-    """The sink that refused it; `enrichment` when no event could be made of the row."""
-    commit_lsn: Lsn
-    ordinal: int
+    sink: str | None
+    """The sink that refused the event; None when no event could be made of the row: then every sink lacks it."""
+    origin: Origin = Origin.STREAM
+    position: Position | None
+    """Where the row stands in the stream; None for a letter of a backfill, and for a restored one."""
     event_id: int | None
+    """The source row's primary key; None when the row has none that fits 64 bits."""
     reason: str
     payload: bytes
-    """The event's JSON; for `enrichment` the row as wal2json sent it."""
+    """The event's JSON; at stage `row` the row as wal2json sent it."""
     id: int | None = None
     """The store's number for it; None before it is stored."""
     created_at: float = 0.0
     """Unix time, seconds; the store sets it."""
+
+    @property
+    def stage(self) -> Stage:
+        """Whether a row or an event was refused."""
+        return Stage.ROW if self.sink is None else Stage.EVENT
+
+    @property
+    def replay_position(self) -> Position:
+        """The position of the event that a replay makes of it.
+
+        Without a position of its own it goes before every commit, so that it replaces no version that a sink has;
+        its number keeps it apart from others.
+        """
+        return self.position or Position(0, self.id or 0)
+
+
+class LetterCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many dead letters are kept."""
+
+    rows: int = 0
+    """At stage `row`."""
+    sinks: dict[str, int] = {}
+    """At stage `event`, by sink; sinks without any are absent."""
 
 
 class Batch(msgspec.Struct, kw_only=True):
@@ -196,9 +240,14 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     sinks: dict[str, SinkPosition]
     committed_at: float = 0.0
     """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to a
-    stretch of the stream ahead of `end_lsn`, and 0.0 when unknown. A gap begins here."""
+    stretch of the stream ahead of `end_lsn`. 0.0 before the first one."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
+
+    @property
+    def complete_until(self) -> float:
+        """Every sink has what was committed before this moment, Unix seconds. A gap begins here."""
+        return self.committed_at or self.updated_at
 
 
 class Finding(NamedTuple):

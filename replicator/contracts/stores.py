@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from replicator.contracts.events import Checkpoint, DeadLetter
+from replicator.contracts.events import Checkpoint, DeadLetter, LetterCounts, Stage
 
 
 class Checkpoints(Protocol):
@@ -30,7 +30,7 @@ class Checkpoints(Protocol):
     def replace(self, checkpoint: Checkpoint) -> None:
         """Store it whatever was there: an operator accepted a gap. Sinks not named are removed.
 
-        Dead letters lose their position, which may be another event's from now on.
+        Dead letters are marked as restored and lose their position, which may be another event's from now on.
         """
 
     def close(self) -> None:
@@ -38,21 +38,24 @@ class Checkpoints(Protocol):
 
 
 class DeadLetterBox(Protocol):
-    """Events that a sink refused for good, until an operator replays or drops them."""
+    """Rows and events that were refused for good, until an operator replays or drops them."""
 
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> dict[str, int]:
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> LetterCounts:
         """Store them in one database transaction. One that is there already is kept once.
 
-        Returns how many there are then, by sink. Raises DeadLettersFull, with nothing stored, when a sink would have
-        more than `most` and has some already. A batch is stored whole even if it exceeds `most`: otherwise one larger
-        than that could never be stored.
+        Two letters are the same if sink, origin and position are; without a position the event's id counts.
+        Returns how many there are then. Raises DeadLettersFull, with nothing stored, when a sink, or the rows, would
+        have more than `most` and has some already. A batch is stored whole even if it exceeds `most`: otherwise one
+        larger than that could never be stored.
         """
 
-    def dead_letters(self, slot: str, sink: str | None = None, after_id: int = 0, limit: int = 100) -> list[DeadLetter]:
-        """Oldest first; the page behind `after_id`."""
+    def dead_letters(
+        self, slot: str, *, sink: str | None = None, stage: Stage | None = None, after_id: int = 0, limit: int = 100
+    ) -> list[DeadLetter]:
+        """Oldest first; the page behind `after_id`. None: of any sink, of both stages."""
 
-    def count_dead_letters(self, slot: str) -> dict[str, int]:
-        """How many there are, by sink; sinks without any are absent."""
+    def count_dead_letters(self, slot: str) -> LetterCounts:
+        """How many there are now."""
 
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
         """Remove these; how many there were."""

@@ -18,7 +18,7 @@ class Enriched(NamedTuple):
     events: list[Event]
     """In the order of the rows."""
     refused: list[DeadLetter]
-    """Rows no event can be made of (`sink='enrichment'`), with their position and what is wrong."""
+    """Rows no event can be made of (stage `row`), with their position and what is wrong."""
 
 
 class Enricher(Protocol):

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointUnavailable, SourceUnavailable
-from replicator.contracts.events import Batch, DeadLetter, Position, SinkPosition
+from replicator.contracts.events import Batch, DeadLetter, Origin, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.contracts.stores import CheckpointStore
@@ -209,8 +209,9 @@ class Backfill:
 
 
 def _of_event(letter: DeadLetter) -> DeadLetter:
-    """The letter under its event's id instead of a position in the stream.
+    """The letter without the page's position: its event's id tells it from others.
 
-    So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer view.
+    So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer version.
     """
-    return letter if letter.event_id is None else structs.replace(letter, commit_lsn=0, ordinal=letter.event_id)
+    position = letter.position if letter.event_id is None else None
+    return structs.replace(letter, origin=Origin.BACKFILL, position=position)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable
-from replicator.contracts.events import DeadLetter, format_lsn
+from replicator.contracts.events import DeadLetter, LetterCounts, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import backoff
@@ -24,8 +24,8 @@ class DeadLetters:
     """Those of one slot."""
 
     def __init__(self, store: CheckpointStore, settings: CoreSettings) -> None:
-        self.stored: dict[str, int] = {}
-        """How many are on disk, by sink, as of the last look."""
+        self.stored = LetterCounts()
+        """How many are on disk, as of the last look."""
         self._store = store
         self._settings = settings
         self._turn = asyncio.Lock()  # lanes count and add one after the other
@@ -44,8 +44,8 @@ class DeadLetters:
                 else:
                     break
         for letter in letters:
-            at = f"{format_lsn(letter.commit_lsn)}#{letter.ordinal}"
-            log.error("dead letter of sink %s at %s (event %s): %s", letter.sink, at, letter.event_id, letter.reason)
+            owner = f"of sink {letter.sink}" if letter.sink else "of a row"
+            log.error("dead letter %s at %s (event %s): %s", owner, place(letter), letter.event_id, letter.reason)
 
     async def look(self) -> None:
         """See how many there are: others drop them. What can't be seen now stays as it was."""
@@ -53,3 +53,10 @@ class DeadLetters:
             self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._settings.slot)
         except CheckpointError as exc:
             log.debug("%s", exc)  # who saves the checkpoint says it
+
+
+def place(letter: DeadLetter) -> str:
+    """Where its row stands in the stream, as `16/B374D848#12`; without a position, which way it came."""
+    if letter.position is None:
+        return letter.origin
+    return f"{format_lsn(letter.position.commit_lsn)}#{letter.position.ordinal}"

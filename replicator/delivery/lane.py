@@ -405,8 +405,7 @@ def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:
     event = refusal.event
     return DeadLetter(
         sink=sink,
-        commit_lsn=event.commit_lsn,
-        ordinal=event.ordinal,
+        position=Position(event.commit_lsn, event.ordinal),
         event_id=event.id,
         reason=refusal.reason,
         payload=event.json,

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.events import format_lsn
+from replicator.contracts.events import Stage, format_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
 from replicator.operations.watchdog import Monitor
 
@@ -95,10 +95,12 @@ class _Metrics(Collector):
         yield GaugeMetricFamily("replicator_confirmed_lsn", "Confirmed to PostgreSQL", pipeline.source.confirmed)
 
     def _dead_letters(self) -> Metric:
-        stored = GaugeMetricFamily("replicator_dead_letters", "Dead letters that are kept", labels=["sink"])
+        stored = GaugeMetricFamily("replicator_dead_letters", "Dead letters that are kept", labels=["sink", "stage"])
         pipeline = self._monitor.pipeline
-        for sink in ("enrichment", *(lane.name for lane in pipeline.fan_out.lanes)):
-            stored.add_metric([sink], pipeline.letters.stored.get(sink, 0))
+        counts = pipeline.letters.stored
+        stored.add_metric(["", Stage.ROW], counts.rows)
+        for lane in pipeline.fan_out.lanes:
+            stored.add_metric([lane.name, Stage.EVENT], counts.sinks.get(lane.name, 0))
         return stored
 
     def _slot(self) -> Iterator[Metric]:

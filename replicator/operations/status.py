@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 
 from replicator.contracts.errors import CheckpointError, SourceUnavailable
-from replicator.contracts.events import Checkpoint, Lsn, format_lsn
+from replicator.contracts.events import Checkpoint, LetterCounts, Lsn, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.source import slot as slots
@@ -149,7 +149,7 @@ def _lag_seconds(checkpoint: Checkpoint, behind: int | None) -> float | None:
     """The most that it can be: what a sink lacks was committed after the newest that all of them have."""
     if not behind:
         return None if behind is None else 0.0
-    return round(max(0.0, time.time() - (checkpoint.committed_at or checkpoint.updated_at)), 1)
+    return round(max(0.0, time.time() - (checkpoint.complete_until)), 1)
 
 
 def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
@@ -192,10 +192,11 @@ def _safe_text(slot: dict[str, Any]) -> str:
     return "no longer safe" if slot["wal_status"] == "lost" else "no limit (max_slot_wal_keep_size)"
 
 
-def _letters_text(letters: dict[str, int] | None) -> str:
+def _letters_text(letters: LetterCounts | None) -> str:
     if letters is None:
         return "unknown"
-    return ", ".join(f"{count} of {name}" for name, count in letters.items()) or "none"
+    rows = [f"{letters.rows} rows"] if letters.rows else []
+    return ", ".join(rows + [f"{count} of {name}" for name, count in letters.sinks.items()]) or "none"
 
 
 def _checkpoint_text(checkpoint: dict[str, Any] | None) -> str:

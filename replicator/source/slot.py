@@ -220,7 +220,7 @@ def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 def begins(checkpoint: Checkpoint) -> datetime:
     """When a gap behind the checkpoint begins: every sink has what was committed before."""
-    return datetime.fromtimestamp(checkpoint.committed_at or checkpoint.updated_at, UTC)
+    return datetime.fromtimestamp(checkpoint.complete_until, UTC)
 
 
 def _misfit(state: SlotState) -> str:

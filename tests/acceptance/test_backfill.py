@@ -472,7 +472,7 @@ def test_what_is_refused_is_kept_once(
         result = backfill.run(*CONTRACT, "--sinks", "http,redis")
         assert 10 == read_by(result)
         assert "http        8 written, 1 dead letters" in result.stdout
-        assert "enrichment  1 dead letters" in result.stdout
+        assert "rows        1 dead letters" in result.stdout
     listed = succeed(made.run("dead-letters", "list"))
     assert ["3", "5"] == sorted(re.findall(r"  event (\d+)  0/0#\1  ", listed))
     api.behave()

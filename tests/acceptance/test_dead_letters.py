@@ -102,12 +102,12 @@ def test_a_row_that_no_event_can_be_made_of(
     assert wanted == destinations.clickhouse()
     assert wanted == sorted(destinations.api(), key=lambda event: int(event["event_id"]))
     assert {1: 18, 2: 5} == destinations.counts()
-    said = [line for line in program.log.splitlines() if "dead letter of sink enrichment at " in line]
+    said = [line for line in program.log.splitlines() if "dead letter of a row at " in line]
     assert ["(event 10)", "(event 11)"] == [line[line.index("(event") : line.index(")") + 1] for line in said]
     assert all("ERROR" in line and "engagement_events.user_id is not a 64-bit integer" in line for line in said)
     assert ["#10", "#11"] == [line[line.index("#") : line.index(" (event")] for line in said]
     assert "replicator_enrichment_dead_letters_total 2.0" in program.admin("/metrics")
-    letters = listed(program, "--sink", "enrichment")
+    letters = listed(program, "--stage", "row")
     users = [line.partition('"user_id","value":')[2].partition("}")[0] for line in letters[1::2]]
     assert ["1.5", "1" + "0" * 5_000] == users
     assert 1 == program.run("dead-letters", "replay").code  # refused as before

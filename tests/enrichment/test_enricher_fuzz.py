@@ -15,7 +15,7 @@ from msgspec import structs
 from enrichment import EngagementEnricher
 from enrichment.engagement import COLUMNS
 from enrichment.enricher import EnrichmentSettings
-from replicator.contracts.events import Column, Position, Row
+from replicator.contracts.events import Column, Position, Row, Stage
 
 GOOD: dict[str, Any] = {
     "id": 17,
@@ -94,7 +94,7 @@ async def test_any_rows(batch: list[Row]) -> None:
     made = enricher()
     enriched = await made.enrich(batch)
     events = {Position(event.commit_lsn, event.ordinal): event for event in enriched.events}
-    letters = {Position(letter.commit_lsn, letter.ordinal): letter for letter in enriched.refused}
+    letters = {letter.position: letter for letter in enriched.refused}
     assert not events.keys() & letters.keys()
     assert sorted(events) == list(events)
     for row in batch:
@@ -104,10 +104,10 @@ async def test_any_rows(batch: list[Row]) -> None:
         if _is_good(row) or at in events:
             _assert_told(row, json.loads(events[at].json))
     for letter in letters.values():
-        assert letter.sink == "enrichment"
+        assert letter.stage is Stage.ROW
         assert letter.reason.startswith(("public.", "other.", "."))
         again = await made.restore([letter])  # what a replay does
-        row = batch[letter.ordinal - 1]
+        row = batch[letter.replay_position.ordinal - 1]
         if len({column.name for column in row.columns}) == len(row.columns):
             assert [] == again.events
             assert [letter] == again.refused
@@ -135,7 +135,7 @@ async def test_a_bad_row_among_good_ones(name: str) -> None:
     enriched = await enricher().enrich(batch)
     assert [(1, 1), (3, 2)] == [(event.ordinal, event.id) for event in enriched.events]
     [letter] = enriched.refused
-    assert (5, 2) == (letter.commit_lsn, letter.ordinal)
+    assert (5, 2) == letter.position
     assert letter.reason.startswith(f"public.engagement_events.{name} is not ")
     assert b"9" * 5_000 in letter.payload
     assert "999" not in letter.reason

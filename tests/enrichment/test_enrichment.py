@@ -424,8 +424,8 @@ async def test_a_row_without_a_column_is_a_dead_letter_and_the_rest_goes_on(
     assert good == [event.id for event in made.events]
     [letter] = made.refused
     reason = "public.engagement_events has no column device; expected text or NULL"
-    assert ("enrichment", bad, reason) == (letter.sink, letter.event_id, letter.reason)
-    assert Position(rows[1].commit_lsn, 1) == (letter.commit_lsn, letter.ordinal)
+    assert (None, bad, reason) == (letter.sink, letter.event_id, letter.reason)
+    assert Position(rows[1].commit_lsn, 1) == letter.position
     mended = letter.payload.replace(b'"gadget"', b'"device"')
     restored = await enricher.restore([letter, DeadLetter(**_facts(letter) | {"payload": mended})])
     assert [bad] == [event.id for event in restored.events]

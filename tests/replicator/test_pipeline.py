@@ -22,6 +22,7 @@ from replicator.contracts.events import (
     DeadLetter,
     Event,
     Finding,
+    LetterCounts,
     Lsn,
     Position,
     Refusal,
@@ -156,7 +157,7 @@ class FakeEnricher:
             raise self.world.look_ups.pop(0)
         good = [Event(row.commit_lsn, row.ordinal, row.commit_lsn, 1, 0, b"{}") for row in rows if row.commit_lsn != 66]
         bad = [
-            DeadLetter(sink="enrichment", commit_lsn=66, ordinal=1, event_id=None, reason="no", payload=b"")
+            DeadLetter(sink=None, position=Position(66, 1), event_id=None, reason="no", payload=b"")
             for row in rows
             if row.commit_lsn == 66
         ]
@@ -190,10 +191,10 @@ class FakeStore:
             self.world.failures = [CheckpointUnavailable(detail="away")] * 100_000
             raise CheckpointUnavailable(detail="the answer was lost")
 
-    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
+    def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
         """Notes where they were."""
-        self.world.log.append(("dead letter", (slot, letters[0].commit_lsn)))
-        return {}
+        self.world.log.append(("dead letter", (slot, letters[0].replay_position.commit_lsn)))
+        return LetterCounts()
 
 
 class FakeSink(Sink):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -15,7 +14,7 @@ from enrichment.dead_letters import stored_row
 from enrichment.history import EngagementHistory, Range
 from replicator.cli import backfill
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
-from replicator.contracts.events import DeadLetter, Event, Finding, Position, Refusal
+from replicator.contracts.events import DeadLetter, Event, Finding, LetterCounts, Origin, Position, Refusal
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.sink import Sink
 from replicator.contracts.stream import Enriched, Page
@@ -163,10 +162,10 @@ class Store:
         assert TASK == task
         self.progress.append(progress)
 
-    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> dict[str, int]:
+    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
         """Remember them."""
         self.letters += letters
-        return dict(Counter(letter.sink for letter in self.letters))
+        return LetterCounts()
 
 
 @pytest.fixture
@@ -266,12 +265,12 @@ async def test_stopped_while_a_sink_is_away(settings: CoreSettings) -> None:
 
 async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> None:
     """So the store keeps it once over any number of backfills, whatever the position of the page."""
-    letter = DeadLetter(sink="enrichment", commit_lsn=7, ordinal=1, event_id=9, reason="no type", payload=b"{}")
+    letter = DeadLetter(sink=None, position=Position(7, 1), event_id=9, reason="no type", payload=b"{}")
     past, store = FakeHistory([1, 2], [3], refused=[letter]), Store()
     run = run_of(settings, past, store, FakeSink(refused=[2]))
     assert await run.run()
-    kept = {(kept.sink, kept.commit_lsn, kept.ordinal, kept.event_id) for kept in store.letters}
-    assert {("enrichment", 0, 9, 9), ("fake", 0, 2, 2)} == kept
+    kept = {(kept.sink, kept.origin, kept.position, kept.event_id) for kept in store.letters}
+    assert {(None, Origin.BACKFILL, None, 9), ("fake", Origin.BACKFILL, None, 2)} == kept
     assert (1, 4) == (run.rows_refused, run.written.events)
 
 
@@ -315,13 +314,13 @@ def test_a_page_is_behind_the_one_before() -> None:
 
 
 def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None:
-    """In the reader's words, with the row, which can be read again from the letter, at the letter's position."""
+    """In the reader's words, with the row; a replay puts it before every commit when the letter has no position."""
     drafts = history._Drafts([found(1), found(2, user_id=None)], Position(0, 0))  # noqa: SLF001  pure
     [letter] = drafts.refused
-    expected = ("enrichment", 2, "public.engagement_events.user_id is not a 64-bit integer")
+    expected = (None, 2, "public.engagement_events.user_id is not a 64-bit integer")
     assert expected == (letter.sink, letter.event_id, letter.reason)
-    moved = msgspec.structs.replace(letter, commit_lsn=0, ordinal=2)
-    assert (0, 2) == (stored_row(moved).commit_lsn, stored_row(moved).ordinal)
+    row = stored_row(msgspec.structs.replace(letter, position=None, id=12))
+    assert (0, 12) == (row.commit_lsn, row.ordinal)
 
 
 def test_the_next_place_is_right_behind_a_row() -> None:

@@ -395,7 +395,7 @@ async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
         harness.fan_out.put(batch(10, 3))
         await harness.until(15)
     assert harness.letters == [
-        DeadLetter(sink="fake", commit_lsn=10, ordinal=2, event_id=1002, reason="no", payload=b"{}")
+        DeadLetter(sink="fake", position=Position(10, 2), event_id=1002, reason="no", payload=b"{}")
     ]
 
 

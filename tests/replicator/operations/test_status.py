@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
-from replicator.contracts.events import Checkpoint
+from replicator.contracts.events import Checkpoint, LetterCounts
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.source import slot as slots
@@ -30,9 +30,9 @@ class FakeStore:
             raise self._error
         return self._checkpoint
 
-    def count_dead_letters(self, _: str) -> dict[str, int]:
+    def count_dead_letters(self, _: str) -> LetterCounts:
         """There are none."""
-        return {}
+        return LetterCounts()
 
 
 Collect = Callable[..., Awaitable[dict[str, Any]]]
@@ -67,7 +67,7 @@ async def test_an_unknown_lag_is_not_none(collect: Collect) -> None:
 async def test_lag_begins_at_the_newest_commit_that_all_have(
     collect: Collect, committed_ago: float | None, expected: float
 ) -> None:
-    """Not when the checkpoint was saved, unless it is of an older release that knew no more."""
+    """Not when the checkpoint was saved, unless nothing has been committed since the slot was made."""
     now = time.time()
     committed_at = now - committed_ago if committed_ago else 0.0
     checkpoint = structs.replace(CHECKPOINT, committed_at=committed_at, updated_at=now - 100)
