@@ -81,11 +81,11 @@ class EngagementLedger:
         self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, options=OPTIONS)
         self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, options=ID_OPTIONS)
         self._words: dict[str, str] = {}
-        self.sliced = False
+        self.slices_are_cheap = False
 
     async def open(self) -> None:
         """Connect, and look at server and table."""
-        [(self.sliced,)] = await self._scans.rows(INDEXED)
+        [(self.slices_are_cheap,)] = await self._scans.rows(INDEXED)
         [(version,)] = await self._scans.rows(VERSION)
         us = MICROSECONDS if version >= _WITH_EXACT_EXTRACT else MICROSECONDS_13
         line = OWN_LINE + ("," + CONTENT_LINE if self._with_content else "")
@@ -102,15 +102,12 @@ class EngagementLedger:
         [(events, first, last)] = await self._scans.rows(self._text(SPAN), _between(start_us, end_us))
         return events, first or 0, last or 0
 
-    async def by_time(self, part: Slice) -> dict[int, Digest]:
+    async def digests(self, part: Slice) -> dict[int, Digest]:
         """See `ledger.Ledger`."""
-        return _digests(await self._scans.rows(self._text(BY_TIME), _of(part)))
+        query = BY_TIME if part.modulus == 1 else BY_ID
+        return _digests(await self._scans.rows(self._text(query), _of(part)))
 
-    async def by_id(self, part: Slice) -> dict[int, Digest]:
-        """See `ledger.Ledger`."""
-        return _digests(await self._scans.rows(self._text(BY_ID), _of(part)))
-
-    async def held(self, part: Slice) -> list[EventDigest]:
+    async def events(self, part: Slice) -> list[EventDigest]:
         """See `ledger.Ledger`."""
         return [EventDigest(*row) for row in await self._scans.rows(self._text(HELD), _of(part))]
 

@@ -34,7 +34,7 @@ from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.backfill import Backfill, Stage
 from replicator.delivery.lane import Lane
 from replicator.operations.logs import configure_logging
-from replicator.reconcile.compare import unseen
+from replicator.reconcile.counts import unseen
 from sinks import create_sinks, known_sinks, sink_names
 
 MANUAL = """\

@@ -12,13 +12,14 @@ import argparse
 import asyncio
 import shlex
 import sys
+from collections.abc import Awaitable
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import BEGINNING, END, create_history
 from replicator.cli import commands
 from replicator.cli.backfill import OneLineParser, Parts, add_pace, carry, once
-from replicator.contracts.errors import SettingsError, SinkError
-from replicator.contracts.sink import Mode, Rebuildable
+from replicator.contracts.errors import SettingsError
+from replicator.reconcile.repair import rebuild
 from sinks import create_sinks
 
 MANUAL = """\
@@ -79,20 +80,15 @@ async def rebuild_redis(given: commands.Parts, args: argparse.Namespace) -> int:
 
 
 async def _rebuild(parts: Parts) -> int:
-    [redis] = parts.sinks
-    assert isinstance(redis, Rebuildable)  # noqa: S101  for mypy
-    await parts.history.open()  # whatever can't be read, or written to: nothing is deleted before that is known
-    await parts.sinks[0].open(None, Mode.BACKFILL)
-    if parts.args.from_empty:
-        await redis.generation()
-        await asyncio.to_thread(parts.store.create)
-        print(f"deleted     {await redis.empty()} keys", flush=True)
-    generation = await redis.generation()
-    code = await carry(parts._replace(task=f"rebuild-redis {generation}"), _to_go_on(parts.args))
-    if await redis.generation() != generation:
-        detail = "it was emptied, restarted or replaced while it was filled. Run `rebuild-redis` again"
-        raise SinkError("redis", f"sink redis failed: {detail}")
-    return code
+    def fill(generation: str) -> Awaitable[int]:
+        return carry(parts._replace(task=f"rebuild-redis {generation}"), _to_go_on(parts.args))
+
+    empty = _show_deleted if parts.args.from_empty else None
+    return await rebuild(parts.sinks[0], parts.history, parts.store, fill, empty)
+
+
+def _show_deleted(keys: int) -> None:
+    print(f"deleted     {keys} keys", flush=True)
 
 
 def _to_go_on(args: argparse.Namespace) -> str:

@@ -1,6 +1,7 @@
-"""How two places that hold the same events are compared: `reconcile` asks each for digests, then for the events.
+"""What `reconcile` asks of two places that hold the same events: digests first, then events, then counts.
 
-`enrichment/ledger.py` is PostgreSQL's side; a sink that `reconcile` can ask has one too (`sink.HasLedger`).
+`enrichment/ledger.py` answers for PostgreSQL, a sink through `HasLedger` or `HasCounter` of `sink.py`. Times are
+microseconds since 1970. Everything here raises what a `History` or a `Sink` raises.
 """
 
 from __future__ import annotations
@@ -13,33 +14,33 @@ from replicator.contracts.stream import History
 
 
 class Digest(NamedTuple):
-    """What two places can agree on cheaply about some events."""
+    """A checksum of some events."""
 
     events: int
     sum: int
-    """Of 60 bits of the MD5 of every event's fields as text."""
+    """Of the events' hashes."""
 
 
 class EventDigest(NamedTuple):
-    """One event as a place has it."""
+    """One event as one place holds it."""
 
     id: int
     ts_us: int
     key: int
-    """With the two before it what the event is known by; see `events.Event`."""
+    """With `id` and `ts_us` the identity of the event; see `events.Event`."""
     hash: int
     """60 bits of the MD5 of its fields as text."""
     lsn: int = 0
-    """Of the view that the place has; 0 at the source."""
+    """`commit_lsn` of the version that a sink holds; 0 at the source."""
 
 
 class Slice(NamedTuple):
-    """Some events of a range: those in certain buckets of time, and of these the ids with certain remainders."""
+    """A subset of the events: some buckets of time and, inside them, some remainders of `id`."""
 
     origin_us: int
     width_us: int
     buckets: tuple[int, ...]
-    """Ascending; number n begins at `origin_us + n * width_us`."""
+    """Ascending. Bucket n begins at `origin_us + n * width_us`."""
     modulus: int = 1
     remainders: tuple[int, ...] = (0,)
     """Of `id` divided by `modulus`, never negative."""
@@ -51,68 +52,75 @@ class Slice(NamedTuple):
 
     @property
     def end_us(self) -> int:
-        """Where the last one ends."""
+        """Where the last bucket ends."""
         return self.origin_us + (self.buckets[-1] + 1) * self.width_us
 
 
 class Ledger(Protocol):
-    """A place that can say which events it has; `reconcile.py` compares two. Times are microseconds since 1970.
+    """The events that one place holds."""
 
-    Raises what a `History` or a `Sink` raises.
-    """
-
-    sliced: bool
-    """Whether a piece of a range costs a piece of the effort; otherwise a range is asked for as a whole."""
+    slices_are_cheap: bool
+    """True if scanning part of a range is proportionally cheaper (there is an index on time)."""
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        """How many events there are with `start <= ts < end`, the first one's time and the last one's (else 0)."""
+        """Number of events with `start <= ts < end`, first time, last time; three zeros if there are none."""
 
-    async def by_time(self, part: Slice) -> dict[int, Digest]:
-        """Digests of the buckets; the buckets are consecutive, those without events are absent."""
+    async def digests(self, part: Slice) -> dict[int, Digest]:
+        """One per bucket, of consecutive buckets; with a modulus above 1, one per remainder, of a single bucket.
 
-    async def by_id(self, part: Slice) -> dict[int, Digest]:
-        """Digests of all remainders in one bucket; those without events are absent."""
+        Groups without events are absent. The slice's own remainders are not looked at.
+        """
 
-    async def held(self, part: Slice) -> list[EventDigest]:
-        """The events themselves, in any order."""
+    async def events(self, part: Slice) -> list[EventDigest]:
+        """The events of the slice, in any order."""
 
     async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
-        """Those with these ids and `start <= ts < end`."""
+        """The events with these ids and `start <= ts < end`, in any order."""
+
+
+class SinkLedger(Ledger, Protocol):
+    """The events that a sink holds."""
+
+    async def delete(self, doomed: Sequence[EventDigest]) -> None:
+        """Delete exactly these, not the same ids with another time or key."""
 
 
 class SourceLedger(Ledger, Protocol):
-    """The tables themselves."""
+    """The events in the source tables."""
+
+    async def open(self) -> None:
+        """Connect, and see that the tables can be read."""
 
     async def lsn(self) -> Lsn:
-        """Every commit that was visible before is before this."""
+        """A WAL position behind every commit that was visible before this call."""
 
     async def next_transaction(self) -> int:
-        """A number above those of all transactions that have one."""
+        """A number higher than that of every transaction that has one."""
 
     async def oldest_transaction(self) -> int:
-        """Those with lower numbers have ended, and their rows can be seen if they ever will."""
+        """The lowest number of an open transaction. The rows of lower ones are visible, or never will be."""
 
     def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[int]]:
-        """Of all events of the range, in chunks."""
+        """The ids of the events with `start <= ts < end`, in chunks."""
 
     def counts(self) -> AsyncIterator[Sequence[tuple[int, int]]]:
-        """`(key, events)` for every key, over all times that a timestamp can tell, by key, in chunks."""
+        """`(key, number of events)` of every key over all times, ascending by key, in chunks."""
 
     async def counts_of(self, keys: Sequence[int]) -> dict[int, int]:
-        """The same for some keys; those without events are absent."""
+        """The same for these keys. Keys without events are absent."""
 
     def picked(self, ids: Sequence[int]) -> History:
-        """These events, for the sinks."""
+        """These events, ready to be sent to sinks."""
 
 
 class EventCounter(Protocol):
-    """A place that counts events by key, each once."""
+    """A place that counts events by key, each event once."""
 
     async def counts(self, keys: Sequence[int]) -> list[int]:
-        """The count of each; 0 for one that is not there."""
+        """The count of each key, 0 for a key that is not there."""
 
     def keys(self) -> AsyncIterator[Sequence[int]]:
-        """Everything that has a count, in chunks, in any order, some of them perhaps twice."""
+        """All keys that have a count, in chunks, in any order; a key may come twice."""
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
-        """Those of the events that were not counted yet."""
+        """Those of these events that were not counted yet."""

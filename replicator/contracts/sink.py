@@ -12,7 +12,7 @@ from enum import Enum
 from typing import ClassVar, TypeAlias
 
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
-from replicator.contracts.ledger import EventCounter, Ledger
+from replicator.contracts.ledger import EventCounter, SinkLedger
 from replicator.contracts.settings import Settings
 
 Contract: TypeAlias = object
@@ -97,7 +97,7 @@ class HasLedger(ABC):
     """A sink whose rows `reconcile` can compare with PostgreSQL's, field by field."""
 
     @abstractmethod
-    def ledger(self, *, with_content: bool) -> Ledger:
+    def ledger(self, *, with_content: bool) -> SinkLedger:
         """Its rows; `with_content` also compares the fields that come from the content."""
 
 

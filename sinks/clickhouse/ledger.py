@@ -56,7 +56,7 @@ NO_PART: Mapping[str, object] = {"origin": 0, "width": 1, "modulus": 1}
 class ClickHouseLedger:
     """`contracts.ledger.Ledger` of `events_enriched`, each event once, whatever was sent again."""
 
-    sliced = True
+    slices_are_cheap = True
 
     def __init__(self, client: Client, table: str, *, with_content: bool) -> None:
         self._client = client
@@ -69,15 +69,12 @@ class ClickHouseLedger:
         [(events, first, last)] = await self._rows(SPAN, start=start_us, end=end_us)
         return events, first if events else 0, last if events else 0
 
-    async def by_time(self, part: Slice) -> dict[int, Digest]:
+    async def digests(self, part: Slice) -> dict[int, Digest]:
         """See `ledger.Ledger`."""
-        return _digests(await self._rows(self._with + BY_TIME, **_of(part)))
+        query = BY_TIME if part.modulus == 1 else BY_ID
+        return _digests(await self._rows(self._with + query, **_of(part)))
 
-    async def by_id(self, part: Slice) -> dict[int, Digest]:
-        """See `ledger.Ledger`."""
-        return _digests(await self._rows(self._with + BY_ID, **_of(part)))
-
-    async def held(self, part: Slice) -> list[EventDigest]:
+    async def events(self, part: Slice) -> list[EventDigest]:
         """See `ledger.Ledger`."""
         return [EventDigest(*row) for row in await self._rows(self._with + HELD, **_of(part))]
 

@@ -1,4 +1,4 @@
-"""`python -m replicator reconcile`: what is planted is found, named and mended; beside traffic nothing is found."""
+"""`python -m replicator reconcile`: what is planted is found, named and repaired; under traffic nothing is found."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+import msgspec
 import psycopg
 import pytest
 
@@ -38,9 +39,10 @@ CHANGED = """
 INSERT INTO events_enriched SELECT * REPLACE (user_id + 1 AS user_id, _lsn + {newer} AS _lsn)
 FROM events_enriched FINAL WHERE event_id = {id}
 """
-WRITES = "clickhouse  `--repair` writes what is missing or different; for a whole range a backfill is faster\n"
-COUNTS = "redis       `--repair` counts what was not counted in this range; after Redis lost its keys `python -m"
-COUNTS_ANEW = "redis       counts are made right by `python -m replicator rebuild-redis --from-empty`\n"
+SENDS = "clickhouse  --repair sends what is missing or different; a backfill of a whole range is faster\n"
+COUNTS = "redis       --repair counts what was not counted in this range\n"
+CORRECTS = "redis       if it has lost nothing, `python -m replicator rebuild-redis --from-empty` corrects the counts\n"
+REBUILDS = "redis       if redis has lost its data, `python -m replicator rebuild-redis` makes it again\n"
 HIDDEN = "ALTER TABLE engagement_events ENABLE ROW LEVEL SECURITY"
 EXTRA = """
 INSERT INTO events_enriched SELECT * REPLACE ({id} AS event_id)
@@ -49,9 +51,9 @@ FROM (SELECT * FROM events_enriched FINAL WHERE event_id = 1)
 
 
 def differences(result: Result) -> str:
-    """What a comparison told that found some."""
+    """What a comparison printed that found some."""
     assert_clean(result.stdout + result.stderr)
-    assert 1 == result.code, result.stdout + result.stderr
+    assert 3 == result.code, result.stdout + result.stderr
     return result.stdout
 
 
@@ -68,7 +70,7 @@ def fill(program: Program, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize(("step", "index"), [("1 ms", True), ("0", False)], ids=["spread out", "all at one moment"])
-def test_what_is_planted_is_found_and_mended(  # noqa: PLR0917  fixtures
+def test_what_is_planted_is_found_and_repaired(  # noqa: PLR0917  fixtures
     settings: Program,
     stack: DevStack,
     source: psycopg.Connection,
@@ -91,16 +93,16 @@ def test_what_is_planted_is_found_and_mended(  # noqa: PLR0917  fixtures
     told = differences(settings.run("reconcile", *HOUR))
     for line in ("missing 1: 54321", "different 1: 777", "extra 1: 20000000", "redis       not counted 0"):
         assert line in told
-    assert WRITES in told
+    assert SENDS in told
     found = told.splitlines()[-1]
     assert found.startswith("different, ")
-    mended = differences(settings.run("reconcile", *HOUR, "--repair"))
-    assert "clickhouse  left after the repair 1: 20000000" in mended
-    assert WRITES not in mended
-    assert "extra events are deleted by --repair --delete-extra" in mended
-    mended = succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
-    assert mended.splitlines()[-1].startswith("equal after the repair")
-    print(f"{rows} rows: {equal}; {found}; {mended.splitlines()[-1]}")  # noqa: T201  figures worth seeing
+    repaired = differences(settings.run("reconcile", *HOUR, "--repair"))
+    assert "clickhouse  left after the repair 1: 20000000" in repaired
+    assert SENDS not in repaired
+    assert "--repair --delete-extra deletes extra events" in repaired
+    repaired = succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
+    assert repaired.splitlines()[-1].startswith("repaired, ")
+    print(f"{rows} rows: {equal}; {found}; {repaired.splitlines()[-1]}")  # noqa: T201  figures worth seeing
     assert "equal, " in succeed(settings.run("reconcile", *HOUR))
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
 
@@ -113,9 +115,9 @@ def test_much_is_missing(
     source.execute(MANY, {"rows": 60_000, "step": "10 ms"})
     fill(settings, "--sinks redis")
     told = differences(settings.run("reconcile", *HOUR))
-    assert "clickhouse  120000 events in PostgreSQL, 0 in ClickHouse" in told
+    assert "clickhouse  120000 events in PostgreSQL, 0 in clickhouse" in told
     assert re.search(r"missing 120000: (\d+, ){19}\d+ and 119980 more\n", told)
-    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert "120000\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
 
@@ -133,7 +135,7 @@ def test_any_value_is_equal(settings: Program, source: psycopg.Connection) -> No
     source.execute("UPDATE content SET length_seconds = 8 WHERE content_id = 9")
     assert "equal, " in succeed(settings.run("reconcile", *WIDE))
     assert "different 1: " in differences(settings.run("reconcile", *WIDE, "--with-content"))
-    assert "equal after" in succeed(settings.run("reconcile", *WIDE, "--with-content", "--repair"))
+    assert "repaired, " in succeed(settings.run("reconcile", *WIDE, "--with-content", "--repair"))
 
 
 def test_enums_are_text(settings: Program, source: psycopg.Connection) -> None:
@@ -174,7 +176,7 @@ def test_equal_under_traffic(quick: Program, database: str, destinations: Destin
         for _ in range(3):
             assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
         destinations.redis.incrby("content:count:2", 1_000_000)
-        assert "deleted or wrong: 1: 2 has 10" in succeed(quick.run("reconcile", *EVERYTHING))
+        assert "counts too high 1: 2 has 10" in succeed(quick.run("reconcile", *EVERYTHING))
         destinations.redis.incrby("content:count:2", -1_000_000)
     quick.wait_until_caught_up()
     assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
@@ -191,14 +193,14 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
         destinations.redis.set(f"content:count:{foreign}", 1)
     told = succeed(settings.run("reconcile", *HOUR))
     assert "redis       not counted 0\nredis       counts too low 0\n" in told
-    assert "deleted or wrong: 2: -77 has 3 instead of 0, 2 has 23338 instead of 23333\n" in told
+    assert "counts too high 2: -77 has 3 instead of 0, 2 has 23338 instead of 23333\n" in told
     destinations.redis.incrby("content:count:2", -6)
     told = differences(settings.run("reconcile", *HOUR))
     assert "redis       counts too low 1: 2 has 23332 instead of 23333\n" in told
-    assert COUNTS_ANEW in told
+    assert REBUILDS in told
+    assert CORRECTS in told
     assert COUNTS not in told
-    empty = differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
-    assert COUNTS_ANEW in empty
+    assert REBUILDS in differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
     destinations.redis.incr("content:count:2")
     destinations.redis.delete("content:count:-77", "content:count:20260108120000123456789")
     destinations.redis.delete("content:count:007", "content:count:x")
@@ -209,18 +211,16 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
     assert "redis       not counted 1: 66000\n" in told
     assert "counts too low 1: 3 has 23332 instead of 23333\n" in told
     assert COUNTS in told
-    assert COUNTS_ANEW not in told
-    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert CORRECTS not in told
+    assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert "equal, " in succeed(settings.run("reconcile", *HOUR, "--sinks", "redis"))
 
     destinations.redis.flushall()
     told = differences(settings.run("reconcile", *HOUR))
     assert "not counted 70000: 1, 2, " in told
     assert COUNTS in told
-    lost = differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
-    assert COUNTS in lost
-    assert COUNTS_ANEW not in told + lost
-    assert "equal after the repair" in succeed(settings.run("reconcile", *HOUR, "--repair"))
+    assert REBUILDS in told
+    assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert 70_000 == sum(destinations.counts().values())
 
 
@@ -229,7 +229,7 @@ def test_without_a_replicator_it_says_so(settings: Program, source: psycopg.Conn
     insert_many(source, 10)
     told = differences(settings.run("reconcile", *EVERYTHING))
     assert "missing 10: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n" in told
-    assert "what differs may still be under way: no replicator runs, slot" in told
+    assert "what differs may still be on its way: no replicator runs, slot" in told
 
 
 def test_what_is_still_open_is_not_deleted(
@@ -242,10 +242,10 @@ def test_what_is_still_open_is_not_deleted(
     with psycopg.connect(database) as late:
         insert_many(late, 1)
         told = differences(settings.run("reconcile", *HOUR, "--repair", "--delete-extra", "--wait", "1"))
-        assert "may be of a transaction that is still open" in told
+        assert "may belong to a transaction that is still open" in told
         assert "11\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
         late.rollback()
-    assert "equal after" in succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
+    assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
 
 
 def test_many_wrong_counts(settings: Program, source: psycopg.Connection, destinations: Destinations) -> None:
@@ -275,6 +275,37 @@ def test_interrupted(settings: Program, database: str) -> None:
         assert "reconcile: stopped before it was done\n" in settings.log
         assert_clean(settings.log)
         assert running.poll() == 1
+
+
+def test_json(settings: Program, stack: DevStack, source: psycopg.Connection) -> None:
+    """The whole output is one JSON document, whose form tests/replicator/reconcile/test_report.py holds."""
+    source.execute(MANY, {"rows": 3, "step": "1 s"})
+    fill(settings)
+    stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id = 2")
+    report = msgspec.json.decode(differences(settings.run("reconcile", *HOUR, "--json")))
+    assert report.pop("seconds") > 0
+    assert report.pop("doubt").startswith("no replicator runs, slot ")
+    nothing = {"count": 0, "first": []}
+    clickhouse, redis = report.pop("sinks")
+    assert {"outcome": "different", "start": "2026-01-08T09:00:00Z", "end": "2026-01-08T10:00:00Z"} == report
+    assert {
+        "sink": "clickhouse",
+        "source_events": 3,
+        "sink_events": 2,
+        "found": {"missing": {"count": 1, "first": [2]}, "different": nothing, "extra": nothing},
+        "left": {"count": 1, "first": [2]},
+        "hints": ["--repair sends what is missing or different; a backfill of a whole range is faster"],
+    } == clickhouse
+    assert {
+        "sink": "redis",
+        "source_events": None,
+        "sink_events": None,
+        "found": {"not_counted": nothing, "counts_too_low": nothing},
+        "left": nothing,
+        "hints": [],
+    } == redis
+    repaired = msgspec.json.decode(succeed(settings.run("reconcile", *HOUR, "--json", "--repair")))
+    assert ("repaired", nothing) == (repaired["outcome"], repaired["sinks"][0]["left"])
 
 
 def test_nothing_in_the_range(settings: Program) -> None:

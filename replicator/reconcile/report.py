@@ -1,0 +1,123 @@
+"""What `reconcile` found, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+SHOWN = 20
+"""How many of a kind are named; all are counted."""
+
+
+class WrongCount(msgspec.Struct, frozen=True):
+    """A sink's count of one key; the source had `least` events before the sink was asked, and `most` afterwards."""
+
+    key: int
+    found: int
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        """As the report says it."""
+        wanted = self.least if self.least == self.most else f"{self.least} to {self.most}"
+        return f"{self.key} has {self.found} instead of {wanted}"
+
+
+class Tally(msgspec.Struct):
+    """How many of a kind there are, and the first of them: event ids, or counts."""
+
+    count: int = 0
+    first: list[int | WrongCount] = []
+
+    def add(self, found: Iterable[int | WrongCount]) -> None:
+        """Count these."""
+        for one in found:
+            self.count += 1
+            if len(self.first) < SHOWN:
+                self.first.append(one)
+
+    def __str__(self) -> str:
+        """As the report says it."""
+        names = f": {', '.join(map(str, self.first))}" if self.first else ""
+        more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
+        return f"{self.count}{names}{more}"
+
+
+class Kind(Enum):
+    """What can be wrong at a sink."""
+
+    MISSING = "missing"
+    DIFFERENT = "different"
+    EXTRA = "extra"
+    NOT_COUNTED = "not_counted"
+    LOW = "counts_too_low"
+    HIGH = "counts_too_high"
+    """No difference: a sink keeps counting rows that were deleted at the source."""
+
+
+class SinkReport(msgspec.Struct):
+    """One sink beside the source."""
+
+    sink: str
+    source_events: int | None = None
+    """Events of the range; None if single events can't be compared. The same for `sink_events`."""
+    sink_events: int | None = None
+    found: dict[Kind, Tally] = {}
+    """A kind that was not looked for is absent."""
+    left: Tally = msgspec.field(default_factory=Tally)
+    """What differs at the end."""
+    hints: list[str] = []
+    """What the operator can do."""
+
+    def add(self, kind: Kind, found: Iterable[int | WrongCount] = ()) -> None:
+        """Count these; report the kind even if there are none."""
+        self.found.setdefault(kind, Tally()).add(found)
+
+    @property
+    def differences(self) -> int:
+        """How many there were before a repair."""
+        return sum(tally.count for kind, tally in self.found.items() if kind is not Kind.HIGH)
+
+    def lines(self) -> Iterator[str]:
+        """For an operator."""
+        if self.source_events is not None:
+            late = self.source_events != self.sink_events and not self.differences
+            meanwhile = " (more came meanwhile)" if late else ""
+            yield f"{self.source_events} events in PostgreSQL, {self.sink_events} in {self.sink}{meanwhile}"
+        yield from (f"{kind.value.replace('_', ' ')} {tally}" for kind, tally in self.found.items())
+        if self.left.count != self.differences:
+            yield f"left after the repair {self.left}"
+        yield from self.hints
+
+
+class ReconcileReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole comparison, and the form of `reconcile --json`."""
+
+    outcome: Literal["equal", "repaired", "different"]
+    """`repaired`: something differed, and no longer does."""
+    start: datetime
+    end: datetime
+    seconds: float
+    """How long it took."""
+    doubt: str
+    """Why what differs may only be on its way still; empty if it can't be."""
+    sinks: list[SinkReport]
+
+    def lines(self) -> Iterator[str]:
+        """The last ones, after those of the sinks."""
+        if self.doubt:
+            yield f"what differs may still be on its way: {self.doubt}"
+        yield f"{self.outcome}, {self.seconds:.1f} s"
+
+    @property
+    def exit_code(self) -> int:
+        """3 if anything differs at the end."""
+        return 3 if self.outcome == "different" else 0
+
+    def as_json(self) -> str:
+        """For programs."""
+        return msgspec.json.encode(self).decode()

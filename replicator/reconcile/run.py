@@ -1,0 +1,137 @@
+"""`reconcile`: compares PostgreSQL with each sink that can be asked, and repairs what differs if it is told to.
+
+For every sink: compare, check again, repair, check what is left. A sink takes part through its capabilities
+(`contracts/sink.py`); neither sinks nor tables are known here by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from datetime import UTC, datetime, timedelta
+
+from replicator.contracts.errors import command
+from replicator.contracts.ledger import EventCounter, SinkLedger, SourceLedger
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import HasCounter, HasLedger, Mode, Rebuildable, Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.reconcile import counts
+from replicator.reconcile.compare import Comparison
+from replicator.reconcile.recheck import Recheck, SlotWaiter, Verdict
+from replicator.reconcile.repair import Repair
+from replicator.reconcile.report import Kind, ReconcileReport, SinkReport
+
+WAIT_SECONDS = 60
+"""How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass
+class Reconcile:
+    """One comparison of the events with `start <= ts < end`. The caller closes source, sinks and store."""
+
+    settings: CoreSettings
+    source: SourceLedger
+    sinks: Sequence[Sink]
+    store: CheckpointStore
+    start: datetime
+    end: datetime
+    _: KW_ONLY
+    with_content: bool = False
+    """Whether the source compares the fields that come from the content, so that the sinks do so, too."""
+    repair: bool = False
+    """Send what is missing, different or not counted."""
+    delete_extra: bool = False
+    """In a repair, delete events that the source does not have."""
+    wait_seconds: float = WAIT_SECONDS
+    """How long to wait for the replicator, and for open transactions."""
+
+    def __post_init__(self) -> None:
+        dsn = self.settings.postgres_dsn.get_secret_value()
+        self._slot = SlotWaiter(dsn, self.settings.slot, self.wait_seconds)
+        self._repair = Repair(self.settings, self.source, self.store)
+        self._range = ((self.start - EPOCH) // MICROSECOND, (self.end - EPOCH) // MICROSECOND)
+
+    async def run(self, show: Callable[[str], None]) -> ReconcileReport:
+        """Compare, and repair if asked to. `show` gets each line of the report as soon as it is known.
+
+        Raises what a `History` or a `Sink` raises.
+        """
+        started = time.monotonic()
+        await self.source.open()
+        if self.repair:
+            await self._repair.check(self.sinks)
+        reports: list[SinkReport] = []
+        for sink in self.sinks:
+            reports.append(await self._ask(sink))
+            for line in reports[-1].lines():
+                show(f"{sink.name:<11} {line}")
+        left = any(report.left.count for report in reports)
+        report = ReconcileReport(
+            outcome="different" if left else "repaired" if any(one.differences for one in reports) else "equal",
+            start=self.start,
+            end=self.end,
+            seconds=time.monotonic() - started,
+            doubt=self._slot.gave_up if left else "",
+            sinks=reports,
+        )
+        for line in report.lines():
+            show(line)
+        return report
+
+    async def _ask(self, sink: Sink) -> SinkReport:
+        report = SinkReport(sink=sink.name)
+        if isinstance(sink, HasLedger):
+            await sink.open(None, Mode.BACKFILL)
+            await self._compare(sink, sink.ledger(with_content=self.with_content), report)
+        if isinstance(sink, HasCounter):
+            await self._count(sink, sink.counter(), report)
+        return report
+
+    async def _compare(self, sink: Sink, ledger: SinkLedger, report: SinkReport) -> None:
+        recheck = Recheck(self.source, ledger, self._slot, self.wait_seconds)
+        comparison = Comparison(self.source, ledger, *self._range)
+        _add(report, Verdict([], [], []))
+        async for candidates in comparison.candidates():
+            verdict = await recheck.verdict(candidates)
+            _add(report, verdict)
+            if verdict and self.repair:
+                await self._repair.apply(sink, ledger, verdict, delete=self.delete_extra and recheck.certain)
+                verdict = await recheck.verdict(candidates)
+            report.left.add([*verdict.missing, *(row.id for row in (*verdict.different, *verdict.extra))])
+        report.source_events, report.sink_events = comparison.events
+        if not self.repair and (report.found[Kind.MISSING].count or report.found[Kind.DIFFERENT].count):
+            report.hints.append("--repair sends what is missing or different; a backfill of a whole range is faster")
+        if not self.delete_extra and report.left.count and report.found[Kind.EXTRA].count:
+            report.hints.append("--repair --delete-extra deletes extra events")
+        if not recheck.certain:
+            report.hints.append("extra events may belong to a transaction that is still open, and are not deleted")
+
+    async def _count(self, sink: Sink, counter: EventCounter, report: SinkReport) -> None:
+        report.add(Kind.NOT_COUNTED)
+        async for ids in counts.unseen(self.source, counter, *self._range, self._slot):
+            report.add(Kind.NOT_COUNTED, ids)
+            if ids and self.repair:
+                await self._repair.send(sink, ids)
+            report.left.add(await counter.unseen(ids) if self.repair else ids)
+        if report.left.count:
+            report.hints.append("--repair counts what was not counted in this range")
+        report.add(Kind.LOW)
+        async for wrong in counts.wrong_counts(self.source, counter, self._slot):
+            low = [one for one in wrong if one.found < one.least]
+            report.add(Kind.LOW, low)
+            report.add(Kind.HIGH, [one for one in wrong if one.found > one.most])
+            report.left.add(low)
+        if report.found[Kind.LOW].count and isinstance(sink, Rebuildable):
+            rebuild = f"rebuild-{sink.name}"
+            report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
+            if not report.found[Kind.NOT_COUNTED].count:
+                report.hints.append(f"if it has lost nothing, {command(f'{rebuild} --from-empty')} corrects the counts")
+
+
+def _add(report: SinkReport, verdict: Verdict) -> None:
+    report.add(Kind.MISSING, verdict.missing)
+    report.add(Kind.DIFFERENT, (row.id for row in verdict.different))
+    report.add(Kind.EXTRA, (row.id for row in verdict.extra))

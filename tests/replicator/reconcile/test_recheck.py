@@ -1,0 +1,51 @@
+"""The second look: nothing is reported that may still be on its way."""
+
+from __future__ import annotations
+
+import pytest
+
+from replicator.reconcile import recheck as module
+from replicator.reconcile.compare import Candidates
+from replicator.reconcile.recheck import Recheck, diff
+from tests.support.ledgers import Passing, Place, event
+
+
+def test_missing_different_extra() -> None:
+    """By identity: under another key an event is missing and extra."""
+    wanted = [event(1), event(2), event(3), event(4)]
+    found = [event(1), event(2, value=9), event(4, key=2), event(5)]
+    verdict = diff(wanted, found)
+    assert [3, 4] == verdict.missing
+    assert [2] == [row.id for row in verdict.different]
+    assert [4, 5] == [row.id for row in verdict.extra]
+    assert not diff(wanted, [row._replace(lsn=7) for row in wanted])
+
+
+async def test_what_is_under_way_is_no_difference() -> None:
+    """The destination gets it before it is asked, since the slot was waited for."""
+    destination = Place([event(1)])
+    slot = Passing(lambda: destination.rows.append(event(2)))
+    verdict = await Recheck(Place([event(1), event(2)]), destination, slot, 0).verdict(Candidates([1, 2], 0, 1))
+    assert not verdict
+    assert ([100], 100) == (slot.waited_for, verdict.read_at)
+
+
+async def test_what_was_committed_meanwhile_is_not_extra() -> None:
+    """The destination has it before the source was asked first: it is asked again."""
+    source = Place([event(1)])
+    slot = Passing(lambda: source.rows.append(event(2)))
+    recheck = Recheck(source, Place([event(1), event(2), event(3)]), slot, 0)
+    verdict = await recheck.verdict(Candidates([1, 2, 3], 0, 1))
+    assert ([], [], [3]) == (verdict.missing, verdict.different, [row.id for row in verdict.extra])
+    assert recheck.certain
+
+
+async def test_an_open_transaction_makes_extra_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the one that brings it."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    source = Place([])
+    source.open_transaction = 49
+    recheck = Recheck(source, Place([event(3)]), Passing(), 0)
+    verdict = await recheck.verdict(Candidates([3], 0, 1))
+    assert [3] == [row.id for row in verdict.extra]
+    assert not recheck.certain
