@@ -2,13 +2,14 @@
 --
 --     psql -d engagement -f sql/slot_lag.sql
 --
--- PostgreSQL 13 to 18, primary or standby, any role. Read the verdict first; the rest is its evidence:
---   confirmed_lag  WAL that the reader has not confirmed: what it would be sent again, or has still to read
---   restart_lag    WAL that decoding begins with after a reconnect; a long transaction that writes holds it back
---   retained_wal   the WAL files on this server's disk from the slot's oldest on
+-- PostgreSQL 13 to 18, primary or standby, any role. Read the verdict first; the other columns are its evidence:
+--   confirmed_lag  WAL that the reader has not confirmed: it still has to read it, or would get it again
+--   restart_lag    WAL that PostgreSQL decodes again after a reconnect; a long transaction that writes makes it large
+--   retained_wal   the WAL files on this server's disk, from the oldest that the slot needs
 --   safe_wal_size  WAL that may still be written before the slot is lost; empty: no limit (max_slot_wal_keep_size)
---   time_lag       between a commit and its confirmation; last_reply: since the reader last spoke. Both empty when no
---                  reader is connected, and for roles without pg_read_all_stats
+--   time_lag       time between a commit and its confirmation
+--   last_reply     time since the reader last sent something. Both times are empty if no reader is connected, and for
+--                  roles without pg_read_all_stats
 
 \set QUIET on
 \x auto
@@ -17,8 +18,8 @@
 WITH server AS (
     SELECT
         CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn,
-        64 * 1024 ^ 2 AS behind_bytes,  -- a reader under full load has some 20 MB on the way; several times that is late
-        -- Below this much room the slot is about to be lost: a quarter of the limit.
+        64 * 1024 ^ 2 AS behind_bytes,  -- a reader under full load has some 20 MB in flight
+        -- With less room than this the slot is about to be lost: a quarter of the limit.
         (SELECT nullif(setting::numeric, -1) * 1024 ^ 2 / 4 FROM pg_settings WHERE name = 'max_slot_wal_keep_size')
             AS danger_bytes,
         (SELECT setting::numeric FROM pg_settings WHERE name = 'wal_segment_size') AS segment_bytes
@@ -27,11 +28,11 @@ WITH server AS (
 slot AS (
     SELECT
         s.*,
-        -- Columns of later versions, null where there are none: all three came with 17.
+        -- Columns of PostgreSQL 17; null before.
         to_jsonb(s) ->> 'invalidation_reason' AS lost_because,
         (to_jsonb(s) ->> 'inactive_since')::timestamptz AS unread_since,
         coalesce((to_jsonb(s) ->> 'synced')::boolean, false) AS copied_from_primary,
-        -- A physical slot confirms nothing but its restart_lsn.
+        -- A physical slot has only a restart_lsn.
         coalesce(s.confirmed_flush_lsn, s.restart_lsn) AS confirmed_lsn,
         r.flush_lag,
         r.reply_time
@@ -46,49 +47,49 @@ lag AS (
         server.danger_bytes,
         pg_wal_lsn_diff(server.lsn, slot.confirmed_lsn) AS confirmed_bytes,
         pg_wal_lsn_diff(server.lsn, slot.restart_lsn) AS restart_bytes,
-        -- whole files, the one being written included
+        -- whole files, including the one that is being written
         (div(pg_wal_lsn_diff(server.lsn, '0/0'), server.segment_bytes)
             - div(pg_wal_lsn_diff(slot.restart_lsn, '0/0'), server.segment_bytes) + 1) * server.segment_bytes
             AS retained_bytes
     FROM server
-    LEFT JOIN slot ON true  -- without any slot there is still a line that says so
+    LEFT JOIN slot ON true  -- without any slot there is still one line that says so
 )
 
 SELECT
     slot_name,
     CASE
         WHEN slot_name IS NULL
-            THEN 'NO SLOT: nothing is kept for any reader. If there was one, somebody dropped it:'
-                || ' start the replicator, it says what is missing and how to bring it'
+            THEN 'NO SLOT: PostgreSQL keeps nothing for any reader. If there was a slot, it was dropped:'
+                || ' start the replicator, it says what is missing and how to backfill it'
         WHEN wal_status = 'lost'
             THEN 'LOST: ' || CASE
-                    WHEN lost_because <> 'wal_removed' THEN 'PostgreSQL has given it up (' || lost_because || ')'
-                    ELSE 'WAL that it needed is gone'
+                    WHEN lost_because <> 'wal_removed' THEN 'PostgreSQL has invalidated it (' || lost_because || ')'
+                    ELSE 'WAL that it needed was removed'
                 END
                 || coalesce(', it was read up to ' || confirmed_flush_lsn, '')
                 || '. Start the replicator, it says how to go on and what to backfill'
         WHEN wal_status = 'unreserved'
-            THEN 'NEARLY LOST: the next checkpoint may throw away WAL that it needs. Raise max_slot_wal_keep_size and'
+            THEN 'NEARLY LOST: the next checkpoint may remove WAL that it needs. Raise max_slot_wal_keep_size and'
                 || ' reload at once' || CASE WHEN active THEN '' ELSE ', then start its reader' END
         WHEN safe_wal_size < danger_bytes
-            THEN 'IN DANGER: after ' || pg_size_pretty(safe_wal_size) || ' more of WAL it is lost. Raise'
+            THEN 'IN DANGER: it is lost after ' || pg_size_pretty(safe_wal_size) || ' more of WAL. Raise'
                 || ' max_slot_wal_keep_size and reload' || CASE WHEN active THEN '' ELSE ', then start its reader' END
         WHEN copied_from_primary
-            THEN 'OK: a copy of the primary''s slot, nobody reads it here'
+            THEN 'OK: a copy of the primary''s slot, not read here'
         WHEN restart_lsn IS NULL
             THEN 'NEVER READ: it keeps no WAL yet'
         WHEN NOT active
             THEN 'NOT READ: no reader is connected' || coalesce(' since ' || unread_since::timestamptz(0), '') || ', and '
-                || pg_size_pretty(retained_bytes) || ' of WAL is kept for it. Start its reader; if it is not wanted'
-                || ' any more, drop the slot before it fills the disk'
+                || pg_size_pretty(retained_bytes) || ' of WAL is kept for it. Start its reader, or drop the slot'
+                || ' before it fills the disk'
         WHEN confirmed_bytes > behind_bytes
             THEN 'BEHIND: a reader is connected, but ' || pg_size_pretty(confirmed_bytes) || ' is not confirmed.'
                 || ' If that grows, look at the reader: `python -m replicator status` names the slow sink'
         WHEN wal_status = 'extended'
-            -- Decoding begins again where the oldest transaction began that has written something and has not ended.
+            -- Decoding starts where the oldest transaction began that has written something and has not ended.
             THEN 'HELD BACK: the reader keeps up, yet ' || pg_size_pretty(retained_bytes) || ' of WAL is kept. If it'
-                || ' stays so, a transaction that has written is left open: look in pg_stat_activity for the oldest'
-                || ' xact_start that has a backend_xid, and in pg_prepared_xacts'
+                || ' stays so, a transaction that has written was left open: look in pg_stat_activity for the oldest'
+                || ' xact_start with a backend_xid, and in pg_prepared_xacts'
         ELSE 'OK'
     END AS verdict,
     coalesce(plugin, slot_type) AS plugin,

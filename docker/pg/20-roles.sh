@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The least-privileged role of sql/roles.sql, which takes psql variables and so can't be an init script itself.
-# psql reads the password from the environment: on the command line anybody's `ps` would show it.
+# Creates the role of sql/roles.sql. That file takes psql variables, so it can't be an init script itself.
+# psql reads the password from the environment: `ps` would show it on the command line.
 set -euo pipefail
 
 psql --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" --no-psqlrc <<'SQL'

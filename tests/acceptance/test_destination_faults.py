@@ -1,7 +1,7 @@
 """Everything that can happen to a destination: it goes on, waits and says so, or stops with what mends it.
 
 What a message tells to type is typed here, and afterwards every sink has every event. The table of all this is in
-docs/operations.md. What PostgreSQL can do is in `test_source_faults.py`, killed servers in `test_faults.py`.
+docs/reference/faults.md. What PostgreSQL can do is in `test_source_faults.py`, killed servers in `test_faults.py`.
 """
 
 from __future__ import annotations

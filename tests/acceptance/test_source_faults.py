@@ -1,7 +1,7 @@
 """Everything that can happen to PostgreSQL, the slot and the checkpoint: it goes on, or it stops with what mends it.
 
 What a message tells to type is typed here, word for word, and afterwards every sink has every event. The table of all
-this is in docs/operations.md.
+this is in docs/reference/faults.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The rules of the house that a reader can't check at a glance: layers, lengths, the one confirmation, documents."""
+"""The rules of the house that a reader can't check at a glance: layers, lengths, the one confirmation.
+
+`test_documents.py` holds the documents to the program.
+"""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -13,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from replicator.contracts.settings import Settings, variable
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
@@ -56,22 +55,6 @@ def _is_confirmation(node: ast.AST) -> bool:
         return False
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     return name == "send_feedback" and bool(node.args or {keyword.arg for keyword in node.keywords} - {"ask"})
-
-
-def _settings_classes() -> list[type[Settings]]:
-    """All that the product has: a class is known once its module is imported."""
-    for package in PACKAGES:
-        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
-    known = list(Settings.__subclasses__())
-    for found in known:
-        known.extend(found.__subclasses__())
-    return [found for found in known if found.__module__.partition(".")[0] in PACKAGES]
-
-
-def _variables() -> set[str]:
-    return {variable(field) for settings in _settings_classes() for field in settings.model_fields}
 
 
 def _pinned(lock: str) -> set[str]:
@@ -139,32 +122,6 @@ def test_one_place_confirms() -> None:
 def test_confirmation_is_recognised(call: str, *, expected: bool) -> None:
     """The search above finds what it looks for, and nothing else."""
     assert expected == any(_is_confirmation(node) for node in ast.walk(ast.parse(call)))
-
-
-def test_every_setting_is_documented() -> None:
-    """README's settings table has a row for each variable, and none for one that is gone."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| *`(REPLICATOR_[A-Z0-9_]+)` *\|", readme, re.MULTILINE))
-    assert _variables() == documented
-
-
-def test_env_example_names_real_settings() -> None:
-    """`.env.example` can be copied as it is: no variable in it is misspelt."""
-    text = (ROOT / ".env.example").read_text(encoding="utf-8")
-    named = re.findall(r"^#?(REPLICATOR_[A-Z0-9_]+)=", text, re.MULTILINE)
-    assert named
-    assert not set(named) - _variables() - {f"{name}_FILE" for name in _variables()}
-
-
-def test_operations_name_real_tests() -> None:
-    """Each row of docs/operations.md is a test: its last column names it."""
-    rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs/operations.md").read_text(encoding="utf-8"), re.MULTILINE)
-    last = [row.rpartition("|")[2].strip() for row in rows]
-    named = [cell for cell in last if not re.fullmatch("test|-+", cell)]
-    functions = [found.name for file in (ROOT / "tests").rglob("test_*.py") for found in _functions(_tree(file))]
-    tests = {f"`{name}`" for name in functions if name.startswith("test_")}
-    assert named
-    assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
 
 
 def test_locks_hold_what_pyproject_asks_for() -> None:

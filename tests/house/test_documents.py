@@ -1,0 +1,157 @@
+"""README, docs/ and CONTRIBUTING say nothing that the repository does not have: files, settings, tests, commands."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from replicator.contracts.settings import Settings, variable
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README_WORDS = 1_200
+FOLDER_FILES = 9
+SETTINGS = ROOT / "docs/reference/settings.md"
+FAULTS = ROOT / "docs/reference/faults.md"
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+QUOTED = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(r"[A-Za-z_.][\w.-]*(/[\w.-]+)*/?")
+TOP = (
+    "replicator",
+    "enrichment",
+    "sinks",
+    "checkpoint_store",
+    "sql",
+    "docs",
+    "tests",
+    "benchmarks",
+    "devstack",
+    "docker",
+)
+
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def _prose(document: Path) -> str:
+    """Without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def _is_path(text: str) -> bool:
+    """Whether quoted text names a file or folder of this repository."""
+    first, slash, _ = text.partition("/")
+    return bool(PATH.fullmatch(text)) and bool(slash) and first in TOP
+
+
+def _settings_classes() -> list[type[Settings]]:
+    """All that the product has: a class is known once its module is imported."""
+    for package in PACKAGES:
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    known = list(Settings.__subclasses__())
+    for found in known:
+        known.extend(found.__subclasses__())
+    return [found for found in known if found.__module__.partition(".")[0] in PACKAGES]
+
+
+@cache
+def _variables() -> set[str]:
+    return {variable(field) for settings in _settings_classes() for field in settings.model_fields}
+
+
+@documents
+def test_links_lead_somewhere(document: Path) -> None:
+    """Relative links name a file, and a heading in it."""
+    broken = []
+    for link in LINK.findall(_prose(document)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path) if path else document
+        found = target.exists()
+        if found and anchor and target.is_file():
+            found = anchor in map(_anchor, HEADING.findall(_prose(target)))
+        if not found:
+            broken.append(link)
+    assert not broken
+
+
+@documents
+def test_paths_exist(document: Path) -> None:
+    """A path in backquotes, such as `sql/roles.sql`, is one of this repository."""
+    quoted = [text.partition("::")[0] for text in QUOTED.findall(_prose(document))]
+    assert not [path for path in quoted if _is_path(path) and not (ROOT / path).exists()]
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """`docs/README.md` links every page."""
+    contents = ROOT / "docs/README.md"
+    linked = {(contents.parent / link.partition("#")[0]).resolve() for link in LINK.findall(_prose(contents))}
+    assert not {page for page in (ROOT / "docs").rglob("*.md") if page != contents} - linked
+
+
+def test_the_readme_is_a_front_door() -> None:
+    """Short enough to be read; the rest is in docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+def test_every_setting_is_documented() -> None:
+    """The settings page has a row for each variable, and none for one that is gone."""
+    rows = re.findall(r"^\| *`(REPLICATOR_[A-Z0-9_]+)` *\|", SETTINGS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert _variables() == set(rows)
+    assert len(rows) == len(set(rows))
+
+
+@documents
+def test_named_settings_exist(document: Path) -> None:
+    """No document names a variable that nothing reads."""
+    named = set(re.findall(r"\bREPLICATOR_[A-Z0-9_]*[A-Z0-9]\b", _prose(document)))
+    assert not named - _variables() - {f"{name}_FILE" for name in _variables()}
+
+
+def test_env_example_names_real_settings() -> None:
+    """`.env.example` can be copied as it is: no variable in it is misspelt."""
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    named = re.findall(r"^#?(REPLICATOR_[A-Z0-9_]+)=", text, re.MULTILINE)
+    assert named
+    assert not set(named) - _variables() - {f"{name}_FILE" for name in _variables()}
+
+
+def test_faults_name_real_tests() -> None:
+    """Each row of the faults page is a test: its last column names it."""
+    rows = re.findall(r"^\|(.+)\|$", FAULTS.read_text(encoding="utf-8"), re.MULTILINE)
+    last = [row.rpartition("|")[2].strip() for row in rows]
+    named = [cell for cell in last if not re.fullmatch("test|-+", cell)]
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
+    tests = {f"`{name}`" for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    assert named
+    assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
+def test_tests_named_in_commands_exist() -> None:
+    """`make test ARGS="-k NAME"` finds something."""
+    tests = "\n".join(f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in (ROOT / "tests").rglob("*.py"))
+    named = {name for document in DOCUMENTS for name in re.findall(r"\btest_\w+", document.read_text(encoding="utf-8"))}
+    assert not [name for name in named if name not in tests]
+
+
+def test_no_folder_of_documents_is_crowded() -> None:
+    """As for code: what does not fit into a glance is divided."""
+    listed = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    folders = [str(Path(name).parent) for name in listed.stdout.split()]
+    assert not [folder for folder in set(folders) if folders.count(folder) > FOLDER_FILES]
