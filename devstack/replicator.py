@@ -51,6 +51,6 @@ class Replicator(Service):
     def answers(self) -> bool:
         """Whether it reads its slot."""
         try:
-            return bool(self.status()["connected"])
+            return bool(self.status()["replicator"]["connected"])
         except OSError:
             return False

@@ -84,7 +84,7 @@ def as_table(now: Look, before: Look | None) -> Group:
             f"{sink['waiting']:,}",
             f"{sink['lag_seconds']:.1f} s",
             f"{sink['dead_letters']}",
-            f"{sink['written_lsn']} {sink['trouble']}",
+            f"{sink['end_lsn']} {sink['trouble']}",
         )
     table.add_row("confirmed", "", "", "", "", "", now.confirmed)
     top = Table(title="top content of the last 10 minutes, from Redis", title_justify="left")

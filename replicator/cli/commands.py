@@ -31,6 +31,8 @@ from replicator.source.takeover import Beginning
 
 PAGE = 500
 """Dead letters in memory at once."""
+NOT_READY = 3
+"""Exit code of `status`."""
 
 
 class Parts(NamedTuple):
@@ -153,11 +155,11 @@ async def check(parts: Parts, _args: argparse.Namespace) -> int:
 
 
 async def status(parts: Parts, args: argparse.Namespace) -> int:
-    """Where the slot, the checkpoint and every sink are."""
+    """Where the slot, the checkpoint and every sink are. 3 if it is not ready."""
     async with _closing(parts):
         found = await statuses.collect(parts.settings, [sink.name for sink in parts.sinks], parts.store)
     print(statuses.as_json(found) if args.json else statuses.as_text(found))
-    return 0
+    return 0 if found.ready else NOT_READY
 
 
 async def drop_slot(parts: Parts, args: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ class DeadLetters:
     def __init__(self, store: CheckpointStore, settings: CoreSettings) -> None:
         self.stored = LetterCounts()
         """How many are on disk, as of the last look."""
+        self.limit = settings.dead_letters_max
+        """The most that are kept of one sink, and of rows."""
         self._store = store
         self._settings = settings
         self._turn = asyncio.Lock()  # lanes count and add one after the other
@@ -36,7 +38,7 @@ class DeadLetters:
             for attempt in itertools.count():
                 try:
                     self.stored = await asyncio.to_thread(
-                        self._store.add_dead_letters, self._settings.slot, letters, self._settings.dead_letters_max
+                        self._store.add_dead_letters, self._settings.slot, letters, self.limit
                     )
                 except CheckpointUnavailable as exc:
                     log.error("%s", exc)

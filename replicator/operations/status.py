@@ -1,219 +1,347 @@
-"""`status`: slot, lag, checkpoint, sinks and dead letters.
+"""Where the slot, the checkpoint and every sink are: one form for people, programs, /status and /metrics.
 
-It asks PostgreSQL, the checkpoint database and, when it runs, the replicator itself (admin.py); whichever does not
-answer is said to be missing, the rest is shown.
+A running replicator fills it in from inside (`watchdog.py`), the command `status` from outside (`collect`). A part
+that could not be read has a `trouble` and None for its values.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import aiohttp
 import msgspec
+from msgspec import Struct, structs
 
-from replicator.contracts.errors import CheckpointError, SourceUnavailable
-from replicator.contracts.events import Checkpoint, LetterCounts, Lsn, format_lsn
+from replicator import __version__
+from replicator.contracts.errors import CheckpointError, SourceUnavailable, command
+from replicator.contracts.events import Checkpoint, LetterCounts, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
 
 ADMIN_TIMEOUT_SECONDS = 2.0
-"""It is on this machine or not there."""
+"""The replicator is on this machine or not there."""
 LOOK_TIMEOUT_SECONDS = 10
-"""For PostgreSQL, connection included."""
+"""For PostgreSQL, connecting included."""
 
 
-class _Live(msgspec.Struct):
-    """What a replicator says of itself (admin.py), as far as it is read here; whatever else answers is not one."""
+class SlotStatus(Struct, frozen=True, kw_only=True):
+    """The replication slot, by PostgreSQL. All LSNs of a status are in PostgreSQL's form, `16/B374D848`."""
 
-    slot: str
+    name: str
+    trouble: str = ""
+    active_pid: int | None = None
+    """The process that reads it; None: nobody does."""
+    wal_status: str | None = None
+    """`reserved`, `extended`, `unreserved`, `lost`."""
+    confirmed_lsn: str | None = None
+    server_lsn: str | None = None
+    lag_bytes: int | None = None
+    """WAL that is written and not confirmed."""
+    retained_bytes: int | None = None
+    """WAL on PostgreSQL's disk because of this slot."""
+    safe_wal_bytes: int | None = None
+    """What can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
+
+
+class CheckpointStatus(Struct, frozen=True, kw_only=True):
+    """The durable position."""
+
+    trouble: str = ""
+    end_lsn: str | None = None
+    """None without trouble: nothing has been saved yet."""
+    lag_bytes: int | None = None
+    saved_seconds_ago: float | None = None
+    """None at /status: only the database knows."""
+    system_identifier: str | None = None
+    timeline: int | None = None
+
+
+class SinkStatus(Struct, frozen=True, kw_only=True):
+    """One sink. The counters begin with the replicator's process and are None when it does not answer."""
+
+    trouble: str = ""
+    """Why it takes nothing now; empty while it does."""
+    end_lsn: str | None = None
+    """End of the last transaction of which it has every event; None: it has no position yet."""
+    position: str | None = None
+    """The last row written: `16/B374D848#12`, the commit's LSN and the row's number in the transaction."""
+    lag_bytes: int | None = None
+    lag_seconds: float | None = None
+    """Age of the oldest event that it lacks; without a running replicator the most that it can be."""
+    events: int | None = None
+    """Written, dead letters included."""
+    writes: int | None = None
+    retries: int | None = None
+    dead_letters: int | None = None
+    """Events that it refused."""
+    waiting: int | None = None
+    """Events queued or in flight."""
+
+
+class DeadLetterStatus(Struct, frozen=True, kw_only=True):
+    """Dead letters that are kept."""
+
+    rows: int
+    """Rows that no event could be made of."""
+    sinks: dict[str, int]
+    """Events that one sink refused, by sink; those without any are absent."""
+    limit: int
+    """The most that are kept of one sink, and of rows."""
+
+
+class ReplicatorStatus(Struct, frozen=True, kw_only=True):
+    """The running process."""
+
+    version: str
+    connected: bool
+    """The stream runs."""
+    confirmed_lsn: str
+    """What it has confirmed to PostgreSQL."""
+    rows: int
+    """Read from the slot since the process began; so for the next two."""
+    refused_rows: int
+    """No event could be made of them."""
+    ignored_rows: dict[str, int]
+    """Rows that make no event, by action: `update`, `delete`, `truncate`."""
+    held_bytes: int
+    """Memory of the events that wait for sinks."""
+    reading_stopped: bool
+    """They hold all they may."""
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """Everything that an operator asks first."""
+
+    version: str = __version__
+    """Of the program that says this."""
     ready: bool
     reasons: list[str]
-    sinks: dict[str, dict[str, Any]]
+    """Why not; empty when ready."""
+    replicator: ReplicatorStatus | None
+    """None: it does not run here, or is not asked because REPLICATOR_ADMIN_LISTEN is empty."""
+    slot: SlotStatus
+    checkpoint: CheckpointStatus
+    sinks: dict[str, SinkStatus]
+    dead_letters: DeadLetterStatus | None
+    """None: the checkpoint database does not answer."""
 
 
-_decode_live = msgspec.json.Decoder(_Live).decode
+_decode = msgspec.json.Decoder(Status).decode
 
 
-async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> dict[str, Any]:
-    """Everything that is known now, as JSON values. Never raises for a part that does not answer."""
-    found: dict[str, Any] = {"slot": {"name": settings.slot}, "checkpoint": None, "sinks": {}, "dead_letters": None}
-    found["dead_letters_max"] = settings.dead_letters_max
-    state = await _look_at_slot(settings, found)
-    live = await _ask_replicator(settings, found)
-    checkpoint = await _load(settings, store, found)
+# -- parts, as inside and outside make them ------------------------------------------------------------------------
+
+
+def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus:
+    """What PostgreSQL says of it; None: nothing."""
     if state is None:
-        found["slot"].setdefault("error", _missing(checkpoint))
-    if checkpoint is not None:
-        found["checkpoint"] = _checkpoint(checkpoint, state)
-        found["sinks"] = {name: _sink(name, checkpoint, state, live) for name in sinks}
-    return found
+        return SlotStatus(name=name, trouble=trouble)
+    return SlotStatus(
+        name=name,
+        trouble=trouble or in_danger(state),
+        active_pid=state.active_pid,
+        wal_status=state.wal_status,
+        confirmed_lsn=format_lsn(state.confirmed_lsn or 0),
+        server_lsn=format_lsn(state.server_lsn),
+        lag_bytes=state.lag_bytes,
+        retained_bytes=state.retained_bytes,
+        safe_wal_bytes=state.safe_wal_size,
+    )
 
 
-async def _load(settings: CoreSettings, store: CheckpointStore, found: dict[str, Any]) -> Checkpoint | None:
-    try:
-        checkpoint = await asyncio.to_thread(store.load, settings.slot)
-        found["dead_letters"] = await asyncio.to_thread(store.count_dead_letters, settings.slot)
-    except CheckpointError as exc:
-        found["checkpoint"] = {"error": str(exc)}
-        return None
-    return checkpoint
+def in_danger(state: SlotState | None) -> str:
+    """That PostgreSQL removes WAL which the slot needs; else empty."""
+    if state is None or state.wal_status not in ("unreserved", "lost"):
+        return ""
+    return f"the slot's WAL is {state.wal_status}: PostgreSQL removes what it still needs (max_slot_wal_keep_size)"
 
 
-async def _look_at_slot(settings: CoreSettings, found: dict[str, Any]) -> SlotState | None:
-    try:
-        dsn = settings.postgres_dsn.get_secret_value()
-        state = await slots.look(dsn, settings.slot, "replicator status", LOOK_TIMEOUT_SECONDS)
-    except SourceUnavailable as exc:
-        found["slot"]["error"] = str(exc)
-        return None
-    if state is None:
-        return None
-    found["slot"] |= {
-        "active_pid": state.active_pid,
-        "wal_status": state.wal_status,
-        "confirmed_lsn": format_lsn(state.confirmed_lsn or 0),
-        "server_lsn": format_lsn(state.server_lsn),
-        "lag_bytes": state.lag_bytes,
-        "retained_bytes": state.retained_bytes,
-        "safe_wal_bytes": state.safe_wal_size,
-    }
-    return state
+def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, saved_ago: float | None) -> CheckpointStatus:
+    """As stored; None: nothing is."""
+    if stored is None:
+        return CheckpointStatus()
+    return CheckpointStatus(
+        end_lsn=format_lsn(stored.end_lsn),
+        lag_bytes=behind(stored.end_lsn, state),
+        saved_seconds_ago=saved_ago,
+        system_identifier=stored.system_identifier,
+        timeline=stored.timeline,
+    )
 
 
-def _missing(checkpoint: Checkpoint | None) -> str:
-    if checkpoint is None:
-        return "does not exist; `python -m replicator init` makes it"
-    cure = '`python -m replicator init --accept-gap` makes it (docs/operations.md, "How to mend a gap")'
-    return f"does not exist, but a checkpoint of it does; {cure}"
-
-
-async def _ask_replicator(settings: CoreSettings, found: dict[str, Any]) -> dict[str, Any]:
-    if not settings.admin_listen:
-        found["replicator"] = {"ready": None, "reasons": ["not asked: REPLICATOR_ADMIN_LISTEN is off"]}
-        return {}
-    address = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})"
-    try:
-        body = await _get_status(settings.admin_listen)
-        slot = _decode_live(body).slot
-    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-        found["replicator"] = {"ready": False, "reasons": [f"no answer at {address}: not running here"]}
-        return {}
-    if slot != settings.slot:
-        told = f"another slot's replicator, {slot}, answers at {address}"
-        found["replicator"] = {"ready": False, "reasons": [told]}
-        return {}
-    found["replicator"] = live = msgspec.json.decode(body)
-    return dict(live)
-
-
-async def _get_status(address: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
-    async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        session.get(f"http://{address}/status") as response,
-    ):
-        return await response.read()
-
-
-def _checkpoint(checkpoint: Checkpoint, state: SlotState | None) -> dict[str, Any]:
-    return {
-        "end_lsn": format_lsn(checkpoint.end_lsn),
-        "lag_bytes": _behind(checkpoint.end_lsn, state),
-        "saved_seconds_ago": round(time.time() - checkpoint.updated_at, 1),
-        "system_identifier": checkpoint.system_identifier,
-        "timeline": checkpoint.timeline,
-    }
-
-
-def _sink(name: str, checkpoint: Checkpoint, state: SlotState | None, live: dict[str, Any]) -> dict[str, Any]:
-    at = checkpoint.sinks.get(name)
+def of_sink(at: SinkPosition | None, state: SlotState | None, lag_seconds: float | None) -> SinkStatus:
+    """Where it is; None: nowhere yet."""
     if at is None:
-        return {"error": "has no position yet"}
-    lane = live.get("sinks", {}).get(name, {})
-    behind = _behind(at.end_lsn, state)
-    return {
-        "end_lsn": format_lsn(at.end_lsn),
-        "position": f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
-        "lag_bytes": behind,
-        "lag_seconds": lane.get("lag_seconds", _lag_seconds(checkpoint, behind)),  # a replicator that runs knows better
-        "trouble": lane.get("trouble", ""),
-    }
+        return SinkStatus()
+    return SinkStatus(
+        end_lsn=format_lsn(at.end_lsn),
+        position=f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
+        lag_bytes=behind(at.end_lsn, state),
+        lag_seconds=lag_seconds,
+    )
 
 
-def _lag_seconds(checkpoint: Checkpoint, behind: int | None) -> float | None:
-    """The most that it can be: what a sink lacks was committed after the newest that all of them have."""
-    if not behind:
-        return None if behind is None else 0.0
-    return round(max(0.0, time.time() - (checkpoint.complete_until)), 1)
+def of_dead_letters(counts: LetterCounts, limit: int) -> DeadLetterStatus:
+    """With the bound that a count is to be seen against."""
+    return DeadLetterStatus(rows=counts.rows, sinks=counts.sinks, limit=limit)
 
 
-def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
+def behind(lsn: Lsn, state: SlotState | None) -> int | None:
+    """Bytes of WAL from there to the server's end; None: unknown."""
     return None if state is None else max(0, state.server_lsn - lsn)
 
 
-def as_json(found: dict[str, Any]) -> str:
-    """For programs."""
-    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+# -- from outside --------------------------------------------------------------------------------------------------
 
 
-def as_text(found: dict[str, Any]) -> str:
+async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
+    """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
+    state, slot_trouble = await _look_at_slot(settings)
+    live, live_trouble = await _ask_replicator(settings)
+    stored, letters, checkpoint_trouble = await _load(settings, store)
+    if state is None and not slot_trouble:
+        slot_trouble = _missing(settings.slot, stored)
+    slot = of_slot(settings.slot, state, slot_trouble)
+    saved_ago = round(time.time() - stored.updated_at, 1) if stored else None
+    checkpoint = of_checkpoint(stored, state, saved_ago)
+    reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, checkpoint_trouble]
+    if live is None and state and not state.active_pid:
+        reasons.append(f"no process reads replication slot {settings.slot}")
+    reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
+    return Status(
+        ready=not reasons,
+        reasons=reasons,
+        replicator=live.replicator if live else None,
+        slot=slot,
+        checkpoint=structs.replace(checkpoint, trouble=checkpoint_trouble),
+        sinks={name: _sink(name, stored, state, live) for name in sinks},
+        dead_letters=None if letters is None else of_dead_letters(letters, settings.dead_letters_max),
+    )
+
+
+async def _look_at_slot(settings: CoreSettings) -> tuple[SlotState | None, str]:
+    try:
+        dsn = settings.postgres_dsn.get_secret_value()
+        return await slots.look(dsn, settings.slot, "replicator status", LOOK_TIMEOUT_SECONDS), ""
+    except SourceUnavailable as exc:
+        return None, str(exc)
+
+
+def _missing(slot: str, stored: Checkpoint | None) -> str:
+    cure = command("init --accept-gap" if stored else "init")
+    return f"replication slot {slot} does not exist{', but its checkpoint does' if stored else ''}; {cure} makes it"
+
+
+async def _load(settings: CoreSettings, store: CheckpointStore) -> tuple[Checkpoint | None, LetterCounts | None, str]:
+    try:
+        stored = await asyncio.to_thread(store.load, settings.slot)
+        return stored, await asyncio.to_thread(store.count_dead_letters, settings.slot), ""
+    except CheckpointError as exc:
+        return None, None, str(exc)
+
+
+async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
+    if not settings.admin_listen:
+        return None, ""
+    address = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})"
+    try:
+        live = _decode(await _get(f"http://{settings.admin_listen}/status"))
+    except (aiohttp.ClientError, TimeoutError):
+        return None, f"no answer at {address}: the replicator does not run here"
+    except msgspec.DecodeError:
+        return None, f"what answers at {address} is not a replicator of version {__version__}"
+    if live.slot.name != settings.slot:
+        return None, f"the replicator of another slot, {live.slot.name}, answers at {address}"
+    return live, ""
+
+
+async def _get(url: str) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+        return await response.read()
+
+
+def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:
+    known = live.sinks.get(name) if live else None
+    if known is not None and known.end_lsn is not None:
+        return structs.replace(known, lag_bytes=behind(parse_lsn(known.end_lsn), state))
+    at = stored.sinks.get(name) if stored else None
+    seconds = _lag_seconds(stored, behind(at.end_lsn, state)) if stored and at else None
+    return of_sink(at, state, seconds)
+
+
+def _lag_seconds(stored: Checkpoint, lag_bytes: int | None) -> float | None:
+    """The most that it can be: what a sink lacks was committed after the newest that all of them have."""
+    if not lag_bytes:
+        return None if lag_bytes is None else 0.0
+    return round(max(0.0, time.time() - stored.complete_until), 1)
+
+
+# -- renderings ----------------------------------------------------------------------------------------------------
+
+
+def as_json(status: Status) -> str:
+    """For programs; docs/reference/status.md has every field."""
+    return msgspec.json.format(msgspec.json.encode(status), indent=2).decode()
+
+
+def as_text(status: Status) -> str:
     """For people: a line a thing, what is wrong first."""
-    lines = [f"replicator   {_replicator_text(found['replicator'])}"]
-    slot = found["slot"]
-    if "error" in slot:
-        lines.append(f"slot         {slot['name']}: {slot['error']}")
+    return "\n".join(_lines(status))
+
+
+def _lines(status: Status) -> Iterator[str]:
+    first, *others = status.reasons or [""]
+    if first:
+        yield f"replicator   NOT READY: {first}"
+        yield from (f"             {reason}" for reason in others)
     else:
-        reader = f"read by process {slot['active_pid']}" if slot["active_pid"] else "NOBODY READS IT"
-        lines.append(f"slot         {slot['name']}: {reader}, WAL {slot['wal_status']}")
-        lines.append(f"  confirmed  {slot['confirmed_lsn']}, {_size(slot['lag_bytes'])} behind {slot['server_lsn']}")
-        lines.append(f"  WAL kept   {_size(slot['retained_bytes'])}, {_safe_text(slot)}")
-    lines.append(f"checkpoint   {_checkpoint_text(found['checkpoint'])}")
-    lines += [f"sink         {name}: {_sink_text(sink)}" for name, sink in found["sinks"].items()]
-    letters = _letters_text(found["dead_letters"])
-    lines.append(f"dead letters {letters} (at most {found['dead_letters_max']} of each sink)")
-    return "\n".join(lines)
+        yield f"replicator   {'ready' if status.replicator else 'not asked: REPLICATOR_ADMIN_LISTEN is off'}"
+    yield from _slot_lines(status.slot)
+    yield f"checkpoint   {_checkpoint_text(status.checkpoint)}"
+    for name, sink in status.sinks.items():
+        trouble = f": {sink.trouble}" if sink.trouble and sink.trouble not in status.reasons else ""
+        yield f"sink         {name}: {_sink_text(sink)}{trouble}"
+    yield f"dead letters {_letters_text(status.dead_letters)}"
 
 
-def _replicator_text(replicator: dict[str, Any]) -> str:
-    reasons = "; ".join(replicator["reasons"])
-    if replicator["ready"] is None:
-        return reasons
-    return "ready" if replicator["ready"] else f"NOT READY: {reasons}"
+def _slot_lines(slot: SlotStatus) -> Iterator[str]:
+    if slot.server_lsn is None:
+        yield f"slot         {slot.name}: unknown"
+        return
+    reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
+    yield f"slot         {slot.name}: {reader}, WAL {slot.wal_status}"
+    yield f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}"
+    safe = f"safe for {_size(slot.safe_wal_bytes)} more"
+    if slot.safe_wal_bytes is None:
+        safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
+    yield f"  WAL kept   {_size(slot.retained_bytes)}, {safe}"
 
 
-def _safe_text(slot: dict[str, Any]) -> str:
-    if slot["safe_wal_bytes"] is not None:
-        return f"safe for {_size(slot['safe_wal_bytes'])} more"
-    return "no longer safe" if slot["wal_status"] == "lost" else "no limit (max_slot_wal_keep_size)"
+def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
+    if checkpoint.end_lsn is None:
+        return "unknown" if checkpoint.trouble else "none yet"
+    return f"{checkpoint.end_lsn}, saved {checkpoint.saved_seconds_ago} s ago"
 
 
-def _letters_text(letters: LetterCounts | None) -> str:
+def _sink_text(sink: SinkStatus) -> str:
+    if sink.end_lsn is None:
+        return "no position yet"
+    seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
+    return f"{sink.end_lsn} (row {sink.position}), {_size(sink.lag_bytes)} and {seconds} behind"
+
+
+def _letters_text(letters: DeadLetterStatus | None) -> str:
     if letters is None:
         return "unknown"
-    rows = [f"{letters.rows} rows"] if letters.rows else []
-    return ", ".join(rows + [f"{count} of {name}" for name, count in letters.sinks.items()]) or "none"
-
-
-def _checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
-    if checkpoint is None:
-        return "none yet"
-    if "error" in checkpoint:
-        return str(checkpoint["error"])
-    return f"{checkpoint['end_lsn']}, saved {checkpoint['saved_seconds_ago']} s ago"
-
-
-def _sink_text(sink: dict[str, Any]) -> str:
-    if "error" in sink:
-        return str(sink["error"])
-    trouble = f": {sink['trouble']}" if sink["trouble"] else ""
-    seconds = "an unknown time" if sink["lag_seconds"] is None else f"{sink['lag_seconds']} s"
-    lag = f"{_size(sink['lag_bytes'])} and {seconds} behind"
-    return f"{sink['end_lsn']} (row {sink['position']}), {lag}{trouble}"
+    counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
+    if letters.rows:
+        counts.append(f"{letters.rows} rows")
+    return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
 
 
 def _size(count: int | None) -> str:

@@ -1,6 +1,7 @@
-"""Looks at the slot from the outside every few seconds, so that a pipeline that stands still can't look healthy.
+"""Looks at the slot from outside every few seconds, so that a pipeline that stands still can't look healthy.
 
-`pipeline.py` knows what was confirmed, PostgreSQL alone knows how far it is; `admin.py` shows the two side by side.
+`pipeline.py` knows what was confirmed, PostgreSQL alone knows how far the server is. `status.py` has the form in
+which both are shown.
 """
 
 from __future__ import annotations
@@ -9,9 +10,23 @@ import asyncio
 import logging
 import time
 
+from msgspec import structs
+
+from replicator import __version__
 from replicator.contracts.errors import SourceUnavailable
-from replicator.contracts.events import Position
+from replicator.contracts.events import Position, format_lsn
 from replicator.delivery.lane import Lane
+from replicator.operations.status import (
+    LOOK_TIMEOUT_SECONDS,
+    ReplicatorStatus,
+    SinkStatus,
+    Status,
+    in_danger,
+    of_checkpoint,
+    of_dead_letters,
+    of_sink,
+    of_slot,
+)
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -22,12 +37,12 @@ LOOK_SECONDS = 5.0
 """One cheap query; a third of Prometheus's usual scrape interval."""
 LOOK_AGAIN_SECONDS = 1.0
 """While there is nothing to see: a slot that was just made, a server that comes up."""
-LOOK_TIMEOUT_SECONDS = 10
-"""A server that does not answer in this time is news, too."""
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 TROUBLE_SECONDS = 10.0
 """A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
+
+ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
 
 class Monitor:
@@ -36,53 +51,96 @@ class Monitor:
     def __init__(self, pipeline: Pipeline, dsn: str, slot: str) -> None:
         self.pipeline = pipeline
         self.slot: SlotState | None = None
-        self.trouble = "not looked at yet"
-        """Why the slot can't be looked at; empty when it was."""
+        """As of the last look."""
+        self.trouble = "PostgreSQL has not been asked for the slot yet"
+        """Why the slot can't be seen; empty when it can."""
         self._dsn = dsn
-        self.name = slot
-        """The slot's."""
+        self._name = slot
         self._at: tuple[int, Position] = (0, Position(0, 0))
         self._moved_at = time.monotonic()
         self._complained_at = -STALL_SECONDS  # never yet
 
     async def run(self) -> None:
-        """Look for ever; never raises for what it sees."""
+        """Look until cancelled; never raises for what it sees."""
         while True:
             try:
-                self.slot = await slots.look(self._dsn, self.name, "replicator monitor", LOOK_TIMEOUT_SECONDS)
-                self.trouble = "" if self.slot else f"replication slot {self.name} does not exist"
+                self.slot = await slots.look(self._dsn, self._name, "replicator monitor", LOOK_TIMEOUT_SECONDS)
+                self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
             except SourceUnavailable as exc:
                 self.trouble = str(exc)
             await self.pipeline.letters.look()
             self._watch()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 
+    def status(self) -> Status:
+        """Everything, as of now."""
+        pipeline, reasons = self.pipeline, self.reasons()
+        return Status(
+            ready=not reasons,
+            reasons=reasons,
+            replicator=ReplicatorStatus(
+                version=__version__,
+                connected=pipeline.source.connected,
+                confirmed_lsn=format_lsn(pipeline.source.confirmed),
+                rows=pipeline.rows,
+                refused_rows=pipeline.dead_letters,
+                ignored_rows={ACTIONS[action]: count for action, count in pipeline.enricher.ignored.items()},
+                held_bytes=pipeline.fan_out.held_bytes,
+                reading_stopped=pipeline.fan_out.full,
+            ),
+            slot=of_slot(self._name, self.slot, self.trouble),
+            checkpoint=of_checkpoint(pipeline.checkpoint, self.slot, saved_ago=None),
+            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes},
+            dead_letters=of_dead_letters(pipeline.letters.stored, pipeline.letters.limit),
+        )
+
+    def _sink(self, lane: Lane) -> SinkStatus:
+        return structs.replace(
+            of_sink(lane.done, self.slot, round(self._lag_seconds(lane), 3)),
+            trouble=lane.trouble,
+            events=lane.progress.events,
+            writes=lane.progress.writes,
+            retries=lane.progress.retries,
+            dead_letters=lane.progress.dead_letters,
+            waiting=lane.waiting,
+        )
+
+    def _lag_seconds(self, lane: Lane) -> float:
+        """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
+
+        While reading has stopped, a sink that has all of that may lack more: then the age of the newest that it has.
+        """
+        if lane.waiting or not self.pipeline.fan_out.full:
+            return lane.lag_seconds()
+        return max(0.0, time.time() - lane.progress.committed_at)
+
+    # -- does it move? -------------------------------------------------------------------------------------------
+
     def _watch(self) -> None:
         at = self._where()
-        if at != self._at or not self.lag_bytes():
+        if at != self._at or not self._lag_bytes():
             self._moved_at = time.monotonic()
         self._at = at
-        stalled = self.stalled()
+        stalled = self._stalled()
         if stalled and time.monotonic() - self._complained_at >= STALL_SECONDS:
             log.warning("%s", stalled)
             self._complained_at = time.monotonic()
 
     def _where(self) -> tuple[int, Position]:
-        """The slot, and the slowest sink: inside a transaction that takes long the slot can't move, the sink does."""
+        """The slot, and the slowest sink: inside a long transaction the slot can't move, but the sink does."""
         confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
         lanes = self.pipeline.fan_out.lanes
         return confirmed, self.pipeline.fan_out.slowest.done.position if lanes else Position(0, 0)
 
-    def lag_bytes(self) -> int:
-        """WAL that is written and not confirmed, as of the last look."""
+    def _lag_bytes(self) -> int:
         return self.slot.lag_bytes if self.slot else 0
 
-    def stalled(self) -> str:
-        """In words, that and why the slot stands still while there is something to read; else empty."""
+    def _stalled(self) -> str:
+        """That and why the slot stands still while there is something to read; else empty."""
         seconds = time.monotonic() - self._moved_at
-        if seconds < STALL_SECONDS or not self.lag_bytes():
+        if seconds < STALL_SECONDS or not self._lag_bytes():
             return ""
-        return f"the slot has not moved for {seconds:.0f} s while {self.lag_bytes()} bytes wait: {self._why()}"
+        return f"the slot has not moved for {seconds:.0f} s while {self._lag_bytes()} bytes wait: {self._why()}"
 
     def _why(self) -> str:
         if self.pipeline.trouble:
@@ -103,21 +161,15 @@ class Monitor:
         return self.pipeline.checkpoint is not None and self.pipeline.checkpoint.end_lsn < written
 
     def _silent(self) -> str:
-        """The sinks have all that was read. No reason to connect again: decoding would begin anew."""
+        """The sinks are caught up. Connecting again would not help: PostgreSQL would start decoding over."""
         pid = self.slot.active_pid if self.slot else None
         reader = f"process {pid} decodes a large transaction or hangs" if pid else "no process of it reads the slot"
         return f"PostgreSQL has sent nothing for {self.pipeline.source.silent_seconds:.0f} s, {reader}"
 
-    def _troubled(self) -> list[str]:
-        return [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-
     def reasons(self) -> list[str]:
-        """Why we are not ready; empty when we are."""
-        found = [self.pipeline.trouble, self.trouble, *self._troubled(), self.stalled()]
-        if self.slot and self.slot.wal_status in ("unreserved", "lost"):
-            found.append(
-                f"the slot's WAL is {self.slot.wal_status}: PostgreSQL throws it away (max_slot_wal_keep_size)"
-            )
+        """Why the replicator is not ready; empty when it is."""
+        lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
+        found = [self.pipeline.trouble, self.trouble, *lanes, self._stalled(), in_danger(self.slot)]
         return [reason for reason in found if reason]
 
 

@@ -173,7 +173,7 @@ def test_a_million_rows_for_a_dead_api(quick: Program, source: psycopg.Connectio
     quick.start(http_timeout_seconds="3")
     api.behave(hang_seconds=60)
     insert_many(source, 1_000_000)
-    wait_until(lambda: bool(quick.status()["reading_stopped"]), "reading to stop", LONG_SECONDS)
+    wait_until(lambda: bool(quick.status()["replicator"]["reading_stopped"]), "reading to stop", LONG_SECONDS)
     wait_until(lambda: "reading has stopped" in quick.log, "it to say so")  # 10 s in which it may not grow
     peak_kb = _peak_kb(quick)
     print(f"peak memory {peak_kb / 1000:.0f} MB")  # noqa: T201  pytest shows it when the test has failed
@@ -299,7 +299,7 @@ def test_a_failing_api_holds_nobody_else(  # noqa: PLR0917  fixtures
     assert _confirmed(source, quick.slot) < first_missing
     assert 10 == len(api.event_ids())
     status = quick.status()
-    assert (True, False) == (bool(status["sinks"]["http"]["trouble"]), status["reading_stopped"])
+    assert (True, False) == (bool(status["sinks"]["http"]["trouble"]), status["replicator"]["reading_stopped"])
     api.behave()
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
@@ -319,13 +319,13 @@ def test_reading_stops_at_the_memory_limit(
     pid = source.execute(reader, [quick.slot]).fetchone()
     api.behave(hang_seconds=SILENT_SECONDS)
     insert_many(source, 50_000)  # 20 MB: more than all the buffers between
-    wait_until(lambda: bool(quick.status()["reading_stopped"]), "reading to stop")
+    wait_until(lambda: bool(quick.status()["replicator"]["reading_stopped"]), "reading to stop")
     wait_until(
         lambda: "reading has stopped" in quick.log, "it to say so"
     )  # after 10 s, five times PostgreSQL's patience
     status = quick.status()
-    assert status["held_bytes"] < 2_000_000
-    assert status["connected"]
+    assert status["replicator"]["held_bytes"] < 2_000_000
+    assert status["replicator"]["connected"]
     assert status["sinks"]["http"]["trouble"] in quick.log
     assert "wait for sink http" in quick.log
     assert 0 == _checkpoint(quick).sinks["http"].position.ordinal

@@ -107,9 +107,14 @@ async def test_what_a_healthy_replicator_says(
         assert 'replicator_sink_latency_seconds_count{sink="redis"} 1.0' in metrics
         with closing(SqlCheckpointStore(replicator.settings.checkpoint_url.get_secret_value())) as store:
             found = await status.collect(replicator.settings, ["redis"], store)
-        assert (True, []) == (found["replicator"]["ready"], found["replicator"]["reasons"])
-        assert found["replicator"]["sinks"]["redis"]["events"] == 1
-        assert "redis" in found["sinks"]
+        assert (True, []) == (found.ready, found.reasons)
+        assert found.replicator is not None
+        assert (True, 2, {"update": 1}) == (
+            found.replicator.connected,
+            found.replicator.rows,
+            found.replicator.ignored_rows,
+        )
+        assert (1, 1, "") == (found.sinks["redis"].events, found.sinks["redis"].writes, found.sinks["redis"].trouble)
 
 
 async def test_not_ready_while_postgresql_is_away(
@@ -156,11 +161,11 @@ async def test_status_does_not_take_another_program_for_the_replicator(
         other = replicator.settings.model_copy(update={"slot": "another"})
         with closing(SqlCheckpointStore(other.checkpoint_url.get_secret_value())) as store:
             found = await status.collect(other, ["redis"], store)
-        assert found["replicator"]["ready"] is False
-        [reason] = found["replicator"]["reasons"]
-        assert f"another slot's replicator, {replicator.settings.slot}, answers at" in reason
+        assert not found.ready
+        reason, missing = found.reasons
+        assert f"the replicator of another slot, {replicator.settings.slot}, answers at" in reason
         assert replicator.settings.admin_listen in reason
-        assert "does not exist" in found["slot"]["error"]
+        assert "does not exist" in missing
 
 
 async def test_an_address_that_is_taken_is_a_setting_to_change(

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
+import msgspec
 import pytest
-from msgspec import structs
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from msgspec import inspect, structs
 
+from replicator import __version__
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
 from replicator.contracts.events import Checkpoint, LetterCounts
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
+from replicator.operations.status import (
+    DeadLetterStatus,
+    ReplicatorStatus,
+    SinkStatus,
+    Status,
+    of_checkpoint,
+    of_sink,
+    of_slot,
+)
 from replicator.source import slot as slots
-from tests.support.fakes import CHECKPOINT, STATE
+from tests.support.fakes import AT_200, CHECKPOINT, STATE
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "status.md"
+
+READ = structs.replace(STATE, active_pid=4711)
+"""A slot that a process reads."""
 
 
 class FakeStore:
     """A checkpoint database that holds this, or that fails."""
 
-    def __init__(self, checkpoint: Checkpoint | None = None, error: CheckpointError | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None = None,
+        letters: LetterCounts = LetterCounts(),  # noqa: B008  frozen
+        error: CheckpointError | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._letters = letters
         self._error = error
 
     def load(self, _: str) -> Checkpoint | None:
@@ -31,34 +56,151 @@ class FakeStore:
         return self._checkpoint
 
     def count_dead_letters(self, _: str) -> LetterCounts:
-        """There are none."""
-        return LetterCounts()
+        """How many there are."""
+        return self._letters
 
 
-Collect = Callable[..., Awaitable[dict[str, Any]]]
+Collect = Callable[..., Awaitable[Status]]
 
 
 @pytest.fixture
 def collect(monkeypatch: pytest.MonkeyPatch) -> Collect:
-    """`status` over a slot and a checkpoint database of the test's; nobody asks a replicator."""
+    """`status` over a slot and a checkpoint database of the test's; the replicator is asked at this address, if any."""
 
-    async def collected(state: slots.SlotState | SourceUnavailable | None, store: FakeStore) -> dict[str, Any]:
+    async def collected(
+        state: slots.SlotState | SourceUnavailable | None, store: FakeStore, address: str = ""
+    ) -> Status:
         async def look(*_: object) -> slots.SlotState | None:
             if isinstance(state, SourceUnavailable):
                 raise state
             return state
 
         monkeypatch.setattr(slots, "look", look)
-        settings = CoreSettings.model_validate({"slot": "s", "admin_listen": ""})
+        settings = CoreSettings.model_validate({"slot": "s", "admin_listen": address})
         return await status.collect(settings, ["redis"], store)  # type: ignore[arg-type]  # as much of one as it needs
 
     return collected
 
 
+def live(slot: str = "s", *reasons: str) -> Status:
+    """What a replicator says of itself at /status."""
+    sink = structs.replace(
+        of_sink(AT_200, STATE, 1.5), events=7, writes=2, retries=1, dead_letters=0, waiting=3, trouble="away"
+    )
+    return Status(
+        ready=not reasons,
+        reasons=[*reasons],
+        replicator=ReplicatorStatus(
+            version=__version__,
+            connected=True,
+            confirmed_lsn="0/C8",
+            rows=9,
+            refused_rows=1,
+            ignored_rows={"update": 1},
+            held_bytes=300,
+            reading_stopped=False,
+        ),
+        slot=of_slot(slot, READ),
+        checkpoint=of_checkpoint(CHECKPOINT, STATE, None),
+        sinks={"redis": sink},
+        dead_letters=DeadLetterStatus(rows=1, sinks={"redis": 2}, limit=100),
+    )
+
+
+async def answering(body: bytes) -> TestServer:
+    """A server whose /status is this."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    app = web.Application()
+    app.router.add_get("/status", answer)
+    server = TestServer(app)
+    await server.start_server()
+    return server
+
+
+# --- ready or not
+
+
+async def test_ready(collect: Collect) -> None:
+    """Nothing is wrong: the first line says so, and programs see it."""
+    server = await answering(msgspec.json.encode(live()))
+    found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    assert (True, []) == (found.ready, found.reasons)
+    assert status.as_text(found).startswith("replicator   ready\nslot         s: read by process 4711, WAL reserved\n")
+
+
+async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:
+    """Its reasons, its process and its counters; the lag in bytes is that of the slot as it is now."""
+    server = await answering(msgspec.json.encode(live("s", "sink redis is away")))
+    later = structs.replace(READ, server_lsn=5_000)
+    found = await collect(later, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    assert (False, ["sink redis is away"]) == (found.ready, found.reasons)
+    assert live().replicator == found.replicator
+    assert structs.replace(live().sinks["redis"], lag_bytes=4_800) == found.sinks["redis"]
+    assert status.as_text(found).startswith("replicator   NOT READY: sink redis is away\n")
+    assert "sink         redis: 0/C8 (row 0/BE#3), 4.8 kB and 1.5 s behind: away" in status.as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html>", "is not a replicator of version"),
+        (b'{"slot": "s", "ready": true}', "is not a replicator of version"),
+        (msgspec.json.encode(live("another")), "the replicator of another slot, another, answers at"),
+    ],
+)
+async def test_another_program_is_not_taken_for_the_replicator(collect: Collect, body: bytes, words: str) -> None:
+    """The address may belong to anything: its lag is not ours."""
+    server = await answering(body)
+    address = f"{server.host}:{server.port}"
+    found = await collect(READ, FakeStore(CHECKPOINT), address)
+    await server.close()
+    [reason] = found.reasons
+    assert words in reason
+    assert f"REPLICATOR_ADMIN_LISTEN ({address})" in reason
+    assert (False, None, None) == (found.ready, found.replicator, found.sinks["redis"].events)
+
+
+async def test_a_replicator_that_can_not_be_asked_is_not_called_down(collect: Collect) -> None:
+    """Without an address the slot tells: a process reads it, or none does."""
+    found = await collect(READ, FakeStore(CHECKPOINT))
+    assert found.ready
+    assert status.as_text(found).startswith("replicator   not asked: REPLICATOR_ADMIN_LISTEN is off\n")
+    found = await collect(STATE, FakeStore(CHECKPOINT))
+    assert (False, ["no process reads replication slot s"]) == (found.ready, found.reasons)
+
+
+@pytest.mark.parametrize("wal_status", ["unreserved", "lost"])
+async def test_a_slot_in_danger_is_not_ready(collect: Collect, wal_status: str) -> None:
+    """Whatever the replicator says."""
+    found = await collect(structs.replace(READ, wal_status=wal_status), FakeStore(CHECKPOINT))
+    [reason] = found.reasons
+    assert f"WAL is {wal_status}" in reason
+
+
+async def test_every_reason_has_a_line(collect: Collect) -> None:
+    """PostgreSQL and the checkpoint database are away; each is said once."""
+    store = FakeStore(error=CheckpointUnavailable(detail="disk full"))
+    found = await collect(SourceUnavailable(detail="down"), store)
+    assert not found.ready
+    text = status.as_text(found)
+    assert [1, 1] == [text.count(words) for words in ("is not reachable: down", "disk full")]
+    assert text.startswith("replicator   NOT READY: PostgreSQL is not reachable: down")
+    assert "\n             The checkpoint database does not take" in text
+    assert "\nslot         s: unknown\ncheckpoint   unknown\n" in text
+
+
+# --- the parts
+
+
 async def test_an_unknown_lag_is_not_none(collect: Collect) -> None:
     """PostgreSQL does not answer: how far a sink is behind is unknown, in bytes and in seconds."""
     found = await collect(SourceUnavailable(detail="down"), FakeStore(CHECKPOINT))
-    assert (None, None) == (found["sinks"]["redis"]["lag_bytes"], found["sinks"]["redis"]["lag_seconds"])
+    assert (None, None) == (found.sinks["redis"].lag_bytes, found.sinks["redis"].lag_seconds)
     assert '"lag_seconds": null' in status.as_json(found)
     assert "an unknown amount and an unknown time behind" in status.as_text(found)
 
@@ -71,21 +213,31 @@ async def test_lag_begins_at_the_newest_commit_that_all_have(
     now = time.time()
     committed_at = now - committed_ago if committed_ago else 0.0
     checkpoint = structs.replace(CHECKPOINT, committed_at=committed_at, updated_at=now - 100)
-    found = await collect(STATE, FakeStore(checkpoint))
-    assert expected <= found["sinks"]["redis"]["lag_seconds"] < expected + 50
+    lag_seconds = (await collect(READ, FakeStore(checkpoint))).sinks["redis"].lag_seconds
+    assert lag_seconds is not None
+    assert expected <= lag_seconds < expected + 50
 
 
 async def test_a_sink_that_has_everything_has_no_lag(collect: Collect) -> None:
     """However long ago the last commit was."""
-    found = await collect(structs.replace(STATE, server_lsn=200), FakeStore(CHECKPOINT))
-    assert (0, 0.0) == (found["sinks"]["redis"]["lag_bytes"], found["sinks"]["redis"]["lag_seconds"])
+    sink = (await collect(structs.replace(READ, server_lsn=200), FakeStore(CHECKPOINT))).sinks["redis"]
+    assert (0, 0.0) == (sink.lag_bytes, sink.lag_seconds)
+
+
+async def test_a_sink_without_a_position(collect: Collect) -> None:
+    """A new one; nothing is made up."""
+    found = await collect(READ, FakeStore(structs.replace(CHECKPOINT, sinks={})))
+    assert SinkStatus() == found.sinks["redis"]
+    assert "sink         redis: no position yet\n" in status.as_text(found)
 
 
 async def test_a_checkpoint_is_saved(collect: Collect) -> None:
     """On an idle database its position moves seldom; the age is that of the last save."""
-    found = await collect(STATE, FakeStore(structs.replace(CHECKPOINT, updated_at=time.time() - 100)))
-    assert 100 <= found["checkpoint"]["saved_seconds_ago"] < 150
-    assert f"0/C8, saved {found['checkpoint']['saved_seconds_ago']} s ago" in status.as_text(found)
+    found = await collect(READ, FakeStore(structs.replace(CHECKPOINT, updated_at=time.time() - 100)))
+    assert found.checkpoint.saved_seconds_ago is not None
+    assert 100 <= found.checkpoint.saved_seconds_ago < 150
+    assert f"checkpoint   0/C8, saved {found.checkpoint.saved_seconds_ago} s ago" in status.as_text(found)
+    assert "checkpoint   none yet" in status.as_text(await collect(READ, FakeStore()))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +247,14 @@ async def test_a_checkpoint_is_saved(collect: Collect) -> None:
 async def test_the_cure_of_a_missing_slot(collect: Collect, checkpoint: Checkpoint | None, cure: str) -> None:
     """With a checkpoint there is a gap, which plain `init` refuses to make a slot over."""
     found = await collect(None, FakeStore(checkpoint))
-    assert "does not exist" in found["slot"]["error"]
-    assert cure in found["slot"]["error"]
+    assert not found.ready
+    assert "does not exist" in found.slot.trouble
+    assert cure in found.slot.trouble
     assert cure in status.as_text(found)
 
 
 @pytest.mark.parametrize(
-    ("wal_status", "safe_wal_size", "told"),
+    ("wal_status", "safe_wal_size", "words"),
     [
         ("reserved", None, "no limit (max_slot_wal_keep_size)"),
         ("reserved", 5_000_000, "safe for 5.0 MB more"),
@@ -109,23 +262,59 @@ async def test_the_cure_of_a_missing_slot(collect: Collect, checkpoint: Checkpoi
     ],
 )
 async def test_how_long_the_wal_is_safe(
-    collect: Collect, wal_status: str, safe_wal_size: int | None, told: str
+    collect: Collect, wal_status: str, safe_wal_size: int | None, words: str
 ) -> None:
     """No number means no limit, unless the slot is lost already."""
     state = structs.replace(STATE, wal_status=wal_status, safe_wal_size=safe_wal_size)
-    assert f"WAL kept   950 bytes, {told}" in status.as_text(await collect(state, FakeStore(CHECKPOINT)))
+    assert f"WAL kept   950 bytes, {words}" in status.as_text(await collect(state, FakeStore(CHECKPOINT)))
 
 
-async def test_dead_letters_that_can_not_be_counted_are_unknown(collect: Collect) -> None:
-    """Not none; where the database answers, there are none."""
-    found = await collect(STATE, FakeStore(error=CheckpointUnavailable(detail="down")))
-    assert found["dead_letters"] is None
-    assert "dead letters unknown (at most" in status.as_text(found)
-    assert "dead letters none (at most" in status.as_text(await collect(STATE, FakeStore()))
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        (FakeStore(), "none (at most 100000 of each sink)"),
+        (FakeStore(letters=LetterCounts(rows=3, sinks={"http": 2})), "2 of http, 3 rows (at most 100000 of each sink)"),
+        (FakeStore(error=CheckpointUnavailable(detail="down")), "unknown"),
+    ],
+)
+async def test_dead_letters(collect: Collect, store: FakeStore, words: str) -> None:
+    """Those that can't be counted are unknown, not none."""
+    found = await collect(READ, store)
+    assert status.as_text(found).endswith(f"\ndead letters {words}")
+    assert ("unknown" in words) == (found.dead_letters is None)
 
 
-async def test_a_replicator_that_can_not_be_asked_is_not_called_down(collect: Collect) -> None:
-    """Without an address nobody knows whether it is ready."""
-    found = await collect(STATE, FakeStore(CHECKPOINT))
-    assert {"ready": None, "reasons": ["not asked: REPLICATOR_ADMIN_LISTEN is off"]} == found["replicator"]
-    assert status.as_text(found).startswith("replicator   not asked: REPLICATOR_ADMIN_LISTEN is off\n")
+# --- the form
+
+
+def _fields(of: inspect.Type, path: str = "") -> Iterator[str]:
+    """Dotted names of every field; `*` stands for a sink's name."""
+    if isinstance(of, inspect.UnionType):
+        for each in of.types:
+            if not isinstance(each, inspect.NoneType):
+                yield from _fields(each, path)
+    elif isinstance(of, inspect.DictType) and isinstance(of.value_type, inspect.StructType):
+        yield from _fields(of.value_type, f"{path}.*")
+    elif isinstance(of, inspect.StructType):
+        for field in of.fields:
+            yield from _fields(field.type, f"{path}.{field.encode_name}")
+    else:
+        yield path.removeprefix(".")
+
+
+def test_the_json_form_is_the_one_in_the_reference() -> None:
+    """Every field has its line in the document, and no line is about a field that there is not."""
+    documented = re.findall(r"^\| `([^`]+)`", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    fields = [*dict.fromkeys(_fields(inspect.type_info(Status)))]
+    assert fields == documented
+
+
+async def test_what_is_printed_is_a_status(collect: Collect) -> None:
+    """Nothing more, nothing less: a program that decodes it and writes it again has the same."""
+    server = await answering(msgspec.json.encode(live("s", "sink redis is away")))
+    found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    text = status.as_json(found)
+    again = msgspec.json.decode(text, type=Status)
+    assert found == again
+    assert msgspec.json.decode(text) == msgspec.to_builtins(again)
