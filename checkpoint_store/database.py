@@ -27,6 +27,7 @@ SQLITE_BUSY_TIMEOUT_SECONDS = 5.0
 WAL_TRIES = 20  # each fails only because another program won; there are hardly ever two
 # A database server that has gone silent is an error after this time, not a thread that hangs for ever.
 POSTGRES_LIMITS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
+POSTGRES_LOCK_TIMEOUT = "5s"  # as with SQLite
 
 TABLES_CURE = (
     f"See that {URL_SETTING} is what you mean, that its user may read and write the tables replicator_*, and that"
@@ -66,7 +67,7 @@ def open_engine(url: str) -> Engine:
     if sqlite:
         _make_sqlite_durable(engine)
     if engine.dialect.name == "postgresql":
-        event.listen(engine, "connect", _make_postgres_durable)
+        event.listen(engine, "connect", _set_up_postgres)
     return engine
 
 
@@ -166,11 +167,16 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {mode}")
 
 
-def _make_postgres_durable(connection: DBAPIConnection, _record: object) -> None:
-    # A checkpoint that is lost in a crash would stand behind what PostgreSQL was told. Stricter settings stay.
+def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
+    # A checkpoint that is lost in a crash would be behind what PostgreSQL was told. A thread that waits for a lock
+    # would keep the program from ending. Stricter settings stay.
     cursor = connection.cursor()
     cursor.execute(
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
+    cursor.execute(
+        "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'",
+        (POSTGRES_LOCK_TIMEOUT,),
     )
     cursor.close()
     connection.commit()

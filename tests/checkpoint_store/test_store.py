@@ -805,6 +805,20 @@ def test_a_restart_between_two_calls_is_not_noticed(stack: DevStack) -> None:
     store.close()
 
 
+def test_a_locked_table_is_an_error_and_not_a_hang(stack: DevStack) -> None:
+    """A thread that waits for a lock would keep the program from ending."""
+    url = make_postgres_database(stack).url
+    store = SqlCheckpointStore(url)
+    store.create()
+    with psycopg.connect(url.replace("postgresql+psycopg", "postgresql")) as other:
+        other.execute("LOCK TABLE replicator_checkpoints")
+        with pytest.raises(CheckpointUnavailable, match="LockNotAvailable"):
+            store.save(at(1000))
+    store.save(at(1000))
+    assert at(1000) == loaded(store)
+    store.close()
+
+
 @pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
 def test_postgresql_commits_reach_the_disk(stack: DevStack, configured: str, used: str) -> None:
     """A server or role set to asynchronous commits is overruled; stricter settings stay."""
