@@ -1,12 +1,14 @@
 """Everything that knows what an engagement event is; `replicator` drives it as a `stream.Enricher`.
 
-Another table's pipeline is another package like this one: a module with a `create_enricher`.
+`contract.py` declares the event. Another table's pipeline is another package like this one.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
 
+from enrichment.codec import microseconds
+from enrichment.contract import EVENT
 from enrichment.enricher import EngagementEnricher, EnrichmentSettings
 from enrichment.history import BEGINNING, END, EngagementHistory, Range
 from enrichment.ledger import EngagementLedger
@@ -16,12 +18,14 @@ from replicator.contracts.stream import Enricher
 __all__ = [
     "BEGINNING",
     "END",
+    "EVENT",
     "EngagementEnricher",
     "EngagementHistory",
     "EngagementLedger",
     "EnrichmentSettings",
     "create_enricher",
     "create_history",
+    "microseconds",
 ]
 
 

@@ -1,7 +1,7 @@
-"""The engagement enricher: rows in stream order → events, as `contracts.stream.Enricher` wants it.
+"""The engagement enricher: rows in stream order to events; the `contracts.stream.Enricher`.
 
-Three steps: `engagement.py` reads the rows, `content.py` looks up what is not known, and then events are made and
-content changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed.
+Three steps: `codec.py` reads the rows, `content.py` looks up what is not known, and then events are made and content
+changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ from collections.abc import Sequence
 from msgspec import structs
 from pydantic import Field
 
-from enrichment import content, engagement
-from enrichment.content import Change, Contents
+from enrichment.check import check
+from enrichment.codec import (
+    DRAFT_KEY,
+    Content,
+    Draft,
+    RowReader,
+    RowUnusable,
+    build_events,
+    dead_letter,
+    stored_event,
+    stored_row,
+)
+from enrichment.content import Change, Contents, changes
+from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
-from enrichment.dead_letters import dead_letter, stored_event, stored_row
-from enrichment.engagement import Draft, Reader, RowUnusable
-from enrichment.preflight import preflight
 from replicator.contracts.errors import SourceUnusable
 from replicator.contracts.events import DeadLetter, Event, Finding, Row, Stage
 from replicator.contracts.settings import Settings
 from replicator.contracts.stream import Enriched
 
 HISTORY = """
--- How many events there are, and the shortest range of whole seconds, end excluded, that holds them all; those at
--- infinity and outside the years 1 to 9999 can't be backfilled.
+-- The number of events, and the shortest range of whole seconds, end excluded, that holds them all. Events at infinity
+-- and outside the years 1 to 9999 can't be backfilled.
 SELECT count(*), to_char(min(event_ts) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
        to_char(max(event_ts) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
 FROM public.engagement_events
@@ -33,7 +42,7 @@ WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+0
 """
 
 HISTORY_TIMEOUT_SECONDS = 600
-"""It reads the whole table, once in the product's life: some 10 million rows a second."""
+"""It reads the whole table, once in the product's life, at some 10 million rows a second."""
 
 
 class EnrichmentSettings(Settings):
@@ -48,45 +57,42 @@ class EnrichmentSettings(Settings):
 
 
 class _Plan:
-    """What some rows come to, before anything is done."""
+    """What some rows mean, before anything is changed."""
 
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
         self.changes: list[tuple[int, Change]] = []
         """Each with the number of drafts before it."""
         self.unknown: set[int] = set()
-        """Contents that an event needs and nothing has told of."""
-        self.untold: set[int] = set()
-        """Contents that changed, in a row that does not carry all of them."""
-        self.told: set[int] = set()
-        """Contents with a change among these rows."""
+        """Ids of contents that an event needs and that are not known."""
+        self.incomplete: set[int] = set()
+        """Ids of contents that changed in a row that does not carry all of them."""
+        self.changed: set[int] = set()
+        """Ids of contents that these rows change."""
         self.refused: list[DeadLetter] = []
         self.ignored: Counter[str] = Counter()
         self.lost_track = False
-        """A content changed and the row does not say which: what is known can't be trusted any more."""
+        """A content changed and its row could not be read: what is known may be out of date."""
 
 
 class EngagementEnricher:
     """Enriches `public.engagement_events` with `public.content`."""
 
-    tables: Sequence[str] = (content.CONTENT, engagement.EVENTS)
+    tables: Sequence[str] = (CONTENT, EVENTS)
 
     def __init__(self, dsn: str, settings: EnrichmentSettings) -> None:
         self._dsn = dsn
         self._database = Database(dsn)
         self._contents = Contents(self._database, settings.content_cache_size)
-        self._reader = Reader()
+        self._reader = RowReader()
         self.ignored: Counter[str] = Counter()
-        """Rows of `engagement_events` that make no event, by action: `U`, `D`, `T`."""
 
     async def open(self) -> None:
-        """Connect and load the content. Raises SourceUnavailable or SourceUnusable."""
         await self._contents.preload()
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
-        """Events for inserts. Raises SourceUnavailable or SourceUnusable, with nothing changed."""
         plan = self._plan(rows)
-        found = await self._contents.look_up(plan.unknown | plan.untold)
+        found = await self._contents.look_up(plan.unknown | plan.incomplete)
         self._contents.known.update((content_id, found[content_id]) for content_id in plan.unknown)
         events = self._carry_out(plan, found)
         self.ignored.update(plan.ignored)
@@ -96,7 +102,7 @@ class EngagementEnricher:
         return Enriched(events, plan.refused)
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
-        """Events for dead letters. What a row is enriched with is today's content."""
+        """A row is enriched with today's content."""
         events: list[Event] = []
         refused: list[DeadLetter] = []
         for letter in letters:
@@ -112,7 +118,6 @@ class EngagementEnricher:
         return Enriched(events, refused)
 
     async def history(self) -> str:
-        """How many events there are, and the command that brings them all."""
         database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
         try:
             [(count, start, end)] = await database.rows(HISTORY)
@@ -123,62 +128,60 @@ class EngagementEnricher:
         if not count:
             return ""
         command = f"python backfill.py --start {start} --end {end}"
-        told = f"{engagement.EVENTS} holds {count} rows; those from before the slot do not come through it"
-        return f"{told}. To bring all of them: {command}"
+        message = f"{EVENTS} holds {count} rows; those from before the slot do not come through it"
+        return f"{message}. To bring all of them: {command}"
 
     async def check(self) -> list[Finding]:
-        """Do the tables have what is needed?"""
-        return await preflight(self._dsn)
+        return await check(self._dsn)
 
     async def close(self) -> None:
-        """Close the connection; what is known of the contents stays."""
         await self._database.close()
 
     def _plan(self, rows: Sequence[Row]) -> _Plan:
         plan, read, known = _Plan(), self._reader.read, self._contents.known
-        append, told = plan.drafts.append, plan.told
+        append, changed = plan.drafts.append, plan.changed
         for row in rows:
             try:
-                if row.action == "I" and row.table == engagement.TABLE and row.schema == engagement.SCHEMA:
+                if row.action == "I" and row.table == EVENTS_TABLE and row.schema == SCHEMA:
                     draft = read(row)
-                    content_id = draft[engagement.CONTENT_ID]
-                    if content_id not in known and content_id not in told:
+                    content_id = draft[DRAFT_KEY]
+                    if content_id not in known and content_id not in changed:
                         plan.unknown.add(content_id)
                     append(draft)
                 else:
                     _plan_other(plan, row)
             except RowUnusable as exc:
                 plan.refused.append(dead_letter(row, str(exc)))
-                plan.lost_track |= row.table == content.TABLE
+                plan.lost_track |= row.table == CONTENT_TABLE
         return plan
 
-    def _carry_out(self, plan: _Plan, found: dict[int, engagement.Content]) -> list[Event]:
-        """Events and content changes, in the order of the rows."""
+    def _carry_out(self, plan: _Plan, found: dict[int, Content]) -> list[Event]:
+        """Make the events and apply the content changes, in the order of the rows."""
         events: list[Event] = []
         done = 0
         for count, change in plan.changes:
-            engagement.finish(plan.drafts[done:count], self._contents.known, events)
+            build_events(plan.drafts[done:count], self._contents.known, events)
             self._contents.apply(change, found)
             done = count
-        engagement.finish(plan.drafts[done:] if done else plan.drafts, self._contents.known, events)
+        build_events(plan.drafts[done:] if done else plan.drafts, self._contents.known, events)
         return events
 
 
 def _plan_other(plan: _Plan, row: Row) -> None:
-    """Rows that make no event: content, and what happens to events afterwards. Raises RowUnusable."""
+    """A row that makes no event: a content's, or an update or delete of an event. Raises RowUnusable."""
     table = f"{row.schema}.{row.table}"
-    if table == engagement.EVENTS:
+    if table == EVENTS:
         plan.ignored[row.action] += 1
-    elif table == content.CONTENT:
+    elif table == CONTENT:
         _plan_content(plan, row)
     else:
-        raise RowUnusable(f"{table} is none of the tables that events are made of")
+        raise RowUnusable(f"{table} is not a table that events are made of")
 
 
 def _plan_content(plan: _Plan, row: Row) -> None:
-    for change in content.changes(row):
+    for change in changes(row):
         plan.changes.append((len(plan.drafts), change))
         if change.content_id is not None:
-            plan.told.add(change.content_id)
+            plan.changed.add(change.content_id)
             if change.content is None:
-                plan.untold.add(change.content_id)
+                plan.incomplete.add(change.content_id)

@@ -1,12 +1,12 @@
-"""The events that stand in the table already, page by page.
+"""The events that the table already holds, page by page; two `contracts.stream.History`.
 
-A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. It
-becomes drafts as the stream's rows do, and `engagement.finish` makes the events of both. `delivery/backfill.py` carries
-them on; this module knows the tables and in which order they are read:
+A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. Its rows
+become drafts as the stream's do, and `codec.build_events` makes the events of both. `delivery/backfill.py` sends them
+on; this module knows the tables and the order to read them in:
 
-- by `(event_ts, id)` where an index begins with event_ts: a page costs what it holds;
-- by id, from the first to the last event of the range, where none does: the primary key is enough, and the rows in
-  between are read once, wanted or not. Never is a page found by reading the table from its beginning.
+- by `(event_ts, id)` if an index begins with event_ts: a page costs what it holds;
+- otherwise by id, from the first to the last event of the range: the primary key is enough, and the rows in between are
+  read once, wanted or not. No page is ever found by reading the table from its beginning.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment import engagement
+from enrichment.codec import DRAFT_KEY, DRAFT_TIME, Content, Draft, RowUnusable, build_events, check, dead_letter
+from enrichment.contract import EVENTS_TABLE, IDENTITY, JOINED, OWN, SCHEMA, TIME
 from enrichment.database import Database
-from enrichment.dead_letters import dead_letter
-from enrichment.engagement import INT64_MAX, INT64_MIN, Content, Draft, Reader, RowUnusable
 from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
+from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 
 log = logging.getLogger(__name__)
 
 SCAN_TIMEOUT_SECONDS = 3600
-"""Counting a range without an index reads the table once: some 10 million rows a second."""
+"""Counting a range without an index reads the table once, at some 10 million rows a second."""
 
 PAGE_OPTIONS = (
     "-c TimeZone=UTC -c DateStyle=ISO"  # event_ts as in the stream
@@ -38,21 +38,16 @@ PAGE_OPTIONS = (
     " -c enable_seqscan=off -c enable_bitmapscan=off -c plan_cache_mode=force_custom_plan"
 )
 
+PAGE_BYTES = 8_000_000
+"""Of text per page; its last event may be larger. Ordinary events have some ten bytes each, but nothing bounds them,
+and memory holds a page several times: as result, rows and events."""
+
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+END = datetime.max.replace(tzinfo=UTC)
+"""Stands for the moment after it, the end of the year 9999: all events end there."""
+
 INDEX = "CREATE INDEX CONCURRENTLY engagement_events_event_ts_id ON public.engagement_events (event_ts, id)"
-"""What makes a backfill of a short range fast on a long table."""
-
-SPAN = """
--- How many events the range has, their first id and their last.
-SELECT count(*), min(id)::bigint, max(id)::bigint FROM public.engagement_events
-WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
-"""
-
-HOURS = """
--- How many events the range has in each hour, by the hour's start in seconds since 1970.
-SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM public.engagement_events
-WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
-GROUP BY 1 ORDER BY 1
-"""
+"""Makes a backfill of a short range fast on a long table."""
 
 INDEXED = """
 -- Whether an index gives events in the order of event_ts.
@@ -63,63 +58,73 @@ SELECT EXISTS (
       AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
 """
 
-WANTED = "id, content_id, user_id, event_type, event_ts, duration_ms, device"
-"""Not raw_payload, which may be large."""
+SPAN = """
+-- The number of events in a range, their first id and their last.
+SELECT count(*), min(id)::bigint, max(id)::bigint FROM public.engagement_events
+WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
+"""
 
-BY_TIME = f"""
-SELECT {WANTED} FROM public.engagement_events
-WHERE (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
-  AND id <= %(last_id)s::bigint
-ORDER BY event_ts, id LIMIT %(rows)s
-"""  # noqa: S608  constants of ours
-
-BY_ID = f"""
-SELECT {WANTED} FROM public.engagement_events
-WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
-ORDER BY id LIMIT %(rows)s
-"""  # noqa: S608  constants of ours
-
-BY_IDS = f"SELECT {WANTED} FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"  # noqa: S608  constants of ours
-
-PAGE_BYTES = 8_000_000
-"""Of text in a page; its last event may be larger. Ordinary events have some ten bytes each, but nothing bounds them,
-and a page stands in memory several times: in the result, as rows, as events."""
+HOURS = """
+-- The number of events in each hour of a range, by the hour's start in seconds since 1970.
+SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM public.engagement_events
+WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
+GROUP BY 1 ORDER BY 1
+"""
 
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 
-PAGE = """
+_WANTED = ", ".join(field.column for field in OWN)  # not raw_payload, which may be large
+
+BY_TIME = f"""
+SELECT {_WANTED} FROM public.engagement_events
+WHERE (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
+  AND id <= %(last_id)s::bigint
+ORDER BY event_ts, id LIMIT %(rows)s
+"""  # noqa: S608  names in the contract
+
+BY_ID = f"""
+SELECT {_WANTED} FROM public.engagement_events
+WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
+ORDER BY id LIMIT %(rows)s
+"""  # noqa: S608  names in the contract
+
+PICKED = f"SELECT {_WANTED} FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"  # noqa: S608  likewise
+
+_TEXTS = [f"coalesce(octet_length({field.column}::text), 0)" for field in OWN if field.type.postgres == "text"]
+_USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
+_OWN = ", ".join(f"p.{field.column}::{field.type.postgres}{'::text' * (field is TIME)}" for field in OWN)
+_JOINED = ", ".join(f"c.{field.joined}::{field.type.postgres}" for field in JOINED)
+
+
+def _page(rows: str, order: str) -> str:
+    return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
--- row always comes, wanted or not: the next page begins behind it. The WAL's end (inserted, not written: a commit may
+-- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
 -- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
 WITH found AS MATERIALIZED (
-    SELECT p.*, 1 + coalesce(octet_length(event_type::text), 0) + coalesce(octet_length(device::text), 0) AS size
-    FROM ({page}) p
+    SELECT p.*, {" + ".join(["1", *_TEXTS])} AS size FROM ({rows}) p
 ), measured AS (
     SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
-SELECT p.id::bigint, p.content_id::bigint, p.user_id::bigint, p.event_type::text, p.event_ts::timestamptz::text,
-       p.duration_ms::bigint, p.device::text, c.content_type::text, c.length_seconds::bigint,
-       p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz,
-       ({wal_end})
+SELECT ({WAL_END}), p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz, {_USABLE},
+       {_OWN},
+       {_JOINED}
 FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
 WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz
       OR p.size_up_to = (SELECT max(size_up_to) FROM page)
 ORDER BY p.size_up_to
-"""
+"""  # noqa: S608  names in the contract
+
+
+_OWN_VALUES = slice(3, 3 + len(OWN))
+_JOINED_VALUES = slice(_OWN_VALUES.stop, None)
+"""Where a row of a page has the values of `OWN` and of `JOINED`; before them the WAL's end, wanted, usable."""
+
 
 Order: TypeAlias = Literal["event_ts", "id"]
 
-PAGES: Mapping[Order, str] = {
-    "event_ts": PAGE.format(page=BY_TIME, order="p.event_ts, p.id", wal_end=WAL_END),
-    "id": PAGE.format(page=BY_ID, order="p.id", wal_end=WAL_END),
-}
-
-
-BEGINNING = datetime.min.replace(tzinfo=UTC)
-END = datetime.max.replace(tzinfo=UTC)
-"""Stands for the moment behind it, the end of the year 9999: the events of all times end there."""
-
-PICKED = PAGE.format(page=BY_IDS, order="p.id", wal_end=WAL_END)
+PAGES: Mapping[Order, str] = {"event_ts": _page(BY_TIME, "p.event_ts, p.id"), "id": _page(BY_ID, "p.id")}
+PICKED_PAGE = _page(PICKED, "p.id")
 
 
 class Range(NamedTuple):
@@ -135,18 +140,27 @@ class Range(NamedTuple):
 
 
 class _Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a page begins. Events with higher ids than `last_id` were inserted after the beginning."""
+    """Where a page begins. Events with ids above `last_id` were inserted after the history began."""
 
     order: Order
     ts: str
-    """Of the next event at the earliest; only the order by event_ts asks for it."""
+    """The next event is not before it. Only the order by event_ts uses it."""
     id: int
-    """Likewise; included."""
+    """The next event's id is not below it."""
     last_id: int
+
+    def after(self, event_id: int, ts: str) -> _Place:
+        """Where the page after this event begins."""
+        if self.order == "id":
+            return structs.replace(self, id=event_id + 1)
+        if event_id < INT64_MAX:
+            return structs.replace(self, ts=ts, id=event_id + 1)
+        later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
+        return structs.replace(self, ts=later.isoformat(), id=INT64_MIN)
 
 
 class EngagementHistory:
-    """`contracts.stream.History` of `public.engagement_events`, for one range of time."""
+    """The events of `public.engagement_events` in one range of time."""
 
     def __init__(self, dsn: str, wanted: Range) -> None:
         self._range = wanted
@@ -155,14 +169,13 @@ class EngagementHistory:
         self._indexed = False
 
     async def open(self) -> None:
-        """Connect, see in which order the table can be read, and that it can: rights, columns, a primary."""
+        """See which order the table can be read in, and that it can be read: rights, columns, a primary."""
         [(self._indexed,)] = await self._scans.rows(INDEXED)
         nothing = {"id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
         await self._pages.rows(PAGES["id"], self._range.parameters() | nothing)
         await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
-        """See `stream.History`. Reads the range once, to count it."""
         if not self._indexed:
             log.info("no index begins with event_ts, the table is read in the order of id; to be faster: %s", INDEX)
         [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range.parameters())
@@ -172,122 +185,102 @@ class EngagementHistory:
             id=INT64_MIN if self._indexed or not count else first_id,
             last_id=last_id if count else INT64_MIN,
         )
-        return _tell(place), count
+        return msgspec.json.encode(place).decode(), count
 
     async def hours(self) -> dict[int, int]:
-        """How many events each hour has, by its start in Unix seconds; hours without any are absent."""
+        """The number of events in each hour, by its start in Unix seconds; hours without events are absent."""
         return dict(await self._scans.rows(HOURS, self._range.parameters()))
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
-        """See `stream.History`."""
-        here = _read_place(place)
+        here = msgspec.json.decode(place, type=_Place)
         if here.id > here.last_id and here.order == "id":
             return None
         wanted = {"ts": here.ts, "id": here.id, "last_id": here.last_id, "rows": rows, "bytes": PAGE_BYTES}
         found = await self._pages.rows(PAGES[here.order], self._range.parameters() | wanted)
         if not found:
             return None
-        drafts = _Drafts(found, behind)
-        events: list[Event] = []
-        engagement.finish(drafts.made, drafts.contents, events)
-        return Page(Enriched(events, drafts.refused), drafts.position, _tell(_behind(here, found[-1])))
+        return _make_page(found, behind, msgspec.json.encode(here.after(*_last(found))).decode())
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._scans.close()
         await self._pages.close()
 
 
 class PickedHistory:
-    """`contracts.stream.History` of some events, whenever they were; ids that are gone are left out."""
+    """Some events by id, whenever they were. Ids that are gone are left out; a place is a number of ids."""
 
     def __init__(self, dsn: str, ids: Sequence[int]) -> None:
         self._ids = sorted(ids)
-        self._database = Database(dsn, options=PAGE_OPTIONS)
+        self._pages = Database(dsn, options=PAGE_OPTIONS)
 
     async def open(self) -> None:
-        """Connect, and see that the tables can be read."""
-        await self._database.rows(PICKED, self._wanted([]))
-        await self._database.rows(WAL_END)
+        await self._pages.rows(PICKED_PAGE, self._wanted([]))
+        await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
-        """A place is a number of ids."""
         return "0", len(self._ids)
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
-        """See `stream.History`."""
         here = int(place)
         ids = self._ids[here : here + rows]
         if not ids:
             return None
-        found = await self._database.rows(PICKED, self._wanted(ids))
+        found = await self._pages.rows(PICKED_PAGE, self._wanted(ids))
         if not found:
             return Page(Enriched([], []), behind, str(here + len(ids)))
-        after = str(bisect_right(self._ids, found[-1][0]))  # the next: the ids between have gone, or were not read yet
-        drafts = _Drafts(found, behind)
-        events: list[Event] = []
-        engagement.finish(drafts.made, drafts.contents, events)
-        return Page(Enriched(events, drafts.refused), drafts.position, after)
+        last_id, _ = _last(found)
+        # The ids up to the page's last event are done: those between have gone, and later ones may have been cut off.
+        return _make_page(found, behind, str(bisect_right(self._ids, last_id)))
+
+    async def close(self) -> None:
+        await self._pages.close()
 
     def _wanted(self, ids: Sequence[int]) -> dict[str, object]:
         return {**Range(BEGINNING, END).parameters(), "ids": list(ids), "bytes": PAGE_BYTES}
 
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._database.close()
+
+_Found: TypeAlias = list[tuple[Any, ...]]
+"""The rows of a page."""
 
 
-_Found: TypeAlias = tuple[Any, ...]
-"""A row of PAGE."""
+def _last(found: _Found) -> tuple[int, str]:
+    """Id and time of the page's last event."""
+    last = dict(zip(OWN, found[-1][_OWN_VALUES], strict=True))
+    return last[IDENTITY], last[TIME]
 
 
-class _Drafts:
-    """What the rows of a page come to. The loop is what a backfill spends its time in, beside `engagement.finish`."""
+def _make_page(found: _Found, behind: Position, after: str) -> Page:
+    """The events of a page's rows. The loop is where a backfill spends its time, beside `build_events`."""
+    [wal_end, *_], *_ = found
+    lsn = max(parse_lsn(wal_end), behind.commit_lsn)  # after a failover the WAL may end before that
+    ordinal = behind.ordinal
+    drafts: list[Draft] = []
+    contents: dict[int, Content] = {}
+    refused: list[DeadLetter] = []
+    for row in found:
+        _, wanted, usable, *_ = row
+        if not wanted:
+            continue
+        ordinal += 1
+        values = row[_OWN_VALUES]
+        if not usable:
+            refused.append(_refused(values, lsn, ordinal))
+            continue
+        draft = [lsn, ordinal, *values]
+        draft[DRAFT_TIME] = datetime.fromisoformat(draft[DRAFT_TIME])
+        drafts.append(draft)
+        contents[draft[DRAFT_KEY]] = row[_JOINED_VALUES]
+    events: list[Event] = []
+    build_events(drafts, contents, events)
+    return Page(Enriched(events, refused), Position(lsn, ordinal), after)
 
-    def __init__(self, found: list[_Found], behind: Position) -> None:
-        self.contents: dict[int, Content] = {}
-        self.made: list[Draft] = []
-        self.refused: list[DeadLetter] = []
-        lsn = max(parse_lsn(found[0][-1]), behind.commit_lsn)  # after a failover the WAL may end before that
-        ordinal = behind.ordinal
-        for event_id, content_id, user_id, event_type, ts, duration_ms, device, kind, length, wanted, _ in found:
-            if not wanted:
-                continue
-            ordinal += 1
-            if content_id is None or user_id is None or event_type is None:
-                values = (event_id, content_id, user_id, event_type, ts, duration_ms, device)
-                self.refused.append(_refused(values, lsn, ordinal))
-                continue
-            moment = datetime.fromisoformat(ts)
-            self.made.append((lsn, ordinal, event_id, content_id, user_id, event_type, moment, duration_ms, device))
-            self.contents[content_id] = (kind, length)
-        self.position = Position(lsn, ordinal)
 
-
-def _refused(values: _Found, lsn: Lsn, ordinal: int) -> DeadLetter:
-    """As of the stream: the row as it is, and in the same words what is wrong with it."""
-    columns = [Column(needed.name, value) for needed, value in zip(engagement.COLUMNS, values, strict=True)]
-    row = Row("I", engagement.SCHEMA, engagement.TABLE, columns, [], lsn, ordinal)
+def _refused(values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:
+    """As from the stream: the row as it is, and in the same words what is wrong with it."""
+    columns = [Column(field.column, value) for field, value in zip(OWN, values, strict=True)]
+    row = Row("I", SCHEMA, EVENTS_TABLE, columns, [], lsn, ordinal)
     try:
-        Reader().read(row)
+        check(columns)
     except RowUnusable as exc:
         return dead_letter(row, str(exc))
-    raise AssertionError  # a null where the reader wants a value
-
-
-def _behind(here: _Place, last: _Found) -> _Place:
-    event_id, ts = last[0], last[4]
-    if here.order == "id":
-        return structs.replace(here, id=event_id + 1)
-    if event_id < INT64_MAX:
-        return structs.replace(here, ts=ts, id=event_id + 1)
-    later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
-    return structs.replace(here, ts=later.isoformat(), id=INT64_MIN)
-
-
-def _tell(place: _Place) -> str:
-    return msgspec.json.encode(place).decode()
-
-
-def _read_place(place: str) -> _Place:
-    return msgspec.json.decode(place, type=_Place)
+    raise AssertionError  # a NULL that the contract does not allow

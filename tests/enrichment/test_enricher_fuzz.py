@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from enrichment import EngagementEnricher
-from enrichment.engagement import COLUMNS
+from enrichment.contract import OWN
 from enrichment.enricher import EnrichmentSettings
 from replicator.contracts.events import Column, Position, Row, Stage
 
@@ -27,7 +27,7 @@ GOOD: dict[str, Any] = {
     "device": "web",
     "raw_payload": None,
 }
-NAMES = [needed.name for needed in COLUMNS]
+NAMES = [field.column for field in OWN]
 
 NUMBERS = st.integers() | st.sampled_from([2**63, -(2**63), 2**63 - 1, -(2**63) - 1, 10**4_299, 0, -1, 2**53 + 1])
 FRACTIONS = st.decimals(allow_nan=False, allow_infinity=False).filter(

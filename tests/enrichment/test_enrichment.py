@@ -16,9 +16,9 @@ from psycopg import sql
 
 from devstack import DevStack
 from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
-from enrichment.content import CONTENT, PRELOAD_PAGE, Contents, changes
+from enrichment.content import PRELOAD_PAGE, Contents, changes
+from enrichment.contract import CONTENT, engagement_pct
 from enrichment.database import Database
-from enrichment.engagement import engagement_pct
 from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
 from replicator.contracts.settings import load
@@ -497,7 +497,7 @@ def test_a_content_row_of_the_wrong_type_is_looked_up() -> None:
 async def test_a_row_of_another_table_is_a_dead_letter(enricher: EngagementEnricher) -> None:
     """It can't come, and if it does it is not dropped in silence."""
     made = await enricher.enrich([Row("I", "public", "users", [Column("id", 1)], commit_lsn=7, ordinal=1)])
-    assert [letter.reason for letter in made.refused] == ["public.users is none of the tables that events are made of"]
+    assert [letter.reason for letter in made.refused] == ["public.users is not a table that events are made of"]
 
 
 # -- trouble -----------------------------------------------------------------------------------------------------

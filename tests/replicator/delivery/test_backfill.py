@@ -1,4 +1,4 @@
-"""Backfill without servers: arguments, how far it is, what is kept of it, dead letters, the pages' places."""
+"""Backfill without servers: arguments, how far it is, what is kept of it, dead letters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from enrichment import history
-from enrichment.dead_letters import stored_row
-from enrichment.history import EngagementHistory, Range
 from replicator.cli import backfill
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import DeadLetter, Event, Finding, LetterCounts, Origin, Position, Refusal
@@ -23,7 +20,6 @@ from replicator.delivery.backfill import Backfill, Stage
 RANGE = ["--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 TASK = "backfill test"
-LATEST_ID = 2**63 - 1
 
 
 # --- arguments
@@ -293,54 +289,6 @@ async def test_lost_time_is_not_made_up_for(settings: CoreSettings) -> None:
     loop.call_later(0.4, past.gate.set)
     assert await run_of(settings, past, Store(), FakeSink(), rate=50).run()
     assert loop.time() - started >= 0.69, "the first page at once, then a tenth of a second each"
-
-
-# --- pages
-
-
-def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: str = "0/64") -> tuple[object, ...]:
-    """A row as the page's query gives it."""
-    ts = "2026-01-08 09:00:00.5+00"
-    return (event_id, 1, user_id, "play", ts, 7000, "web", "video", 300, wanted, lsn)
-
-
-def test_a_page_is_behind_the_one_before() -> None:
-    """Even if the WAL's end went back: a server that was failed over."""
-    drafts = history._Drafts([found(1), found(2, wanted=False), found(3)], Position(0x63, 5))  # noqa: SLF001  pure
-    assert [(0x64, 6, 1), (0x64, 7, 3)] == [draft[:3] for draft in drafts.made]
-    assert Position(0x64, 7) == drafts.position
-    later = history._Drafts([found(4, lsn="0/10")], drafts.position)  # noqa: SLF001  pure
-    assert Position(0x64, 8) == later.position
-
-
-def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None:
-    """In the reader's words, with the row; a replay puts it before every commit when the letter has no position."""
-    drafts = history._Drafts([found(1), found(2, user_id=None)], Position(0, 0))  # noqa: SLF001  pure
-    [letter] = drafts.refused
-    expected = (None, 2, "public.engagement_events.user_id is not a 64-bit integer")
-    assert expected == (letter.sink, letter.event_id, letter.reason)
-    row = stored_row(msgspec.structs.replace(letter, position=None, id=12))
-    assert (0, 12) == (row.commit_lsn, row.ordinal)
-
-
-def test_the_next_place_is_right_behind_a_row() -> None:
-    """Also behind the largest id, where only time is left to go on."""
-    here = history._Place(order="event_ts", ts="2026-01-08T09:00:00+00:00", id=0, last_id=LATEST_ID)  # noqa: SLF001  pure
-    after = history._behind(here, found(5))  # noqa: SLF001  pure
-    assert ("2026-01-08 09:00:00.5+00", 6) == (after.ts, after.id)
-    after = history._behind(here, found(LATEST_ID))  # noqa: SLF001  pure
-    assert ("2026-01-08T09:00:00.500001+00:00", -(2**63)) == (after.ts, after.id)
-    by_id = msgspec.structs.replace(here, order="id")
-    assert LATEST_ID + 1 == history._behind(by_id, found(LATEST_ID)).id  # noqa: SLF001  pure
-    timeless = (*found(7)[:4], None, *found(7)[5:])
-    assert msgspec.structs.replace(by_id, id=8) == history._behind(by_id, timeless)  # noqa: SLF001  pure
-
-
-async def test_behind_the_last_id_there_is_nothing() -> None:
-    """No query is made: the number would not fit."""
-    past = EngagementHistory("host=/nonexistent", Range(NINE, NINE.replace(hour=10)))
-    place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'
-    assert await past.read(place, Position(0, 0), 10) is None
 
 
 def test_lines_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

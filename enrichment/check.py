@@ -1,4 +1,4 @@
-"""The enrichment's part of `python -m replicator check`: are the tables what `engagement.py` and `content.py` need?
+"""The enrichment's part of `python -m replicator check`: are the tables what the contract needs?
 
 Everything is read from the catalog, so that a role without rights on the tables learns which ones it lacks.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Iterator
 from typing import NamedTuple
 
-from enrichment import content, engagement
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, JOINED, KEY, OWN, SCHEMA
 from enrichment.database import Database
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Finding
 
 ENCODING = """
--- What the database stores text in.
+-- The encoding that the database stores text in.
 SELECT current_setting('server_encoding')
 """
 
 TABLE = """
--- What kind of table it is, how it is stored, whether a policy hides rows of it from us, and which columns tell the
--- stream what row an update or delete is about.
+-- A table: its kind, how it is stored, whether a policy hides rows of it from us, and which columns tell the stream
+-- what row an update or delete is about.
 SELECT t.relkind::text, t.relpersistence::text, t.relreplident::text,
        row_security_active(t.oid) AND NOT current_setting('row_security')::bool,
        ARRAY(SELECT a.attname::text FROM pg_index i
@@ -60,54 +60,39 @@ class _Column(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """In the words of `NEEDED`."""
+        """The type in the contract's words: narrower integers and other kinds of text do as well."""
         if self.base in ("int2", "int4", "int8"):
             return "bigint"
-        return "text" if self.category in "SE" else self.base  # enums are text to whoever reads them
+        return "text" if self.category in "SE" else self.base  # a reader sees enums as text
 
 
 class _Table(NamedTuple):
-    schema: str
     name: str
     needed: dict[str, str]
+    """Column to type."""
     purpose: str
 
     def __str__(self) -> str:
-        return f"{self.schema}.{self.name}"
+        return f"{SCHEMA}.{self.name}"
 
 
 TABLES = (
     _Table(
-        content.SCHEMA,
-        content.TABLE,
-        {"content_id": "bigint", "content_type": "text", "length_seconds": "bigint"},
+        CONTENT_TABLE,
+        {KEY.column: KEY.type.postgres, **{field.joined: field.type.postgres for field in JOINED}},
         "content is looked up in it",
     ),
-    _Table(
-        engagement.SCHEMA,
-        engagement.TABLE,
-        {
-            "id": "bigint",
-            "content_id": "bigint",
-            "user_id": "bigint",
-            "event_type": "text",
-            "event_ts": "timestamptz",
-            "duration_ms": "bigint",
-            "device": "text",
-        },
-        "backfill reads it",
-    ),
+    _Table(EVENTS_TABLE, {field.column: field.type.postgres for field in OWN}, "backfill reads it"),
 )
-"""What is needed; narrower integers and other kinds of text do as well."""
 
 
-async def preflight(dsn: str) -> list[Finding]:
-    """Look at everything. Trouble on the way is a finding too."""
+async def check(dsn: str) -> list[Finding]:
+    """Look at everything. A failure on the way is a finding too."""
     database = Database(dsn)
     found: list[Finding] = []
     try:
         async for finding in _findings(database):
-            found.append(finding)  # noqa: PERF401  what was found stays found when the next look fails
+            found.append(finding)  # noqa: PERF401  what was found stays found when the next query fails
     except SourceError as exc:
         found.append(Finding(False, "source tables", str(exc)))
     finally:
@@ -119,7 +104,7 @@ async def _findings(database: Database) -> AsyncIterator[Finding]:
     [(encoding,)] = await database.rows(ENCODING)
     yield _encoding(encoding)
     for table in TABLES:
-        names = {"schema": table.schema, "table": table.name}
+        names = {"schema": SCHEMA, "table": table.name}
         rows = await database.rows(TABLE, names)
         if not rows:
             yield Finding(False, f"table {table}: does not exist", "psql -f sql/source_schema.sql")
@@ -129,7 +114,7 @@ async def _findings(database: Database) -> AsyncIterator[Finding]:
         yield _storage(table, kind, persistence)
         yield _columns(table, columns)
         yield _rights(table, columns, hides_rows=hides_rows)
-        if table.name == content.TABLE:
+        if table.name == CONTENT_TABLE:
             yield _identity(table, identity, primary_key, identity_index)
 
 
@@ -178,7 +163,7 @@ def _rights(table: _Table, columns: dict[str, _Column], *, hides_rows: bool) -> 
     hidden = [name for name in table.needed if name in columns and not columns[name].readable]
     if not hidden:
         return Finding(True, f"table {table}: may be read ({table.purpose})")
-    cure = f"GRANT USAGE ON SCHEMA {table.schema} TO our role; GRANT SELECT ON {table} TO our role (sql/roles.sql)"
+    cure = f"GRANT USAGE ON SCHEMA {SCHEMA} TO our role; GRANT SELECT ON {table} TO our role (sql/roles.sql)"
     return Finding(False, f"table {table}: may not be read ({table.purpose})", cure)
 
 

@@ -13,20 +13,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrichment.dead_letters import dead_letter, stored_event, stored_row
-from enrichment.engagement import (
-    COLUMNS,
-    INT64_MAX,
-    INT64_MIN,
+from enrichment.codec import (
+    DRAFT_KEY,
     MISSING,
     Content,
-    Reader,
+    RowReader,
     RowUnusable,
-    engagement_pct,
-    engagement_seconds,
-    finish,
+    build_events,
+    dead_letter,
+    stored_event,
+    stored_row,
 )
+from enrichment.contract import OWN, engagement_pct, engagement_seconds
 from replicator.contracts.events import Column, Event, Row, Stage
+from replicator.contracts.fields import INT64_MAX, INT64_MIN
 
 WIDE = Context(prec=60, rounding=ROUND_HALF_UP)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -49,10 +49,10 @@ def _row(values: dict[str, Any]) -> Row:
     return Row("I", "public", "engagement_events", columns, commit_lsn=5, ordinal=2)
 
 
-def _event(content: Content = VIDEO, reader: Reader | None = None, **values: Any) -> Event:
-    draft = (reader or Reader()).read(_row(ROW | values))
+def _event(content: Content = VIDEO, reader: RowReader | None = None, **values: Any) -> Event:
+    draft = (reader or RowReader()).read(_row(ROW | values))
     events: list[Event] = []
-    finish([draft], {draft[3]: content}, events)
+    build_events([draft], {draft[DRAFT_KEY]: content}, events)
     return events[0]
 
 
@@ -181,7 +181,7 @@ def test_engagement_pct_is_rounded_half_away_from_zero(duration_ms: int, length:
 
 @given(duration_ms=st.none() | INT64 | st.integers(0, 10**7), length=st.none() | INT64 | st.integers(-5, 400))
 def test_the_short_cut_computes_the_same(duration_ms: int | None, length: int | None) -> None:
-    """`finish` does the ordinary case by itself: the same bytes as the functions that do them all."""
+    """`build_events` does the ordinary case by itself: the same bytes as the functions that do them all."""
     fields = msgspec.json.decode(_event(("video", length), duration_ms=duration_ms).json, type=dict[str, msgspec.Raw])
     assert msgspec.json.encode(engagement_seconds(duration_ms)) == bytes(fields["engagement_seconds"])
     assert msgspec.json.encode(engagement_pct(duration_ms, length)) == bytes(fields["engagement_pct"])
@@ -208,7 +208,7 @@ def test_unicode_is_not_escaped() -> None:
 
 def test_columns_move_between_two_rows() -> None:
     """One reader, a table that changes under it: added, reordered and dropped columns never give a wrong value."""
-    reader = Reader()
+    reader = RowReader()
     shapes = [
         list(ROW),
         ["added", *ROW],
@@ -221,29 +221,29 @@ def test_columns_move_between_two_rows() -> None:
     for names in shapes:
         draft = reader.read(_row({name: ROW.get(name, 4711) for name in names}))
         events: list[Event] = []
-        finish([draft], {1: VIDEO}, events)
+        build_events([draft], {1: VIDEO}, events)
         assert [expected] == events
 
 
 @given(st.permutations(list(ROW)), st.permutations(list(ROW)))
 def test_any_order_after_any_order(before: list[str], after: list[str]) -> None:
     """What the reader remembers of one row is never believed of the next."""
-    reader = Reader()
+    reader = RowReader()
     reader.read(_row({name: ROW[name] for name in before}))
-    assert Reader().read(_row(ROW)) == reader.read(_row({name: ROW[name] for name in after}))
+    assert RowReader().read(_row(ROW)) == reader.read(_row({name: ROW[name] for name in after}))
 
 
-@pytest.mark.parametrize("name", [needed.name for needed in COLUMNS])
+@pytest.mark.parametrize("name", [field.column for field in OWN])
 def test_a_dropped_or_renamed_column_is_refused(name: str) -> None:
     """The reason names the table, the column and what it has to be; the next whole row is read as ever."""
-    reader = Reader()
+    reader = RowReader()
     reader.read(_row(ROW))
     dropped = {column: value for column, value in ROW.items() if column != name}
     renamed = {column + "_old" * (column == name): value for column, value in ROW.items()}
     for row, missing in ((_row(dropped), name), (_row(renamed), name), (_row({}), "id")):
         with pytest.raises(RowUnusable, match=rf"public\.engagement_events has no column {missing}; expected \w"):
             reader.read(row)
-    assert Reader().read(_row(ROW)) == reader.read(_row(ROW))
+    assert RowReader().read(_row(ROW)) == reader.read(_row(ROW))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_wrong_type_is_refused(name: str, value: object) -> None:
     """The reason names table and column and quotes nothing; the row is kept whole."""
     row = _row(ROW | {name: value, "event_type": "play, top secret"} if name != "event_type" else ROW | {name: value})
     with pytest.raises(RowUnusable) as refused:
-        Reader().read(row)
+        RowReader().read(row)
     letter = dead_letter(row, str(refused.value))
     assert letter.reason.startswith(f"public.engagement_events.{name} is not ")
     assert not [value for value in ("secret", "a7d1", "00:00:07", "web") if value in letter.reason]

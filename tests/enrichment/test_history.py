@@ -1,0 +1,59 @@
+"""Pages of history without a server: what their rows become, and where the next page begins."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import msgspec
+
+from enrichment import history
+from enrichment.codec import stored_row
+from enrichment.history import EngagementHistory, Range
+from replicator.contracts.events import Position
+
+NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
+LATEST_ID = 2**63 - 1
+TS = "2026-01-08 09:00:00.5+00"
+
+
+def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: str = "0/64") -> tuple[object, ...]:
+    """A row as the page's query gives it."""
+    return (lsn, wanted, user_id is not None, event_id, 1, user_id, "play", TS, 7000, "web", "video", 300)
+
+
+def test_a_page_is_behind_the_one_before() -> None:
+    """Even if the WAL's end went back: a server that was failed over."""
+    page = history._make_page([found(1), found(2, wanted=False), found(3)], Position(0x63, 5), "")  # noqa: SLF001  pure
+    assert [(0x64, 6, 1), (0x64, 7, 3)] == [(e.commit_lsn, e.ordinal, e.id) for e in page.enriched.events]
+    assert Position(0x64, 7) == page.position
+    later = history._make_page([found(4, lsn="0/10")], page.position, "")  # noqa: SLF001  pure
+    assert Position(0x64, 8) == later.position
+
+
+def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None:
+    """In the reader's words, with the row; a replay puts it before every commit when the letter has no position."""
+    page = history._make_page([found(1), found(2, user_id=None)], Position(0, 0), "")  # noqa: SLF001  pure
+    [letter] = page.enriched.refused
+    expected = (None, 2, "public.engagement_events.user_id is not a 64-bit integer")
+    assert expected == (letter.sink, letter.event_id, letter.reason)
+    row = stored_row(msgspec.structs.replace(letter, position=None, id=12))
+    assert (0, 12) == (row.commit_lsn, row.ordinal)
+
+
+def test_the_next_place_is_right_behind_a_row() -> None:
+    """Also behind the largest id, where only time is left to go on."""
+    here = history._Place(order="event_ts", ts="2026-01-08T09:00:00+00:00", id=0, last_id=LATEST_ID)  # noqa: SLF001  pure
+    after = here.after(*history._last([found(5)]))  # noqa: SLF001  pure
+    assert (TS, 6) == (after.ts, after.id)
+    after = here.after(LATEST_ID, TS)
+    assert ("2026-01-08T09:00:00.500001+00:00", -(2**63)) == (after.ts, after.id)
+    by_id = msgspec.structs.replace(here, order="id")
+    assert LATEST_ID + 1 == by_id.after(LATEST_ID, TS).id
+    assert msgspec.structs.replace(by_id, id=8) == by_id.after(7, "")
+
+
+async def test_behind_the_last_id_there_is_nothing() -> None:
+    """No query is made: the number would not fit."""
+    past = EngagementHistory("host=/nonexistent", Range(NINE, NINE.replace(hour=10)))
+    place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'
+    assert await past.read(place, Position(0, 0), 10) is None
