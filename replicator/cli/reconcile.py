@@ -9,6 +9,8 @@ import argparse
 import asyncio
 import sys
 
+import msgspec
+
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EngagementLedger
 from replicator.cli import commands
@@ -107,7 +109,7 @@ async def reconcile(given: commands.Parts, args: argparse.Namespace) -> int:
         print("reconcile: stopped before it was done", file=sys.stderr)
         return 1
     if args.json:
-        print(report.as_json())
+        print(msgspec.json.encode(report).decode())
     return report.exit_code
 
 

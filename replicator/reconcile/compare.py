@@ -21,8 +21,6 @@ FETCHED_EVENTS = 50_000
 """In memory at once, for each side: some 10 MB."""
 PART_EVENTS = 5_000
 """What a bucket with more than FETCHED_EVENTS is divided into, by the remainders of its ids."""
-REMAINDERS = 1_000
-"""The most in one query."""
 CHUNK = 10_000
 """Ids that are checked again together."""
 
@@ -55,7 +53,7 @@ class Comparison:
         digests = await asyncio.gather(self._digests(self._source, whole), self._digests(self._destination, whole))
         buckets = differing(*digests)
         log.info("%s of %s stretches of time differ", len(buckets), len(whole.buckets))
-        for chunk in chunk_by_size(buckets, FETCHED_EVENTS, BUCKETS):
+        for chunk in chunk_by_size(buckets, FETCHED_EVENTS):
             part = whole._replace(buckets=chunk)
             async for piece in self._divided(part, sum(buckets[bucket] for bucket in chunk)):
                 ids = candidate_ids(*await asyncio.gather(self._source.events(piece), self._destination.events(piece)))
@@ -92,7 +90,7 @@ class Comparison:
             return
         whole = part._replace(modulus=prime_from(events // PART_EVENTS))
         digests = await asyncio.gather(self._source.digests(whole), self._destination.digests(whole))
-        for chunk in chunk_by_size(differing(*digests), FETCHED_EVENTS, REMAINDERS):
+        for chunk in chunk_by_size(differing(*digests), FETCHED_EVENTS):
             yield whole._replace(remainders=chunk)
 
 
@@ -108,12 +106,12 @@ def differing(wanted: Mapping[int, Digest], found: Mapping[int, Digest]) -> dict
     return {group: max(ours.events, theirs.events) for group, ours, theirs in pairs if ours != theirs}
 
 
-def chunk_by_size(groups: Mapping[int, int], most: int, members: int) -> Iterator[tuple[int, ...]]:
-    """Consecutive groups, together at most `most` events and `members` groups. A larger group stands alone."""
+def chunk_by_size(groups: Mapping[int, int], most: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive groups, together at most `most` events. A larger group stands alone."""
     chunk: list[int] = []
     size = 0
     for group, events in groups.items():
-        if chunk and (size + events > most or len(chunk) == members):
+        if chunk and size + events > most:
             yield tuple(chunk)
             chunk, size = [], 0
         chunk.append(group)

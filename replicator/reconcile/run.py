@@ -20,7 +20,7 @@ from replicator.reconcile import counts
 from replicator.reconcile.compare import Comparison
 from replicator.reconcile.recheck import Recheck, SlotWaiter, Verdict
 from replicator.reconcile.repair import Repair
-from replicator.reconcile.report import Kind, ReconcileReport, SinkReport
+from replicator.reconcile.report import ReconcileReport, SinkReport
 
 WAIT_SECONDS = 60
 """How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
@@ -77,8 +77,9 @@ class Reconcile:
             doubt=self._slot.gave_up if left else "",
             sinks=reports,
         )
-        for line in report.lines():
-            show(line)
+        if report.doubt:
+            show(f"what differs may still be on its way: {report.doubt}")
+        show(f"{report.outcome}, {report.seconds:.1f} s")
         return report
 
     async def _ask(self, sink: Sink) -> SinkReport:
@@ -102,36 +103,36 @@ class Reconcile:
                 verdict = await recheck.verdict(candidates)
             report.left.add([*verdict.missing, *(row.id for row in (*verdict.different, *verdict.extra))])
         report.source_events, report.sink_events = comparison.events
-        if not self.repair and (report.found[Kind.MISSING].count or report.found[Kind.DIFFERENT].count):
+        if not self.repair and report.has("missing", "different"):
             report.hints.append("--repair sends what is missing or different; a backfill of a whole range is faster")
-        if not self.delete_extra and report.left.count and report.found[Kind.EXTRA].count:
+        if not self.delete_extra and report.left.count and report.has("extra"):
             report.hints.append("--repair --delete-extra deletes extra events")
         if not recheck.certain:
             report.hints.append("extra events may belong to a transaction that is still open, and are not deleted")
 
     async def _count(self, sink: Sink, counter: EventCounter, report: SinkReport) -> None:
-        report.add(Kind.NOT_COUNTED)
+        report.add("not_counted")
         async for ids in counts.unseen(self.source, counter, *self._range, self._slot):
-            report.add(Kind.NOT_COUNTED, ids)
+            report.add("not_counted", ids)
             if ids and self.repair:
                 await self._repair.send(sink, ids)
             report.left.add(await counter.unseen(ids) if self.repair else ids)
         if report.left.count:
             report.hints.append("--repair counts what was not counted in this range")
-        report.add(Kind.LOW)
+        report.add("counts_too_low")
         async for wrong in counts.wrong_counts(self.source, counter, self._slot):
             low = [one for one in wrong if one.found < one.least]
-            report.add(Kind.LOW, low)
-            report.add(Kind.HIGH, [one for one in wrong if one.found > one.most])
+            report.add("counts_too_low", low)
+            report.add("counts_too_high", [one for one in wrong if one.found > one.most])
             report.left.add(low)
-        if report.found[Kind.LOW].count and isinstance(sink, Rebuildable):
+        if report.has("counts_too_low") and isinstance(sink, Rebuildable):
             rebuild = f"rebuild-{sink.name}"
             report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
-            if not report.found[Kind.NOT_COUNTED].count:
+            if not report.has("not_counted"):
                 report.hints.append(f"if it has lost nothing, {command(f'{rebuild} --from-empty')} corrects the counts")
 
 
 def _add(report: SinkReport, verdict: Verdict) -> None:
-    report.add(Kind.MISSING, verdict.missing)
-    report.add(Kind.DIFFERENT, (row.id for row in verdict.different))
-    report.add(Kind.EXTRA, (row.id for row in verdict.extra))
+    report.add("missing", verdict.missing)
+    report.add("different", (row.id for row in verdict.different))
+    report.add("extra", (row.id for row in verdict.extra))

@@ -158,7 +158,10 @@ def test_emptied_while_it_is_filled(quick: Program, source: psycopg.Connection, 
         out, err = running.communicate(timeout=30)
     assert_clean(out + err)
     assert 1 == running.returncode
-    assert "it was emptied, restarted or replaced while it was filled. Run `rebuild-redis` again" in err
+    assert (
+        "it was emptied, restarted or replaced while it was filled. Run `python -m replicator rebuild-redis` again"
+        in err
+    )
 
 
 @pytest.mark.parametrize(("answer", "counts"), [("n", {1: 5}), ("y", {1: 1, 2: 1, 3: 1})])
@@ -191,7 +194,7 @@ def test_from_empty_asks(
             1,
             "Reading from PostgreSQL failed",
         ),
-        (("--from-empty",), {}, 2, "standard input is unusable: it is no terminal. It takes a terminal to ask on, or"),
+        (("--from-empty",), {}, 2, "Standard input is unusable: it is no terminal. It takes a terminal to ask on, or"),
         ((), {"redis_url": "redis://127.0.0.1:1"}, 1, "Sink redis failed"),
         ((), {"redis_url": "ftp://planted"}, 2, "REPLICATOR_REDIS_URL is unusable"),
         (("--from-empty", "--resume"), {}, 2, "--resume is unusable: --from-empty begins anew"),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from replicator.reconcile.report import Kind, ReconcileReport, SinkReport, Tally, WrongCount
+from replicator.reconcile.report import ReconcileReport, SinkReport, Tally, WrongCount
 
 
 def test_a_tally_names_the_first_and_counts_all() -> None:
@@ -30,9 +30,9 @@ def test_a_count_says_what_it_should_be() -> None:
 def sink_report() -> SinkReport:
     """With one of every kind of thing."""
     report = SinkReport("example", 10, 9)
-    report.add(Kind.MISSING, [7])
-    report.add(Kind.EXTRA)
-    report.add(Kind.HIGH, [WrongCount(1, 5, 3, 4)])
+    report.add("missing", [7])
+    report.add("extra")
+    report.add("counts_too_high", [WrongCount(1, 5, 3, 4)])
     report.left.add([7])
     report.hints.append("do something")
     return report
@@ -66,13 +66,12 @@ def test_exit_code(outcome: str, code: int) -> None:
         ReconcileReport,
     )  # fmt: skip
     assert code == report.exit_code
-    assert [f"{outcome}, 1.0 s"] == list(report.lines())
 
 
 def test_json_form() -> None:
     """Exactly this."""
     start, end = datetime(2026, 1, 8, 9, tzinfo=UTC), datetime(2026, 1, 8, 10, 0, 0, 5, tzinfo=UTC)
-    counter = SinkReport("counter", found={Kind.NOT_COUNTED: Tally(), Kind.LOW: Tally()})
+    counter = SinkReport("counter", found={"not_counted": Tally(), "counts_too_low": Tally()})
     report = ReconcileReport(
         outcome="different",
         start=start,
@@ -109,4 +108,4 @@ def test_json_form() -> None:
                 "hints": [],
             },
         ],
-    } == msgspec.json.decode(report.as_json())
+    } == msgspec.json.decode(msgspec.json.encode(report))
