@@ -19,6 +19,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 README_WORDS = 1_200
 FOLDER_FILES = 9
 SETTINGS = ROOT / "docs/reference/settings.md"
+METRICS = ROOT / "docs/reference/metrics.md"
 FAULTS = ROOT / "docs/reference/faults.md"
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -130,6 +131,14 @@ def test_env_example_names_real_settings() -> None:
     named = re.findall(r"^#?(REPLICATOR_[A-Z0-9_]+)=", text, re.MULTILINE)
     assert named
     assert not set(named) - _variables() - {f"{name}_FILE" for name in _variables()}
+
+
+def test_metrics_exist() -> None:
+    """Every metric on the metrics page is one that the program has."""
+    source = (ROOT / "replicator/operations/metrics.py").read_text(encoding="utf-8")
+    named = re.findall(r"`replicator_(\w+?)(?:_total)?`", METRICS.read_text(encoding="utf-8"))
+    assert named
+    assert not [name for name in named if not re.search(rf'(replicator_{name}|"{name.removeprefix("sink_")})"', source)]
 
 
 def test_faults_name_real_tests() -> None:

@@ -18,8 +18,7 @@ from pydantic import SecretStr
 from devstack.api import Api
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
-from sinks.http.settings import HttpSettings
-from sinks.http.sink import HttpSink
+from sinks.http.sink import HttpSettings, HttpSink
 
 RETRY_DEADLINE_SECONDS = 30.0
 
