@@ -31,7 +31,7 @@ from replicator.contracts.ledger import EventCounter
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.sink import CountsByHour, HasCounter, Mode, Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.delivery.backfill import Backfill, Stage
+from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.delivery.lane import Lane
 from replicator.operations.logs import configure_logging
 from replicator.reconcile.counts import unseen
@@ -205,7 +205,7 @@ async def carry(parts: Parts, resume: str) -> int:
         parts.sinks,
         parts.store,
         task=parts.task,
-        stage=await _stage(parts),
+        start=await _stage(parts),
         page_rows=parts.args.batch_size,
         rate=parts.args.rate,
     )
@@ -225,17 +225,17 @@ async def carry(parts: Parts, resume: str) -> int:
     return 0 if done else 1
 
 
-async def _stage(parts: Parts) -> Stage:
+async def _stage(parts: Parts) -> BackfillProgress:
     """Where to begin. Nothing is written before the range was read once."""
     if parts.args.resume:
         await asyncio.to_thread(parts.store.create)
         told = await asyncio.to_thread(parts.store.load_progress, parts.settings.slot, parts.task)
         if told is not None:
-            return msgspec.json.decode(told, type=Stage)
+            return msgspec.json.decode(told, type=BackfillProgress)
         log.info("there is no interrupted backfill of this range into these sinks: it begins at the beginning")
     place, total = await parts.history.begin()
     await asyncio.to_thread(parts.store.create)
-    return Stage(place=place, events=0, total=total)
+    return BackfillProgress(place=place, events=0, total=total)
 
 
 def _cancel(task: asyncio.Task[int]) -> None:
@@ -256,7 +256,7 @@ async def _show(run: Backfill, settings: CoreSettings) -> None:
 
 
 @contextmanager
-def _progress(stage: Stage, settings: CoreSettings) -> Iterator[Callable[[Stage], None]]:
+def _progress(stage: BackfillProgress, settings: CoreSettings) -> Iterator[Callable[[BackfillProgress], None]]:
     """A bar on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _Lines(stage)
@@ -270,7 +270,7 @@ def _progress(stage: Stage, settings: CoreSettings) -> Iterator[Callable[[Stage]
         yield lambda now: bar.update(task, completed=now.events, rate=_rate(stage, now, started))
 
 
-def _rate(first: Stage, now: Stage, started: float) -> float:
+def _rate(first: BackfillProgress, now: BackfillProgress, started: float) -> float:
     """Events a second on average, since `started` by time.monotonic."""
     return (now.events - first.events) / max(1e-9, time.monotonic() - started)
 
@@ -278,11 +278,11 @@ def _rate(first: Stage, now: Stage, started: float) -> float:
 class _Lines:
     """Progress as lines; called far more often than it prints."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: BackfillProgress) -> None:
         self._first = stage
         self._started = self._printed = time.monotonic()
 
-    def __call__(self, stage: Stage) -> None:
+    def __call__(self, stage: BackfillProgress) -> None:
         """Print, if it is time again."""
         now = time.monotonic()
         if now - self._printed < LINE_SECONDS:
@@ -295,7 +295,7 @@ class _Lines:
         print(told, file=sys.stderr, flush=True)
 
 
-def _summary(run: Backfill, before: Stage, seconds: float) -> Iterator[str]:
+def _summary(run: Backfill, before: BackfillProgress, seconds: float) -> Iterator[str]:
     events = run.written.events - before.events
     resumed = f", {before.events} before" if before.events else ""
     yield f"read        {events} events of {run.written.total}{resumed}, {seconds:.1f} s, {events / seconds:.0f}/s"
@@ -306,10 +306,10 @@ def _summary(run: Backfill, before: Stage, seconds: float) -> Iterator[str]:
 
 
 def _written(lane: Lane) -> str:
-    taken = lane.progress.events - lane.progress.dead_letters
+    taken = lane.stats.events - lane.stats.dead_letters
     new = lane.sink.new_events
     known = "" if new is None else f" ({new} new, {taken - new} already there)"
-    refused = f", {lane.progress.dead_letters} dead letters" if lane.progress.dead_letters else ""
+    refused = f", {lane.stats.dead_letters} dead letters" if lane.stats.dead_letters else ""
     return f"{taken} written{known}{refused}"
 
 

@@ -1,7 +1,7 @@
-"""The vocabulary: what flows from the slot to the sinks. Imports nothing of ours.
+"""The vocabulary: what flows from the slot to the sinks. Imports no other module of the product.
 
-`wal2json` makes `Row`s, an `Enricher` (protocols.py) turns them into `Event`s, `fan_out` carries them in
-`Batch`es, the checkpoint store keeps `Checkpoint`s and `DeadLetter`s.
+`source` makes `Row`s, an `Enricher` (stream.py) turns them into `Event`s, `delivery` brings them to the sinks with the
+`Mark` that they reach, the checkpoint store keeps `Checkpoint`s and `DeadLetter`s.
 """
 
 from __future__ import annotations
@@ -50,6 +50,25 @@ class Position(NamedTuple):
     """1 for the transaction's first row in the slot's tables, then counting up; 0 stands before all of them."""
 
 
+class Mark(NamedTuple):
+    """How far something is in the stream."""
+
+    position: Position = Position(0, 0)
+    """The last row."""
+    end_lsn: Lsn = 0
+    """End of the last complete transaction, or a keepalive's position behind it; 0 before the first."""
+    committed_at: float = 0.0
+    """When the newest transaction was committed, Unix seconds by PostgreSQL's clock; 0.0 when unknown."""
+
+    def later(self, other: Mark) -> Mark:
+        """The later of the two, part by part: after a reconnect the stream repeats what was read before."""
+        return Mark(
+            max(self.position, other.position),
+            max(self.end_lsn, other.end_lsn),
+            max(self.committed_at, other.committed_at),
+        )
+
+
 class Column(msgspec.Struct, gc=False):
     """One column of a row."""
 
@@ -74,50 +93,20 @@ class Row(msgspec.Struct, gc=False):
     ordinal: int = 0
 
 
-class _RawColumn(msgspec.Struct, gc=False):
-    name: str
-    value: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _RawRow(msgspec.Struct, gc=False):
-    action: str
-    schema: str
-    table: str
-    columns: list[_RawColumn] = []
-    identity: list[_RawColumn] = []
-
-
-_decode_row = msgspec.json.Decoder(Row, float_hook=Decimal).decode
-_decode_raw_row = msgspec.json.Decoder(_RawRow).decode
-_decode_value = msgspec.json.Decoder(float_hook=Decimal).decode
-_is_long_integer = re.compile(rb"-?[1-9][0-9]{4300,}").fullmatch
+_decode = msgspec.json.Decoder(Row, float_hook=Decimal).decode
+_long_integer = re.compile(rb'"value":-?[1-9][0-9]{4300,}')
 
 
 def decode_row(payload: memoryview | bytes) -> Row:
-    """A row of wal2json's. Raises ValueError for anything else; the message may quote it, msgspec's never does.
-
-    A `numeric` of more than 4,300 digits, which Python and msgspec take for an attack, is a Decimal.
-    """
+    """A row as wal2json writes it. Raises ValueError for anything else; only msgspec's message never quotes the row."""
     try:
         try:
-            return _decode_row(payload)
+            return _decode(payload)
         except msgspec.ValidationError:
-            return _decode_long_integers(payload)
+            # msgspec refuses integers of more than 4,300 digits; with an exponent they reach Decimal, which takes them.
+            return _decode(_long_integer.sub(rb"\g<0>e0", bytes(payload)))
     except (RecursionError, ArithmeticError) as exc:  # nested too deep; an exponent that Decimal does not have
         raise ValueError(type(exc).__name__) from None
-
-
-def _decode_long_integers(payload: memoryview | bytes) -> Row:
-    raw = _decode_raw_row(payload)
-    return Row(raw.action, raw.schema, raw.table, _columns(raw.columns), _columns(raw.identity))
-
-
-def _columns(columns: list[_RawColumn]) -> list[Column]:
-    return [Column(column.name, _value(bytes(column.value))) for column in columns]
-
-
-def _value(text: bytes) -> Any:
-    return Decimal(text.decode()) if _is_long_integer(text) else _decode_value(text)
 
 
 class Event(msgspec.Struct, gc=False):
@@ -200,23 +189,6 @@ class LetterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """At stage `row`."""
     sinks: dict[str, int] = {}
     """At stage `event`, by sink; sinks without any are absent."""
-
-
-class Batch(msgspec.Struct, kw_only=True):
-    """A stretch of the stream, shared by all lanes: its events, and how far one has come once they are written."""
-
-    events: list[Event]
-    """In stream order; may be empty (transactions without our tables still move the position)."""
-    position: Position
-    """The last row read, event or not; a lane that has written `events` is here."""
-    end_lsn: Lsn
-    """End of the last transaction that is complete at the end of this batch."""
-    size: int
-    """Memory it holds, bytes, estimated."""
-    committed_at: float
-    """When the newest transaction in it was committed, Unix seconds by PostgreSQL's clock; 0.0 when unknown."""
-    holders: int = 0
-    """Lanes that are not done with it."""
 
 
 class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,13 +1,11 @@
-"""From a history's pages through the lanes to the sinks: what `backfill.py` runs, beside the stream or without it.
+"""History to the sinks: reads its pages, delivers them as the stream's batches, and saves how far it is.
 
-`lane.py` batches, retries and dead-letters as for the stream. Neither slot nor checkpoint is touched; what is kept
-is the place behind which nothing is left to write, so that `--resume` goes on there.
+What `backfill` runs, beside the replicator or without it. Slot and checkpoint are not touched.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import deque
@@ -17,15 +15,15 @@ from math import ceil
 import msgspec
 from msgspec import structs
 
-from replicator.contracts.errors import CheckpointUnavailable, SourceUnavailable
-from replicator.contracts.events import Batch, DeadLetter, Origin, Position, SinkPosition
+from replicator.contracts.errors import CheckpointUnavailable
+from replicator.contracts.events import Mark, Origin, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
-from replicator.delivery.lane import Lane, backoff, single, weigh
+from replicator.delivery.retry import Trouble, retry
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +31,9 @@ SAVE_INTERVAL_SECONDS = 1.0
 """How much is written again after a kill, at most, beside what was in flight."""
 HELD_MB = 24
 """What events waiting for sinks may hold: two of the largest writes. The table keeps the rest better than we do."""
-START = Position(0, 0)
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
+class BackfillProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a backfill is."""
 
     place: str
@@ -48,7 +45,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Backfill:
-    """One range of history, from `stage` to its end. `run` once."""
+    """One range of history, from `start` to its end. `run` once."""
 
     def __init__(
         self,
@@ -58,133 +55,90 @@ class Backfill:
         store: CheckpointStore,
         *,
         task: str,
-        stage: Stage,
+        start: BackfillProgress,
         page_rows: int,
         rate: float | None,
     ) -> None:
-        self.written = stage
+        """`task` is what an interrupted run is found by; `rate` bounds the events a second."""
+        self.written = start
         """Every sink has everything before this place."""
-        self.fan_out = FanOut(min(settings.memory_limit_mb, HELD_MB) * 1_000_000)
         self.rows_refused = 0
         """Rows that no event could be made of."""
+        limit_bytes = min(settings.memory_limit_mb, HELD_MB) * 1_000_000
+        self._letters = DeadLetters(store, settings, Origin.BACKFILL)
+        self.fan_out = FanOut(settings, self._letters, limit_bytes=limit_bytes, mode=Mode.BACKFILL)
         self._settings = settings
         self._history = history
+        self._sinks = sinks
         self._store = store
-        self._letters = DeadLetters(store, settings)
         self._task = task
         self._page_rows = min(page_rows, ceil(rate)) if rate else page_rows  # at most a second's worth at once
         self._rate = rate
-        self._reached = stage
-        self._saved: Stage | None = None
-        self._pages: deque[tuple[Position, Stage]] = deque()
-        self._settled = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self.fan_out.lanes += [self._lane(sink) for sink in sinks]
+        self._reached = start
+        self._saved: BackfillProgress | None = None
+        self._pages: deque[tuple[Position, BackfillProgress]] = deque()
+        self._trouble = Trouble()
+        self._done = False
 
     def stop(self) -> None:
         """Read no more, finish the writes in flight, save the place; `run` then returns."""
-        self._stopping.set()
+        self.fan_out.stop()
 
     async def run(self) -> bool:
-        """Write it all; whether that was done, or `stop` came first. Raises what trying again can't mend."""
-        failure: BaseException | None = None
-        done = False
-        try:
-            done = await self._run()
-        except BaseExceptionGroup as exc:
-            failure = single(exc)
+        """Write everything. False: `stop` came first. Raises what a retry can't help."""
+        start = SinkPosition(position=Position(0, 0), end_lsn=0)
+        self.fan_out.open(self._sinks, {sink.name: start for sink in self._sinks})
+        failure = await self.fan_out.run(self._work(), self._save_forever())
         await self._save()
         if failure:
             raise failure
-        if done:
+        if self._done:
             await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, None)
-        return done
-
-    async def _run(self) -> bool:
-        async with asyncio.TaskGroup() as tasks:
-            lanes = [tasks.create_task(lane.run()) for lane in self.fan_out.lanes]
-            saving = tasks.create_task(self._save_forever())
-            work = tasks.create_task(self._work())
-            work.add_done_callback(lambda _: self.stop())
-            await self._stopping.wait()
-            done = work.done()
-            work.cancel()
-            await self._drain(lanes)
-            saving.cancel()
-        return done
-
-    def _lane(self, sink: Sink) -> Lane:
-        return Lane(
-            sink,
-            SinkPosition(position=START, end_lsn=0),
-            retry_max_seconds=self._settings.retry_max_seconds,
-            dead_letter=self._keep,
-            on_progress=self._settle,
-            on_release=self.fan_out.release,
-            mode=Mode.BACKFILL,
-        )
-
-    async def _drain(self, lanes: Sequence[asyncio.Task[None]]) -> None:
-        for lane in self.fan_out.lanes:
-            lane.stop()
-        _, late = await asyncio.wait(lanes, timeout=self._settings.drain_timeout_seconds)
-        for task in late:
-            task.cancel()
-
-    # -- from the history to the lanes ---------------------------------------------------------------------------
+        return self._done
 
     async def _work(self) -> None:
         """Read all pages, and wait until every lane has written them."""
-        behind, before = START, self._reached.events
+        behind, before = Position(0, 0), self._reached.events
         began = due = time.monotonic()
         while page := await self._read(behind):
             behind = page.position
             await self._put(page)
             if self._rate:
-                # From where this page began: time that was lost is not made up for, or the rate would be no limit.
+                # Measured from the start of this page: lost time is not made up, so the rate stays a hard limit.
                 due = max(due, began) + (self._reached.events - before) / self._rate
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
             began, before = time.monotonic(), self._reached.events
         while self._pages:
-            self._settled.clear()
-            await self._settled.wait()
+            await self.fan_out.progress()
+            self._settle()
+        self._done = True
 
     async def _read(self, behind: Position) -> Page | None:
         await self.fan_out.room()
-        for attempt in itertools.count():
-            try:
-                return await self._history.read(self._reached.place, behind, self._page_rows)
-            except SourceUnavailable as exc:
-                log.warning("%s", exc)
-                await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
-        raise AssertionError  # count() has no end
+        place, rows = self._reached.place, self._page_rows
+        return await retry(
+            lambda: self._history.read(place, behind, rows), self._trouble, self._settings.retry_max_seconds
+        )
 
     async def _put(self, page: Page) -> None:
         events, refused = page.enriched
         if refused:
-            await self._keep(refused)
+            await retry(lambda: self._letters.keep(refused), self._trouble, self._settings.retry_max_seconds)
             self.rows_refused += len(refused)
         read = self._reached.events + len(events) + len(refused)
         self._reached = structs.replace(self._reached, place=page.place, events=read)
         self._pages.append((page.position, self._reached))
-        batch = Batch(
-            events=events,
-            position=page.position,
-            end_lsn=page.position.commit_lsn,
-            size=weigh(events),
-            committed_at=0.0,
-        )
-        self.fan_out.put(batch)
+        self.fan_out.put(events, Mark(page.position, page.position.commit_lsn))
+        self._settle()
         await asyncio.sleep(0)  # the lanes' turn
 
     # -- how far it is -------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Move over the pages that every lane has written."""
-        reached = min(lane.done.position for lane in self.fan_out.lanes)
+        reached = min(lane.mark.position for lane in self.fan_out.lanes)
         while self._pages and self._pages[0][0] <= reached:
             _, self.written = self._pages.popleft()
-        self._settled.set()
 
     async def _save_forever(self) -> None:
         while True:
@@ -192,26 +146,15 @@ class Backfill:
             await asyncio.sleep(SAVE_INTERVAL_SECONDS)
 
     async def _save(self) -> None:
-        """Keep the place, if that is possible now: without it, more would be written again."""
-        stage = self.written
-        if stage is self._saved:
+        """Save the place, if that is possible now: without it, more would be written again."""
+        self._settle()
+        if self.written is self._saved:
             return
-        told = msgspec.json.encode(stage).decode()
+        progress = self.written
+        text = msgspec.json.encode(progress).decode()
         try:
-            await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, told)
+            await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, text)
         except CheckpointUnavailable as exc:
             log.error("%s", exc)
         else:
-            self._saved = stage
-
-    async def _keep(self, letters: Sequence[DeadLetter]) -> None:
-        await self._letters.keep([_of_event(letter) for letter in letters])
-
-
-def _of_event(letter: DeadLetter) -> DeadLetter:
-    """The letter without the page's position: its event's id tells it from others.
-
-    So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer version.
-    """
-    position = letter.position if letter.event_id is None else None
-    return structs.replace(letter, origin=Origin.BACKFILL, position=position)
+            self._saved = progress

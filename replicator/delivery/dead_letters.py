@@ -1,50 +1,44 @@
 """Keeps dead letters: on disk before their position counts as written, and of each sink no more than the bound.
 
-A lane that refuses (`lane.py`) and rows that no event can be made of (`pipeline.py`) come here; `commands.py` lists,
-replays and drops them in a process of its own.
+They come from lanes whose sink refuses an event, and from `pipeline.py` and `backfill.py` for rows that no event can be
+made of; both try again (`retry.py`) while they can't be kept. The commands list, replay and drop them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Sequence
 
-from replicator.contracts.errors import CheckpointError, CheckpointUnavailable
-from replicator.contracts.events import DeadLetter, LetterCounts, format_lsn
+from msgspec import structs
+
+from replicator.contracts.errors import CheckpointError
+from replicator.contracts.events import DeadLetter, LetterCounts, Origin, format_lsn
 from replicator.contracts.settings import CoreSettings
-from replicator.contracts.stores import CheckpointStore
-from replicator.delivery.lane import backoff
+from replicator.contracts.stores import DeadLetterBox
 
 log = logging.getLogger(__name__)
 
 
 class DeadLetters:
-    """Those of one slot."""
+    """Those of one slot that come one way."""
 
-    def __init__(self, store: CheckpointStore, settings: CoreSettings) -> None:
+    def __init__(self, store: DeadLetterBox, settings: CoreSettings, origin: Origin = Origin.STREAM) -> None:
         self.stored = LetterCounts()
         """How many are on disk, as of the last look."""
         self.limit = settings.dead_letters_max
         """The most that are kept of one sink, and of rows."""
         self._store = store
-        self._settings = settings
+        self._slot = settings.slot
+        self._origin = origin
         self._turn = asyncio.Lock()  # lanes count and add one after the other
 
     async def keep(self, letters: Sequence[DeadLetter]) -> None:
-        """Make them durable; until they are, their position does not count as written. Raises DeadLettersFull."""
+        """Make them durable. Raises DeadLettersFull, CheckpointUnavailable: their position does not count then."""
+        if self._origin is Origin.BACKFILL:
+            letters = [_of_backfill(letter) for letter in letters]
         async with self._turn:
-            for attempt in itertools.count():
-                try:
-                    self.stored = await asyncio.to_thread(
-                        self._store.add_dead_letters, self._settings.slot, letters, self.limit
-                    )
-                except CheckpointUnavailable as exc:
-                    log.error("%s", exc)
-                    await asyncio.sleep(backoff(attempt, self._settings.retry_max_seconds))
-                else:
-                    break
+            self.stored = await asyncio.to_thread(self._store.add_dead_letters, self._slot, letters, self.limit)
         for letter in letters:
             owner = f"of sink {letter.sink}" if letter.sink else "of a row"
             log.error("dead letter %s at %s (event %s): %s", owner, place(letter), letter.event_id, letter.reason)
@@ -52,7 +46,7 @@ class DeadLetters:
     async def look(self) -> None:
         """See how many there are: others drop them. What can't be seen now stays as it was."""
         try:
-            self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._settings.slot)
+            self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._slot)
         except CheckpointError as exc:
             log.debug("%s", exc)  # who saves the checkpoint says it
 
@@ -62,3 +56,12 @@ def place(letter: DeadLetter) -> str:
     if letter.position is None:
         return letter.origin
     return f"{format_lsn(letter.position.commit_lsn)}#{letter.position.ordinal}"
+
+
+def _of_backfill(letter: DeadLetter) -> DeadLetter:
+    """The letter without the page's position: its event's id tells it from others.
+
+    So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer version.
+    """
+    position = letter.position if letter.event_id is None else None
+    return structs.replace(letter, origin=Origin.BACKFILL, position=position)

@@ -1,47 +1,124 @@
-"""All lanes together: every batch goes into each of them (`lane.py`), and the memory that they hold has a bound."""
+"""All lanes together: every batch goes into each of them, and the memory that they hold has a bound.
+
+The stream (`pipeline.py`) and a backfill (`backfill.py`) both deliver with it; a lane (`lane.py`) serves one sink.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 
-from replicator.contracts.events import Batch, SinkPosition
-from replicator.delivery.lane import COMPLAINT_SECONDS, Lane, wait
+from replicator.contracts.events import Event, Mark, SinkPosition
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Mode, Sink
+from replicator.delivery.dead_letters import DeadLetters
+from replicator.delivery.lane import Lane, Shared
+from replicator.delivery.queue import Batch, weigh
+from replicator.delivery.retry import COMPLAINT_SECONDS, wait
 
 log = logging.getLogger(__name__)
 
 
 class FanOut:
-    """Puts every batch into all lanes and bounds the memory that they hold together."""
+    """Puts every batch into all lanes. `run` once."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(
+        self, settings: CoreSettings, letters: DeadLetters, *, limit_bytes: int, mode: Mode = Mode.LIVE
+    ) -> None:
         self.lanes: list[Lane] = []
-        self.held_bytes = 0
+        """In the order of the sinks; empty until `open`."""
+        self._shared = Shared(letters, mode, limit_bytes, settings.retry_max_seconds)
+        self._drain_timeout_seconds = settings.drain_timeout_seconds
+        self._ending = asyncio.Event()
+        self._writers: list[asyncio.Task[None]] = []
+
+    @property
+    def held_bytes(self) -> int:
         """What batches that some lane still needs hold."""
-        self._limit_bytes = limit_bytes
-        self._room = asyncio.Event()
-        self._room.set()
+        return self._shared.held_bytes
 
     @property
     def full(self) -> bool:
         """Reading has stopped because the slowest lane holds too much."""
-        return not self._room.is_set()
+        return not self._shared.room.is_set()
 
     @property
     def committed_at(self) -> float:
         """Commit time of the newest transaction that every lane has written since the program began; 0.0: none."""
-        return min((lane.progress.committed_at for lane in self.lanes), default=0.0)
-
-    @property
-    def held_back(self) -> bool:
-        """A lane waits for the next checkpoint."""
-        return any(lane.held_back for lane in self.lanes)
+        return min((lane.mark.committed_at for lane in self.lanes), default=0.0)
 
     @property
     def slowest(self) -> Lane:
         """The lane that is furthest behind."""
-        return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
+        return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
+
+    # -- from start to stop --------------------------------------------------------------------------------------
+
+    def open(self, sinks: Sequence[Sink], starts: Mapping[str, SinkPosition]) -> None:
+        """Begin a lane a sink, each where its sink is."""
+        self.lanes = [Lane(sink, starts[sink.name], self._shared) for sink in sinks]
+        self._writers = [self._begin(lane.run()) for lane in self.lanes]
+
+    def stop(self) -> None:
+        """Let `run` end."""
+        self._ending.set()
+
+    async def run(self, *work: Coroutine[None, None, None]) -> BaseException | None:
+        """Run `work` until any of it ends, a lane fails or `stop` is called; then end it, and drain the lanes.
+
+        Returns the first failure, a lane's before that of `work`.
+        """
+        tasks = [self._begin(each) for each in work]
+        try:
+            await self._ending.wait()
+        finally:
+            await _cancel(tasks)
+            await self._drain()
+        failures = (task.exception() for task in (*self._writers, *tasks) if not task.cancelled())
+        return next((_first(failure) for failure in failures if failure), None)
+
+    def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self.stop())
+        return task
+
+    async def _drain(self) -> None:
+        """Let the writes in flight finish within the bound."""
+        for lane in self.lanes:
+            lane.stop()
+        if self._writers:
+            await asyncio.wait(self._writers, timeout=self._drain_timeout_seconds)
+            await _cancel(self._writers)
+
+    # -- batches in, progress out --------------------------------------------------------------------------------
+
+    def put(self, events: list[Event], mark: Mark) -> None:
+        """Give the events to every lane."""
+        batch = Batch(events, mark, weigh(events), holders=len(self.lanes))
+        self._shared.hold(batch.size)
+        for lane in self.lanes:
+            lane.put(batch)
+
+    async def room(self) -> None:
+        """Wait until the lanes hold less than the limit; says so when that takes long."""
+        if self.full:
+            await wait(self._shared.room, COMPLAINT_SECONDS / 3)
+        while self.full:
+            message = "reading has stopped: %d bytes wait for sink %s (%s)"
+            log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble or "slow")
+            await wait(self._shared.room, COMPLAINT_SECONDS)
+
+    async def progress(self) -> None:
+        """Wait until a lane has moved since the last call."""
+        await self._shared.progress.wait()
+        self._shared.progress.clear()
+
+    async def checkpoint_wanted(self, seconds: float) -> None:
+        """Wait so long, or until a lane may not write before the next checkpoint."""
+        self._shared.checkpoint_wanted.clear()
+        if not any(lane.awaiting_checkpoint for lane in self.lanes):
+            await wait(self._shared.checkpoint_wanted, seconds)
 
     def saved(self, sinks: Mapping[str, SinkPosition]) -> None:
         """These positions are on disk."""
@@ -49,29 +126,15 @@ class FanOut:
             if (at := sinks.get(lane.name)) is not None:  # one that is new has no position yet
                 lane.saved(at.position)
 
-    def put(self, batch: Batch) -> None:
-        """Give the batch to every lane."""
-        batch.holders = len(self.lanes)
-        self.held_bytes += batch.size
-        if self.held_bytes >= self._limit_bytes:
-            self._room.clear()
-        for lane in self.lanes:
-            lane.put(batch)
 
-    def release(self, batch: Batch) -> None:
-        """One lane is done with it."""
-        batch.holders -= 1
-        if not batch.holders:
-            self.held_bytes -= batch.size
-            if self.held_bytes < self._limit_bytes:
-                self._room.set()
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def room(self) -> None:
-        """Wait until the lanes hold less than the limit; says so when that takes long."""
-        if self.full:
-            await wait(self._room, COMPLAINT_SECONDS / 3)
-        while self.full:
-            lane = self.slowest
-            told = "reading has stopped: %d bytes wait for sink %s (%s)"
-            log.warning(told, self.held_bytes, lane.name, lane.trouble or "slow")
-            await wait(self._room, COMPLAINT_SECONDS)
+
+def _first(failure: BaseException) -> BaseException:
+    """The first of what a TaskGroup collected."""
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure

@@ -101,7 +101,7 @@ def _latency(lanes: Iterable[Lane]) -> Metric:
     histogram = HistogramMetricFamily("replicator_sink_latency_seconds", text, labels=["sink"])
     ends = [*(str(end) for end in LATENCY_BUCKETS_SECONDS), "+Inf"]
     for lane in lanes:
-        counts = accumulate(lane.progress.latency_counts)
+        counts = accumulate(lane.stats.latency_counts)
         buckets = [(end, float(count)) for end, count in zip(ends, counts, strict=True)]
-        histogram.add_metric([lane.name], buckets, lane.progress.latency_sum_seconds)
+        histogram.add_metric([lane.name], buckets, lane.stats.latency_sum_seconds)
     return histogram

@@ -97,11 +97,11 @@ class Monitor:
     def _sink(self, lane: Lane) -> SinkStatus:
         return structs.replace(
             of_sink(lane.done, self.slot, round(self._lag_seconds(lane), 3)),
-            trouble=lane.trouble,
-            events=lane.progress.events,
-            writes=lane.progress.writes,
-            retries=lane.progress.retries,
-            dead_letters=lane.progress.dead_letters,
+            trouble=lane.trouble.message,
+            events=lane.stats.events,
+            writes=lane.stats.writes,
+            retries=lane.trouble.failures,
+            dead_letters=lane.stats.dead_letters,
             waiting=lane.waiting,
         )
 
@@ -112,7 +112,7 @@ class Monitor:
         """
         if lane.waiting or not self.pipeline.fan_out.full:
             return lane.lag_seconds()
-        return max(0.0, time.time() - lane.progress.committed_at)
+        return max(0.0, time.time() - lane.mark.committed_at)
 
     # -- does it move? -------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Monitor:
         """The slot, and the slowest sink: inside a long transaction the slot can't move, but the sink does."""
         confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
         lanes = self.pipeline.fan_out.lanes
-        return confirmed, self.pipeline.fan_out.slowest.done.position if lanes else Position(0, 0)
+        return confirmed, self.pipeline.fan_out.slowest.mark.position if lanes else Position(0, 0)
 
     def _lag_bytes(self) -> int:
         return self.slot.lag_bytes if self.slot else 0
@@ -144,7 +144,7 @@ class Monitor:
 
     def _why(self) -> str:
         if self.pipeline.trouble:
-            return self.pipeline.trouble
+            return self.pipeline.trouble.message
         if not self.pipeline.fan_out.lanes:
             return "no sink is open"
         if self._unsaved():
@@ -152,12 +152,12 @@ class Monitor:
         lanes = [lane for lane in self.pipeline.fan_out.lanes if lane.waiting]
         if not lanes:
             return self._silent()
-        lane = min(lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
-        return lane.trouble or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
+        lane = min(lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
+        return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
 
     def _unsaved(self) -> bool:
         """Every sink is past the checkpoint: neither they nor PostgreSQL are to blame."""
-        written = min(self.pipeline.source.received, self.pipeline.fan_out.slowest.done.end_lsn)
+        written = min(self.pipeline.source.received, self.pipeline.fan_out.slowest.mark.end_lsn)
         return self.pipeline.checkpoint is not None and self.pipeline.checkpoint.end_lsn < written
 
     def _silent(self) -> str:
@@ -169,13 +169,14 @@ class Monitor:
     def reasons(self) -> list[str]:
         """Why the replicator is not ready; empty when it is."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-        found = [self.pipeline.trouble, self.trouble, *lanes, self._stalled(), in_danger(self.slot)]
+        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._stalled(), in_danger(self.slot)]
         return [reason for reason in found if reason]
 
 
 def _trouble(lane: Lane) -> str:
     """Why the sink is a reason not to be ready; empty while it is none."""
     if lane.trouble:
-        return lane.trouble if lane.needs_somebody or lane.trouble_seconds() >= TROUBLE_SECONDS else ""
+        shown = lane.trouble.needs_operator or lane.trouble.seconds() >= TROUBLE_SECONDS
+        return lane.trouble.message if shown else ""
     seconds = lane.unanswered_seconds()
     return f"sink {lane.name} has not answered for {seconds:.0f} s" if seconds >= TROUBLE_SECONDS else ""

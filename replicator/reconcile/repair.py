@@ -12,7 +12,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Rebuildable, Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import History
-from replicator.delivery.backfill import Backfill, Stage
+from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.reconcile.recheck import Verdict
 
 PAGE_ROWS = 5_000
@@ -51,9 +51,9 @@ class Repair(NamedTuple):
         """These events, with today's content."""
         await asyncio.to_thread(self.store.create)
         history = self.source.picked(ids)
-        first = Stage(place="0", events=0, total=len(ids))
+        first = BackfillProgress(place="0", events=0, total=len(ids))
         run = Backfill(
-            self.settings, history, [sink], self.store, task="reconcile", stage=first, page_rows=PAGE_ROWS, rate=None
+            self.settings, history, [sink], self.store, task="reconcile", start=first, page_rows=PAGE_ROWS, rate=None
         )
         try:
             await run.run()

@@ -218,11 +218,6 @@ def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     return structs.replace(checkpoint, sinks={name: at for name, at in checkpoint.sinks.items() if name in names})
 
 
-def begins(checkpoint: Checkpoint) -> datetime:
-    """When a gap behind the checkpoint begins: every sink has what was committed before."""
-    return datetime.fromtimestamp(checkpoint.complete_until, UTC)
-
-
 def _misfit(state: SlotState) -> str:
     if state.plugin is None:
         return "it is a physical slot, not a logical one"
@@ -257,7 +252,9 @@ def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
 
 
 def _when(checkpoint: Checkpoint | None) -> str:
-    return begins(checkpoint).isoformat(timespec="seconds") if checkpoint else "an unknown time"
+    if checkpoint is None:
+        return "an unknown time"
+    return datetime.fromtimestamp(checkpoint.complete_until, UTC).isoformat(timespec="seconds")
 
 
 def _lsn(text: str | None) -> Lsn | None:

@@ -20,13 +20,13 @@ from psycopg import conninfo, generators, pq, sql
 from replicator.contracts.errors import DecodeError, SourceError, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
 from replicator.source import slot as slots
-from replicator.source.wal2json import OPTIONS, StreamDecoder, Stretch
+from replicator.source.wal2json import OPTIONS, DecodedChunk, StreamDecoder
 
-STRETCH_ROWS = 500
+CHUNK_ROWS = 500
 """Rows read before the sinks get their turn on the loop: some 4 ms of work. At 1,000 lanes starve in a backlog."""
-STRETCH_BYTES = 1_000_000
+CHUNK_BYTES = 1_000_000
 """The same bound for wide rows; one row may be larger."""
-STRETCH_MESSAGES = 5_000
+CHUNK_MESSAGES = 5_000
 """The same bound for transactions that touch no table of ours."""
 
 NAP_SECONDS = 0.0005
@@ -153,7 +153,7 @@ class Source:
             return slots.unusable(sqlstate, message)
         return SourceUnavailable(detail=message)
 
-    async def read(self) -> Stretch:
+    async def read(self) -> DecodedChunk:
         """The next stretch of the stream; waits until there is something. Raises SourceUnavailable, DecodeError.
 
         Cancelling it loses nothing: what was read stays for the next call.
@@ -169,16 +169,16 @@ class Source:
             self.close()
             raise SourceUnavailable(detail=_first_line(exc)) from exc
         self._heard_at = time.monotonic()
-        stretch = self._decoder.take()
-        self._received = max(self._received, stretch.end_lsn)
-        return stretch
+        chunk = self._decoder.take()
+        self._received = max(self._received, chunk.mark.end_lsn)
+        return chunk
 
     def _read_available(self) -> int:
         """Take what libpq and the socket hold, up to a stretch's bounds; how many messages it was."""
         pgconn, decoder = self._running(), self._decoder
         get, feed, rows = pgconn.get_copy_data, decoder.feed, decoder.rows
         messages = 0
-        while messages < STRETCH_MESSAGES and len(rows) < STRETCH_ROWS and decoder.size < STRETCH_BYTES:
+        while messages < CHUNK_MESSAGES and len(rows) < CHUNK_ROWS and decoder.size < CHUNK_BYTES:
             length, data = get(1)
             if length == 0:
                 pgconn.consume_input()

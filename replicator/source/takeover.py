@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -14,11 +15,13 @@ import msgspec
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotMissing, SourceUnavailable, StreamGap
-from replicator.contracts.events import Checkpoint, format_lsn
+from replicator.contracts.events import Checkpoint, Position, SinkPosition, format_lsn
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.source import slot as slots
 from replicator.source.stream import Source
+
+log = logging.getLogger(__name__)
 
 MARGIN = timedelta(hours=1)
 """How much earlier than the gap a backfill begins: longer than nearly every transaction, and repeating costs little."""
@@ -78,6 +81,16 @@ class Beginning:
         """The stored checkpoint with the configured sinks only."""
         return self._configured(await self._load())
 
+    def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
+        """Where each configured sink goes on; one that has no position yet begins at the checkpoint."""
+        starts = dict(checkpoint.sinks)
+        for sink in self._sinks:
+            if sink.name not in starts:
+                end_lsn = checkpoint.end_lsn
+                log.info("sink %s is new: it gets what is committed after %s", sink.name, format_lsn(end_lsn))
+                starts[sink.name] = SinkPosition(position=Position(0, 0), end_lsn=end_lsn)
+        return starts
+
     async def look(self) -> Found:
         """Connect and look; nothing is changed. Raises SourceError, CheckpointError."""
         identity, state = await self._source.connect()
@@ -119,7 +132,7 @@ class Beginning:
 
 def describe(stored: Checkpoint, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:
     """Lines for the operator: the gap between two checkpoints, the second one made when the slot was as in `state`."""
-    since, until = slots.begins(stored), datetime.fromtimestamp(state.server_time, UTC)
+    since, until = (datetime.fromtimestamp(seconds, UTC) for seconds in (stored.complete_until, state.server_time))
     command = f"python backfill.py --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
     yield (
         f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {_iso(since)} to"

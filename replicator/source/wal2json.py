@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from replicator.contracts.errors import DecodeError
-from replicator.contracts.events import Lsn, Position, Row, decode_row, format_lsn, parse_lsn
+from replicator.contracts.events import Lsn, Mark, Position, Row, decode_row, format_lsn, parse_lsn
 
 OPTIONS = {
     "format-version": "2",
@@ -53,16 +53,12 @@ class _Message(msgspec.Struct, gc=False):
     content: msgspec.Raw
 
 
-class Stretch(NamedTuple):
-    """A stretch of the stream, decoded."""
+class DecodedChunk(NamedTuple):
+    """A piece of the stream, decoded."""
 
     rows: list[Row]
-    position: Position
-    """The last row so far; `Position(0, 0)` before the first."""
-    end_lsn: Lsn
-    """End of the last complete transaction (or a keepalive's position behind it); 0 before the first."""
-    committed_at: float
-    """Commit time of the newest transaction, Unix seconds by PostgreSQL's clock; 0.0 before the first."""
+    mark: Mark
+    """How far the stream was read with them."""
     size: int
     """Bytes of the row messages."""
 
@@ -137,17 +133,17 @@ class StreamDecoder:
             self._settle()
             self._end_lsn = max(self._end_lsn, wal_end)
 
-    def take(self) -> Stretch:
+    def take(self) -> DecodedChunk:
         """What was read since the last call; an open transaction goes on in the next stretch."""
         self._settle()
         try:
             committed_at = _seconds(self._timestamp) if self._timestamp else 0.0
         except ValueError as exc:
             raise self._error(exc) from None
-        position = Position(self._commit_lsn, self._ordinal)
-        stretch = Stretch(self.rows, position, self._end_lsn, committed_at, self.size)
+        mark = Mark(Position(self._commit_lsn, self._ordinal), self._end_lsn, committed_at)
+        chunk = DecodedChunk(self.rows, mark, self.size)
         self.rows, self.size = [], 0
-        return stretch
+        return chunk
 
     def _settle(self) -> None:
         if self._commit is None:

@@ -1,4 +1,4 @@
-"""Reads from the status of an HTTP answer what became of the events in the request; pure. `http_api.py` sends them."""
+"""The meaning of an HTTP status: were the events taken, refused, or is it not about them? Pure; `sink.py` sends."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ import httpx
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable
 
 TRY_LATER = frozenset({408, 425, 429})  # and every 5xx
-# Not about any one event: whatever we send, the answer stays the same until somebody changes the settings or the API.
-# 402, 410, 451: closed to us. 406, 415, 417, 426, 428, 431: another protocol, format or header is wanted. 407, 421:
-# not the server that was meant. 411: something on the way loses content-length.
 TURNED_AWAY = frozenset({401, 402, 403, 404, 405, 406, 407, 410, 411, 415, 417, 421, 426, 428, 431, 451})
+"""About our settings or the API, not about an event: the answer stays the same until somebody changes one of them.
+402, 410 and 451 mean closed to us; 406, 415, 417, 426, 428 and 431 another protocol, format or header; 407 and 421
+another server than was meant; 411 a proxy that drops content-length."""
 
-CREDENTIALS_CURE = (
-    "See that REPLICATOR_HTTP_BEARER_TOKEN, or user and password in REPLICATOR_HTTP_URL, are what the API gave you"
-)
-ADDRESS_CURE = "See that host and path of REPLICATOR_HTTP_URL are those at which the API takes POST"
+CREDENTIALS_CURE = "Check REPLICATOR_HTTP_BEARER_TOKEN, or user and password in REPLICATOR_HTTP_URL"
+ADDRESS_CURE = "Check that the API takes POST at the host and path of REPLICATOR_HTTP_URL"
 REDIRECT_CURE = "Set REPLICATOR_HTTP_URL to the address that it redirects to (redirects are not followed)"
-FORMAT_CURE = "See in the API's documentation what it wants: it gets JSON by POST at REPLICATOR_HTTP_URL"
+FORMAT_CURE = "Check in the API's documentation what it wants: it gets JSON by POST at REPLICATOR_HTTP_URL"
 CURES = dict.fromkeys((401, 402, 403), CREDENTIALS_CURE) | dict.fromkeys((404, 405, 407, 410, 421), ADDRESS_CURE)
 
 
 def refusal(response: httpx.Response, *, sink: str, origin: str) -> str | None:
-    """Why `origin` refused the events, None when it took them.
+    """Why `origin` refused the events, None if it took them.
 
     Raises SinkUnavailable or SinkMisconfigured when the answer is not about the events.
     """
     status = response.status_code
-    if httpx.codes.is_success(status):
+    if response.is_success:
         return None
     detail = f"{origin} answered {status_text(status)}"
-    if status in TRY_LATER or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+    if status in TRY_LATER or response.is_server_error:
         retry_after = retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC))
         raise SinkUnavailable(sink=sink, detail=detail, retry_after=retry_after)
-    if status in TURNED_AWAY or not httpx.codes.is_client_error(status):
-        cure = REDIRECT_CURE if httpx.codes.is_redirect(status) else CURES.get(status, FORMAT_CURE)
+    if status in TURNED_AWAY or not response.is_client_error:
+        cure = REDIRECT_CURE if response.is_redirect else CURES.get(status, FORMAT_CURE)
         raise SinkMisconfigured(sink=sink, detail=detail, cure=cure)
     return status_text(status)
 
@@ -49,7 +47,7 @@ def status_text(status: int) -> str:
 
 
 def retry_after_seconds(value: str | None, now: datetime) -> float | None:
-    """What a `Retry-After` header asks for, a number of seconds or a date; None when it says nothing usable."""
+    """Seconds that a `Retry-After` header asks for, as a number or a date (RFC 9110, 10.2.3); None if unusable."""
     if not value:
         return None
     if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", value):

@@ -25,7 +25,7 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from replicator.contracts.events import parse_lsn
-from replicator.delivery.backfill import Stage
+from replicator.delivery.backfill import BackfillProgress
 from tests.support.destinations import Destinations, expected
 from tests.support.exact import assert_exact, assert_same, newest
 from tests.support.load import Load
@@ -121,11 +121,11 @@ def read_by(result: Result) -> int:
     return int(told[1])
 
 
-def stage_of(checkpoint: Path) -> Stage | None:
+def stage_of(checkpoint: Path) -> BackfillProgress | None:
     """What an interrupted backfill has left."""
     with closing(sqlite3.connect(checkpoint)) as connection:
         row = connection.execute("SELECT progress FROM replicator_tasks").fetchone()
-    return row and msgspec.json.decode(row[0], type=Stage)
+    return row and msgspec.json.decode(row[0], type=BackfillProgress)
 
 
 def events_before(checkpoint: Path) -> int:

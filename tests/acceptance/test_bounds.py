@@ -20,7 +20,7 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from replicator.contracts.events import Checkpoint, Lsn, parse_lsn
-from replicator.delivery.lane import WRITE_MAX_BYTES
+from replicator.delivery.queue import WRITE_MAX_BYTES
 from tests.support.destinations import EXPECTED_SQL, FIELDS, Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import Load, insert_many

@@ -101,8 +101,8 @@ class OurReader(Reader):
     def pump(self) -> None:
         """`read` waits for something: the keepalive comes."""
         self._source.send_feedback(ask=True)
-        stretch = self._runner.run(self._source.read())
-        self.received += [str(row.columns[3].value) for row in stretch.rows]
+        chunk = self._runner.run(self._source.read())
+        self.received += [str(row.columns[3].value) for row in chunk.rows]
 
     def save(self) -> None:
         """Up to the end of the last transaction."""

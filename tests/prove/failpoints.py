@@ -33,7 +33,7 @@ from replicator.pipeline import Pipeline
 from replicator.source import slot, wal2json
 from replicator.source import stream as source
 from replicator.source.stream import Source
-from replicator.source.wal2json import StreamDecoder, Stretch
+from replicator.source.wal2json import DecodedChunk, StreamDecoder
 
 SINKS = ("clickhouse", "redis", "http")
 PLACES: Mapping[str, str] = {
@@ -91,12 +91,12 @@ class Death:
             alter(socket.socket, name, self._receive)
 
     def _read(self, original: Callable[[Source], Any]) -> Callable[[Source], Any]:
-        async def read(source: Source) -> Stretch:
-            stretch: Stretch = await original(source)
-            self._rows += len(stretch.rows)
-            if stretch.rows:
+        async def read(source: Source) -> DecodedChunk:
+            chunk: DecodedChunk = await original(source)
+            self._rows += len(chunk.rows)
+            if chunk.rows:
                 self._pass("received")
-            return stretch
+            return chunk
 
         return read
 
@@ -171,7 +171,7 @@ def confirm_before_checkpoint() -> None:
     def make(original: Callable[[Pipeline], Any]) -> Callable[[Pipeline], Any]:
         async def commit(pipeline: Pipeline) -> None:
             if pipeline.checkpoint is not None:
-                written = (lane.done.end_lsn for lane in pipeline.fan_out.lanes)
+                written = (lane.mark.end_lsn for lane in pipeline.fan_out.lanes)
                 pipeline.source.send_feedback(flush_lsn=min(pipeline.source.received, *written))
             await original(pipeline)
 
@@ -189,7 +189,7 @@ def checkpoint_before_sink() -> None:
                 return
             end_lsn = pipeline.source.received
             taken = {
-                lane.name: SinkPosition(position=lane._accepted, end_lsn=end_lsn)  # noqa: SLF001  a lane's own affair
+                lane.name: SinkPosition(position=lane.queue.end.position, end_lsn=end_lsn)
                 for lane in pipeline.fan_out.lanes
             }
             checkpoint = structs.replace(pipeline.checkpoint, end_lsn=end_lsn, sinks=taken)

@@ -21,9 +21,9 @@ from replicator.contracts.events import (
     Checkpoint,
     DeadLetter,
     Event,
-    Finding,
     LetterCounts,
     Lsn,
+    Mark,
     Position,
     Refusal,
     Row,
@@ -36,7 +36,8 @@ from replicator.contracts.stream import Enriched, Enricher
 from replicator.pipeline import Pipeline
 from replicator.source.slot import Identity, SlotState
 from replicator.source.stream import Source
-from replicator.source.wal2json import Stretch
+from replicator.source.wal2json import DecodedChunk
+from sinks.testing import MemorySink
 from tests.support.fakes import STATE
 
 START: Lsn = 5
@@ -55,7 +56,7 @@ class World:
 
     def __init__(self, *sinks: str) -> None:
         self.log: list[tuple[str, object]] = []
-        self.stretches: asyncio.Queue[Stretch | Exception] = asyncio.Queue()
+        self.chunks: asyncio.Queue[DecodedChunk | Exception] = asyncio.Queue()
         self.stored: Checkpoint | None = None
         self.failures: list[Exception] = []
         """What the store's next saves raise."""
@@ -63,7 +64,7 @@ class World:
         """How many of the next saves succeed and look as if they had not; those after them fail."""
         self.starts: list[Lsn] = []
         self.task: asyncio.Task[None] | None = None
-        self.sinks = [FakeSink(name, self) for name in sinks]
+        self.sinks = [NotingSink(name, self) for name in sinks]
         self.look_ups: list[Exception] = []
         """What the enricher's next calls raise."""
         fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", FakeStore(self))
@@ -73,7 +74,7 @@ class World:
     def commit(self, commit_lsn: Lsn) -> None:
         """A transaction with one row."""
         row = Row("I", "public", "t", commit_lsn=commit_lsn, ordinal=1)
-        self.stretches.put_nowait(Stretch([row], Position(commit_lsn, 1), commit_lsn + 1, 0.0, 1))
+        self.chunks.put_nowait(DecodedChunk([row], Mark(Position(commit_lsn, 1), commit_lsn + 1), 1))
 
     def told(self, what: str) -> list[object]:
         """Everything of one kind that has happened."""
@@ -102,7 +103,7 @@ class World:
 
 
 class FakeSource:
-    """Gives the world's stretches."""
+    """Gives the world's chunks."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -118,13 +119,13 @@ class FakeSource:
         """Notes from where."""
         self.world.starts.append(end_lsn)
 
-    async def read(self) -> Stretch:
-        """The next stretch, or trouble."""
-        told = await self.world.stretches.get()
-        if isinstance(told, Exception):
-            raise told
-        self.received = max(self.received, told.end_lsn)
-        return told
+    async def read(self) -> DecodedChunk:
+        """The next chunk, or trouble."""
+        chunk = await self.world.chunks.get()
+        if isinstance(chunk, Exception):
+            raise chunk
+        self.received = max(self.received, chunk.mark.end_lsn)
+        return chunk
 
     def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
         """Notes a position."""
@@ -197,36 +198,23 @@ class FakeStore:
         return LetterCounts()
 
 
-class FakeSink(Sink):
-    """Does what the test says, then takes everything."""
-
-    max_events = 100
-    linger_seconds = 0.0
-    concurrency = 1
+class NotingSink(MemorySink):
+    """Notes in the world what is durable now."""
 
     def __init__(self, name: str, world: World) -> None:
-        self.name = name
+        super().__init__(name=name)
         self.world = world
-        self.script: list[Callable[[], Awaitable[None]]] = []
 
     async def create(self) -> list[str]:
         """Notes it."""
         self.world.log.append(("create", self.name))
         return []
 
-    async def check(self) -> list[Finding]:
-        """Nothing to look at."""
-        return []
-
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Notes what is durable now."""
-        if self.script:
-            await self.script.pop(0)()
+        refused = await super().write(events)
         self.world.log.append((f"write {self.name}", [event.id for event in events]))
-        return ()
-
-    async def close(self) -> None:
-        """Nothing to release."""
+        return refused
 
 
 async def test_sinks_then_checkpoint_then_postgresql() -> None:
@@ -244,11 +232,7 @@ async def test_the_slowest_sink_counts() -> None:
     """No checkpoint and no confirmation passes what it holds; how far the others are is saved."""
     world = World("slow", "fast")
     gate = asyncio.Event()
-
-    async def waits() -> None:
-        await gate.wait()
-
-    world.sinks[0].script = [waits]
+    world.sinks[0].steps = [gate]
     async with world.running():
         world.commit(10)
         await world.until(lambda: world.stored is not None and world.stored.sinks.get("fast") == at(10))
@@ -290,11 +274,11 @@ async def test_a_sink_that_can_not_go_on_ends_the_program_after_the_others_are_s
     """Its own position stays, what the others have written is on disk, and its error is what is raised."""
     world = World("broken", "good")
 
-    async def breaks() -> None:
+    async def breaks(_: Sequence[Event]) -> None:
         await world.until(lambda: world.pipeline.fan_out.lanes[1].done == at(10))
         raise SinkUnusable(sink="broken", detail="no table", cure="init")
 
-    world.sinks[0].script = [breaks]
+    world.sinks[0].steps = [breaks]
     world.commit(10)
     with pytest.raises(SinkUnusable, match="no table"):
         await asyncio.wait_for(world.pipeline.run(), 10)
@@ -307,11 +291,11 @@ async def test_the_first_failure_is_raised_when_the_drain_fails_too() -> None:
     """The sink's error is the cause; that the checkpoint can't be saved either must not hide it."""
     world = World("broken")
 
-    async def breaks() -> None:
+    async def breaks(_: Sequence[Event]) -> None:
         world.failures = [CheckpointUnavailable(detail="gone")] * 9
         raise SinkUnusable(sink="broken", detail="no table", cure="init")
 
-    world.sinks[0].script = [breaks]
+    world.sinks[0].steps = [breaks]
     world.commit(10)
     world.commit(20)
     with pytest.raises(SinkUnusable):
@@ -323,12 +307,12 @@ async def test_a_drain_finishes_what_is_in_flight_and_begins_nothing() -> None:
     world = World("a")
     writing = asyncio.Event()
 
-    async def slow() -> None:
+    async def slow(_: Sequence[Event]) -> None:
         writing.set()
         world.commit(20)
         await asyncio.sleep(0.05)
 
-    world.sinks[0].script = [slow]
+    world.sinks[0].steps = [slow]
     async with world.running():
         world.commit(10)
         await writing.wait()
@@ -341,11 +325,11 @@ async def test_a_write_that_hangs_does_not_hold_the_drain_for_ever() -> None:
     world = World("a")
     writing = asyncio.Event()
 
-    async def hangs() -> None:
+    async def hangs(_: Sequence[Event]) -> None:
         writing.set()
         await asyncio.Event().wait()
 
-    world.sinks[0].script = [hangs]
+    world.sinks[0].steps = [hangs]
     async with world.running():
         world.commit(10)
         await writing.wait()
@@ -368,7 +352,7 @@ async def test_a_reconnect_begins_behind_the_checkpoint_and_repeats_nothing() ->
     async with world.running():
         world.commit(10)
         await world.until(lambda: 11 in world.told("confirm"))
-        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        world.chunks.put_nowait(SourceUnavailable(detail="cut off"))
         await world.until(lambda: len(world.starts) == 2)
         world.commit(10)
         world.commit(20)
@@ -386,7 +370,7 @@ async def test_a_reconnect_sees_that_another_one_moved_a_sink_on() -> None:
         await world.until(lambda: 11 in world.told("confirm"))
         assert world.stored is not None
         world.stored = structs.replace(world.stored, sinks={"a": ahead})
-        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        world.chunks.put_nowait(SourceUnavailable(detail="cut off"))
         await world.until(lambda: False)
 
     world.commit(10)
@@ -429,7 +413,7 @@ async def test_a_save_whose_answer_is_lost_is_its_own(meanwhile: int) -> None:
         world.commit(20)
         if meanwhile:
             await world.until(lambda: 21 in world.told("save failed"))
-        world.stretches.put_nowait(SourceUnavailable(detail="cut off"))
+        world.chunks.put_nowait(SourceUnavailable(detail="cut off"))
         await world.until(lambda: 2 == len(world.starts))
         world.failures = []
         world.commit(20)
@@ -446,7 +430,7 @@ async def test_trouble_with_a_look_up_passes() -> None:
     async with world.running():
         world.commit(10)
         await world.until(lambda: 11 in world.told("confirm"))
-        assert world.pipeline.trouble == ""
+        assert world.pipeline.trouble.message == ""
 
 
 async def test_a_stop_before_anything_is_connected_ends_at_once() -> None:
@@ -454,11 +438,11 @@ async def test_a_stop_before_anything_is_connected_ends_at_once() -> None:
     world = World("a")
     world.failures = [CheckpointUnavailable(detail="away")] * 100_000
     async with world.running():
-        await world.until(lambda: "away" in world.pipeline.trouble)
+        await world.until(lambda: "away" in world.pipeline.trouble.message)
     assert world.told("confirm") == []
 
 
-async def test_a_lane_that_is_held_back_does_not_wait_for_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lane_that_awaits_a_checkpoint_does_not_wait_for_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets the next checkpoint at once, and so goes on however long the pause between two of them is."""
     monkeypatch.setitem(SETTINGS, "checkpoint_interval_seconds", 60)
     world = World("a")

@@ -23,7 +23,8 @@ from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigu
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
 from sinks.http.errors import retry_after_seconds
-from sinks.http.sink import NO_TIME, HttpSettings, HttpSink, event_key
+from sinks.http.settings import HttpSettings
+from sinks.http.sink import NO_TIME, HttpSink, event_key
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105  the example of the Standard Webhooks specification
 NOW = datetime(2026, 1, 8, 14, 21, 52, tzinfo=UTC)
@@ -59,7 +60,7 @@ class Api:
 
     def sink(self, **settings: Any) -> HttpSink:
         """A sink that talks to it."""
-        return HttpSink(HttpSettings(**settings), connect=lambda: httpx.MockTransport(self._handle))
+        return HttpSink(HttpSettings(**settings), transport=lambda: httpx.MockTransport(self._handle))
 
     async def _handle(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -330,7 +331,7 @@ class TestHalving:
         with pytest.raises(SinkUnavailable):
             await sink.write(batch)
         refusals = await sink.write(batch)
-        assert [refusal.event.id for refusal in refusals] == [1, 3]
+        assert {refusal.event.id for refusal in refusals} == {1, 3}
         assert api.taken == [2]
 
     async def test_a_cancelled_write_remembers_too(self) -> None:
@@ -377,7 +378,7 @@ class TestHalving:
     async def test_writes_that_never_come_again_are_forgotten(self) -> None:
         """The memory for interrupted writes is bounded, oldest out first; what is dropped is sent again, not lost."""
         api = Api(_odd_alone)
-        sink = api.sink(http_batch_size=2, http_concurrency=3)  # what 3 writes of 2 events can have settled
+        sink = api.sink(http_batch_size=2, http_concurrency=3)
         pairs = [[event(number), event(number + 1)] for number in range(1, 20, 2)]
         for pair in pairs:
             with pytest.raises(SinkUnavailable):
@@ -386,7 +387,7 @@ class TestHalving:
         for pair in reversed(pairs):
             with pytest.raises(SinkUnavailable):
                 await sink.write(pair)
-        assert api.taken == [7, 5, 3, 1]
+        assert api.taken == [13, 11, 9, 7, 5, 3, 1]
 
     async def test_nothing_is_remembered_of_a_write_that_came_again(self) -> None:
         """Once it has succeeded the memory is empty: a third write sends everything."""

@@ -18,7 +18,8 @@ from pydantic import SecretStr
 from devstack.api import Api
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
-from sinks.http.sink import HttpSettings, HttpSink
+from sinks.http.settings import HttpSettings
+from sinks.http.sink import HttpSink
 
 RETRY_DEADLINE_SECONDS = 30.0
 

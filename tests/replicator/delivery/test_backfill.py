@@ -11,11 +11,11 @@ import pytest
 
 from replicator.cli import backfill
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
-from replicator.contracts.events import DeadLetter, Event, Finding, LetterCounts, Origin, Position, Refusal
+from replicator.contracts.events import DeadLetter, Event, LetterCounts, Origin, Position
 from replicator.contracts.settings import CoreSettings, load
-from replicator.contracts.sink import Sink
 from replicator.contracts.stream import Enriched, Page
-from replicator.delivery.backfill import Backfill, Stage
+from replicator.delivery.backfill import Backfill, BackfillProgress
+from sinks.testing import MemorySink
 
 RANGE = ["--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
@@ -111,39 +111,9 @@ class FakeHistory:
         """Nothing to release."""
 
 
-class FakeSink(Sink):
-    """Takes everything, unless told otherwise."""
-
-    linger_seconds = 0.0
-    max_events = 2
-    concurrency = 1
-    max_repeats: int | None = 2  # of no consequence here: nobody saves a checkpoint
-
-    def __init__(self, name: str = "fake", failures: Sequence[Exception] = (), refused: Sequence[int] = ()) -> None:
-        self.name = name
-        self.failures = list(failures)
-        self.refused = refused
-        self.taken: list[int] = []
-        self.called = asyncio.Event()
-
-    async def create(self) -> list[str]:
-        """Nothing to make."""
-        return []
-
-    async def check(self) -> list[Finding]:
-        """Nothing to look at."""
-        return []
-
-    async def close(self) -> None:
-        """Nothing to release."""
-
-    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """Fail as often as told, then take them."""
-        self.called.set()
-        if self.failures:
-            raise self.failures.pop(0)
-        self.taken += [event.id for event in events if event.id not in self.refused]
-        return [Refusal(event, "no") for event in events if event.id in self.refused]
+def sink_of(name: str = "fake", failures: Sequence[Exception] = (), refused: Sequence[int] = ()) -> MemorySink:
+    """Takes everything else. Its bound on repeats is of no consequence: a backfill saves no checkpoint."""
+    return MemorySink(name=name, max_events=2, max_repeats=2, steps=failures, refused=refused)
 
 
 class Store:
@@ -175,19 +145,19 @@ def run_of(
     settings: CoreSettings,
     past: FakeHistory,
     store: Store,
-    *sinks: FakeSink,
+    *sinks: MemorySink,
     place: str = "0",
     rate: float | None = None,
 ) -> Backfill:
     """A backfill of all that `past` has."""
-    stage = Stage(place=place, events=0, total=sum(map(len, past.pages)))
+    start = BackfillProgress(place=place, events=0, total=sum(map(len, past.pages)))
     return Backfill(
         settings,
         past,
         sinks,
         store,  # type: ignore[arg-type]  # only what it may touch
         task=TASK,
-        stage=stage,
+        start=start,
         page_rows=100,
         rate=rate,
     )
@@ -197,16 +167,16 @@ async def test_everything_arrives_and_nothing_is_left_to_resume(settings: CoreSe
     """Pages of any size, empty ones among them; errors that pass are tried again; the place is forgotten at the end."""
     past, store = FakeHistory([1, 2, 3], [], [4], [], []), Store()
     past.failures = [SourceUnavailable(detail="gone for a moment")]
-    one, other = FakeSink("one", [SinkUnavailable(sink="one", detail="busy")]), FakeSink("other")
+    one, other = sink_of("one", [SinkUnavailable(sink="one", detail="busy")]), sink_of("other")
     run = run_of(settings, past, store, one, other)
     assert await run.run()
     assert ([1, 2, 3, 4], [1, 2, 3, 4]) == (one.taken, other.taken)
-    assert (Stage(place="5", events=4, total=4), None) == (run.written, store.progress[-1])
+    assert (BackfillProgress(place="5", events=4, total=4), None) == (run.written, store.progress[-1])
 
 
 async def test_an_empty_range_is_done_at_once(settings: CoreSettings) -> None:
     """No page at all."""
-    run = run_of(settings, FakeHistory(), Store(), FakeSink())
+    run = run_of(settings, FakeHistory(), Store(), sink_of())
     assert await run.run()
     assert 0 == run.written.events
 
@@ -214,27 +184,27 @@ async def test_an_empty_range_is_done_at_once(settings: CoreSettings) -> None:
 async def test_the_place_is_behind_what_every_sink_has(settings: CoreSettings) -> None:
     """One sink that can't be written to holds the place back, whatever the other has; the error comes out."""
     past, store = FakeHistory([1, 2], [3], [4]), Store()
-    broken = FakeSink("broken", [SinkUnusable(sink="broken", detail="no table", cure="Make it")])
-    fine = FakeSink("fine")
+    broken = sink_of("broken", [SinkUnusable(sink="broken", detail="no table", cure="Make it")])
+    fine = sink_of("fine")
     run = run_of(settings, past, store, fine, broken)
     with pytest.raises(SinkUnusable, match="no table"):
         await run.run()
-    assert Stage(place="0", events=0, total=4) == run.written
+    assert BackfillProgress(place="0", events=0, total=4) == run.written
     kept = store.progress[-1]
     assert kept is not None
-    assert run.written == msgspec.json.decode(kept, type=Stage)
+    assert run.written == msgspec.json.decode(kept, type=BackfillProgress)
 
 
 async def test_it_goes_on_at_a_place(settings: CoreSettings) -> None:
     """What is before it is neither read nor written."""
-    past, sink = FakeHistory([1, 2], [3], [4]), FakeSink()
+    past, sink = FakeHistory([1, 2], [3], [4]), sink_of()
     assert await run_of(settings, past, Store(), sink, place="1").run()
     assert (["1", "2", "3"], [3, 4]) == (past.read_places, sink.taken)
 
 
 async def test_stopped_it_finishes_what_is_in_flight_and_keeps_the_place(settings: CoreSettings) -> None:
     """`stop` while it waits for a page: what was read is written, and `run` says that it is not all."""
-    past, store, sink = FakeHistory([1, 2], [3, 4]), Store(), FakeSink()
+    past, store, sink = FakeHistory([1, 2], [3, 4]), Store(), sink_of()
     run = run_of(settings, past, store, sink)
     running = asyncio.create_task(run.run())
     async with asyncio.timeout(10):
@@ -244,13 +214,13 @@ async def test_stopped_it_finishes_what_is_in_flight_and_keeps_the_place(setting
         assert not await running
     kept = store.progress[-1]
     assert kept is not None
-    stage = msgspec.json.decode(kept, type=Stage)
+    stage = msgspec.json.decode(kept, type=BackfillProgress)
     assert len(sink.taken) == stage.events == 2 * int(stage.place)
 
 
 async def test_stopped_while_a_sink_is_away(settings: CoreSettings) -> None:
     """It does not wait for the sink to come back."""
-    away = FakeSink("away", [SinkUnavailable(sink="away", detail="down")] * 1000)
+    away = sink_of("away", [SinkUnavailable(sink="away", detail="down")] * 1000)
     run = run_of(settings, FakeHistory([1]), Store(), away)
     running = asyncio.create_task(run.run())
     async with asyncio.timeout(10):
@@ -263,7 +233,7 @@ async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> N
     """So the store keeps it once over any number of backfills, whatever the position of the page."""
     letter = DeadLetter(sink=None, position=Position(7, 1), event_id=9, reason="no type", payload=b"{}")
     past, store = FakeHistory([1, 2], [3], refused=[letter]), Store()
-    run = run_of(settings, past, store, FakeSink(refused=[2]))
+    run = run_of(settings, past, store, sink_of(refused=[2]))
     assert await run.run()
     kept = {(kept.sink, kept.origin, kept.position, kept.event_id) for kept in store.letters}
     assert {(None, Origin.BACKFILL, None, 9), ("fake", Origin.BACKFILL, None, 2)} == kept
@@ -275,7 +245,7 @@ async def test_it_reads_no_faster_than_the_rate(settings: CoreSettings) -> None:
     past = FakeHistory([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
     loop = asyncio.get_running_loop()
     started = loop.time()
-    assert await run_of(settings, past, Store(), FakeSink(), rate=50).run()
+    assert await run_of(settings, past, Store(), sink_of(), rate=50).run()
     assert 50 == past.page_rows
     assert loop.time() - started >= 0.19
 
@@ -287,7 +257,7 @@ async def test_lost_time_is_not_made_up_for(settings: CoreSettings) -> None:
     past.gate.clear()
     started = loop.time()
     loop.call_later(0.4, past.gate.set)
-    assert await run_of(settings, past, Store(), FakeSink(), rate=50).run()
+    assert await run_of(settings, past, Store(), sink_of(), rate=50).run()
     assert loop.time() - started >= 0.69, "the first page at once, then a tenth of a second each"
 
 
@@ -295,9 +265,9 @@ def test_lines_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """Where there is no terminal: one now and then."""
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    tell = backfill._Lines(Stage(place="", events=100, total=1100))  # noqa: SLF001  what is printed is the product
+    tell = backfill._Lines(BackfillProgress(place="", events=100, total=1100))  # noqa: SLF001  what is printed is the product
     now = 105.0
-    tell(Stage(place="", events=200, total=1100))
+    tell(BackfillProgress(place="", events=200, total=1100))
     now = 110.0
-    tell(Stage(place="", events=600, total=1100))
+    tell(BackfillProgress(place="", events=600, total=1100))
     assert "backfill: 600 of 1100 events (54 %), 50/s, 10 s left\n" == capsys.readouterr().err

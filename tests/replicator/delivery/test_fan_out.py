@@ -1,293 +1,264 @@
-"""Lanes: order of positions, retries, dead letters, what is left out after a restart, and the memory bound."""
+"""Lanes: order of positions, dead letters, what is left out after a restart, the memory bound; and retries."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
-from msgspec import structs
 
-from replicator.contracts.errors import DeadLettersFull, SinkMisconfigured, SinkUnavailable, SinkUnusable
-from replicator.contracts.events import Batch, DeadLetter, Event, Finding, Position, Refusal, SinkPosition
-from replicator.contracts.sink import Sink
-from replicator.delivery import lane
+from replicator.contracts.errors import (
+    CheckpointUnavailable,
+    DeadLettersFull,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SinkUnusable,
+    SlotInUse,
+    SourceUnavailable,
+)
+from replicator.contracts.events import DeadLetter, Event, LetterCounts, Mark, Position, Refusal, SinkPosition
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import DeadLetterBox
+from replicator.delivery import lane, retry
+from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
-from replicator.delivery.lane import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES, Lane, backoff, weigh
+from replicator.delivery.queue import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES
+from replicator.delivery.retry import Trouble, backoff
+from sinks.testing import MemorySink
 
 START = SinkPosition(position=Position(0, 0), end_lsn=5)
 
 
-class FakeSink(Sink):
-    """Does what the test says; a real server does not fail on a particular write."""
+SETTINGS = CoreSettings.model_validate({"retry_max_seconds": 0.01})
 
-    name = "fake"
-    linger_seconds = 0.0
 
-    def __init__(self, max_events: int = 100, concurrency: int = 1, max_repeats: int | None = None) -> None:
-        self.max_events = max_events
-        self.concurrency = concurrency
-        self.max_repeats = max_repeats
-        self.taken: list[list[int]] = []
-        self.script: list[Callable[[Sequence[Event]], Awaitable[Sequence[Refusal]]]] = []
+class Box:
+    """Keeps dead letters."""
 
-    async def create(self) -> list[str]:
-        """Nothing to make."""
-        return []
+    def __init__(self) -> None:
+        self.letters: list[DeadLetter] = []
 
-    async def check(self) -> list[Finding]:
-        """Nothing to look at."""
-        return []
-
-    async def close(self) -> None:
-        """Nothing to release."""
-
-    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """Follow the script, then take everything."""
-        refused: Sequence[Refusal] = await self.script.pop(0)(events) if self.script else ()
-        self.taken.append([event.id for event in events])
-        return refused
+    def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
+        """Always room."""
+        self.letters += letters
+        return LetterCounts()
 
 
 class Harness:
-    """A lane on a fake sink, with what came out of it."""
+    """A fan-out with one lane, on a sink that does what the test says."""
 
-    def __init__(self, sink: FakeSink, start: SinkPosition = START, limit_bytes: int = 1_000_000) -> None:
-        self.letters: list[DeadLetter] = []
-        self.moved = asyncio.Event()
-        self.held_back = asyncio.Event()
-        self.fan_out = FanOut(limit_bytes)
-        self.lane = Lane(
-            sink,
-            start,
-            retry_max_seconds=0.001,
-            dead_letter=self._keep,
-            on_progress=self.moved.set,
-            on_release=self.fan_out.release,
-            on_held_back=self.held_back.set,
-        )
-        self.fan_out.lanes.append(self.lane)
+    def __init__(
+        self, sink: MemorySink, start: SinkPosition = START, limit_bytes: int = 1_000_000, box: Box | None = None
+    ) -> None:
+        self.box = box or Box()
+        letters = DeadLetters(cast("DeadLetterBox", self.box), SETTINGS)
+        self.fan_out = FanOut(SETTINGS, letters, limit_bytes=limit_bytes)
+        self.fan_out.open([sink], {sink.name: start})
+        [self.lane] = self.fan_out.lanes
 
-    async def _keep(self, letters: Sequence[DeadLetter]) -> None:
-        self.letters += letters
+    def put(self, commit_lsn: int, count: int, end_lsn: int | None = None, committed_at: float = 0.0) -> None:
+        """`count` events of one transaction; their ids are its commit LSN and the ordinal, e.g. 1001, 1002."""
+        self.put_heavy(commit_lsn, *[2] * count, end_lsn=end_lsn, committed_at=committed_at)
+
+    def put_heavy(
+        self, commit_lsn: int, *json_bytes: int, end_lsn: int | None = None, committed_at: float = 0.0
+    ) -> None:
+        """One transaction of events with so much JSON."""
+        events = [Event(commit_lsn, n, commit_lsn * 100 + n, 1, 0, b"x" * size) for n, size in enumerate(json_bytes, 1)]
+        end = commit_lsn + 5 if end_lsn is None else end_lsn
+        self.fan_out.put(events, Mark(Position(commit_lsn, len(events)), end, committed_at))
 
     async def until(self, end_lsn: int) -> None:
         """Wait until the lane has come this far."""
-        await self._until(lambda: self.lane.done.end_lsn >= end_lsn)
+        await self._until(lambda: self.lane.mark.end_lsn >= end_lsn)
 
     async def until_row(self, ordinal: int) -> None:
         """Wait until the lane has this row of its transaction."""
-        await self._until(lambda: self.lane.done.position.ordinal >= ordinal)
+        await self._until(lambda: self.lane.mark.position.ordinal >= ordinal)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
             while not condition():
-                self.moved.clear()
-                await self.moved.wait()
+                await self.fan_out.progress()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The lane at work; it stops at the end."""
-        task = asyncio.create_task(self.lane.run())
+        """The lane at work; it stops, without a failure, at the end."""
+        task = asyncio.create_task(self.fan_out.run())
         yield
-        self.lane.stop()
-        await task
-
-
-def batch(commit_lsn: int, count: int, end_lsn: int | None = None, size: int = 10) -> Batch:
-    """`count` events of one transaction; their ids are its commit LSN and the ordinal, e.g. 1001, 1002."""
-    events = [Event(commit_lsn, n, commit_lsn * 100 + n, 1, 0, b"{}") for n in range(1, count + 1)]
-    end = commit_lsn + 5 if end_lsn is None else end_lsn
-    return Batch(events=events, position=Position(commit_lsn, count), end_lsn=end, size=size, committed_at=0.0)
+        self.fan_out.stop()
+        assert await task is None
 
 
 async def test_a_batch_is_written_in_pieces_and_the_end_counts_with_the_last() -> None:
     """A piece moves the position to its last event; the transaction's end counts once all of it is written."""
-    sink = FakeSink(max_events=2)
+    sink = MemorySink(max_events=2)
     harness = Harness(sink)
     third = asyncio.Event()
     gate = asyncio.Event()
-
-    async def passes(_: Sequence[Event]) -> Sequence[Refusal]:
-        return ()
 
     async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
         third.set()
         await gate.wait()
         return ()
 
-    sink.script = [passes, passes, waits]
+    passes = asyncio.Event()
+    passes.set()
+    sink.steps = [passes, passes, waits]
     async with harness.running():
-        harness.fan_out.put(batch(10, 5))
+        harness.put(10, 5)
         await third.wait()
         assert harness.lane.done == SinkPosition(position=Position(10, 4), end_lsn=5)
         gate.set()
         await harness.until(15)
-    assert sink.taken == [[1001, 1002], [1003, 1004], [1005]]
+    assert sink.writes == [[1001, 1002], [1003, 1004], [1005]]
 
 
 async def test_waiting_batches_are_written_together() -> None:
     """A lane takes everything that waits, up to the sink's limit."""
-    sink = FakeSink(max_events=100)
+    sink = MemorySink(max_events=100)
     harness = Harness(sink)
     for lsn in (10, 20, 30):
-        harness.fan_out.put(batch(lsn, 2))
+        harness.put(lsn, 2)
     async with harness.running():
         await harness.until(35)
-    assert sink.taken == [[1001, 1002, 2001, 2002, 3001, 3002]]
+    assert sink.writes == [[1001, 1002, 2001, 2002, 3001, 3002]]
 
 
 async def test_the_position_waits_for_the_oldest_of_concurrent_writes() -> None:
     """With writes side by side, what is done behind one that is not must not count."""
-    sink = FakeSink(max_events=1, concurrency=3)
+    sink = MemorySink(max_events=1, concurrency=3)
     harness = Harness(sink)
     gate = asyncio.Event()
 
-    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
-        await gate.wait()
-        return ()
-
-    sink.script = [waits]
+    sink.steps = [gate]
     async with harness.running():
         for lsn in (10, 20, 30):
-            harness.fan_out.put(batch(lsn, 1))
-        async with asyncio.timeout(10):
-            while len(sink.taken) < 2:  # noqa: ASYNC110  the fake has no event to wait for
-                await asyncio.sleep(0.001)
+            harness.put(lsn, 1)
+        await sink.until_written(2)
         assert harness.lane.done == START
         gate.set()
         await harness.until(35)
-    assert sink.taken == [[2001], [3001], [1001]]
+    assert sink.writes == [[2001], [3001], [1001]]
 
 
 async def test_what_the_sink_has_is_left_out() -> None:
     """After a restart inside a transaction only the rest of it is written."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink, SinkPosition(position=Position(20, 2), end_lsn=15))
     async with harness.running():
-        harness.fan_out.put(batch(10, 3))
-        harness.fan_out.put(batch(20, 4))
+        harness.put(10, 3)
+        harness.put(20, 4)
         await harness.until(25)
-    assert [event for events in sink.taken for event in events] == [2003, 2004]
+    assert sink.taken == [2003, 2004]
 
 
 async def test_a_reconnect_repeats_nothing_and_never_moves_back() -> None:
     """The stream gives batches again that the lane has or that wait in it."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
     async with harness.running():
         for lsn in (10, 20, 10, 20, 30):
-            harness.fan_out.put(batch(lsn, 1))
+            harness.put(lsn, 1)
         await harness.until(35)
-    assert [event for events in sink.taken for event in events] == [1001, 2001, 3001]
+    assert sink.taken == [1001, 2001, 3001]
     assert harness.lane.done == SinkPosition(position=Position(30, 1), end_lsn=35)
 
 
 async def test_an_empty_batch_moves_an_idle_lane_at_once() -> None:
     """Transactions without our tables move the position, without a write."""
-    harness = Harness(FakeSink())
-    harness.fan_out.put(batch(10, 0, end_lsn=77))
+    harness = Harness(MemorySink())
+    harness.put(10, 0, end_lsn=77)
     assert harness.lane.done.end_lsn == 77
 
 
 async def test_an_empty_batch_waits_for_what_is_before_it() -> None:
     """Nothing in flight may be passed, and a dead sink does not collect empty batches."""
-    harness = Harness(FakeSink())
-    harness.fan_out.put(batch(10, 1))
+    harness = Harness(MemorySink())
+    harness.put(10, 1)
     for end in range(20, 1000):
-        harness.fan_out.put(batch(10, 0, end_lsn=end))
+        harness.put(10, 0, end_lsn=end)
     assert harness.lane.done == START
-    assert len(harness.lane._queue) == 2  # noqa: SLF001  the bound is not visible from outside
+    assert len(harness.lane.queue._entries) == 1  # noqa: SLF001  the bound is not visible from outside
     async with harness.running():
         await harness.until(999)
 
 
 async def test_an_unavailable_sink_is_tried_until_it_takes_the_same_events() -> None:
     """The very same events again; said once, and that it is over."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
     seen: list[list[int]] = []
 
     async def fails(events: Sequence[Event]) -> Sequence[Refusal]:
         seen.append([event.id for event in events])
-        raise SinkUnavailable(sink="fake", detail="down")
+        raise SinkUnavailable(sink="memory", detail="down")
 
-    sink.script = [fails, fails, fails]
+    sink.steps = [fails, fails, fails]
     async with harness.running():
-        harness.fan_out.put(batch(10, 2))
+        harness.put(10, 2)
         await harness.until(15)
     assert seen == [[1001, 1002]] * 3
-    assert sink.taken == [[1001, 1002]]
-    assert (harness.lane.trouble, harness.lane.progress.retries) == ("", 3)
+    assert sink.writes == [[1001, 1002]]
+    assert (harness.lane.trouble.message, harness.lane.trouble.failures) == ("", 3)
 
 
 async def test_trouble_is_told_with_its_cure(caplog: pytest.LogCaptureFixture) -> None:
     """A destination that turns us away loses nothing and is loud about it."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
 
     async def turns_away(_: Sequence[Event]) -> Sequence[Refusal]:
-        raise SinkMisconfigured(sink="fake", detail="401", cure="Set the token")
+        raise SinkMisconfigured(sink="memory", detail="401", cure="Set the token")
 
-    sink.script = [turns_away]
+    sink.steps = [turns_away]
     with caplog.at_level(logging.ERROR):
         async with harness.running():
-            harness.fan_out.put(batch(10, 1))
+            harness.put(10, 1)
             await harness.until(15)
     assert "Set the token" in caplog.text
-    assert (sink.taken, harness.letters) == ([[1001]], [])
+    assert (sink.writes, harness.box.letters) == ([[1001]], [])
 
 
 async def test_trouble_lasts_until_no_write_is_turned_away() -> None:
     """Of two writes side by side one succeeds: the other is still in trouble, and that is not told anew each time."""
-    sink = FakeSink(max_events=1, concurrency=2)
+    sink = MemorySink(max_events=1, concurrency=2)
     harness = Harness(sink)
     gate = asyncio.Event()
 
     async def fails(_: Sequence[Event]) -> Sequence[Refusal]:
-        raise SinkUnavailable(sink="fake", detail="overloaded", retry_after=0)
+        raise SinkUnavailable(sink="memory", detail="overloaded", retry_after=0)
 
-    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
-        await gate.wait()
-        return ()
-
-    async def passes(_: Sequence[Event]) -> Sequence[Refusal]:
-        return ()
-
-    sink.script = [fails, fails, waits, passes]
+    sink.steps = [fails, fails, gate]
     async with harness.running():
-        harness.fan_out.put(batch(10, 1))
-        harness.fan_out.put(batch(20, 1))
-        async with asyncio.timeout(10):
-            while not sink.taken:  # noqa: ASYNC110  the fake has no event to wait for
-                await asyncio.sleep(0.001)
-        assert "overloaded" in harness.lane.trouble
+        harness.put(10, 1)
+        harness.put(20, 1)
+        await sink.until_written(1)
+        assert "overloaded" in harness.lane.trouble.message
         gate.set()
         await harness.until(25)
-    assert harness.lane.trouble == ""
+    assert not harness.lane.trouble
 
 
 async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None:
     """Queued or in flight; how long nothing happened before that does not count."""
-    sink = FakeSink(max_events=1)
+    sink = MemorySink(max_events=1)
     harness = Harness(sink)
     gate = asyncio.Event()
 
-    async def waits(_: Sequence[Event]) -> Sequence[Refusal]:
-        await gate.wait()
-        return ()
-
     now = time.time()
-    harness.fan_out.put(structs.replace(batch(10, 0), committed_at=now - 3600))
+    harness.put(10, 0, committed_at=now - 3600)
     assert harness.lane.lag_seconds() == 0.0
     for lsn, age in ((20, 100), (30, 50)):
-        harness.fan_out.put(structs.replace(batch(lsn, 1), committed_at=now - age))
+        harness.put(lsn, 1, committed_at=now - age)
     assert 100 <= harness.lane.lag_seconds() < 1000
-    sink.script = [waits]
+    sink.steps = [gate]
     async with harness.running():
         await asyncio.sleep(0.01)
         assert 100 <= harness.lane.lag_seconds() < 1000
@@ -300,7 +271,7 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
     """The oldest one's; what was answered has none, also while it waits for one before it or for its dead letters."""
     now = 1_000.0
     monkeypatch.setattr(lane, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
-    harness = Harness(sink := FakeSink(max_events=1, concurrency=2))
+    harness = Harness(sink := MemorySink(max_events=1, concurrency=2))
     asked = [asyncio.Event(), asyncio.Event()]
     answer = [asyncio.Event(), asyncio.Event()]
     storing, stored = asyncio.Event(), asyncio.Event()
@@ -315,12 +286,12 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
         storing.set()
         await stored.wait()
 
-    sink.script = [hangs, hangs]
-    harness.lane._dead_letter = stores  # noqa: SLF001  a store that takes its time
+    sink.steps = [hangs, hangs]
+    monkeypatch.setattr(DeadLetters, "keep", lambda _self, letters: stores(letters))  # a store that takes its time
     async with harness.running(), asyncio.timeout(10):
         for number in (0, 1):
             assert number * 5.0 == harness.lane.unanswered_seconds()
-            harness.fan_out.put(batch(10 * number + 10, 1))
+            harness.put(10 * number + 10, 1)
             await asked[number].wait()
             now += 5
         assert harness.lane.unanswered_seconds() == 10.0
@@ -328,8 +299,7 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
         await storing.wait()
         assert harness.lane.unanswered_seconds() == 5.0
         answer[1].set()
-        while len(sink.taken) < 2:  # noqa: ASYNC110  the fake has no event to wait for
-            await asyncio.sleep(0.001)
+        await sink.until_written(2)
         assert (2, 0.0) == (harness.lane.waiting, harness.lane.unanswered_seconds())
         stored.set()
         await harness.until(25)
@@ -337,21 +307,21 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
 
 async def test_retry_after_is_honoured() -> None:
     """The destination named a time: no earlier."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
     times: list[float] = []
 
     async def later(_: Sequence[Event]) -> Sequence[Refusal]:
         times.append(asyncio.get_running_loop().time())
-        raise SinkUnavailable(sink="fake", detail="429", retry_after=0.2)
+        raise SinkUnavailable(sink="memory", detail="429", retry_after=0.2)
 
     async def notes(_: Sequence[Event]) -> Sequence[Refusal]:
         times.append(asyncio.get_running_loop().time())
         return ()
 
-    sink.script = [later, notes]
+    sink.steps = [later, notes]
     async with harness.running():
-        harness.fan_out.put(batch(10, 1))
+        harness.put(10, 1)
         await harness.until(15)
     assert times[1] - times[0] >= 0.2
 
@@ -359,22 +329,22 @@ async def test_retry_after_is_honoured() -> None:
 async def test_a_named_time_that_has_passed_is_no_leave_to_storm(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Retry-After: 0`, or a date by a clock that is behind ours: the ordinary pauses are the least."""
     pauses = iter([0.05, 0.1])
-    monkeypatch.setattr(lane, "backoff", lambda _attempt, _longest: next(pauses))
-    sink = FakeSink()
+    monkeypatch.setattr(retry, "backoff", lambda _attempt, _longest: next(pauses))
+    sink = MemorySink()
     harness = Harness(sink)
     times: list[float] = []
 
     async def overloaded(_: Sequence[Event]) -> Sequence[Refusal]:
         times.append(asyncio.get_running_loop().time())
-        raise SinkUnavailable(sink="fake", detail="503", retry_after=0.0)
+        raise SinkUnavailable(sink="memory", detail="503", retry_after=0.0)
 
     async def takes(_: Sequence[Event]) -> Sequence[Refusal]:
         times.append(asyncio.get_running_loop().time())
         return ()
 
-    sink.script = [overloaded, overloaded, takes]
+    sink.steps = [overloaded, overloaded, takes]
     async with harness.running():
-        harness.fan_out.put(batch(10, 1))
+        harness.put(10, 1)
         await harness.until(15)
     first, second, third = times
     assert second - first >= 0.05
@@ -383,41 +353,39 @@ async def test_a_named_time_that_has_passed_is_no_leave_to_storm(monkeypatch: py
 
 async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
     """The dead letter carries position, reason and payload."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
 
     async def refuses(events: Sequence[Event]) -> Sequence[Refusal]:
         assert harness.lane.done == START
         return [Refusal(events[1], "no")]
 
-    sink.script = [refuses]
+    sink.steps = [refuses]
     async with harness.running():
-        harness.fan_out.put(batch(10, 3))
+        harness.put(10, 3)
         await harness.until(15)
-    assert harness.letters == [
-        DeadLetter(sink="fake", position=Position(10, 2), event_id=1002, reason="no", payload=b"{}")
+    assert harness.box.letters == [
+        DeadLetter(sink="memory", position=Position(10, 2), event_id=1002, reason="no", payload=b"xx")
     ]
 
 
 async def test_an_error_nobody_names_ends_the_lane() -> None:
     """It is not retried, and its position stays."""
-    sink = FakeSink()
+    sink = MemorySink()
     harness = Harness(sink)
 
     async def breaks(_: Sequence[Event]) -> Sequence[Refusal]:
-        raise SinkUnusable(sink="fake", detail="no table", cure="init")
+        raise SinkUnusable(sink="memory", detail="no table", cure="init")
 
-    sink.script = [breaks]
-    harness.fan_out.put(batch(10, 1))
-    with pytest.raises(ExceptionGroup) as caught:
-        await harness.lane.run()
-    assert caught.group_contains(SinkUnusable)
+    sink.steps = [breaks]
+    harness.put(10, 1)
+    assert isinstance(await harness.fan_out.run(), SinkUnusable)
     assert harness.lane.done == START
 
 
 async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> None:
     """What is being written is finished and counts; what is being retried stays unwritten."""
-    sink = FakeSink(max_events=1, concurrency=2)
+    sink = MemorySink(max_events=1, concurrency=2)
     harness = Harness(sink)
     begun = asyncio.Event()
 
@@ -427,27 +395,29 @@ async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> Non
         return ()
 
     async def fails(_: Sequence[Event]) -> Sequence[Refusal]:
-        raise SinkUnavailable(sink="fake", detail="down", retry_after=3600)
+        raise SinkUnavailable(sink="memory", detail="down", retry_after=3600)
 
-    sink.script = [slow, fails]
+    sink.steps = [slow, fails]
     async with harness.running():
-        harness.fan_out.put(batch(10, 1))
-        harness.fan_out.put(batch(20, 1))
+        harness.put(10, 1)
+        harness.put(20, 1)
         await begun.wait()
-    assert sink.taken == [[1001]]
+    assert sink.writes == [[1001]]
     assert harness.lane.done == SinkPosition(position=Position(10, 1), end_lsn=15)
 
 
 async def test_reading_stops_at_the_memory_limit_and_goes_on_below_it() -> None:
     """Bytes are held until the last lane that needs them is done."""
-    sink = FakeSink()
-    harness = Harness(sink, limit_bytes=100)
-    harness.fan_out.put(batch(10, 1, size=60))
+    gate = asyncio.Event()
+    harness = Harness(MemorySink(steps=[gate]), limit_bytes=2 * EVENT_OVERHEAD_BYTES)
+    harness.put_heavy(10, 0)
     await asyncio.wait_for(harness.fan_out.room(), 1)
-    harness.fan_out.put(batch(20, 1, size=60))
+    harness.put_heavy(20, 0)
     assert harness.fan_out.full
     async with harness.running():
+        gate.set()
         await asyncio.wait_for(harness.fan_out.room(), 10)
+        await harness.until(25)
     assert harness.fan_out.held_bytes == 0
 
 
@@ -461,98 +431,193 @@ def test_backoff_is_full_jitter_below_a_doubling_limit() -> None:
 
 async def test_no_more_is_written_past_the_checkpoint_than_may_be_repeated() -> None:
     """What is written or in flight counts until a checkpoint has it, to the row; then as much again is written."""
-    sink = FakeSink(max_events=2, concurrency=8, max_repeats=5)
+    sink = MemorySink(max_events=2, concurrency=8, max_repeats=5)
     harness = Harness(sink)
     async with harness.running():
-        harness.fan_out.put(batch(10, 9))
+        harness.put(10, 9)
         async with asyncio.timeout(10):
-            await harness.held_back.wait()
+            await harness.fan_out.checkpoint_wanted(10)
         await harness.until_row(4)
-        assert harness.lane.held_back
-        assert sink.taken == [[1001, 1002], [1003, 1004]], "a third write could make it 6 repeats"
+        assert harness.lane.awaiting_checkpoint
+        assert sink.writes == [[1001, 1002], [1003, 1004]], "a third write could make it 6 repeats"
         harness.lane.saved(Position(10, 3))  # a checkpoint that was made before the second write was done
         await harness.until_row(6)
-        assert sink.taken[2:] == [[1005, 1006]]
-        assert harness.lane.held_back
+        assert sink.writes[2:] == [[1005, 1006]]
+        assert harness.lane.awaiting_checkpoint
         harness.lane.saved(harness.lane.done.position)
         await harness.until(15)
-    assert sink.taken[3:] == [[1007, 1008], [1009]]
+    assert sink.writes[3:] == [[1007, 1008], [1009]]
 
 
 async def test_where_repeats_do_no_harm_nothing_is_held_back() -> None:
     """Without a bound a lane does not wait for checkpoints."""
-    harness = Harness(FakeSink(max_events=1))
+    harness = Harness(MemorySink(max_events=1))
     async with harness.running():
-        harness.fan_out.put(batch(10, 500))
+        harness.put(10, 500)
         await harness.until(15)
-    assert not harness.held_back.is_set()
+    assert not harness.lane.awaiting_checkpoint
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def heavy(commit_lsn: int, *sizes: int) -> Batch:
-    """One transaction of events that weigh so much."""
-    made = batch(commit_lsn, len(sizes))
-    events = [
-        structs.replace(event, json=b"x" * (size - EVENT_OVERHEAD_BYTES))
-        for event, size in zip(made.events, sizes, strict=True)
-    ]
-    return structs.replace(made, events=events, size=weigh(events))
-
-
 async def test_a_write_is_bounded_in_bytes() -> None:
     """Large events go in several writes, one that is larger than the bound alone; no position is skipped."""
-    third = WRITE_MAX_BYTES // 3
-    sink = FakeSink()
+    third = WRITE_MAX_BYTES // 3 - EVENT_OVERHEAD_BYTES
+    sink = MemorySink()
     harness = Harness(sink)
-    for made in (heavy(10, third, third), heavy(20, third, third, 9), heavy(30, 2 * WRITE_MAX_BYTES), heavy(40, 9)):
-        harness.fan_out.put(made)
+    harness.put_heavy(10, third, third)
+    harness.put_heavy(20, third, third, 9)
+    harness.put_heavy(30, 2 * WRITE_MAX_BYTES)
+    harness.put_heavy(40, 9)
     async with harness.running():
         await harness.until(45)
-    assert [[1001, 1002, 2001], [2002, 2003], [3001], [4001]] == sink.taken
+    assert [[1001, 1002, 2001], [2002, 2003], [3001], [4001]] == sink.writes
     assert 0 == harness.fan_out.held_bytes
 
 
 async def test_enough_bytes_end_the_wait_for_more() -> None:
     """What fills a write does not linger."""
-    sink = FakeSink()
+    sink = MemorySink()
     sink.linger_seconds = 60
     harness = Harness(sink)
-    harness.fan_out.put(heavy(10, WRITE_MAX_BYTES))
+    harness.put_heavy(10, WRITE_MAX_BYTES - EVENT_OVERHEAD_BYTES)
     async with harness.running():
         await harness.until(15)
-    assert [[1001]] == sink.taken
+    assert [[1001]] == sink.writes
 
 
 async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCaptureFixture) -> None:
     """Loudly; the refused event is not sent again meanwhile, and its position does not count."""
-    sink = FakeSink(max_events=1)
-    harness = Harness(sink)
-    full = asyncio.Event()
-    keep, room = harness.lane._dead_letter, asyncio.Event()  # noqa: SLF001  as it was given
+    full, room = threading.Event(), threading.Event()
 
-    async def refuses(events: Sequence[Event]) -> Sequence[Refusal]:
-        return [Refusal(events[0], "no")]
-
-    async def keeps_when_there_is_room(letters: Sequence[DeadLetter]) -> None:
-        if not room.is_set():
+    class FullBox(Box):
+        def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int) -> LetterCounts:
+            if room.is_set():
+                return super().add_dead_letters(slot, letters, most)
             full.set()
-            raise DeadLettersFull(sink="fake", stored=1, count=1, limit=1)
-        await keep(letters)
+            raise DeadLettersFull(sink="memory", stored=1, count=1, limit=1)
 
-    sink.script = [refuses]
-    harness.lane._dead_letter = keeps_when_there_is_room  # noqa: SLF001  a store that is full
-    harness.fan_out.put(batch(10, 1))
+    sink = MemorySink(max_events=1, refused=[1001])
+    harness = Harness(sink, box=FullBox())
+    harness.put(10, 1)
     async with harness.running():
-        await full.wait()
+        await asyncio.to_thread(full.wait, 10)
         await asyncio.sleep(0.01)
         assert START == harness.lane.done
-        assert harness.lane.needs_somebody
-        assert "would pass the limit of 1" in harness.lane.trouble
+        assert harness.lane.trouble.needs_operator
+        assert "would pass the limit of 1" in harness.lane.trouble.message
         room.set()
         await harness.until(15)
-    assert "" == harness.lane.trouble
-    assert [1001] == [letter.event_id for letter in harness.letters]
-    assert [[1001]] == sink.taken
-    assert "`python -m replicator dead-letters drop --sink fake`" in caplog.text
+    assert not harness.lane.trouble
+    assert [1001] == [letter.event_id for letter in harness.box.letters]
+    assert [[]] == sink.writes, "it was asked once"
+    assert "dead-letters drop --sink memory" in caplog.text
+
+
+async def test_one_lane_that_fails_ends_the_others_in_good_order() -> None:
+    """What is in flight elsewhere is finished and counts; the failure is returned, and the work is ended."""
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def breaks(_: Sequence[Event]) -> None:
+        await begun.wait()
+        asyncio.get_running_loop().call_later(0.01, gate.set)
+        raise SinkUnusable(sink="broken", detail="no table", cure="init")
+
+    async def slow(_: Sequence[Event]) -> None:
+        begun.set()
+        await gate.wait()
+
+    sinks = MemorySink(name="broken", steps=[breaks]), MemorySink(name="good", steps=[slow])
+    fan_out = FanOut(SETTINGS, DeadLetters(cast("DeadLetterBox", Box()), SETTINGS), limit_bytes=1_000_000)
+    fan_out.open(sinks, {sink.name: START for sink in sinks})
+    fan_out.put([Event(10, 1, 1001, 1, 0, b"{}")], Mark(Position(10, 1), 15))
+    forever = asyncio.Event()
+
+    async def work() -> None:
+        await forever.wait()
+
+    assert isinstance(await asyncio.wait_for(fan_out.run(work()), 10), SinkUnusable)
+    assert [5, 15] == [lane.mark.end_lsn for lane in fan_out.lanes]
+
+
+# -- retries ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when something sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def test_trouble_is_logged_when_its_kind_begins_and_twice_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not each time; a standby says once that it waits, however long; the newest message is always there."""
+    clock, trouble = Clock(monkeypatch), Trouble()
+    assert (False, 0.0) == (bool(trouble), trouble.seconds())
+    for second in range(61):
+        clock.now = 1_000.0 + second
+        trouble.say(SinkUnavailable(sink="s", detail=f"try {second}"))
+        trouble.say(SlotInUse(slot="s", pid=second))
+    assert 60.0 == trouble.seconds()
+    assert "process 60" in trouble.message
+    said = [record.getMessage().split(":")[0][:20] for record in caplog.records]
+    assert ["Sink s did not take ", "Replication slot s i", "Sink s did not take "] == said
+    trouble.clear()
+    assert (False, 0.0) == (bool(trouble), trouble.seconds())
+
+
+@pytest.mark.parametrize(
+    ("error", "least", "most"),
+    [
+        (SlotInUse(slot="s", pid=1), 1.0, 1.0),
+        (DeadLettersFull(sink="s", stored=1, count=1, limit=1), 7.0, 7.0),
+        (SinkMisconfigured(sink="s", detail="401", cure=""), 7.0, 7.0),
+        (SinkUnavailable(sink="s", detail="503", retry_after=60.0), 60.0, 60.0),
+        (SinkUnavailable(sink="s", detail="503", retry_after=1e9), 900.0, 900.0),
+        (SinkUnavailable(sink="s", detail="503"), 0.0, 0.2),
+        (CheckpointUnavailable(detail="full"), 0.0, 0.2),
+        (SourceUnavailable(detail="gone"), 0.0, 0.2),
+    ],
+)
+def test_the_error_decides_about_the_pause(error: Exception, least: float, most: float) -> None:
+    """A named time is the least, within reason; where an operator is needed the longest pause; else jitter."""
+    assert least <= retry.pause_seconds(error, 1, 7.0) <= most
+
+
+async def test_what_nobody_names_is_not_retried() -> None:
+    """It ends the program, at once."""
+    calls: list[int] = []
+
+    async def call() -> None:
+        calls.append(1)
+        raise SinkUnusable(sink="s", detail="no table", cure="init")
+
+    with pytest.raises(SinkUnusable):
+        await retry.retry(call, Trouble(), 0.001)
+    assert [1] == calls
+
+
+async def test_a_call_that_did_well_for_a_while_is_retried_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that breaks after an hour is connected again at once, one that breaks at once is not."""
+    clock = Clock(monkeypatch)
+    attempts: list[int] = []
+
+    def no_pause(attempt: int, _longest: float) -> float:
+        attempts.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr(retry, "backoff", no_pause)
+    lasting = [1, 1, 100, 1]
+
+    async def call() -> str:
+        if not lasting:
+            return "done"
+        clock.now += lasting.pop(0)
+        raise SourceUnavailable(detail="cut off")
+
+    assert "done" == await retry.retry(call, Trouble(), 30.0, fresh_after=30.0)
+    assert [0, 1, 0, 1] == attempts

@@ -8,8 +8,9 @@ from typing import cast
 import pytest
 from msgspec import structs
 
-from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.contracts.events import Checkpoint, Mark, Position
 from replicator.delivery.lane import Lane
+from replicator.delivery.retry import Trouble
 from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
 from tests.support.fakes import STATE
@@ -17,26 +18,32 @@ from tests.support.fakes import STATE
 SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
 
 
+class FakeTrouble(Trouble):
+    """Lasts as long as the test says."""
+
+    def __init__(self, message: str = "", lasting: float = 0.0, *, needs_operator: bool = False) -> None:
+        super().__init__(message=message)
+        self.lasting, self.needs_operator = lasting, needs_operator
+
+    def seconds(self) -> float:
+        """As long as the test says."""
+        return self.lasting
+
+
 class FakeLane:
     """The slowest lane."""
 
     name = "http"
     waiting = 7
-    trouble = ""
-    needs_somebody = False
-    troubled_for = 0.0
     unanswered_for = 0.0
 
     def unanswered_seconds(self) -> float:
         """As long as the test says."""
         return self.unanswered_for
 
-    def trouble_seconds(self) -> float:
-        """As long as the test says."""
-        return self.troubled_for
-
     def __init__(self) -> None:
-        self.done = SinkPosition(position=Position(90, 1), end_lsn=80)
+        self.trouble: Trouble = Trouble()
+        self.mark = Mark(Position(90, 1), 80)
 
 
 class FakeSource:
@@ -50,7 +57,7 @@ class FakePipeline:
     """A pipeline that reads, with one sink."""
 
     def __init__(self) -> None:
-        self.trouble = ""
+        self.trouble = Trouble()
         self.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={})
         self.source = FakeSource()
         self.fan_out = self
@@ -59,7 +66,7 @@ class FakePipeline:
     @property
     def slowest(self) -> Lane | FakeLane:
         """As `FanOut` chooses it."""
-        return min(self.lanes, key=lambda lane: (lane.done.end_lsn, lane.done.position))
+        return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
 
 class Looking(Monitor):
@@ -124,7 +131,7 @@ def test_the_slot_moves_again(monitor: Looking) -> None:
 def test_it_says_what_the_sink_says(monitor: Looking) -> None:
     """A sink in trouble is the reason, in its own words."""
     lane = monitor.pipeline.fan_out.slowest
-    lane.trouble = "sink http answered 500"
+    lane.trouble = FakeTrouble("sink http answered 500")
     monitor.look(1, server_lsn=300)
     [reason] = monitor.look(2 * STALL_SECONDS)
     assert reason.endswith(": sink http answered 500")
@@ -145,8 +152,8 @@ def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pi
 def test_the_sink_that_something_waits_for_is_blamed(monitor: Looking, pipeline: Pipeline) -> None:
     """Also while its position is ahead of that of a sink which has all that was read."""
     idle, busy = FakeLane(), FakeLane()
-    idle.name, idle.waiting, idle.trouble = "redis", 0, "sink redis is away"
-    busy.done = SinkPosition(position=Position(90, 1), end_lsn=100)
+    idle.name, idle.waiting, idle.trouble = "redis", 0, FakeTrouble("sink redis is away")
+    busy.mark = Mark(Position(90, 1), 100)
     pipeline.fan_out.lanes[:] = [cast("Lane", idle), cast("Lane", busy)]
     monitor.look(1, server_lsn=300)
     [reason] = monitor.look(2 * STALL_SECONDS)
@@ -169,15 +176,15 @@ def test_a_sink_that_does_not_answer_is_a_reason(monitor: Looking) -> None:
     assert [] == monitor.look()
     lane.unanswered_for = TROUBLE_SECONDS + 2
     assert ["sink http has not answered for 12 s"] == monitor.look()
-    lane.trouble, lane.troubled_for = "sink http answered 500", 1.0
+    lane.trouble = FakeTrouble("sink http answered 500", 1.0)
     assert [] == monitor.look()
-    lane.troubled_for = TROUBLE_SECONDS
+    lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS)
     assert ["sink http answered 500"] == monitor.look()
 
 
 def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> None:
     """The pipeline's and the look's own trouble need no minute."""
-    pipeline.trouble = "held by process 7"
+    pipeline.trouble.message = "held by process 7"
     monitor.trouble = "no such slot"
     assert ["held by process 7", "no such slot"] == monitor.look()
 
@@ -185,11 +192,11 @@ def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> No
 def test_a_sink_that_takes_nothing_is_a_reason(monitor: Looking) -> None:
     """At once where only somebody can mend it, else when it has lasted; not for a hiccup."""
     lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
-    lane.trouble, lane.troubled_for = "sink http answered 500", TROUBLE_SECONDS - 1
+    lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS - 1)
     assert [] == monitor.look()
-    lane.troubled_for = TROUBLE_SECONDS
+    lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS)
     assert ["sink http answered 500"] == monitor.look()
-    lane.trouble, lane.troubled_for, lane.needs_somebody = "sink http turns us away", 0.0, True
+    lane.trouble = FakeTrouble("sink http turns us away", needs_operator=True)
     assert ["sink http turns us away"] == monitor.look()
 
 
@@ -206,7 +213,7 @@ def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: 
     lane = monitor.pipeline.fan_out.slowest
     assert [] == monitor.look(server_lsn=200)
     for row in range(2, 6):
-        lane.done = SinkPosition(position=Position(90, row), end_lsn=80)
+        lane.mark = Mark(Position(90, row), 80)
         assert [] == monitor.look(seconds_later=STALL_SECONDS - 1)
     assert [] != monitor.look(seconds_later=STALL_SECONDS + 1)
 

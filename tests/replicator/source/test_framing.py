@@ -50,7 +50,7 @@ def take(*messages: bytes) -> tuple[Source, Connection]:
 
 def end_lsn(source: Source) -> int:
     """How far the source has come."""
-    return source._decoder.take().end_lsn  # noqa: SLF001
+    return source._decoder.take().mark.end_lsn  # noqa: SLF001
 
 
 def test_whole_messages_are_taken() -> None:

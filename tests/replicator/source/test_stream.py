@@ -86,11 +86,11 @@ async def read_users(source: Source, *wanted: int) -> Lsn:
     users: list[int] = []
     async with asyncio.timeout(10):
         while True:
-            stretch = await source.read()
-            users += [_user(row) for row in stretch.rows]
-            if len(users) >= len(wanted) and stretch.end_lsn > stretch.position.commit_lsn:
+            chunk = await source.read()
+            users += [_user(row) for row in chunk.rows]
+            if len(users) >= len(wanted) and chunk.mark.end_lsn > chunk.mark.position.commit_lsn:
                 assert list(wanted) == users
-                return stretch.end_lsn
+                return chunk.mark.end_lsn
 
 
 def _user(row: Row) -> int:
@@ -103,7 +103,7 @@ async def keepalive(source: Source, behind: Lsn = 0) -> Lsn:
     async with asyncio.timeout(10):
         while True:
             source.send_feedback(ask=True)
-            end_lsn = (await source.read()).end_lsn
+            end_lsn = (await source.read()).mark.end_lsn
             if end_lsn > behind:
                 return end_lsn
 

@@ -11,7 +11,8 @@ from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotLost,
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
 from replicator.source.slot import Identity, SlotState
 from replicator.source.takeover import Beginning
-from tests.support.fakes import HERE, FakeSink
+from sinks.testing import MemorySink
+from tests.support.fakes import HERE
 from tests.support.fakes import STATE as STATE_AT_100
 
 STATE = structs.replace(STATE_AT_100, server_time=1767864112.0)
@@ -63,11 +64,11 @@ class Store:
         self.stored = checkpoint
 
 
-def beginning(slot: Slot, store: Store, *sinks: FakeSink) -> Beginning:
+def beginning(slot: Slot, store: Store, *sinks: MemorySink) -> Beginning:
     """For these sinks."""
     source: Any = slot
     stores: Any = store
-    return Beginning(source, stores, "s", sinks or (FakeSink("redis"),))
+    return Beginning(source, stores, "s", sinks or (MemorySink(name="redis"),))
 
 
 async def test_what_is_missing_is_made() -> None:
@@ -99,7 +100,9 @@ async def test_no_slot_is_made_over_a_gap(state: SlotState | None) -> None:
 async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() -> None:
     """A command for sinks that repeats can't harm, another one for those that see them again."""
     slot, store = Slot(None), Store(STORED)
-    taken = await beginning(slot, store, FakeSink("redis"), FakeSink("http", max_repeats=100)).take(accept_gap=True)
+    taken = await beginning(slot, store, MemorySink(name="redis"), MemorySink(name="http", max_repeats=100)).take(
+        accept_gap=True
+    )
     assert (True, ["replace"], {}) == (slot.created, store.calls, taken.checkpoint.sinks)
     first, redis, http, _ = taken.gap
     assert "from 0/64 (system 7, timeline 1)" in first

@@ -52,59 +52,59 @@ def fed(*payloads: bytes) -> StreamDecoder:
 def test_rows_are_numbered_within_their_transaction() -> None:
     """A row's position is its transaction's commit LSN (known from `B`) and its ordinal."""
     decoder = fed(begin("0/10", "0/18"), row(), row("U"), commit("0/10", "0/18"), begin("1/0", "1/8"), row("T"))
-    stretch = decoder.take()
-    assert [(r.action, r.commit_lsn, r.ordinal) for r in stretch.rows] == [
+    chunk = decoder.take()
+    assert [(r.action, r.commit_lsn, r.ordinal) for r in chunk.rows] == [
         ("I", 0x10, 1),
         ("U", 0x10, 2),
         ("T", 1 << 32, 1),
     ]
-    assert stretch.position == Position(1 << 32, 1)
+    assert chunk.mark.position == Position(1 << 32, 1)
 
 
 def test_the_end_is_that_of_the_last_complete_transaction() -> None:
-    """An open transaction does not move the end; it goes on in the next stretch with the next ordinal."""
+    """An open transaction does not move the end; it goes on in the next chunk with the next ordinal."""
     decoder = fed(begin("0/10", "0/18"), row(), commit("0/10", "0/18"), begin("0/20", "0/28"), row())
-    assert decoder.take().end_lsn == 0x18
+    assert decoder.take().mark.end_lsn == 0x18
     decoder.feed(row())
     decoder.feed(commit("0/20", "0/28"))
-    stretch = decoder.take()
-    assert (stretch.end_lsn, stretch.position) == (0x28, Position(0x20, 2))
+    chunk = decoder.take()
+    assert (chunk.mark.end_lsn, chunk.mark.position) == (0x28, Position(0x20, 2))
 
 
 def test_empty_transactions_move_the_end() -> None:
     """`B`, `C` of transactions that touched none of our tables are a place to stand."""
-    stretch = fed(begin("0/10", "0/18"), commit("0/10", "0/18"), begin("0/20", "0/28"), commit("0/20", "0/28")).take()
-    assert (stretch.rows, stretch.end_lsn, stretch.position) == ([], 0x28, Position(0, 0))
+    chunk = fed(begin("0/10", "0/18"), commit("0/10", "0/18"), begin("0/20", "0/28"), commit("0/20", "0/28")).take()
+    assert (chunk.rows, chunk.mark.end_lsn, chunk.mark.position) == ([], 0x28, Position(0, 0))
 
 
 def test_a_keepalive_moves_the_end_only_between_transactions() -> None:
     """Inside a transaction the server's position says nothing about what is complete."""
     decoder = fed(begin("0/10", "0/18"), row())
     decoder.keepalive(0x50)
-    assert decoder.take().end_lsn == 0
+    assert decoder.take().mark.end_lsn == 0
     decoder.feed(commit("0/10", "0/18"))
     decoder.keepalive(0x60)
-    assert decoder.take().end_lsn == 0x60
+    assert decoder.take().mark.end_lsn == 0x60
 
 
 def test_a_keepalive_never_moves_the_end_back() -> None:
     """Keepalives may tell an older position than the last commit's end."""
     decoder = fed(begin("0/10", "0/18"), commit("0/10", "0/18"))
     decoder.keepalive(0x12)
-    assert decoder.take().end_lsn == 0x18
+    assert decoder.take().mark.end_lsn == 0x18
 
 
 def test_the_commit_time_is_the_newest_transactions() -> None:
     """Unix seconds; known from `B`, so also inside a transaction."""
-    assert fed().take().committed_at == 0.0
-    assert fed(begin("0/10", "0/18"), row()).take().committed_at == 1767882112.5
+    assert fed().take().mark.committed_at == 0.0
+    assert fed(begin("0/10", "0/18"), row()).take().mark.committed_at == 1767882112.5
 
 
 def test_logical_messages_are_passed_over() -> None:
     """Somebody's pg_logical_emit_message is neither a row nor a transaction's end."""
     message = b'{"action":"M","timestamp":null,"lsn":"0/5","transactional":false,"prefix":"x","content":"hello"}'
-    stretch = fed(message, begin("0/10", "0/18"), message, row(), commit("0/10", "0/18")).take()
-    assert [r.ordinal for r in stretch.rows] == [1]
+    chunk = fed(message, begin("0/10", "0/18"), message, row(), commit("0/10", "0/18")).take()
+    assert [r.ordinal for r in chunk.rows] == [1]
 
 
 @pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**53 + 1, 10**30])

@@ -93,12 +93,12 @@ def decoded(message: bytes) -> Row | None:
     try:
         for payload in (BEGIN, message, COMMIT):
             decoder.feed(payload)
-        stretch = decoder.take()
+        chunk = decoder.take()
     except DecodeError:
         return None
-    assert 0x18 == stretch.end_lsn
-    assert len(stretch.rows) <= 1
-    return stretch.rows[0] if stretch.rows else None
+    assert 0x18 == chunk.mark.end_lsn
+    assert len(chunk.rows) <= 1
+    return chunk.rows[0] if chunk.rows else None
 
 
 def assert_right(message: bytes) -> bool:
@@ -279,13 +279,13 @@ def test_positions_never_go_back(steps: list[tuple[str, int, int]]) -> None:
             if kind != "take":
                 step(decoder, kind, lsn, end)
                 continue
-            stretch = decoder.take()
-            for row in stretch.rows:
+            chunk = decoder.take()
+            for row in chunk.rows:
                 assert position < Position(row.commit_lsn, row.ordinal)
                 position = Position(row.commit_lsn, row.ordinal)
-            assert position == stretch.position
-            assert end_lsn <= stretch.end_lsn
-            end_lsn = stretch.end_lsn
+            assert position == chunk.mark.position
+            assert end_lsn <= chunk.mark.end_lsn
+            end_lsn = chunk.mark.end_lsn
     except DecodeError:
         return
 

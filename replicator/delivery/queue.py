@@ -1,0 +1,139 @@
+"""What waits for one sink, and what its next write takes: order, size in events and bytes, and the mark it reaches.
+
+`lane.py` decides when to write. A lane holds whole batches; the same list of events is in every lane's queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from replicator.contracts.events import Event, Mark, Position, Refusal
+
+EVENT_OVERHEAD_BYTES = 250
+"""What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
+WRITE_MAX_BYTES = 16_000_000
+"""The most that one write weighs, unless a single event is more: 20,000 events of 3 MB would be one insert of 60 GB."""
+
+
+class Batch(msgspec.Struct):
+    """Events in stream order, shared by all lanes, and the mark that a lane has reached once they are written."""
+
+    events: list[Event]
+    mark: Mark
+    size: int
+    """Memory it holds, bytes, estimated."""
+    holders: int = 0
+    """Lanes that still need it."""
+
+
+class Write(msgspec.Struct):
+    """The events of one `Sink.write`."""
+
+    events: list[Event]
+    mark: Mark
+    """Where the lane is once this write, and all before it, are done."""
+    since: float
+    """Commit time of its oldest batch."""
+    finished: list[Batch]
+    """Batches whose last events these are."""
+    refused: Sequence[Refusal] = ()
+    asked_at: float = 0.0
+    """When the sink was given it, time.monotonic(); 0.0 before that and once it has answered."""
+    done: bool = False
+
+
+class _Entry(msgspec.Struct):
+    """A batch in one queue: the events that this sink does not have yet."""
+
+    events: list[Event]
+    mark: Mark
+    arrived: float  # time.monotonic()
+    batch: Batch
+
+
+class Queue:
+    """Batches that no write has taken yet; the first one may be taken in part."""
+
+    def __init__(self, start: Mark) -> None:
+        self.end = start
+        """The mark of everything that was ever put in."""
+        self.events = 0
+        self.bytes = 0
+        """Of whole batches: what is taken of the first one still counts."""
+        self._entries: deque[_Entry] = deque()
+        self._taken = start
+        self._head = 0  # events of the first entry that are taken already
+
+    def put(self, batch: Batch) -> bool:
+        """Queue what the sink does not have; whether that is anything.
+
+        An empty batch only moves the mark of what is before it, so a dead sink does not collect them.
+        """
+        events, behind = batch.events, self.end.position
+        if events and (events[0].commit_lsn, events[0].ordinal) <= behind:  # after a restart or a reconnect
+            events = [event for event in events if (event.commit_lsn, event.ordinal) > behind]
+        self.end = self.end.later(batch.mark)
+        if events:
+            self._entries.append(_Entry(events, self.end, time.monotonic(), batch))
+            self.events += len(events)
+            self.bytes += batch.size
+        elif self._entries:
+            self._entries[-1].mark = self.end
+        return bool(events)
+
+    def waited_seconds(self) -> float:
+        """How long the oldest event has waited; 0.0 when there is none."""
+        return time.monotonic() - self._entries[0].arrived if self._entries else 0.0
+
+    def since(self) -> float:
+        """Commit time of the oldest batch; 0.0 when unknown or none."""
+        return self._entries[0].batch.mark.committed_at if self._entries else 0.0
+
+    def full(self, max_events: int) -> bool:
+        """There is enough for a write."""
+        return self.events >= max_events or self.bytes >= WRITE_MAX_BYTES
+
+    def take(self, max_events: int) -> Write:
+        """The next events, at most so many and so heavy."""
+        write = Write([], self._taken, self.since(), [])
+        size = 0
+        while self._entries and len(write.events) < max_events:
+            entry = self._entries[0]
+            piece = entry.events[self._head : self._head + max_events - len(write.events)]
+            if size + entry.batch.size > WRITE_MAX_BYTES:
+                piece = _fitting(piece, WRITE_MAX_BYTES - size) or ([] if write.events else piece[:1])
+            size += entry.batch.size
+            write.events += piece
+            self._head += len(piece)
+            if self._head < len(entry.events):
+                if piece:
+                    write.mark = write.mark._replace(position=Position(piece[-1].commit_lsn, piece[-1].ordinal))
+                break
+            write.mark = entry.mark
+            write.finished.append(entry.batch)
+            self._drop_first()
+        self._taken = write.mark
+        self.events -= len(write.events)
+        return write
+
+    def _drop_first(self) -> None:
+        self.bytes -= self._entries.popleft().batch.size
+        self._head = 0
+
+
+def weigh(events: Sequence[Event]) -> int:
+    """The memory that events hold, bytes, estimated."""
+    return sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in events)
+
+
+def _fitting(events: list[Event], room_bytes: int) -> list[Event]:
+    """The first of them, as many as weigh no more than that."""
+    for number, event in enumerate(events):
+        room_bytes -= len(event.json) + EVENT_OVERHEAD_BYTES
+        if room_bytes < 0:
+            return events[:number]
+    return events

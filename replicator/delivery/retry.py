@@ -1,0 +1,166 @@
+"""Trying again: which errors, after which pause, and how the log hears of it. Everything that retries does it here.
+
+The error says what happened (contracts/errors.py); what to do about it is decided here. Every other error stops the
+program. tenacity and stamina were tried: pause, sleep, stop and log would all be hooks of ours, at 16 µs a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from replicator.contracts.errors import (
+    CheckpointUnavailable,
+    DeadLettersFull,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SlotInUse,
+    SourceUnavailable,
+)
+
+log = logging.getLogger(__name__)
+
+BASE_SECONDS = 0.1
+"""Upper end of the first pause; it doubles up to the setting's maximum (AWS, "Exponential Backoff And Jitter")."""
+STANDBY_SECONDS = 1.0
+"""How often a standby asks for the slot."""
+OPERATOR_SECONDS = 30.0
+"""Pause while only an operator can help: it should not look like an attack on the destination."""
+RETRY_AFTER_MAX_SECONDS = 900.0
+"""A destination may name a time, but a broken one must not silence its lane for days."""
+COMPLAINT_SECONDS = 30.0
+"""Trouble is logged when it begins, and then once in this time."""
+
+NEEDS_OPERATOR = (SinkMisconfigured, DeadLettersFull)
+RETRYABLE = (SourceUnavailable, SlotInUse, CheckpointUnavailable, SinkUnavailable, *NEEDS_OPERATOR)
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """`stop` came before a retry."""
+
+
+class Trouble:
+    """Why something does not work at the moment; false while it does. Several callers can share one."""
+
+    def __init__(self, *, over: str = "", message: str = "") -> None:
+        self.message = message
+        """The newest problem with its cure; empty while there is none."""
+        self.needs_operator = False
+        """Retrying alone does not end it."""
+        self.failures = 0
+        """Tries that failed since the program began."""
+        self._over = over
+        self._callers = 0
+        self._since = 0.0
+        self._logged: dict[type, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def seconds(self) -> float:
+        """How long it has lasted; 0.0 while there is none."""
+        return time.monotonic() - self._since if self._logged else 0.0
+
+    def say(self, problem: Exception | str) -> None:
+        """Keep it. Log it when this kind of problem begins, and again while it lasts; a standby waits quietly."""
+        now = time.monotonic()
+        self._since = self._since if self._logged else now
+        kind = type(problem)
+        again = math.inf if kind is SlotInUse else COMPLAINT_SECONDS
+        if kind not in self._logged or now - self._logged[kind] > again:
+            log.log(logging.WARNING if kind is SlotInUse else logging.ERROR, "%s", problem)
+            self._logged[kind] = now
+        self.message = str(problem)
+        self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
+
+    def begin(self) -> None:
+        """One more caller fails."""
+        self._callers += 1
+
+    def end(self) -> None:
+        """One of the callers has succeeded: it is over when all have."""
+        self._callers -= 1
+        if self._callers <= 0:
+            if self._over:
+                log.info("%s", self._over)
+            self.clear()
+
+    def clear(self) -> None:
+        """All is well."""
+        self.message, self.needs_operator, self._callers = "", False, 0
+        self._logged.clear()
+
+
+async def retry(
+    call: Callable[[], Awaitable[T]],
+    trouble: Trouble,
+    longest: float,
+    *,
+    stopping: asyncio.Event | None = None,
+    fresh_after: float = math.inf,
+) -> T:
+    """Call until it succeeds; the pauses are at most `longest` seconds unless the destination names a time.
+
+    A call that lasted `fresh_after` seconds did well: the next pause is the shortest again. Raises Stopped when
+    `stopping` is set after a failure, and every error that is not RETRYABLE.
+    """
+    attempt = 0
+    while True:
+        began = time.monotonic()
+        try:
+            result = await call()
+        except RETRYABLE as exc:
+            if not attempt:
+                trouble.begin()
+            attempt = 0 if time.monotonic() - began > fresh_after else attempt
+            trouble.failures += 1
+            trouble.say(exc)
+            await _pause(pause_seconds(exc, attempt, longest), stopping)
+            attempt += 1
+        else:
+            if attempt:
+                trouble.end()
+            return result
+
+
+async def _pause(seconds: float, stopping: asyncio.Event | None) -> None:
+    if stopping is None:
+        await asyncio.sleep(seconds)
+        return
+    await wait(stopping, seconds)
+    if stopping.is_set():
+        raise Stopped
+
+
+def pause_seconds(exc: Exception, attempt: int, longest: float) -> float:
+    """How long to wait after this error, the attempt (0, 1, 2 …) that failed."""
+    if isinstance(exc, SlotInUse):
+        return STANDBY_SECONDS
+    if isinstance(exc, NEEDS_OPERATOR):
+        return min(OPERATOR_SECONDS, longest)
+    # A named time is the least: 0, or a date that has passed, must not become a storm.
+    named = exc.retry_after or 0.0 if isinstance(exc, SinkUnavailable) else 0.0
+    return max(min(named, RETRY_AFTER_MAX_SECONDS), backoff(attempt, longest))
+
+
+def backoff(attempt: int, longest: float) -> float:
+    """Full jitter: anything between 0 and a limit that doubles with each attempt, seconds."""
+    return random.uniform(0, min(longest, BASE_SECONDS * 2 ** min(attempt, 30)))  # noqa: S311  not a secret
+
+
+async def wait(event: asyncio.Event, seconds: float | None) -> None:
+    """Return when it is set, or after so many seconds (None: only then)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
