@@ -1,6 +1,6 @@
 """From REPLICATOR_CHECKPOINT_URL to an engine whose commits are durable, and from drivers' errors to ours.
 
-`store` says what is written; `schema` into which tables.
+`store` says what is written, `schema` into which tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError
 
-from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, CheckpointUnusable, SettingsError
+from replicator.contracts.errors import (
+    CheckpointError,
+    CheckpointUnavailable,
+    CheckpointUnusable,
+    SettingsError,
+    command,
+)
 
 URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
 URL_TAKES = (
@@ -22,28 +28,32 @@ URL_TAKES = (
     " postgresql://user:password@host:5432/database, ..."
 )
 
-# Under the interval of feedback to PostgreSQL, over what a backup of the file takes to let go of it.
-SQLITE_BUSY_TIMEOUT_SECONDS = 5.0
 WAL_TRIES = 20  # each fails only because another program won; there are hardly ever two
-# A database server that has gone silent is an error after this time, not a thread that hangs for ever.
-POSTGRES_LIMITS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
-POSTGRES_LOCK_TIMEOUT = "5s"  # as with SQLite
+
+LOCK_SECONDS = 5  # less than the feedback interval, more than a backup of SQLite's file holds it
+LIMITS: dict[str, dict[str, Any]] = {
+    "sqlite": {"timeout": float(LOCK_SECONDS)},  # becomes busy_timeout
+    # A server that has gone silent is an error after this time, not a thread that hangs.
+    "postgresql+psycopg": {"connect_timeout": "10", "tcp_user_timeout": "30000"},
+}
+"""Connection arguments by driver; those in the URL win."""
 
 TABLES_CURE = (
-    f"See that {URL_SETTING} is what you mean, that its user may read and write the tables replicator_*, and that"
-    " they are as `python -m replicator init` made them"
+    f"Check that {URL_SETTING} names the right database, that its user may read and write the tables replicator_*,"
+    f" and that they are as {command('init')} made them"
 )
 
-# By SQLite's primary result code: what the operator has to know that SQLite's own words don't say.
 SQLITE_PROBLEMS = {
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_IOERR: "the disk gives I/O errors, or is full",
     sqlite3.SQLITE_READONLY: "the file or its directory is read-only for this user",
     sqlite3.SQLITE_BUSY: "another process holds the file locked",
 }
+"""By primary result code, what SQLite's own words don't say."""
 SQLITE_UNUSABLE = {
-    sqlite3.SQLITE_NOTADB: "the file is no SQLite database",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged",
+    sqlite3.SQLITE_CANTOPEN: "can't be opened",
+    sqlite3.SQLITE_NOTADB: "is no SQLite database",
+    sqlite3.SQLITE_CORRUPT: "is damaged",
 }
 
 
@@ -51,34 +61,38 @@ def open_engine(url: str) -> Engine:
     """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL."""
     parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
+    limits = LIMITS.get("sqlite" if sqlite else parsed.drivername, {})
     try:
         engine = create_engine(
             parsed,
-            connect_args=_connect_args(parsed),
+            connect_args={name: value for name, value in limits.items() if name not in parsed.query},
             hide_parameters=True,  # payloads and reasons stay out of tracebacks
             max_overflow=0,
             pool_pre_ping=not sqlite,  # a server's restart costs a reconnect, not the program
             pool_size=1,  # calls come one at a time
         )
-    except (ArgumentError, ImportError, NoSuchModuleError) as exc:
-        raise _unusable(_driver_problem(parsed, exc)) from None  # the original could quote the URL
+    except ImportError as exc:
+        raise _unusable(f"the driver {exc.name} is not installed") from None  # the original could quote the URL
+    except (ArgumentError, NoSuchModuleError):
+        raise _unusable(f"SQLAlchemy has no driver {parsed.drivername}") from None  # likewise
     if engine.dialect.is_async:
         raise _unusable(f"{parsed.drivername} is an asynchronous driver")
     if sqlite:
-        _make_sqlite_durable(engine)
+        event.listen(engine, "connect", _set_pragmas)
+        event.listen(engine, "begin", _begin)
     if engine.dialect.name == "postgresql":
         event.listen(engine, "connect", _set_up_postgres)
     return engine
 
 
 def require_file(url: URL) -> None:
-    """Whoever only reads makes no database: a relative path may be meant to lead to the one of another directory."""
+    """Read-only commands never create the file: a relative path may be meant for another working directory."""
     path = Path(url.database or "")
     if url.get_backend_name() != "sqlite" or url.query.get("uri"):  # SQLite's own URIs are not looked into
         return
     if path.absolute().parent.is_dir() and not path.exists():
         problem = f"there is no file {path.absolute()}"
-        cure = f"Run `python -m replicator init`, or see that {URL_SETTING} is the path that `run` writes to"
+        cure = f"Run {command('init')}, or check that {URL_SETTING} is the path that `run` writes to"
         raise CheckpointUnusable(problem=problem, cure=cure)
 
 
@@ -87,15 +101,15 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
     orig = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
     if isinstance(orig, sqlite3.Error):
         return _explain_sqlite(orig, Path(url.database or ""))
-    diagnosis = getattr(orig, "diag", None)  # psycopg's: the server's message, apart from the detail that has values
+    diagnosis = getattr(orig, "diag", None)  # psycopg's: the server's message without the detail, which has values
     message = getattr(diagnosis, "message_primary", None) or str(orig)
     first_line = next(iter(message.splitlines()), "")
     if url.password:
         first_line = first_line.replace(str(url.password), "***")
-    words = f"{dialect.name}: {type(orig).__name__}: {first_line}"
-    if isinstance(exc, (ProgrammingError, DataError)):  # no table, no right, no such option: trying again won't help
-        return CheckpointUnusable(problem=words, cure=TABLES_CURE)
-    return CheckpointUnavailable(detail=words)
+    problem = f"{dialect.name}: {type(orig).__name__}: {first_line}"
+    if isinstance(exc, (ProgrammingError, DataError)):  # no table, no right, no such option: a retry won't help
+        return CheckpointUnusable(problem=problem, cure=TABLES_CURE)
+    return CheckpointUnavailable(detail=problem)
 
 
 def _parse(url: str) -> URL:
@@ -115,25 +129,7 @@ def _unusable(problem: str) -> SettingsError:
     return SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
 
 
-def _driver_problem(url: URL, exc: Exception) -> str:
-    if isinstance(exc, ImportError):
-        return f"the driver {exc.name} is not installed"
-    return f"SQLAlchemy has no driver {url.drivername}"
-
-
-def _connect_args(url: URL) -> dict[str, Any]:
-    # What the URL itself says goes first.
-    limits: dict[str, Any] = {}
-    if url.get_backend_name() == "sqlite":
-        limits = {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}  # becomes busy_timeout
-    if url.drivername == "postgresql+psycopg":
-        limits = POSTGRES_LIMITS
-    return {name: value for name, value in limits.items() if name not in url.query}
-
-
-def _make_sqlite_durable(engine: Engine) -> None:
-    event.listen(engine, "connect", _set_pragmas)
-    event.listen(engine, "begin", _begin)
+# -- durable commits -----------------------------------------------------------------------------------------------
 
 
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
@@ -146,8 +142,8 @@ def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
 
 
 def _switch_to_wal(cursor: DBAPICursor) -> None:
-    # With WAL, `status` reads while `run` writes. Of programs that switch a new file at the same moment SQLite fails
-    # all but one at once, without its busy timeout: those wait for the file with a statement that does heed it.
+    # With WAL, `status` reads while `run` writes. When programs switch a new file at the same moment, SQLite fails all
+    # but one at once, without its busy timeout: the others wait for the file with a statement that respects it.
     for _ in range(WAL_TRIES):
         try:
             cursor.execute("PRAGMA journal_mode = WAL")
@@ -162,13 +158,13 @@ def _switch_to_wal(cursor: DBAPICursor) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    # A writer takes the write lock before it reads, so that nobody moves what it compares with; readers take none.
+    # A writer takes the write lock before it reads, so that what it compares with can't move; readers take none.
     mode = "IMMEDIATE" if connection.get_execution_options().get("writes") else "DEFERRED"
     connection.exec_driver_sql(f"BEGIN {mode}")
 
 
 def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
-    # A checkpoint that is lost in a crash would be behind what PostgreSQL was told. A thread that waits for a lock
+    # A checkpoint lost in a crash would be behind what was confirmed to PostgreSQL. A thread that waits for a lock
     # would keep the program from ending. Stricter settings stay.
     cursor = connection.cursor()
     cursor.execute(
@@ -176,36 +172,33 @@ def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
     )
     cursor.execute(
         "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'",
-        (POSTGRES_LOCK_TIMEOUT,),
+        (f"{LOCK_SECONDS}s",),
     )
     cursor.close()
     connection.commit()
 
 
+# -- SQLite's errors -----------------------------------------------------------------------------------------------
+
+
 def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
     code = _primary_code(error)
-    if code == sqlite3.SQLITE_CANTOPEN:
-        return _cannot_open(path)
+    directory = path.absolute().parent
+    if code == sqlite3.SQLITE_CANTOPEN and not directory.is_dir():
+        cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
+        return CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)
     if code in SQLITE_UNUSABLE:
         cure = (
-            "Put the file aside or name another one in REPLICATOR_CHECKPOINT_URL, then run `python -m replicator init`"
+            f"Check that this user may read and write it and the directory {directory}, or name another file in"
+            f" {URL_SETTING} and run {command('init')}"
         )
-        return CheckpointUnusable(problem=f"{path}: {SQLITE_UNUSABLE[code]}", cure=cure)
-    if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or of another shape
+        return CheckpointUnusable(problem=f"{path} {SQLITE_UNUSABLE[code]}", cure=cure)
+    if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or has another shape
         return CheckpointUnusable(problem=f"{path}: {error}", cure=TABLES_CURE)
-    words = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
-    return CheckpointUnavailable(detail=f"{path}: {words}")
+    problem = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
+    return CheckpointUnavailable(detail=f"{path}: {problem}")
 
 
 def _primary_code(error: sqlite3.Error) -> int:
     # The low byte of an extended code. Errors of the Python module itself have none.
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _cannot_open(path: Path) -> CheckpointUnusable:
-    directory = path.absolute().parent
-    if directory.is_dir():
-        cure = f"See that this user may read and write the file and the directory {directory}"
-        return CheckpointUnusable(problem=f"{path} can't be opened", cure=cure)
-    cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
-    return CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)

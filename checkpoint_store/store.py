@@ -1,4 +1,4 @@
-"""`SqlCheckpointStore`: what `contracts.stores.CheckpointStore` promises, on any database of SQLAlchemy's.
+"""`SqlCheckpointStore`: the three protocols of `contracts/stores.py` on any database of SQLAlchemy's.
 
 `schema` has the tables, `database` the connection and the durability of its commits.
 """
@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, String, and_, bindparam, cast, exists, func, literal, select
+from sqlalchemy import Connection, String, bindparam, cast, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
@@ -27,121 +27,65 @@ from replicator.contracts.events import (
     format_lsn,
 )
 
-IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
+VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
-# Statements are made once: SQLAlchemy then finds their compiled form by a key that it has already computed.
-_OF_SLOT = checkpoints.c.slot == bindparam("of_slot")
-_SINKS_OF_SLOT = sink_positions.c.slot == bindparam("of_slot")
-_READ_CHECKPOINT = select(checkpoints).where(_OF_SLOT)
-_READ_SINKS = select(sink_positions).where(_SINKS_OF_SLOT)
-_LOCK_CHECKPOINT = _READ_CHECKPOINT.with_for_update()  # SQLite has no such lock; see database._begin
-_LOCK_SINKS = _READ_SINKS.with_for_update()
-_INSERT_CHECKPOINT = checkpoints.insert()
-_INSERT_SINK = sink_positions.insert()
-_UPDATE_CHECKPOINT = (
-    checkpoints.update()
-    .where(_OF_SLOT)
-    .values({name: bindparam(name) for name in ("timeline", "end_lsn", "committed_at", "updated_at")})
+# What `save` runs is built once: building costs SQLAlchemy three times what running does.
+_CHECKPOINT = select(checkpoints).where(checkpoints.c.slot == bindparam("of_slot"))
+_SINKS = select(sink_positions).where(sink_positions.c.slot == bindparam("of_slot"))
+_LOCKED = (_CHECKPOINT.with_for_update(), _SINKS.with_for_update())  # SQLite: see database._begin
+_UPDATE = checkpoints.update().where(checkpoints.c.slot == bindparam("of_slot"))
+_UPDATE_SINK = sink_positions.update().where(
+    sink_positions.c.slot == bindparam("of_slot"), sink_positions.c.sink == bindparam("of_sink")
 )
-_UPDATE_SINK = (
-    sink_positions.update()
-    .where(_SINKS_OF_SLOT, sink_positions.c.sink == bindparam("of_sink"))
-    .values({name: bindparam(name) for name in ("commit_lsn", "ordinal", "end_lsn")})
-)
-_DELETE_SINKS = sink_positions.delete().where(_SINKS_OF_SLOT)
-_DELETE_CHECKPOINT = checkpoints.delete().where(_OF_SLOT)
-
-_KEY = ("slot", "letter_key")
-_LETTER = (
-    *_KEY,
-    "origin",
-    "sink",
-    "commit_lsn",
-    "ordinal",
-    "event_id",
-    "reason",
-    "payload",
-    "created_at",
-)
-_INSERT_LETTER_ONCE = dead_letters.insert().from_select(
-    _LETTER,
-    select(*(bindparam(name, type_=dead_letters.c[name].type) for name in _LETTER)).where(
-        ~exists().where(
-            and_(*(dead_letters.c[name] == bindparam(name, type_=dead_letters.c[name].type) for name in _KEY))
-        )
-    ),
-)
-_COUNT_LETTERS = (
-    select(dead_letters.c.sink, func.count().label("letters"))
-    .where(dead_letters.c.slot == bindparam("of_slot"))
-    .group_by(dead_letters.c.sink)
-)
-# After a restore the same positions can hold different events. The letter's own number takes the position's place.
-_RELEASE_POSITIONS = (
-    dead_letters.update()
-    .where(dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.commit_lsn.is_not(None))
-    .values(
-        origin=Origin.RESTORED.value,
-        letter_key=literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String),
-        commit_lsn=None,
-        ordinal=None,
-    )
-)
-_DROP_LETTERS = dead_letters.delete().where(
-    dead_letters.c.slot == bindparam("of_slot"), dead_letters.c.id.in_(bindparam("ids", expanding=True))
-)
-_TASK = and_(tasks.c.slot == bindparam("of_slot"), tasks.c.task == bindparam("of_task"))
-_READ_TASK = select(tasks.c.progress).where(_TASK)
-_DELETE_TASK = tasks.delete().where(_TASK)
 
 
 class SqlCheckpointStore:
-    """Checkpoints and dead letters in the database of a SQLAlchemy URL; see `stores.CheckpointStore`."""
+    """Checkpoints, dead letters and progress in the database of a SQLAlchemy URL. Raises SettingsError for the URL."""
 
     def __init__(self, url: str) -> None:
         self._engine = database.open_engine(url)
-        self._writing_engine = self._engine.execution_options(writes=True)
-        self._schema_is_ours = False
+        self._tables_seen = False
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def create(self) -> list[str]:
-        """Make the tables; a line for each thing done."""
-        with self._transaction(self._writing_engine) as connection:
+        with self._transaction(writes=True) as connection:
             return schema.create(connection)
 
     def load(self, slot: str) -> Checkpoint | None:
-        """The slot's checkpoint, or None."""
-        with self._reading() as connection:
+        with self._connection() as connection:
             return _read(connection, slot)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Move the checkpoint forward. The row stays locked from the comparison to the commit."""
-        with self._writing() as connection:
+        with self._connection(writes=True) as connection:
             stored = _read(connection, checkpoint.slot, lock=True)
-            if stored is None:
-                _insert(connection, checkpoint)
-                return
-            _refuse_other_cluster(stored, checkpoint)
-            _refuse_backward(stored, checkpoint)
-            _update(connection, stored, checkpoint)
+            if stored is not None:
+                _refuse_other_cluster(stored, checkpoint)
+                _refuse_backward(stored, checkpoint)
+            _write(connection, stored, checkpoint)
 
     def replace(self, checkpoint: Checkpoint) -> None:
-        """Put the checkpoint in the place of whatever was there."""
-        with self._writing() as connection:
-            of_slot = {"of_slot": checkpoint.slot}
-            connection.execute(_LOCK_CHECKPOINT, of_slot)
-            connection.execute(_DELETE_SINKS, of_slot)
-            connection.execute(_DELETE_CHECKPOINT, of_slot)
-            connection.execute(_RELEASE_POSITIONS, of_slot)
-            _insert(connection, checkpoint)
+        with self._connection(writes=True) as connection:
+            _read(connection, checkpoint.slot, lock=True)
+            connection.execute(sink_positions.delete().where(sink_positions.c.slot == checkpoint.slot))
+            connection.execute(checkpoints.delete().where(checkpoints.c.slot == checkpoint.slot))
+            _release_positions(connection, checkpoint.slot)
+            _write(connection, None, checkpoint)
+
+    # -- dead letters --------------------------------------------------------------------------------------------
 
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> LetterCounts:
-        """Keep the letters that are not there yet; how many there are then."""
-        now = time.time()
-        with self._writing() as connection:
+        rows: dict[str, dict[str, Any]] = {}
+        for letter in letters:
+            rows.setdefault(_letter_key(letter), _letter_row(slot, letter))
+        with self._connection(writes=True) as connection:
             before = _count_letters(connection, slot)
-            if not letters:
-                return before
-            connection.execute(_INSERT_LETTER_ONCE, [_letter_row(slot, letter, now) for letter in letters])
+            known = _known_keys(connection, slot, [*rows])
+            if new := [row for key, row in rows.items() if key not in known]:
+                connection.execute(dead_letters.insert(), new)
             after = _count_letters(connection, slot)
             if most is not None:
                 _refuse_too_many(before, after, most)
@@ -150,93 +94,79 @@ class SqlCheckpointStore:
     def dead_letters(
         self, slot: str, *, sink: str | None = None, stage: Stage | None = None, after_id: int = 0, limit: int = 100
     ) -> list[DeadLetter]:
-        """The page behind `after_id`, oldest first."""
         page = select(dead_letters).where(dead_letters.c.slot == slot, dead_letters.c.id > after_id)
         if stage is not None:
-            of_rows = dead_letters.c.sink.is_(None)
-            page = page.where(of_rows if stage is Stage.ROW else ~of_rows)
+            page = page.where(dead_letters.c.sink.is_(None) == (stage is Stage.ROW))
         if sink is not None:
             page = page.where(dead_letters.c.sink == sink)
-        with self._reading() as connection:
-            rows = connection.execute(page.order_by(dead_letters.c.id).limit(limit)).all()
-        return [_letter(row) for row in rows]
+        with self._connection() as connection:
+            return [_letter(row) for row in connection.execute(page.order_by(dead_letters.c.id).limit(limit))]
 
     def count_dead_letters(self, slot: str) -> LetterCounts:
-        """How many there are now."""
-        with self._reading() as connection:
+        with self._connection() as connection:
             return _count_letters(connection, slot)
 
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
-        """Remove these; how many there were."""
-        with self._writing() as connection:
+        of_slot = dead_letters.delete().where(dead_letters.c.slot == slot)
+        with self._connection(writes=True) as connection:
             return sum(
-                connection.execute(
-                    _DROP_LETTERS, {"of_slot": slot, "ids": ids[start : start + IDS_PER_STATEMENT]}
-                ).rowcount
-                for start in range(0, len(ids), IDS_PER_STATEMENT)
+                connection.execute(of_slot.where(dead_letters.c.id.in_(piece))).rowcount for piece in _pieces(ids)
             )
 
+    # -- progress ------------------------------------------------------------------------------------------------
+
     def load_progress(self, slot: str, task: str) -> str | None:
-        """How far the task was, or None."""
-        with self._reading() as connection:
-            progress: str | None = connection.execute(_READ_TASK, {"of_slot": slot, "of_task": task}).scalar()
+        query = select(tasks.c.progress).where(tasks.c.slot == slot, tasks.c.task == task)
+        with self._connection() as connection:
+            progress: str | None = connection.execute(query).scalar()
         return progress
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
-        """Put it in the place of what was there; None: the task is done."""
-        with self._writing() as connection:
-            connection.execute(_DELETE_TASK, {"of_slot": slot, "of_task": task})
+        with self._connection(writes=True) as connection:
+            connection.execute(tasks.delete().where(tasks.c.slot == slot, tasks.c.task == task))
             if progress is not None:
                 row = {"slot": slot, "task": task, "progress": progress, "updated_at": time.time()}
                 connection.execute(tasks.insert(), row)
 
-    def close(self) -> None:
-        """Release the connection."""
-        self._engine.dispose()
+    # -- transactions --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+    def _connection(self, *, writes: bool = False) -> Iterator[Connection]:
+        """In a transaction, with the tables there."""
+        if not writes:
+            database.require_file(self._engine.url)
+        with self._transaction(writes=writes) as connection:
+            if not self._tables_seen:  # once a process: only an operator changes them, with the program stopped
+                schema.require(connection)
+                self._tables_seen = True
+            yield connection
+
+    @contextmanager
+    def _transaction(self, *, writes: bool) -> Iterator[Connection]:
         try:
-            with engine.begin() as connection:
+            with self._engine.execution_options(writes=writes).begin() as connection:
                 yield connection
         except SQLAlchemyError as exc:
-            raise database.explain(exc, engine.dialect, engine.url) from exc
+            raise database.explain(exc, self._engine.dialect, self._engine.url) from exc
 
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        database.require_file(self._engine.url)
-        with self._transaction(self._engine) as connection:
-            self._require_schema(connection)
-            yield connection
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with self._transaction(self._writing_engine) as connection:
-            self._require_schema(connection)
-            yield connection
-
-    def _require_schema(self, connection: Connection) -> None:
-        # Once a process: only an operator changes it, with the program stopped.
-        if not self._schema_is_ours:
-            schema.require(connection)
-            self._schema_is_ours = True
+# -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoint | None:
-    # The checkpoint's lock comes first and stands for its sinks' too: the second statement sees what the holder did.
-    of_slot = {"of_slot": slot}
-    row = connection.execute(_LOCK_CHECKPOINT if lock else _READ_CHECKPOINT, of_slot).first()
+    # The checkpoint is locked first, on behalf of its sinks: the second statement sees what the last holder did.
+    checkpoint, sinks = _LOCKED if lock else (_CHECKPOINT, _SINKS)
+    row = connection.execute(checkpoint, {"of_slot": slot}).first()
     if row is None:
         return None
-    sinks = connection.execute(_LOCK_SINKS if lock else _READ_SINKS, of_slot).all()
     return Checkpoint(
         slot=slot,
         system_identifier=row.system_identifier,
         timeline=row.timeline,
         end_lsn=row.end_lsn,
         sinks={
-            sink: SinkPosition(position=Position(commit_lsn, ordinal), end_lsn=end_lsn)
-            for _, sink, commit_lsn, ordinal, end_lsn in sinks
+            at.sink: SinkPosition(position=Position(at.commit_lsn, at.ordinal), end_lsn=at.end_lsn)
+            for at in connection.execute(sinks, {"of_slot": slot})
         },
         committed_at=row.committed_at,
         updated_at=row.updated_at,
@@ -249,8 +179,8 @@ def _refuse_other_cluster(stored: Checkpoint, offered: Checkpoint) -> None:
         raise CheckpointUnusable(
             problem=f"the checkpoint of slot {stored.slot} belongs to the PostgreSQL cluster"
             f" {stored.system_identifier}, not to {offered.system_identifier}",
-            cure="If another cluster is replicated with the same slot name, give this one a database of its own in"
-            " REPLICATOR_CHECKPOINT_URL or another name in REPLICATOR_SLOT",
+            cure="If another cluster is replicated with the same slot name, give this one its own database in"
+            f" {database.URL_SETTING} or another name in REPLICATOR_SLOT",
         )
 
 
@@ -270,7 +200,8 @@ def _describe(sink: str, at: SinkPosition) -> str:
     return f"{format_lsn(at.end_lsn)} (sink {sink} at row {ordinal} of commit {format_lsn(commit_lsn)})"
 
 
-def _insert(connection: Connection, checkpoint: Checkpoint) -> None:
+def _write(connection: Connection, stored: Checkpoint | None, checkpoint: Checkpoint) -> None:
+    """What differs from `stored`, which is locked."""
     row = {
         "slot": checkpoint.slot,
         "system_identifier": checkpoint.system_identifier,
@@ -279,36 +210,27 @@ def _insert(connection: Connection, checkpoint: Checkpoint) -> None:
         "committed_at": checkpoint.committed_at,
         "updated_at": time.time(),
     }
-    connection.execute(_INSERT_CHECKPOINT, row)
-    _insert_sinks(connection, checkpoint, checkpoint.sinks)
+    known = stored.sinks if stored else {}
+    if stored is None:
+        connection.execute(checkpoints.insert(), row)
+    else:
+        connection.execute(_UPDATE, {"of_slot": checkpoint.slot, **row})
+    for sink, at in checkpoint.sinks.items():
+        row = {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
+        if sink not in known:
+            connection.execute(sink_positions.insert(), {"slot": checkpoint.slot, "sink": sink, **row})
+        elif at != known[sink]:
+            connection.execute(_UPDATE_SINK, {"of_slot": checkpoint.slot, "of_sink": sink, **row})
 
 
-def _insert_sinks(connection: Connection, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    rows = [{"slot": checkpoint.slot, "sink": name, **_position_row(checkpoint.sinks[name])} for name in names]
-    if rows:
-        connection.execute(_INSERT_SINK, rows)
-
-
-def _update(connection: Connection, stored: Checkpoint, checkpoint: Checkpoint) -> None:
-    row = {"timeline": checkpoint.timeline, "end_lsn": checkpoint.end_lsn, "committed_at": checkpoint.committed_at}
-    connection.execute(_UPDATE_CHECKPOINT, {"of_slot": checkpoint.slot, "updated_at": time.time(), **row})
-    moved = [
-        {"of_slot": checkpoint.slot, "of_sink": name, **_position_row(at)}
-        for name, at in checkpoint.sinks.items()
-        if name in stored.sinks and at != stored.sinks[name]
-    ]
-    if moved:
-        connection.execute(_UPDATE_SINK, moved)
-    _insert_sinks(connection, checkpoint, checkpoint.sinks.keys() - stored.sinks.keys())
-
-
-def _position_row(at: SinkPosition) -> dict[str, int]:
-    return {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
+# -- dead letters --------------------------------------------------------------------------------------------------
 
 
 def _count_letters(connection: Connection, slot: str) -> LetterCounts:
-    sinks = {row.sink: row.letters for row in connection.execute(_COUNT_LETTERS, {"of_slot": slot})}
-    return LetterCounts(rows=sinks.pop(None, 0), sinks=sinks)
+    sink = dead_letters.c.sink
+    query = select(sink, func.count()).where(dead_letters.c.slot == slot).group_by(sink)
+    counts = {name: count for name, count in connection.execute(query)}  # noqa: C416  mypy types it by this
+    return LetterCounts(rows=counts.pop(None, 0), sinks=counts)
 
 
 def _refuse_too_many(before: LetterCounts, after: LetterCounts, most: int) -> None:
@@ -318,17 +240,36 @@ def _refuse_too_many(before: LetterCounts, after: LetterCounts, most: int) -> No
             raise DeadLettersFull(sink=sink, stored=known, count=count - known, limit=most)
 
 
+def _known_keys(connection: Connection, slot: str, keys: Sequence[str]) -> set[str]:
+    query = select(dead_letters.c.letter_key).where(dead_letters.c.slot == slot)
+    pieces = (connection.execute(query.where(dead_letters.c.letter_key.in_(piece))) for piece in _pieces(keys))
+    return {key for piece in pieces for key in piece.scalars()}
+
+
+def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), VALUES_PER_STATEMENT):
+        yield values[start : start + VALUES_PER_STATEMENT]
+
+
+def _release_positions(connection: Connection, slot: str) -> None:
+    # The same positions may hold other events now. A letter's own number takes the position's place in its key.
+    key = literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String)
+    connection.execute(
+        dead_letters.update()
+        .where(dead_letters.c.slot == slot, dead_letters.c.commit_lsn.is_not(None))
+        .values(origin=Origin.RESTORED.value, letter_key=key, commit_lsn=None, ordinal=None)
+    )
+
+
 def _letter_key(letter: DeadLetter) -> str:
-    if letter.position is None:
-        identity = f"event {letter.event_id}"
-    else:
+    """What makes two letters of a slot the same."""
+    identity = f"event {letter.event_id}"
+    if letter.position is not None:
         identity = f"{format_lsn(letter.position.commit_lsn)}#{letter.position.ordinal}"
     return f"{letter.origin}/{letter.sink or ''}/{identity}"
 
 
-def _letter_row(slot: str, letter: DeadLetter, now: float) -> dict[str, Any]:
-    # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
-    reason = letter.reason.replace("\0", "�").encode(errors="replace").decode()
+def _letter_row(slot: str, letter: DeadLetter) -> dict[str, Any]:
     commit_lsn, ordinal = letter.position or (None, None)
     return {
         "slot": slot,
@@ -338,9 +279,10 @@ def _letter_row(slot: str, letter: DeadLetter, now: float) -> dict[str, Any]:
         "commit_lsn": commit_lsn,
         "ordinal": ordinal,
         "event_id": letter.event_id,
-        "reason": reason,
+        # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
+        "reason": letter.reason.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode(),
         "payload": letter.payload,
-        "created_at": now,
+        "created_at": time.time(),
     }
 
 

@@ -132,7 +132,7 @@ def test_the_network_is_down(  # noqa: PLR0917  fixtures
     """Connections are closed, or nothing comes through any more: that sink waits, the others go on."""
     begin(quick, source)
     for sink, wire in wires.items():
-        told = f"sink {sink} {NOT_TAKEN}"
+        told = f"Sink {sink} {NOT_TAKEN}"
         endures(quick, source, sink, told, break_=partial(wire.behave, network), mend=partial(wire.behave, "whole"))
     is_exact(quick, database, destinations)
 
@@ -146,14 +146,14 @@ def test_trouble_that_lasts_is_told_everywhere(
         wire.behave("down")
     insert_many(source, 10)
     for sink in SINKS:
-        told = f"sink {sink} {NOT_TAKEN}"
+        told = f"Sink {sink} {NOT_TAKEN}"
         wait_until(lambda told=told: told in quick.admin("/readyz"), "it not to be ready", 20)  # type: ignore[misc]  # mypy can't type a lambda's default
         assert told in quick.log
         assert f'replicator_sink_troubled{{sink="{sink}"}} 1.0' in quick.admin("/metrics")
     status = quick.run("status")
     assert 3 == status.code
     assert "NOT READY" in status.stdout
-    assert all(f"sink {sink} {NOT_TAKEN}" in status.stdout for sink in SINKS)
+    assert all(f"Sink {sink} {NOT_TAKEN}" in status.stdout for sink in SINKS)
     for wire in wires.values():
         wire.behave("whole")
     quick.wait_until_caught_up()
@@ -180,7 +180,7 @@ def test_the_answer_is_lost(  # noqa: PLR0917  fixtures
             wait_until(has_them, "the destination to have what it did not answer for")
             wire.behave("whole")
 
-        told = f"sink {sink} {NOT_TAKEN}"
+        told = f"Sink {sink} {NOT_TAKEN}"
         endures(quick, source, sink, told, break_=partial(wire.behave, network), mend=mend)
     is_exact(quick, database, destinations)
 
