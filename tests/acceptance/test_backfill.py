@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
-import msgspec
 import psycopg
 import pytest
 
@@ -25,11 +24,11 @@ from devstack import DevStack
 from devstack.api import Api
 from devstack.process import wait_until
 from replicator.contracts.events import parse_lsn
-from replicator.delivery.backfill import BackfillProgress
 from tests.support.destinations import Destinations, expected
 from tests.support.exact import assert_exact, assert_same, newest
 from tests.support.load import Load
 from tests.support.program import ROOT, Program, Result, assert_clean, succeed
+from tests.support.progress import events_before, saved_progress
 
 CONTRACT = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
 EVERYTHING = ("--start", "2000-01-01", "--end", "2100-01-01")
@@ -119,19 +118,6 @@ def read_by(result: Result) -> int:
     told = re.search(r"^read +(\d+) events", succeed(result), re.MULTILINE)
     assert told
     return int(told[1])
-
-
-def stage_of(checkpoint: Path) -> BackfillProgress | None:
-    """What an interrupted backfill has left."""
-    with closing(sqlite3.connect(checkpoint)) as connection:
-        row = connection.execute("SELECT progress FROM replicator_tasks").fetchone()
-    return row and msgspec.json.decode(row[0], type=BackfillProgress)
-
-
-def events_before(checkpoint: Path) -> int:
-    """How many events are before the place where an interrupted backfill would go on."""
-    stage = stage_of(checkpoint)
-    return stage.events if stage else 0
 
 
 Position: TypeAlias = tuple[object, ...]
@@ -377,14 +363,14 @@ def test_killed_and_resumed(
     wait_until(lambda: events_before(checkpoint) >= rows // 3, "a third")
     running.kill()
     running.communicate()
-    stage = stage_of(checkpoint)
+    stage = saved_progress(checkpoint)
     assert stage
     assert rows // 3 <= stage.events < rows
     rest = backfill.run(*CONTRACT, "--resume")
     print(f"killed with {stage.events} kept as done; then:\n{rest.stdout}")  # noqa: T201  figures worth seeing
     assert rows - stage.events == read_by(rest)
     assert f"of {rows}, {stage.events} before," in rest.stdout
-    assert stage_of(checkpoint) is None
+    assert saved_progress(checkpoint) is None
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
     assert Counter(event["content_id"] for event in expected(database)) == destinations.counts()
     again = backfill.run(*CONTRACT, "--resume")
@@ -404,7 +390,7 @@ def test_stopped_it_says_how_to_go_on(
     running.send_signal(number)
     out, err = running.communicate(timeout=TIMEOUT_SECONDS)
     assert_clean(out + err)
-    stage = stage_of(tmp_path / "checkpoint.db")
+    stage = saved_progress(tmp_path / "checkpoint.db")
     assert stage
     assert 1 == running.returncode
     assert f"read        {stage.events} events of 20000" in out
@@ -454,7 +440,7 @@ def test_on_a_terminal_there_is_a_bar(backfill: Backfill, source: psycopg.Connec
     assert "read        4000 events of 4000" in out
     assert re.search(r"backfill .*\d/4000.* \d[\d,]*/s .*0:00:0\d", shown), shown
     assert_clean(shown)
-    assert stage_of(tmp_path / "checkpoint.db") is None
+    assert saved_progress(tmp_path / "checkpoint.db") is None
 
 
 # --- refused

@@ -14,11 +14,11 @@ import psycopg
 import pytest
 
 from devstack.process import wait_until
-from tests.acceptance.test_backfill import events_before
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import Load, insert_many
 from tests.support.program import ROOT, Program, assert_clean, succeed
+from tests.support.progress import events_before
 
 OLD = """
 INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, duration_ms)

@@ -176,7 +176,8 @@ def test_equal_under_traffic(quick: Program, database: str, destinations: Destin
         for _ in range(3):
             assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
         destinations.redis.incrby("content:count:2", 1_000_000)
-        assert "counts too high 1: 2 has 10" in succeed(quick.run("reconcile", *EVERYTHING))
+        too_high = succeed(quick.run("reconcile", *EVERYTHING))
+        assert re.search(r"counts too high 1: 2 has 1\d{6} instead", too_high)
         destinations.redis.incrby("content:count:2", -1_000_000)
     quick.wait_until_caught_up()
     assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))

@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
-MAX_FUNCTION_LINES = 50
+MAX_FUNCTION_LINES = 45
+MAX_FILES = 9
+MAX_TOP_ENTRIES = 7
 MAX_COMMIT_LINES = 29
 FOREIGN = tuple(
     name.replace("~", "")  # so that this file does not find itself
@@ -76,6 +78,43 @@ def test_imports_point_one_way() -> None:
     lint_imports = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(_tree(file)))
+    plain = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_no_test_imports_another() -> None:
+    """What two tests share is in tests/support."""
+    files = [file for file in (ROOT / "tests").rglob("*.py") if file.parent.name not in ("support", "prove")]
+    found = [
+        f"{file.relative_to(ROOT)} imports {module}"
+        for file in files
+        for module in _imported(file)
+        if re.match(r"tests\.(?!support|prove)", module)
+    ]
+    assert not found
+
+
+def test_backfill_is_a_door() -> None:
+    """`backfill.py` has nothing of its own."""
+    assert not [name for name in _imported(ROOT / "backfill.py") if name != "sys" and "replicator.cli" not in name]
+
+
+def test_folders_are_small() -> None:
+    """A folder is read at a glance: nine files at most, and seven entries at the top of `replicator/`."""
+    folders = {file.parent for file in _sources()}
+    files = {folder: [entry for entry in folder.iterdir() if entry.is_file()] for folder in folders}
+    large = [
+        f"{folder.relative_to(ROOT)} has {len(found)} files"
+        for folder, found in files.items()
+        if len(found) > MAX_FILES
+    ]
+    assert not large
+    top = {entry.name for entry in (ROOT / "replicator").iterdir()}
+    assert len(top - {"__init__.py", "__main__.py", "__pycache__", "py.typed", "sql"}) <= MAX_TOP_ENTRIES
 
 
 def test_no_long_function() -> None:
