@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,12 @@ FOLDER_FILES = 9
 SETTINGS = ROOT / "docs/reference/settings.md"
 METRICS = ROOT / "docs/reference/metrics.md"
 FAULTS = ROOT / "docs/reference/faults.md"
+OF_SERVERS = (
+    "ClickHouse error [0-9]|answered [0-9]|READONLY |OOM |MISCONF |WRONGPASS|NOREPLICAS|Timeout reading|Error"
+    "|terminating connection|query would be affected"
+)
+"""What begins like this is the words of a server or of a driver."""
+SHORT = 6  # characters: a part as short as that says nothing
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -150,6 +158,28 @@ def test_faults_name_real_tests() -> None:
     tests = {f"`{name}`" for source in sources for name in re.findall(r"def (test_\w+)", source)}
     assert named
     assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """Every text in the source, with `…` for what is filled in."""
+    for found in ast.walk(node):
+        if isinstance(found, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in found.values)
+        elif isinstance(found, ast.Constant) and isinstance(found.value, str | bytes):
+            text = found.value.decode(errors="replace") if isinstance(found.value, bytes) else found.value
+            yield re.sub(r"%s|%d|\{\w*\}", "…", text)
+
+
+def test_faults_quote_the_program() -> None:
+    """What the faults page says that the program says: each part between `…` is a text of it, or of a server."""
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    texts = "\n".join(text for file in files for text in _texts(ast.parse(file.read_text(encoding="utf-8"))))
+    cells = re.findall(r"^\|[^|]*\|([^|]*)\|[^|]*\|[^|]*\|[^|]*\|$", FAULTS.read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [text for cell in cells for text in QUOTED.findall(cell) if not re.match(r"replicator_|/|python ", text)]
+    parts = [part.strip(" .:;") for text in quoted for part in re.split("…|SINK", text)]
+    ours = [part for part in parts if len(part) > SHORT and not re.match(OF_SERVERS, part)]
+    assert ours
+    assert not [part for part in ours if part not in texts and part[0].lower() + part[1:] not in texts]
 
 
 def test_tests_named_in_commands_exist() -> None:
