@@ -19,6 +19,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Behaviour(Fault, frozen=True, kw_only=True):
 
     only_inserts: bool = True
     """Spare all requests but INSERTs."""
+    status: int | None = None
+    """As of any fault; 200: a front end answers in the place of ClickHouse, and nothing is taken."""
     exception: str = "Code: 202. DB::Exception: Too many simultaneous queries. (TOO_MANY_SIMULTANEOUS_QUERIES)"
     """The text, and by it the code, that goes with `status`."""
     read_only: bool = False
@@ -117,6 +120,8 @@ class ClickHouseServer:
             response = self._failure(_status(error.name), str(error))
         except Refused as refused:
             response = refusal(request, refused)
+            if refused.status == HTTPStatus.OK:
+                return web.Response(text="OK\n")
             if refused.status:
                 response = self._failure(refused.status, self._behaviour.exception, refused.headers)
         response.headers["X-ClickHouse-Query-Id"] = query_id

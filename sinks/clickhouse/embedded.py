@@ -1,92 +1,83 @@
-"""The embedded engine (chdb) as a `client.Client`: `chdb://` URLs, to try the sink without a server.
+"""The embedded engine (chdb) with the asynchronous driver's methods that `client.py` uses.
 
-The engine only has blocking calls, so they run one by one in a thread. It is a daemon: a call that never returns can't
-keep the program from ending.
+The engine's calls block, so they run one by one in a thread. It is a daemon: a call that never returns can't keep the
+program from ending.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import clickhouse_connect
 from clickhouse_connect.driver import Client as BlockingClient
+from clickhouse_connect.driver.summary import QuerySummary
 
-from sinks.clickhouse.client import INSERT_FORMAT, QUERY_FORMAT, QUERY_SETTINGS, decode_rows
-from sinks.clickhouse.errors import engine_missing, translated
+CLOSE_SECONDS = 10  # a running insert takes some 0.2 s; the engine ends cleanly after it
 
-_CLOSE_SECONDS = 10  # a running insert takes some 0.2 s; the engine ends cleanly after it
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class EmbeddedClient:
-    """Owns the engine's directory, which one process may hold at a time."""
+class EmbeddedEngine:
+    """The owner of a directory, which one process may open at a time."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._client: BlockingClient | None = None
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+    def __init__(self) -> None:
+        self._client: BlockingClient
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="chdb", daemon=True).start()
 
-    async def query(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[list[Any]]:
-        words = dict(parameters or {})
-        return decode_rows(await self._call(lambda client: client.raw_query(sql, words, QUERY_SETTINGS, QUERY_FORMAT)))
+    @classmethod
+    async def open(cls, directory: str) -> EmbeddedEngine:
+        """Load the engine, and the tables in the directory."""
+        engine = cls()
+        try:
+            engine._client = await engine._run(partial(clickhouse_connect.get_client, interface="chdb", path=directory))
+        except BaseException:
+            engine._calls.put(None)
+            raise
+        return engine
 
-    async def command(self, sql: str) -> None:
-        await self._call(lambda client: client.command(sql))
+    async def raw_query(self, *arguments: Any) -> bytes:
+        return await self._run(partial(self._client.raw_query, *arguments))
 
-    async def insert(self, table: str, columns: Sequence[str], body: bytes, settings: Mapping[str, object]) -> int:
-        def insert(client: BlockingClient) -> int:
-            return client.raw_insert(table, list(columns), body, dict(settings), INSERT_FORMAT).written_rows
+    async def command(self, sql: str) -> object:
+        return await self._run(partial(self._client.command, sql))
 
-        return await self._call(insert)
+    async def raw_insert(self, *arguments: Any) -> QuerySummary:
+        return await self._run(partial(self._client.raw_insert, *arguments))
 
     async def close(self) -> None:
         """Wait for a running call, then free the directory."""
-        if self._client is None:
-            return
-        async with asyncio.timeout(_CLOSE_SECONDS):
-            await self._run(self._close)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._run(self._client.close)
+        except TimeoutError:  # the write was cancelled, so nothing counts as written
+            _log.warning("the embedded ClickHouse still works after %d s; the program ends without it", CLOSE_SECONDS)
+        finally:
+            self._calls.put(None)
 
-    async def _call(self, question: Callable[[BlockingClient], T]) -> T:
-        with translated(f"chdb://{self._directory}"):
-            return await self._run(lambda: question(self._connected()))
-
-    def _connected(self) -> BlockingClient:
-        if self._client is None:
-            try:
-                self._client = clickhouse_connect.get_client(interface="chdb", path=self._directory)
-            except ImportError as exc:
-                raise engine_missing() from exc
-        return self._client
-
-    def _close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-
-    async def _run(self, job: Callable[[], T]) -> T:
-        """In the thread."""
+    async def _run(self, call: Callable[[], T]) -> T:
+        """In the thread; a call that is cancelled before its turn is left out."""
         future: Future[T] = Future()
 
-        def run() -> None:
+        def answer() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(job())
-                except BaseException as exc:  # noqa: BLE001  raised again by the caller
+                    future.set_result(call())
+                except BaseException as exc:  # noqa: BLE001  the caller raises it
                     future.set_exception(exc)
 
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="chdb", daemon=True)
-            self._thread.start()
-        self._jobs.put(run)
+        self._calls.put(answer)
         return await asyncio.wrap_future(future)
 
     def _work(self) -> None:
-        while True:
-            self._jobs.get()()
+        while (call := self._calls.get()) is not None:
+            call()

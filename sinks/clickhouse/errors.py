@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from pathlib import Path
+from json import JSONDecodeError
 
 import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError, ProgrammingError
@@ -98,7 +98,6 @@ _CA_CURE = (
     "Check that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
     "REPLICATOR_CLICKHOUSE_CA_FILE holds the authority that signed it, if that is a private one"
 )
-_CHDB_CURE = "Install it with `pip install 'engagement-replicator[chdb]'`, or use an http:// URL"
 _CLIENT_CURE = "Check REPLICATOR_CLICKHOUSE_URL, the user's settings profile and, for chdb, who holds its directory"
 
 _TURNED_AWAY_STATUSES = {"401", "403", "404", "405", "407"}  # from a proxy or something that is not ClickHouse
@@ -113,6 +112,8 @@ def translated(where: str) -> Iterator[None]:
     """Raise the driver's errors as a SinkError or ValueRefused; `where` is the server, without secrets."""
     try:
         yield
+    except (JSONDecodeError, UnicodeDecodeError):
+        raise not_clickhouse(where) from None
     except (ClickHouseError, aiohttp.ClientError, TimeoutError) as exc:
         code = getattr(exc, "code", None)
         if code is None:
@@ -123,17 +124,6 @@ def translated(where: str) -> Iterator[None]:
 def not_clickhouse(where: str) -> SinkMisconfigured:
     """Something answers with success and not as ClickHouse does: nothing was written."""
     return SinkMisconfigured(sink=SINK, detail=f"{where} answers, but not as ClickHouse does", cure=_URL_CURE)
-
-
-def unreadable_authority(ca_file: Path, exc: OSError) -> SinkMisconfigured:
-    """REPLICATOR_CLICKHOUSE_CA_FILE is gone or holds no certificate."""
-    detail = f"certificates can't be read from {ca_file} ({type(exc).__name__})"
-    return SinkMisconfigured(sink=SINK, detail=detail, cure=_CA_CURE)
-
-
-def engine_missing() -> SinkUnusable:
-    """A chdb:// URL without the extra."""
-    return SinkUnusable(sink=SINK, detail="the embedded engine is not installed", cure=_CHDB_CURE)
 
 
 def _answered(code: int) -> SinkError | ValueRefused:
@@ -159,19 +149,18 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
         return SinkMisconfigured(sink=SINK, detail=str(exc), cure=_CLIENT_CURE)
     status = re.search(r"HTTP status (\d+)", str(exc))
     if status is not None:
-        turned_away = status[1] in _TURNED_AWAY_STATUSES
         detail = f"{where} answers with HTTP status {status[1]}"
-        if turned_away:
+        if status[1] in _TURNED_AWAY_STATUSES:
             return SinkMisconfigured(sink=SINK, detail=detail, cure=_URL_CURE)
         return SinkUnavailable(sink=SINK, detail=detail)
-    if str(exc).startswith("Unexpected response"):
+    if str(exc).startswith("Unexpected response"):  # to the driver's first question
         return not_clickhouse(where)
     return SinkUnavailable(sink=SINK, detail=f"no answer from {where} ({type(causes[-1]).__name__})")
 
 
-def _causes(exc: BaseException) -> Iterator[BaseException]:
+def _causes(exc: Exception) -> Iterator[Exception]:
     """The error and what lies behind it."""
     seen: BaseException | None = exc
-    while seen is not None:
+    while isinstance(seen, Exception):  # behind a time-out is a CancelledError, which says nothing
         yield seen
         seen = seen.__cause__ or seen.__context__

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import ssl
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, FilePath, SecretStr, field_validator
@@ -23,7 +25,7 @@ from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Contract, CountsByHour, HasLedger, Mode, Sink
-from sinks.clickhouse.client import connect, parse_url
+from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import ValueRefused
 from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
@@ -113,6 +115,15 @@ class ClickHouseSettings(Settings):
         parse_url(url.get_secret_value())
         return url
 
+    @field_validator("clickhouse_ca_file")
+    @classmethod
+    def _readable(cls, path: Path | None) -> Path | None:
+        try:
+            ssl.create_default_context(cafile=path)
+        except OSError as exc:
+            raise ValueError(f"no certificate can be read from it ({type(exc).__name__})") from None
+        return path
+
 
 class ClickHouseSink(Sink, CountsByHour, HasLedger):
     """A `contracts.sink.Sink`."""
@@ -125,20 +136,17 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         super().__init__(settings, contract)
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
-        self._address = parse_url(settings.clickhouse_url.get_secret_value())
-        self._client = connect(
-            self._address,
-            timeout_seconds=settings.clickhouse_timeout_seconds,
-            ca_file=settings.clickhouse_ca_file,
-        )
-        self._table = qualified(self._address.database)
+        address = parse_url(settings.clickhouse_url.get_secret_value())
+        self._server, self._database = address.server, address.database
+        self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
+        self._table = qualified(self._database)
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
         self._shape: Shape | None = None
         """The table as it was when it last passed."""
 
     async def create(self) -> list[str]:
-        return await create(self._client, self._address.database)
+        return await create(self._client, self._database)
 
     async def check(self) -> list[Finding]:
         """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
@@ -149,8 +157,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
                 await self._insert_rows(b"")
         except SinkError as exc:
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
-            return [Finding(False, f"ClickHouse at {self._address}: {exc.detail}", cure)]
-        found = Finding(True, f"ClickHouse {version} at {self._address}")
+            return [Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
+        found = Finding(True, f"ClickHouse {version} at {self._server}")
         if problem is not None:
             return [found, Finding(False, f"ClickHouse: {problem.what}", problem.cure)]
         return [found, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
@@ -158,7 +166,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
         await self._require_table()
-        if start is not None and await is_empty(self._client, self._address.database):
+        if start is not None and await is_empty(self._client, self._database):
             _log.error(EMPTIED, self._table)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -190,10 +198,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def _find_problem(self) -> Problem | None:
         """What is wrong with the table as it is now. One that passed is not compared again until it changes."""
-        shape = await look(self._client, self._address.database)
+        shape = await look(self._client, self._database)
         if shape is not None and shape == self._shape:
             return None
-        problem = find_problem(shape, self._address.database)
+        problem = find_problem(shape, self._database)
         self._shape = shape if problem is None else None
         return problem
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import ssl
-import sys
 from pathlib import Path
 
 import aiohttp
@@ -17,7 +16,6 @@ from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigu
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
 from sinks.clickhouse.client import Address, parse_url
-from sinks.clickhouse.embedded import EmbeddedClient
 from sinks.clickhouse.errors import ValueRefused, translated
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
 
@@ -37,23 +35,17 @@ class TestUrl:
     @pytest.mark.parametrize(
         ("url", "address"),
         [
-            (
-                "http://default@localhost:8123/engagement",
-                Address("http", "localhost", 8123, "default", "", "", "engagement"),
-            ),
-            ("http://h/d", Address("http", "h", 8123, "default", "", "", "d")),
-            ("https://u:p%40%2F@h/a_b-1", Address("https", "h", 8443, "u", "p@/", "", "a_b-1")),
-            ("https://[::1]:9/d", Address("https", "::1", 9, "default", "", "", "d")),
-            ("chdb:///var/lib/ch/d", Address("chdb", "", 0, "default", "", "/var/lib/ch", "d")),
+            ("http://default@localhost:8123/engagement", Address("http://localhost:8123", "default", "", "engagement")),
+            ("http://h/d", Address("http://h:8123", "default", "", "d")),
+            (f"https://u:{SECRET}%40%2F@h/a_b-1", Address("https://h:8443", "u", f"{SECRET}@/", "a_b-1")),
+            ("https://[::1]:9/d", Address("https://[::1]:9", "default", "", "d")),
+            ("chdb:///var/lib/my%20ch/d", Address("chdb:///var/lib/my ch", "default", "", "d")),
         ],
     )
     def test_is_read(self, url: str, address: Address) -> None:
-        """Ports and user have defaults; the last component is the database, of a directory too."""
+        """Ports and user have defaults; the last component is the database, of a directory too; no secret is shown."""
         assert parse_url(url) == address
-
-    def test_is_shown_without_user_and_password(self) -> None:
-        """In messages."""
-        assert str(parse_url(f"https://user:{SECRET}@h/d")) == "https://h:8443"
+        assert SECRET not in address.server
 
     @pytest.mark.parametrize(
         "url",
@@ -88,6 +80,13 @@ class TestUrl:
         assert "It takes http:// or https://" in str(caught.value)
         assert SECRET not in str(caught.value)
 
+    def test_the_embedded_engine_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is an extra."""
+        monkeypatch.setattr("sinks.clickhouse.client.find_spec", lambda _: None)
+        monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", "chdb:///var/lib/ch/d")
+        with pytest.raises(SettingsError, match=r"pip install 'engagement-replicator\[chdb\]'"):
+            load(ClickHouseSettings)
+
 
 class TestSettings:
     """The others."""
@@ -101,6 +100,13 @@ class TestSettings:
         """A typo is found before a connection is tried."""
         monkeypatch.setenv("REPLICATOR_CLICKHOUSE_CA_FILE", str(tmp_path / "nothing.pem"))
         with pytest.raises(SettingsError, match="REPLICATOR_CLICKHOUSE_CA_FILE is unusable"):
+            load(ClickHouseSettings)
+
+    def test_ca_file_must_hold_a_certificate(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """The wrong file is found before a connection is tried, too."""
+        (tmp_path / "key.pem").write_text("nothing of the kind", encoding="utf-8")
+        monkeypatch.setenv("REPLICATOR_CLICKHOUSE_CA_FILE", str(tmp_path / "key.pem"))
+        with pytest.raises(SettingsError, match="no certificate can be read from it"):
             load(ClickHouseSettings)
 
 
@@ -186,14 +192,6 @@ class TestErrors:
     def test_the_client_objects(self) -> None:
         """A profile that pins a setting we need, a chdb directory that another process holds."""
         assert isinstance(meaning(ProgrammingError("Setting async_insert is readonly")), SinkMisconfigured)
-
-    async def test_the_embedded_engine_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is an extra."""
-        monkeypatch.setitem(sys.modules, "chdb", None)
-        monkeypatch.delitem(sys.modules, "clickhouse_connect.driver._chdbclient", raising=False)
-        monkeypatch.delitem(sys.modules, "clickhouse_connect.driver._backend.chdb_backend", raising=False)
-        with pytest.raises(SinkUnusable, match=r"engagement-replicator\[chdb\]"):
-            await EmbeddedClient("/nowhere").query("SELECT 1")
 
     def test_a_missing_file_is_not_the_network(self) -> None:
         """An error of the operating system that the driver did not wrap is not explained away."""

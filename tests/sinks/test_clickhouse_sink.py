@@ -358,6 +358,63 @@ class TestFaults:
         await sink.write(events(1, 100))
         assert ids(clickhouse, final="") == list(range(1, 101))
 
+    async def test_cancelled_it_ends_its_request(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """At once, on the wire too: nothing is left that could hold up the end of the program."""
+        clickhouse.behave(hang_seconds=60, requests=1)
+        threads = threading.active_count()
+        writing = asyncio.create_task(sink.write(events(1, 10)))
+        await asyncio.wait({writing}, timeout=0.5)  # it hangs
+        assert _connections(clickhouse.port) == 1
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await asyncio.to_thread(wait_until, lambda: _connections(clickhouse.port) == 0, "the connection to be closed")
+        assert threading.active_count() <= threads + 1  # that of to_thread
+
+    async def test_a_frozen_server_that_reads_nothing(self, clickhouse: ClickHouse) -> None:
+        """The insert is larger than what the network holds, so it is stuck while it is sent."""
+        async with sink_for(clickhouse.url, clickhouse_timeout_seconds=1) as sink:
+            await sink.create()
+            await sink.write(events(1, 10))
+            clickhouse.pause()
+            try:
+                with pytest.raises(SinkUnavailable, match=r"no answer from http://127.* \(TimeoutError\)"):
+                    await sink.write([event(number, device="x" * 1000) for number in range(20_000)])
+            finally:
+                clickhouse.resume()
+            await written(sink, events(11, 20))
+
+    async def test_a_front_end_that_answers_200_to_everything(
+        self, clickhouse: ClickHouse, sink: ClickHouseSink
+    ) -> None:
+        """It is not ClickHouse's answer, so nothing counts as written: not by an insert, nor by a first question."""
+        clickhouse.behave(status=200)
+        with pytest.raises(SinkMisconfigured, match="answers, but not as ClickHouse does"):
+            await sink.write(events(1, 10))
+        clickhouse.behave(status=200, only_inserts=False)
+        with pytest.raises(SinkMisconfigured, match="answers, but not as ClickHouse does"):
+            await sink.open()
+        async with sink_for(clickhouse.url) as another:
+            with pytest.raises(SinkMisconfigured, match="answers, but not as ClickHouse does"):
+                await another.open()
+        clickhouse.behave()
+        await sink.write(events(1, 10))
+        assert ids(clickhouse) == list(range(1, 11))
+
+    async def test_fewer_rows_than_sent(self, sink: ClickHouseSink, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the server counts is compared. A server that does not count is believed, as for a known token."""
+        insert = sink._client.insert  # noqa: SLF001
+        counted = [7, 0]
+
+        async def miscount(*arguments: Any) -> int:
+            await insert(*arguments)
+            return counted.pop(0)
+
+        monkeypatch.setattr(sink._client, "insert", miscount)  # noqa: SLF001
+        with pytest.raises(SinkUnavailable, match="wrote 7 of 10 rows"):
+            await sink.write(events(1, 10))
+        assert list(await sink.write(events(1, 10))) == []
+
     async def test_server_killed_in_between(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """It dies while batches are being written; all are there once it is back."""
         batches = [events(n * 200 + 1, n * 200 + 200) for n in range(100)]
@@ -488,6 +545,13 @@ class TestShapes:
         assert (finding.ok, "164 READONLY" in finding.what) == (False, True)
 
 
+def _connections(port: int) -> int:
+    """How many TCP connections to a local port are established."""
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    ends = [line.split()[2:4] for line in lines]
+    return ends.count([f"0100007F:{port:04X}", "01"])
+
+
 EMBEDDED = """
 import asyncio, json, sys
 from pydantic import SecretStr
@@ -511,6 +575,41 @@ asyncio.run(main(*sys.argv[1:]))
 """
 """In a process of its own: a process may hold one directory."""
 
+STOPPED = """
+import asyncio, signal, sys, threading
+from clickhouse_connect.driver._backendclient import SyncBackendClient
+from pydantic import SecretStr
+from replicator.contracts.events import Event
+from sinks.clickhouse import embedded
+from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
+
+insert = SyncBackendClient.raw_insert
+embedded.CLOSE_SECONDS = 1 if sys.argv[3] == "hangs" else 60
+
+def raw_insert(*arguments):
+    print("inserting", flush=True)
+    if sys.argv[3] == "hangs":
+        threading.Event().wait()
+    return insert(*arguments)
+
+async def main(url, payload):
+    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)))
+    await sink.create()
+    events = [Event(commit_lsn=7, ordinal=n, id=n, key=1, ts_us=0,
+                    json=payload.replace('"event_id":1,', f'"event_id":{n},').encode()) for n in range(200_000)]
+    SyncBackendClient.raw_insert = raw_insert
+    writing = asyncio.create_task(sink.write(events))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, writing.cancel)
+    try:
+        await writing
+    except asyncio.CancelledError:
+        await sink.close()
+        print("closed", flush=True)
+
+asyncio.run(main(*sys.argv[1:3]))
+"""
+"""Ends on SIGTERM; `works`: the insert is the engine's; `hangs`: it never returns."""
+
 READ = """
 import sys, chdb
 
@@ -531,6 +630,30 @@ class TestEmbedded:
         assert json.loads(told.stdout) == [made, [True, True], [2], [2], [], [True, True], [2], [2]]
         found = subprocess.run([*run, READ, str(tmp_path / "deep" / "er")], check=True, capture_output=True, text=True)
         assert found.stdout.strip() == "1,7"
+
+    @pytest.mark.parametrize(("engine", "rows"), [("works", "200000,7"), ("hangs", "0,\\N")])
+    def test_sigterm_during_an_insert(self, tmp_path: Path, engine: str, rows: str) -> None:
+        """A running insert is finished, and the directory is in order; one that never returns holds up nothing."""
+        url = f"chdb://{tmp_path}/data/my-db"
+        run = [sys.executable, "-W", "error", "-c"]
+        with subprocess.Popen([*run, STOPPED, url, event(1).json.decode(), engine], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"inserting\n"
+            process.terminate()
+            assert process.wait(20) == 0
+            assert process.stdout.read() == b"closed\n"
+        found = subprocess.run([*run, READ, str(tmp_path / "data")], check=True, capture_output=True, text=True)
+        assert found.stdout.strip() == rows
+
+    async def test_a_directory_that_cannot_be(self, tmp_path: Path) -> None:
+        """Named, with the cure; no thread is left over from each try."""
+        (tmp_path / "file").touch()
+        threads = threading.active_count()
+        async with sink_for(f"chdb://{tmp_path}/file/ch/my-db") as sink:
+            for _ in range(3):
+                with pytest.raises(SinkMisconfigured, match="who holds its directory"):
+                    await sink.open()
+        await asyncio.to_thread(wait_until, lambda: threading.active_count() <= threads + 1, "the threads to end")
 
 
 class _Unavailable(BaseHTTPRequestHandler):
