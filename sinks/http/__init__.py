@@ -1,1 +1,1 @@
-"""An HTTP API that somebody else runs."""
+"""The HTTP sink."""

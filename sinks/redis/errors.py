@@ -1,4 +1,4 @@
-"""Reads from a redis-py error what happened and what to do about it; pure. `redis.py` raises what is made here."""
+"""The meaning of an error of redis-py: what happened, and what to do about it. Pure; `client.py` raises it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ from redis.exceptions import (
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 
-# Redis's own words for: not now. READONLY is what a primary says after a failover has made it a replica.
 TRY_LATER = frozenset(
     {"BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"}
 )
+"""Redis's codes for: not now. READONLY is what a primary says that a failover has made a replica."""
 TURNED_AWAY = frozenset({"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"})
-# Without a code: Redis 7 on a right that is missing in a script, and on a long command before a password.
 TURNED_AWAY_WORDINGS = ("The user executing the script can't", "unauthenticated")
+"""Without a code: Redis 7 on a right that is missing in a script, and on a long command before a password."""
+_TURNED_AWAY_CLASSES = (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    NoPermissionError,
+)
 NO_SUCH_DATABASE = "DB index is out of range"
 CLUSTER = frozenset({"ASK", "CROSSSLOT", "MOVED"})
 
 TURNED_AWAY_CURE = (
-    "See that user and password in REPLICATOR_REDIS_URL are right, and that the user has what the sink needs: "
+    "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: "
     "ACL SETUSER name ~content:* ~top:content:* ~engagement:seen:* +@read +@write +@scripting +@transaction "
     "+@connection +info"
 )
 CERTIFICATE_CURE = (
-    "See that the certificate is in date and names the host in REPLICATOR_REDIS_URL, and that the URL's ssl_ca_certs "
+    "Check that the certificate is in date and names the host in REPLICATOR_REDIS_URL, and that the URL's ssl_ca_certs "
     "holds the authority that signed it, if that is a private one"
 )
-DATABASE_CURE = "See that the database number in REPLICATOR_REDIS_URL is one that Redis has"
-CLUSTER_CURE = "A write changes many keys as one, which Redis Cluster does not do: use a Redis without cluster mode"
+DATABASE_CURE = "Set the database number in REPLICATOR_REDIS_URL to one that Redis has"
+CLUSTER_CURE = "A write changes many keys at once, which Redis Cluster can't do: use a Redis without cluster mode"
 FOREIGN_CURE = (
-    "A key content:*, top:content:* or engagement:seen:* is somebody else's: rename or delete it, or give the "
+    "Another program uses a key content:*, top:content:* or engagement:seen:*: rename or delete it, or give the "
     "replicator a database of its own in REPLICATOR_REDIS_URL"
 )
 OTHER_CURE = "It takes Redis 6.0 or newer, or a server that runs the same Lua scripts"
@@ -56,9 +62,7 @@ def sink_error(sink: str, exc: RedisError) -> SinkError:
         return SinkMisconfigured(sink=sink, detail=detail, cure=DATABASE_CURE)
     if isinstance(exc, (ConnectionError, TimeoutError)) or words & TRY_LATER:
         return SinkUnavailable(sink=sink, detail=detail)
-    if words & CLUSTER:
-        return SinkUnusable(sink=sink, detail=detail, cure=CLUSTER_CURE)
-    cure = FOREIGN_CURE if "WRONGTYPE" in words else OTHER_CURE
+    cure = CLUSTER_CURE if words & CLUSTER else FOREIGN_CURE if "WRONGTYPE" in words else OTHER_CURE
     return SinkUnusable(sink=sink, detail=detail, cure=cure)
 
 
@@ -67,21 +71,13 @@ def is_read_only(exc: RedisError) -> bool:
     return "READONLY" in _words(exc)
 
 
-_TURNED_AWAY_CLASSES = (
-    AuthenticationError,
-    AuthenticationWrongNumberOfArgsError,
-    AuthorizationError,
-    NoPermissionError,
-)
-
-
 def _words(exc: RedisError) -> set[str]:
-    """Words in capitals: Redis's code is one, the first unless an old Redis passes on what failed in a script."""
+    """Words in capitals. Redis's code is the first of them, unless an old Redis passes on what failed in a script."""
     return set(re.findall(r"\b[A-Z_]{3,}\b", f"{exc.status_code or ''} {exc}"))
 
 
 def _detail(exc: RedisError) -> str:
-    """Redis's words, without where in the script, and without the arguments that some of them repeat."""
+    """Redis's message, without the place in the script, and without the arguments that some messages repeat."""
     text = str(exc).partition(" script: ")[0].partition(", with args beginning")[0]
     text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
     code = f"{exc.status_code} " if exc.status_code else ""

@@ -1,27 +1,26 @@
-"""Reads from Redis's INFO whether it keeps what is written, for `RedisSink.check`; pure."""
+"""Interprets Redis's INFO: will it keep what is written? Pure; for `RedisSink.check`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from replicator.contracts.events import Finding
 
-VERSION_MIN = (6, 0)  # the commands are older; from here on every right is checked before a script begins
-
 Info = Mapping[str, str | float]
 
 
-def findings(info: Info) -> list[Finding]:
-    """A line each for version, eviction and persistence."""
-    return [_version(info), _eviction(info), _persistence(info)]
+def findings(info: Info | None) -> list[Finding]:
+    """A line each for version, eviction and persistence; None where INFO is denied."""
+    if info is None:
+        return [Finding(True, "Redis: version, eviction and persistence are unknown, INFO is denied")]
+    return [_version(str(info.get("redis_version", "unknown"))), _eviction(info), _persistence(info)]
 
 
-def _version(info: Info) -> Finding:
-    version = str(info.get("redis_version", "unknown"))
-    parts = version.split(".")[:2]
-    if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < VERSION_MIN:
-        wanted = ".".join(map(str, VERSION_MIN))
-        return Finding(False, f"Redis is version {version}", f"Upgrade it to {wanted} or newer")
+def _version(version: str) -> Finding:
+    """The commands are older than 6.0, but since then Redis checks every right before a script begins."""
+    if re.match(r"[0-5]\.", version):
+        return Finding(False, f"Redis is version {version}", "Upgrade it to 6.0 or newer")
     return Finding(True, f"Redis is version {version}")
 
 

@@ -1,7 +1,6 @@
-"""Events and the time → keys and arguments of the two Lua scripts; pure.
+"""Makes the keys and arguments of `lua/write.lua` and `lua/slide.lua` from events and the time; pure.
 
-`redis_write.lua` and `redis_slide.lua` say what happens to the keys, `redis.py` calls them. Every key is made here,
-by us, because a script that invents its keys escapes access rules and clusters.
+Every key is made here: a script that makes up its keys escapes access rules.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from replicator.contracts.events import Event, Refusal
 
 WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
-"""Start of the newest bucket in the window; without it the window is built anew."""
+"""Start of the newest bucket in the window. Without it the window is built from its buckets."""
 
 COUNT_PREFIX, SEEN_PREFIX = "content:count:", "engagement:seen:"
 GENERATION = "engagement:seen:generation"
-"""A random word, lost with everything else: who finds another one knows that Redis was emptied."""
+"""A random marker. If it has changed, Redis was emptied."""
 PREFIXES = (
     COUNT_PREFIX,
     "content:newest:",
@@ -29,20 +28,20 @@ PREFIXES = (
     WINDOW,
     WINDOW_STATE,
 )
-"""What every key of ours begins with."""
+"""What every key of the replicator begins with."""
 
 PAGE_BITS = 16  # 8 kB a page: the key costs nothing beside it, and a lone event not much
 BIT_MASK = 2**PAGE_BITS - 1
 BUCKET_SECONDS = 5  # the window is at most this much too short, half of the 10 s that are promised
 WINDOW_SECONDS = 600
 WINDOW_SPAN_SECONDS = WINDOW_SECONDS - BUCKET_SECONDS  # from its oldest bucket to its newest
-WINDOW_EXPIRY_SECONDS = 120  # gone, rather than stale, two minutes after the last slide
+WINDOW_EXPIRY_SECONDS = 120  # two minutes after the last slide it is gone rather than stale
 BUCKET_EXPIRY_SECONDS = 900  # from the bucket's start: 5 minutes more than the window needs it
 LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
-"""Events further ahead are counted, but never ranked: their buckets would have to be kept until their time comes, and
-a device whose clock is years ahead would fill Redis with them."""
-SLIDE_SECONDS_MAX = 60  # a window further behind (or, after a clock was set back, ahead) is built anew
+"""Events further ahead are counted but never ranked. Their buckets would have to be kept until their time comes, and a
+device whose clock is years ahead would fill Redis with them."""
+SLIDE_SECONDS_MAX = 60  # a window further behind (or ahead, after a clock was set back) is built from its buckets
 
 _US = 1_000_000
 _BUCKET_US = BUCKET_SECONDS * _US
@@ -52,18 +51,18 @@ _UNORDERED = "event_ts is infinite or outside the years 1 to 9999; Redis orders 
 
 
 class Call(NamedTuple):
-    """What a script is called with."""
+    """The keys and arguments of a script."""
 
     keys: list[str]
     args: list[str | int | bytes]
 
 
 class Write(NamedTuple):
-    """A batch for `redis_write.lua`."""
+    """A batch for `lua/write.lua`."""
 
     call: Call
     ranked: bool
-    """Whether any event belongs into a bucket."""
+    """Whether any event belongs in a bucket."""
     refused: list[Refusal]
 
 
@@ -78,17 +77,17 @@ def bucket_key(bucket: int) -> str:
 
 
 def moment(event: Event) -> str:
-    """`(event_ts, event_id)` as digits that sort as text the way the pair does; behind them the commit's LSN.
+    """`(event_ts, event_id)` and the commit's LSN as digits that sort as text the way the numbers do.
 
-    So a later view of the same event, a backfill's with corrected content, replaces an earlier one, as in ClickHouse.
+    So a later version of the same event, such as a backfill's with corrected content, replaces an earlier one.
     """
     return f"{(event.ts_us or 0) + _TS_BIAS}{event.id + _ID_BIAS:020}{event.commit_lsn:020}"
 
 
 def pack(events: Iterable[Event], now: float) -> Write:
-    """A batch as one call: indices into the key lists (from 1; bucket 0: none), so that big ids stay text.
+    """A batch as one call. Events are indices into the lists of keys, from 1 (bucket 0: none), so big ids stay text.
 
-    One loop over plain ints and dictionaries: it runs for every event, on the reader's loop (0.3 µs an event).
+    One loop over plain ints and dictionaries, because it runs for every event on the reader's loop (0.3 µs each).
     """
     earliest_us, latest_us = _rankable_us(now)
     pages: dict[int, int] = {}
@@ -122,7 +121,7 @@ def _is_newer(ts_us: int, event_id: int, other: Event) -> bool:
 
 
 def _rankable_us(now: float) -> tuple[int, int]:
-    """The event times whose buckets are kept, from and to, in microseconds: the older ones have expired by now."""
+    """The range of event times whose buckets are kept, in microseconds. Older buckets have expired by now."""
     earliest = bucket_of(now - BUCKET_EXPIRY_SECONDS) + BUCKET_SECONDS
     return earliest * _US, int((now + FUTURE_SECONDS_MAX) * _US)
 
@@ -139,8 +138,8 @@ def _write_call(
     args: list[str | int | bytes] = [len(seen), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS]
     args.append(struct.pack(f"<{len(indices)}i", *indices))
     args += buckets
-    # Counted from our clock to a duration, so that a Redis whose clock is off keeps them as long. And never shorter:
-    # our clock may be set back, and a bucket that expires before it has left the window stays counted in it for ever.
+    # A duration by our clock, so that Redis's clock doesn't matter. Never a shorter one: our clock may be set back,
+    # and a bucket that expires before it has left the window would stay counted in it.
     args += [max(BUCKET_EXPIRY_SECONDS, ceil(bucket + BUCKET_EXPIRY_SECONDS - now)) for bucket in buckets]
     args += [moment(event) for event in newest]
     args += [event.json for event in newest]
@@ -148,7 +147,7 @@ def _write_call(
 
 
 def slide_call(now: float) -> Call:
-    """The window at `now`, for `redis_slide.lua`: its buckets, and those it may have to let go."""
+    """The window at `now`, for `lua/slide.lua`: its buckets, and those that it may have to drop."""
     newest = bucket_of(now)
     first = newest - WINDOW_SPAN_SECONDS - SLIDE_SECONDS_MAX
     last = newest + SLIDE_SECONDS_MAX

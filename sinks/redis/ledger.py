@@ -1,12 +1,12 @@
-"""What Redis has counted, for a comparison; see `ledger.EventCounter`. `redis_batch.py` makes the keys and bits."""
+"""What Redis has counted, for `reconcile`; a `contracts.ledger.EventCounter`. `keys.py` makes the keys and bits."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Sequence
 
 from replicator.contracts.errors import SinkUnusable
+from sinks.redis.client import SINK, RedisClient
 from sinks.redis.errors import FOREIGN_CURE
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, PAGE_BITS, SEEN_PREFIX
 
@@ -14,39 +14,33 @@ PAGES = 64  # half a megabyte an answer
 
 _is_integer = re.compile(r"0|-?[1-9][0-9]{0,18}").fullmatch
 
-Values: TypeAlias = Callable[[Sequence[str]], Awaitable[list[bytes | None]]]
-Scan: TypeAlias = Callable[[str], AsyncIterator[list[str]]]
-
 
 class RedisLedger:
-    """`contracts.ledger.EventCounter` of Redis."""
+    """The counts in `redis`."""
 
-    def __init__(self, values: Values, scan: Scan) -> None:
-        self._values = values
-        self._scan = scan
+    def __init__(self, redis: RedisClient) -> None:
+        self._redis = redis
 
     async def counts(self, keys: Sequence[int]) -> list[int]:
-        """See `ledger.EventCounter`."""
-        found = await self._values([f"{COUNT_PREFIX}{key}" for key in keys])
+        found = await self._redis.values([f"{COUNT_PREFIX}{key}" for key in keys])
         try:
             return [int(value or b"0") for value in found]
         except ValueError:
             detail = "a key of content:count:* is not a number"
-            raise SinkUnusable(sink="redis", detail=detail, cure=FOREIGN_CURE) from None
+            raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
 
     async def keys(self) -> AsyncIterator[Sequence[int]]:
-        """See `ledger.EventCounter`. Keys that no content can have are somebody else's."""
-        async for page in self._scan(COUNT_PREFIX + "*"):
+        """Leaves out keys that no content can have: another program's."""
+        async for page in self._redis.scan(COUNT_PREFIX + "*"):
             names = filter(_is_integer, (key.removeprefix(COUNT_PREFIX) for key in page))
             yield [key for key in map(int, names) if -(2**63) <= key < 2**63]
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
-        """See `ledger.EventCounter`."""
         pages = sorted({event_id >> PAGE_BITS for event_id in ids})
         unseen: list[int] = []
         for start in range(0, len(pages), PAGES):
             some = pages[start : start + PAGES]
-            found = await self._values([f"{SEEN_PREFIX}{page}" for page in some])
+            found = await self._redis.values([f"{SEEN_PREFIX}{page}" for page in some])
             bits = {page: value or b"" for page, value in zip(some, found, strict=True)}
             unseen += [event_id for event_id in ids if event_id >> PAGE_BITS in bits and not _is_set(bits, event_id)]
         return unseen

@@ -23,7 +23,7 @@ from replicator.contracts.settings import load
 from sinks.redis.errors import sink_error
 from sinks.redis.info import Info, findings
 from sinks.redis.keys import bucket_of, moment, pack, slide_call
-from sinks.redis.sink import RedisSettings
+from sinks.redis.settings import RedisSettings
 
 NOW = 1_767_882_112.5
 YEAR_1_US = -62_135_596_800_000_000

@@ -20,7 +20,8 @@ from pydantic import SecretStr
 from devstack import DevStack
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Position, SinkPosition
-from sinks.redis.sink import RedisSettings, RedisSink
+from sinks.redis.settings import RedisSettings
+from sinks.redis.sink import RedisSink
 
 NOON = 1_767_873_600.0  # 2026-01-08T12:00:00Z, the start of a bucket
 WINDOW = "top:content:10m"
@@ -273,7 +274,7 @@ async def test_the_window_is_right_at_any_moment(server: Server, random_source: 
                 ]
                 written += batch
                 await sink.write(batch + random_source.sample(written, min(len(written), 5)))
-            await sink.slide()
+            await sink.window.slide()
             assert_window_right(server, written, clock())
     assert server.counts() == Counter(e.key for e in written)
 
@@ -295,16 +296,16 @@ async def test_a_clock_set_back_takes_the_window_along(server: Server) -> None:
     clock = Clock()
     async with unopened(server.service.url, clock) as sink:
         await sink.write([event(1, key=1), event(2, key=2, at=NOON - 30), event(3, key=3, at=NOON - 610)])
-        await sink.slide()
+        await sink.window.slide()
         assert server.window() == {1: 1, 2: 1}
         clock.now -= 20
-        await sink.slide()
+        await sink.window.slide()
         assert server.window() == {2: 1, 3: 1}
         clock.now -= 100
-        await sink.slide()
+        await sink.window.slide()
         assert server.window() == {3: 1}
         clock.now += 120
-        await sink.slide()
+        await sink.window.slide()
         assert server.window() == {1: 1, 2: 1}
 
 
@@ -348,9 +349,9 @@ async def test_a_restart_is_said_once(
         async def info(_section: str) -> dict[str, str]:
             return {"run_id": next(runs)}
 
-        monkeypatch.setattr(sink._redis, "info", info)  # noqa: SLF001  no server changes it that fast
+        monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
         for _ in range(5):
-            await sink._notice_a_loss()  # noqa: SLF001  once a second else
+            await sink._notice_loss()  # noqa: SLF001  once a second else
     assert 2 == caplog.text.count("was restarted, or another one answers now")
     assert "was emptied" not in caplog.text
 
@@ -366,7 +367,7 @@ async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monke
 
     sink = sink_at(server.service.url, Clock())
     await sink.open()
-    monkeypatch.setattr(sink, "slide", slide)
+    monkeypatch.setattr(sink.window, "slide", slide)
     await sliding.wait()
     async with asyncio.timeout(DEADLINE_SECONDS):
         await sink.close()
@@ -450,7 +451,7 @@ async def test_a_key_of_somebody_else_is_left_alone(server: Server, key: str) ->
     """The write fails for good and with a cure, and has changed nothing, so that it counts once the key is gone."""
     async with unopened(server.service.url, Clock()) as sink:
         server.client.rpush(key, "theirs")
-        with pytest.raises(SinkUnusable, match="somebody else's"):
+        with pytest.raises(SinkUnusable, match="Another program uses a key"):
             await sink.write([event(1), event(2, key=2)])
         assert server.client.keys("*") == [key]
         server.client.delete(key)
@@ -521,13 +522,13 @@ async def test_an_unreachable_redis_is_tried_again(server: Server) -> None:
 
 async def test_a_failing_window_is_told_and_tried_again(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Logged when it begins and when it ends, raised by the next write, right again when its hindrance is gone."""
-    caplog.set_level(logging.INFO, "sinks.redis.sink")
+    caplog.set_level(logging.INFO, "sinks.redis.window")
     async with opened(server.service.url, Clock()) as sink:
         await sink.write([event(1)])
         server.client.rename(WINDOW, "kept")
         server.client.rpush(WINDOW, "theirs")
         await until(lambda: "can't be kept right" in caplog.text, "it was logged")
-        with pytest.raises(SinkUnusable, match="somebody else's"):
+        with pytest.raises(SinkUnusable, match="Another program uses a key"):
             await sink.write([event(2)])
         server.client.delete(WINDOW)
         await until(lambda: "kept right again" in caplog.text, "it goes on")

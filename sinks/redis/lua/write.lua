@@ -1,4 +1,4 @@
--- Writes a batch: counts each event once however often it comes, and keeps each content's newest event.
+-- Writes a batch: counts each event once, however often it comes, and keeps each content's newest event.
 --
 -- KEYS: the window, its state; then for each page its seen bits; for each bucket its sorted set; for each content
 --       its count, after these its newest moment, after these its last event.
@@ -9,14 +9,14 @@
 -- Returns two numbers: 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it;
 -- and how many of the events are new.
 --
--- All reads come first, so that a key of somebody else's is an error before anything has changed; and Redis refuses
--- a script that it has no memory, disk or right for at its first write. Hence: everything or nothing.
+-- All reads come first, so that another program's key is an error before anything has changed. And Redis refuses a
+-- script that it has no memory, disk or right for at its first write. So a batch is written whole or not at all.
 
 local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local EVENTS = ARGV[5]
 local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
 local ID_FROM = #'content:count:' + 1
-local MOMENT_WIDTH = 38 -- of (event_ts, event_id); behind it stands of which commit the view is
+local MOMENT_WIDTH = 38 -- of (event_ts, event_id); the commit's LSN follows
 local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
 local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
 
@@ -36,7 +36,7 @@ local function values(behind, others)
     for i, value in ipairs(redis.call('MGET', unpack(KEYS, behind + from, behind + to))) do
       found[from + i - 1] = value
       if not value then
-        redis.call('STRLEN', KEYS[behind + from + i - 1]) -- MGET has no word for a key of another type
+        redis.call('STRLEN', KEYS[behind + from + i - 1]) -- MGET says nothing of a key of another type
       end
     end
   end
@@ -114,7 +114,7 @@ for content = 1, N_CONTENTS do
   if not newest[content] or newest[content] < moment then
     put(KEYS[NEWEST + content], moment)
     if newest[content] and string.sub(newest[content], 1, MOMENT_WIDTH) == string.sub(moment, 1, MOMENT_WIDTH) then
-      redis.call('SET', KEYS[LAST + content], ARGV[EVENT + content], 'XX', 'KEEPTTL') -- another view of the same event
+      redis.call('SET', KEYS[LAST + content], ARGV[EVENT + content], 'XX', 'KEEPTTL') -- another version of the same event
     else
       redis.call('SETEX', KEYS[LAST + content], KEEP_LAST, ARGV[EVENT + content])
     end

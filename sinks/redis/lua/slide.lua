@@ -1,11 +1,11 @@
 -- Slides the window to the present: adds the buckets that have become current, subtracts those that have left.
 --
 -- KEYS: the window, its state; then the sorted sets of consecutive buckets, those of the window among them.
--- ARGV: start of the newest bucket that belongs into the window; start of the first bucket in KEYS; seconds of a
+-- ARGV: start of the newest bucket that belongs in the window; start of the first bucket in KEYS; seconds of a
 --       bucket; seconds from the window's oldest bucket to its newest; how many seconds to slide at most;
 --       seconds to keep the window.
--- The state is the start of the newest bucket in the window. Without it, without a window, or after too long a time
--- the window is built anew. An error half way leaves no state, hence the next slide builds.
+-- The state is the start of the newest bucket in the window. Without state or window, or after too long a time, the
+-- window is built from its buckets. An error half way leaves no state, so the next slide builds.
 
 local WINDOW, STATE = KEYS[1], KEYS[2]
 local NEWEST, FIRST, STEP = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -41,7 +41,7 @@ local function slide(was)
   redis.call('ZREMRANGEBYSCORE', WINDOW, '-inf', 0)
 end
 
-local size = redis.call('ZCARD', WINDOW) -- an error if the key is somebody else's; building would overwrite it
+local size = redis.call('ZCARD', WINDOW) -- an error if another program uses the key; building would overwrite it
 local was = tonumber(redis.call('GET', STATE) or '')
 if not was or size == 0 or math.abs(NEWEST - was) > FURTHEST then
   redis.call('DEL', STATE)

@@ -1,9 +1,9 @@
--- Deletes every key that begins with one of ours, in one moment.
+-- Deletes every key that begins with one of our prefixes, atomically.
 --
 -- ARGV: the prefixes. Returns how many keys there were.
 --
--- One script, because a replicator may be writing: between two steps it would count an event whose seen bit, or mark
--- one whose count, is then deleted. Redis serves nobody else meanwhile, some 1 µs for each of its keys.
+-- One script, because a replicator may be writing. Between two steps it could count an event whose seen bit is then
+-- deleted, or the other way round. Redis serves nobody else meanwhile: some 1 µs for each of its keys.
 
 local cursor, deleted = '0', 0
 repeat
