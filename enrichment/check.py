@@ -94,7 +94,7 @@ async def check(dsn: str) -> list[Finding]:
         async for finding in _findings(database):
             found.append(finding)  # noqa: PERF401  what was found stays found when the next query fails
     except SourceError as exc:
-        found.append(Finding(False, "source tables", str(exc)))
+        found.append(Finding.from_error(exc))
     finally:
         await database.close()
     return found

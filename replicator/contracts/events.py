@@ -9,9 +9,12 @@ from __future__ import annotations
 import enum
 import re
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
+
+if TYPE_CHECKING:
+    from replicator.contracts.errors import ReplicatorError
 
 Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset behind the text form `16/B374D848`."""
@@ -229,4 +232,9 @@ class Finding(NamedTuple):
     what: str
     """What was looked at and what was found."""
     cure: str = ""
-    """What to do, the exact command where there is one; empty when ok."""
+    """What to do, the exact command where there is one; may be empty when ok."""
+
+    @classmethod
+    def from_error(cls, error: ReplicatorError) -> Finding:
+        """What is wrong, as the error says it."""
+        return cls(False, error.problem, error.cure)

@@ -16,7 +16,7 @@ class Checkpoints(Protocol):
     """The durable position in each slot."""
 
     def create(self) -> list[str]:
-        """Make the tables. Idempotent. A line for each thing done. Raises CheckpointUnusable if they are newer."""
+        """Make the tables. Idempotent. A line for each thing done. Raises CheckpointUnusable for another release's."""
 
     def load(self, slot: str) -> Checkpoint | None:
         """The slot's checkpoint with all its sinks' positions; None when there is none."""
@@ -24,7 +24,8 @@ class Checkpoints(Protocol):
     def save(self, checkpoint: Checkpoint) -> None:
         """Store it in one database transaction. Sinks that are stored and not named stay as they are.
 
-        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is behind the stored one.
+        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is behind the stored one, and
+        CheckpointUnusable when the stored one belongs to another PostgreSQL cluster.
         """
 
     def replace(self, checkpoint: Checkpoint) -> None:
@@ -65,11 +66,19 @@ class TaskProgress(Protocol):
     """How far a task beside the stream is, a backfill for instance."""
 
     def load_progress(self, slot: str, task: str) -> str | None:
-        """What was saved last for the task, in its own words; None when nothing is."""
+        """What was saved last for the task, as it was given; None when nothing is."""
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
         """Store it in one database transaction; None: the task is done, forget it. No checkpoint is touched."""
 
 
-class CheckpointStore(Checkpoints, DeadLetterBox, TaskProgress, Protocol):
+class StreamStore(Checkpoints, DeadLetterBox, Protocol):
+    """What the stream keeps, and its status shows."""
+
+
+class BackfillStore(DeadLetterBox, TaskProgress, Protocol):
+    """What a backfill keeps."""
+
+
+class CheckpointStore(StreamStore, BackfillStore, Protocol):
     """All three in one database."""

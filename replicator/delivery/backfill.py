@@ -19,7 +19,7 @@ from replicator.contracts.errors import CheckpointUnavailable
 from replicator.contracts.events import Mark, Origin, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import BackfillStore
 from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
@@ -52,7 +52,7 @@ class Backfill:
         settings: CoreSettings,
         history: History,
         sinks: Sequence[Sink],
-        store: CheckpointStore,
+        store: BackfillStore,
         *,
         task: str,
         start: BackfillProgress,

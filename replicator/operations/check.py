@@ -1,6 +1,6 @@
 """`check`: is everything as it has to be? A line each, with the cure. Changes nothing anywhere.
 
-What concerns PostgreSQL as a source is here; tables are the enricher's to check, destinations the sinks'.
+PostgreSQL as a source is checked here, tables by the enricher, destinations by the sinks.
 """
 
 from __future__ import annotations
@@ -12,48 +12,47 @@ from contextlib import closing
 import psycopg
 from psycopg import sql
 
-from replicator.contracts.errors import CheckpointError, SourceError, SourceUnavailable
+from replicator.contracts.errors import CheckpointError, SourceError, SourceUnavailable, command
 from replicator.contracts.events import Finding, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import Checkpoints
 from replicator.contracts.stream import Enricher
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
 from replicator.source.wal2json import OPTIONS
 
-PLUGIN_TIMEOUT_MS = 10_000
-"""A new slot waits for the transactions that run; a check should not."""
+PLUGIN_TIMEOUT_SECONDS = 10
+"""A new slot waits for all running transactions; a check should not."""
 
 OLDEST_SERVER = 130_000
 """PostgreSQL 13: pg_replication_slots has wal_status and safe_wal_size since then."""
 
 _SETTINGS = """
-SELECT name, setting, unit FROM pg_settings
-WHERE name IN ('wal_level', 'max_replication_slots', 'max_wal_senders', 'max_slot_wal_keep_size', 'wal_sender_timeout')
+SELECT name, setting FROM pg_settings WHERE name IN ('wal_level', 'max_slot_wal_keep_size', 'wal_sender_timeout')
 """
-_ROLE = "SELECT rolname, rolreplication, rolsuper FROM pg_roles WHERE rolname = current_user"
+_ROLE = "SELECT rolname, rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
 # A temporary slot ends with the connection. Reading one change through it proves plugin, version and options.
 _TRY_CREATE = "SELECT pg_create_logical_replication_slot({slot}, 'wal2json', true)"
 _TRY_PEEK = "SELECT count(*) FROM pg_logical_slot_peek_changes({slot}, NULL, 1, {options})"
 
 
 async def findings(
-    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
+    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: Checkpoints
 ) -> AsyncIterator[Finding]:
     """Everything, one after the other; never raises for what it finds."""
-    dsn = settings.postgres_dsn.get_secret_value()
-    for finding in await asyncio.to_thread(_source, dsn, settings):
+    for finding in await asyncio.to_thread(_server, settings):
         yield finding
-    async for finding in _continuity(dsn, settings, enricher, sinks, store):
+    async for finding in _beginning(settings, enricher, sinks, store):
         yield finding
     for check in (enricher.check, *(sink.check for sink in sinks)):
         for finding in await check():
             yield finding
 
 
-def _source(dsn: str, settings: CoreSettings) -> list[Finding]:
+def _server(settings: CoreSettings) -> list[Finding]:
+    dsn = settings.postgres_dsn.get_secret_value()
     try:
         with psycopg.connect(
             dsn, autocommit=True, connect_timeout=10, application_name="replicator check"
@@ -61,85 +60,82 @@ def _source(dsn: str, settings: CoreSettings) -> list[Finding]:
             return list(_look(connection, settings))
     except psycopg.Error as exc:
         problem = str(exc).strip().partition("\n")[0]
-        return [Finding(False, f"PostgreSQL: {problem}", "See REPLICATOR_POSTGRES_DSN and pg_hba.conf")]
+        return [Finding(False, f"PostgreSQL: {problem}", "Check REPLICATOR_POSTGRES_DSN and pg_hba.conf")]
 
 
 def _look(connection: psycopg.Connection, settings: CoreSettings) -> Iterator[Finding]:
     version = connection.info.server_version
-    recent = version >= OLDEST_SERVER
-    yield Finding(recent, f"PostgreSQL {version // 10_000}", "" if recent else "Upgrade to PostgreSQL 13 or newer")
-    values = {name: (value, unit) for name, value, unit in connection.execute(_SETTINGS)}
-    level = values["wal_level"][0]
+    yield _finding(version >= OLDEST_SERVER, f"PostgreSQL {version // 10_000}", "Upgrade to PostgreSQL 13 or newer")
+    values: dict[str, str] = dict(connection.execute(_SETTINGS).fetchall())
+    level = values["wal_level"]
     logical = level == "logical"
-    cure = "" if logical else "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
-    yield Finding(logical, f"wal_level = {level}", cure)
+    yield _finding(logical, f"wal_level = {level}", "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL")
     yield _role(connection)
-    yield _timeout(int(values["wal_sender_timeout"][0]), settings)
-    yield _bound(int(values["max_slot_wal_keep_size"][0]))
+    yield _feedback(int(values["wal_sender_timeout"]), settings.feedback_interval_seconds)
+    yield _bound(int(values["max_slot_wal_keep_size"]))
     if logical:
         yield _plugin(connection)
 
 
+def _finding(ok: bool, what: str, cure: str) -> Finding:
+    return Finding(ok, what, "" if ok else cure)
+
+
 def _role(connection: psycopg.Connection) -> Finding:
-    name, replication, superuser = connection.execute(_ROLE).fetchone() or ("?", False, False)
-    able = replication or superuser
-    cure = "" if able else f"ALTER ROLE {sql.Identifier(name).as_string(connection)} REPLICATION (see sql/roles.sql)"
-    return Finding(able, f"role {name} {'may' if able else 'may not'} replicate", cure)
+    name, able = connection.execute(_ROLE).fetchone() or ("?", False)
+    cure = f"ALTER ROLE {sql.Identifier(name).as_string(connection)} REPLICATION ({command('sql roles')} has them all)"
+    return _finding(able, f"role {name} {'may' if able else 'may not'} replicate", cure)
 
 
-def _timeout(timeout_ms: int, settings: CoreSettings) -> Finding:
-    interval_ms = settings.feedback_interval_seconds * 1000
-    fine = timeout_ms == 0 or interval_ms * 2 <= timeout_ms
-    cure = "" if fine else "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less"
-    return Finding(fine, f"wal_sender_timeout = {timeout_ms} ms, feedback every {interval_ms:.0f} ms", cure)
+def _feedback(timeout_ms: int, interval_seconds: float) -> Finding:
+    what = f"wal_sender_timeout = {timeout_ms} ms, feedback every {interval_seconds:g} s"
+    fine = timeout_ms == 0 or interval_seconds * 2_000 <= timeout_ms
+    return _finding(fine, what, "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less")
 
 
 def _bound(keep_mb: int) -> Finding:
     if keep_mb >= 0:
-        return Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that lags further is lost")
-    advice = "fine while somebody watches the disk; set a bound if losing the slot is better than a full disk"
-    return Finding(True, "max_slot_wal_keep_size = -1: WAL is kept without bound while nobody reads", advice)
+        return Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that falls further behind is lost")
+    advice = "Fine while you monitor the disk; set a bound if losing the slot is better than a full disk"
+    return Finding(True, "max_slot_wal_keep_size = -1: without a reader, WAL fills the disk", advice)
 
 
 def _plugin(connection: psycopg.Connection) -> Finding:
     slot = sql.Literal(f"replicator_check_{connection.info.backend_pid}")
-    pairs = [text for pair in OPTIONS.items() for text in pair]
-    options = sql.SQL(", ").join(sql.Literal(text) for text in pairs)
+    options = sql.SQL(", ").join(sql.Literal(text) for pair in OPTIONS.items() for text in pair)
     try:
-        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(PLUGIN_TIMEOUT_MS)))
+        connection.execute(sql.SQL("SET statement_timeout = {}").format(sql.Literal(PLUGIN_TIMEOUT_SECONDS * 1_000)))
         connection.execute(sql.SQL(_TRY_CREATE).format(slot=slot))
         connection.execute(sql.SQL(_TRY_PEEK).format(slot=slot, options=options))
     except psycopg.errors.QueryCanceled:
-        cure = "Wait for the long-running transaction to end (pg_stat_activity, oldest xact_start), then check again"
-        return Finding(False, "wal2json: a new slot could not be made in 10 s", cure)
+        cure = "Wait for the oldest transaction to end (pg_stat_activity, xact_start), then check again"
+        return Finding(False, f"wal2json: a new slot could not be made in {PLUGIN_TIMEOUT_SECONDS} s", cure)
     except psycopg.Error as exc:
         problem = slots.unusable(exc.sqlstate, str(exc.diag.message_primary))
         return Finding(False, f"wal2json: {problem.detail}", problem.cure)
     return Finding(True, "wal2json decodes with format-version 2 (release 2.0 or newer)")
 
 
-async def _continuity(
-    dsn: str, settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
+async def _beginning(
+    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: Checkpoints
 ) -> AsyncIterator[Finding]:
     """Slot and checkpoint, and whether the two fit together."""
     try:
-        with closing(Source(dsn, settings.slot, enricher.tables)) as source:
+        with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot, enricher.tables)) as source:
             found = await Beginning(source, store, settings.slot, sinks).look()
         at = f"at {format_lsn(found.stored.end_lsn)}" if found.stored else "empty: the first start begins at the slot"
         yield Finding(True, f"checkpoint database: {at}")
         found.verify()
     except SourceUnavailable as exc:
         yield Finding(False, f"replication connection: {exc.detail}", "Allow it in pg_hba.conf (database too)")
-    except CheckpointError as exc:
-        yield Finding(False, "checkpoint database", str(exc))
-    except SourceError as exc:
-        yield Finding(False, f"replication slot {settings.slot}", str(exc))
+    except (CheckpointError, SourceError) as exc:
+        yield Finding.from_error(exc)
     else:
         yield _slot(settings.slot, found.state)
 
 
 def _slot(name: str, state: slots.SlotState | None) -> Finding:
     if state is None:
-        return Finding(True, f"replication slot {name}: not there yet", "`python -m replicator init` makes it")
+        return Finding(True, f"replication slot {name}: not there yet", f"{command('init')} makes it")
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
     return Finding(True, f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind")

@@ -1,4 +1,4 @@
-"""One line a record, for people or for machines. What is logged where is the other modules' business."""
+"""The form of the log: one line a record, for people or for programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Json(logging.Formatter):
 
 
 def configure_logging(level: str, form: Literal["text", "json"]) -> None:
-    """Log to standard error, times in UTC. Libraries speak from warning up: they log URLs and bodies below that."""
+    """Log to standard error, times in UTC. `level` is ours: below WARNING, libraries log URLs and bodies."""
     pattern = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     formatter = _Json() if form == "json" else logging.Formatter(pattern)
     formatter.converter = time.gmtime
@@ -33,7 +33,7 @@ def configure_logging(level: str, form: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    # A line for each failed try; the lane tells the story once. clickhouse_connect sets urllib3's own level, later.
+    # They log each failed attempt; the lane logs the problem once. clickhouse_connect sets urllib3's level later.
     for chatty in ("urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     for ours in ("replicator", "enrichment", "sinks", "checkpoint_store"):

@@ -18,7 +18,7 @@ from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceUnavailable, command
 from replicator.contracts.events import Checkpoint, LetterCounts, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import StreamStore
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
 
@@ -198,7 +198,7 @@ def behind(lsn: Lsn, state: SlotState | None) -> int | None:
 # -- from outside --------------------------------------------------------------------------------------------------
 
 
-async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
+async def collect(settings: CoreSettings, sinks: Sequence[str], store: StreamStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     state, slot_trouble = await _look_at_slot(settings)
     live, live_trouble = await _ask_replicator(settings)
@@ -236,7 +236,7 @@ def _missing(slot: str, stored: Checkpoint | None) -> str:
     return f"replication slot {slot} does not exist{', but its checkpoint does' if stored else ''}; {cure} makes it"
 
 
-async def _load(settings: CoreSettings, store: CheckpointStore) -> tuple[Checkpoint | None, LetterCounts | None, str]:
+async def _load(settings: CoreSettings, store: StreamStore) -> tuple[Checkpoint | None, LetterCounts | None, str]:
     try:
         stored = await asyncio.to_thread(store.load, settings.slot)
         return stored, await asyncio.to_thread(store.count_dead_letters, settings.slot), ""

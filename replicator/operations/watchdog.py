@@ -7,7 +7,6 @@ which both are shown.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 
 from msgspec import structs
@@ -16,6 +15,7 @@ from replicator import __version__
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Position, format_lsn
 from replicator.delivery.lane import Lane
+from replicator.delivery.retry import Trouble
 from replicator.operations.status import (
     LOOK_TIMEOUT_SECONDS,
     ReplicatorStatus,
@@ -30,8 +30,6 @@ from replicator.operations.status import (
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
-
-log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
 """One cheap query; a third of Prometheus's usual scrape interval."""
@@ -58,7 +56,7 @@ class Monitor:
         self._name = slot
         self._at: tuple[int, Position] = (0, Position(0, 0))
         self._moved_at = time.monotonic()
-        self._complained_at = -STALL_SECONDS  # never yet
+        self._stall = Trouble()
 
     async def run(self) -> None:
         """Look until cancelled; never raises for what it sees."""
@@ -121,10 +119,10 @@ class Monitor:
         if at != self._at or not self._lag_bytes():
             self._moved_at = time.monotonic()
         self._at = at
-        stalled = self._stalled()
-        if stalled and time.monotonic() - self._complained_at >= STALL_SECONDS:
-            log.warning("%s", stalled)
-            self._complained_at = time.monotonic()
+        if stalled := self._stalled():
+            self._stall.say(stalled)
+        else:
+            self._stall.clear()
 
     def _where(self) -> tuple[int, Position]:
         """The slot, and the slowest sink: inside a long transaction the slot can't move, but the sink does."""
