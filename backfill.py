@@ -1,8 +1,8 @@
-"""`python backfill.py --start ... --end ...`: a stretch of history through the same enrichment into the same sinks."""
+"""`python backfill.py --start ... --end ...`: the same as `replicator backfill`; see replicator/cli/backfill.py."""
 
 import sys
 
-from replicator.cli.backfill import main
+from replicator.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["backfill", *sys.argv[1:]]))

@@ -1,168 +1,160 @@
-"""`python -m replicator`: the command line, and the one place where everything is put together.
+"""The one command line, of `replicator`, `python -m replicator` and `backfill.py`: the list of commands, exit codes.
 
-`commands.py` has what each command does; `pipeline.py` is what `run` runs.
+A command is a function in one of the other modules; it imports what it needs when it runs, so that `--help` is fast.
+`arguments.py` has what several commands take, `app.py` puts the replicator together.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
 import os
+import platform
 import sys
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Annotated, Any
 
-from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, create_enricher
-from replicator.cli import commands, reconcile
-from replicator.cli import rebuild_redis as rebuild
-from replicator.cli.backfill import OneLineParser
-from replicator.cli.commands import Parts
+import typer
+
+from replicator import __version__
+from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
-from replicator.contracts.events import Stage
-from replicator.contracts.settings import CoreSettings, load, unknown
-from replicator.operations.logs import configure_logging
-from sinks import create_sinks, known_sinks, settings_classes
 
-MANUAL = """\
-Reads a PostgreSQL logical replication slot (wal2json), enriches every new row of engagement_events with its content,
-and writes it to ClickHouse, Redis and an HTTP API. PostgreSQL is told that a position is flushed only after every sink
-has it and the checkpoint is on disk.
+EPILOG = """\b
+first time:  replicator check      what is missing, with the cure
+             replicator init       makes table, checkpoint database and slot
+             replicator            runs until SIGTERM or Ctrl-C
+in trouble:  replicator status     where slot, checkpoint and sinks are
+             replicator sql slot-lag | psql   the same from PostgreSQL's side
 
-first time:   python -m replicator check     what is missing, a line each with the cure
-              python -m replicator init      makes the ClickHouse table, the checkpoint database and the slot
-              python -m replicator           runs until SIGTERM or Ctrl-C
-at 3 a.m.:    python -m replicator status    where the slot, the checkpoint and every sink are
-              psql -f sql/slot_lag.sql       the same from PostgreSQL's side
-"""
-EPILOG = """\
-Settings are environment variables (a .env file is read too; any of them also as NAME_FILE): REPLICATOR_POSTGRES_DSN,
-REPLICATOR_SLOT, REPLICATOR_SINKS, REPLICATOR_CLICKHOUSE_URL, REPLICATOR_REDIS_URL, REPLICATOR_HTTP_URL,
-REPLICATOR_CHECKPOINT_URL, REPLICATOR_ADMIN_LISTEN and more: the README has the table.
+Settings are environment variables: `replicator config show` lists them.
 
-Exit codes: 0 done, 1 failed, 2 unusable arguments or settings.
-"""
+\b
+Example: replicator check && replicator init && replicator
+Exit codes: 0 done, 1 failed, 2 unusable arguments or settings."""
+DONE = "0 done, 1 failed, 2 unusable arguments or settings"
+DIFFERENT = f"{DONE},\n  3 different"
+PLAIN: dict[str, Any] = {"context_settings": {"terminal_width": 80}, "rich_markup_mode": None}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = OneLineParser(
-        prog="python -m replicator",
-        description=MANUAL,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=commands.run)
-    sub = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=OneLineParser)
-    sub.add_parser("run", help="replicate until SIGTERM or Ctrl-C (the default)").set_defaults(command=commands.run)
-    init = sub.add_parser("init", help="make ClickHouse table, checkpoint database and slot; harmless twice")
-    init.add_argument(
-        "--accept-gap",
-        action="store_true",
-        help="if slot and checkpoint no longer fit together: begin where the slot is now. What is between is missing"
-        " until a backfill, whose command is printed",
-    )
-    init.set_defaults(command=commands.init)
-    sub.add_parser("check", help="is everything as it has to be? exit 1 if not").set_defaults(command=commands.check)
-    status = sub.add_parser("status", help="slot, lag, checkpoint, sinks, dead letters")
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.set_defaults(command=commands.status)
-    _add_dead_letters(sub)
-    rebuild.add_command(sub)
-    reconcile.add_command(sub)
-    drop = sub.add_parser("drop-slot", help="drop the slot: PostgreSQL no longer keeps WAL for it")
-    drop.add_argument("--yes", action="store_true", help="don't ask")
-    drop.set_defaults(command=commands.drop_slot)
-    return parser
+def _group(name: str, text: str) -> typer.Typer:
+    group = typer.Typer(name=name, help=text, **PLAIN)
+    app.add_typer(group)
+    return group
 
 
-def _add_dead_letters(sub: argparse._SubParsersAction[OneLineParser]) -> None:
-    letters = sub.add_parser("dead-letters", help="what a sink refused for good: list, replay or drop it")
-    actions = letters.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, command, text in (
-        ("list", commands.list_dead_letters, "show them, oldest first"),
-        ("replay", commands.replay_dead_letters, "give them to their sink again; those it takes are dropped"),
-        ("drop", commands.drop_dead_letters, "forget them"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument(
-            "--sink",
-            choices=[*known_sinks()],
-            help="only this sink's",
-        )
-        action.add_argument(
-            "--stage",
-            type=Stage,
-            choices=[*Stage],
-            metavar="STAGE",
-            help="only `row` (no event could be made of it, for every sink) or `event` (one sink refused it)",
-        )
-        action.add_argument(
-            "--id", dest="ids", type=int, action="append", default=[], metavar="N", help="only number N"
-        )
-        if name == "drop":
-            action.add_argument("--yes", action="store_true", help="don't ask")
-        action.set_defaults(command=command)
+def _add(
+    group: typer.Typer, name: str, command: Callable[..., Any], example: str, codes: str = DONE, text: str | None = None
+) -> None:
+    epilog = f"\b\nExample: {example}\nExit codes: {codes}."
+    group.command(name, help=text, epilog=epilog, context_settings={"terminal_width": 80})(command)
 
 
-class _Threads(ThreadPoolExecutor):
-    """For calls that block. The end does not wait for one that hangs on a silent server: its write counts as undone."""
+app = typer.Typer(name="replicator", pretty_exceptions_enable=False, **PLAIN)
+_add(app, "run", stream.run, "replicator run")
+_add(app, "init", stream.init, "replicator init")
+_add(app, "check", inspect.check, "replicator check", f"0 all fine,{DONE.removeprefix('0 done,')}")
+_add(
+    app, "status", inspect.status, "replicator status --json", f"0 ready,{DONE.removeprefix('0 done,')},\n  3 not ready"
+)
+_add(app, "drop-slot", stream.drop_slot, "replicator drop-slot --yes")
+_letters = _group("dead-letters", "List, replay or drop what a sink refused for good.")
+_add(_letters, "list", dead_letters.show, "replicator dead-letters list --sink http")
+_add(_letters, "replay", dead_letters.replay, "replicator dead-letters replay --sink http")
+_add(_letters, "drop", dead_letters.drop, "replicator dead-letters drop --id 7 --yes")
+_add(app, "backfill", backfill.backfill, "replicator backfill --last 2h", text=backfill.MANUAL)
+_add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --repair", DIFFERENT, reconcile.RECONCILE)
+_add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", text=reconcile.REBUILD)
+_sql = _group("sql", "Print the SQL that people run themselves.")
+_add(_sql, "roles", inspect.sql_roles, "replicator sql roles | psql -v password=secret")
+_add(_sql, "source-schema", inspect.sql_source_schema, "replicator sql source-schema | psql")
+_add(_sql, "slot-lag", inspect.sql_slot_lag, "replicator sql slot-lag | psql")
+_add(_sql, "clickhouse", inspect.sql_clickhouse, "replicator sql clickhouse | clickhouse-client")
+_config = _group("config", "Show and check the settings.")
+_add(_config, "show", inspect.config_show, "replicator config show --json")
+_add(_config, "check", inspect.config_check, "replicator config check")
 
-    def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:  # noqa: ARG002  asyncio asks to wait
-        """Begin nothing more."""
-        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"engagement-replicator {__version__} (Python {platform.python_version()})")
+        raise typer.Exit
 
 
-async def _run(command: Coroutine[None, None, int]) -> int:
-    asyncio.get_running_loop().set_default_executor(_Threads())
-    return await command
+@app.callback(invoke_without_command=True, epilog=EPILOG)
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> Coroutine[Any, Any, int] | None:
+    """Replicate new rows of engagement_events, enriched, to ClickHouse, Redis and an HTTP API.
 
-
-def _name_unknown_settings() -> None:
-    for name in unknown([CoreSettings, EnrichmentSettings, *settings_classes()]):
-        logging.getLogger(__name__).warning("%s is no setting, nobody reads it: the README's table has them all", name)
-
-
-def _tell(command: object, exc: ReplicatorError) -> None:
-    """A line of the log where there is one: whoever collects it should have the last line, too."""
-    if command is commands.run and not isinstance(exc, SettingsError):
-        logging.getLogger("replicator").critical("%s", exc)
-    else:
-        print(f"replicator: {exc}", file=sys.stderr)
+    PostgreSQL is told that a position is flushed only after every sink has it and the checkpoint is on disk. Without a
+    command it does what `run` does.
+    """
+    return stream.run() if context.invoked_subcommand is None else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = build_parser().parse_args(arguments)
     try:
-        settings = load(CoreSettings)
-        configure_logging(settings.log_level, settings.log_format)
-        if args.command in (commands.run, commands.check):
-            _name_unknown_settings()
-        parts = Parts(
-            settings=settings,
-            enricher=create_enricher(settings.postgres_dsn.get_secret_value()),
-            sinks=create_sinks(settings.sinks),
-            store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
-        )
-        code = asyncio.run(_run(args.command(parts, args)))
-        sys.stdout.flush()
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except typer.TyperException as exc:
+        print(f"replicator: {_one_line(exc)}", file=sys.stderr)
+        return 2
     except Overtaken as exc:
-        logging.getLogger(__name__).warning("%s", exc)
+        logging.getLogger("replicator").warning("%s", exc)
         logging.shutdown()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  ourselves, as we were called
     except ReplicatorError as exc:
         with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()  # what was done before it; os._exit would drop it
-        _tell(args.command, exc)
+            sys.stdout.flush()  # what was done before it
+        print(f"replicator: {exc}", file=sys.stderr)
         return exc.exit_code
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
+        print("replicator: stopped before it was done", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the second one
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed it; nothing left to say
         return 1
     finally:
         logging.shutdown()
-    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    result = typer.main.get_command(app).main(list(arguments), prog_name="replicator", standalone_mode=False)
+    if isinstance(result, Coroutine):  # a command that works on the event loop
+        result = asyncio.run(result)
+    sys.stdout.flush()
+    return int(result or 0)
+
+
+def _one_line(error: Any) -> str:
+    """What the parser found wrong: the argument, the problem, what the argument takes."""
+    context = getattr(error, "ctx", None)
+    command: Any = context.command if context else typer.main.get_command(app)
+    name = getattr(error, "option_name", None)
+    option = getattr(error, "param", None) or next((known for known in _options(command) if name in known.opts), None)
+    message = error.message.removeprefix("Value error, ").rstrip(".")
+    if option is not None and not getattr(option, "is_flag", False):
+        return str(SettingsError(name=option.opts[0], problem=message, expected=option.help or "a value"))
+    if close := getattr(error, "possibilities", None):
+        message += f". Did you mean {' or '.join(close)}?"
+    elif message == "Missing command":
+        message += f", one of {', '.join(command.commands)}"
+    return f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See {_path(context)} --help"
+
+
+def _path(context: Any) -> str:
+    return context.command_path if context else "replicator"
+
+
+def _options(command: Any) -> Iterator[Any]:
+    """Of a command and those under it: an error of the parser does not say which command it was."""
+    yield from command.params
+    for sub in getattr(command, "commands", {}).values():
+        yield from _options(sub)

@@ -1,117 +1,168 @@
-"""`python -m replicator reconcile --start ... --end ...`: do the sinks have what PostgreSQL has?
+"""`reconcile` and `rebuild-redis`: is everything in the sinks, and make Redis again.
 
-This is the command line; `replicator/reconcile/` does the work.
+`replicator/reconcile` compares and repairs; a rebuild is a backfill of all times into Redis alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import sys
+from collections.abc import Awaitable
+from typing import Annotated, TypeAlias
 
-import msgspec
+import typer
 
-from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementLedger
-from replicator.cli import commands
-from replicator.cli.backfill import OneLineParser, add_range, count, iso, once
-from replicator.contracts.errors import SettingsError
-from replicator.reconcile.run import WAIT_SECONDS, Reconcile
-from sinks import create_sinks
+from replicator.cli.arguments import (
+    PAGE_ROWS,
+    BatchSize,
+    End,
+    Json,
+    Last,
+    Rate,
+    Resume,
+    Start,
+    Yes,
+    confirmed,
+    count,
+    sinks_of,
+    time_range,
+)
+from replicator.contracts.errors import SettingsError, command
 
-MANUAL = """\
-Compares the events with start <= event_ts < end in PostgreSQL and in ClickHouse, field by field: both compute counts
-and checksums of stretches of time, then the events of the stretches that differ are compared. For Redis it checks that
-each of these events was counted, and that content:count:* of every content is at least its number of events over all
-times. (Higher counts are reported but are not differences: deleted rows stay counted. This part reads the whole table.)
+COMPARABLE = "clickhouse,redis"
+WAIT_SECONDS = 60
+"""How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
 
-The replicator may run meanwhile: what differs is checked again once the slot has passed the WAL position at which
-PostgreSQL was read, and only what still differs is reported. REPLICATOR_SLOT must be the slot that feeds these sinks.
-Dead letters are missing in the sinks, too.
 
-content_type, length_seconds and engagement_pct show the content at the time when the event was committed, or was
-backfilled. PostgreSQL no longer knows that, so they are compared, with today's content, only --with-content.
+Sinks: TypeAlias = Annotated[str, typer.Option(metavar="NAMES", help="the sinks to compare, separated by commas")]
+WithContent: TypeAlias = Annotated[
+    bool, typer.Option("--with-content", help="compare all fields, against today's content")
+]
+Repair: TypeAlias = Annotated[bool, typer.Option("--repair", help="write what is missing or different")]
+DeleteExtra: TypeAlias = Annotated[
+    bool, typer.Option("--delete-extra", help="with --repair: delete from ClickHouse what PostgreSQL does not have")
+]
+Wait: TypeAlias = Annotated[
+    int, typer.Option(parser=count, metavar="SECONDS", help="how long to wait for the replicator, 1 to 1000000")
+]
+
+RECONCILE = """\
+Compare PostgreSQL with the sinks, repair what differs.
+
+ClickHouse: events with start <= event_ts < end, field by field, through counts and checksums computed in both.
+Redis: was each of these events counted, and is each content's count no less than the number of its events? Higher
+counts are reported but are not differences: deleted rows stay counted. This part reads the whole table.
+
+It runs beside the replicator. A difference is checked again when the slot has passed the position at which
+PostgreSQL was read. REPLICATOR_SLOT must be the slot that feeds these sinks. Dead letters count as missing.
+
+content_type, length_seconds and engagement_pct depend on what the content was at the time. They are compared, with
+today's content, only --with-content.
+
+--repair sends what is missing or different. --delete-extra also deletes events from ClickHouse that PostgreSQL no
+longer has, those of a dropped partition for instance: choose the range accordingly.
 """
-EPILOG = """\
---repair sends the events that are missing or different to ClickHouse, through the same enrichment, and those that were
-not counted to Redis. If counts are too low although every event is marked as counted, use
-`python -m replicator rebuild-redis --from-empty`.
---delete-extra also deletes from ClickHouse what PostgreSQL does not have. Rows that you no longer keep in PostgreSQL,
-of a dropped partition for instance, would go too: choose the range accordingly.
-
-Exit codes: 0 equal (or equal after --repair), 1 failed, 2 unusable arguments or settings, 3 different.
-"""
-SINKS = ("clickhouse", "redis")
 
 
-def add_command(sub: argparse._SubParsersAction[OneLineParser]) -> None:
-    """Its command line."""
-    parser = sub.add_parser(
-        "reconcile",
-        help="compare PostgreSQL with ClickHouse and Redis, and repair what differs",
-        description=MANUAL,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+async def reconcile(
+    start: Start = None,
+    end: End = None,
+    last: Last = None,
+    sinks: Sinks = COMPARABLE,
+    with_content: WithContent = False,
+    repair: Repair = False,
+    delete_extra: DeleteExtra = False,
+    wait: Wait = WAIT_SECONDS,
+    as_json: Json = False,
+) -> int:
+    """Compare PostgreSQL with the sinks, repair what differs."""
+    import msgspec
+
+    from enrichment import EngagementLedger
+    from replicator.cli.app import App
+    from replicator.cli.backfill import once
+    from replicator.reconcile.run import Reconcile
+
+    when = time_range(start, end, last)
+    if delete_extra and not repair:
+        raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
+    app = App.load(sinks_of(sinks, COMPARABLE.split(",")))
+    ledger = EngagementLedger(app.dsn, with_content=with_content)
+    work = Reconcile(
+        app.settings,
+        ledger,
+        app.sinks,
+        app.store,
+        start=when.start,
+        end=when.end,
+        with_content=with_content,
+        repair=repair,
+        delete_extra=delete_extra,
+        wait_seconds=wait,
     )
-    add_range(parser)
-    parser.add_argument(
-        "--sinks", type=_sinks, default=SINKS, metavar="NAMES", help=f"of {', '.join(SINKS)} (default: both)"
-    )
-    parser.add_argument("--with-content", action="store_true", help="compare all fields, against today's content")
-    parser.add_argument("--repair", action="store_true", help="write what is missing or different")
-    parser.add_argument(
-        "--delete-extra", action="store_true", help="with --repair: delete from ClickHouse what PostgreSQL has not"
-    )
-    parser.add_argument(
-        "--wait",
-        type=count,
-        default=WAIT_SECONDS,
-        metavar="SECONDS",
-        help=f"for the replicator to bring what was committed before, at most (default: {WAIT_SECONDS})",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(command=reconcile)
-
-
-def _sinks(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names or not set(SINKS) >= set(names):
-        message = f"{text!r} is not one or more of {', '.join(SINKS)}, separated by commas (the API can't be asked)"
-        raise argparse.ArgumentTypeError(message)
-    return names
-
-
-async def reconcile(given: commands.Parts, args: argparse.Namespace) -> int:
-    """Compare, and repair if asked to."""
-    if args.start >= args.end:
-        problem = f"{iso(args.start)} is not before --end {iso(args.end)}"
-        raise SettingsError(name="--start", problem=problem, expected="an earlier time")
-    if args.delete_extra and not args.repair:
-        raise SettingsError(name="--delete-extra", problem="it is a part of --repair", expected="both, or neither")
-    ledger = EngagementLedger(given.dsn, with_content=args.with_content)
-    sinks = create_sinks(args.sinks)
-    store = SqlCheckpointStore(given.settings.checkpoint_url.get_secret_value())
-    try:
-        async with once(ledger, sinks, store):
-            report = await Reconcile(
-                given.settings,
-                ledger,
-                sinks,
-                store,
-                start=args.start,
-                end=args.end,
-                with_content=args.with_content,
-                repair=args.repair,
-                delete_extra=args.delete_extra,
-                wait_seconds=args.wait,
-            ).run(_quiet if args.json else print)
-    except asyncio.CancelledError:
-        print("reconcile: stopped before it was done", file=sys.stderr)
-        return 1
-    if args.json:
+    async with once(app, ledger):
+        report = await work.run(_quiet if as_json else print)
+    if as_json:
         print(msgspec.json.encode(report).decode())
     return report.exit_code
 
 
 def _quiet(_line: str) -> None:
     """The report comes at the end, as JSON."""
+
+
+REBUILD = """\
+Make all of Redis's keys again from PostgreSQL.
+
+The replicator may run meanwhile. For Redis after it lost its keys: a flush, a crash without persistence, a new
+server. Each event is counted once, whether the stream or the rebuild brings it. Until it is done, counts are too
+low.
+
+Events that Redis has marked as seen are not counted again, so wrong counts stay wrong. --from-empty asks, then
+deletes all of the replicator's keys atomically (Redis is blocked for about 1 us per key) and makes them again.
+Events that PostgreSQL no longer has are then no longer counted.
+
+SIGTERM and Ctrl-C finish the writes in flight. --resume continues there, also after a crash, unless Redis was
+emptied or restarted since: then it starts at the beginning.
+"""
+
+
+async def rebuild_redis(
+    from_empty: Annotated[
+        bool,
+        typer.Option("--from-empty", help="first delete all of the replicator's keys, because what is there is wrong"),
+    ] = False,
+    batch_size: BatchSize = PAGE_ROWS,
+    rate: Rate = None,
+    resume: Resume = False,
+    yes: Yes = False,
+) -> int:
+    """Make all of Redis's keys again from PostgreSQL."""
+    from enrichment import BEGINNING, END, create_history
+    from replicator.cli.app import App
+    from replicator.cli.backfill import Run, deliver, once
+    from replicator.reconcile.repair import rebuild
+
+    if resume and from_empty:
+        raise SettingsError(name="--resume", problem="--from-empty starts over", expected="one of the two")
+    question = (
+        "Delete all of the replicator's keys in Redis? Counts are too low until all are made again, and events that"
+        " PostgreSQL no longer has are no longer counted."
+    )
+    app = App.load(["redis"])
+    if from_empty and not confirmed(question, yes=yes):
+        return 1
+    options = f" --rate {rate}" if rate else ""
+    history = create_history(app.dsn, BEGINNING, END)
+    again = command(f"rebuild-redis{options} --resume")
+    run = Run(
+        app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again
+    )
+
+    def fill(generation: str) -> Awaitable[int]:
+        return deliver(run._replace(task=f"rebuild-redis {generation}"))
+
+    async with once(app, history):
+        return await rebuild(app.sinks[0], history, app.store, fill, _show_deleted if from_empty else None)
+
+
+def _show_deleted(keys: int) -> None:
+    print(f"deleted     {keys} keys", flush=True)

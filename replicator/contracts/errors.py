@@ -40,9 +40,11 @@ def _program() -> str:
     called = Path(sys.argv[0]) if sys.argv else Path()
     if called.name == "replicator":
         return "replicator" if shutil.which("replicator") == str(called) else shlex.quote(str(called))
-    if "replicator" in sys.orig_argv[1:3] or called.name == "backfill.py":
-        return f"{shlex.quote(sys.orig_argv[0])} -m replicator"
-    return "python -m replicator"
+    if called.name not in {"__main__.py", "backfill.py"}:
+        return "python -m replicator"
+    python = f"{shlex.quote(sys.orig_argv[0])} -m replicator"
+    is_here = called.name == "__main__.py" or called.resolve().parent == Path.cwd()
+    return python if is_here else f"env PYTHONPATH={shlex.quote(str(called.resolve().parent))} {python}"
 
 
 PROGRAM = _program()

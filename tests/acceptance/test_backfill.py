@@ -394,9 +394,10 @@ def test_stopped_it_says_how_to_go_on(
     assert stage
     assert 1 == running.returncode
     assert f"read        {stage.events} events of 20000" in out
-    hint = re.search(r"not finished; to go on: python backfill.py (.*)", err)
+    hint = re.search(r"not finished; to continue: `python -m replicator backfill (.*)`", err)
     assert hint
-    assert [*CONTRACT, "--rate", "2000", "--resume"] == hint[1].split()
+    zoned = [f"{word}Z" if word.startswith("2026") else word for word in CONTRACT]
+    assert [*zoned, "--sinks", "clickhouse,redis", "--rate", "2000", "--resume"] == hint[1].split()
     assert 20_000 - stage.events == read_by(backfill.run(*CONTRACT, "--resume"))
 
 

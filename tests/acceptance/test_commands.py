@@ -163,12 +163,12 @@ def test_unusable_settings(program: Program) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["--help"], 0, "python -m replicator init"),
-        (["replicate"], 2, "invalid choice: 'replicate'"),
-        (["init", "--bogus"], 2, "unrecognized arguments: --bogus"),
-        (["dead-letters"], 2, "ACTION"),
-        (["dead-letters", "list", "--id", "x"], 2, "--id"),
-        (["dead-letters", "list", "--sink", "bogus"], 2, "invalid choice: 'bogus' (choose from"),
+        (["--help"], 0, "replicator init"),
+        (["replicate"], 2, "No such command 'replicate'"),
+        (["init", "--bogus"], 2, "No such option: --bogus"),
+        (["dead-letters"], 2, "Missing command, one of list, replay, drop"),
+        (["dead-letters", "list", "--id", "x"], 2, "--id is unusable: 'x' is not a whole number"),
+        (["dead-letters", "list", "--sink", "bogus"], 2, "--sink is unusable: 'bogus' is not the name of a sink"),
     ],
     ids=["help", "command", "option", "action", "number", "sink"],
 )

@@ -134,7 +134,7 @@ def test_interrupted_and_resumed(
     assert 0 != running.returncode
     if number is signal.SIGTERM:
         assert_clean(out + err)
-        command = re.search(r"not finished; to go on: (python .*)", err)
+        command = re.search(r"not finished; to continue: `(python .*)`", err)
         assert command
         assert "python -m replicator rebuild-redis --rate 5000 --resume" == command[1]
     rest = read_by(succeed(quick.run("rebuild-redis", "--resume")))
@@ -194,10 +194,10 @@ def test_from_empty_asks(
             1,
             "Reading from PostgreSQL failed",
         ),
-        (("--from-empty",), {}, 2, "Standard input is unusable: it is no terminal. It takes a terminal to ask on, or"),
+        (("--from-empty",), {}, 2, "Standard input is unusable: it is not a terminal. It takes a terminal to ask on"),
         ((), {"redis_url": "redis://127.0.0.1:1"}, 1, "Sink redis failed"),
         ((), {"redis_url": "ftp://planted"}, 2, "REPLICATOR_REDIS_URL is unusable"),
-        (("--from-empty", "--resume"), {}, 2, "--resume is unusable: --from-empty begins anew"),
+        (("--from-empty", "--resume"), {}, 2, "--resume is unusable: --from-empty starts over"),
     ],
 )
 def test_what_can_not_be_is_one_line(  # noqa: PLR0917  fixtures

@@ -273,7 +273,7 @@ def test_interrupted(settings: Program, database: str) -> None:
         running = settings.spawn("reconcile", *HOUR)
         wait_until(lambda: looking.execute(waiting).fetchone() == (1,), "it to wait")
         assert 1 == settings.stop()
-        assert "reconcile: stopped before it was done\n" in settings.log
+        assert "replicator: stopped before it was done\n" in settings.log
         assert_clean(settings.log)
         assert running.poll() == 1
 
@@ -317,11 +317,17 @@ def test_nothing_in_the_range(settings: Program) -> None:
 @pytest.mark.parametrize(
     ("arguments", "variables", "prepare", "code", "told"),
     [
-        (("--start", "yesterday", *HOUR[2:]), {}, "", 2, "'yesterday' is no ISO 8601 time"),
-        (HOUR[:2], {}, "", 2, "required: --end"),
+        (("--start", "yesterday", *HOUR[2:]), {}, "", 2, "'yesterday' is not a time"),
+        (HOUR[:2], {}, "", 2, "--end is unusable: it is missing"),
         ((*HOUR[:3], HOUR[1]), {}, "", 2, "is not before --end 2026-01-08T09:00:00Z"),
-        ((*HOUR, "--sinks", "http"), {}, "", 2, "'http' is not one or more of clickhouse, redis"),
-        ((*HOUR, "--delete-extra"), {}, "", 2, "--delete-extra is unusable: it is a part of --repair"),
+        (
+            (*HOUR, "--sinks", "http"),
+            {},
+            "",
+            2,
+            "'http' is not the name of a sink. It takes one or more of clickhouse, redis",
+        ),
+        ((*HOUR, "--delete-extra"), {}, "", 2, "--delete-extra is unusable: --repair is missing"),
         ((*HOUR, "--repair"), {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"}, "", 1, "PostgreSQL failed"),
         ((*HOUR, "--repair"), {}, "DROP TABLE engagement_events", 1, '"public.engagement_events" does not exist'),
         ((*HOUR, "--repair", "--delete-extra"), {}, HIDDEN, 1, "affected by row-level security policy"),

@@ -102,4 +102,5 @@ def environment(dsn: str, clickhouse_url: str, redis_url: str, http_url: str, *,
         "REPLICATOR_HTTP_URL": http_url,
         "REPLICATOR_CHECKPOINT_URL": f"sqlite:///{folder}/checkpoint.db",
         "REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
+        "REPLICATOR_PROGRAM": "python -m replicator",  # in messages, wherever Python is
     }

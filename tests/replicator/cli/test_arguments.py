@@ -1,88 +1,102 @@
-"""`run` without servers: begun anew when it was overtaken, unless it was told to stop meanwhile."""
+"""Arguments without servers: times, spans, names, and the one shape of what is said about a wrong one."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import os
-import signal
-from typing import Any, cast
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from replicator.cli import commands
-from replicator.cli.commands import Parts
-from replicator.contracts.errors import Overtaken
-from replicator.contracts.settings import CoreSettings, load
+from replicator.cli.arguments import duration, moment, time_range
+from replicator.cli.backfill import _Lines
+from replicator.cli.main import main
+from replicator.delivery.backfill import BackfillProgress
+
+NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
+BACKFILL = ["backfill", "--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
 
 
-class Overtaking:
-    """A pipeline that drains for a while, having been overtaken."""
-
-    signalled = False
-
-    def __init__(self, *_: object) -> None:
-        self.stopping = asyncio.Event()
-
-    def stop(self) -> None:
-        """As the signal says."""
-        self.stopping.set()
-
-    async def run(self) -> None:
-        """A signal may come while it drains."""
-        if self.signalled:
-            os.kill(os.getpid(), signal.SIGTERM)
-            await self.stopping.wait()
-        raise Overtaken(checkpoint="0/5", stored="0/B")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-08T09:00:00",
+        "2026-01-08T09:00:00Z",
+        "2026-01-08T10:00:00+01:00",
+        "2026-01-08 09:00",
+        "20260108T090000Z",
+        "2026-01-08T09:00:00.000000",
+    ],
+)
+def test_times_are_iso_8601_and_without_a_zone_utc(text: str) -> None:
+    """Every form of the same moment."""
+    assert NINE == moment(text)
 
 
-class Signalled(Overtaking):
-    """With a signal."""
-
-    signalled = True
-
-
-class Watching:
-    """A monitor that sees nothing."""
-
-    def __init__(self, *_: object) -> None:
-        """Whatever it is given."""
-
-    async def run(self) -> None:
-        """For ever."""
-        await asyncio.Event().wait()
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86_400)])
+def test_the_last_span_ends_now(text: str, seconds: int) -> None:
+    """`--last 2h` is the two hours before this moment."""
+    before = datetime.now(UTC).replace(microsecond=0)
+    when = time_range(None, None, duration(text))
+    assert timedelta(seconds=seconds) == when.end - when.start
+    assert before <= when.end <= datetime.now(UTC)
 
 
-class Closing:
-    """An enricher that has nothing open."""
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["backfill"], "--start is unusable: it is missing. It takes a time in ISO 8601"),
+        (BACKFILL[:3], "--end is unusable: it is missing. It takes a time"),
+        (BACKFILL[:2], "--start is unusable: Option '--start' requires an argument. It takes the first moment"),
+        ([*BACKFILL[:2], "yesterday", *BACKFILL[3:]], "--start is unusable: 'yesterday' is not a time. It takes"),
+        ([*BACKFILL[:2], "2026-13-01", *BACKFILL[3:]], "--start is unusable: '2026-13-01' is not a time"),
+        ([*BACKFILL[:2], "0001-01-01T00:00:00+14:00"], "is not a time"),
+        ([*BACKFILL[:4], "2026-01-08T09:00:00Z"], "2026-01-08T09:00:00Z is not before --end 2026-01-08T09:00:00Z"),
+        ([*BACKFILL[:4], "2026-01-08T09:30:00+01:00"], "is not before --end 2026-01-08T08:30:00Z"),
+        ([*BACKFILL, "--last", "2h"], "--last is unusable: --start or --end is given too. It takes either"),
+        (["backfill", "--last", "soon"], "--last is unusable: 'soon' is not a span of time. It takes"),
+        (["backfill", "--last", "0h"], "--last is unusable: '0h' is not a span of time"),
+        ([*BACKFILL, "--sinks", "kafka"], "--sinks is unusable: 'kafka' is not the name of a sink. It takes one or mo"),
+        ([*BACKFILL, "--sinks", ""], "--sinks is unusable: '' is not the name of a sink. It takes one or more of"),
+        ([*BACKFILL, "--batch-size", "0"], "--batch-size is unusable: '0' is not a whole number from 1 to 1000000."),
+        ([*BACKFILL, "--rate", "fast"], "--rate is unusable: 'fast' is not a whole number from 1"),
+        ([*BACKFILL, "--res"], "No such option: --res. Did you mean --resume"),
+        ([*BACKFILL, "2026"], "Got unexpected extra argument(s) (2026). See replicator backfill --help"),
+        (["reconcile", "--last", "1d", "--sinks", "http"], "--sinks is unusable: 'http' is not the name of a sink"),
+        (["reconcile", "--last", "1d", "--delete-extra"], "--delete-extra is unusable: --repair is missing"),
+        (["rebuild-redis", "--resume", "--from-empty"], "--resume is unusable: --from-empty starts over"),
+        (["replicate"], "No such command 'replicate'. See replicator --help"),
+        (["stauts"], "No such command 'stauts'. Did you mean 'status'? See replicator --help"),
+        (["--bogus"], "No such option: --bogus. See replicator --help"),
+        (["init", "--acept-gap"], "No such option: --acept-gap. Did you mean --accept-gap? See replicator init --help"),
+        (["status", "--json=1"], "Option '--json' does not take a value. See replicator"),
+        (["dead-letters"], "Missing command, one of list, replay, drop. See replicator dead-letters --help"),
+        (["dead-letters", "lst"], "No such command 'lst'. Did you mean 'list'? See replicator dead-letters --help"),
+        (["dead-letters", "list", "--id", "x"], "--id is unusable: 'x' is not a whole number"),
+        (
+            ["dead-letters", "list", "--sink", "bogus"],
+            "--sink is unusable: 'bogus' is not the name of a sink. It takes",
+        ),
+        (["dead-letters", "list", "--stage", "x"], "--stage is unusable: 'x' is not one of 'row', 'event'. It takes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names the argument and what it takes; nothing was read or written."""
+    assert 2 == main(arguments)
+    out, err = capsys.readouterr()
+    assert ("", 1) == (out, err.count("\n"))
+    assert err.startswith("replicator: ")
+    assert message in err
 
-    async def close(self) -> None:
-        """Nothing to release."""
 
-
-class Store:
-    """Likewise."""
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`run`, with these."""
-    monkeypatch.setattr(commands, "Pipeline", pipeline)
-    monkeypatch.setattr(commands, "Monitor", Watching)
-    monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
-    monkeypatch.setattr(Parts, "source", lambda _: None)
-    parts = Parts(load(CoreSettings), cast("Any", Closing()), [], cast("Any", Store()))
-    return await commands.run(parts, argparse.Namespace())
-
-
-async def test_overtaken_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`__main__` begins the program anew."""
-    with pytest.raises(Overtaken):
-        await run_with(Overtaking, monkeypatch)
-
-
-async def test_told_to_stop_meanwhile_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM during the drain is not forgotten: exit code 0, nothing begins anew."""
-    assert 0 == await run_with(Signalled, monkeypatch)
+def test_lines_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal: one now and then."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    show = _Lines(BackfillProgress(place="", events=100, total=1100))
+    now = 105.0
+    show(BackfillProgress(place="", events=200, total=1100))
+    now = 110.0
+    show(BackfillProgress(place="", events=600, total=1100))
+    assert "backfill: 600 of 1100 events (54 %), 50/s, 10 s left\n" == capsys.readouterr().err

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from enrichment import EnrichmentSettings
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.settings import CoreSettings, load, unknown
-from sinks import settings_classes
+from replicator.contracts.settings import CoreSettings, load
 
 SECRET = "postgresql://app:hunter2@localhost/engagement"  # noqa: S105  what must not be shown
 
@@ -127,17 +125,6 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(CoreSettings)
     shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
     assert "hunter2" not in shown
-
-
-def test_a_name_that_nobody_reads_is_told(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
-    """Misspelled ones, of the environment and of `.env`; not those of sinks that are left out, nor NAME_FILE."""
-    (empty_directory / ".env").write_text(
-        "REPLICATOR_HTTP_BATCHSIZE=5\nREPLICATOR_HTTP_URL_FILE=/url\n", encoding="utf-8"
-    )
-    monkeypatch.setenv("REPLICATOR_SINK", "http")
-    monkeypatch.setenv("REPLICATOR_CLICKHOUSE_MAX_EVENTS", "7")
-    found = unknown([CoreSettings, EnrichmentSettings, *settings_classes()])
-    assert {"REPLICATOR_HTTP_BATCHSIZE", "REPLICATOR_SINK"} == set(found)
 
 
 def test_levels_are_levels_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:

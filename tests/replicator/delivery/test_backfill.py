@@ -1,15 +1,13 @@
-"""Backfill without servers: arguments, how far it is, what is kept of it, dead letters."""
+"""Backfill without servers: how far it is, what is kept of it, dead letters."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import msgspec
 import pytest
 
-from replicator.cli import backfill
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Origin, Position
 from replicator.contracts.settings import CoreSettings, load
@@ -17,61 +15,7 @@ from replicator.contracts.stream import Enriched, Page
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from sinks.testing import MemorySink
 
-RANGE = ["--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00"]
-NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 TASK = "backfill test"
-
-
-# --- arguments
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2026-01-08T09:00:00",
-        "2026-01-08T09:00:00Z",
-        "2026-01-08T10:00:00+01:00",
-        "2026-01-08 09:00",
-        "20260108T090000Z",
-        "2026-01-08T09:00:00.000000",
-    ],
-)
-def test_times_are_iso_8601_and_without_a_zone_utc(text: str) -> None:
-    """Every form of the same moment."""
-    args = backfill.build_parser().parse_args(["--start", text, "--end", "2026-01-09"])
-    assert (NINE, datetime(2026, 1, 9, tzinfo=UTC)) == (args.start, args.end)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "required: --start, --end"),
-        (RANGE[:2], "required: --end"),
-        (["--start", "yesterday", *RANGE[2:]], "--start: 'yesterday' is no ISO 8601 time"),
-        (["--start", "2026-13-01", *RANGE[2:]], "--start: '2026-13-01' is no ISO 8601 time"),
-        (["--start", "0001-01-01T00:00:00+14:00", *RANGE[2:]], "is no ISO 8601 time"),
-        ([*RANGE[:3], "2026-01-08T09:00:00Z"], "--start 2026-01-08T09:00:00Z is not before --end 2026-01-08T09:00:00Z"),
-        ([*RANGE[:3], "2026-01-08T09:30:00+01:00"], "is not before --end 2026-01-08T08:30:00Z"),
-        ([*RANGE, "--sinks", "kafka"], "--sinks: 'kafka' is not one or more of clickhouse, redis, http"),
-        ([*RANGE, "--sinks", ""], "--sinks: '' is not one or more of"),
-        ([*RANGE, "--batch-size", "0"], "--batch-size: '0' is no whole number from 1"),
-        ([*RANGE, "--rate", "fast"], "--rate: 'fast' is no whole number from 1"),
-        ([*RANGE, "--res"], "unrecognized arguments: --res"),
-        ([*RANGE, "2026"], "unrecognized arguments: 2026"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_2(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before anything is read or written."""
-    with pytest.raises(SystemExit) as ended:
-        backfill.main(arguments)
-    out, err = capsys.readouterr()
-    assert (2, "", 1) == (ended.value.code, out, err.count("\n"))
-    assert told in err
-
-
-# --- how far it is
 
 
 class FakeHistory:
@@ -259,15 +203,3 @@ async def test_lost_time_is_not_made_up_for(settings: CoreSettings) -> None:
     loop.call_later(0.4, past.gate.set)
     assert await run_of(settings, past, Store(), sink_of(), rate=50).run()
     assert loop.time() - started >= 0.69, "the first page at once, then a tenth of a second each"
-
-
-def test_lines_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no terminal: one now and then."""
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    tell = backfill._Lines(BackfillProgress(place="", events=100, total=1100))  # noqa: SLF001  what is printed is the product
-    now = 105.0
-    tell(BackfillProgress(place="", events=200, total=1100))
-    now = 110.0
-    tell(BackfillProgress(place="", events=600, total=1100))
-    assert "backfill: 600 of 1100 events (54 %), 50/s, 10 s left\n" == capsys.readouterr().err

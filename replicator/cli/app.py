@@ -1,0 +1,145 @@
+"""The composition root: settings → enricher, sinks, checkpoint store, source. Nothing else knows all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
+from difflib import get_close_matches
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
+
+from checkpoint_store import SqlCheckpointStore
+from enrichment import EnrichmentSettings, create_enricher
+from replicator import __version__
+from replicator.contracts.settings import (
+    PREFIX,
+    CoreSettings,
+    Settings,
+    given,
+    load,
+    state_directory,
+    variable,
+    variables,
+)
+from replicator.contracts.sink import Sink
+from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stream import Enricher
+from replicator.operations.logs import configure_logging
+from replicator.source.stream import Source
+from sinks import create_sinks, settings_classes
+
+NOT_A_SETTING = {"REPLICATOR_PROGRAM"}
+"""How the container is called from outside; contracts/errors.py reads it."""
+
+log = logging.getLogger(__name__)
+
+
+class App(NamedTuple):
+    """Everything that a command works with. Nothing is connected yet."""
+
+    settings: CoreSettings
+    enricher: Enricher
+    sinks: list[Sink]
+    store: CheckpointStore
+
+    @classmethod
+    def load(cls, sinks: Iterable[str] | None = None) -> App:
+        """Made from the settings, with these sinks or the configured ones. Raises SettingsError."""
+        settings = load(CoreSettings)
+        configure_logging(settings.log_level, settings.log_format)
+        for message in unknown_settings():
+            log.warning("%s", message)
+        if given("checkpoint_url") is None:
+            with suppress(OSError):  # opening the database fails, too, and says where
+                state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls(
+            settings=settings,
+            enricher=create_enricher(settings.postgres_dsn.get_secret_value()),
+            sinks=create_sinks(settings.sinks if sinks is None else sinks),
+            store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
+        )
+
+    @property
+    def dsn(self) -> str:
+        """The connection string, password included."""
+        return self.settings.postgres_dsn.get_secret_value()
+
+    def source(self) -> Source:
+        """A source for the slot."""
+        return Source(self.dsn, self.settings.slot, self.enricher.tables)
+
+    @asynccontextmanager
+    async def closing(self) -> AsyncIterator[None]:
+        """Release all connections at the end."""
+        try:
+            yield
+        finally:
+            await self.enricher.close()
+            for sink in self.sinks:
+                await sink.close()
+            await asyncio.to_thread(self.store.close)
+
+    def introduce(self) -> Iterator[str]:
+        """The first lines of the log: what runs, from where to where. No secrets."""
+        yield f"engagement-replicator {__version__}, Python {platform.python_version()}"
+        yield f"source {masked(self.dsn)}, slot {self.settings.slot}"
+        yield f"checkpoint {masked(self.settings.checkpoint_url.get_secret_value())}"
+        yield f"sinks {', '.join(map(_address, self.sinks))}"
+        listen = self.settings.admin_listen
+        yield f"admin http://{listen}/status" if listen else "admin endpoints are off"
+
+
+def _address(sink: Sink) -> str:
+    values = [getattr(sink.settings, name) for name in type(sink.settings).model_fields if name.endswith("_url")]
+    secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+    return " ".join([sink.name, *map(masked, secrets)])
+
+
+def all_settings() -> list[type[Settings]]:
+    """Every settings class, those of sinks that are not configured included."""
+    return [CoreSettings, EnrichmentSettings, *settings_classes()]
+
+
+def unknown_settings() -> Iterator[str]:
+    """A message for each variable with our prefix that nothing reads."""
+    names = sorted(name for name in variables() if name.startswith(PREFIX) and name not in NOT_A_SETTING)
+    known = {variable(field) for field in CoreSettings.model_fields}
+    if {*names} - known:  # the sinks' modules are slow to import
+        known = {variable(field) for settings_class in all_settings() for field in settings_class.model_fields}
+    for name in names:
+        if name not in known and name.removesuffix("_FILE") not in known:
+            close = get_close_matches(name, known, n=1)
+            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''}"
+
+
+def masked(secret: str) -> str:
+    """Where a connection string leads, without what may be secret in it: password, path over HTTP, query."""
+    if "://" not in secret:
+        return _masked_keywords(secret)
+    try:
+        url = urlsplit(secret)
+    except ValueError:
+        return "***"
+    if secret.count("@") != url.netloc.count("@"):  # a password ended too early; the rest looks like a host or a path
+        return "***"
+    user, at, host = url.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    query = "?***" if url.query else ""
+    if url.scheme.startswith("http"):  # tokens come as user names and in paths
+        return f"{url.scheme}://{'***@' if at else ''}{host}{'/***' if url.path.strip('/') else url.path}{query}"
+    return f"{url.scheme}://{name}{':***' if colon else ''}{at}{host}{url.path}{query}"
+
+
+def _masked_keywords(conninfo: str) -> str:
+    try:
+        parts = conninfo_to_dict(conninfo)
+    except ProgrammingError:
+        return "***"
+    return " ".join(f"{key}={parts[key]}" for key in ("host", "port", "dbname", "user") if key in parts) or "***"

@@ -1,0 +1,118 @@
+"""What arguments take. An option's help says it, so that an error can repeat it; `main.py` prints the error."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, NamedTuple, TypeAlias
+
+import typer
+
+from replicator.contracts.errors import SettingsError
+
+PAGE_ROWS = 5_000  # 10 MB of memory and some 50 ms of PostgreSQL's time; larger pages gain nothing
+MOST = 1_000_000  # rows a page: what memory may hold
+
+_TIME = "in ISO 8601, such as 2026-01-08T09:00:00 (UTC), 2026-01-08T10:00:00+01:00 or 2026-01-08"
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def moment(text: str) -> datetime:
+    """A time of `--start` and `--end`; without a zone it is UTC."""
+    try:
+        found = datetime.fromisoformat(text)
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not a time") from None
+
+
+def duration(text: str) -> timedelta:
+    """The span of `--last`."""
+    found = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if not found or not int(found[1]):
+        raise typer.BadParameter(f"{text!r} is not a span of time")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+def count(given: str | int) -> int:
+    """A number of rows, events or seconds. A default comes as it is."""
+    text = str(given)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST):
+        raise typer.BadParameter(f"{text!r} is not a whole number from 1 to {MOST}")
+    return int(text)
+
+
+Start: TypeAlias = Annotated[
+    datetime | None, typer.Option(parser=moment, metavar="TIME", help=f"the first moment of the range, {_TIME}")
+]
+End: TypeAlias = Annotated[
+    datetime | None, typer.Option(parser=moment, metavar="TIME", help="the first moment after the range, likewise")
+]
+Last: TypeAlias = Annotated[
+    timedelta | None,
+    typer.Option(parser=duration, metavar="SPAN", help="instead of both: the time until now, such as 30m, 2h or 1d"),
+]
+BatchSize: TypeAlias = Annotated[int, typer.Option(parser=count, metavar="N", help="rows a page, 1 to 1000000")]
+Rate: TypeAlias = Annotated[
+    int | None, typer.Option(parser=count, metavar="N", help="events a second at most, 1 to 1000000")
+]
+Resume: TypeAlias = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
+Yes: TypeAlias = Annotated[bool, typer.Option("--yes", help="don't ask")]
+
+
+class TimeRange(NamedTuple):
+    """`start <= event_ts < end`, in UTC."""
+
+    start: datetime
+    end: datetime
+
+    def __str__(self) -> str:
+        return f"--start {iso(self.start)} --end {iso(self.end)}"
+
+
+def time_range(start: datetime | None, end: datetime | None, last: timedelta | None) -> TimeRange:
+    """What `--start`, `--end` and `--last` come to. Raises SettingsError."""
+    if last is not None:
+        if start or end:
+            raise SettingsError(name="--last", problem="--start or --end is given too", expected="either, not both")
+        now = datetime.now(UTC).replace(microsecond=0)
+        return TimeRange(now - last, now)
+    for name, value in (("--start", start), ("--end", end)):
+        if value is None:
+            raise SettingsError(name=name, problem="it is missing", expected=f"a time {_TIME}; or use --last 2h")
+    assert start  # noqa: S101  for mypy
+    assert end  # noqa: S101
+    if start >= end:
+        problem = f"{iso(start)} is not before --end {iso(end)}"
+        raise SettingsError(name="--start", problem=problem, expected="an earlier time")
+    return TimeRange(start, end)
+
+
+def sinks_of(text: str, known: Iterable[str], name: str = "--sinks") -> list[str]:
+    """The names in an option. Raises SettingsError for one that is not known."""
+    names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
+    if not names or set(names) - set(known):
+        expected = f"one or more of {', '.join(known)}, separated by commas"
+        raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
+    return names
+
+
+def iso(when: datetime) -> str:
+    """As it can be typed."""
+    return when.isoformat().replace("+00:00", "Z")
+
+
+def confirmed(question: str, *, yes: bool) -> bool:
+    """Ask on the terminal, unless `--yes` answers. Raises SettingsError where there is no terminal."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise SettingsError(
+            name="standard input", problem="it is not a terminal", expected="a terminal to ask on, or --yes"
+        )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

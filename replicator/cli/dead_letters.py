@@ -1,0 +1,179 @@
+"""`dead-letters list|replay|drop`: what a sink, or the enrichment, refused for good."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import typer
+
+from replicator.cli.arguments import Json, Yes, confirmed, count
+
+if TYPE_CHECKING:
+    from replicator.cli.app import App
+    from replicator.contracts.events import DeadLetter, Position
+    from replicator.contracts.sink import Sink
+    from replicator.contracts.stream import Enricher
+
+PAGE = 500
+"""Dead letters in memory at once."""
+
+SinkName: TypeAlias = Annotated[str | None, typer.Option("--sink", metavar="NAME", help="the name of one sink")]
+StageName: TypeAlias = Annotated[
+    Literal["row", "event"] | None,
+    typer.Option("--stage", help="`row`: no event could be made of the row; `event`: a sink refused the event"),
+]
+Ids: TypeAlias = Annotated[
+    list[int] | None,
+    typer.Option("--id", parser=count, metavar="N", help="the number of a dead letter; can be repeated"),
+]
+
+
+class _Chosen:
+    """The dead letters that the arguments choose. Raises SettingsError for an unknown sink."""
+
+    def __init__(self, sink: str | None, stage: str | None, ids: Sequence[int] | None) -> None:
+        from replicator.cli.app import App
+        from replicator.cli.arguments import sinks_of
+        from replicator.contracts.events import Stage
+        from sinks import known_sinks
+
+        self.app = App.load()
+        self.found: set[int | None] = set()
+        self._sink = sink and sinks_of(sink, known_sinks(), name="--sink")[0]
+        self._stage = Stage(stage) if stage else None
+        self._ids = ids or []
+
+    async def pages(self) -> AsyncIterator[list[DeadLetter]]:
+        """Oldest first."""
+        after, slot = 0, self.app.settings.slot
+        while page := await asyncio.to_thread(
+            self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, after_id=after, limit=PAGE
+        ):
+            after = page[-1].id or 0
+            if chosen := [letter for letter in page if not self._ids or letter.id in self._ids]:
+                self.found.update(letter.id for letter in chosen)
+                yield chosen
+
+    async def drop(self, ids: Sequence[int | None]) -> int:
+        """How many of these there were."""
+        numbers = [number for number in ids if number is not None]
+        return await asyncio.to_thread(self.app.store.drop_dead_letters, self.app.settings.slot, numbers)
+
+    def report_absent(self) -> int:
+        """Say which numbers are not there; the exit code."""
+        of_sink = f" of sink {self._sink}" if self._sink else ""
+        absent = sorted(set(self._ids).difference(self.found))
+        for number in absent:
+            print(f"there is no dead letter {number}{of_sink}", file=sys.stderr)
+        if not self.found and not absent:
+            print(f"no dead letters{of_sink}", file=sys.stderr)
+        return int(bool(absent))
+
+
+async def show(sink: SinkName = None, stage: StageName = None, ids: Ids = None, as_json: Json = False) -> int:
+    """Show dead letters, each with its reason and payload.
+
+    The oldest comes first.
+    """
+    chosen = _Chosen(sink, stage, ids)
+    letters: list[dict[str, Any]] = []
+    async with chosen.app.closing():
+        async for page in chosen.pages():
+            if as_json:
+                letters += map(_json, page)
+            else:
+                print("\n".join(map(_text, page)))
+    if as_json:
+        print(json.dumps({"dead_letters": letters}))
+    return chosen.report_absent()
+
+
+def _text(letter: DeadLetter) -> str:
+    from replicator.delivery.dead_letters import place
+
+    head = (letter.id, _at(letter), letter.sink or "every sink", f"event {letter.event_id}", place(letter))
+    return "  ".join(map(str, (*head, letter.reason))) + f"\n    {letter.payload.decode(errors='replace')}"
+
+
+def _json(letter: DeadLetter) -> dict[str, Any]:
+    from replicator.delivery.dead_letters import place
+
+    return {
+        "id": letter.id,
+        "created_at": _at(letter),
+        "sink": letter.sink,
+        "stage": letter.stage.value,
+        "origin": letter.origin.value,
+        "event_id": letter.event_id,
+        "position": place(letter) if letter.position else None,
+        "reason": letter.reason,
+        "payload": letter.payload.decode(errors="replace"),
+    }
+
+
+def _at(letter: DeadLetter) -> str:
+    return datetime.fromtimestamp(letter.created_at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None) -> int:
+    """Give dead letters to their sink again.
+
+    Those that it takes are dropped. The exit code is 1 if any is left.
+    """
+    chosen = _Chosen(sink, stage, ids)
+    left = 0
+    async with chosen.app.closing():
+        await chosen.app.enricher.open()
+        async for page in chosen.pages():
+            kept = await _replay(chosen.app, page)
+            taken = [letter.id for letter in page if letter.id not in kept]
+            await chosen.drop(taken)
+            print(f"{len(taken)} taken, {len(kept)} left")
+            for number, reason in kept.items():
+                print(f"{number} is left: {reason}")
+            left += len(kept)
+    return chosen.report_absent() or int(bool(left))
+
+
+async def _replay(app: App, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
+    """Those that are left, each with the reason; every sink that the others are for has taken them now."""
+    present = {None, *(sink.name for sink in app.sinks)}
+    absent = "sink {} is not among REPLICATOR_SINKS".format
+    left = {letter.id: absent(letter.sink) for letter in letters if letter.sink not in present}
+    for sink in app.sinks:
+        mine = [letter for letter in letters if letter.sink in (sink.name, None)]
+        if mine:  # another sink may be down: these letters are not for it
+            refused = await _give(app.enricher, sink, mine)
+            positions = {letter.id: letter.replay_position for letter in mine}
+            left |= {number: refused[at] for number, at in positions.items() if at in refused}
+    return left
+
+
+async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[Position, str]:
+    """What the sink refuses, by position, with the reason."""
+    from replicator.contracts.events import Position
+    from replicator.contracts.sink import Mode
+
+    await sink.open(None, Mode.BACKFILL)
+    restored = await enricher.restore(letters)
+    refused = {letter.replay_position: letter.reason for letter in restored.refused}
+    for start in range(0, len(restored.events), sink.max_events):
+        for event, reason in await sink.write(restored.events[start : start + sink.max_events]):
+            refused[Position(event.commit_lsn, event.ordinal)] = reason
+    return refused
+
+
+async def drop(sink: SinkName = None, stage: StageName = None, ids: Ids = None, yes: Yes = False) -> int:
+    """Forget dead letters, after asking."""
+    chosen = _Chosen(sink, stage, ids)
+    async with chosen.app.closing():
+        doomed = [letter.id async for page in chosen.pages() for letter in page]
+        if doomed and not confirmed(f"Forget {len(doomed)} dead letters?", yes=yes):
+            return 1
+        print(f"dropped {await chosen.drop(doomed)} dead letters")
+    return chosen.report_absent()

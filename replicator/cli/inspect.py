@@ -1,0 +1,179 @@
+"""`check`, `status`, `config` and `sql`: commands that look and change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from replicator.cli.arguments import Json
+from replicator.contracts.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from replicator.contracts.settings import Settings
+
+NOT_READY = 3
+UNUSABLE = 2
+UNITS = {"seconds": "s", "mb": "MB"}
+"""By the last word of a setting's name."""
+
+
+async def check(as_json: Json = False) -> int:
+    """Say what is missing, with the cure.
+
+    It looks at PostgreSQL, the slot, the checkpoint, the tables and the sinks, and changes nothing. Each finding is a
+    line.
+    """
+    from replicator.cli.app import App
+    from replicator.operations import check as preflight
+
+    app = App.load()
+    found: list[dict[str, Any]] = []
+    async with app.closing():
+        async for finding in preflight.findings(app.settings, app.enricher, app.sinks, app.store):
+            found.append(finding._asdict())
+            if not as_json:
+                print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}")
+                if finding.cure:
+                    print(f"      → {finding.cure}")
+    failed = sum(not finding["ok"] for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": found}))
+    else:
+        print(f"{failed} of the checks failed" if failed else "everything is as it has to be")
+    return int(bool(failed))
+
+
+async def status(as_json: Json = False) -> int:
+    """Show where slot, checkpoint and sinks are.
+
+    It is not ready while the replicator is not, the slot is missing, lost or unread, or the checkpoint is unknown.
+    """
+    from replicator.cli.app import App
+    from replicator.operations import status as statuses
+
+    app = App.load()
+    async with app.closing():
+        found = await statuses.collect(app.settings, [sink.name for sink in app.sinks], app.store)
+    print(statuses.as_json(found) if as_json else statuses.as_text(found))
+    return 0 if found.ready else NOT_READY
+
+
+# -- sql ---------------------------------------------------------------------------------------------------------
+
+
+def sql_roles() -> None:
+    """Print the SQL that makes the role, with the least rights."""
+    _print_sql("roles")
+
+
+def sql_source_schema() -> None:
+    """Print the SQL of the source tables."""
+    _print_sql("source_schema")
+
+
+def sql_slot_lag() -> None:
+    """Print the query that shows each slot's lag, with a verdict."""
+    _print_sql("slot_lag")
+
+
+def sql_clickhouse() -> None:
+    """Print the SQL of the ClickHouse table. `init` runs the same."""
+    _print_sql("clickhouse")
+
+
+def _print_sql(name: str) -> None:
+    print((files("replicator") / "sql" / f"{name}.sql").read_text(encoding="utf-8"), end="")
+
+
+# -- config ------------------------------------------------------------------------------------------------------
+
+
+def config_show(as_json: Json = False) -> int:
+    """Show every setting, its source and its default.
+
+    The value comes from the environment, from .env, or from the file that NAME_FILE names. Secrets are masked.
+    """
+    from replicator.cli.app import unknown_settings
+
+    shown = [setting for settings_class in _classes() for setting in _settings(settings_class)]
+    unknown = list(unknown_settings())
+    if as_json:
+        print(json.dumps({"settings": shown, "unknown": unknown}))
+        return 0
+    for setting in shown:
+        unit = f" {setting['unit']}" if setting["unit"] else ""
+        default = "" if setting["source"] == "default" else f"; default: {setting['default']}"
+        print(f"{setting['name']} = {setting['value'] or ''}{unit}  ({setting['source']}{default})")
+    print("".join(f"{message}\n" for message in unknown), end="")
+    return 0
+
+
+def config_check() -> int:
+    """Name every mistake in the settings at once.
+
+    Nothing is connected to. A variable that begins with REPLICATOR_ and is not a setting is a mistake, too.
+    """
+    from replicator.cli.app import unknown_settings
+
+    mistakes = [str(error) for settings_class in _classes() for error in _mistakes(settings_class)]
+    mistakes += unknown_settings()
+    print("\n".join(mistakes) if mistakes else "all settings are usable")
+    return UNUSABLE if mistakes else 0
+
+
+def _classes() -> list[type[Settings]]:
+    from replicator.cli.app import all_settings
+
+    return all_settings()
+
+
+def _mistakes(settings_class: type[Settings]) -> Iterator[SettingsError]:
+    """Everything that is wrong, one field at a time: each is left at its default once it was named."""
+    from replicator.contracts.settings import load, variable
+
+    fields = settings_class.model_fields
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            load(settings_class, **known)
+        except SettingsError as error:
+            yield error
+            wrong = [name for name in fields if error.name in (variable(name), f"{variable(name)}_FILE")]
+            if not wrong or wrong[0] in known:
+                return
+            known[wrong[0]] = fields[wrong[0]].get_default(call_default_factory=True)
+        else:
+            return
+
+
+def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:
+    """The form of `--json`."""
+    from replicator.cli.app import masked
+    from replicator.contracts.settings import given, variable
+
+    for name, field in settings_class.model_fields.items():
+        default = _default(field)
+        value, source = given(name) or (default, "default")
+        is_secret = "SecretStr" in str(field.annotation) and value != default
+        yield {
+            "name": variable(name),
+            "value": masked(value) if is_secret and value else value,
+            "source": source,
+            "unit": UNITS.get(name.rpartition("_")[2], ""),
+            "default": default,
+            "takes": field.description,
+        }
+
+
+def _default(field: FieldInfo) -> str | None:
+    """As it would be written in the environment."""
+    from pydantic import SecretStr
+
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return ",".join(value) if isinstance(value, tuple) else None if value is None else str(value)

@@ -1,0 +1,175 @@
+"""`config show` and `config check`: every setting, every mistake, no secret, no server; and the default checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicator.cli.app import App, all_settings, masked, unknown_settings
+from replicator.cli.main import main
+from replicator.contracts.settings import CoreSettings, load, state_directory, variable
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without a `.env`, a home, and an environment without settings of ours."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("REPLICATOR_") or name in {"STATE_DIRECTORY", "XDG_STATE_HOME"}:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """`config show --json` by name."""
+    assert 0 == main(["config", "show", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    return {setting["name"]: setting for setting in found["settings"]}
+
+
+def test_every_setting_is_shown_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Name, value, source, unit, default and what it takes."""
+    found = shown(capsys)
+    fields = [variable(name) for settings_class in all_settings() for name in settings_class.model_fields]
+    assert fields == list(found)
+    assert {"default"} == {setting["source"] for setting in found.values()}
+    assert {
+        "name": "REPLICATOR_RETRY_MAX_SECONDS",
+        "value": "30.0",
+        "source": "default",
+        "unit": "s",
+        "default": "30.0",
+        "takes": "seconds between two tries of a sink or of PostgreSQL, at most, 0.01 to 3600",
+    } == found["REPLICATOR_RETRY_MAX_SECONDS"]
+    assert "clickhouse,redis,http" == found["REPLICATOR_SINKS"]["value"]
+
+
+def test_where_a_value_comes_from(
+    empty_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The environment before `.env`, a file by its path; secrets are masked in both forms."""
+    (empty_directory / ".env").write_text("REPLICATOR_SLOT=of_file\nREPLICATOR_MEMORY_LIMIT_MB=7\n", encoding="utf-8")
+    (empty_directory / "token").write_text("hunter2\n", encoding="utf-8")
+    monkeypatch.setenv("REPLICATOR_SLOT", "of_environment")
+    monkeypatch.setenv("REPLICATOR_HTTP_BEARER_TOKEN_FILE", "token")
+    monkeypatch.setenv("REPLICATOR_POSTGRES_DSN", "postgresql://app:hunter2@db:5432/engagement")
+    found = shown(capsys)
+    expected = {
+        "REPLICATOR_SLOT": ("of_environment", "environment"),
+        "REPLICATOR_MEMORY_LIMIT_MB": ("7", ".env"),
+        "REPLICATOR_HTTP_BEARER_TOKEN": ("***", "file token"),
+        "REPLICATOR_POSTGRES_DSN": ("postgresql://app:***@db:5432/engagement", "environment"),
+    }
+    assert expected == {name: (found[name]["value"], found[name]["source"]) for name in expected}
+    assert 0 == main(["config", "show"])
+    out = capsys.readouterr().out
+    assert "REPLICATOR_MEMORY_LIMIT_MB = 7 MB  (.env; default: 64)\n" in out
+    assert "hunter2" not in out
+
+
+@pytest.mark.parametrize(
+    ("secret", "expected"),
+    [
+        ("postgresql://app:hunter2@db:5432/engagement?sslmode=require", "postgresql://app:***@db:5432/engagement?***"),
+        ("postgresql://app@db/engagement", "postgresql://app@db/engagement"),
+        ("host=db dbname=engagement user=app password=hunter2", "host=db dbname=engagement user=app"),
+        ("redis://:hunter2@cache:6379/0", "redis://:***@cache:6379/0"),
+        ("https://hunter2@api/hunter2?key=hunter2", "https://***@api/***?***"),
+        ("http://localhost:8000/", "http://localhost:8000/"),
+        ("sqlite:////var/lib/checkpoint.db", "sqlite:////var/lib/checkpoint.db"),
+        ("postgresql://app:hun/ter2@db/engagement", "***"),
+        ("postgresql://app:hun#ter2@db/engagement", "***"),
+        ("postgresql://app@[half/engagement", "***"),
+        ("hunter2", "***"),
+        ("host=db password=hunter2 nonsense", "***"),
+    ],
+)
+def test_secrets_are_masked(secret: str, expected: str) -> None:
+    """What is left says where it leads."""
+    assert expected == masked(secret)
+
+
+def test_all_mistakes_at_once(
+    empty_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each on a line, with what it takes; a misspelt name with the one that was meant."""
+    (empty_directory / ".env").write_text("REPLICATOR_HTTP_BATCHSIZE=5\n", encoding="utf-8")
+    for name, value in {
+        "SLOT": "Bad-Slot",
+        "MEMORY_LIMIT_MB": "much",
+        "REDIS_URL": "ftp://hunter2@h",
+        "HTTP_BEARER_TOKEN_FILE": "/nonexistent",
+        "HTTP_BATCH_SIZE": "0",
+        "PROGRAM": "docker compose run --rm replicator",
+    }.items():
+        monkeypatch.setenv(f"REPLICATOR_{name}", value)
+    assert 2 == main(["config", "check"])
+    out = capsys.readouterr().out
+    assert [
+        "REPLICATOR_SLOT is unusable: ",
+        "REPLICATOR_MEMORY_LIMIT_MB is unusable: ",
+        "REPLICATOR_REDIS_URL is unusable: ",
+        "REPLICATOR_HTTP_BEARER_TOKEN_FILE is unusable: ",
+        "REPLICATOR_HTTP_BATCH_SIZE is unusable: ",
+        "REPLICATOR_HTTP_BATCHSIZE is not a setting; did you mean REPLICATOR_HTTP_BATCH_SIZE?",
+    ] == [line.partition("unusable: ")[0] + "unusable: " * ("unusable" in line) for line in out.splitlines()]
+    assert all("It takes " in line for line in out.splitlines()[:-1])
+    assert "hunter2" not in out
+
+
+def test_usable_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults are."""
+    assert 0 == main(["config", "check"])
+    assert "all settings are usable\n" == capsys.readouterr().out
+
+
+def test_every_command_names_an_unknown_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a warning beside what it prints."""
+    monkeypatch.setenv("REPLICATOR_SLTO", "x")
+    App.load()
+    assert "REPLICATOR_SLTO is not a setting; did you mean REPLICATOR_SLOT?" in capsys.readouterr().err
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+    """Misspelt ones, of the environment and of `.env`; not those of sinks that are left out, nor NAME_FILE."""
+    (empty_directory / ".env").write_text(
+        "REPLICATOR_HTTP_BATCHSIZE=5\nREPLICATOR_HTTP_URL_FILE=/u\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("REPLICATOR_SINK", "http")
+    monkeypatch.setenv("REPLICATOR_CLICKHOUSE_MAX_EVENTS", "7")
+    found = [message.partition(" ")[0] for message in unknown_settings()]
+    assert ["REPLICATOR_HTTP_BATCHSIZE", "REPLICATOR_SINK"] == found
+
+
+def test_the_default_checkpoint_is_not_in_the_working_directory(
+    empty_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Systemd's directory, else XDG's, else the user's; made for its owner alone."""
+    assert empty_directory / "home/.local/state/engagement-replicator" == state_directory()
+    monkeypatch.setenv("XDG_STATE_HOME", str(empty_directory / "xdg"))
+    assert empty_directory / "xdg/engagement-replicator" == state_directory()
+    monkeypatch.setenv("STATE_DIRECTORY", f"{empty_directory}/systemd:/var/lib/other")
+    assert f"sqlite:///{empty_directory}/systemd/checkpoint.db" == load(CoreSettings).checkpoint_url.get_secret_value()
+    App.load()
+    assert 0o700 == (empty_directory / "systemd").stat().st_mode & 0o777
+
+
+def test_the_first_lines_say_what_runs(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -> None:
+    """Version, source, slot, checkpoint, sinks, admin address; no secrets."""
+    monkeypatch.setenv("REPLICATOR_POSTGRES_DSN", "postgresql://app:hunter2@db/engagement")
+    monkeypatch.setenv("REPLICATOR_HTTP_URL", "https://api/hunter2")
+    version, *lines = App.load().introduce()
+    assert version.startswith("engagement-replicator 0.1.0, Python 3.")
+    assert [
+        "source postgresql://app:***@db/engagement, slot engagement_slot",
+        f"checkpoint sqlite:///{empty_directory}/home/.local/state/engagement-replicator/checkpoint.db",
+        "sinks clickhouse http://***@localhost:8123/***, redis redis://localhost:6379/0, http https://api/***",
+        "admin http://127.0.0.1:8080/status",
+    ] == lines

@@ -1,0 +1,88 @@
+"""`run` without servers: it starts again when it was overtaken, unless it was stopped meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any, cast
+
+import pytest
+
+from replicator.cli import stream
+from replicator.cli.app import App
+from replicator.contracts.errors import Overtaken
+from replicator.contracts.settings import CoreSettings, load
+
+
+class Overtaking:
+    """A pipeline that drains for a while, having been overtaken."""
+
+    signalled = False
+
+    def __init__(self, *_: object) -> None:
+        self.stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """As the signal says."""
+        self.stopping.set()
+
+    async def run(self) -> None:
+        """A signal may come while it drains."""
+        if self.signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await self.stopping.wait()
+        raise Overtaken(checkpoint="0/5", stored="0/B")
+
+
+class Signalled(Overtaking):
+    """With a signal."""
+
+    signalled = True
+
+
+class Watching:
+    """A monitor that sees nothing."""
+
+    def __init__(self, *_: object) -> None:
+        """Whatever it is given."""
+
+    async def run(self) -> None:
+        """For ever."""
+        await asyncio.Event().wait()
+
+
+class Closing:
+    """An enricher that has nothing open."""
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+class Store:
+    """Likewise."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
+    """`run`, with these."""
+    monkeypatch.setattr("replicator.pipeline.Pipeline", pipeline)
+    monkeypatch.setattr("replicator.operations.watchdog.Monitor", Watching)
+    monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
+    monkeypatch.setattr(App, "source", lambda _: None)
+    app = App(load(CoreSettings), cast("Any", Closing()), [], cast("Any", Store()))
+    monkeypatch.setattr(App, "load", lambda: app)
+    return await stream.run()
+
+
+async def test_overtaken_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` starts the program again."""
+    with pytest.raises(Overtaken):
+        await run_with(Overtaking, monkeypatch)
+
+
+async def test_told_to_stop_meanwhile_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM during the drain is not forgotten: exit code 0, nothing starts again."""
+    assert 0 == await run_with(Signalled, monkeypatch)
