@@ -19,6 +19,7 @@ from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.contracts.stream import Enricher
 from replicator.source import slot as slots
+from replicator.source.connection import translated
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
 from replicator.source.wal2json import OPTIONS
@@ -111,8 +112,7 @@ def _plugin(connection: psycopg.Connection) -> Finding:
         cure = "Wait for the oldest transaction to end (pg_stat_activity, xact_start), then check again"
         return Finding(False, f"wal2json: a new slot could not be made in {PLUGIN_TIMEOUT_SECONDS} s", cure)
     except psycopg.Error as exc:
-        problem = slots.unusable(exc.sqlstate, str(exc.diag.message_primary))
-        return Finding(False, f"wal2json: {problem.detail}", problem.cure)
+        return Finding(False, f"wal2json: {exc.diag.message_primary}", translated(exc).cure)
     return Finding(True, "wal2json decodes with format-version 2 (release 2.0 or newer)")
 
 

@@ -1,39 +1,23 @@
-"""The replication slot: look at it, make it, drop it; is the stream still continuous with our checkpoint?
+"""The replication slot: look at it, make it, drop it; is the stream still continuous with the checkpoint?
 
-Works on any asynchronous psycopg connection to the database, the replication connection included; `source.py` reads
-the stream. What psycopg raises when the connection is lost is the caller's to translate.
+Works on any connection to the database, the replication connection included; `connection.py` translates what psycopg
+raises, `takeover.py` decides where to begin.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
 import psycopg
 from msgspec import structs
-from psycopg import sql
+from psycopg import rows, sql
 
-from replicator.contracts.errors import (
-    SlotInUse,
-    SlotInvalid,
-    SlotLost,
-    SlotMissing,
-    SourceUnavailable,
-    SourceUnusable,
-    StreamGap,
-)
-from replicator.contracts.events import Checkpoint, Lsn, format_lsn, parse_lsn
-
-PLUGIN = "wal2json"
-
-_WRONG_STATE = "55000"  # object_not_in_prerequisite_state: wal_level
-_NO_FILE = "58P01"  # undefined_file: the plugin's library
-_NO_RIGHT = "42501"  # insufficient_privilege
-_TOO_MANY = "53400"  # configuration_limit_exceeded: max_replication_slots
-_IN_USE = "55006"  # object_in_use
-_PASSING = ("08", "57")  # classes: the connection was lost, the server shuts down
+from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, StreamGap
+from replicator.contracts.events import Checkpoint, Lsn, format_lsn
+from replicator.source.connection import PLUGIN, answering, connect
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +41,7 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     safe_wal_size: int | None
     """Bytes that can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
     two_phase: bool
-    """Whether prepared transactions are told before they are committed (never, before PostgreSQL 14)."""
+    """True if prepared transactions are decoded before they commit (PostgreSQL 14+)."""
     server_lsn: Lsn
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
@@ -73,109 +57,48 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_lsn - (self.restart_lsn or self.server_lsn)
 
 
-# On a standby (PostgreSQL 16+ can decode there) the replayed position is the server's.
-_SERVER_LSN = """
-SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+_INSPECT = """
+SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size,
+       coalesce((to_jsonb(slot) ->> 'two_phase')::bool, false) AS two_phase,
+       (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
+       -- on a standby (PostgreSQL 16+ can decode there) the replayed position is the server's
+       ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
+           AS server_lsn,
+       extract(epoch FROM clock_timestamp())::float8 AS server_time
+FROM pg_replication_slots AS slot WHERE slot_name = {}
 """
-
-_INSPECT = f"""
-SELECT plugin, database, current_database(), active_pid, restart_lsn, confirmed_flush_lsn, wal_status, safe_wal_size,
-       coalesce((to_jsonb(slot) ->> 'two_phase')::bool, false), ({_SERVER_LSN}), extract(epoch FROM clock_timestamp())
-FROM pg_replication_slots AS slot WHERE slot_name = {{slot}}
-"""  # noqa: S608  a constant of ours; {slot} becomes a quoted literal
 
 
 async def identify(connection: psycopg.AsyncConnection) -> Identity:
     """IDENTIFY_SYSTEM; the connection must be a replication connection."""
-    row = await (await connection.execute("IDENTIFY_SYSTEM")).fetchone()
-    if row is None:
-        raise SourceUnusable(
-            problem="IDENTIFY_SYSTEM gave no row", cure="Connect to PostgreSQL itself, not to a pooler"
-        )
+    [row] = await (await connection.execute("IDENTIFY_SYSTEM")).fetchall()
     return Identity(system_identifier=str(row[0]), timeline=int(row[1]))
 
 
 async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState | None:
     """The slot as it is now; None when there is none of that name."""
-    # Literals, not parameters: a replication connection speaks only the simple query protocol.
-    row = await (await connection.execute(sql.SQL(_INSPECT).format(slot=sql.Literal(slot)))).fetchone()
-    if row is None:
-        return None
-    return SlotState(
-        plugin=row[0],
-        database=row[1],
-        own_database=row[2],
-        active_pid=row[3],
-        restart_lsn=_lsn(row[4]),
-        confirmed_lsn=_lsn(row[5]),
-        wal_status=row[6],
-        safe_wal_size=row[7],
-        two_phase=row[8],
-        server_lsn=_lsn(row[9]) or 0,
-        server_time=float(row[10]),
-    )
+    # A literal, not a parameter: a replication connection speaks only the simple query protocol.
+    cursor = connection.cursor(row_factory=rows.dict_row)
+    row = await (await cursor.execute(sql.SQL(_INSPECT).format(sql.Literal(slot)))).fetchone()
+    return None if row is None else msgspec.convert(row, SlotState)
 
 
 async def look(dsn: str, slot: str, who: str, timeout_seconds: int) -> SlotState | None:
-    """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable."""
-    try:
-        async with (
-            asyncio.timeout(timeout_seconds),
-            await psycopg.AsyncConnection.connect(dsn, autocommit=True, application_name=who) as connection,
-        ):
-            return await inspect(connection, slot)
-    except TimeoutError as exc:
-        raise SourceUnavailable(detail=f"no answer in {timeout_seconds} s") from exc
-    except psycopg.Error as exc:
-        raise SourceUnavailable(detail=str(exc).strip().partition("\n")[0]) from exc
+    """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable, SourceUnusable."""
+    async with answering(slot, timeout_seconds), await connect(dsn, who) as connection:
+        return await inspect(connection, slot)
 
 
 async def create(connection: psycopg.AsyncConnection, slot: str) -> None:
-    """Make the slot, once the transactions that run have ended. Raises SourceUnusable when the server is not set up."""
+    """Make the slot, once the transactions that run have ended."""
     query = sql.SQL("SELECT pg_create_logical_replication_slot({}, {})")
-    try:
+    with suppress(psycopg.errors.DuplicateObject):  # another replicator was quicker; `verify` says if the slot fits
         await connection.execute(query.format(sql.Literal(slot), sql.Literal(PLUGIN)))
-    except psycopg.errors.DuplicateObject:
-        return  # another replicator was quicker; whether the slot fits is for verify() to say
-    except psycopg.Error as exc:
-        if exc.sqlstate is None or exc.sqlstate.startswith(_PASSING):
-            raise
-        raise unusable(exc.sqlstate, str(exc.diag.message_primary)) from exc
 
 
 async def drop(connection: psycopg.AsyncConnection, slot: str) -> None:
-    """Drop the slot; PostgreSQL may then throw its WAL away. Raises SlotInUse, SlotInvalid."""
-    try:
-        await connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
-    except psycopg.Error as exc:
-        if exc.sqlstate is None or exc.sqlstate.startswith(_PASSING):
-            raise
-        message = str(exc.diag.message_primary)
-        if exc.sqlstate == _IN_USE:
-            raise in_use(slot, message) from exc
-        raise SlotInvalid(slot=slot, problem=message) from exc
-
-
-def in_use(slot: str, message: str) -> SlotInUse:
-    """PostgreSQL's message ends with the process that reads the slot."""
-    return SlotInUse(slot=slot, pid=message.rpartition(" ")[2])
-
-
-def unusable(sqlstate: str | None, message: str) -> SourceUnusable:
-    """What a refusal to create or read a slot means, with its cure."""
-    if "output plugin" in message:  # PostgreSQL 15.19, 16.15, 17.11, 18.6 and later: CVE-2026-6471
-        return SourceUnusable(
-            problem=message, cure=f"ALTER SYSTEM SET output_plugin_libraries = '{PLUGIN}', then reload"
-        )
-    if "recovery" in message:
-        return SourceUnusable(problem=message, cure="Connect to the primary: this server is a standby")
-    cures = {
-        _WRONG_STATE: "Set wal_level = logical in postgresql.conf and restart PostgreSQL",
-        _NO_FILE: "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",
-        _NO_RIGHT: "Give the role its rights: ALTER ROLE … REPLICATION (see sql/roles.sql)",
-        _TOO_MANY: "Raise max_replication_slots and restart PostgreSQL, or drop a slot that nobody reads",
-    }
-    return SourceUnusable(problem=message, cure=cures.get(sqlstate or "", "See PostgreSQL's log"))
+    """Drop the slot; PostgreSQL may then remove its WAL."""
+    await connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
 
 
 def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:
@@ -255,7 +178,3 @@ def _when(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "an unknown time"
     return datetime.fromtimestamp(checkpoint.complete_until, UTC).isoformat(timespec="seconds")
-
-
-def _lsn(text: str | None) -> Lsn | None:
-    return None if text is None else parse_lsn(text)

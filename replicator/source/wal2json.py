@@ -16,7 +16,7 @@ from replicator.contracts.events import Lsn, Mark, Position, Row, decode_row, fo
 
 OPTIONS = {
     "format-version": "2",
-    "include-transaction": "true",  # without B and C a row's place in the stream is unknown (DESIGN: lost rows)
+    "include-transaction": "true",  # without B and C a row's place is unknown: debezium#7531, flink-cdc#4323 lost rows
     "include-lsn": "true",
     "include-timestamp": "true",  # lag in seconds; costs the walsender some 5 %
     "include-types": "false",
