@@ -106,7 +106,7 @@ class FanOut:
             await wait(self._shared.room, COMPLAINT_SECONDS / 3)
         while self.full:
             message = "reading has stopped: %d bytes wait for sink %s (%s)"
-            log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble or "slow")
+            log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow")
             await wait(self._shared.room, COMPLAINT_SECONDS)
 
     async def progress(self) -> None:

@@ -1,7 +1,7 @@
 """Trying again: which errors, after which pause, and how the log hears of it. Everything that retries does it here.
 
 The error says what happened (contracts/errors.py); what to do about it is decided here. Every other error stops the
-program. tenacity and stamina were tried: pause, sleep, stop and log would all be hooks of ours, at 16 µs a call.
+program. tenacity and stamina would need hooks of ours for pause, sleep, stop and log, and cost 16 µs a call.
 """
 
 from __future__ import annotations
@@ -9,20 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from replicator.contracts.errors import (
-    CheckpointUnavailable,
-    DeadLettersFull,
-    SinkMisconfigured,
-    SinkUnavailable,
-    SlotInUse,
-    SourceUnavailable,
-)
+from replicator.contracts import errors
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +29,27 @@ RETRY_AFTER_MAX_SECONDS = 900.0
 COMPLAINT_SECONDS = 30.0
 """Trouble is logged when it begins, and then once in this time."""
 
-NEEDS_OPERATOR = (SinkMisconfigured, DeadLettersFull)
-RETRYABLE = (SourceUnavailable, SlotInUse, CheckpointUnavailable, SinkUnavailable, *NEEDS_OPERATOR)
+NEEDS_OPERATOR = (errors.SinkMisconfigured, errors.DeadLettersFull)
+RETRYABLE = (
+    errors.SourceUnavailable,
+    errors.SlotInUse,
+    errors.CheckpointUnavailable,
+    errors.SinkUnavailable,
+    *NEEDS_OPERATOR,
+)
 
 T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """`stop` came before a retry."""
+    """A stop was asked for before the next try."""
 
 
 class Trouble:
     """Why something does not work at the moment; false while it does. Several callers can share one."""
 
-    def __init__(self, *, over: str = "", message: str = "") -> None:
+    def __init__(self, message: str = "", *, over: str = "") -> None:
+        """`over` is logged when it ends."""
         self.message = message
         """The newest problem with its cure; empty while there is none."""
         self.needs_operator = False
@@ -60,26 +59,23 @@ class Trouble:
         self._over = over
         self._callers = 0
         self._since = 0.0
-        self._logged: dict[type, float] = {}
+        self._logged: dict[type, float] = {}  # when each kind of problem was; empty while there is none
 
     def __bool__(self) -> bool:
         return bool(self.message)
-
-    def __str__(self) -> str:
-        return self.message
 
     def seconds(self) -> float:
         """How long it has lasted; 0.0 while there is none."""
         return time.monotonic() - self._since if self._logged else 0.0
 
     def say(self, problem: Exception | str) -> None:
-        """Keep it. Log it when this kind of problem begins, and again while it lasts; a standby waits quietly."""
-        now = time.monotonic()
-        self._since = self._since if self._logged else now
-        kind = type(problem)
-        again = math.inf if kind is SlotInUse else COMPLAINT_SECONDS
-        if kind not in self._logged or now - self._logged[kind] > again:
-            log.log(logging.WARNING if kind is SlotInUse else logging.ERROR, "%s", problem)
+        """Keep it. Log a kind of problem when it begins, and again while it lasts, but a standby waits quietly."""
+        now, kind = time.monotonic(), type(problem)
+        if not self._logged:
+            self._since = now
+        standby = kind is errors.SlotInUse
+        if kind not in self._logged or (now - self._logged[kind] > COMPLAINT_SECONDS and not standby):
+            log.log(logging.WARNING if standby else logging.ERROR, "%s", problem)
             self._logged[kind] = now
         self.message = str(problem)
         self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
@@ -108,49 +104,43 @@ async def retry(
     longest: float,
     *,
     stopping: asyncio.Event | None = None,
-    fresh_after: float = math.inf,
+    fresh_after: float | None = None,
 ) -> T:
     """Call until it succeeds; the pauses are at most `longest` seconds unless the destination names a time.
 
     A call that lasted `fresh_after` seconds did well: the next pause is the shortest again. Raises Stopped when
     `stopping` is set after a failure, and every error that is not RETRYABLE.
     """
-    attempt = 0
+    stopping, attempt, failed = stopping or asyncio.Event(), 0, False
     while True:
         began = time.monotonic()
         try:
             result = await call()
         except RETRYABLE as exc:
-            if not attempt:
+            if not failed:
                 trouble.begin()
-            attempt = 0 if time.monotonic() - began > fresh_after else attempt
+            if fresh_after is not None and time.monotonic() - began > fresh_after:
+                attempt = 0
             trouble.failures += 1
             trouble.say(exc)
-            await _pause(pause_seconds(exc, attempt, longest), stopping)
-            attempt += 1
+            await wait(stopping, pause_seconds(exc, attempt, longest))
+            if stopping.is_set():
+                raise Stopped from exc
+            attempt, failed = attempt + 1, True
         else:
-            if attempt:
+            if failed:
                 trouble.end()
             return result
 
 
-async def _pause(seconds: float, stopping: asyncio.Event | None) -> None:
-    if stopping is None:
-        await asyncio.sleep(seconds)
-        return
-    await wait(stopping, seconds)
-    if stopping.is_set():
-        raise Stopped
-
-
 def pause_seconds(exc: Exception, attempt: int, longest: float) -> float:
-    """How long to wait after this error, the attempt (0, 1, 2 …) that failed."""
-    if isinstance(exc, SlotInUse):
+    """How long to wait after this error, when the attempt (0, 1, 2 …) failed."""
+    if isinstance(exc, errors.SlotInUse):
         return STANDBY_SECONDS
     if isinstance(exc, NEEDS_OPERATOR):
         return min(OPERATOR_SECONDS, longest)
     # A named time is the least: 0, or a date that has passed, must not become a storm.
-    named = exc.retry_after or 0.0 if isinstance(exc, SinkUnavailable) else 0.0
+    named = exc.retry_after or 0.0 if isinstance(exc, errors.SinkUnavailable) else 0.0
     return max(min(named, RETRY_AFTER_MAX_SECONDS), backoff(attempt, longest))
 
 
