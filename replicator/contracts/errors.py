@@ -16,6 +16,7 @@
     │   └── SinkUnusable           stops the program
     └── CheckpointError
         ├── CheckpointUnavailable  retried until it works; nothing is confirmed meanwhile
+        ├── CheckpointMissing
         ├── CheckpointBackward
         ├── Overtaken              the program starts again, as the standby
         └── CheckpointUnusable
@@ -241,6 +242,22 @@ class CheckpointUnavailable(CheckpointError):
             " reachable, writable and has room"
         )
         super().__init__(f"the checkpoint database does not take what it is given: {detail}", cure)
+
+
+class CheckpointMissing(CheckpointError):
+    """There is no checkpoint, but the slot was read before."""
+
+    def __init__(self, *, slot: str, confirmed: str) -> None:
+        problem = (
+            f"the checkpoint database has nothing of replication slot {slot}, but the slot was read before, up to"
+            f" {confirmed}"
+        )
+        cure = (
+            "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back."
+            f" If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these sinks lack"
+            " nothing if it was read for them"
+        )
+        super().__init__(problem, cure)
 
 
 class CheckpointBackward(CheckpointError):

@@ -57,6 +57,8 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_lsn - (self.restart_lsn or self.server_lsn)
 
 
+_HAS_STATISTICS = 140_000  # PostgreSQL 14: pg_stat_replication_slots
+
 _INSPECT = """
 SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size,
        coalesce((to_jsonb(slot) ->> 'two_phase')::bool, false) AS two_phase,
@@ -81,6 +83,14 @@ async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState |
     cursor = connection.cursor(row_factory=rows.dict_row)
     row = await (await cursor.execute(sql.SQL(_INSPECT).format(sql.Literal(slot)))).fetchone()
     return None if row is None else msgspec.convert(row, SlotState)
+
+
+async def was_read(connection: psycopg.AsyncConnection, slot: str) -> bool:
+    """Whether transactions were decoded from the slot, as far as the server's statistics know (PostgreSQL 14+)."""
+    if connection.info.server_version < _HAS_STATISTICS:
+        return False
+    query = sql.SQL("SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {} AND total_txns > 0")
+    return await (await connection.execute(query.format(sql.Literal(slot)))).fetchone() is not None
 
 
 async def look(dsn: str, slot: str, who: str, timeout_seconds: int) -> SlotState | None:

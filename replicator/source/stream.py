@@ -91,6 +91,11 @@ class Source:
         async with answering(self._slot):
             return await slots.identify(self._connection), await slots.inspect(self._connection, self._slot)
 
+    async def was_read(self) -> bool:
+        """Whether somebody has read transactions from the slot. Raises SourceUnavailable, SourceUnusable."""
+        async with answering(self._slot):
+            return await slots.was_read(self._connected(), self._slot)
+
     async def create_slot(self) -> slots.SlotState | None:
         """Make the slot and look at it again. Raises SourceUnavailable, SourceUnusable."""
         async with answering(self._slot, None):

@@ -14,7 +14,14 @@ from typing import NamedTuple
 import msgspec
 from msgspec import structs
 
-from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotMissing, SourceUnavailable, StreamGap
+from replicator.contracts.errors import (
+    CheckpointBackward,
+    CheckpointMissing,
+    SlotInUse,
+    SlotMissing,
+    SourceUnavailable,
+    StreamGap,
+)
 from replicator.contracts.events import Checkpoint, Position, SinkPosition, format_lsn
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
@@ -35,19 +42,23 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     state: slots.SlotState | None
     """None: there is no such slot."""
     stored: Checkpoint | None
-    """What is on disk, with every sink that ever wrote; None before the first start."""
+    """What is on disk, with every sink that ever wrote; None: nothing."""
     checkpoint: Checkpoint | None
     """The same with the configured sinks only: one that is left out holds nothing up."""
+    was_read: bool
+    """There is no checkpoint, but events were read from the slot."""
 
     def verify(self) -> None:
-        """Raise SourceError unless the slot has everything behind the checkpoint."""
+        """Raise SourceError or CheckpointMissing unless everything behind the checkpoint comes through the slot."""
+        if self.was_read and self.state is not None:
+            raise CheckpointMissing(slot=self.slot, confirmed=format_lsn(self.state.confirmed_lsn or 0))
         slots.verify(self.slot, self.state, self.identity, self.checkpoint)
 
     def is_gap(self) -> bool:
         """Whether there is a gap to accept. Raises SlotInUse: a running replicator's checkpoint is not replaced."""
         try:
             self.verify()
-        except (SlotMissing, StreamGap) as exc:
+        except (SlotMissing, StreamGap, CheckpointMissing) as exc:
             if self.state is not None and self.state.active_pid is not None:
                 raise SlotInUse(slot=self.slot, pid=self.state.active_pid) from exc
             return True
@@ -81,40 +92,44 @@ class Beginning:
         """The stored checkpoint with the configured sinks only."""
         return self._configured(await self._load())
 
-    def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
-        """Where each configured sink goes on; one that has no position yet begins at the checkpoint."""
-        starts = dict(checkpoint.sinks)
-        for sink in self._sinks:
-            if sink.name not in starts:
-                end_lsn = checkpoint.end_lsn
-                log.info("sink %s is new: it gets what is committed after %s", sink.name, format_lsn(end_lsn))
-                starts[sink.name] = SinkPosition(position=Position(0, 0), end_lsn=end_lsn)
-        return starts
-
     async def look(self) -> Found:
         """Connect and look; nothing is changed. Raises SourceError, CheckpointError."""
         identity, state = await self._source.connect()
         stored = await self._load()  # in this order: whoever reads the slot moves the checkpoint first
-        checkpoint = self._configured(stored)
-        return Found(slot=self._slot, identity=identity, state=state, stored=stored, checkpoint=checkpoint)
+        return Found(
+            slot=self._slot,
+            identity=identity,
+            state=state,
+            stored=stored,
+            checkpoint=self._configured(stored),
+            was_read=stored is None and state is not None and await self._source.was_read(),
+        )
 
     async def take(self, *, accept_gap: bool = False) -> Takeover:
         """A slot and a checkpoint that fit together; what is missing is made.
 
-        Raises SourceError when they do not fit, unless the operator accepts that; CheckpointError.
+        Raises SourceError or CheckpointMissing when they do not fit, unless the operator accepts that.
         """
         found = await self.look()
-        gap = accept_gap and found.checkpoint is not None and found.is_gap()
+        gap = accept_gap and found.is_gap()
         if gap:
-            found = structs.replace(found, checkpoint=None)
+            found = structs.replace(found, checkpoint=None, was_read=False)
         found.verify()
         if found.checkpoint is not None:
             return Takeover(found.checkpoint, resumed=True)
         state = found.state or await self._source.create_slot()
         first = slots.first_checkpoint(self._slot, state, found.identity)
         await self._save_first(first, self._store.replace if gap else self._store.save)
-        lines = list(describe(found.stored, first, state, self._sinks)) if found.stored and state else []
+        lines = list(describe(found.stored, first, state, self._sinks)) if gap and state else []
         return Takeover(first, created_slot=found.state is None, gap=lines)
+
+    def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
+        """Where each configured sink goes on; one that has no position yet begins at the checkpoint."""
+        starts = dict(checkpoint.sinks)
+        for name in (sink.name for sink in self._sinks if sink.name not in starts):
+            starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
+            log.info("sink %s is new: it gets what is committed after %s", name, format_lsn(checkpoint.end_lsn))
+        return starts
 
     async def _save_first(self, first: Checkpoint, save: Callable[[Checkpoint], None]) -> None:
         try:
@@ -130,8 +145,13 @@ class Beginning:
         return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
 
 
-def describe(stored: Checkpoint, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:
+def describe(
+    stored: Checkpoint | None, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]
+) -> Iterator[str]:
     """Lines for the operator: the gap between two checkpoints, the second one made when the slot was as in `state`."""
+    if stored is None:
+        yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
+        return
     since, until = (datetime.fromtimestamp(seconds, UTC) for seconds in (stored.complete_until, state.server_time))
     command = f"python backfill.py --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
     yield (

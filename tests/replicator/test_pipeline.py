@@ -115,6 +115,10 @@ class FakeSource:
         """Always there."""
         return Identity(system_identifier="7", timeline=1), FRESH
 
+    async def was_read(self) -> bool:
+        """By nobody yet."""
+        return False
+
     async def start(self, end_lsn: Lsn) -> None:
         """Notes from where."""
         self.world.starts.append(end_lsn)

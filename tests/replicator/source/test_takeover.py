@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from replicator.contracts.errors import CheckpointBackward, SlotInUse, SlotLost, SlotMissing, SourceUnavailable
+from replicator.contracts.errors import (
+    CheckpointBackward,
+    CheckpointMissing,
+    SlotInUse,
+    SlotLost,
+    SlotMissing,
+    SourceUnavailable,
+)
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
 from replicator.source.slot import Identity, SlotState
 from replicator.source.takeover import Beginning
@@ -25,9 +32,14 @@ STORED = Checkpoint(
 class Slot:
     """A source that has, or makes, one slot."""
 
-    def __init__(self, state: SlotState | None) -> None:
+    def __init__(self, state: SlotState | None, *, read: bool = False) -> None:
         self.state = state
         self.created = False
+        self.read = read
+
+    async def was_read(self) -> bool:
+        """As the statistics say."""
+        return self.read
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Look."""
@@ -124,6 +136,24 @@ async def test_of_two_that_start_on_a_new_slot_the_slower_one_tries_again() -> N
     store = Store(None, CheckpointBackward(slot="s", stored="0/65", offered="0/64"))
     with pytest.raises(SourceUnavailable, match="took the slot first"):
         await beginning(Slot(STATE), store).take()
+
+
+async def test_an_empty_checkpoint_beside_a_slot_that_was_read_is_a_question() -> None:
+    """Perhaps it is another database than before: nothing begins before an operator has said so."""
+    slot, store = Slot(STATE, read=True), Store(None)
+    with pytest.raises(CheckpointMissing, match="init --accept-gap"):
+        await beginning(slot, store).take()
+    assert [] == store.calls
+    taken = await beginning(slot, store).take(accept_gap=True)
+    assert (["replace"], 100) == (store.calls, taken.checkpoint.end_lsn)
+    assert "after 0/64" in taken.gap[0]
+
+
+async def test_a_slot_that_nobody_has_read_needs_no_checkpoint() -> None:
+    """It was made by hand, or its maker died before the first checkpoint."""
+    store = Store(None)
+    taken = await beginning(Slot(STATE), store).take()
+    assert (["save"], False, 100) == (store.calls, taken.created_slot, taken.checkpoint.end_lsn)
 
 
 async def test_a_look_changes_nothing() -> None:
