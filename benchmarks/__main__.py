@@ -1,6 +1,6 @@
 """`python -m benchmarks`: throughput and latency of the real programs on private servers, beside yardsticks.
 
-`drain` measures throughput, `latency` latency, `history` backfills; this module runs them, aggregates, and prints.
+`drain` measures throughput, `latency` latency, `history` backfills. This module runs them and prints the figures.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from devstack.process import ROOT
 
 PARTS = ("bulk", "single", "latency", "backfill")
 BULK_TRANSACTION_ROWS = 1_000
-WIDTH = 100  # the tables need some 80 columns; a log has no width of its own
+WIDTH = 100  # the tables need some 80 columns, and a log has no width
 SINGLE_SHARE = 5  # the backlog of single-row transactions has a fifth of --rows
 
 Pairs = list[tuple[Drained, Drained]]
 
 
 def main() -> int:
-    """Run what is asked for; 1 when a part failed."""
+    """Run the chosen parts. Returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="run this part (all)")
     parser.add_argument("--rows", type=int, default=500_000, help="of the bulk backlog; single has a fifth (500000)")
@@ -62,8 +62,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
-    """Every part's result, on one stack."""
-    settings = {"track_commit_timestamp": "on"}  # the latency part's clock
+    """Run every part on one stack."""
+    settings = {"track_commit_timestamp": "on"}  # for the latency part
     with DevStack(*DevStack.SERVICES, postgres_settings=settings) as stack:
         with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
             connection.execute((ROOT / "sql" / "source_schema.sql").read_bytes())
@@ -99,7 +99,7 @@ def _say(line: str) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Tables."""
+    """Print the tables."""
     console = Console(width=WIDTH, soft_wrap=True, highlight=False)
     for part, title in (("bulk", "transactions of 1,000 rows"), ("single", "single-row transactions")):
         if part in result:
@@ -126,8 +126,8 @@ def _throughput(title: str, pairs: Pairs) -> Table:
     ratios = [our.rows_per_second / their.rows_per_second for their, our in pairs]
     speed = median(our.rows_per_second for our in ours)
     peak = max(our.peak_memory_mb or 0 for our in ours)
-    told = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    table.add_row("replicator, all sinks", f"{speed:,.0f}", told, _cost(ours, "replicator"), f"{peak:.0f}")
+    share = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    table.add_row("replicator, all sinks", f"{speed:,.0f}", share, _cost(ours, "replicator"), f"{peak:.0f}")
     for name in list(ours[0].cpu_us)[1:]:
         table.add_row(f"  {name} meanwhile", "", "", _cost(ours, name))
     return table
@@ -151,8 +151,8 @@ def _latency(found: Latencies) -> Table:
     table.add_column("")
     for heading in ("p50 ms", "p99 ms", "max ms"):
         table.add_column(heading, justify="right")
-    for sink, told in found.sinks.items():
-        table.add_row(sink, f"{told.p50_ms:.1f}", f"{told.p99_ms:.1f}", f"{told.max_ms:.1f}")
+    for sink, lag in found.sinks.items():
+        table.add_row(sink, f"{lag.p50_ms:.1f}", f"{lag.p99_ms:.1f}", f"{lag.max_ms:.1f}")
     table.caption = f"replicator: {found.cpu_us:.0f} µs of CPU a row, {found.peak_memory_mb:.0f} MB at most"
     return table
 

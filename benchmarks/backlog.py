@@ -1,4 +1,4 @@
-"""Rows that wait in a slot, and copies of that slot, so that every reader gets the same work."""
+"""Rows that wait in a slot, and copies of the slot, so that every reader gets the same work."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SCHEMA = """
 INSERT INTO public.content (content_id, content_type, length_seconds)
 SELECT id, 'video', 1 + id % 900 FROM generate_series(1, 1000) AS id ON CONFLICT (content_id) DO NOTHING;
 
--- `transactions` of `size` rows each, some contents far more popular than others. The numbers look random and are the
--- same every time.
+-- `transactions` of `size` rows each, some contents far more popular than others. The numbers look random, but are
+-- the same every time.
 CREATE OR REPLACE PROCEDURE make_backlog(transactions int, size int) LANGUAGE plpgsql AS $$
 BEGIN
     FOR number IN 1..transactions LOOP
@@ -34,38 +34,38 @@ RETURNING id
 
 
 class Backlog(NamedTuple):
-    """What waits behind a slot's position."""
+    """The rows that wait in a slot."""
 
     slot: str
     rows: int
     end_lsn: str
-    """Everything but the last row, a transaction of its own, is before this: who has met that one has met all."""
+    """Everything but the last row, which is a transaction of its own, is before this position."""
     last_id: int
 
 
 def prepare(connection: psycopg.Connection) -> None:
-    """Contents, and the procedure that makes backlogs; the source tables must be there."""
+    """Insert contents and create the procedure that makes backlogs. The source tables must exist."""
     connection.execute(SCHEMA.encode())
 
 
 def make(connection: psycopg.Connection, slot: str, *, transactions: int, size: int) -> Backlog:
-    """A new slot, and rows behind it."""
+    """Make a slot, and rows that wait in it."""
     connection.execute(CREATE_SLOT, [slot])
     connection.execute("SET synchronous_commit = off")
     connection.execute("CALL make_backlog(%s, %s)", [transactions, size])
-    connection.execute("SET synchronous_commit = on")  # the last row takes all before it to disk
+    connection.execute("SET synchronous_commit = on")  # committing the last row flushes all before it
     [end_lsn] = _row(connection, "SELECT pg_current_wal_insert_lsn()::text")
     [last_id] = _row(connection, LAST_ROW)
     return Backlog(slot, transactions * size + 1, str(end_lsn), int(str(last_id)))
 
 
 def copy(connection: psycopg.Connection, backlog: Backlog, slot: str) -> None:
-    """Another slot with the same work."""
+    """Copy the slot."""
     connection.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", [backlog.slot, slot])
 
 
 def drop(connection: psycopg.Connection, slot: str) -> None:
-    """Let PostgreSQL forget the slot."""
+    """Drop the slot."""
     connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
 
 

@@ -1,8 +1,8 @@
 """How fast a backlog is drained: by pg_recvlogical into /dev/null, and by the replicator into all three sinks.
 
-Both read copies of one slot, over TCP, with the same options of the plugin. The clock starts when the slot is in use:
-starting the program is not what is measured. A sink is done when it is seen from outside to have the last row: Redis
-by that event's seen bit, ClickHouse and the API by their counts.
+Both read copies of one slot, over TCP, with the same plugin options. The clock starts when the slot is in use: program
+start is not measured. A sink is done when it has the last row, as seen from outside: Redis by that event's seen bit,
+ClickHouse and the API by their counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from enrichment.enricher import EngagementEnricher
 from replicator.source.wal2json import OPTIONS
 from sinks.redis.keys import PAGE_BITS
 
-HTTP_BATCH_SIZE = 500  # the size of DESIGN's measurement; the default of 100 costs 1.7 µs more an event
+HTTP_BATCH_SIZE = 500  # events a request; the default of 100 costs 1.7 µs more an event
 DRAIN_TIMEOUT_SECONDS = 300.0
 READER_PID = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 
@@ -40,11 +40,11 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
 
     rows: int
     seconds: dict[str, float]
-    """Until each sink had everything; for pg_recvlogical until it had read everything."""
+    """Until each sink had everything; for pg_recvlogical, until it had read everything."""
     cpu_us: dict[str, float]
-    """Processor time a row, microseconds, by process."""
+    """CPU time per row in microseconds, by process."""
     peak_memory_mb: float | None = None
-    """The replicator's."""
+    """Of the replicator."""
 
     @property
     def rows_per_second(self) -> float:
@@ -53,7 +53,7 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pg_recvlogical(stack: DevStack, backlog: Backlog, slot: str) -> Drained:
-    """What PostgreSQL's own client does when it throws everything away."""
+    """Measure PostgreSQL's own client, which writes to /dev/null."""
     dsn = conninfo_to_dict(stack.postgres.dsn)
     options = {**OPTIONS, "add-tables": ",".join(EngagementEnricher.tables)}
     command = [
@@ -78,7 +78,7 @@ def pg_recvlogical(stack: DevStack, backlog: Backlog, slot: str) -> Drained:
 
 
 def replicator(stack: DevStack, backlog: Backlog, slot: str) -> Drained:
-    """What we do, into empty sinks."""
+    """Measure the replicator, with empty sinks."""
     empty_sinks(stack)
     program = stack.replicator(slot, REPLICATOR_HTTP_BATCH_SIZE=str(HTTP_BATCH_SIZE))
     with ThreadPoolExecutor(1) as threads, psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
@@ -102,7 +102,7 @@ def replicator(stack: DevStack, backlog: Backlog, slot: str) -> Drained:
 
 
 def empty_sinks(stack: DevStack) -> None:
-    """As new."""
+    """Empty the sinks."""
     with redis.Redis.from_url(stack.redis.url) as client:
         client.flushall()
     stack.clickhouse.reset()
@@ -116,13 +116,13 @@ def _reader(connection: psycopg.Connection, slot: str) -> int | None:
 
 def _processes(stack: DevStack, program: Replicator, walsender: int | None) -> dict[str, int]:
     if walsender is None:
-        raise DevStackError(f"the replicator has let go of its slot\n{program.log_end()}")
+        raise DevStackError(f"the replicator has released its slot\n{program.log_end()}")
     servers = {"redis": stack.redis.pid, "clickhouse": stack.clickhouse.pid, "api": stack.api.pid}
     return {"replicator": program.pid, "walsender": walsender, **servers}
 
 
 class _Probe(NamedTuple):
-    """How to see that a sink has everything, and how often to look: looking costs the sink something."""
+    """How to see that a sink has everything, and how often to look: each look costs the sink time."""
 
     has_all: Callable[[], bool]
     interval_seconds: float
@@ -142,7 +142,7 @@ def _watch(stack: DevStack, backlog: Backlog, started: float) -> dict[str, float
 
 
 def _end(name: str, probe: _Probe) -> float:
-    """When it had everything."""
+    """Return the time at which it had everything."""
     deadline = time.monotonic() + DRAIN_TIMEOUT_SECONDS
     while not probe.has_all():
         if time.monotonic() > deadline:
@@ -156,7 +156,7 @@ def _clickhouse_count(stack: DevStack) -> int:
 
 
 def _verify(stack: DevStack, backlog: Backlog) -> None:
-    """A benchmark of something that loses rows is worth nothing."""
+    """Check the counts: a benchmark of something that loses rows is worthless."""
     counts = count(stack)
     for name in ("clickhouse", "redis", "api"):
         if getattr(counts, name) != backlog.rows:
@@ -164,7 +164,7 @@ def _verify(stack: DevStack, backlog: Backlog) -> None:
 
 
 def alternate(stack: DevStack, backlog: Backlog, runs: int) -> list[tuple[Drained, Drained]]:
-    """The two in turn, several times: what else the machine does hits both."""
+    """Measure both in turn, several times, so that other load on the machine hits both."""
     pairs = []
     with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         for number in range(runs):

@@ -1,8 +1,8 @@
 """How fast history is backfilled: `backfill.py` into ClickHouse and Redis, beside what the two databases do alone.
 
-PostgreSQL's yardstick is a COPY of the same rows, joined with their content, that nobody reads; ClickHouse's is the
-insert of the same JSON, in inserts as large, into a table as empty. The clock of the backfill is the whole process,
-its start included.
+PostgreSQL's yardstick is a COPY of the same rows, joined with their content, with the output discarded. ClickHouse's is
+an insert of the same JSON, in inserts of the same size, into an empty table. The clock of the backfill includes the
+start of the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sinks.clickhouse.table import COLUMNS
 
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 BEGIN = datetime(2026, 1, 8, tzinfo=UTC)
-STEP = timedelta(milliseconds=1)  # between two events, so that a range of time is a number of rows
+STEP = timedelta(milliseconds=1)  # between two events, so that a time range has a known number of rows
 INSERT_ROWS = 20_000  # REPLICATOR_CLICKHOUSE_MAX_EVENTS
 
 FILL = """
@@ -56,22 +56,22 @@ class Backfilled(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """From the start of the process to its end."""
     cpu_us: float
-    """Ours, microseconds a row."""
+    """CPU time of the backfill, microseconds per row."""
     peak_memory_mb: float
     copy_seconds: float
     ingest_seconds: float
     reconcile_seconds: float
-    """Of `python -m replicator reconcile` over the same range, which finds ClickHouse equal; the whole process."""
+    """Of `python -m replicator reconcile` over the same range; the whole process."""
 
 
 def prepare(connection: psycopg.Connection, rows: int) -> None:
-    """So many events, one a millisecond."""
+    """Insert so many events, one a millisecond."""
     connection.execute(FILL.format(begin=BEGIN.isoformat(), rows=rows).encode())
     connection.execute("VACUUM ANALYZE public.engagement_events")
 
 
 def measure(stack: DevStack, sizes: Sequence[int], runs: int) -> list[list[Backfilled]]:
-    """Every size, so many times, the three in turn."""
+    """Measure every size `runs` times."""
     with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         prepare(connection, max(sizes))
         return [[_run(stack, connection, rows) for _ in range(runs)] for rows in sizes]
@@ -106,7 +106,7 @@ def _run(stack: DevStack, connection: psycopg.Connection, rows: int) -> Backfill
 
 
 def _verify(stack: DevStack, process: subprocess.Popen[bytes], rows: int) -> None:
-    """A benchmark of something that loses rows is worth nothing."""
+    """Check the counts: a benchmark of something that loses rows is worthless."""
     assert process.stderr is not None  # noqa: S101  it is a pipe
     with process.stderr as said:
         if process.returncode:
@@ -117,7 +117,7 @@ def _verify(stack: DevStack, process: subprocess.Popen[bytes], rows: int) -> Non
 
 
 def _reconcile(environment: Mapping[str, str], rows: int) -> float:
-    """Redis is left out: it counts over all times, and PostgreSQL has more than this range."""
+    """Without Redis: it counts over all times, and PostgreSQL has more than this range."""
     command = [sys.executable, "-m", "replicator", "reconcile", "--start", _text(0), "--end", _text(rows)]
     started = time.monotonic()
     done = subprocess.run(
@@ -137,7 +137,7 @@ def _copy(connection: psycopg.Connection, rows: int) -> float:
 
 
 def _ingest(stack: DevStack, rows: int) -> float:
-    """Only the inserts count; what goes in is what the backfill has left there."""
+    """Insert what the backfill has written, again; only the inserts are timed."""
     stack.clickhouse.query("CREATE TABLE again AS events_enriched")
     seconds = 0.0
     for body in _bodies(stack, rows):
@@ -159,7 +159,7 @@ def _bodies(stack: DevStack, rows: int) -> Iterator[str]:
 
 
 def _text(row: int) -> str:
-    """The moment of a row."""
+    """The time of a row."""
     return (BEGIN + row * STEP).isoformat()
 
 

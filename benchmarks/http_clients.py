@@ -37,7 +37,7 @@ def _bare(transport: httpx.AsyncBaseTransport, url: str) -> Send:
 
 
 async def _measure(name: str, send: Send, requests: int) -> str:
-    """A line: what it is, requests a second, our CPU a request."""
+    """Print a line: name, requests a second, our CPU per request."""
     left = iter(range(requests))
 
     async def worker() -> None:

@@ -1,9 +1,8 @@
-"""How long from a commit until the event can be seen in each sink, at a steady rate of small transactions.
+"""Time from a commit until the event is visible in each sink, at a steady rate of small transactions.
 
-The commit's time is PostgreSQL's own (track_commit_timestamp). Redis and ClickHouse are asked from outside, over and
-over, how many events they show: the n-th event that was committed is visible when they show n of them; each lane
-writes in the order of the commits. The API writes down when each request arrives. All clocks are the same machine's.
-The interval between two looks is part of the figures.
+The commit's time is PostgreSQL's (track_commit_timestamp). Redis and ClickHouse are polled for their number of events:
+the n-th committed event is visible when they show n, because each lane writes in commit order. The API records when
+each request arrives. All clocks are the same machine's. The figures include the polling interval.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ ORDER BY 2
 """
 
 Sighting: TypeAlias = tuple[int, float]
-"""So many events were visible at that Unix time."""
+"""The number of events that were visible at a Unix time."""
 
 
 class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the seconds from commit to visible, in milliseconds."""
+    """Percentiles of the time from commit to visible, in milliseconds."""
 
     p50_ms: float
     p99_ms: float
@@ -64,7 +63,7 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
     commits_per_second: float
     sinks: dict[str, Percentiles]
     cpu_us: float
-    """The replicator's processor time a row, microseconds."""
+    """The replicator's CPU time per row, in microseconds."""
     peak_memory_mb: float
 
 
@@ -74,7 +73,7 @@ class _Commit(NamedTuple):
 
 
 def measure(stack: DevStack, *, rate: int, seconds: int) -> Latencies:
-    """Commit one row at a time at this rate, watch the sinks, compare the times."""
+    """Commit single rows at this rate, watch the sinks, compare the times."""
     empty_sinks(stack)
     last_before = _last_id(stack)
     program = stack.replicator("bench_latency", REPLICATOR_HTTP_BATCH_SIZE=str(HTTP_BATCH_SIZE))
@@ -116,18 +115,18 @@ def _commit_steadily(stack: DevStack, rate: int, seconds: int) -> None:
 
 
 def _commits(stack: DevStack, last_before: int) -> list[_Commit]:
-    """In the order of their times."""
+    """Commit times, ascending."""
     with psycopg.connect(stack.postgres.dsn) as connection:
         return [_Commit(*row) for row in connection.execute(COMMITS, [last_before])]
 
 
 @contextmanager
 def _watching(stack: DevStack, last_before: int) -> Iterator[dict[str, list[Sighting]]]:
-    """Look at Redis and ClickHouse until the block ends."""
+    """Poll Redis and ClickHouse until the block ends."""
     ended = threading.Event()
     sightings: dict[str, list[Sighting]] = {"redis": [], "clickhouse": []}
     first = last_before >> PAGE_BITS
-    pages = [f"engagement:seen:{page}" for page in range(first, first + 3)]  # enough for 65,536 rows and more
+    pages = [f"engagement:seen:{page}" for page in range(first, first + 3)]  # enough for more than 65,536 rows
     with redis.Redis.from_url(stack.redis.url) as client, ThreadPoolExecutor(2) as threads:
 
         def in_redis() -> int:
@@ -152,7 +151,7 @@ def _watching(stack: DevStack, last_before: int) -> Iterator[dict[str, list[Sigh
 
 
 def _look(count: Callable[[], int], sightings: list[Sighting], interval_seconds: float, ended: threading.Event) -> None:
-    """Note every change of the count, with the time at which it was known."""
+    """Record every change of the count, with the time at which it was seen."""
     shown = 0
     while not ended.wait(interval_seconds):
         now_shown = count()
@@ -167,13 +166,13 @@ def _has_all(stack: DevStack, sightings: dict[str, list[Sighting]], commits: int
 
 
 def _delays(commits: list[_Commit], seen: list[Sighting]) -> list[float]:
-    """Seconds until the n-th commit was visible, for every n."""
+    """Seconds from the n-th commit until it was visible, for every n."""
     counts = [count for count, _ in seen]
     return [seen[bisect_left(counts, number)][1] - commit.time for number, commit in enumerate(commits, start=1)]
 
 
 def _arrivals(stack: DevStack) -> dict[int, float]:
-    """When the request arrived that brought each event."""
+    """Arrival time of the request with each event."""
     ids = iter(stack.api.event_ids())
     return {
         next(ids): request.time

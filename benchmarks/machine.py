@@ -1,4 +1,4 @@
-"""What the machine says: processor time and memory of a process, and what the figures came from. Linux."""
+"""CPU time and memory of a process, and a description of the machine. Linux only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-_USER_TICKS_AT = 11  # utime and stime, counted behind the program's name, which may hold spaces
+_USER_TICKS_AT = 11  # utime and stime, counted after the program's name, which may contain spaces
 
 
 def cpu_seconds(pid: int) -> float:
@@ -20,7 +20,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_memory_mb(pid: int) -> float:
-    """The most that was resident since the process began."""
+    """The most resident memory since the process began."""
     return _status(pid, "VmHWM") / 1000
 
 
@@ -31,7 +31,7 @@ def _status(pid: int, name: str) -> int:
 
 
 def facts(dsn: str) -> str:
-    """Cores, Python and PostgreSQL, in a line."""
+    """Cores, Python and PostgreSQL, on one line."""
     with psycopg.connect(dsn) as connection:
         version = connection.info.parameter_status("server_version") or "?"
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")

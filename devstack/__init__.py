@@ -15,7 +15,7 @@ __all__ = ["DevStack", "DevStackError"]
 
 
 def __getattr__(name: str) -> object:
-    """Load the stack and its drivers when they are asked for: `api_server` runs in an image without them."""
+    """Import the stack lazily: `api_server` runs in an image without its drivers."""
     if name not in __all__:
         raise AttributeError(name)
     return getattr(import_module("devstack.stack"), name)

@@ -1,4 +1,4 @@
-"""`python -m devstack [services...]`: start them, say where they are, run until Ctrl-C. The work is in `stack`."""
+"""`python -m devstack [services...]`: start servers, print their addresses, run until Ctrl-C. `stack` does it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from devstack.stack import DevStack
 
 
 def main() -> int:
-    """Run the stack in the foreground; 1 when a server can't be had."""
+    """Run the stack in the foreground. Returns 1 if a server can't be started."""
     parser = argparse.ArgumentParser(prog="python -m devstack", description="Private servers until Ctrl-C.")
     parser.add_argument("services", nargs="*", metavar="service", help=f"any of: {' '.join(DevStack.SERVICES)} (all)")
     services = parser.parse_args().services or DevStack.SERVICES

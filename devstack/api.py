@@ -12,7 +12,7 @@ from devstack.process import Service, python
 
 
 class Api(Service):
-    """The API that takes events. What it has taken survives `stop` and `kill`; its log of requests does not."""
+    """The API that accepts events. Accepted events survive `stop` and `kill`; the log of requests does not."""
 
     name = "api"
     sink = "http"
@@ -23,15 +23,15 @@ class Api(Service):
         return f"{self._address}/events"
 
     def events(self) -> list[dict[str, Any]]:
-        """Every event it has taken, in order, repeats included."""
+        """Every event it accepted, in order, repeats included."""
         return msgspec.json.decode(self.events_json(), type=list[dict[str, Any]])
 
     def events_json(self) -> bytes:
-        """The same as it was sent, one JSON array: for who wants fractions exact."""
+        """The same as one JSON array, byte for byte as sent, so that fractions stay exact."""
         return fetch(self.url)
 
     def event_ids(self) -> list[int]:
-        """The same, ids alone: far less to carry when there are many."""
+        """Only their ids: far less data when there are many."""
         return msgspec.json.decode(fetch(f"{self._address}/event_ids"), type=list[int])
 
     def requests(self) -> list[Request]:
@@ -39,11 +39,11 @@ class Api(Service):
         return msgspec.json.decode(fetch(f"{self._address}/requests"), type=list[Request])
 
     def stats(self) -> Stats:
-        """How much it has taken."""
+        """How much it accepted."""
         return msgspec.json.decode(fetch(f"{self._address}/stats"), type=Stats)
 
     def behave(self, **behaviour: object) -> None:
-        """Misbehave from now on as the fields of `api_server.Behaviour` say; none: behave well."""
+        """From now on misbehave as these fields of `api_server.Behaviour` say; none: behave well."""
         fetch(f"{self._address}/behave", msgspec.json.encode(behaviour))
 
     def reset(self) -> None:

@@ -1,13 +1,13 @@
-"""The demo HTTP API: takes events, tells what it has taken, and misbehaves on request.
+"""The demo HTTP API: accepts events, shows what it accepted, and misbehaves on request.
 
-`python -m devstack.api_server` runs it, with aiohttp and msgspec and this folder alone. `api` starts it for the stack,
-and the compose file runs it as `external-api`. One line a request goes to standard output.
+`python -m devstack.api_server` runs it. It needs only aiohttp, msgspec and this folder. `api` starts it for the stack,
+and the compose file runs it as `external-api`. It prints a line per request.
 
     POST /events      a JSON array of events, or one event
-    GET  /events      every event it has taken, in order, repeats included
+    GET  /events      every event it accepted, in order, repeats included
     GET  /event_ids   the same, their `event_id` alone
     GET  /requests    every POST /events: method, headers, status
-    GET  /stats       how much it has taken
+    GET  /stats       how much it accepted
     POST /behave      misbehave from now on: a `Behaviour` as JSON, {} for none
     POST /reset       forget everything, behave well
     GET  /healthz     200
@@ -30,13 +30,13 @@ from aiohttp import web
 
 from devstack.faults import Fault, Faults, Refused, refusal, strike_after, strike_before
 
-MAX_BODY_BYTES = 1 << 30  # whatever a sink may send; `Behaviour.max_body_bytes` is the limit that is tested
-SHUTDOWN_SECONDS = 0.5  # for requests in flight; those that hang on purpose are cut off
+MAX_BODY_BYTES = 1 << 30  # more than any sink sends; tests use `Behaviour.max_body_bytes`
+SHUTDOWN_SECONDS = 0.5  # for requests in flight; those that hang on purpose are cut off then
 CHUNK_BODIES = 1_000  # of GET /events, so that a long answer is not one long string
 
 
 class Behaviour(Fault, frozen=True, kw_only=True):
-    """How it misbehaves: a fault that strikes some requests, and rules that hold for all of them."""
+    """How it misbehaves: a fault that hits some requests, and rules for all of them."""
 
     refuse_event_ids: frozenset[int] = frozenset()
     """422 for a request that has one of these events."""
@@ -58,19 +58,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     """Names in lower case."""
     status: int
-    """0 when it got no answer."""
+    """0 if it got no answer."""
     events: int
-    """How many were taken."""
+    """How many were accepted."""
     body_bytes: int
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """How much it has taken."""
+    """How much it accepted."""
 
     requests: int
-    """All that arrived since the start, answered or not."""
+    """Requests since the start, answered or not."""
     events: int
-    """Taken, repeats included."""
+    """Accepted, repeats included."""
     last_event_id: int | None
 
 
@@ -91,7 +91,7 @@ _decode_one = msgspec.json.Decoder(_EventId).decode
 
 
 def read(body: bytes) -> Taken:
-    """Raises msgspec.DecodeError unless it is events with an id each."""
+    """Raises msgspec.DecodeError unless every event has an id."""
     if b"\n" in body or b"\r" in body:  # only between tokens: strings have them escaped
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
     events = _decode_array(body) if body.lstrip()[:1] == b"[" else [_decode_one(body)]
@@ -99,7 +99,7 @@ def read(body: bytes) -> Taken:
 
 
 class Store:
-    """What has been taken: in memory, and in a file so that it survives a crash."""
+    """The accepted events: in memory, and in a file so that they survive a crash."""
 
     def __init__(self, path: Path | None, keep: int | None) -> None:
         self.taken: deque[Taken] = deque(maxlen=keep)
@@ -109,11 +109,11 @@ class Store:
         if path:
             with path.open("rb") as lines:  # its own: an unbuffered file is read byte by byte
                 for line in lines:
-                    if line.endswith(b"\n"):  # else it crashed half-way, before it answered
+                    if line.endswith(b"\n"):  # otherwise it crashed before it answered
                         self._remember(read(line))
 
     def add(self, taken: Taken) -> None:
-        """Keep it; on return it is in the operating system's hands."""
+        """Keep it. On return the operating system has it."""
         if self._file:
             self._file.write(taken.body + b"\n")
         self._remember(taken)
@@ -164,7 +164,7 @@ class ApiServer:
         return application
 
     async def post_events(self, request: web.Request) -> web.Response:
-        """Take events, or misbehave."""
+        """Accept events, or misbehave."""
         arrived_at = time.time()
         self._arrived += 1
         body = await request.read()
@@ -198,12 +198,12 @@ class ApiServer:
         return _json(list(self._requests))
 
     async def get_stats(self, _: web.Request) -> web.Response:
-        """Numbers."""
+        """How much it accepted."""
         store = self._store
         return _json(Stats(requests=self._arrived, events=store.events, last_event_id=store.last_event_id))
 
     async def post_behave(self, request: web.Request) -> web.Response:
-        """Misbehave differently from now on."""
+        """Change how it misbehaves from now on."""
         try:
             self._behave(msgspec.json.decode(await request.read(), type=Behaviour))
         except msgspec.DecodeError as exc:

@@ -1,6 +1,6 @@
-"""ClickHouse in a process of its own, the embedded engine behind HTTP; `clickhouse_server` is the program.
+"""ClickHouse as a child process: the embedded engine behind HTTP. `clickhouse_server` is the program.
 
-Debian's ClickHouse server is years too old for clickhouse-connect; the engine in the chdb package is current.
+Debian's ClickHouse server is years too old for clickhouse-connect; the chdb package has the current engine.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class ClickHouse(Service):
 
     @property
     def url(self) -> str:
-        """Of database `engagement`, with user and password."""
+        """For database `engagement`, with user and password."""
         password = f":{self._password}" if self._password else ""
         return f"http://default{password}@127.0.0.1:{self.port}/{DATABASE}"
 
     def query(self, sql: str) -> str:
-        """Run a statement in database `engagement`; the result as ClickHouse prints it (TabSeparated by default)."""
+        """Run a statement in database `engagement`. Returns what ClickHouse prints (TabSeparated by default)."""
         return self._post(sql, DATABASE)
 
     def behave(self, **behaviour: object) -> None:
-        """Misbehave from now on as the fields of `clickhouse_server.Behaviour` say; none: behave well."""
+        """From now on misbehave as these fields of `clickhouse_server.Behaviour` say; none: behave well."""
         fetch(f"{self._address}/behave", msgspec.json.encode(behaviour))
 
     def reset(self) -> None:
-        """Behave well, and begin with an empty database."""
+        """Behave well, and start with an empty database."""
         self.behave()
         self._post(f"DROP DATABASE {DATABASE} SYNC", "default")
         self._post(f"CREATE DATABASE {DATABASE}", "default")
@@ -59,7 +59,7 @@ class ClickHouse(Service):
         return {"REPLICATOR_CLICKHOUSE_URL": self.url}
 
     def answers(self) -> bool:
-        """Whether it listens; it does so once the engine has loaded its tables."""
+        """Whether it listens, which it does once the engine has loaded its tables."""
         try:
             return bool(fetch(f"{self._address}/ping"))
         except OSError:

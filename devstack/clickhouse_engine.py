@@ -1,6 +1,6 @@
 """Runs ClickHouse statements on the embedded engine (chdb): settings, parameters, INSERT data, ClickHouse's errors.
 
-`clickhouse_server` speaks HTTP and calls this; one process may hold a directory.
+`clickhouse_server` speaks HTTP and calls this. Only one process at a time can open a directory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import chdb
 from chdb import ChdbError
 
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  a file there never meets a disk
-HEAD_BYTES = 1 << 16  # an INSERT's statement ends within so many; its data may be far longer
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  in memory, never on disk
+HEAD_BYTES = 1 << 16  # where the statement of an INSERT must end; its data may be far longer
 
 INSERT_WITH_DATA = re.compile(rb"\s*(INSERT\s+INTO\b.*?)\s+FORMAT\s+(\w+)[ \t]*(?:\r?\n)?", re.IGNORECASE | re.DOTALL)
 OTHER_SOURCE = re.compile(rb"\b(VALUES|SELECT|INFILE)\b", re.IGNORECASE)
@@ -39,7 +39,7 @@ class Statement(NamedTuple):
     """What a request asks for."""
 
     sql: bytes
-    """The data of an INSERT included."""
+    """Includes the data of an INSERT."""
     database: str
     settings: Mapping[str, str]
     parameters: Mapping[str, str]
@@ -48,32 +48,32 @@ class Statement(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it."""
+    """The result."""
 
     body: bytes
     format: str | None
-    """None: the statement has no result."""
+    """None if the statement has no result."""
     summary: Mapping[str, int]
 
 
 class Engine:
-    """The directory's owner. Statements may run side by side: each has a connection, and so settings, of its own."""
+    """Owns the directory. Statements may run concurrently: each has its own connection, and so its own settings."""
 
     def __init__(self, folder: Path) -> None:
         self._path = str(folder)
-        self._owner = _connect(self._path)  # the engine lives as long as one connection does
+        self._owner = _connect(self._path)  # keeps the engine open: it lives as long as one connection does
         self.version = self._owner.query("SELECT version()", "TabSeparatedRaw").bytes().decode().strip()
 
     def create_database(self, name: str) -> None:
-        """If it is missing."""
+        """Create the database if it is missing."""
         self._owner.query(f"CREATE DATABASE IF NOT EXISTS {quoted(name)}")
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Release the directory."""
         self._owner.close()
 
     def run(self, statement: Statement) -> Result:
-        """Run it to its end; blocks. Raises EngineError."""
+        """Run a statement. Blocks. Raises EngineError."""
         try:
             with closing(_connect(self._path)) as connection:
                 _prepare(connection, statement)
@@ -83,7 +83,7 @@ class Engine:
 
 
 def failure(code: int, name: str, text: str) -> EngineError:
-    """An error of our own, worded as ClickHouse words its own."""
+    """An error of this module in ClickHouse's wording."""
     return EngineError(code, name, f"Code: {code}. DB::Exception: {text} ({name})")
 
 
@@ -107,7 +107,7 @@ def _prepare(connection: Any, statement: Statement) -> None:
             raise failure(115, "UNKNOWN_SETTING", f"Unknown setting {name!r}.")
         connection.query(f"SET {name} = {_literal(value)}")
     if statement.read_only:
-        connection.query("SET readonly = 2")  # last: it forbids to change itself
+        connection.query("SET readonly = 2")  # last: it forbids changing settings
 
 
 def _run(connection: Any, statement: Statement) -> Result:
@@ -124,10 +124,10 @@ def _run(connection: Any, statement: Statement) -> Result:
 
 
 def _insert(connection: Any, insert: re.Match[bytes], data: bytes) -> Result:
-    """Twice as fast as the statement with its data in one string, and it tells how many rows there were.
+    """Insert from a file: twice as fast as one string with the data in it, and it returns the number of rows.
 
-    chdb's own streaming insert is as fast and reports success where the rows could not be written: a full disk, a
-    constraint.
+    chdb's own streaming insert is as fast, but reports success even if rows could not be written (full disk,
+    constraint).
     """
     with tempfile.NamedTemporaryFile(dir=MEMORY, prefix="insert-") as file:
         file.write(data)
@@ -150,7 +150,7 @@ def _format(statement: Statement) -> str | None:
 
 
 def _error(text: str) -> EngineError:
-    """The embedded engine's error as the server would tell it, without what the bindings put around it."""
+    """The embedded engine's error in the server's wording, without what the bindings add."""
     text = text[max(text.find("Code: "), 0) :]
     found = EXCEPTION.match(text)
     if found is None:

@@ -1,7 +1,7 @@
-"""ClickHouse's HTTP interface over the embedded engine, in a process of its own; `clickhouse` starts it.
+"""ClickHouse's HTTP interface over the embedded engine, as a child process that `clickhouse` starts.
 
-Enough of it for clickhouse-connect and curl: the query in the URL, the body or a form; settings and `param_*` in the
-URL; compressed requests; credentials, error codes, the summary. Not there: sessions, compressed answers, external data.
+It has what clickhouse-connect and curl need: the query in the URL, the body or a form; settings and `param_*` in the
+URL; compressed requests; credentials, error codes, the summary. It lacks sessions, compressed answers, external data.
 
     GET, POST /   a query
     GET  /ping    Ok.
@@ -43,7 +43,7 @@ NOT_SETTINGS = frozenset(
         *("wait_end_of_query", "buffer_size", "client_protocol_version"),
     }
 )
-"""URL parameters that are no settings."""
+"""URL parameters that are not settings."""
 
 STATUS_OF = {
     "SYNTAX_ERROR": 400,
@@ -54,22 +54,22 @@ STATUS_OF = {
     "NOT_IMPLEMENTED": 501,
 }
 STATUS_OF_FAMILY = {"CANNOT_PARSE": 400, "UNKNOWN": 404}
-"""What an exception means in HTTP, as ClickHouse has it: by name, else by the name's beginning, else 500."""
+"""HTTP status of an exception, as in ClickHouse: by name, else by the start of the name, else 500."""
 
 
 class Behaviour(Fault, frozen=True, kw_only=True):
-    """How it misbehaves: a fault that strikes some requests, and a rule that holds for all of them."""
+    """How it misbehaves: a fault that hits some requests, and rules for all of them."""
 
     only_inserts: bool = True
-    """Spare all requests but INSERTs."""
+    """Hit INSERTs only."""
     status: int | None = None
-    """As of any fault; 200: a front end answers in the place of ClickHouse, and nothing is taken."""
+    """As in `Fault`. With 200 a front end answers in place of ClickHouse, and nothing is accepted."""
     exception: str = "Code: 202. DB::Exception: Too many simultaneous queries. (TOO_MANY_SIMULTANEOUS_QUERIES)"
-    """The text, and by it the code, that goes with `status`."""
+    """The error text, with its code, that goes with `status`."""
     read_only: bool = False
-    """Refuse whatever writes, with code 164 (READONLY)."""
+    """Refuse everything that writes, with code 164 (READONLY)."""
     password: str | None = None
-    """Ask for this password; None: for the one it was started with."""
+    """Require this password; None: the one it was started with."""
 
 
 class ClickHouseServer:
@@ -97,7 +97,7 @@ class ClickHouseServer:
         return web.Response(text="Ok.\n")
 
     async def post_behave(self, request: web.Request) -> web.Response:
-        """Misbehave differently from now on."""
+        """Change how it misbehaves from now on."""
         try:
             self._behave(msgspec.json.decode(await request.read(), type=Behaviour))
         except msgspec.DecodeError as exc:
@@ -132,8 +132,8 @@ class ClickHouseServer:
         self._faults = Faults(behaviour)
 
     def _authenticate(self, request: web.Request) -> None:
-        told = self._behaviour.password
-        if _credentials(request) != (USER, self._password if told is None else told):
+        required = self._behaviour.password
+        if _credentials(request) != (USER, self._password if required is None else required):
             problem = "Authentication failed: password is incorrect, or there is no user with such name."
             raise failure(516, "AUTHENTICATION_FAILED", f"{USER}: {problem}")
 
@@ -164,7 +164,7 @@ class ClickHouseServer:
 
 
 def _success(result: Result) -> web.Response:
-    # Numbers are strings in it, as ClickHouse has it.
+    # ClickHouse writes these numbers as strings.
     summary = msgspec.json.encode({name: str(value) for name, value in result.summary.items()}).decode()
     headers = {"X-ClickHouse-Summary": summary, "X-ClickHouse-Timezone": "UTC"}
     if result.format:
@@ -178,7 +178,7 @@ def _status(name: str) -> int:
 
 
 def _credentials(request: web.Request) -> tuple[str, str]:
-    """User and password, from wherever ClickHouse takes them."""
+    """User and password, from any place where ClickHouse accepts them."""
     headers, query = request.headers, request.query
     if "X-ClickHouse-User" in headers:
         return headers["X-ClickHouse-User"], headers.get("X-ClickHouse-Key", "")
@@ -223,11 +223,11 @@ DECOMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 async def serve(server: ClickHouseServer, port: int) -> None:
-    """Until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT."""
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    # Bodies as they came: aiohttp knows some of ClickHouse's encodings, and refuses the others.
+    # Raw bodies: aiohttp would decode some of ClickHouse's encodings and refuse the others.
     runner = web.AppRunner(
         server.application(), access_log=None, auto_decompress=False, shutdown_timeout=SHUTDOWN_SECONDS
     )

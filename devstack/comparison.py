@@ -1,6 +1,6 @@
-"""Do the sinks have what PostgreSQL has? Reads all four and names what differs; `demo` prints it.
+"""Do the sinks have what PostgreSQL has? Reads all four and names the differences; `demo` prints them.
 
-What an event must look like is computed by PostgreSQL (`expected.sql`), not by the code that is compared.
+PostgreSQL computes what each event must look like (`expected.sql`), not the code under test.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
     """How many distinct events it has."""
     note: str
     differences: list[str]
-    """In words, the first few; none when it agrees."""
+    """The first few, in words; empty if there are none."""
 
 
 def expected_events(dsn: str) -> dict[int, Event]:
@@ -52,7 +52,7 @@ def expected_events(dsn: str) -> dict[int, Event]:
 
 
 def compare(stack: DevStack) -> list[Verdict]:
-    """All sinks with PostgreSQL, by counts and values."""
+    """Compare all sinks with PostgreSQL, counts and values."""
     expected = expected_events(stack.postgres.dsn)
     rows = [_decode(line) for line in stack.clickhouse.query(CLICKHOUSE_EVENTS).splitlines()]
     posted = stack.api.events_json()
@@ -65,7 +65,7 @@ def compare(stack: DevStack) -> list[Verdict]:
 
 
 def compare_events(sink: str, expected: Events, found: Iterable[Event], *, note: str = "") -> Verdict:
-    """A sink that has the events themselves; the same event may be there twice, but must be the same."""
+    """Compare a sink that keeps events. An event may be there twice, but both must be the same."""
     found = list(found)
     by_id = _by_id(found)
     differences = _missing_or_new(expected, by_id)
@@ -79,7 +79,7 @@ def compare_events(sink: str, expected: Events, found: Iterable[Event], *, note:
 
 
 def compare_redis(expected: Events, counts: Mapping[int, int], last: Mapping[int, Event]) -> Verdict:
-    """Counts and the newest event, content by content."""
+    """Compare counts and newest events, content by content."""
     wanted = Counter(event["content_id"] for event in expected.values())
     differences = [
         f"content {content_id} counts {counts.get(content_id, 0)} and not {wanted[content_id]}"
@@ -104,7 +104,7 @@ def _missing_or_new(expected: Events, found: Events) -> list[str]:
 
 
 def _fields(what: str, expected: Event, found: Event) -> list[str]:
-    """More fields than expected are fine: ClickHouse's own columns."""
+    """Additional fields are fine: ClickHouse has columns of its own."""
     return [
         f"{what}: {name} is {found.get(name, 'missing')!s} and not {value!s}"
         for name, value in expected.items()
@@ -122,12 +122,12 @@ def _read_redis(url: str) -> tuple[dict[int, int], dict[int, Event]]:
 def _values(client: redis.Redis, prefix: str) -> Iterable[tuple[int, Any]]:
     keys = list(client.scan_iter(f"{prefix}*", count=1_000))
     for key, value in zip(keys, client.mget(keys) if keys else [], strict=True):
-        if value is not None:  # expired meanwhile
+        if value is not None:  # it has expired
             yield int(key.removeprefix(prefix.encode())), value
 
 
 class Counts(NamedTuple):
-    """How many events each has; cheap enough to look every second."""
+    """How many events each has. Cheap enough for once a second."""
 
     postgres: int
     clickhouse: int
@@ -136,7 +136,7 @@ class Counts(NamedTuple):
 
 
 def count(stack: DevStack) -> Counts:
-    """What everybody holds now; sinks first, so that none is ahead of PostgreSQL."""
+    """Counts of all, the sinks first, so that none is ahead of PostgreSQL."""
     with redis.Redis.from_url(stack.redis.url) as client:
         in_redis = sum(int(value) for _, value in _values(client, COUNT_KEY))
     in_clickhouse = int(stack.clickhouse.query("SELECT count() FROM events_enriched"))

@@ -12,11 +12,11 @@ from devstack.process import DevStackError
 TIMEOUT_SECONDS = 60.0
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
-_opener = build_opener(ProxyHandler({}))  # the loopback interface needs no proxy, whatever the environment says
+_opener = build_opener(ProxyHandler({}))  # no proxy for the loopback interface, whatever the environment says
 
 
 def fetch(url: str, body: bytes | None = None, headers: Mapping[str, str] = NO_HEADERS) -> bytes:
-    """The answer to a GET, or to a POST of `body`. Raises DevStackError if it isn't 2xx, OSError if there is none."""
+    """GET, or POST `body`; returns the answer. Raises DevStackError if it isn't 2xx, OSError if there is none."""
     request = Request(url, data=body, headers=dict(headers))  # noqa: S310  our own http:// URLs
     try:
         with _opener.open(request, timeout=TIMEOUT_SECONDS) as response:

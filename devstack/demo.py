@@ -1,7 +1,7 @@
 """`python -m devstack.demo`: watch the replicator work, on private servers, until Ctrl-C.
 
-Starts the stack and the real replicator with a plain replication role, lets `traffic` insert, shows what `screen` sees,
-and at the end lets `comparison` tell whether the sinks have what PostgreSQL has. Exit code 0: they do.
+Starts the stack and the real replicator with a plain replication role. `traffic` inserts, `screen` shows what happens,
+and at the end `comparison` checks that the sinks have what PostgreSQL has. Exit code 0: they do.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from devstack.traffic import Traffic
 
 ROLE = "replicator"
 LOOK_SECONDS = 1.0
-DIFFERENCES_SHOWN = 5  # of each sink; one bug makes thousands
-LINE_EVERY_LOOKS = 2  # a log wants fewer
-SETTLE_TIMEOUT_SECONDS = 30.0  # ClickHouse gets its last insert within a second; a busy machine takes longer
+DIFFERENCES_SHOWN = 5  # per sink; one bug makes thousands
+LINE_EVERY_LOOKS = 2  # a log needs fewer
+SETTLE_TIMEOUT_SECONDS = 30.0  # the last insert takes a second, longer on a busy machine
 
 console = Console(soft_wrap=True, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when the sinks agree with PostgreSQL."""
+    """Run the demo. Returns 0 if the sinks agree with PostgreSQL."""
     parser = argparse.ArgumentParser(prog="python -m devstack.demo", description="Watch the replicator work.")
-    parser.add_argument("--seconds", type=float, help="end by itself after so many seconds of traffic (never)")
+    parser.add_argument("--seconds", type=float, help="stop after so many seconds of traffic (default: never)")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the traffic")  # noqa: S311
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DevStackError as exc:
         sys.stderr.write(f"{exc}\n")
         return 1
-    except KeyboardInterrupt:  # before there was anything to compare, or the second one
+    except KeyboardInterrupt:  # before there was anything to compare, or a second Ctrl-C
         sys.stderr.write("interrupted: nothing was compared\n")
         return 1
 
@@ -70,7 +70,7 @@ def _run(seconds: float | None, seed: int) -> int:
         traffic = Traffic(stack.postgres.dsn, seed)
         with _inserting(traffic) as inserting:
             _watch(stack, replicator, inserting, seconds)
-        console.print("traffic has stopped; the sinks get what is under way")
+        console.print("traffic has stopped; waiting for the sinks")
         _settle(stack)
         replicator.stop()
         verdicts = compare(stack)
@@ -78,7 +78,7 @@ def _run(seconds: float | None, seed: int) -> int:
 
 
 def _prepare(stack: DevStack) -> str:
-    """Schema and a plain replication role, as sql/ has them; its DSN."""
+    """Create the schema and a plain replication role from sql/. Returns the role's DSN."""
     with psycopg.connect(stack.postgres.dsn) as connection:
         connection.execute((ROOT / "sql" / "source_schema.sql").read_bytes())
     password = secrets.token_hex(8)
@@ -108,12 +108,12 @@ def look_around(stack: DevStack, replicator: Replicator) -> str:
   curl -s {api}/stats
   curl -s {replicator.url}/status     (and /metrics, /readyz)
   tail -f {replicator.log} {stack.api.log}
-"""  # noqa: S608  it is to be read, not run
+"""  # noqa: S608  printed, not run
 
 
 @contextmanager
 def _inserting(traffic: Traffic) -> Iterator[Future[None]]:
-    """Traffic in a thread; its failure is raised here at the latest."""
+    """Run traffic in a thread; raise its failure on exit."""
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(traffic.run)
         try:
@@ -124,7 +124,7 @@ def _inserting(traffic: Traffic) -> Iterator[Future[None]]:
 
 
 def _watch(stack: DevStack, replicator: Replicator, inserting: Future[None], seconds: float | None) -> None:
-    """Show what happens until the time is over, Ctrl-C, or something has failed."""
+    """Show what happens until time is up, Ctrl-C, or something fails."""
     started = time.monotonic()
     before = None
     try:
@@ -148,7 +148,7 @@ def _plain() -> Iterator[None]:
 
 
 def _looks(started: float, seconds: float | None) -> Iterator[int]:
-    """The numbers of the looks, each when it is due."""
+    """Yield the number of each look when it is due."""
     number = 0
     while seconds is None or time.monotonic() < started + seconds:
         yield number
@@ -167,7 +167,7 @@ def _look(stack: DevStack, replicator: Replicator, started: float) -> screen.Loo
 
 
 def _settle(stack: DevStack) -> None:
-    """Wait until every sink has as many events as PostgreSQL; if that takes too long the comparison says why."""
+    """Wait until every sink has as many events as PostgreSQL. If that takes too long, the comparison shows why."""
     try:
         wait_until(lambda: len(set(count(stack))) == 1, "the sinks to catch up", SETTLE_TIMEOUT_SECONDS)
     except DevStackError as exc:
@@ -175,7 +175,7 @@ def _settle(stack: DevStack) -> None:
 
 
 def report(verdicts: Sequence[Verdict]) -> int:
-    """Print the summary; the exit code."""
+    """Print the summary. Returns the exit code."""
     table = Table(title="summary", title_justify="left")
     for heading in ("", "events", "", ""):
         table.add_column(heading, justify="right" if heading == "events" else "left")

@@ -9,35 +9,35 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-NO_ANSWER = 0  # in place of a status: the connection was closed
+NO_ANSWER = 0  # stands for a status: the connection was closed
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens to a request, and to which ones; the defaults do nothing."""
+    """What happens to requests, and to which of them. The defaults do nothing."""
 
     status: int | None = None
-    """Answer this and take nothing."""
+    """Answer with this status and accept nothing."""
     retry_after: str | None = None
     """Send this `Retry-After` with `status`."""
     hang_seconds: float = 0
-    """First keep silent for so long; if the client has gone meanwhile, take nothing."""
+    """Wait before accepting. If the client has gone meanwhile, accept nothing."""
     close: Literal["before", "after"] | None = None
-    """Close the connection without an answer, before or after taking what it brought."""
+    """Close the connection without an answer, before or after accepting the request."""
     delay_seconds: float = 0
-    """Take it, and answer so much later."""
+    """Accept it at once, and answer later."""
     requests: int | None = None
-    """Strike so many requests, then no more; None: until told otherwise."""
+    """Hit so many requests, then no more; None: all."""
     probability: float = 1
-    """Strike each request with this probability."""
+    """Hit each request with this probability."""
     seed: int | None = None
-    """Of that probability."""
+    """For `probability`."""
 
 
 NO_FAULT = Fault()
 
 
 class Refused(Exception):
-    """The request ends with this status, NO_ANSWER included."""
+    """The request ends with this status, which may be NO_ANSWER."""
 
     def __init__(self, status: int, text: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(text)
@@ -46,15 +46,15 @@ class Refused(Exception):
 
 
 class Faults:
-    """Decides which requests a fault strikes."""
+    """Decides which requests a fault hits."""
 
     def __init__(self, fault: Fault) -> None:
         self._fault = fault
         self._left = fault.requests
-        self._random = random.Random(fault.seed)  # noqa: S311  no secrets here
+        self._random = random.Random(fault.seed)  # noqa: S311  not a secret
 
     def next(self) -> Fault:
-        """What the coming request meets."""
+        """The fault for the next request."""
         if self._left == 0 or self._random.random() >= self._fault.probability:
             return NO_FAULT
         if self._left is not None:
@@ -63,20 +63,20 @@ class Faults:
 
 
 async def strike_before(fault: Fault, request: web.Request) -> None:
-    """What happens before the request is taken; raises Refused if it isn't."""
+    """Run before the request is accepted. Raises Refused if it is not to be."""
     if fault.hang_seconds:
         await asyncio.sleep(fault.hang_seconds)
         if request.transport is None or request.transport.is_closing():
             raise Refused(NO_ANSWER)
     if fault.status is not None:
         headers = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
-        raise Refused(fault.status, "misbehaving as told", headers)
+        raise Refused(fault.status, "misbehaving on request", headers)
     if fault.close == "before":
         raise Refused(NO_ANSWER)
 
 
 async def strike_after(fault: Fault) -> None:
-    """What happens between taking the request and answering it."""
+    """Run between accepting the request and answering it."""
     if fault.close == "after":
         raise Refused(NO_ANSWER)
     if fault.delay_seconds:
@@ -84,7 +84,7 @@ async def strike_after(fault: Fault) -> None:
 
 
 def refusal(request: web.Request, refused: Refused) -> web.Response:
-    """The answer to a refused request; with NO_ANSWER the connection is cut, and the answer goes nowhere."""
+    """The answer to a refused request. For NO_ANSWER the connection is closed and the answer is lost."""
     if refused.status == NO_ANSWER and request.transport is not None:
         request.transport.abort()
     return web.Response(status=refused.status or 500, text=f"{refused}\n", headers=refused.headers)

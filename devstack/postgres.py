@@ -26,16 +26,16 @@ SETTINGS = {
     "wal_level": "logical",
     "max_replication_slots": "20",
     "max_wal_senders": "20",
-    "fsync": "off",  # a throw-away cluster; what a crash of the machine does is not ours to test
+    "fsync": "off",  # a throw-away cluster: crashes of the machine are not tested
     "full_page_writes": "off",
     "shared_buffers": "128MB",
-    "max_wal_size": "4GB",  # no checkpoint storm in the middle of a benchmark
+    "max_wal_size": "4GB",  # no checkpoint during a benchmark
     "log_line_prefix": "%m [%p] ",
 }
 
 
 def find_bin_dir() -> Path:
-    """Directory of the newest PostgreSQL that has wal2json; an error that names the Debian package if there is none."""
+    """Directory of the newest PostgreSQL with wal2json. Raises an error with the Debian package if there is none."""
     found = list(_bin_dirs())
     if not found:
         raise DevStackError("PostgreSQL is missing: apt-get install postgresql")
@@ -66,7 +66,7 @@ def _library_dir(bin_dir: Path) -> Path:
 
 
 class Postgres(Service):
-    """PostgreSQL with database `engagement`, owned by the superuser `app`, who logs in with a real password."""
+    """PostgreSQL with database `engagement`, owned by the superuser `app`, which needs its password."""
 
     name = "postgres"
     stop_signal = signal.SIGINT  # "fast": clients are cut off
@@ -76,7 +76,7 @@ class Postgres(Service):
         super().__init__(folder, watchdog)
         self.bin_dir = find_bin_dir()
         self.settings = {**SETTINGS, **settings}
-        """Read at every start; ALTER SYSTEM wins over them."""
+        """Read at every start. ALTER SYSTEM overrides them."""
         self._data = self.folder / "data"
         if os.geteuid() == 0:
             self._run_as(ACCOUNT)
@@ -88,7 +88,7 @@ class Postgres(Service):
 
     @property
     def superuser_dsn(self) -> str:
-        """For the same role, database `postgres`: to create and drop others from."""
+        """For the same role and database `postgres`, from which others are created and dropped."""
         return self.dsn_for(database="postgres")
 
     def dsn_for(self, *, database: str = DATABASE, user: str = ROLE, password: str = PASSWORD) -> str:
@@ -96,7 +96,7 @@ class Postgres(Service):
         return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{database}"
 
     def command(self) -> list[str]:
-        """The server; its cluster is made before the first start."""
+        """Start the server; before the first start, make its cluster."""
         if not self._data.exists():
             self._create_cluster()
         self._write_settings()
@@ -107,7 +107,7 @@ class Postgres(Service):
         return {"REPLICATOR_POSTGRES_DSN": self.dsn}
 
     def answers(self) -> bool:
-        """Whether one can log in; the first time the database is made."""
+        """Whether a client can log in. Makes the database the first time."""
         try:
             with psycopg.connect(self.superuser_dsn, autocommit=True, connect_timeout=5) as connection:
                 self._create_database(connection)
@@ -144,9 +144,9 @@ class Postgres(Service):
         (self._data / "devstack.conf").write_text("".join(lines), encoding="utf-8")
 
     def _plugin_settings(self) -> dict[str, str]:
-        """Allow wal2json by name where the server wants that: since the releases of August 2026 (CVE-2026-6471).
+        """Allow wal2json by name if the server requires that (releases since August 2026, CVE-2026-6471).
 
-        An older server won't start with a setting that it does not know.
+        An older server would not start with the unknown setting.
         """
         known = subprocess.check_output([self.bin_dir / "postgres", "--describe-config"], text=True)
         return {ALLOWED_PLUGINS: "pgoutput, test_decoding, wal2json"} if f"{ALLOWED_PLUGINS}\t" in known else {}

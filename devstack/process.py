@@ -1,7 +1,7 @@
-"""One server program as a child process: start it and wait until it answers, stop, kill, pause; its log in a file.
+"""One server as a child process: start it and wait until it answers; stop, kill or pause it. Its log goes to a file.
 
-What each server needs (its command, and how to tell that it answers) is in `postgres`, `redis`, `clickhouse`, `api`
-and `replicator`; `watchdog` ends what is left when this process dies before it could.
+`postgres`, `redis`, `clickhouse`, `api` and `replicator` define the command of each server, and how to see that it
+answers. `watchdog` ends the servers if this process dies first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import ClassVar
 
 from devstack.watchdog import Watchdog, send, tree
 
-START_TIMEOUT_SECONDS = 60.0  # a cold disk and a busy machine; a server that failed is noticed at once
-STOP_TIMEOUT_SECONDS = 10.0  # PostgreSQL waits for its replication clients; then it is killed
-POLL_SECONDS = 0.01  # between two looks at a server that is starting
+START_TIMEOUT_SECONDS = 60.0  # for a cold disk on a busy machine; a server that fails is noticed at once
+STOP_TIMEOUT_SECONDS = 10.0  # PostgreSQL waits for its replication clients; killed after that
+POLL_SECONDS = 0.01  # between two checks of a server that is starting
 LOG_LINES_SHOWN = 20
 PORTS = range(10_000, 32_000)  # below the kernel's ephemeral range, see free_port
 PORT_TRIES = 100
@@ -33,14 +33,14 @@ PYTHONPATH = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
 
 
 class DevStackError(Exception):
-    """A server of the stack can't be had; the message says which, why, and what to do."""
+    """A server of the stack can't be used. The message says which, why, and what to do."""
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on, and that no outgoing connection is given by chance.
+    """A free port on 127.0.0.1 outside the ephemeral range.
 
-    A restarted server must find its port free again, and a client that dials a dead server must not reach itself,
-    which happens when the port lies in the ephemeral range.
+    Otherwise an outgoing connection could take the port while its server is down, and a client of that server could
+    connect to itself.
     """
     for port in random.sample(PORTS, PORT_TRIES):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def find_program(name: str, package: str) -> str:
-    """Path of a program, or an error that names the Debian package it is in."""
+    """Path of a program. Raises an error that names its Debian package if it is missing."""
     path = shutil.which(name)
     if path is None:
         raise DevStackError(f"{name} is missing: apt-get install {package}")
@@ -58,7 +58,7 @@ def find_program(name: str, package: str) -> str:
 
 
 def python(module: str) -> list[str]:
-    """Command that runs one of our own modules."""
+    """Command that runs one of our modules."""
     return [sys.executable, "-P", "-m", module]
 
 
@@ -67,16 +67,16 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float 
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise DevStackError(f"waited {timeout_seconds:g} s in vain for {what}")
+            raise DevStackError(f"waited {timeout_seconds:g} s for {what}")
         time.sleep(POLL_SECONDS)
 
 
 class Service(ABC):
-    """A server of the stack. Port and folder stay the same from `start` to `start`."""
+    """A server of the stack. It keeps its port and its folder over restarts."""
 
     name: ClassVar[str]
     sink: ClassVar[str | None] = None
-    """What REPLICATOR_SINKS calls it."""
+    """Its name in REPLICATOR_SINKS."""
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     crash_signal: ClassVar[signal.Signals] = signal.SIGKILL
 
@@ -86,42 +86,42 @@ class Service(ABC):
         self.port = free_port()
         self.log = self.folder / "log"
         self.user: str | None = None
-        """The account it runs as; None: ours."""
+        """The account it runs as; None: the current one."""
         self._watchdog = watchdog
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
     def command(self) -> list[str]:
-        """Program and arguments; called at every start."""
+        """Program and arguments. Called at every start."""
 
     @abstractmethod
     def answers(self) -> bool:
-        """Whether it is ready for its users; called again until it is."""
+        """Whether it is ready for clients. Called until it is."""
 
     @abstractmethod
     def environment(self) -> dict[str, str]:
-        """The replicator's settings that lead here."""
+        """The replicator's settings for this server."""
 
     def variables(self) -> dict[str, str]:
         """The environment of its process."""
         return dict(os.environ)
 
     def ask_to_stop(self) -> None:
-        """Begin an orderly stop."""
+        """Begin a graceful stop."""
         send(self.stop_signal, [self.pid])
 
     @property
     def pid(self) -> int:
-        """Process id; raises DevStackError when it isn't running."""
+        """Process id. Raises DevStackError if it isn't running."""
         return self._running().pid
 
     @property
     def running(self) -> bool:
-        """Whether its process exists; it may be paused."""
+        """Whether its process exists, paused or not."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it and return when it answers; on failure the error carries the end of its log."""
+        """Start it and return when it answers. On failure the error ends with the last lines of its log."""
         process = self._spawn(self.command())
         try:
             wait_until(lambda: self._is_ready(process), f"{self.name} to answer")
@@ -133,7 +133,7 @@ class Service(ABC):
             raise
 
     def stop(self) -> None:
-        """Stop it in order; kill it if that takes too long. Nothing happens when it isn't running."""
+        """Stop it gracefully; kill it if that takes too long. Does nothing if it isn't running."""
         if self._process is None:
             return
         self.resume()
@@ -141,7 +141,7 @@ class Service(ABC):
         self._reap()
 
     def kill(self) -> None:
-        """End it at once, as a crash would. Nothing happens when it isn't running."""
+        """End it at once, as a crash would. Does nothing if it isn't running."""
         if self._process is None:
             return
         send(self.crash_signal, [self.pid])
@@ -149,15 +149,15 @@ class Service(ABC):
         self._reap()
 
     def pause(self) -> None:
-        """Freeze it with all its processes: connections stay open, nothing is answered."""
+        """Freeze all its processes: connections stay open, nothing is answered."""
         send(signal.SIGSTOP, tree(self.pid))
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue after `pause`."""
         send(signal.SIGCONT, tree(self.pid))
 
     def restart(self) -> None:
-        """Stop in order, then start."""
+        """Stop gracefully, then start."""
         self.stop()
         self.start()
 
@@ -167,7 +167,7 @@ class Service(ABC):
         return "\n".join([f"--- end of the log of {self.name} ---", *lines[-LOG_LINES_SHOWN:]])
 
     def run(self, command: list[str]) -> None:
-        """Run a program to its end as the service's user, output to the log; raise DevStackError when it fails."""
+        """Run a program as the service's user, with its output in the log. Raises DevStackError if it fails."""
         status = self._spawn(command).wait()
         self._forget()
         if status:
@@ -176,7 +176,7 @@ class Service(ABC):
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
         if self._process is not None:
             raise DevStackError(f"{self.name} runs already")
-        # A session of its own: Ctrl-C reaches only the program that owns the stack, which then stops it in order.
+        # Its own session: Ctrl-C reaches only the program that owns the stack, which then stops this gracefully.
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command,

@@ -1,7 +1,7 @@
-"""A TCP proxy in front of one server, which breaks the network on command: `with Proxy(port) as proxy`.
+"""A TCP proxy in front of one server that breaks the network on command: `with Proxy(port) as proxy`.
 
-It listens on a port of its own, in a thread of the process that made it; the server knows nothing of it. What a server
-itself does wrong is told to it (`faults`); being dead or silent is `process`'s to do.
+It runs in a thread of the process that made it. For faults of the server itself see `faults`; to kill or freeze a
+server see `process`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from devstack.process import free_port
 
 CHUNK_BYTES = 65_536
 COMMAND_TIMEOUT_SECONDS = 10.0
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # linger on, for no time: close() sends RST and not FIN
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # no lingering: close() sends RST instead of FIN
 
 Network: TypeAlias = Literal["whole", "down", "reset", "stalled", "mute", "no answers", "slow"]
 """whole      everything passes
-down       connections are closed in order, new ones too
+down       connections are closed, new ones too
 reset      the same with RST
 stalled    connections stay open, nothing moves
-mute       what the client says arrives, the answers wait
-no answers what the client says arrives; the connection is reset in the place of an answer
-slow       every chunk takes its time"""
+mute       what the client sends arrives, the answers wait
+no answers what the client sends arrives; the connection is reset instead of an answer
+slow       every chunk is delayed"""
 
 SLOW_SECONDS = 0.05
 
 
 class Proxy:
-    """Passes everything on until told otherwise; with `tls` clients speak that to it, and it speaks plainly."""
+    """Forwards everything unless told otherwise. With `tls` it accepts TLS and forwards plain text."""
 
     def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
         self.port = free_port()
@@ -61,7 +61,7 @@ class Proxy:
         self._loop.close()
 
     def behave(self, network: Network) -> None:
-        """From now on, for connections that are open and for new ones."""
+        """Change the state, for open connections and new ones."""
         self._call(self._behave(network))
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -86,7 +86,7 @@ class Proxy:
         for writer in self._writers:
             if self._network != "down":
                 peer: socket.socket = writer.get_extra_info("socket")
-                with contextlib.suppress(OSError):  # it is gone already
+                with contextlib.suppress(OSError):  # already closed
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             writer.transport.abort()
 
@@ -106,7 +106,7 @@ class Proxy:
                 self._writers.discard(back)
                 back.transport.abort()
         except* OSError:
-            pass  # the server is down, or one of the two hung up: so does the other
+            pass  # the server is down, or one side hung up: close the other
         finally:
             self._writers.discard(writer)
             writer.transport.abort()
@@ -122,4 +122,4 @@ class Proxy:
                 await asyncio.sleep(SLOW_SECONDS)
             sink.write(data)
             await sink.drain()
-        raise ConnectionResetError  # the end of one direction is the end of both: none of our servers speaks on
+        raise ConnectionResetError  # the end of one direction ends both: none of these servers sends after that

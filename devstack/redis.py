@@ -1,4 +1,4 @@
-"""A private Redis that writes nothing to disk while it runs; `process` runs it."""
+"""A private Redis that writes nothing to disk while it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = {
 
 
 class Redis(Service):
-    """Redis. Its data survives `stop`, and `kill` only with the setting `appendonly: yes`."""
+    """Redis. Its data survives `stop`; it survives `kill` only with the setting `appendonly: yes`."""
 
     name = "redis"
     sink = "redis"
@@ -53,6 +53,6 @@ class Redis(Service):
             return False
 
     def ask_to_stop(self) -> None:
-        """Write the data to disk and end."""
+        """Write the data to disk and exit."""
         with redis.Redis.from_url(self.url) as client:
             client.shutdown(save=True)

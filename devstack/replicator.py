@@ -1,4 +1,4 @@
-"""The real replicator as a process of its own, reading from and writing to a stack; `process` runs it."""
+"""The real replicator as a child process that reads from and writes to a stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "REPLICATOR_"
 
 
 class Replicator(Service):
-    """`python -m replicator` with these settings; those of the caller's environment don't reach it."""
+    """`python -m replicator` with these settings only; settings in the caller's environment are not passed on."""
 
     name = "replicator"
 
@@ -29,11 +29,11 @@ class Replicator(Service):
 
     @property
     def url(self) -> str:
-        """Of its admin endpoints."""
+        """Base URL of its admin endpoints."""
         return f"http://127.0.0.1:{self.port}"
 
     def status(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """What `/status` says."""
         return dict(msgspec.json.decode(fetch(f"{self.url}/status")))
 
     def command(self) -> list[str]:
@@ -45,7 +45,7 @@ class Replicator(Service):
         return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | self.settings
 
     def environment(self) -> dict[str, str]:
-        """Nothing leads here."""
+        """No settings: nothing connects to it."""
         return {}
 
     def answers(self) -> bool:

@@ -1,6 +1,6 @@
-"""What the demo shows while it runs: one look at everything, as a table for a terminal or a line for a log.
+"""What the demo shows while it runs: a table on a terminal, or a line in a log.
 
-What is shown is asked from outside: PostgreSQL, the sinks themselves, and the replicator's admin endpoint.
+All of it is read from outside: from PostgreSQL, the sinks, and the replicator's admin endpoint.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Look(NamedTuple):
 
     @property
     def sinks(self) -> dict[str, dict[str, Any]]:
-        """What the replicator says of each."""
+        """What the replicator says about each."""
         return dict(self.status["sinks"])
 
 
 def look(stack: DevStack, replicator: Replicator, second: float) -> Look:
-    """Ask everybody. Raises OSError when the replicator does not answer."""
+    """Ask all of them. Raises OSError if the replicator does not answer."""
     status = replicator.status()
     with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         found = connection.execute(LAG, [replicator.settings["REPLICATOR_SLOT"]]).fetchone()

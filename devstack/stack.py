@@ -1,4 +1,4 @@
-"""Several servers side by side in one temporary folder, as a context manager; each is described in its own module."""
+"""Several servers in one temporary folder, as a context manager. Each server has its own module."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ S = TypeVar("S", bound=Service)
 
 
 class DevStack:
-    """`with DevStack("postgres", "redis", "clickhouse", "api") as stack:` starts these, and ends them whatever happens.
+    """`with DevStack("postgres", "redis", "clickhouse", "api") as stack:` starts these, and ends them in any case.
 
-    Every server has a free port and its own folder; port and data stay while the stack lives.
+    Every server has a free port and its own folder, and keeps both while the stack exists.
     """
 
     SERVICES = ("postgres", "redis", "clickhouse", "api")
@@ -53,7 +53,7 @@ class DevStack:
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="devstack-"))
-        self.folder.chmod(0o711)  # PostgreSQL runs as another user and must get through
+        self.folder.chmod(0o711)  # PostgreSQL runs as another user and needs access
         self._watchdog = Watchdog(self.folder)
         try:
             for name in self._names:
@@ -90,7 +90,7 @@ class DevStack:
         return self._service("api", Api)
 
     def environment(self) -> dict[str, str]:
-        """The settings of a replicator that reads from and writes to this stack, checkpoint and admin port included."""
+        """The settings of a replicator on this stack, including checkpoint and admin port."""
         variables = {
             "REPLICATOR_SINKS": ",".join(service.sink for service in self._services.values() if service.sink),
             "REPLICATOR_CHECKPOINT_URL": f"sqlite:///{self.folder}/checkpoint.db",
@@ -101,9 +101,9 @@ class DevStack:
         return variables
 
     def replicator(self, slot: str = "engagement_slot", **settings: str) -> Replicator:
-        """A replicator of this stack, not started yet, with a checkpoint of its own; it ends with the stack.
+        """A replicator on this stack with its own checkpoint, not started yet. It ends with the stack.
 
-        `settings` are more of its variables, such as REPLICATOR_HTTP_BATCH_SIZE="500".
+        `settings` are additional variables, such as REPLICATOR_HTTP_BATCH_SIZE="500".
         """
         if self._watchdog is None:
             raise DevStackError("the stack isn't running: with DevStack(...) as stack")
@@ -114,7 +114,7 @@ class DevStack:
         return made
 
     def close(self) -> None:
-        """End everything at once and remove the folder: what is in it is of no use any more."""
+        """Kill everything and remove the folder."""
         if self._watchdog is None:
             return
         try:

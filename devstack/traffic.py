@@ -1,7 +1,7 @@
-"""Lively traffic for the demo: what an application does to the source tables, and some of what goes wrong in one.
+"""Traffic for the demo: what an application does to the source tables, rolled-back transactions included.
 
-A trigger notes in each event's `raw_payload` what its content was when it was inserted; `comparison` computes from that
-what the sinks must have, however often the content has changed since.
+A trigger stores the current content in each event's `raw_payload`. From that `comparison` computes what the sinks must
+have, however often the content has changed since.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import accumulate
 import psycopg
 
 TICK_SECONDS = 0.05
-TRICKLE_EVENTS = (2, 12)  # a transaction; with one to three of them a tick some 250 events a second
+TRICKLE_EVENTS = (2, 12)  # per transaction; one to three of them a tick make some 250 events a second
 BULK_EVENTS = 1_500  # an import job's transaction
 CONTENTS = 200
 
@@ -48,21 +48,21 @@ FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::int[], %s::text[])
 
 
 class Traffic:
-    """One session that inserts until it is told to stop. `run` belongs in a thread."""
+    """One session that inserts until `stop`. Call `run` in a thread."""
 
     def __init__(self, dsn: str, seed: int) -> None:
         self._dsn = dsn
         self._random = random.Random(seed)  # noqa: S311  not a secret
         self._stopping = threading.Event()
-        # The n-th content is as popular as 1/n: what Zipf found, and what catalogs look like.
+        # The n-th content has popularity 1/n (Zipf), as in real catalogs.
         self._popularity = list(accumulate(1 / n for n in range(1, CONTENTS + 1)))
 
     def stop(self) -> None:
-        """`run` returns after the transaction it is in."""
+        """Let `run` return after the current transaction."""
         self._stopping.set()
 
     def run(self) -> None:
-        """Insert until stopped. Raises what PostgreSQL has against it."""
+        """Insert until stopped. Raises psycopg.Error."""
         habits = {
             self._browse: 90,
             self._change_content: 4,
@@ -84,7 +84,7 @@ class Traffic:
                 self._add_events(connection, self._random.randint(*TRICKLE_EVENTS))
 
     def _change_content(self, connection: psycopg.Connection) -> None:
-        """An editor changes something popular, and the same transaction tells of the change."""
+        """An editor changes popular content; the same transaction inserts an event of it."""
         length = self._random.choice([None, self._random.randint(1, 900)])
         with connection.transaction():
             changed = [self._random.choice(CONTENT_TYPES), length, self._contents(1)[0]]
@@ -92,13 +92,13 @@ class Traffic:
             self._add_events(connection, 2)
 
     def _change_mind(self, connection: psycopg.Connection) -> None:
-        """Events and a change of content that nobody must ever see."""
+        """Events and a content change that are rolled back."""
         with connection.transaction(force_rollback=True):
             self._add_events(connection, 20)
             connection.execute(CHANGE_CONTENT, ["never", 1, self._contents(1)[0]])
 
     def _skip_a_step(self, connection: psycopg.Connection) -> None:
-        """A savepoint is rolled back, what is around it stays."""
+        """A savepoint is rolled back, the rest is committed."""
         with connection.transaction():
             self._add_events(connection, 3)
             with connection.transaction(force_rollback=True):

@@ -1,8 +1,8 @@
-"""Ends the servers of a stack and removes its folder when the program that owns them dies before it could.
+"""Ends the servers of a stack and removes its folder if the program that owns them dies first.
 
-`process` starts the servers and tells of each. A death signal (PR_SET_PDEATHSIG) would not do: it goes by the thread
-that started the child, and tests start servers from threads. Run as a program this file needs the standard library
-alone; it lives until its standard input ends, which happens however the owner dies.
+`process` registers each server here. A death signal (PR_SET_PDEATHSIG) would not do: it is bound to the thread that
+started the child, and tests start servers from threads. As a program this file needs only the standard library. It
+runs until its standard input ends, which happens however the owner dies.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-END_SECONDS = 5.0  # for a server to end after its signal, before it gets SIGKILL
+END_SECONDS = 5.0  # for a server to end before it gets SIGKILL
 POLL_SECONDS = 0.02
 
 
 class Watchdog:
-    """The owner's end: tells the watchdog program which processes there are."""
+    """The owner's side: registers processes with the watchdog program."""
 
     def __init__(self, folder: Path) -> None:
-        # A session of its own: Ctrl-C in the owner's terminal must not end it before its work is done.
+        # Its own session: Ctrl-C in the owner's terminal must not end it before its work is done.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
         )
 
     def watch(self, pid: int, end_signal: signal.Signals) -> None:
-        """End this process, and what it started, should the owner die."""
+        """End this process and its children if the owner dies."""
         self._tell(f"+ {pid} {end_signal.value}")
 
     def forget(self, pid: int) -> None:
-        """This one has ended."""
+        """Forget this process: it has ended."""
         self._tell(f"- {pid}")
 
     def close(self) -> None:
-        """End whatever still runs, remove the folder, and return when that is done."""
+        """End what still runs and remove the folder. Returns when that is done."""
         self._process.communicate()
 
     def _tell(self, line: str) -> None:
@@ -51,10 +51,10 @@ class Watchdog:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and its descendants, parents first: a paused parent starts no more."""
+    """A process and its descendants, parents first: a paused parent starts no more children."""
     found = [pid]
     for parent in found:
-        with contextlib.suppress(OSError):  # ended meanwhile: its children, if any, are no longer its own
+        with contextlib.suppress(OSError):  # it has ended; its children have another parent now
             for children in Path(f"/proc/{parent}/task").glob("*/children"):
                 found.extend(int(child) for child in children.read_text().split())
     return found
@@ -72,11 +72,11 @@ def _exists(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"  # a zombie has ended; its new parent may never ask
+    return state != "Z"  # a zombie has ended; its new parent may never collect it
 
 
 def end(watched: dict[int, signal.Signals]) -> None:
-    """End all these processes and what they started; SIGKILL for those that don't."""
+    """End these processes and their descendants, with SIGKILL if they don't end in time."""
     trees = {pid: tree(pid) for pid in watched}
     for pid, number in watched.items():
         send(number, [pid])
@@ -89,7 +89,7 @@ def end(watched: dict[int, signal.Signals]) -> None:
 
 
 def main() -> None:
-    """Remember what standard input says until it ends; then end those processes and remove the folder."""
+    """Read process ids from standard input; when it ends, end these processes and remove the folder."""
     watched: dict[int, signal.Signals] = {}
     for line in sys.stdin:
         sign, pid, *number = line.split()

@@ -1,4 +1,4 @@
-"""The compose file and its images against the contract with users, as far as that goes without an engine."""
+"""The compose file and its images keep the contract with users, as far as that can be checked without Docker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ docker exec -it redis redis-cli GET content:last:1
 docker exec -it redis redis-cli ZREVRANGE top:content:10m 0 10 WITHSCORES
 docker logs -f external-api
 """.splitlines()  # noqa: E501  verbatim
-"""What a user types; docker-compose.yml has to suit it, not the other way round."""
+"""What users type. docker-compose.yml has to fit these commands, not the other way round."""
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 
 
@@ -40,7 +40,7 @@ def _service(name: str) -> dict[str, Any]:
 
 
 def _dockerfile(name: str) -> str:
-    """Its instructions, one a line."""
+    """Its instructions, one per line."""
     text = (ROOT / BUILT[name]).read_text(encoding="utf-8").replace("\\\n", "")
     return re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
 
@@ -56,7 +56,7 @@ def _seconds(duration: str) -> int:
 
 
 def test_the_file_follows_the_specification() -> None:
-    """No misspelt key, no value that Compose would turn down; merges are resolved first."""
+    """No misspelt key, and no value that Compose would refuse, after merges."""
     PyCompose.from_yaml(yaml.safe_dump(COMPOSE)).validate()
 
 
@@ -67,7 +67,7 @@ def test_a_misspelt_key_is_found() -> None:
 
 
 def test_compose_finds_the_file() -> None:
-    """`docker compose up -d` takes docker-compose.yml, and there is no other that it would merge or prefer."""
+    """`docker compose up -d` reads docker-compose.yml, and there is no other file to merge or prefer."""
     names = {file.name for pattern in ("compose*.y*ml", "docker-compose*.y*ml") for file in ROOT.glob(pattern)}
     assert names == {"docker-compose.yml"}
 
@@ -79,7 +79,7 @@ def test_names_are_the_contract() -> None:
 
 
 def test_readme_has_the_commands_of_the_contract() -> None:
-    """Verbatim: they are what people know, and the tests here hold docker-compose.yml to them."""
+    """The commands are in the documents word for word."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert [command for command in CONTRACT if command not in lines] == []
 
@@ -120,7 +120,7 @@ def test_what_the_images_copy_exists() -> None:
 
 
 def test_the_replicator_image_has_the_whole_program() -> None:
-    """Every package of the product, and backfill.py once it is there."""
+    """Every package of the product, and backfill.py."""
     copied = set(re.findall(r"^COPY (\S+) ", _stage("replicator"), re.MULTILINE))
     packages = {"replicator", "enrichment", "sinks", "checkpoint_store", "sql"}
     assert copied == packages | {script.name for script in ROOT.glob("backfill.py")}
@@ -147,7 +147,7 @@ def test_every_service_has_a_health_check(name: str) -> None:
 
 
 def test_the_replicator_starts_when_the_others_are_healthy() -> None:
-    """And stops before them, so that it can confirm its last position."""
+    """It stops before them, so that it can confirm its last position."""
     expected = {name: {"condition": "service_healthy"} for name in SERVICES - {"replicator"}}
     assert expected == _service("replicator")["depends_on"]
 
@@ -172,7 +172,7 @@ def test_state_is_on_named_volumes() -> None:
 
 
 def test_there_is_time_to_drain() -> None:
-    """Docker kills only after the drain timeout, and the time to save and to say goodbye, are over."""
+    """Docker kills only after the drain timeout and the time to save and to disconnect."""
     service = _service("replicator")
     drain = int(service["environment"][variable("drain_timeout_seconds")])
     assert drain == CoreSettings.model_fields["drain_timeout_seconds"].default

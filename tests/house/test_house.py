@@ -1,4 +1,4 @@
-"""The rules of the house that a reader can't check at a glance: layers, lengths, the one confirmation.
+"""The rules of the house that no reader can check at a glance: layers, lengths, the single confirmation.
 
 `test_documents.py` holds the documents to the program.
 """
@@ -74,7 +74,7 @@ def _tracked() -> list[Path]:
 
 
 def test_imports_point_one_way() -> None:
-    """The contracts in pyproject.toml hold; a layer that does not exist is a failure, too."""
+    """The contracts in pyproject.toml hold. A layer that does not exist is a failure."""
     lint_imports = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -121,7 +121,7 @@ def test_folders_are_small() -> None:
 
 
 def test_no_long_function() -> None:
-    """A function that outgrows a screen lacks a noun."""
+    """A function longer than a screen is missing a concept."""
     long = [
         f"{file.relative_to(ROOT)}:{function.lineno} {function.name} has {_lines(function)} lines"
         for file in _sources()
@@ -132,7 +132,7 @@ def test_no_long_function() -> None:
 
 
 def test_the_rule_is_short() -> None:
-    """Sinks, then checkpoint, then PostgreSQL: one method, believed at a glance."""
+    """Sinks, then checkpoint, then PostgreSQL: one method, understood at a glance."""
     (commit,) = (found for found in _functions(_tree(ROOT / "replicator/pipeline.py")) if found.name == "commit")
     assert _lines(commit) <= MAX_COMMIT_LINES
 
@@ -162,12 +162,12 @@ def test_one_place_confirms() -> None:
     ],
 )
 def test_confirmation_is_recognised(call: str, *, expected: bool) -> None:
-    """The search above finds what it looks for, and nothing else."""
+    """The search finds what it looks for, and nothing else."""
     assert expected == any(_is_confirmation(node) for node in ast.walk(ast.parse(call)))
 
 
 def test_locks_hold_what_pyproject_asks_for() -> None:
-    """After a change of dependencies comes `make lock`; the runtime lock carries no tool and no embedded engine."""
+    """Run `make lock` after changing dependencies. The runtime lock has no tools and no embedded engine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     runtime = _required(project["dependencies"])
     extras = _required([name for extra in project["optional-dependencies"].values() for name in extra])
@@ -186,7 +186,7 @@ def test_both_locks_pin_the_same_versions() -> None:
 
 
 def test_nothing_of_a_workplace_is_tracked() -> None:
-    """Paths and package servers of the machine it was written on are nobody else's business."""
+    """No file names paths or package servers of a developer's machine."""
     found = [
         f"{file.relative_to(ROOT)}: {foreign}"
         for file in _tracked()
@@ -197,6 +197,6 @@ def test_nothing_of_a_workplace_is_tracked() -> None:
 
 
 def test_every_module_says_what_it_does() -> None:
-    """A module's first docstring is its signpost."""
+    """Every module begins with a docstring."""
     silent = [str(file.relative_to(ROOT)) for file in _sources() if not ast.get_docstring(_tree(file))]
     assert not silent

@@ -1,4 +1,4 @@
-"""The files in `sql/`, run by the real psql as operators do, as a superuser and as the replicator's plain role."""
+"""The files in `sql/`, run with psql as operators do, as a superuser and as the replicator's plain role."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from devstack import DevStack
 from devstack.process import free_port, wait_until
 
 SQL = Path(__file__).parents[2] / "sql"
-PASSWORD = "it's \\ a % secret"  # noqa: S105  with all that quoting can get wrong
+PASSWORD = "it's \\ a % secret"  # noqa: S105  everything that quoting can get wrong
 MEGABYTE = 1024**2
 
 SOURCE_COLUMNS = [
@@ -39,7 +39,7 @@ SAMPLE_CONTENT = [(1, "video", 300), (2, "video", 120), (3, "article", None)]
 
 
 def run_psql(dsn: str, file: str, *arguments: str) -> str:
-    """Output of `psql -f sql/FILE`; a statement that fails fails the test."""
+    """Output of `psql -f sql/FILE`. A failed statement fails the test."""
     command = ["psql", "-X", dsn, "-v", "ON_ERROR_STOP=1", *arguments, "-f", str(SQL / file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def slot_lag(dsn: str) -> dict[str, dict[str, str]]:
 
 
 def verdict(dsn: str, slot: str = "lag") -> str:
-    """The words for one slot."""
+    """The verdict for one slot."""
     return slot_lag(dsn)[slot]["verdict"]
 
 
@@ -80,7 +80,7 @@ def dsn_of(stack: DevStack, user: str, password: str) -> str:
 
 @pytest.fixture
 def admin(stack: DevStack) -> Iterator[psycopg.Connection]:
-    """The superuser's connection; afterwards slots and settings are as before."""
+    """The superuser's connection. Slots and settings are restored afterwards."""
     with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         yield connection
         connection.execute("ALTER SYSTEM RESET ALL")
@@ -90,7 +90,7 @@ def admin(stack: DevStack) -> Iterator[psycopg.Connection]:
 
 @pytest.fixture(params=["superuser", "plain role"])
 def dsn(request: pytest.FixtureRequest, stack: DevStack, plain: str) -> str:
-    """Both who may ask."""
+    """Both roles that may ask."""
     return stack.postgres.dsn if request.param == "superuser" else plain
 
 
@@ -140,7 +140,7 @@ def configure(stack: DevStack, admin: psycopg.Connection, name: str, value: str)
 
 
 def write_wal(admin: psycopg.Connection, megabytes: int) -> None:
-    """That much WAL, without a table; the transaction id makes the commit flush it."""
+    """Write that much WAL without a table. The transaction id makes the commit flush it."""
     admin.execute(
         "SELECT pg_current_xact_id(), length(pg_logical_emit_message(false, 'fill', repeat('x', %s))::text)",
         [megabytes * MEGABYTE],
@@ -168,7 +168,7 @@ def columns_of(connection: psycopg.Connection) -> list[tuple[str, ...]]:
 
 
 def test_the_schema_is_the_contract_s_and_may_be_run_again(empty_dsn: str) -> None:
-    """Two runs, the second of which changes nothing."""
+    """Of two runs the second changes nothing."""
     for _ in range(2):
         run_psql(empty_dsn, "source_schema.sql")
         with psycopg.connect(empty_dsn) as connection:
@@ -177,14 +177,14 @@ def test_the_schema_is_the_contract_s_and_may_be_run_again(empty_dsn: str) -> No
 
 
 def test_the_schema_runs_without_psql(empty_dsn: str) -> None:
-    """Any client may send the file as it is."""
+    """Any client can send the file unchanged."""
     with psycopg.connect(empty_dsn) as connection:
         connection.execute((SQL / "source_schema.sql").read_bytes())
         assert columns_of(connection) == SOURCE_COLUMNS
 
 
 def test_existing_content_is_left_alone(empty_dsn: str) -> None:
-    """On a database in use no sample row turns up, and an additional column stays."""
+    """On a database in use, no sample rows are added and additional columns stay."""
     with psycopg.connect(empty_dsn, autocommit=True) as connection:
         connection.execute(
             "CREATE TABLE content (content_id bigint PRIMARY KEY, content_type text NOT NULL, length_seconds int,"
@@ -208,7 +208,7 @@ def attributes(admin: psycopg.Connection, role: str) -> tuple[bool, ...] | None:
 
 
 def test_the_role_can_log_in_and_replicate_and_no_more(admin: psycopg.Connection, plain: str) -> None:
-    """Two attributes of six; reading both tables works, writing and reading others does not."""
+    """Two attributes of six. It can read both tables, but not write them or read others."""
     assert attributes(admin, "replicator") == (True, True, False, False, False, False)
     admin.execute("CREATE TABLE IF NOT EXISTS secrets (x int)")
     with psycopg.connect(plain, autocommit=True) as connection:
@@ -220,7 +220,7 @@ def test_the_role_can_log_in_and_replicate_and_no_more(admin: psycopg.Connection
 
 
 def test_the_role_can_do_the_replicator_s_work(stack: DevStack, admin: psycopg.Connection, plain: str) -> None:
-    """Make a slot, stream from it, emit the heartbeat, drop it; also where PUBLIC has lost its rights."""
+    """Make a slot, stream from it, emit the heartbeat, drop it, even if PUBLIC has no rights."""
     admin.execute("REVOKE CONNECT ON DATABASE engagement FROM PUBLIC")
     admin.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
     try:
@@ -236,7 +236,7 @@ def test_the_role_can_do_the_replicator_s_work(stack: DevStack, admin: psycopg.C
 
 
 def test_roles_may_be_run_again_and_keeps_the_password(stack: DevStack, admin: psycopg.Connection, plain: str) -> None:
-    """Without a password on the command line the old one still opens the door."""
+    """Without a password on the command line the old one still works."""
     before = attributes(admin, "replicator")
     run_psql(stack.postgres.dsn, "roles.sql")
     assert before == attributes(admin, "replicator")
@@ -268,7 +268,7 @@ def test_no_slot_is_said_aloud(dsn: str) -> None:
 
 
 def test_a_slot_that_nobody_reads(admin: psycopg.Connection, slot: str, dsn: str) -> None:
-    """Its figures grow with the WAL written, files counted whole, and the verdict says how much is kept."""
+    """Its figures grow with the WAL, in whole files, and the verdict says how much is kept."""
     write_wal(admin, 20)
     row = slot_lag(dsn)[slot]
     assert row["verdict"].startswith("NOT READ: no reader is connected")
@@ -301,7 +301,7 @@ def test_a_reader_that_keeps_up(stack: DevStack, admin: psycopg.Connection, dsn:
 
 @pytest.mark.usefixtures("slot")
 def test_the_time_lag_is_for_those_who_may_see_it(stack: DevStack, admin: psycopg.Connection, plain: str) -> None:
-    """A plain role gets everything else; with pg_read_all_stats, which roles.sql mentions, it gets this too."""
+    """A plain role sees everything else; with pg_read_all_stats, which roles.sql mentions, it sees this too."""
     with reader(stack, admin, plain):
         wait_until(lambda: slot_lag(stack.postgres.dsn)["lag"]["last_reply"] != "", "the reader's first report")
         assert slot_lag(plain)["lag"]["last_reply"] == ""
@@ -325,7 +325,7 @@ def test_a_reader_that_hangs(stack: DevStack, admin: psycopg.Connection, dsn: st
 
 @pytest.mark.usefixtures("slot")
 def test_a_long_transaction(stack: DevStack, admin: psycopg.Connection, dsn: str, plain: str) -> None:
-    """The reader keeps up, and still more WAL is kept than max_wal_size because of a writer's transaction left open."""
+    """The reader keeps up, but an open transaction of a writer makes PostgreSQL keep more than max_wal_size."""
     configure(stack, admin, "max_wal_size", "32MB")
     with psycopg.connect(stack.postgres.dsn) as forgotten, reader(stack, admin, plain):
         forgotten.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
@@ -335,14 +335,14 @@ def test_a_long_transaction(stack: DevStack, admin: psycopg.Connection, dsn: str
         forgotten.rollback()
 
         def is_ok() -> bool:
-            admin.execute("CHECKPOINT")  # logs the running transactions, from which the slot learns that it may move
+            admin.execute("CHECKPOINT")  # logs the running transactions, which lets the slot move
             return verdict(dsn) == "OK"
 
         wait_until(is_ok, "the slot to move on")
 
 
 def test_a_slot_on_its_way_to_be_lost(stack: DevStack, admin: psycopg.Connection, slot: str, dsn: str) -> None:
-    """Each stage has its words while WAL is written; raising the limit, as they say, saves it; a checkpoint ends it."""
+    """Each stage has its verdict. Raising the limit, as it advises, saves the slot; a checkpoint ends it."""
     configure(stack, admin, "max_slot_wal_keep_size", "64MB")
     stages: list[str] = []
     for _ in range(25):
@@ -367,7 +367,7 @@ def test_a_slot_on_its_way_to_be_lost(stack: DevStack, admin: psycopg.Connection
 
 
 def test_a_terminal_gets_a_line_a_column_when_it_is_narrow(stack: DevStack, slot: str) -> None:
-    """At 80 columns the verdict is readable, and psql says nothing about switching."""
+    """At 80 columns the verdict is readable, and psql does not report a switch of format."""
     narrow = run_psql(stack.postgres.dsn, "slot_lag.sql", "-P", "columns=80")
     assert narrow.startswith("-[ RECORD 1 ]")
     assert f"| {slot}\nverdict             | NOT READ: " in narrow
@@ -375,7 +375,7 @@ def test_a_terminal_gets_a_line_a_column_when_it_is_narrow(stack: DevStack, slot
 
 @pytest.fixture(scope="module")
 def standby(stack: DevStack) -> Iterator[str]:
-    """DSN of a hot standby, cloned from the stack's server into a folder beside it."""
+    """DSN of a hot standby, cloned from the stack's server."""
     home = stack.folder / "standby"
     data, port = home / "data", free_port()
     home.mkdir()
@@ -396,7 +396,7 @@ def standby(stack: DevStack) -> Iterator[str]:
 
 
 def answers(dsn: str) -> bool:
-    """Whether one can log in."""
+    """Whether a client can log in."""
     try:
         psycopg.connect(dsn).close()
     except psycopg.OperationalError:
@@ -405,7 +405,7 @@ def answers(dsn: str) -> bool:
 
 
 def test_a_standby_measures_from_what_it_has_replayed(admin: psycopg.Connection, plain: str, standby: str) -> None:
-    """There is no current WAL position on a standby; the plain role may ask there as well."""
+    """It works on a standby, which has no current WAL position, also for the plain role."""
     with psycopg.connect(standby, autocommit=True) as connection:
         connection.execute("SELECT pg_create_physical_replication_slot('copy', true)")
         write_wal(admin, 20)

@@ -1,4 +1,4 @@
-"""`make prove`: the whole crash matrix, then random chaos; writes what came of it into docs/reliability.md.
+"""`make prove`: the whole crash matrix, then random chaos. Writes the results to docs/reliability.md.
 
 python -m tests.prove                                          # everything
 python -m tests.prove --case answered-redis/interleaved --seed 7   # one case
@@ -29,7 +29,7 @@ SINKS = ("clickhouse", "redis", "http")
 
 
 def main() -> int:
-    """0 when everything is exact, 1 when anything is not, 2 for arguments that can't be."""
+    """Returns 0 if everything is exact, 1 if not, 2 for unusable arguments."""
     args = _arguments()
     if args.list:
         sys.stdout.write("".join(f"{case.name}\n" for case in cases(0)))
@@ -118,7 +118,7 @@ def _report(seed: int, table: str, result: chaos.Result) -> str:
 
 
 def _write(report: str) -> None:
-    """Between the marks; what stands around them is written by hand."""
+    """Replace the text between the marks; the rest is written by hand."""
     first, last = MARKS
     text = REPORT.read_text(encoding="utf-8")
     new = f"{first}\n{report}{last}"

@@ -1,11 +1,11 @@
-"""Random chaos: hostile traffic while everything is killed, stalled and cut; afterwards every sink has to be exact.
+"""Random chaos: hostile traffic while everything is killed, stalled and cut. Afterwards every sink must be exact.
 
     python -m tests.prove.chaos --minutes 2 --seed 7
 
-A run is rounds of a minute or so. Each begins with an empty database, slot, checkpoint and sinks, and ends with the
-comparison of every field of every event with what PostgreSQL computes. `plan.py` says what happens to whom, from the
-seed alone; `--seed 7 --round 3` brings round 3 back. While it runs, the rule is watched: what PostgreSQL was told
-never passes the checkpoint.
+A run has rounds of about a minute. Each begins with an empty database, slot, checkpoint and sinks. It ends with a
+comparison of every field of every event with what PostgreSQL computes. `plan.py` draws what happens from the seed
+alone: `--seed 7 --round 3` repeats round 3. Meanwhile the rule is checked: the confirmed position never passes the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from tests.support.program import Program
 
 ROUND_SECONDS = 55.0
 CAUGHT_UP_SECONDS = 180.0
-LOOK_SECONDS = 0.05  # between two looks at the rule
+LOOK_SECONDS = 0.05  # between two checks of the rule
 STOP_SECONDS = 60.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
-TOP_SECONDS = 10.0  # the contract's: so late may the window be
+TOP_SECONDS = 10.0  # how late the window may be, by contract
 MAX_REPEATS = 5_000
 
 SETTINGS = {
@@ -57,7 +57,7 @@ SETTINGS = {
     "REPLICATOR_FEEDBACK_INTERVAL_SECONDS": "0.5",
     "REPLICATOR_DRAIN_TIMEOUT_SECONDS": "3",
 }
-"""Pauses that fit a minute; real ones differ only in how long they are."""
+"""Pauses that fit into a minute. Real ones differ only in length."""
 
 DURABLE_REDIS = {"appendonly": "yes", "appendfsync": "always"}
 POSTGRES = {"max_prepared_transactions": "10"}
@@ -69,22 +69,22 @@ CONFIRMED = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE sl
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """A run without a fault found; with one it raises."""
+    """A run that found no fault; otherwise it raises."""
 
     seed: int
     rounds: int
     seconds: float
     events: int
     repeats: int
-    """Events that the API saw again."""
+    """Events that the API got again."""
     looks: int
-    """How often the rule was looked at."""
+    """How often the rule was checked."""
     deeds: dict[str, int]
-    """What was done, by victim and deed: `replicator kill`."""
+    """Number of deeds, by victim and deed: `replicator kill`."""
 
     @property
     def kills(self) -> int:
-        """Processes that were ended without warning."""
+        """Number of processes killed."""
         return sum(count for name, count in self.deeds.items() if name.partition(" ")[2] in KILLS)
 
     def line(self) -> str:
@@ -103,11 +103,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WrongError(Exception):
-    """What was found, with how to bring it back."""
+    """What was found, and how to repeat it."""
 
 
 class Tormentor:
-    """One round: who is there to be broken, and how."""
+    """One round: its victims and what is done to them."""
 
     def __init__(self, stack: DevStack, proxies: Mapping[Victim, Proxy], programs: tuple[Program, Program]) -> None:
         self.deeds = Counter[str]()
@@ -125,7 +125,7 @@ class Tormentor:
 
     @contextmanager
     def at_work(self, seed: str, seconds: float) -> Iterator[None]:
-        """Every victim's time line in a thread of its own, and all made good at the end."""
+        """Run every victim's time line in its own thread; undo everything at the end."""
         threads = [
             threading.Thread(target=self._guarded, args=(lambda victim=victim: self._torment(victim, seed, seconds),))
             for victim in WEIGHTS
@@ -142,18 +142,18 @@ class Tormentor:
             raise self._failures[0]
 
     def watch(self, look: Callable[[], None]) -> None:
-        """Do this now and then until it is over; what it raises ends the round."""
+        """Repeat this until the round is over. An exception ends the round."""
         while not self._over.wait(LOOK_SECONDS):
             look()
             if self._failures:
                 raise self._failures[0]
 
     def end(self) -> None:
-        """No further deeds; those under way are made good."""
+        """Begin no further deeds; undo those under way."""
         self._over.set()
 
     def wait(self, seconds: float) -> None:
-        """Or until it is over."""
+        """Sleep, at most until the round is over."""
         self._over.wait(seconds)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -210,7 +210,7 @@ class Tormentor:
             case "stop":
                 active.process.terminate()
                 code = active.process.wait(STOP_SECONDS)
-                begun = active.said  # before Python has started it, the signal is the kernel's to answer
+                begun = active.said  # before Python handles signals, the kernel ends it
                 if code != 0 and not (code == -signal.SIGTERM and not begun):
                     raise WrongError(f"SIGTERM ended it with {code}:\n{active.log[-3000:]}")
                 active.spawn()
@@ -220,7 +220,7 @@ class Tormentor:
                 raise ValueError(strike.deed)
 
     def _take_over(self, strike: Strike) -> None:
-        """A standby is there when the active one dies, or is taken for dead and comes back."""
+        """With a standby: the active one dies, or is taken for dead and comes back."""
         first, second = self.active, self.spare
         second.spawn()
         self.wait(strike.seconds)
@@ -236,13 +236,13 @@ class Tormentor:
 
 
 def alive(program: Program) -> None:
-    """It never ends by itself."""
+    """The replicator must not end by itself."""
     if not program.running:
         raise WrongError(f"the replicator ended by itself, with {program.process.returncode}:\n{program.log[-3000:]}")
 
 
 def end(program: Program) -> None:
-    """SIGKILL. It must have been alive until then."""
+    """Send SIGKILL. It must have been alive until then."""
     alive(program)
     program.process.kill()
     program.process.wait()
@@ -258,13 +258,13 @@ class Rule:
         self._store = SqlCheckpointStore(program.environment["REPLICATOR_CHECKPOINT_URL"])
 
     def look(self) -> None:
-        """Confirmed first: the checkpoint can only have grown by the time it is read."""
+        """Reads the confirmed position first: the checkpoint can only grow until it is read."""
         try:
             with psycopg.connect(self._dsn, connect_timeout=2) as connection:
                 row = connection.execute(CONFIRMED, [self._program.slot]).fetchone()
             stored = self._store.load(self._program.slot)
         except (psycopg.OperationalError, CheckpointError):
-            return  # one of them is down: there is nothing to compare
+            return  # one of the databases is down: nothing to compare
         if row is None or row[0] is None or stored is None:
             return
         self.looks += 1
@@ -272,12 +272,12 @@ class Rule:
             raise WrongError(f"confirmed {row[0]}, but the checkpoint is at {format_lsn(stored.end_lsn)}")
 
     def close(self) -> None:
-        """Let go of the checkpoint."""
+        """Close the checkpoint store."""
         self._store.close()
 
 
 class Round:
-    """From nothing to the comparison."""
+    """One round, from an empty environment to the comparison."""
 
     def __init__(self, stack: DevStack, proxies: Mapping[Victim, Proxy], seed: str) -> None:
         self._stack = stack
@@ -287,7 +287,7 @@ class Round:
         self.events = self.repeats = self.looks = 0
 
     def run(self, seconds: float) -> None:
-        """Raises AssertionError or WrongError when anything is not as it has to be."""
+        """Raises AssertionError or WrongError if anything is wrong."""
         with ExitStack() as cleanup:
             dsn = cleanup.enter_context(ground.fresh_database(self._stack))
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -308,7 +308,7 @@ class Round:
                 raise WrongError(f"{type(exc).__name__}: {exc}\n--- logs ---\n{logs}") from exc
 
     def _environment(self, dsn: str, folder: Path) -> dict[str, str]:
-        """Every connection of the replicator's goes through a proxy."""
+        """Every connection of the replicator goes through a proxy."""
         ground.empty_redis(self._stack)
         ground.empty_clickhouse(self._stack)
         ground.empty_api(self._stack)
@@ -358,7 +358,7 @@ class Round:
 
 
 def run(minutes: float, seed: int, *, first_round: int = 1, round_seconds: float = ROUND_SECONDS) -> Result:
-    """Chaos for so long, in whole rounds, at least one. Raises WrongError with what was found."""
+    """Run whole rounds for so long, at least one. Raises WrongError with what was found."""
     started = time.monotonic()
     rounds: list[Round] = []
     with DevStack(*DevStack.SERVICES, postgres_settings=POSTGRES, redis_settings=DURABLE_REDIS) as stack:
@@ -398,7 +398,7 @@ def play(stack: DevStack, seed: int, number: int, seconds: float) -> Round:
 
 
 def main() -> int:
-    """1 when anything was wrong."""
+    """Returns 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.prove.chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="at least so long, in whole rounds (30)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="(random)")  # noqa: S311  not a secret

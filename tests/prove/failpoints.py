@@ -1,10 +1,10 @@
-"""The real program, altered in memory: it dies at a named place, or it breaks the rule on purpose.
+"""The real program, altered in memory: it dies at a named place, or breaks the rule on purpose.
 
     python -m tests.prove.failpoints --die enriched --after 4711 -- run
     python -m tests.prove.failpoints --breach markers-off -- run
 
-The program itself knows nothing of this and pays nothing for it. What is altered is looked up by name: a function that
-was renamed is an error here, not a place that is never reached.
+The program itself has no code for this. What is altered is looked up by name: a renamed function is an error here, not
+a place that is never reached.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ PLACES: Mapping[str, str] = {
     **{f"answered-{sink}": f"{sink} has them, its answer is at the socket and not read" for sink in SINKS},
     "before-save": "a checkpoint is about to be stored",
     "after-save": "it is on disk",
-    "before-confirm": "PostgreSQL is about to be told",
-    "after-confirm": "it was told",
+    "before-confirm": "it is about to be confirmed to PostgreSQL",
+    "after-confirm": "it was confirmed",
 }
-"""The named places on the way from the slot to the confirmation."""
+"""The named places between slot and confirmation."""
 
 EVENT = b'"event_id":'
-"""Stands in everything that carries events to a sink, and in nothing else."""
+"""A text that everything sent to a sink contains, and nothing else."""
 ANSWER_SECONDS = 60.0
 
 
 def alter(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put `make(what is there)` in its place. Raises AttributeError when there is no such thing."""
+    """Replace an attribute by `make(attribute)`. Raises AttributeError if there is none."""
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -62,7 +62,7 @@ def alter(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 class Death:
-    """Waits at one place, until so many rows were received; the next one that passes it there ends the process."""
+    """Ends the process at one place, at the first passage after so many rows were received."""
 
     def __init__(self, place: str, after_rows: int) -> None:
         self._place = place
@@ -80,7 +80,7 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def alter(self) -> None:
-        """Stand at the places."""
+        """Install the places."""
         alter(Source, "read", self._read)
         alter(Pipeline, "_enrich", self._enrich)
         alter(SqlCheckpointStore, "save", self._save)
@@ -166,7 +166,7 @@ def _port(name: str) -> int:
 
 
 def confirm_before_checkpoint() -> None:
-    """PostgreSQL is told before the checkpoint is on disk."""
+    """Confirm before the checkpoint is on disk."""
 
     def make(original: Callable[[Pipeline], Any]) -> Callable[[Pipeline], Any]:
         async def commit(pipeline: Pipeline) -> None:
@@ -181,7 +181,7 @@ def confirm_before_checkpoint() -> None:
 
 
 def checkpoint_before_sink() -> None:
-    """What a lane has taken counts as written."""
+    """Count what a lane has taken as written."""
 
     def make(_: object) -> Callable[[Any], Any]:
         async def commit(pipeline: Any) -> None:
@@ -204,7 +204,7 @@ def checkpoint_before_sink() -> None:
 
 
 def row_lsn() -> None:
-    """What has an LSN below one that was seen counts as seen (debezium#7531, flink-cdc#4323)."""
+    """Count what has a lower LSN than one already seen as seen (debezium#7531, flink-cdc#4323)."""
     lsns: dict[int, Lsn] = {}
     newest = 0
 
@@ -234,13 +234,13 @@ def row_lsn() -> None:
 
 
 def own_lsn(payload: memoryview | bytes) -> Lsn:
-    """The LSN of the change itself, or of the commit's end: what the message's `data_start` is."""
+    """The LSN of the change, or of the end of the commit: the message's `data_start`."""
     message: dict[str, str] = msgspec.json.decode(payload)
     return parse_lsn(message.get("nextlsn", message["lsn"]))
 
 
 def psycopg2_keepalive() -> None:
-    """psycopg2's rule: a keepalive is confirmed once the newest message's start counts as flushed."""
+    """psycopg2's rule: confirm a keepalive once the newest message's start counts as flushed."""
     started = 0  # last_msg_data_start
 
     def feed(original: Callable[..., None]) -> Callable[..., None]:
@@ -270,12 +270,12 @@ def psycopg2_keepalive() -> None:
     alter(StreamDecoder, "feed", feed)
     alter(Source, "_keepalive", make)
     alter(Source, "send_feedback", forward)
-    # Such a reader has no checkpoint that knows better.
+    # Such a reader has no checkpoint to compare with.
     alter(slot, "_gap", lambda _: lambda *_: "")
 
 
 def markers_off() -> None:
-    """No `B`, no `C`: a row's own LSN is all that is known of its place. And psycopg2's rule, which wants them."""
+    """Without `B` and `C` only a row's own LSN is known. Combined with psycopg2's rule, which needs them."""
     psycopg2_keepalive()
     alter(wal2json, "OPTIONS", lambda options: {**options, "include-transaction": "false"})
     alter(source, "OPTIONS", lambda _: wal2json.OPTIONS)
@@ -302,11 +302,11 @@ BREACHES: Mapping[str, Callable[[], None]] = {
     "markers-off": markers_off,
     "psycopg2-keepalive": psycopg2_keepalive,
 }
-"""Ways to break the rule; the last one alone does not, which is what the markers are for."""
+"""Ways to break the rule. The last one alone does not, thanks to the markers."""
 
 
 def main() -> NoReturn:
-    """Become the replicator."""
+    """Run the replicator, altered."""
     parser = argparse.ArgumentParser(prog="python -m tests.prove.failpoints", description=__doc__.partition("\n")[0])
     parser.add_argument("--die", choices=PLACES, help="end here, without warning")
     parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")

@@ -1,10 +1,10 @@
-"""The crash matrix: the real program is killed at each place, in each shape of transactions, started again, compared.
+"""The crash matrix: kill the real program at each place, in each shape of transactions, restart it, compare.
 
     python -m tests.prove --case answered-redis/interleaved --seed 7
 
-A case begins with an empty database, slot, checkpoint and sinks. The program dies at the first passage of its place
-once a number of rows was received that the seed draws; `failpoints.py` does it. Started again as it is, it catches
-up, and every field of every event in every sink is compared with what PostgreSQL computes.
+A case begins with an empty database, slot, checkpoint and sinks. The program dies when it first passes its place after
+a number of rows, which the seed draws (`failpoints.py`). Restarted unaltered, it catches up. Then every field of every
+event in every sink is compared with what PostgreSQL computes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.program import Program
 MAX_REPEATS = 5_000
 DIES_SECONDS = 120.0
 CAUGHT_UP_SECONDS = 180.0
-TOP_SECONDS = 10.0  # the contract's: so late may the window be
+TOP_SECONDS = 10.0  # how late the window may be, by contract
 
 SETTINGS = {
     "REPLICATOR_RETRY_MAX_SECONDS": "0.5",
@@ -45,7 +45,7 @@ SETTINGS = {
     "REPLICATOR_HTTP_BATCH_SIZE": "200",
     "REPLICATOR_HTTP_MAX_REPEATS": str(MAX_REPEATS),
 }
-"""Small steps, so that there are many places to die at; and a bound that a large transaction is far above."""
+"""Small steps, so that there are many places to die at, and a bound far below a large transaction."""
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -63,34 +63,34 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """`--case` takes it."""
+        """As for `--case`."""
         return f"{self.place}/{self.shape}"
 
     @property
     def again(self) -> str:
-        """The command that brings it back."""
+        """The command that repeats it."""
         return f"python -m tests.prove --case {self.name} --seed {self.seed}"
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a case came to; every number but `events`, `replaced` and `repeats` has to be 0."""
+    """The result of a case. Every number but `events`, `replaced` and `repeats` must be 0."""
 
     case: Case
     events: int
     lost: dict[str, int]
     """Events that a sink lacks, by sink."""
     wrong: dict[str, int]
-    """Events that differ in some field, or that PostgreSQL does not have; in Redis contents whose last one differs."""
+    """Events that differ in some field, or that PostgreSQL does not have; in Redis, contents whose last one differs."""
     double: int
-    """Rows of ClickHouse that FINAL leaves beside another one of the same event."""
+    """Rows in ClickHouse that are duplicates even under FINAL."""
     replaced: int
-    """Rows of ClickHouse that a merge will remove: what was written again after the kill."""
+    """Rows in ClickHouse that a merge will remove: written again after the kill."""
     counts: int
-    """Contents whose count or place in the top list is not PostgreSQL's."""
+    """Contents whose count, or value in the top list, differs from PostgreSQL."""
     repeats: int
-    """Events that the API saw again; at most MAX_REPEATS."""
+    """Events that the API got again, at most MAX_REPEATS."""
     trouble: str = ""
-    """Why there is nothing to compare, in words."""
+    """Why nothing could be compared, in words."""
 
     @property
     def good(self) -> bool:
@@ -105,7 +105,7 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def play(stack: DevStack, case: Case, *altered: str) -> Outcome:
-    """One case on a stack of servers; `altered` breaks the rule, see `failpoints.py`."""
+    """Run one case on a stack of servers. `altered` are arguments of `failpoints.py` that break the rule."""
     shape = SHAPES[case.shape]
     chance = random.Random(f"{case.seed} {case.name}")  # noqa: S311  not a secret
     with ExitStack() as cleanup:
@@ -130,7 +130,7 @@ def play(stack: DevStack, case: Case, *altered: str) -> Outcome:
             outcome = judge(case, dsn, stack)
             assert 0 == program.stop(), "it does not end in order"
         except (AssertionError, DevStackError, subprocess.TimeoutExpired) as exc:
-            told = f"{type(exc).__name__}: {exc}\n{program.log}"[:4000]
+            message = f"{type(exc).__name__}: {exc}\n{program.log}"[:4000]
             return Outcome(
                 case=case,
                 events=shape.events,
@@ -140,7 +140,7 @@ def play(stack: DevStack, case: Case, *altered: str) -> Outcome:
                 replaced=0,
                 counts=0,
                 repeats=0,
-                trouble=told,
+                trouble=message,
             )
     return outcome
 
@@ -164,7 +164,7 @@ def judge(case: Case, dsn: str, stack: DevStack) -> Outcome:
         counts = destinations.counts()
         last, last_wanted = destinations.last(), newest(events)
         stale = [content for content in wanted if last.get(content) != last_wanted[content]]
-        with contextlib.suppress(DevStackError):  # then it is counted below
+        with contextlib.suppress(DevStackError):  # counted below
             wait_until(lambda: wanted == destinations.top(), "the top list", TOP_SECONDS)
         top = destinations.top()
         stored = int(stack.clickhouse.query("SELECT count() FROM events_enriched"))

@@ -1,6 +1,6 @@
-"""What chaos does to whom, and when: drawn from a seed alone, so that the seed brings it back; `chaos.py` does it.
+"""What chaos does to whom, and when, drawn from a seed alone so that it can be repeated. `chaos.py` does it.
 
-Each victim has a time line of its own; they overlap as chance has it.
+Each victim has its own time line; they overlap at random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Deed: TypeAlias = Literal[
     "kill", "pause", "stop", "take over", "take over from a paused one",
     # to the network in front of it; see devstack.proxy
     "down", "reset", "stalled", "mute", "no answers", "slow",
-    # what only servers of our own do
+    # only our own servers can do this
     "errors", "lost answers",
 ]  # fmt: skip
 
@@ -33,25 +33,25 @@ EVERY_SECONDS: Mapping[Victim, float] = {
     "redis": 7.0,
     "api": 6.0,
 }
-"""Mean pause before a deed: short enough for hundreds of kills in half an hour, long enough for work in between."""
+"""Mean pause before a deed: hundreds of kills in half an hour, with time for work in between."""
 KILLS: frozenset[Deed] = frozenset({"kill", "take over", "take over from a paused one"})
-"""Those that end a process without warning."""
+"""Deeds that end a process without warning."""
 MOST_SECONDS = 2.5
-"""How long a deed lasts at most; pauses of a real outage differ only in how long they are."""
+"""How long a deed lasts at most. Real outages differ only in length."""
 
 
 class Strike(NamedTuple):
     """One deed."""
 
     after_seconds: float
-    """Since the last one was over."""
+    """Since the end of the one before."""
     deed: Deed
     seconds: float
-    """Until it is made good; a kill until the victim is started again."""
+    """Until it is undone; after a kill, until the victim is restarted."""
 
 
 def draw(seed: str, victim: Victim, seconds: float) -> list[Strike]:
-    """Everything that happens to this victim in a round of so many seconds."""
+    """Everything that happens to this victim in a round."""
     chance = random.Random(f"{seed} {victim}")  # noqa: S311  not a secret
     deeds, weights = list(WEIGHTS[victim]), list(WEIGHTS[victim].values())
     strikes: list[Strike] = []

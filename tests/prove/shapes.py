@@ -12,11 +12,11 @@ import psycopg
 from tests.support.load import insert_many
 
 ROUNDS = 20
-NOISE = 200  # transactions between two events that touch no table of ours
+NOISE = 200  # transactions on other tables between two events
 
 
 class Shape(NamedTuple):
-    """What is written, and how many events that makes."""
+    """What is written, and how many events that is."""
 
     events: int
     write: Callable[[str, random.Random], None]
@@ -32,7 +32,7 @@ def _one_transaction(rows: int) -> Shape:
 
 
 def _interleaved(dsn: str, chance: random.Random) -> None:
-    """Three transactions at once, begun in one order and committed in another, single rows between their statements."""
+    """Three concurrent transactions, committed in another order than begun, with single rows in between."""
     with ExitStack() as connections:
         long = [connections.enter_context(psycopg.connect(dsn)) for _ in range(3)]
         single = connections.enter_context(psycopg.connect(dsn, autocommit=True))
@@ -47,7 +47,7 @@ def _interleaved(dsn: str, chance: random.Random) -> None:
 
 
 def _empties(dsn: str, chance: random.Random) -> None:
-    """Single rows with many transactions of somebody else's between them."""
+    """Single rows with many transactions on other tables between them."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("CREATE TABLE noise (n int)")
         for _ in range(ROUNDS):

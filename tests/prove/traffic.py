@@ -1,6 +1,6 @@
-"""Hostile traffic: what `tests/support/load.py` writes, and whatever else an application can do to the tables.
+"""Hostile traffic: what `tests/support/load.py` writes, and what else an application can do to the tables.
 
-Every event that is committed stays as it is: PostgreSQL's own computation is what the sinks are compared with.
+Committed events do not change, so PostgreSQL can compute what the sinks must have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.load import Load, Step, insert_many
 LARGE_ROWS = 8_000
 PAYLOAD_BYTES = (50_000, 2_000_000)
 LOCK_TIMEOUT_MS = 500
-"""DDL gives up behind a lock, else every writer would stand behind it."""
+"""DDL that waits for a lock gives up; otherwise every writer would queue behind it."""
 
 PAYLOAD = """
 INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms, device, raw_payload)
@@ -54,7 +54,7 @@ class HostileTraffic(Load):
         return *super().steps(), self._large, self._nested, self._prepared, self._alter
 
     def _large(self, connection: psycopg.Connection, chance: random.Random) -> None:
-        """An import, or rows whose payload is long."""
+        """An import, or rows with a long payload."""
         if chance.random() < 0.5:
             insert_many(connection, LARGE_ROWS, "large")
         else:
@@ -76,7 +76,7 @@ class HostileTraffic(Load):
         self.wait(chance.uniform(0.02, 0.2))
 
     def _prepared(self, connection: psycopg.Connection, chance: random.Random) -> None:
-        """Two phases, with whatever happens in between; nothing is left prepared for long: it would lock DDL out."""
+        """Two-phase commits. Nothing stays prepared for long: it would block DDL."""
         insert_many(connection, chance.randint(1, 50), "prepared")
         connection.execute(f"PREPARE TRANSACTION 'p{chance.getrandbits(60)}'".encode())
         connection.commit()

@@ -1,4 +1,4 @@
-"""A private certificate authority and what it signs, made anew by the `openssl` program; good for a day."""
+"""A private certificate authority and what it signs, made by the `openssl` program, valid for a day."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 
 class Certificate(NamedTuple):
-    """A server's, with the authority that signed it."""
+    """A server's certificate, with the authority that signed it."""
 
     authority: Path
     certificate: Path
     key: Path
 
     def context(self) -> ssl.SSLContext:
-        """For a server that shows it."""
+        """A TLS context for the server."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, self.key)
         return context

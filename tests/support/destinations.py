@@ -1,6 +1,6 @@
-"""What has arrived in the three sinks, and what PostgreSQL says should have, in the same form.
+"""What has arrived in the three sinks, and what PostgreSQL says should have arrived, in the same form.
 
-Numbers are exact (fractions as Decimal), timestamps the contract's text; the program under test is `program.py`'s.
+Numbers are exact (fractions as Decimal), timestamps are text. `program.py` runs the program under test.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SELECT {", ".join(FIELDS)} FROM events_enriched FINAL ORDER BY event_id
 SETTINGS date_time_output_format = 'iso', output_format_json_quote_64bit_integers = 0,
          output_format_json_quote_decimals = 0
 FORMAT JSONEachRow
-"""  # noqa: S608  constants of ours
+"""  # noqa: S608  our own constants
 
 
 def expected(dsn: str) -> list[Event]:
-    """Every event of the source tables as the contract says, by id, computed by PostgreSQL."""
+    """Every event of the source tables as PostgreSQL computes it, by id."""
     query = f"SELECT row_to_json(expected)::text FROM ({EXPECTED_SQL}) AS expected ORDER BY event_id"  # noqa: S608
     with psycopg.connect(dsn, options="-c TimeZone=UTC -c DateStyle=ISO") as connection:
         return [_decode(text) for (text,) in connection.execute(query)]
@@ -50,7 +50,7 @@ class Destinations:
         self.redis = redis.Redis.from_url(stack.redis.url, decode_responses=True)
 
     def api(self) -> list[Event]:
-        """What the API has taken, in order, repeats included."""
+        """What the API accepted, in order, repeats included."""
         events: list[Event] = _decode(fetch(self._stack.api.url))
         return events
 
@@ -63,7 +63,7 @@ class Destinations:
         return [_decode(line) for line in self._stack.clickhouse.query(_CLICKHOUSE).splitlines()]
 
     def counts(self) -> dict[int, int]:
-        """Redis: content → how many events it has had."""
+        """Redis: content → its number of events."""
         return {content: int(text) for content, text in self._by_content("content:count:").items()}
 
     def last(self) -> dict[int, Event]:
@@ -72,7 +72,7 @@ class Destinations:
 
     def top(self) -> dict[int, int]:
         """Redis: content → events in the last ten minutes."""
-        pairs: list[tuple[str, float]] = self.redis.zrange("top:content:10m", 0, -1, withscores=True)  # type: ignore[assignment]  # its stub says less
+        pairs: list[tuple[str, float]] = self.redis.zrange("top:content:10m", 0, -1, withscores=True)  # type: ignore[assignment]  # the stub has a wider type
         return {int(content): int(score) for content, score in pairs}
 
     def _by_content(self, prefix: str) -> dict[int, str]:

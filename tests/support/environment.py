@@ -1,6 +1,6 @@
-"""Clean ground for a replicator on a stack of servers: a database of its own, a plain role, empty sinks, its settings.
+"""A clean environment for a replicator on a stack of servers: its own database, a plain role, empty sinks, settings.
 
-Fixtures give it to the tests (`tests/conftest.py`, `tests/acceptance/conftest.py`); `tests/prove` takes it directly.
+Tests get it from fixtures (`tests/conftest.py`, `tests/acceptance/conftest.py`); `tests/prove` calls it directly.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from devstack.process import Service, free_port, wait_until
 
 SQL = Path(__file__).parents[2] / "sql"
 
-SECRET = "planted"  # noqa: S105  part of every password and token in these tests; nothing may ever print it
+SECRET = "planted"  # noqa: S105  part of every password and token in these tests; must never be printed
 ROLE, PASSWORD = "replicator", f"{SECRET}-postgres"
 
 
 def up(service: Service) -> None:
-    """See that it runs even if the test before has failed and left it down: one failure is enough."""
+    """Start it if a failed test has left it down: one failure is enough."""
     if service.running:
         service.resume()
     else:
@@ -50,7 +50,7 @@ def fresh_database(stack: DevStack) -> Iterator[str]:
 
 
 def _drop_slots(admin: psycopg.Connection, database: str) -> None:
-    """Drop the database's slots; who still reads one is cut off first."""
+    """Drop the database's slots, after ending the processes that read them."""
     query = "SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = %s"
     readers = [pid for _, pid in admin.execute(query, [database]) if pid is not None]
     for pid in readers:
@@ -78,21 +78,21 @@ def empty_redis(stack: DevStack) -> str:
 
 
 def empty_clickhouse(stack: DevStack) -> str:
-    """URL of one without tables, well behaved."""
+    """URL of a well-behaved ClickHouse without tables."""
     up(stack.clickhouse)
     stack.clickhouse.reset()
     return stack.clickhouse.url
 
 
 def empty_api(stack: DevStack) -> str:
-    """URL of one without memory, well behaved."""
+    """URL of a well-behaved API that has forgotten everything."""
     up(stack.api)
     stack.api.reset()
     return stack.api.url
 
 
 def environment(dsn: str, clickhouse_url: str, redis_url: str, http_url: str, *, folder: Path) -> dict[str, str]:
-    """The settings of a replicator with a slot, a checkpoint and an admin port of its own."""
+    """The settings of a replicator with its own slot, checkpoint and admin port."""
     return {
         "REPLICATOR_POSTGRES_DSN": dsn,
         "REPLICATOR_SLOT": dsn.rpartition("/")[2],  # the database: as unique in the cluster

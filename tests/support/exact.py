@@ -1,4 +1,4 @@
-"""Whether every sink has exactly what PostgreSQL computes; `destinations.py` reads, this module judges."""
+"""Does every sink have exactly what PostgreSQL computes? `destinations.py` reads, this module compares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.destinations import Destinations, Event, expected
 
 
 class Difference(NamedTuple):
-    """What a sink has beside what it should have, event by event; equal when all four are empty."""
+    """How the events of a sink differ from what they should be. Equal if all four are empty."""
 
     missing: list[int]
     """Event ids, sorted."""
@@ -20,7 +20,7 @@ class Difference(NamedTuple):
     """As it should be and as it is."""
 
     def __str__(self) -> str:
-        """In a few words, where pytest would print thousands of rows."""
+        """In a few words: pytest would print thousands of rows."""
         return (
             f"{len(self.missing)} are missing ({self.missing[:5]}…), {len(self.surplus)} too many"
             f" ({self.surplus[:5]}…), {self.double} double, {len(self.wrong)} wrong ({self.wrong[:2]}…)"
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 
 def assert_exact(dsn: str, destinations: Destinations) -> int:
-    """Every field of every event, in every sink. Returns how many repeats the API got."""
+    """Compare every field of every event in every sink. Returns the number of repeats at the API."""
     events = expected(dsn)
     assert events, "a test without events can't fail"
     assert_same(events, destinations.clickhouse(), "ClickHouse")
@@ -40,7 +40,7 @@ def assert_exact(dsn: str, destinations: Destinations) -> int:
 
 
 def first_views(taken: list[Event]) -> tuple[list[Event], int]:
-    """What the API has taken, by id and each event once, and how many repeats there were; a repeat must be equal."""
+    """What the API accepted, by id, and the number of repeats. A repeat must equal the first one."""
     distinct: dict[int, Event] = {}
     for event in taken:
         distinct.setdefault(event["event_id"], event)
@@ -56,7 +56,7 @@ def assert_same(events: list[Event], arrived: list[Event], where: str) -> None:
 
 
 def compare(events: list[Event], arrived: list[Event]) -> Difference:
-    """Whatever the order."""
+    """In any order."""
     wanted = {event["event_id"]: event for event in events}
     found = {event["event_id"]: event for event in arrived}
     return Difference(
@@ -68,7 +68,7 @@ def compare(events: list[Event], arrived: list[Event]) -> Difference:
 
 
 def newest(events: Iterable[Event]) -> dict[int, Event]:
-    """Content → its last event, as Redis keeps it."""
+    """Content → its newest event, as Redis keeps it."""
     last: dict[int, Event] = {}
     for event in sorted(events, key=lambda event: (event["event_ts"], event["event_id"])):
         last[event["content_id"]] = event

@@ -1,7 +1,7 @@
-"""Writers that keep the source database busy while a test breaks things; what they wrote is PostgreSQL's to say.
+"""Writers that keep the source database busy while a test breaks things.
 
 Three at once: single rows, transactions of many rows, and long ones that others overtake, some of them rolled back.
-`tests/prove/traffic.py` has worse ones.
+`tests/prove/traffic.py` has worse ones. PostgreSQL alone knows what they committed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def insert_many(connection: psycopg.Connection, rows: int, kind: str = "many") -
 
 
 Step: TypeAlias = Callable[[psycopg.Connection, random.Random], None]
-"""What a writer does again and again, on a connection of its own; what it has left open is committed for it."""
+"""What a writer repeats on its own connection. What it leaves open is committed for it."""
 
 
 class Load:
-    """`with Load(dsn, random) as load:` the writers run; on exit they have finished what they had begun."""
+    """`with Load(dsn, random) as load:` runs the writers; on exit they finish what they have begun."""
 
     def __init__(self, dsn: str, chance: random.Random, *, rows: int = 2_000, pause_seconds: float = 0.2) -> None:
         self._dsn = dsn
@@ -56,7 +56,7 @@ class Load:
         return self._single, self._many, self._long
 
     def wait(self, seconds: float) -> None:
-        """A writer's pause; ends early when the load ends."""
+        """A writer's pause, which ends early when the load ends."""
         self._stopping.wait(seconds)
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class Load:
     def _forever(self, step: Step, chance: random.Random) -> None:
         try:
             while not self._stopping.is_set():
-                # The server may be taken down: what was not committed then is as if it had never been.
+                # The server may be taken down: what was not committed never happened.
                 with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self._dsn) as connection:
                     while not self._stopping.is_set():
                         step(connection, chance)
@@ -96,7 +96,7 @@ class Load:
         self._stopping.wait(chance.uniform(0.5, 1.5) * self._pause_seconds)
 
     def _long(self, connection: psycopg.Connection, chance: random.Random) -> None:
-        """Begun before others commit, committed after them."""
+        """A transaction that begins before others commit and commits after them."""
         for _ in range(3):
             insert_many(connection, chance.randint(1, 30), "long")
             self._stopping.wait(chance.uniform(0.02, 0.2))

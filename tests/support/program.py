@@ -30,14 +30,14 @@ CAUGHT_UP_TIMEOUT_SECONDS = 60.0
 ADMIN_TIMEOUT_SECONDS = 5.0
 
 ALTERED: tuple[str, ...] = ()
-"""How every program of this session is altered: `--breach` of pytest sets it."""
+"""Arguments for `failpoints.py` in this session; pytest's `--breach` sets them."""
 
 _READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
 
 
 class Result(NamedTuple):
-    """What a command that has ended left."""
+    """The result of a command."""
 
     code: int
     stdout: str
@@ -45,37 +45,37 @@ class Result(NamedTuple):
 
 
 def assert_clean(text: str) -> None:
-    """Neither a traceback nor a secret."""
+    """The text has neither a traceback nor a secret."""
     assert "Traceback" not in text
     assert SECRET not in text
 
 
 def succeed(result: Result) -> str:
-    """What a command printed that did what it was to do."""
+    """The output of a command that must succeed."""
     assert_clean(result.stdout + result.stderr)
     assert 0 == result.code, result.stderr
     return result.stdout
 
 
 class Program:
-    """One replicator: its settings, its process when it runs, its log.
+    """One replicator: its settings, its process while it runs, its log.
 
-    `dsn` is a superuser's in the same database: for looking at the slot, not for the program.
+    `dsn` is a superuser's, to look at the slot; the program does not get it.
     """
 
     def __init__(self, environment: Mapping[str, str], dsn: str, log: Path) -> None:
         self.environment = dict(environment)
-        """REPLICATOR_* and nothing else; a test may change them before it starts the program."""
+        """REPLICATOR_* only. A test may change them before it starts the program."""
         self.slot = self.environment["REPLICATOR_SLOT"]
         self.altered: tuple[str, ...] = ALTERED
-        """Arguments for `tests/prove/failpoints.py`; none: the program as it is."""
+        """Arguments for `tests/prove/failpoints.py`; without any the program is unaltered."""
         self._dsn = dsn
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._said_before = 0
 
     def run(self, *arguments: str, **variables: str) -> Result:
-        """Run one command to its end. `variables` are settings for this one: `slot="x"` is REPLICATOR_SLOT=x."""
+        """Run one command. `variables` are settings for it: `slot="x"` is REPLICATOR_SLOT=x."""
         return self._run(self._command(arguments), variables)
 
     def _run(self, command: list[str], variables: Mapping[str, str]) -> Result:
@@ -93,13 +93,13 @@ class Program:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def follow(self, command: str) -> Result:
-        """Type a command that a message has told: `python …`."""
+        """Run a command from a message: `python …`."""
         python, *arguments = shlex.split(command, comments=True)
         assert "python" == python
         return self._run([sys.executable, "-W", "error", *arguments], {})
 
     def move_to(self, dsn: str) -> None:
-        """Look for the slot there from now on; where the program reads is a setting."""
+        """From now on look for the slot there. Does not change where the program reads."""
         self._dsn = dsn
 
     def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
@@ -118,7 +118,7 @@ class Program:
         return self._process
 
     def start(self, *arguments: str, **variables: str) -> None:
-        """Start it and return when the stream runs and everything behind it is open."""
+        """Start it and return when it reads the stream."""
         process = self.spawn(*arguments, **variables)
 
         def reads() -> bool:
@@ -128,7 +128,7 @@ class Program:
         wait_until(reads, "the replicator to read its slot")
 
     def wait_for_log(self, text: str) -> None:
-        """Return when it has said this."""
+        """Return when this is in its log."""
 
         def said() -> bool:
             assert text in self.log or self.running, f"it ended with {self.process.returncode}:\n{self.log}"
@@ -143,14 +143,14 @@ class Program:
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """The one started last."""
+        """The process started last."""
         assert self._process is not None, "it was never started"
         return self._process
 
     def wait_until_caught_up(self, timeout_seconds: float = CAUGHT_UP_TIMEOUT_SECONDS) -> None:
-        """Return when it has confirmed everything that is committed now: every sink has it then."""
+        """Return when it has confirmed everything that is committed now; every sink then has it."""
         with psycopg.connect(self._dsn, autocommit=True) as looking:
-            # What is committed is flushed. Later WAL of other databases needs no waiting for.
+            # Commits are flushed. Later WAL, of other databases, does not matter.
             [lsn] = looking.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone() or ("0/0",)
             wait_until(lambda: self._confirmed(looking, lsn), f"the slot to pass {lsn}", timeout_seconds)
 
@@ -161,12 +161,12 @@ class Program:
         return bool(row[0])
 
     def stop(self) -> int:
-        """SIGTERM; its exit code."""
+        """Send SIGTERM. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_TIMEOUT_SECONDS)
 
     def admin(self, path: str) -> str:
-        """What an admin endpoint answers, whatever the status: `/readyz`, `/status`, `/metrics`."""
+        """The answer of an admin endpoint (`/readyz`, `/status`, `/metrics`), whatever its status code."""
         url = f"http://{self.environment['REPLICATOR_ADMIN_LISTEN']}{path}"
         try:
             with urllib.request.urlopen(url, timeout=ADMIN_TIMEOUT_SECONDS) as response:
@@ -179,7 +179,7 @@ class Program:
         return dict(msgspec.json.decode(self.admin("/status")))
 
     def kill(self) -> None:
-        """SIGKILL; on return PostgreSQL has noticed and the slot is free."""
+        """Send SIGKILL. On return PostgreSQL has noticed, and the slot is free."""
         self.process.kill()
         self.process.wait()
         with psycopg.connect(self._dsn, autocommit=True) as looking:
@@ -187,15 +187,15 @@ class Program:
             wait_until(lambda: looking.execute(_READER, [self.slot]).fetchone() in free, "the slot to be free")
 
     def pause(self) -> None:
-        """SIGSTOP: it is there and does nothing."""
+        """Send SIGSTOP."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """See that nothing is left, whatever state it is in."""
+        """Kill it, whatever state it is in."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGCONT)
@@ -204,12 +204,12 @@ class Program:
 
     @property
     def log(self) -> str:
-        """Everything that it has said, on both streams, in all its lives."""
+        """Everything it printed on both streams since the first start."""
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
     @property
     def said(self) -> str:
-        """The same, since it was started last."""
+        """The log since the last start."""
         return self.log[self._said_before :]
 
     def _note(self, text: str) -> None:
