@@ -10,9 +10,12 @@ import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from replicator.cli.main import app
 from replicator.contracts.settings import Settings, variable
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +24,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 README_WORDS = 1_200
 FOLDER_FILES = 9
 SETTINGS = ROOT / "docs/reference/settings.md"
+COMMANDS = ROOT / "docs/reference/commands.md"
 METRICS = ROOT / "docs/reference/metrics.md"
 FAULTS = ROOT / "docs/reference/faults.md"
 OF_SERVERS = (
@@ -194,3 +198,56 @@ def test_no_folder_of_documents_is_crowded() -> None:
     listed = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=True)
     folders = [str(Path(name).parent) for name in listed.stdout.split()]
     assert not [folder for folder in set(folders) if folders.count(folder) > FOLDER_FILES]
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command of the program by its words, groups included."""
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, (*path, name))
+
+
+@cache
+def _options() -> dict[tuple[str, ...], set[str]]:
+    """The options of every command."""
+    found = _commands(typer.main.get_command(app))
+    return {path: {"--help", *(name for option in command.params for name in option.opts)} for path, command in found}
+
+
+def _code(document: Path) -> Iterator[str]:
+    """Every line of its blocks of code, continued ones joined, and everything in backquotes."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from block.splitlines()
+    yield from QUOTED.findall(_prose(document))
+
+
+def _calls(code: str) -> Iterator[list[str]]:
+    """The words behind the program's name: command and options."""
+    for call in re.findall(r"(?:python -m|run --rm|^) ?replicator(?= |$)([^|#;&]*)", code):
+        yield call.split()
+    for call in re.findall(r"python backfill\.py([^|#;&]*)", code):
+        yield ["backfill", *call.split()]
+
+
+@documents
+def test_commands_exist(document: Path) -> None:
+    """Every command that is printed is one of the program, and so is each of its options."""
+    unknown = []
+    for words in (words for code in _code(document) for words in _calls(code)):
+        length = max(n for n in range(len(words) + 1) if tuple(words[:n]) in _options())
+        rest = [word.rstrip(",:") for word in words[length:]]
+        options = _options()[tuple(words[:length])]
+        is_command = length or not rest or rest[0].startswith("-")
+        if not is_command or [word for word in rest if word.startswith("--") and word not in options]:
+            unknown.append(" ".join(words))
+    assert not unknown
+
+
+def test_every_command_is_documented() -> None:
+    """The commands page has each, and its table of exit codes those that there are."""
+    rows = "\n".join(re.findall(r"^\| *`.*", COMMANDS.read_text(encoding="utf-8"), re.MULTILINE))
+    missing = [
+        path for path, command in _commands(typer.main.get_command(app)) if path and not hasattr(command, "commands")
+    ]
+    assert not [path for path in missing if f"`{' '.join(path)}`" not in rows]
