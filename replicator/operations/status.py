@@ -29,105 +29,78 @@ LOOK_TIMEOUT_SECONDS = 10
 
 
 class SlotStatus(Struct, frozen=True, kw_only=True):
-    """The replication slot, by PostgreSQL. All LSNs of a status are in PostgreSQL's form, `16/B374D848`."""
+    """The replication slot, by PostgreSQL."""
 
     name: str
     trouble: str = ""
+    server_version: str | None = None
     active_pid: int | None = None
-    """The process that reads it; None: nobody does."""
     wal_status: str | None = None
-    """`reserved`, `extended`, `unreserved`, `lost`."""
     confirmed_lsn: str | None = None
     server_lsn: str | None = None
     lag_bytes: int | None = None
-    """WAL that is written and not confirmed."""
     retained_bytes: int | None = None
-    """WAL on PostgreSQL's disk because of this slot."""
     safe_wal_bytes: int | None = None
-    """What can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
 
 
 class CheckpointStatus(Struct, frozen=True, kw_only=True):
-    """The durable position."""
+    """The durable position. Without an `end_lsn` and without trouble nothing has been saved yet."""
 
     trouble: str = ""
     end_lsn: str | None = None
-    """None without trouble: nothing has been saved yet."""
     lag_bytes: int | None = None
     saved_seconds_ago: float | None = None
-    """None at /status: only the database knows."""
     system_identifier: str | None = None
     timeline: int | None = None
 
 
 class SinkStatus(Struct, frozen=True, kw_only=True):
-    """One sink. The counters begin with the replicator's process and are None when it does not answer."""
+    """One sink. Without an `end_lsn` it has no position yet; the running process has the counters."""
 
     trouble: str = ""
-    """Why it takes nothing now; empty while it does."""
     end_lsn: str | None = None
-    """End of the last transaction of which it has every event; None: it has no position yet."""
     position: str | None = None
-    """The last row written: `16/B374D848#12`, the commit's LSN and the row's number in the transaction."""
     lag_bytes: int | None = None
     lag_seconds: float | None = None
-    """Age of the oldest event that it lacks; without a running replicator the most that it can be."""
     events: int | None = None
-    """Written, dead letters included."""
     writes: int | None = None
     retries: int | None = None
     dead_letters: int | None = None
-    """Events that it refused."""
     waiting: int | None = None
-    """Events queued or in flight."""
 
 
 class DeadLetterStatus(Struct, frozen=True, kw_only=True):
-    """Dead letters that are kept."""
+    """Dead letters that are kept, and the most that may be of one sink and of rows."""
 
     rows: int
-    """Rows that no event could be made of."""
     sinks: dict[str, int]
-    """Events that one sink refused, by sink; those without any are absent."""
     limit: int
-    """The most that are kept of one sink, and of rows."""
 
 
 class ReplicatorStatus(Struct, frozen=True, kw_only=True):
-    """The running process."""
+    """The running process; its counters begin with it."""
 
     version: str
     connected: bool
-    """The stream runs."""
     confirmed_lsn: str
-    """What it has confirmed to PostgreSQL."""
     rows: int
-    """Read from the slot since the process began; so for the next two."""
     refused_rows: int
-    """No event could be made of them."""
     ignored_rows: dict[str, int]
-    """Rows that make no event, by action: `update`, `delete`, `truncate`."""
     held_bytes: int
-    """Memory of the events that wait for sinks."""
     reading_stopped: bool
-    """They hold all they may."""
 
 
 class Status(Struct, frozen=True, kw_only=True):
-    """Everything that an operator asks first."""
+    """Everything that an operator asks first. docs/reference/status.md says what each field means."""
 
     version: str = __version__
-    """Of the program that says this."""
     ready: bool
     reasons: list[str]
-    """Why not; empty when ready."""
     replicator: ReplicatorStatus | None
-    """None: it does not run here, or is not asked because REPLICATOR_ADMIN_LISTEN is empty."""
     slot: SlotStatus
     checkpoint: CheckpointStatus
     sinks: dict[str, SinkStatus]
     dead_letters: DeadLetterStatus | None
-    """None: the checkpoint database does not answer."""
 
 
 _decode = msgspec.json.Decoder(Status).decode
@@ -143,6 +116,7 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
     return SlotStatus(
         name=name,
         trouble=trouble or in_danger(state),
+        server_version=state.server_version,
         active_pid=state.active_pid,
         wal_status=state.wal_status,
         confirmed_lsn=format_lsn(state.confirmed_lsn or 0),
@@ -285,7 +259,7 @@ def _lag_seconds(stored: Checkpoint, lag_bytes: int | None) -> float | None:
 
 
 def as_json(status: Status) -> str:
-    """For programs; docs/reference/status.md has every field."""
+    """For programs."""
     return msgspec.json.format(msgspec.json.encode(status), indent=2).decode()
 
 
@@ -314,7 +288,7 @@ def _slot_lines(slot: SlotStatus) -> Iterator[str]:
         yield f"slot         {slot.name}: unknown"
         return
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
-    yield f"slot         {slot.name}: {reader}, WAL {slot.wal_status}"
+    yield f"slot         {slot.name}: {reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}"
     yield f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}"
     safe = f"safe for {_size(slot.safe_wal_bytes)} more"
     if slot.safe_wal_bytes is None:

@@ -45,6 +45,7 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     server_lsn: Lsn
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
+    server_version: str
 
     @property
     def lag_bytes(self) -> int:
@@ -66,7 +67,8 @@ SELECT plugin, database, current_database() AS own_database, active_pid, wal_sta
        -- on a standby (PostgreSQL 16+ can decode there) the replayed position is the server's
        ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
            AS server_lsn,
-       extract(epoch FROM clock_timestamp())::float8 AS server_time
+       extract(epoch FROM clock_timestamp())::float8 AS server_time,
+       split_part(current_setting('server_version'), ' ', 1) AS server_version
 FROM pg_replication_slots AS slot WHERE slot_name = {}
 """
 

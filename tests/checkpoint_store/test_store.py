@@ -21,8 +21,21 @@ import msgspec
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    Engine,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
+from sqlalchemy.dialects import mysql
 from sqlalchemy.pool import Pool
+from sqlalchemy.schema import CreateTable
 
 from checkpoint_store import SqlCheckpointStore, schema
 from devstack import DevStack
@@ -749,11 +762,24 @@ def test_a_full_disk_says_so_and_keeps_what_was_stored(sqlite_path: Path) -> Non
     store.close()
 
 
+# --- MySQL
+
+
+@pytest.mark.parametrize("table", schema.metadata.sorted_tables, ids=str)
+def test_mysql_takes_the_keys(table: Table) -> None:
+    """Every column in a key has a bound, and the key fits 3,072 bytes at four bytes a character."""
+    assert table.name in str(CreateTable(table).compile(dialect=mysql.dialect()))
+    keys = [key for key in table.constraints if isinstance(key, (PrimaryKeyConstraint, UniqueConstraint))]
+    for key in keys:
+        widths = [column.type.length if isinstance(column.type, String) else 8 for column in key.columns]
+        assert sum(width or 4_000 for width in widths) * 4 <= 3_072
+
+
 # --- PostgreSQL
 
 
 def test_a_user_without_rights_is_not_waited_for(stack: DevStack) -> None:
-    """The tables are somebody else's: an operator has to grant something."""
+    """The tables belong to another role: an operator has to grant rights."""
     url = make_url(make_postgres_database(stack).url)
     store = SqlCheckpointStore(url.render_as_string(hide_password=False))
     store.create()

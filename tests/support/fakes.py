@@ -18,6 +18,7 @@ STATE = SlotState(
     two_phase=False,
     server_time=0.0,
     server_lsn=1000,
+    server_version="16.4",
 )
 AT_200 = SinkPosition(position=Position(190, 3), end_lsn=200)
 CHECKPOINT = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=200, sinks={"redis": AT_200})

@@ -43,7 +43,7 @@ class Running:
     async def until_ready_says(self, status_code: int, words: str) -> None:
         """Wait for what /readyz has to say."""
         async with asyncio.timeout(30):
-            while (told := await self.get("/readyz"))[0] != status_code or words not in told[1]:  # noqa: ASYNC110  asked over HTTP
+            while (found := await self.get("/readyz"))[0] != status_code or words not in found[1]:  # noqa: ASYNC110  asked over HTTP
                 await asyncio.sleep(0.05)
 
 

@@ -129,7 +129,9 @@ async def test_ready(collect: Collect) -> None:
     found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
     await server.close()
     assert (True, []) == (found.ready, found.reasons)
-    assert status.as_text(found).startswith("replicator   ready\nslot         s: read by process 4711, WAL reserved\n")
+    assert status.as_text(found).startswith(
+        "replicator   ready\nslot         s: read by process 4711, WAL reserved, PostgreSQL 16.4\n"
+    )
 
 
 async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:

@@ -70,7 +70,7 @@ class FakePipeline:
 
 
 class Looking(Monitor):
-    """A monitor that looks when told, at a slot and a clock of the test's."""
+    """A monitor that looks when the test says, at a slot and a clock of the test's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
@@ -138,15 +138,15 @@ def test_it_says_what_the_sink_says(monitor: Looking) -> None:
 
 
 @pytest.mark.parametrize(
-    ("active_pid", "told"),
+    ("active_pid", "words"),
     [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
 )
-def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pid: int | None, told: str) -> None:
+def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pid: int | None, words: str) -> None:
     """All that was read is written: PostgreSQL is the one to look at, by its process."""
     cast("FakeLane", monitor.pipeline.fan_out.lanes[0]).waiting = 0
     monitor.look(1, server_lsn=300, active_pid=active_pid)
     [reason] = monitor.look(2 * STALL_SECONDS)
-    assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {told}")
+    assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {words}")
 
 
 def test_the_sink_that_something_waits_for_is_blamed(monitor: Looking, pipeline: Pipeline) -> None:
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(monitor: Looking, 
 
 
 def test_a_sink_that_does_not_answer_is_a_reason(monitor: Looking) -> None:
-    """Without an error as well, once it has lasted; its own trouble is told in its own words and time."""
+    """Without an error as well, once it has lasted; its own trouble has its own words and time."""
     lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
     lane.unanswered_for = TROUBLE_SECONDS - 1
     assert [] == monitor.look()
@@ -190,7 +190,7 @@ def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> No
 
 
 def test_a_sink_that_takes_nothing_is_a_reason(monitor: Looking) -> None:
-    """At once where only somebody can mend it, else when it has lasted; not for a hiccup."""
+    """At once where only an operator can help, else when it has lasted; not for a hiccup."""
     lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
     lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS - 1)
     assert [] == monitor.look()
