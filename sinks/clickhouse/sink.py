@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from pydantic import Field, FilePath, SecretStr, field_validator
 
-from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Contract, CountsByHour, HasLedger, Mode, Sink
@@ -31,11 +31,11 @@ from sinks.clickhouse.ledger import ClickHouseLedger
 from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
 
 EMPTIED = (
-    "ClickHouse table %s is empty, and was written to before: what it had is missing. `python -m replicator init`"
-    " prints the `python backfill.py` command that brings it; type that with --sinks clickhouse, while this goes on"
+    "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
+    f" {command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it"
 )
 
-UNREACHED_CURE = "See that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
+UNREACHED_CURE = "Check that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ _INSERT_SETTINGS = {
     "min_insert_block_size_bytes": 0,
     # A catch-up or a backfill may span more months than the default of 100.
     "max_partitions_per_insert_block": 0,
-    # The batch is gathered here; ClickHouse's own gathering (on by default since 26) would add its wait to ours and
-    # ignores the token. Where a profile insists on it, at least the answer has to mean that the rows are there.
+    # The lane gathers the batch. ClickHouse's own gathering (on by default since 26) would add its wait and ignore the
+    # token. Where a profile insists on it, at least the answer has to mean that the rows are there.
     "async_insert": 0,
     "wait_for_async_insert": 1,
     "date_time_input_format": "best_effort",  # RFC 3339
-    # Whatever does not fit is an error, not something else: an unknown field, a null where none may be, a bad row.
+    # Whatever does not fit is an error: an unknown field, a null where none may be, a bad row.
     "input_format_skip_unknown_fields": 0,
     "input_format_null_as_default": 0,
     "input_format_allow_errors_num": 0,
@@ -71,7 +71,7 @@ WITH toUnixTimestamp64Micro(event_ts) AS us
 SELECT intDiv(us - positiveModulo(us, 3600000000), 1000000) AS hour, count() FROM {table} FINAL
 WHERE event_ts >= fromUnixTimestamp64Micro(%(start)s, 'UTC') AND event_ts < fromUnixTimestamp64Micro(%(end)s, 'UTC')
 GROUP BY hour"""
-"""Each event once, whatever was sent again."""
+"""Each event once, however often it was sent."""
 
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
@@ -126,11 +126,11 @@ class ClickHouseSettings(Settings):
 
 
 class ClickHouseSink(Sink, CountsByHour, HasLedger):
-    """A `contracts.sink.Sink`."""
+    """One table, written by `INSERT ... FORMAT JSONEachRow`."""
 
     name = "clickhouse"
     settings_class: ClassVar = ClickHouseSettings
-    concurrency = 1  # inserts of one table gain nothing side by side, and in order the latest view is the last
+    concurrency = 1  # concurrent inserts into one table gain nothing, and in order the latest view is the last
 
     def __init__(self, settings: ClickHouseSettings, contract: Contract = None) -> None:
         super().__init__(settings, contract)
@@ -197,7 +197,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         return self._range_us
 
     async def _find_problem(self) -> Problem | None:
-        """What is wrong with the table as it is now. One that passed is not compared again until it changes."""
+        """What is wrong with the table now, None if nothing. A table that passed is compared again when it changes."""
         shape = await look(self._client, self._database)
         if shape is not None and shape == self._shape:
             return None
@@ -230,6 +230,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             return await self._insert(events[:middle]) + await self._insert(events[middle:])
         await self._require_table()
         if 0 < written < len(events):  # 0: it did not count, or the token was known
+            self._run = secrets.token_bytes(16)  # else the next try would pass for a repeat, and be dropped
             raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {written} of {len(events)} rows")
         return []
 

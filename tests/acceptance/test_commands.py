@@ -86,7 +86,7 @@ TROUBLES = [
         "no sinks",
         {
             f"Redis at {CLOSED}": "Start Redis",
-            f"ClickHouse at http://{CLOSED}": "See that it is up",
+            f"ClickHouse at http://{CLOSED}": "Check that it is up",
             f"FAIL  no answer from http://{CLOSED}": "Start the API",
         },
         settings=NO_SINKS,
