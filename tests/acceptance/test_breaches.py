@@ -52,7 +52,7 @@ def test_the_trap_of_psycopg2(  # noqa: PLR0917  fixtures
     altered: tuple[str, ...],
     lost: int,
 ) -> None:
-    """Begun first, committed last, keepalives while the API holds it, a kill (DESIGN, section 2).
+    """Begun first, committed last, keepalives while the API holds it, a kill (docs/decisions.md says why).
 
     A reader without transaction markers knows a row by its own LSN, here one that was confirmed long ago; psycopg2 then
     confirms the next keepalive by itself, and the transaction is gone. With markers even that rule does no harm.
