@@ -21,7 +21,8 @@ from benchmarks.drain import empty_sinks
 from devstack import DevStack
 from devstack.comparison import count
 from devstack.process import ROOT, DevStackError
-from sinks.clickhouse.table import COLUMNS
+from enrichment import EVENT
+from sinks.clickhouse.table import columns
 
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 BEGIN = datetime(2026, 1, 8, tzinfo=UTC)
@@ -139,10 +140,11 @@ def _copy(connection: psycopg.Connection, rows: int) -> float:
 def _ingest(stack: DevStack, rows: int) -> float:
     """Insert what the backfill has written, again; only the inserts are timed."""
     stack.clickhouse.query("CREATE TABLE again AS events_enriched")
+    names = ", ".join(columns(EVENT))
     seconds = 0.0
     for body in _bodies(stack, rows):
         started = time.monotonic()
-        stack.clickhouse.query(f"INSERT INTO again ({', '.join(COLUMNS)}) FORMAT JSONEachRow\n{body}")
+        stack.clickhouse.query(f"INSERT INTO again ({names}) FORMAT JSONEachRow\n{body}")
         seconds += time.monotonic() - started
     found = stack.clickhouse.query("SELECT count() FROM again")
     stack.clickhouse.query("DROP TABLE again SYNC")
@@ -152,10 +154,10 @@ def _ingest(stack: DevStack, rows: int) -> float:
 
 
 def _bodies(stack: DevStack, rows: int) -> Iterator[str]:
-    columns = ", ".join(COLUMNS)
+    names = ", ".join(columns(EVENT))
     for first in range(0, rows, INSERT_ROWS):
         begin, end = (_clickhouse_text(at) for at in (first, min(first + INSERT_ROWS, rows)))
-        yield stack.clickhouse.query(SAME_JSON.format(columns=columns, begin=begin, end=end))
+        yield stack.clickhouse.query(SAME_JSON.format(columns=names, begin=begin, end=end))
 
 
 def _text(row: int) -> str:

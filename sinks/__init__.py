@@ -11,8 +11,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.fields import Contract
 from replicator.contracts.settings import Settings, load, variable
-from replicator.contracts.sink import Contract, Sink
+from replicator.contracts.sink import Sink
 
 GROUP = "replicator.sinks"
 
@@ -49,7 +50,7 @@ def settings_classes() -> list[type[Settings]]:
     return [_sink_class(name).settings_class for name in known_sinks()]
 
 
-def create_sinks(names: Iterable[str], contract: Contract = None) -> list[Sink]:
+def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
     """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
     classes = [_sink_class(name) for name in dict.fromkeys(names)]
     return [sink_class(load(sink_class.settings_class), contract) for sink_class in classes]

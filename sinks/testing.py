@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.fields import Contract
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import Contract, Mode, Sink
+from replicator.contracts.sink import Mode, Sink
 
 Step: TypeAlias = Exception | asyncio.Event | Callable[[Sequence[Event]], Awaitable[Sequence[Refusal] | None]]
 """What one `write` does first: raise this, wait for that, or call this, whose refusals are then the write's."""
@@ -24,7 +25,7 @@ class MemorySink(Sink):
     def __init__(
         self,
         settings: Settings | None = None,
-        contract: Contract = None,
+        contract: Contract | None = None,
         *,
         name: str = "memory",
         max_events: int = 100,

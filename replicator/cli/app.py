@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, create_enricher
+from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
 from replicator.contracts.settings import (
     PREFIX,
@@ -62,7 +62,7 @@ class App(NamedTuple):
         return cls(
             settings=settings,
             enricher=create_enricher(settings.postgres_dsn.get_secret_value()),
-            sinks=create_sinks(settings.sinks if sinks is None else sinks),
+            sinks=create_sinks(settings.sinks if sinks is None else sinks, EVENT),
             store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
         )
 

@@ -82,7 +82,10 @@ def sql_slot_lag() -> None:
 
 def sql_clickhouse() -> None:
     """Print the SQL of the ClickHouse table. `init` runs the same."""
-    _print_sql("clickhouse")
+    from enrichment import EVENT
+    from sinks.clickhouse.table import ddl
+
+    print(ddl(EVENT), end="")
 
 
 def _print_sql(name: str) -> None:

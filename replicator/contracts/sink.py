@@ -9,14 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import EventCounter, SinkLedger
 from replicator.contracts.settings import Settings
-
-Contract: TypeAlias = object
-"""Stands for the declaration of the event's fields."""
 
 
 class Mode(Enum):
@@ -47,7 +45,7 @@ class Sink(ABC):
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
 
-    def __init__(self, settings: Settings, contract: Contract = None) -> None:
+    def __init__(self, settings: Settings, contract: Contract | None = None) -> None:
         self.settings = settings
         self.contract = contract
 

@@ -1,33 +1,20 @@
-"""Which events ClickHouse has, as numbers that PostgreSQL can compute as well; see `ledger.Ledger`.
+"""The events that ClickHouse holds, as digests that PostgreSQL can compute as well; a `ledger.SinkLedger`.
 
-The line that an event is hashed from is described in `enrichment/ledger.py`, which makes the same.
+An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
+of the line's MD5. The source makes the same line from the same contract.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from sinks.clickhouse.client import Client
 
 CHUNK = 5_000
 """Ids or keys a statement: below ClickHouse's 256 kB for the text of one."""
 
-OWN_LINE = (
-    "toString(event_id)",
-    "toString(content_id)",
-    "toString(user_id)",
-    "concat(toString(lengthUTF8(event_type)), ':', event_type)",
-    "toString(us)",
-    "ifNull(toString(duration_ms), '~')",
-    "ifNull(concat(toString(lengthUTF8(device)), ':', device), '~')",
-    "ifNull(toString(toInt128(toDecimal128(engagement_seconds, 3) * 1000)), '~')",
-)
-CONTENT_LINE = (
-    "ifNull(concat(toString(lengthUTF8(content_type)), ':', content_type), '~')",
-    "ifNull(toString(length_seconds), '~')",
-    "ifNull(toString(toInt128(toDecimal128(engagement_pct, 2) * 100)), '~')",
-)
 WITH = """
 WITH toUnixTimestamp64Micro(event_ts) AS us,
      bitShiftRight(reinterpretAsUInt64(reverse(substring(MD5(concat({line})), 1, 8))), 4) AS hash,
@@ -58,28 +45,25 @@ class ClickHouseLedger:
 
     slices_are_cheap = True
 
-    def __init__(self, client: Client, table: str, *, with_content: bool) -> None:
+    def __init__(self, client: Client, table: str, contract: Contract, *, with_content: bool) -> None:
         self._client = client
         self._table = table
-        line = (*OWN_LINE, *CONTENT_LINE) if with_content else OWN_LINE
-        self._with = WITH.format(line=", '|', ".join(line))
+        compared = contract.compared(with_joined=with_content)
+        line = ", '|', ".join(field.type.clickhouse_line.format(field.name) for field in compared)
+        self._with = WITH.format(line=line)
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        """See `ledger.Ledger`."""
         [(events, first, last)] = await self._rows(SPAN, start=start_us, end=end_us)
         return events, first if events else 0, last if events else 0
 
     async def digests(self, part: Slice) -> dict[int, Digest]:
-        """See `ledger.Ledger`."""
         query = BY_TIME if part.modulus == 1 else BY_ID
         return _digests(await self._rows(self._with + query, **_of(part)))
 
     async def events(self, part: Slice) -> list[EventDigest]:
-        """See `ledger.Ledger`."""
         return [EventDigest(*row) for row in await self._rows(self._with + HELD, **_of(part))]
 
     async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
-        """See `ledger.Ledger`."""
         found: list[EventDigest] = []
         for start in range(0, len(ids), CHUNK):
             words = {**NO_PART, "start": start_us, "end": end_us, "ids": _list(ids[start : start + CHUNK])}

@@ -23,12 +23,13 @@ from pydantic import Field, FilePath, SecretStr, field_validator
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.fields import Contract
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import Contract, CountsByHour, HasLedger, Mode, Sink
+from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import ValueRefused
 from sinks.clickhouse.ledger import ClickHouseLedger
-from sinks.clickhouse.table import COLUMNS, Problem, Shape, create, find_problem, is_empty, look, qualified
+from sinks.clickhouse.table import Problem, Shape, columns, create, find_problem, is_empty, look, qualified
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
@@ -132,8 +133,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
     settings_class: ClassVar = ClickHouseSettings
     concurrency = 1  # concurrent inserts into one table gain nothing, and in order the latest view is the last
 
-    def __init__(self, settings: ClickHouseSettings, contract: Contract = None) -> None:
+    def __init__(self, settings: ClickHouseSettings, contract: Contract) -> None:
         super().__init__(settings, contract)
+        self._contract = contract
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
         address = parse_url(settings.clickhouse_url.get_secret_value())
@@ -146,7 +148,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         """The table as it was when it last passed."""
 
     async def create(self) -> list[str]:
-        return await create(self._client, self._database)
+        return await create(self._client, self._database, self._contract)
 
     async def check(self) -> list[Finding]:
         """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
@@ -184,7 +186,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         return dict(await self._client.query(sql, {"start": start_us, "end": end_us}))
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
-        return ClickHouseLedger(self._client, self._table, with_content=with_content)
+        return ClickHouseLedger(self._client, self._table, self._contract, with_content=with_content)
 
     async def close(self) -> None:
         await self._client.close()
@@ -201,7 +203,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         shape = await look(self._client, self._database)
         if shape is not None and shape == self._shape:
             return None
-        problem = find_problem(shape, self._database)
+        problem = find_problem(shape, self._database, self._contract)
         self._shape = shape if problem is None else None
         return problem
 
@@ -238,7 +240,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         token = hashlib.sha256(body)  # not of the positions, which can't tell two views of an event apart
         token.update(self._run)
         settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
-        return await self._client.insert(self._table, list(COLUMNS), body, settings)
+        return await self._client.insert(self._table, list(columns(self._contract)), body, settings)
 
 
 def rows(events: Sequence[Event]) -> bytes:

@@ -1,4 +1,4 @@
-"""The table in ClickHouse: made from `sql/clickhouse.sql`, and compared with what an insert needs.
+"""The table in ClickHouse: `table.sql` with the contract's columns in it, and what an insert needs of a table.
 
 `sink.py` writes to it. The functions raise what a `Client` raises.
 """
@@ -6,32 +6,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from importlib.resources import files
+from string import Template
 from typing import NamedTuple
 
+from replicator.contracts.errors import command
+from replicator.contracts.fields import Contract, Role
 from sinks.clickhouse.client import Client
 
 TABLE = "events_enriched"
-
-COLUMNS = {
-    "event_id": "Int64",
-    "content_id": "Int64",
-    "user_id": "Int64",
-    "event_type": "LowCardinality(String)",
-    "event_ts": "DateTime64(6, 'UTC')",
-    "duration_ms": "Nullable(Int64)",
-    "device": "LowCardinality(Nullable(String))",
-    "content_type": "LowCardinality(Nullable(String))",
-    "length_seconds": "Nullable(Int64)",
-    "engagement_seconds": "Nullable(Decimal(18, 3))",
-    "engagement_pct": "Nullable(Decimal(18, 2))",
-    "_lsn": "UInt64",
-}
-"""What an insert fills, as in the SQL file (a test compares the two). More columns are fine if they have defaults."""
-
-SORT_KEY = "event_ts, content_id, event_id"
-
-_SCHEMA_FILE = Path(__file__).parents[2] / "sql" / "clickhouse.sql"
 
 _DATABASE_SQL = "SELECT name FROM system.databases WHERE name = %(database)s"
 _TABLE_SQL = "SELECT name FROM system.tables WHERE database = %(database)s AND name = %(table)s"
@@ -42,9 +25,9 @@ _SHAPE_SQL = """
          WHERE database = %(database)s AND table = %(table)s) AS columns
     FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
 
-_BACKFILL = "which makes it and prints the `python backfill.py` command that brings what it should hold"
-INIT = f"Run `python -m replicator init`, {_BACKFILL}"
-_ALTER = f"ALTER it to match sql/clickhouse.sql, or rename it away and run `python -m replicator init`, {_BACKFILL}"
+_INIT = f"{command('init')}, which makes it and prints the backfill command that brings what it should hold"
+INIT = f"Run {_INIT}"
+_ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename it away and run {_INIT}"
 
 
 class Problem(NamedTuple):
@@ -68,14 +51,35 @@ def qualified(database: str) -> str:
     return f"`{database}`.{TABLE}"
 
 
-async def create(client: Client, database: str) -> list[str]:
-    """Make the database and the table, each only if it is missing: a plain user may not make databases.
+def columns(contract: Contract) -> dict[str, str]:
+    """Name and type of what an insert fills. A table may have more columns if they have defaults."""
+    return {field.name: field.type.clickhouse for field in contract.fields} | {"_lsn": "UInt64"}
 
-    Returns a line for each thing made.
+
+def sort_key(contract: Contract) -> str:
+    """The identity of an event, led by time."""
+    return ", ".join(contract.field(role).name for role in (Role.TIME, Role.KEY, Role.IDENTITY))
+
+
+def ddl(contract: Contract, database: str = "engagement") -> str:
+    """The statements that create the database and the table, each with a semicolon behind it."""
+    template = Template(files("sinks.clickhouse").joinpath("table.sql").read_text(encoding="utf-8"))
+    return template.substitute(
+        database=database,
+        table=TABLE,
+        columns="\n".join(f"    {name} {type_}," for name, type_ in columns(contract).items()),
+        time=contract.field(Role.TIME).name,
+        sort_key=sort_key(contract),
+    )
+
+
+async def create(client: Client, database: str, contract: Contract) -> list[str]:
+    """Create the database and the table, each only if it is missing: a plain user may not create databases.
+
+    Returns a line for each thing created.
     """
     names = {"database": database, "table": TABLE}
-    schema = _SCHEMA_FILE.read_text(encoding="utf-8").replace("`engagement`", f"`{database}`")
-    database_sql, table_sql, _ = schema.split(";")
+    database_sql, table_sql, _ = ddl(contract, database).split(";")
     made = []
     if not await client.query(_DATABASE_SQL, names):
         await client.command(database_sql)
@@ -99,25 +103,19 @@ async def is_empty(client: Client, database: str) -> bool:
     return await client.query(_ROWS_SQL, {"database": database, "table": TABLE}) == [[0]]
 
 
-def find_problem(shape: Shape | None, database: str) -> Problem | None:
+def find_problem(shape: Shape | None, database: str, contract: Contract) -> Problem | None:
     """What about the table would lose, change or multiply events; None when nothing."""
     if shape is None:
         return Problem(f"table {database}.{TABLE} does not exist", INIT)
-    types = shape.columns
-    wrong = [_wrong_type(name, types.get(name)) for name, type_ in COLUMNS.items() if types.get(name) != type_]
-    wrong += _wrong_engine(shape.engine, shape.definition, shape.sort_key)
+    found = shape.columns
+    wrong = [
+        f"column {name} as {found[name]} and not {type_}" if name in found else f"no column {name} {type_}"
+        for name, type_ in columns(contract).items()
+        if found.get(name) != type_
+    ]
+    # Replicated... and Shared... variants are as good.
+    if not shape.engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", shape.definition):
+        wrong.append(f"the engine {shape.engine} and not ReplacingMergeTree(_lsn)")
+    if shape.sort_key != sort_key(contract):
+        wrong.append(f"the sort key ({shape.sort_key}) and not ({sort_key(contract)})")
     return Problem(f"table {database}.{TABLE} has {', '.join(wrong)}", _ALTER) if wrong else None
-
-
-def _wrong_type(name: str, found: str | None) -> str:
-    return f"no column {name} {COLUMNS[name]}" if found is None else f"column {name} as {found} and not {COLUMNS[name]}"
-
-
-def _wrong_engine(engine: str, definition: str, sort_key: str) -> list[str]:
-    """Replicated... and Shared... variants are as good."""
-    wrong = []
-    if not engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", definition):
-        wrong.append(f"the engine {engine} and not ReplacingMergeTree(_lsn)")
-    if sort_key != SORT_KEY:
-        wrong.append(f"the sort key ({sort_key}) and not ({SORT_KEY})")
-    return wrong

@@ -27,7 +27,8 @@ from standardwebhooks import Webhook
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal
-from replicator.contracts.sink import Contract, Sink
+from replicator.contracts.fields import Contract
+from replicator.contracts.sink import Sink
 from sinks.http.errors import refusal, status_text
 from sinks.http.settings import HttpSettings
 
@@ -58,7 +59,7 @@ class HttpSink(Sink):
     def __init__(
         self,
         settings: HttpSettings,
-        contract: Contract = None,
+        contract: Contract | None = None,
         *,
         transport: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
-from replicator.contracts.sink import Contract, HasCounter, Mode, Rebuildable, Sink
+from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.client import SINK, RedisClient
 from sinks.redis.info import findings
 from sinks.redis.keys import BUCKET_SECONDS, PREFIXES, Call, pack, slide_call
@@ -49,7 +50,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
     def __init__(
-        self, settings: RedisSettings, contract: Contract = None, *, clock: Callable[[], float] = time.time
+        self, settings: RedisSettings, contract: Contract | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
         super().__init__(settings, contract)
         self.new_events: int = 0

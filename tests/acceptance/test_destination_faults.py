@@ -460,7 +460,11 @@ def test_a_clickhouse_column_became_narrower(  # noqa: PLR0917  fixtures
     begin(quick, source)
     stack.clickhouse.query(f"ALTER TABLE events_enriched MODIFY COLUMN {column} {narrow}")
     source.execute(f"{insert} {values}".encode())
-    stops(quick, f"has column {column} as {narrow} and not {wide}", "ALTER it to match sql/clickhouse.sql")
+    stops(
+        quick,
+        f"has column {column} as {narrow} and not {wide}",
+        "ALTER it to match what `python -m",
+    )
     stack.clickhouse.query(f"ALTER TABLE events_enriched MODIFY COLUMN {column} {wide}")
     quick.start()
     quick.wait_until_caught_up()

@@ -12,6 +12,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrichment import EVENT
 from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
@@ -93,7 +94,7 @@ class TestSettings:
 
     def test_have_defaults(self) -> None:
         """That lead to the server of the compose file."""
-        sink = ClickHouseSink(load(ClickHouseSettings))
+        sink = ClickHouseSink(load(ClickHouseSettings), EVENT)
         assert (sink.name, sink.concurrency, sink.max_events, sink.linger_seconds) == ("clickhouse", 1, 20_000, 0.8)
 
     def test_ca_file_must_exist(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

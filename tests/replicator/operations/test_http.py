@@ -15,7 +15,7 @@ import pytest
 from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
 from devstack.process import free_port
-from enrichment import EngagementEnricher, EnrichmentSettings
+from enrichment import EVENT, EngagementEnricher, EnrichmentSettings
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
@@ -64,7 +64,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
         }
     )
     enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({}))
-    sinks = create_sinks(settings.sinks)
+    sinks = create_sinks(settings.sinks, EVENT)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     pipeline = Pipeline(settings, Source(dsn, settings.slot, enricher.tables), enricher, sinks, store)
     monitor = Monitor(pipeline, dsn, settings.slot)
