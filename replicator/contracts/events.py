@@ -20,8 +20,7 @@ Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset behind the text form `16/B374D848`."""
 
 Value: TypeAlias = int | Decimal | str | bool | None
-"""What wal2json gives for a column. Numbers are exact at any size (fractions as Decimal); timestamps and jsonb
-are text."""
+"""A column as wal2json gives it: numbers exact at any size (fractions as Decimal), timestamps and jsonb as text."""
 
 
 _fits_lsn = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})").fullmatch
@@ -82,7 +81,7 @@ class Column(msgspec.Struct, gc=False):
 
 # Not frozen, not keyword-only: one a row on the hot path, filled in by the decoder in two steps.
 class Row(msgspec.Struct, gc=False):
-    """One change as wal2json (format-version 2) tells it, with its position."""
+    """One change as wal2json (format-version 2) sends it, with its position."""
 
     action: str
     """`I` insert, `U` update, `D` delete, `T` truncate."""
@@ -198,7 +197,7 @@ class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):
     """How far one sink is."""
 
     position: Position
-    """Last row written: a restart inside a huge transaction goes on behind it."""
+    """Last row written: a restart inside a huge transaction continues behind it."""
     end_lsn: Lsn
     """End of the last transaction of which the sink has every event."""
 
@@ -214,8 +213,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Every sink has all events up to here; always a transaction's end, or a keepalive's position between two."""
     sinks: dict[str, SinkPosition]
     committed_at: float = 0.0
-    """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to a
-    stretch of the stream ahead of `end_lsn`. 0.0 before the first one."""
+    """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to one
+    chunk of the stream ahead of `end_lsn`. 0.0 before the first one."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
 

@@ -132,8 +132,6 @@ class Backfill:
         self._settle()
         await asyncio.sleep(0)  # the lanes' turn
 
-    # -- how far it is -------------------------------------------------------------------------------------------
-
     def _settle(self) -> None:
         """Move over the pages that every lane has written."""
         reached = min(lane.mark.position for lane in self.fan_out.lanes)

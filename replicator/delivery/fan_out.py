@@ -53,8 +53,6 @@ class FanOut:
         """The lane that is furthest behind."""
         return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
-    # -- from start to stop --------------------------------------------------------------------------------------
-
     def open(self, sinks: Sequence[Sink], starts: Mapping[str, SinkPosition]) -> None:
         """Begin a lane a sink, each where its sink is."""
         self.lanes = [Lane(sink, starts[sink.name], self._shared) for sink in sinks]
@@ -90,8 +88,6 @@ class FanOut:
         if self._writers:
             await asyncio.wait(self._writers, timeout=self._drain_timeout_seconds)
             await _cancel(self._writers)
-
-    # -- batches in, progress out --------------------------------------------------------------------------------
 
     def put(self, events: list[Event], mark: Mark) -> None:
         """Give the events to every lane."""

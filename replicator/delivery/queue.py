@@ -1,7 +1,4 @@
-"""What waits for one sink, and what its next write takes: order, size in events and bytes, and the mark it reaches.
-
-`lane.py` decides when to write. A lane holds whole batches; the same list of events is in every lane's queue.
-"""
+"""What waits for one sink, and what its next write takes. `lane.py` decides when to write."""
 
 from __future__ import annotations
 
@@ -115,14 +112,12 @@ class Queue:
                 break
             write.mark = entry.mark
             write.finished.append(entry.batch)
-            self._drop_first()
+            self._entries.popleft()
+            self.bytes -= entry.batch.size
+            self._head = 0
         self._taken = write.mark
         self.events -= len(write.events)
         return write
-
-    def _drop_first(self) -> None:
-        self.bytes -= self._entries.popleft().batch.size
-        self._head = 0
 
 
 def weigh(events: Sequence[Event]) -> int:

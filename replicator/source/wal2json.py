@@ -1,7 +1,7 @@
-"""wal2json format-version 2: payload bytes → rows with positions, and transaction ends. Pure; `source.py` feeds it.
+"""wal2json format-version 2: messages → rows with positions, and transaction ends. Pure; `stream.py` feeds it.
 
-A transaction comes as `B`, its rows, `C`. `B` already carries the commit record's LSN, so a row's position is known
-when the row arrives and rows can go to the sinks before their transaction's end was read: what is sent is committed.
+A transaction comes as `B`, its rows, `C`. `B` already has the commit's LSN, so a row's position is known when it
+arrives, and rows go to the sinks before the end of their transaction is read. wal2json sends committed rows only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROWS = frozenset((_INSERT, _UPDATE, _DELETE, _TRUNCATE))
 
 
 class _MalformedError(ValueError):
-    """What is wrong, in words of ours."""
+    """The message says what is wrong, and quotes no values."""
 
 
 _UNREADABLE = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
@@ -46,7 +46,7 @@ class _Marker(msgspec.Struct, gc=False):
 
 
 class _Message(msgspec.Struct, gc=False):
-    """`M`: what it says is somebody else's, and need not even be UTF-8."""
+    """`M`, from pg_logical_emit_message: another program's; its content need not be UTF-8."""
 
     transactional: bool
     prefix: msgspec.Raw
@@ -59,8 +59,6 @@ class DecodedChunk(NamedTuple):
     rows: list[Row]
     mark: Mark
     """How far the stream was read with them."""
-    size: int
-    """Bytes of the row messages."""
 
 
 _decode_marker = msgspec.json.Decoder(_Marker).decode
@@ -76,12 +74,12 @@ class StreamDecoder:
         self.size = 0
         self.in_transaction = False
         self._begin: bytes | None = None  # decoded only when a row follows: most transactions have none of ours
-        self._commit: bytes | None = None  # decoded only when it is the last one of a stretch
-        self._rows_commit_lsn: Lsn | None = None  # where that one has to be, by its `B`; None: it had no rows
+        self._commit: bytes | None = None  # decoded only when it is the last one of a chunk
+        self._rows_commit_lsn: Lsn | None = None  # what its `B` said; None: it had no rows
         self._commit_lsn: Lsn = 0
         self._ordinal = 0
         self._end_lsn: Lsn = 0
-        self._timestamp = ""  # of the newest transaction, parsed once a stretch
+        self._timestamp = ""  # of the newest transaction, parsed once a chunk
 
     def feed(self, payload: memoryview | bytes) -> None:
         """Take one message. Raises DecodeError; the stream can't be followed any further then."""
@@ -101,17 +99,17 @@ class StreamDecoder:
             self._commit = bytes(payload)
             self._rows_commit_lsn = self._commit_lsn if self._begin is None else None
             self.in_transaction = False
-        elif action == _MESSAGE:  # of somebody else's: it moves the position like any WAL
+        elif action == _MESSAGE:  # moves the position, like any WAL
             _decode_message(payload)  # a damaged row must not pass for one
         else:
-            raise _MalformedError(f"action {chr(action)!r} where it can't be")
+            raise _MalformedError(f"action {chr(action)!r} in the wrong place")
 
     def _feed_row(self, payload: memoryview | bytes) -> None:
         if self._begin is not None:
             self._open(_decode_marker(self._begin))
         row = decode_row(payload)
         if row.action != chr(payload[ACTION_AT]):
-            raise _MalformedError("the action stands somewhere else")
+            raise _MalformedError("the action is in the wrong place")
         self._ordinal += 1
         row.commit_lsn = self._commit_lsn
         row.ordinal = self._ordinal
@@ -128,20 +126,20 @@ class StreamDecoder:
         self._begin = None
 
     def keepalive(self, wal_end: Lsn) -> None:
-        """The server has sent everything up to `wal_end`: between two transactions that is a place to stand."""
+        """The server has sent everything up to `wal_end`: between two transactions that is an end, too."""
         if not self.in_transaction:
             self._settle()
             self._end_lsn = max(self._end_lsn, wal_end)
 
     def take(self) -> DecodedChunk:
-        """What was read since the last call; an open transaction goes on in the next stretch."""
+        """What was read since the last call; an open transaction continues in the next chunk."""
         self._settle()
         try:
             committed_at = _seconds(self._timestamp) if self._timestamp else 0.0
         except ValueError as exc:
             raise self._error(exc) from None
         mark = Mark(Position(self._commit_lsn, self._ordinal), self._end_lsn, committed_at)
-        chunk = DecodedChunk(self.rows, mark, self.size)
+        chunk = DecodedChunk(self.rows, mark)
         self.rows, self.size = [], 0
         return chunk
 
@@ -157,7 +155,7 @@ class StreamDecoder:
         self._commit = None
 
     def _end_of(self, commit: _Marker) -> Lsn:
-        """Where its transaction ends: never before what was told already."""
+        """Where its transaction ends: never before an earlier position."""
         commit_lsn, end_lsn = parse_lsn(commit.lsn), parse_lsn(commit.nextlsn)
         if self._rows_commit_lsn not in (None, commit_lsn):
             raise _MalformedError(f"the rows' transaction does not end with the commit at {format_lsn(commit_lsn)}")
@@ -167,8 +165,8 @@ class StreamDecoder:
 
     def _error(self, exc: Exception) -> DecodeError:
         # msgspec names types and paths, never values; what int() and fromisoformat() say quotes their input
-        told = str(exc) if isinstance(exc, (msgspec.MsgspecError, _MalformedError)) else type(exc).__name__
-        return DecodeError(lsn=format_lsn(self._commit_lsn), problem=told)
+        problem = str(exc) if isinstance(exc, (msgspec.MsgspecError, _MalformedError)) else type(exc).__name__
+        return DecodeError(lsn=format_lsn(self._commit_lsn), problem=problem)
 
 
 def _seconds(timestamp: str) -> float:

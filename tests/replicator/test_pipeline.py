@@ -74,7 +74,7 @@ class World:
     def commit(self, commit_lsn: Lsn) -> None:
         """A transaction with one row."""
         row = Row("I", "public", "t", commit_lsn=commit_lsn, ordinal=1)
-        self.chunks.put_nowait(DecodedChunk([row], Mark(Position(commit_lsn, 1), commit_lsn + 1), 1))
+        self.chunks.put_nowait(DecodedChunk([row], Mark(Position(commit_lsn, 1), commit_lsn + 1)))
 
     def told(self, what: str) -> list[object]:
         """Everything of one kind that has happened."""
