@@ -108,7 +108,8 @@ class Queue:
             self._head += len(piece)
             if self._head < len(entry.events):
                 if piece:
-                    write.mark = write.mark._replace(position=Position(piece[-1].commit_lsn, piece[-1].ordinal))
+                    last = Position(piece[-1].commit_lsn, piece[-1].ordinal)
+                    write.mark = Mark(last, write.mark.end_lsn, write.mark.committed_at)
                 break
             write.mark = entry.mark
             write.finished.append(entry.batch)
