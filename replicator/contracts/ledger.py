@@ -119,8 +119,5 @@ class EventCounter(Protocol):
     async def counts(self, keys: Sequence[int]) -> list[int]:
         """The count of each key, 0 for a key that is not there."""
 
-    def keys(self) -> AsyncIterator[Sequence[int]]:
-        """All keys that have a count, in chunks, in any order; a key may come twice."""
-
     async def unseen(self, ids: Sequence[int]) -> list[int]:
         """Those of these events that were not counted yet."""

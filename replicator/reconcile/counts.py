@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import bisect
 from collections.abc import AsyncIterator, Sequence
 
 from replicator.contracts.ledger import EventCounter, SourceLedger
@@ -41,35 +40,19 @@ async def _stretches(source: SourceLedger, start_us: int, end_us: int) -> list[t
 async def wrong_counts(
     source: SourceLedger, counter: EventCounter, slot: SlotWaiter
 ) -> AsyncIterator[list[WrongCount]]:
-    """Counts that don't agree with the source, over all times, in chunks."""
+    """Counts of the source's keys that don't agree with it, over all times, in chunks."""
     keys = array.array("q")
-    async for key in _candidate_keys(source, counter):
-        keys.append(key)
+    async for chunk in source.counts():
+        found = await counter.counts([key for key, _ in chunk])
+        keys.extend(key for (key, events), count in zip(chunk, found, strict=True) if events != count)
     for at in range(0, len(keys), CHUNK):
         yield await recheck(source, counter, slot, keys[at : at + CHUNK])
-
-
-async def _candidate_keys(source: SourceLedger, counter: EventCounter) -> AsyncIterator[int]:
-    """Keys whose count is not the source's at this moment, those that only one side has included."""
-    known = array.array("q")
-    async for chunk in source.counts():
-        keys = [key for key, _ in chunk]
-        known.extend(keys)
-        for (key, events), count in zip(chunk, await counter.counts(keys), strict=True):
-            if events != count:
-                yield key
-    async for some in counter.keys():
-        for key in some:
-            at = bisect.bisect_left(known, key)
-            if at == len(known) or known[at] != key:
-                yield key
 
 
 async def recheck(
     source: SourceLedger, counter: EventCounter, slot: SlotWaiter, keys: Sequence[int]
 ) -> list[WrongCount]:
     """Counts below what the source had before the slot passed, or above what it has afterwards."""
-    keys = sorted(set(keys))
     least = await source.counts_of(keys)
     await slot.wait(await source.lsn())
     found = await counter.counts(keys)

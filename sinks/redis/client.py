@@ -104,16 +104,6 @@ class RedisClient:
         async with self._translated():
             return cast("list[bytes | None]", await self._redis.mget(keys)) if keys else []
 
-    async def scan(self, pattern: str) -> AsyncIterator[list[str]]:
-        """The keys that match, in pages. One that comes or goes meanwhile may be missing, and one may come twice."""
-        cursor = 0
-        while True:
-            async with self._translated():
-                cursor, keys = await self._redis.scan(cursor, match=pattern, count=5_000)
-            yield [str(key, "utf-8", "replace") for key in cast("list[bytes]", keys)]
-            if not cursor:
-                return
-
     async def close(self) -> None:
         """Release the connections; safe to call twice."""
         await self._redis.aclose()

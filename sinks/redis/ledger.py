@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from replicator.contracts.errors import SinkUnusable
 from sinks.redis.client import SINK, RedisClient
@@ -11,8 +10,6 @@ from sinks.redis.errors import FOREIGN_CURE
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, PAGE_BITS, SEEN_PREFIX
 
 PAGES = 64  # half a megabyte an answer
-
-_is_integer = re.compile(r"0|-?[1-9][0-9]{0,18}").fullmatch
 
 
 class RedisLedger:
@@ -28,12 +25,6 @@ class RedisLedger:
         except ValueError:
             detail = "a key of content:count:* is not a number"
             raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
-
-    async def keys(self) -> AsyncIterator[Sequence[int]]:
-        """Leaves out keys that no content can have: another program's."""
-        async for page in self._redis.scan(COUNT_PREFIX + "*"):
-            names = filter(_is_integer, (key.removeprefix(COUNT_PREFIX) for key in page))
-            yield [key for key in map(int, names) if -(2**63) <= key < 2**63]
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
         pages = sorted({event_id >> PAGE_BITS for event_id in ids})

@@ -135,10 +135,6 @@ class Counted:
         """See `ledger.EventCounter`."""
         return [self.found.get(key, 0) for key in keys]
 
-    async def keys(self) -> AsyncIterator[Sequence[int]]:
-        """See `ledger.EventCounter`."""
-        yield list(self.found)
-
     async def unseen(self, ids: Sequence[int]) -> list[int]:
         """See `ledger.EventCounter`."""
         return [one for one in ids if one not in self.seen]

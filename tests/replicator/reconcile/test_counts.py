@@ -11,7 +11,7 @@ async def test_counts_may_be_anything_in_between() -> None:
     source = Place([event(number, key=number % 3) for number in range(30)])
     slot = Passing(lambda: source.rows.extend(event(number, key=1) for number in range(30, 33)))
     counted = Counted({0: 10, 1: 12, 2: 11, 7: 1})
-    wrong = await recheck(source, counted, slot, [0, 1, 2, 2, 7])
+    wrong = await recheck(source, counted, slot, [0, 1, 2, 7])
     assert ["2 has 11 instead of 10", "7 has 1 instead of 0"] == list(map(str, wrong))
     assert all(one.found > one.most for one in wrong)
     counted.found[1] = 14
@@ -23,12 +23,12 @@ async def test_counts_may_be_anything_in_between() -> None:
     assert ("1 has 12 instead of 13", False) == (str(one), one.found > one.most)
 
 
-async def test_every_key_of_either_side_is_looked_at() -> None:
-    """One that only the counter has, one that only the source has, one that differs."""
+async def test_every_key_of_the_source_is_looked_at() -> None:
+    """One that only the source has, and one that differs. One that the source no longer has is no difference."""
     source = Place([event(number, key=key) for number, key in enumerate((1, 1, 2, 3))])
     counted = Counted({1: 2, 2: 5, 9: 1})
     found = [str(one) async for wrong in wrong_counts(source, counted, Passing()) for one in wrong]
-    assert ["2 has 5 instead of 1", "3 has 0 instead of 1", "9 has 1 instead of 0"] == found
+    assert ["2 has 5 instead of 1", "3 has 0 instead of 1"] == found
 
 
 async def test_what_is_brought_meanwhile_is_counted() -> None:
