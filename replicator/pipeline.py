@@ -1,7 +1,7 @@
 """The loop from the slot to the sinks, and `commit`: the rule that keeps anything from being lost.
 
 `source/` reads and says where to begin, an `Enricher` makes events, `delivery/` brings them to the sinks. This module
-connects them, and it alone tells the checkpoint store and PostgreSQL how far everything is.
+connects them, and it alone saves checkpoints and confirms positions to PostgreSQL.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Pipeline:
         #    where the one that held it up was taken out.
         written = {lane.name: lane.done for lane in self.fan_out.lanes}
         end_lsn = min(self.source.received, *(done.end_lsn for done in written.values()))
-        # 2. Checkpoint: on disk before anybody is told. The store refuses to go backward.
+        # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
             known = max(self.checkpoint.committed_at, self.fan_out.committed_at)
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=known)
@@ -116,7 +116,7 @@ class Pipeline:
         await self.source.finish()
         if self.checkpoint is not None:
             confirmed = format_lsn(self.source.confirmed)
-            log.info("stopped; PostgreSQL was told that everything up to %s is written", confirmed)
+            log.info("stopped; everything up to %s is written and confirmed", confirmed)
 
     async def _commit_forever(self) -> None:
         trouble = Trouble()
@@ -156,7 +156,7 @@ class Pipeline:
         if taken.created_slot:
             log.warning("made slot %s; %s says how to bring older rows", self._settings.slot, command("init"))
         await self.source.start(end_lsn)
-        # The slot is ours from here on. Its former owner may have saved once more before that.
+        # From here on no other replicator reads the slot. The former reader may have saved once more before that.
         await self._open(end_lsn, await self._beginning.load() or taken.checkpoint)
         self.trouble.clear()
         log.info("reading slot %s from %s", self._settings.slot, format_lsn(end_lsn))
@@ -171,12 +171,12 @@ class Pipeline:
         self._created = True
 
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
-        """Open everything behind the source, or, after a reconnect, see that nobody else moved on meanwhile."""
+        """Open enricher and lanes; after a reconnect, check that no other replicator has moved the checkpoint."""
         if self.checkpoint is not None:
             known = (known for known in (self.checkpoint, *self._offers) if _same_place(stored, known))
-            if (ours := next(known, None)) is None:
+            if (mine := next(known, None)) is None:
                 self._give_up(format_lsn(stored.end_lsn))
-            self._saved(ours)
+            self._saved(mine)
             return
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")

@@ -59,7 +59,7 @@ def place(letter: DeadLetter) -> str:
 
 
 def _of_backfill(letter: DeadLetter) -> DeadLetter:
-    """The letter without the page's position: its event's id tells it from others.
+    """The letter without the page's position: it is identified by its event's id.
 
     So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer version.
     """

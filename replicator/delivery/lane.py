@@ -96,7 +96,7 @@ class RepeatBudget:
             self._written.append((position, events))
 
     def saved(self, position: Position) -> None:
-        """The checkpoint on disk says that the sink has everything up to this position."""
+        """The checkpoint on disk has this position of the sink."""
         while self._written and self._written[0][0] <= position:
             self._events -= self._written.popleft()[1]
 

@@ -1,4 +1,4 @@
-"""Connections for the slot and its stream, and the border where psycopg's errors become ours.
+"""Connections for the slot and its stream, and the border where psycopg's errors become SourceErrors.
 
 `enrichment` has connections of its own, for the tables.
 """
@@ -27,17 +27,17 @@ _CURES = {
     "55000": "Set wal_level = logical in postgresql.conf and restart PostgreSQL",  # object_not_in_prerequisite_state
     "58P01": "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",  # undefined_file
     "42501": "Give the role its rights: ALTER ROLE … REPLICATION (see sql/roles.sql)",  # insufficient_privilege
-    "53400": "Raise max_replication_slots and restart PostgreSQL, or drop a slot that nobody reads",
+    "53400": "Raise max_replication_slots and restart PostgreSQL, or drop a slot that is not in use",
     "0A000": "See PostgreSQL's log",  # feature_not_supported
 }
 
 
 async def connect(dsn: str, name: str, **parameters: str) -> psycopg.AsyncConnection:
-    """Connect as application `name`; what the DSN sets wins over our time-outs. Raises psycopg.Error."""
+    """Connect as application `name`; time-outs that the DSN sets win. Raises psycopg.Error."""
     defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
     given = conninfo.conninfo_to_dict(dsn)
-    ours = {key: value for key, value in defaults.items() if key not in given}
-    info = conninfo.make_conninfo(dsn, **ours, application_name=name, **parameters)
+    missing = {key: value for key, value in defaults.items() if key not in given}
+    info = conninfo.make_conninfo(dsn, **missing, application_name=name, **parameters)
     return await psycopg.AsyncConnection.connect(info, autocommit=True)
 
 

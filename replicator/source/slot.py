@@ -49,7 +49,7 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lag_bytes(self) -> int:
-        """WAL that nobody has confirmed yet."""
+        """WAL that is not confirmed yet."""
         return self.server_lsn - (self.confirmed_lsn or self.server_lsn)
 
     @property
@@ -159,7 +159,7 @@ def _misfit(state: SlotState) -> str:
     if state.plugin != PLUGIN or state.database != state.own_database:
         return f"it is for plugin {state.plugin} in database {state.database}, not for {PLUGIN} in this one"
     if state.two_phase:
-        return "it was made with two_phase = true and tells of transactions that are not committed yet"
+        return "it was made with two_phase = true and sends transactions before they are committed"
     return ""
 
 
@@ -174,12 +174,14 @@ def _elsewhere(identity: Identity, checkpoint: Checkpoint) -> str:
 
 def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
     end = format_lsn(checkpoint.end_lsn)
-    # Whoever reads the slot moves the checkpoint on, past where the server was when we looked.
+    # A running replicator moves the checkpoint, perhaps past where the server was at the look.
     if state.active_pid is None and state.server_lsn < checkpoint.end_lsn:
         return f"the server is at {format_lsn(state.server_lsn)}, behind the checkpoint's {end} (an older backup)"
     if state.confirmed_lsn is not None and state.confirmed_lsn > checkpoint.end_lsn:
         confirmed = format_lsn(state.confirmed_lsn)
-        return f"it was confirmed up to {confirmed}, past the checkpoint's {end} (made again, or read by somebody else)"
+        return (
+            f"it was confirmed up to {confirmed}, past the checkpoint's {end} (made again, or another program read it)"
+        )
     for name, sink in checkpoint.sinks.items():
         if sink.end_lsn < checkpoint.end_lsn:
             return f"sink {name} was left out after {format_lsn(sink.end_lsn)}, the others went on to {end}"

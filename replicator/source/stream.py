@@ -28,7 +28,7 @@ CHUNK_ROWS = 500
 CHUNK_BYTES = 1_000_000
 """The same bound for wide rows; one row may be larger."""
 CHUNK_MESSAGES = 5_000
-"""The same bound for transactions that touch no table of ours."""
+"""The same bound for transactions without rows in the slot's tables."""
 
 NAP_SECONDS = 0.0005
 """Pause when the socket is empty: fewer wake-ups on both sides (measured over TCP: 65,000 → 105,000 commits/s)."""
@@ -66,7 +66,7 @@ class Source:
 
     @property
     def confirmed(self) -> Lsn:
-        """What PostgreSQL was told last."""
+        """The flushed position that PostgreSQL was sent last."""
         return self._flushed
 
     @property
@@ -92,7 +92,7 @@ class Source:
             return await slots.identify(self._connection), await slots.inspect(self._connection, self._slot)
 
     async def was_read(self) -> bool:
-        """Whether somebody has read transactions from the slot. Raises SourceUnavailable, SourceUnusable."""
+        """Whether transactions were ever read from the slot. Raises SourceUnavailable, SourceUnusable."""
         async with answering(self._slot):
             return await slots.was_read(self._connected(), self._slot)
 

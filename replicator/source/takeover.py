@@ -1,6 +1,6 @@
 """Where to begin: the slot and the checkpoint, taken together. One answer for `run`, `init` and `check`.
 
-`slot.py` tells whether the two are continuous, `stream.py` connects, `pipeline.py` starts the stream.
+`slot.py` decides whether the two are continuous, `stream.py` connects, `pipeline.py` starts the stream.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Beginning:
     async def look(self) -> Found:
         """Connect and look; nothing is changed. Raises SourceError, CheckpointError."""
         identity, state = await self._source.connect()
-        stored = await self._load()  # in this order: whoever reads the slot moves the checkpoint first
+        stored = await self._load()  # after the slot: a running replicator moves the checkpoint first
         return Found(
             slot=self._slot,
             identity=identity,
@@ -124,7 +124,7 @@ class Beginning:
         return Takeover(first, created_slot=found.state is None, gap=lines)
 
     def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
-        """Where each configured sink goes on; one that has no position yet begins at the checkpoint."""
+        """Where each configured sink continues; one without a position begins at the checkpoint."""
         starts = dict(checkpoint.sinks)
         for name in (sink.name for sink in self._sinks if sink.name not in starts):
             starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)

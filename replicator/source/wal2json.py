@@ -73,7 +73,7 @@ class StreamDecoder:
         self.rows: list[Row] = []
         self.size = 0
         self.in_transaction = False
-        self._begin: bytes | None = None  # decoded only when a row follows: most transactions have none of ours
+        self._begin: bytes | None = None  # decoded only when a row follows: most transactions have none
         self._commit: bytes | None = None  # decoded only when it is the last one of a chunk
         self._rows_commit_lsn: Lsn | None = None  # what its `B` said; None: it had no rows
         self._commit_lsn: Lsn = 0

@@ -265,7 +265,7 @@ def test_the_slot_was_moved_on_by_somebody_else(
     caught_up_and_stopped(quick)
     insert_many(source, 1_000)
     source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [quick.slot])
-    refused(quick, "is not continuous with the checkpoint", "or read by somebody else", "init --accept-gap")
+    refused(quick, "is not continuous with the checkpoint", "or another program read it", "init --accept-gap")
     mend(quick)
     assert_mended(quick, source, database, destinations)
 
