@@ -6,6 +6,7 @@ entry point group `replicator.sinks`, name → "module:Class".
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +17,8 @@ from replicator.contracts.settings import Settings, load, variable
 from replicator.contracts.sink import Sink
 
 GROUP = "replicator.sinks"
+
+_log = logging.getLogger(__name__)
 
 BUILT_IN = {
     "clickhouse": "sinks.clickhouse.sink:ClickHouseSink",
@@ -31,23 +34,23 @@ def known_sinks() -> Mapping[str, EntryPoint]:
 
     Raises SettingsError if two packages use one name.
     """
-    found: dict[str, EntryPoint] = {name: EntryPoint(name, where, GROUP) for name, where in BUILT_IN.items()}
+    found = {name: EntryPoint(name, where, GROUP) for name, where in BUILT_IN.items()}
     for entry in entry_points(group=GROUP):
         first = found.setdefault(entry.name, entry)
         if first.value != entry.value:
-            problem = f"two installed sinks are called {entry.name!r}: {first.value} and {entry.value}"
-            raise SettingsError(name=variable("sinks"), problem=problem, expected="sinks with different names")
+            raise _unusable(f"two sinks are called {entry.name!r}: {first.value} and {entry.value}", "one of the two")
     return found
 
 
-def sink_names() -> str:
-    """The names of all sinks, for messages: "clickhouse, redis, http"."""
-    return ", ".join(known_sinks())
-
-
 def settings_classes() -> list[type[Settings]]:
-    """The settings of all sinks, configured or not."""
-    return [_sink_class(name).settings_class for name in known_sinks()]
+    """The settings of all sinks, configured or not. A sink that can't be loaded is named in the log and left out."""
+    found = []
+    for name in known_sinks():
+        try:
+            found.append(_sink_class(name).settings_class)
+        except SettingsError as exc:
+            _log.warning("%s", exc)
+    return found
 
 
 def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
@@ -57,8 +60,18 @@ def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
 
 
 def _sink_class(name: str) -> type[Sink]:
-    if name not in known_sinks():
-        expected = f"one or more of {sink_names()}, separated by commas"
-        raise SettingsError(name=variable("sinks"), problem=f"there is no sink {name!r}", expected=expected)
-    found: type[Sink] = known_sinks()[name].load()
+    entry = known_sinks().get(name)
+    if entry is None:
+        expected = f"one or more of {', '.join(known_sinks())}, separated by commas"
+        raise _unusable(f"there is no sink {name!r}", expected)
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as exc:
+        raise _unusable(f"sink {name!r} can't be loaded: {exc}", "sinks that are installed completely") from exc
+    if not (isinstance(found, type) and issubclass(found, Sink) and found.name == name):
+        raise _unusable(f"{entry.value} is not a Sink named {name!r}", "sinks that keep the contract")
     return found
+
+
+def _unusable(problem: str, expected: str) -> SettingsError:
+    return SettingsError(name=variable("sinks"), problem=problem, expected=expected)

@@ -1,26 +1,41 @@
-"""For tests of sinks, and of programs that have sinks: `MemorySink`, a sink that does what a test says."""
+"""For tests of sinks: `SinkConformance` is what every sink must do, `MemorySink` does what a test says."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from datetime import UTC, datetime
+from decimal import Decimal
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import msgspec
+import pytest
 
 from replicator.contracts.errors import SinkUnavailable
-from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
-from replicator.contracts.fields import Contract
+from replicator.contracts.events import Event, Finding, Position, Refusal, SinkPosition
+from replicator.contracts.fields import INT64_MAX, INT64_MIN, Contract, Role
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Mode, Sink
+
+WRITTEN = SinkPosition(position=Position(100, 1), end_lsn=101)
+SAMPLE_TIME = datetime(2026, 1, 8, 14, 21, 52, 123_456, tzinfo=UTC)
 
 Step: TypeAlias = Exception | asyncio.Event | Callable[[Sequence[Event]], Awaitable[Sequence[Refusal] | None]]
 """What one `write` does first: raise this, wait for that, or call this, whose refusals are then the write's."""
 
+decode: Callable[[bytes | str], dict[str, Any]] = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+"""An event's JSON, with numbers as exact as there."""
+
 
 class MemorySink(Sink):
-    """Keeps events in memory. A test says what goes wrong: `steps`, `refused`, `down`."""
+    """Keeps events in memory.
 
-    name = "memory"
-    max_events = 100
+    Each of the next writes takes one of `steps`. Events with ids in `refused` are never taken. While `down` is set,
+    `write` raises SinkUnavailable.
+    """
 
     def __init__(
         self,
@@ -34,20 +49,13 @@ class MemorySink(Sink):
         steps: Iterable[Step] = (),
         refused: Iterable[int] = (),
     ) -> None:
-        super().__init__(settings or Settings(), contract)
+        super().__init__(settings or Settings(), contract or Contract(()))
         self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
-        self.steps = list(steps)
-        """One for each of the next writes; without one a write takes its events."""
-        self.refused = frozenset(refused)
-        """Ids of events that it never takes."""
-        self.down = False
-        """Whether it is away: `open` and `write` raise SinkUnavailable, `check` names it."""
+        self.steps, self.refused, self.down = list(steps), frozenset(refused), False
         self.events: dict[int, Event] = {}
         """What it has, by id."""
         self.writes: list[list[int]] = []
         """The ids that each write took, in the order in which the writes ended."""
-        self.opened: list[tuple[SinkPosition | None, Mode]] = []
-        self.created = 0
         self.called = asyncio.Event()
         """Set when a write begins."""
         self._changed = asyncio.Condition()
@@ -62,29 +70,20 @@ class MemorySink(Sink):
         async with asyncio.timeout(10), self._changed:
             await self._changed.wait_for(lambda: len(self.writes) >= writes)
 
-    async def create(self) -> list[str]:
-        self.created += 1
-        return ["made room in memory"] if self.created == 1 else []
-
     async def check(self) -> list[Finding]:
-        if self.down:
-            return [Finding(False, "the memory is away", "Set `down` to False")]
-        return [Finding(True, "the memory takes events")]
-
-    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
-        self._reach()
-        self.opened.append((start, mode))
+        return [Finding(not self.down, "memory", "Set `down` to False" if self.down else "")]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         self.called.set()
-        self._reach()
+        if self.down:
+            raise SinkUnavailable(sink=self.name, detail="it is down")
         refusals = [Refusal(event, "no") for event in events if event.id in self.refused]
         if self.steps:
             refusals += await self._take(self.steps.pop(0), events)
         refused = {refusal.event.id for refusal in refusals}
-        taken = [event for event in events if event.id not in refused]
-        self.events |= {event.id: event for event in taken}
-        self.writes.append([event.id for event in taken])
+        taken = {event.id: event for event in events if event.id not in refused}
+        self.events |= taken
+        self.writes.append(list(taken))
         async with self._changed:
             self._changed.notify_all()
         return refusals
@@ -97,6 +96,158 @@ class MemorySink(Sink):
             return ()
         return await step(events) or ()
 
-    def _reach(self) -> None:
-        if self.down:
-            raise SinkUnavailable(sink=self.name, detail="the memory is away")
+
+def sample(contract: Contract, number: int, time: datetime | None = SAMPLE_TIME) -> Event:
+    """Event `number`, of its own key: text in Unicode and numbers of 64 bits; every other one has nulls.
+
+    Without a time, `event_ts` is infinity.
+    """
+    values: dict[str, Any] = {}
+    sources = {name for field in contract.fields if field.derived for name in field.derived.of}
+    for field in contract.fields:
+        if field.derived:
+            values[field.name] = field.derived.function(*(values[name] for name in field.derived.of))
+        elif field.role is Role.TIME:
+            values[field.name] = time.isoformat().replace("+00:00", "Z") if time else "infinity"
+        elif field.role:
+            values[field.name] = number
+        elif field.type.optional and number % 2:
+            values[field.name] = None
+        elif field.type.python is str:
+            values[field.name] = 'ü "two"\\\n\t日本 🎬'
+        else:
+            values[field.name] = 7_000 if field.name in sources else INT64_MIN + number % 2
+    ts_us = int(time.timestamp()) * 1_000_000 + time.microsecond if time else None
+    return Event(commit_lsn=100, ordinal=1, id=number, key=number, ts_us=ts_us, json=msgspec.json.encode(values))
+
+
+class Destination(ABC):
+    """Where a sink writes, as the suite sees it."""
+
+    keeps_repeats = False
+    """Whether an event that is written twice may be there twice, as at an HTTP API."""
+
+    def __init__(self, contract: Contract) -> None:
+        numbers = [INT64_MIN, INT64_MAX, *range(1, 8)]
+        self.samples = [sample(contract, number) for number in numbers]
+        self.refused: Event | None = sample(contract, 100, None)
+        """An event that it can't hold, if there is one."""
+        self.contract = contract
+
+    @abstractmethod
+    def sink(self) -> Sink:
+        """A new sink that writes here, neither created nor open."""
+
+    @abstractmethod
+    def read(self) -> Iterable[dict[str, Any]]:
+        """All events that are there, in any order, each as often as it is there. Fractions are exact (Decimal)."""
+
+    @abstractmethod
+    def outage(self) -> AbstractContextManager[None]:
+        """Makes it unreachable until the end."""
+
+    @asynccontextmanager
+    async def opened(self, mode: Mode = Mode.LIVE, start: SinkPosition | None = None) -> AsyncIterator[Sink]:
+        """A sink as a lane has it."""
+        sink = self.sink()
+        try:
+            await sink.create()
+            await sink.open(start, mode)
+            yield sink
+        finally:
+            await sink.close()
+
+    def assert_holds(self, events: Sequence[Event]) -> None:
+        """These events and no others are there, in every field."""
+        identity = self.contract.field(Role.IDENTITY).name
+        there = sorted(self.read(), key=lambda event: int(event[identity]))
+        if self.keeps_repeats:
+            there = [event for event, _ in groupby(there)]
+        assert there == [decode(event.json) for event in sorted(events, key=lambda event: event.id)]
+
+
+@pytest.mark.asyncio
+class SinkConformance:
+    """What every sink must do. A subclass `Test…` has a fixture `destination`, which is empty for each test."""
+
+    @pytest.mark.parametrize("count", [0, 1, None], ids=["none", "one", "max_events"])
+    async def test_what_is_written_is_there_exactly(self, destination: Destination, count: int | None) -> None:
+        """Text, nulls and numbers, in the largest batch too."""
+        async with destination.opened() as sink:
+            more = [sample(destination.contract, number) for number in range(8, sink.max_events)]
+            events = [*destination.samples, *more][: sink.max_events if count is None else count]
+            assert not await sink.write(events)
+        destination.assert_holds(events)
+
+    async def test_events_that_come_again_change_nothing(self, destination: Destination) -> None:
+        """The same batch, overlapping ones, another cut; and from other sinks: after a restart, and of a backfill."""
+        events = destination.samples
+        async with destination.opened() as sink:
+            for batch in (events[:6], events[:6], events[3:], *([event] for event in events)):
+                assert not await sink.write(batch)
+        for mode in Mode:
+            async with destination.opened(mode, WRITTEN) as sink:
+                assert not await sink.write(events)
+        destination.assert_holds(events)
+
+    async def test_a_backfill_writes_the_same(self, destination: Destination) -> None:
+        """Beside the replicator or without it."""
+        async with destination.opened(Mode.BACKFILL) as sink:
+            assert not await sink.write(destination.samples)
+        destination.assert_holds(destination.samples)
+
+    async def test_what_it_can_not_hold_is_refused_alone(self, destination: Destination) -> None:
+        """The other events of the batch are written. The same write again refuses the same event."""
+        events, refused = destination.samples, destination.refused
+        if refused is None:
+            pytest.skip("this destination holds everything")
+        async with destination.opened() as sink:
+            for _ in range(2):
+                refusals = await sink.write([*events[:5], refused, *events[5:]])
+                assert [refusal.event for refusal in refusals] == [refused]
+        destination.assert_holds(events)
+
+    @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
+    async def test_a_write_may_be_cancelled_anywhere(self, destination: Destination, turns: int) -> None:
+        """The same events are then written again."""
+        async with destination.opened() as sink:
+            write = asyncio.ensure_future(sink.write(destination.samples))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            write.cancel()
+            await asyncio.wait([write])
+            assert not await sink.write(destination.samples)
+        destination.assert_holds(destination.samples)
+
+    async def test_an_outage_is_unavailable_and_ends(self, destination: Destination) -> None:
+        """The lane keeps the sink and tries the same events again. `check` names the outage and a cure."""
+        events = destination.samples
+        async with destination.opened() as sink:
+            assert not await sink.write(events[:3])
+            with destination.outage():
+                for _ in range(2):
+                    with pytest.raises(SinkUnavailable):
+                        await sink.write(events)
+                assert any(not finding.ok and finding.cure for finding in await sink.check())
+            await _write_when_up(sink, events)
+        destination.assert_holds(events)
+
+    async def test_open_close_create_and_check_leave_no_trace(self, destination: Destination) -> None:
+        """In any order, any number of times. A destination that is well has good findings only."""
+        sink = destination.sink()
+        await sink.close()
+        async with destination.opened() as sink:
+            await sink.open(WRITTEN)
+            assert await sink.create() == []
+            assert all(finding.ok for finding in await sink.check())
+            await sink.close()
+        destination.assert_holds([])
+
+
+async def _write_when_up(sink: Sink, events: Sequence[Event]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(SinkUnavailable):
+                await sink.write(events)
+                return
+            await asyncio.sleep(0.05)

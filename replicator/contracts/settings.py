@@ -146,7 +146,7 @@ class CoreSettings(Settings):
     sinks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         ("clickhouse", "redis", "http"),
         min_length=1,
-        description="one or more of clickhouse, redis, http, separated by commas",
+        description="one or more of clickhouse, redis, http, and sinks of installed packages, separated by commas",
     )
     checkpoint_url: SecretStr = Field(
         default_factory=lambda: SecretStr(f"sqlite:///{state_directory() / 'checkpoint.db'}"),

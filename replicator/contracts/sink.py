@@ -45,7 +45,7 @@ class Sink(ABC):
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
 
-    def __init__(self, settings: Settings, contract: Contract | None = None) -> None:
+    def __init__(self, settings: Settings, contract: Contract) -> None:
         self.settings = settings
         self.contract = contract
 

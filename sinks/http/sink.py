@@ -59,7 +59,7 @@ class HttpSink(Sink):
     def __init__(
         self,
         settings: HttpSettings,
-        contract: Contract | None = None,
+        contract: Contract,
         *,
         transport: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:

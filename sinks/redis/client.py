@@ -25,7 +25,7 @@ SINK = "redis"
 
 
 class _PackedInC:
-    """Mixed into redis-py's connections, which pack a command in Python: 2 µs of CPU an event more than hiredis."""
+    """Mixed into redis-py's connections, which pack a command in Python: 0.8 µs of CPU an event more than hiredis."""
 
     def pack_command(self, name: str, *args: EncodableT) -> list[bytes]:
         return [hiredis.pack_command((*name.split(), *args))]  # type: ignore[arg-type]  # its stub knows one argument

@@ -49,9 +49,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
     max_events = 2_000  # touching 900 contents: 7 ms of Redis, which serves nobody else meanwhile, and 3 ms of ours
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
-    def __init__(
-        self, settings: RedisSettings, contract: Contract | None = None, *, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, settings: RedisSettings, contract: Contract, *, clock: Callable[[], float] = time.time) -> None:
         super().__init__(settings, contract)
         self.new_events: int = 0
         self._settings = settings

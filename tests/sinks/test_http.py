@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from enrichment import EVENT
 from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
@@ -60,7 +61,7 @@ class Api:
 
     def sink(self, **settings: Any) -> HttpSink:
         """A sink that talks to it."""
-        return HttpSink(HttpSettings(**settings), transport=lambda: httpx.MockTransport(self._handle))
+        return HttpSink(HttpSettings(**settings), EVENT, transport=lambda: httpx.MockTransport(self._handle))
 
     async def _handle(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -464,7 +465,7 @@ class TestSettings:
         for name in ("BEARER_TOKEN", "WEBHOOK_SECRET", "CA_FILE"):
             monkeypatch.setenv(f"REPLICATOR_HTTP_{name}", "")
         settings = load(HttpSettings)
-        sink = HttpSink(settings)
+        sink = HttpSink(settings, EVENT)
         assert settings.http_url.get_secret_value() == "http://localhost:8000/events"
         assert (settings.http_bearer_token, settings.http_webhook_secret, settings.http_ca_file) == (None, None, None)
         assert (sink.name, sink.max_events, sink.linger_seconds, sink.concurrency) == ("http", 100, 0.0, 16)

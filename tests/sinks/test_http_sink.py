@@ -16,6 +16,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from devstack.api import Api
+from enrichment import EVENT
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
 from sinks.http.settings import HttpSettings
@@ -39,7 +40,7 @@ def events(first: int, last: int) -> list[Event]:
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[HttpSink]:
     """A sink for that URL."""
-    sink = HttpSink(HttpSettings(http_url=SecretStr(url), **settings))
+    sink = HttpSink(HttpSettings(http_url=SecretStr(url), **settings), EVENT)
     await sink.open()
     try:
         yield sink

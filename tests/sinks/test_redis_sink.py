@@ -18,6 +18,7 @@ import redis
 from pydantic import SecretStr
 
 from devstack import DevStack
+from enrichment import EVENT
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Position, SinkPosition
 from sinks.redis.settings import RedisSettings
@@ -92,7 +93,7 @@ def server(module_stack: DevStack) -> Iterator[Server]:
 def sink_at(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> RedisSink:
     """A sink that is not open yet."""
     settings = RedisSettings(redis_url=SecretStr(url), redis_timeout_seconds=timeout_seconds)
-    return RedisSink(settings, clock=clock) if clock else RedisSink(settings)
+    return RedisSink(settings, EVENT, clock=clock) if clock else RedisSink(settings, EVENT)
 
 
 @contextlib.asynccontextmanager

@@ -84,7 +84,11 @@ def test_an_env_file_that_can_not_be_read_is_named(empty_directory: Path) -> Non
         ("POSTGRES_DSN", "postgresql://app:hunter2@[half", "postgresql:// URL"),
         ("SLOT", "Engagement-Slot", "lower-case letters"),
         ("SLOT", "", "lower-case letters"),
-        ("SINKS", " , ", "it names none. It takes one or more of clickhouse, redis, http, separated by commas"),
+        (
+            "SINKS",
+            " , ",
+            "it names none. It takes one or more of clickhouse, redis, http, and sinks of",
+        ),
         ("CHECKPOINT_INTERVAL_SECONDS", "0", "0.01 to 60"),
         ("MEMORY_LIMIT_MB", "much", "megabytes"),
         ("FEEDBACK_INTERVAL_SECONDS", "61", "0.1 to 60"),

@@ -1,0 +1,186 @@
+"""Every sink keeps the contract of `Sink`: ours on real servers, and the fake that other tests stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from devstack import DevStack
+from devstack.process import Service
+from devstack.proxy import Proxy
+from enrichment import EVENT
+from replicator.contracts.events import Event
+from replicator.contracts.sink import Sink
+from sinks import create_sinks, known_sinks
+from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
+from sinks.http.settings import HttpSettings
+from sinks.http.sink import HttpSink
+from sinks.redis.settings import RedisSettings
+from sinks.redis.sink import RedisSink
+from sinks.testing import Destination, MemorySink, SinkConformance, decode
+from tests.support.destinations import Destinations
+from tests.support.plugin import install
+
+
+class Wired(Destination):
+    """One of the stack's servers, behind a proxy that can go away."""
+
+    def __init__(self, stack: DevStack, service: Service, proxy: Proxy) -> None:
+        super().__init__(EVENT)
+        self.destinations = Destinations(stack)
+        self._service = service
+        self._proxy = proxy
+
+    def url(self, url: str) -> SecretStr:
+        """The same, through the proxy."""
+        return SecretStr(url.replace(f":{self._service.port}/", f":{self._proxy.port}/"))
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Connections are closed, new ones too."""
+        self._proxy.behave("down")
+        yield
+        self._proxy.behave("whole")
+
+
+class TestClickHouse(SinkConformance):
+    """On the embedded engine behind HTTP."""
+
+    @pytest.fixture
+    def destination(self, stack: DevStack) -> Iterator[Destination]:
+        """Its table."""
+
+        class Table(Wired):
+            def sink(self) -> Sink:
+                given = {"clickhouse_url": self.url(stack.clickhouse.url), "clickhouse_max_events": 500}
+                return ClickHouseSink(ClickHouseSettings.model_validate(given), EVENT)
+
+            def read(self) -> Iterable[dict[str, Any]]:
+                return self.destinations.clickhouse()
+
+        stack.clickhouse.reset()
+        with Proxy(stack.clickhouse.port) as proxy:
+            yield Table(stack, stack.clickhouse, proxy)
+
+
+class TestRedis(SinkConformance):
+    """Each sample is the only one of its content, so Redis has all of it: as the last event, as often as it counted."""
+
+    @pytest.fixture
+    def destination(self, stack: DevStack, redis_url: str) -> Iterator[Destination]:
+        """Its keys."""
+
+        class Keys(Wired):
+            def sink(self) -> Sink:
+                return RedisSink(RedisSettings.model_validate({"redis_url": self.url(redis_url)}), EVENT)
+
+            def read(self) -> Iterable[dict[str, Any]]:
+                counts = self.destinations.counts()
+                return [event for content, event in self.destinations.last().items() for _ in range(counts[content])]
+
+        with Proxy(stack.redis.port) as proxy:
+            yield Keys(stack, stack.redis, proxy)
+
+
+class TestHttp(SinkConformance):
+    """What the API took, repeats included."""
+
+    @pytest.fixture
+    def destination(self, stack: DevStack) -> Iterator[Destination]:
+        """The API."""
+
+        class TheApi(Wired):
+            keeps_repeats = True
+
+            def sink(self) -> Sink:
+                return HttpSink(HttpSettings.model_validate({"http_url": self.url(stack.api.url)}), EVENT)
+
+            def read(self) -> Iterable[dict[str, Any]]:
+                return self.destinations.api()
+
+        stack.api.reset()
+        with Proxy(stack.api.port) as proxy:
+            yield TheApi(stack, stack.api, proxy)
+
+
+class File(Destination):
+    """The example's."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(EVENT)
+        self.refused = None
+        self._folder = folder
+
+    def sink(self) -> Sink:
+        """As a user's program has it: found by its name, its settings from the environment."""
+        return create_sinks(["lines"], EVENT)[0]
+
+    def read(self) -> Iterable[dict[str, Any]]:
+        """Its lines."""
+        file = self._folder / "events.jsonl"
+        return map(decode, file.read_bytes().splitlines()) if file.exists() else []
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """The folder is elsewhere."""
+        self._folder.rename(self._folder.with_suffix(".away"))
+        yield
+        self._folder.with_suffix(".away").rename(self._folder)
+
+
+class TestExample(SinkConformance):
+    """A sink that is not part of the package: `tests/sinks/example`."""
+
+    @pytest.fixture
+    def destination(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Destination]:
+        """A file in a folder of its own."""
+        install(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "lines").mkdir()
+        monkeypatch.setenv("REPLICATOR_LINES_PATH", str(tmp_path / "lines" / "events.jsonl"))
+        known_sinks.cache_clear()
+        yield File(tmp_path / "lines")
+        known_sinks.cache_clear()
+
+
+class Memory(Destination):
+    """What all its sinks have."""
+
+    def __init__(self) -> None:
+        super().__init__(EVENT)
+        self.events: dict[int, Event] = {}
+        self.sinks: list[MemorySink] = []
+
+    def sink(self) -> Sink:
+        """It shares the events of the others."""
+        sink = MemorySink(refused=[event.id] if (event := self.refused) else [])
+        sink.events = self.events
+        self.sinks.append(sink)
+        return sink
+
+    def read(self) -> Iterable[dict[str, Any]]:
+        """One of each."""
+        return [decode(event.json) for event in self.events.values()]
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Of all of them."""
+        for sink in self.sinks:
+            sink.down = True
+        yield
+        for sink in self.sinks:
+            sink.down = False
+
+
+class TestMemory(SinkConformance):
+    """The fake is a sink like any other."""
+
+    @pytest.fixture
+    def destination(self) -> Destination:
+        """Memory."""
+        return Memory()

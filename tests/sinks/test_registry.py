@@ -1,0 +1,78 @@
+"""Sinks are found by name: ours without any metadata, others through the entry points of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from enrichment import EVENT
+from replicator.contracts.errors import SettingsError
+from sinks import create_sinks, known_sinks, settings_classes
+from tests.support.plugin import install
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs the example, in this process."""
+    monkeypatch.syspath_prepend(tmp_path)
+    known_sinks.cache_clear()
+    yield lambda *arguments: install(tmp_path, *arguments)
+    known_sinks.cache_clear()
+
+
+@pytest.mark.usefixtures("installed")
+def test_ours_need_no_metadata() -> None:
+    """A checkout has none."""
+    assert ["clickhouse", "redis", "http"] == list(known_sinks())
+
+
+def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, with its settings from the environment; the same code as ours makes it."""
+    installed()
+    monkeypatch.setenv("REPLICATOR_LINES_PATH", "/somewhere/events.jsonl")
+    [sink] = create_sinks(["lines", "lines"], EVENT)
+    assert ("lines", EVENT) == (sink.name, sink.contract)
+    assert {"lines_path": Path("/somewhere/events.jsonl")} == sink.settings.model_dump()
+    assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
+
+
+def test_an_unknown_name_lists_what_there_is(installed: Install) -> None:
+    """The installed ones, too."""
+    installed()
+    with pytest.raises(SettingsError, match=r"no sink 'kafka'. It takes one or more of .*, http, lines,"):
+        create_sinks(["redis", "kafka"], EVENT)
+
+
+def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
+    """Whichever were taken, somebody would be surprised; the same one twice is one."""
+    installed("ours", {"redis": "sinks.redis.sink:RedisSink"})
+    assert ["clickhouse", "redis", "http"] == list(known_sinks())
+    known_sinks.cache_clear()
+    installed("other", {"redis": "replicator_lines:LinesSink"})
+    with pytest.raises(SettingsError, match=r"two sinks are called 'redis': sinks\.redis.* and replicator_lines"):
+        known_sinks()
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("no_such_module:Sink", "can't be loaded: No module named 'no_such_module'"),
+        ("replicator_lines:Missing", "can't be loaded: .*Missing"),
+        ("replicator_lines:LinesSettings", "is not a Sink named 'broken'"),
+        ("replicator_lines:LinesSink", "is not a Sink named 'broken'"),
+    ],
+)
+def test_a_broken_sink_is_named_and_hinders_no_other(
+    installed: Install, value: str, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Configured it is an error; otherwise a warning, and the others work."""
+    installed("broken", {"broken": value})
+    with pytest.raises(SettingsError, match=problem):
+        create_sinks(["broken"], EVENT)
+    assert "RedisSettings" in [settings.__name__ for settings in settings_classes()]
+    assert "broken" in caplog.text
+    assert ["redis"] == [sink.name for sink in create_sinks(["redis"], EVENT)]
