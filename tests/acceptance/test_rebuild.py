@@ -36,10 +36,10 @@ VALUES (3, 1, 'sentinel', '9999-12-31 23:59:59.999999+00'), (3, 1, 'sentinel', '
 
 
 def read_by(out: str) -> int:
-    """How many events it says that it has read."""
-    told = re.search(r"^read +(\d+) events", out, re.MULTILINE)
-    assert told
-    return int(told[1])
+    """How many events it has read, according to its output."""
+    found = re.search(r"^read +(\d+) events", out, re.MULTILINE)
+    assert found
+    return int(found[1])
 
 
 def assert_rebuilt(program: Program, source: psycopg.Connection, database: str, destinations: Destinations) -> None:
@@ -62,7 +62,7 @@ def test_after_a_flush_under_traffic(
     destinations: Destinations,
     chance: random.Random,
 ) -> None:
-    """Every key is what it would have been."""
+    """Every key is as if nothing had happened."""
     quick.start()
     source.execute(OLD, {"rows": 30_000})
     source.execute(LAST_MOMENT)
@@ -149,7 +149,7 @@ def test_interrupted_and_resumed(
 
 
 def test_emptied_while_it_is_filled(quick: Program, source: psycopg.Connection, destinations: Destinations) -> None:
-    """That is said, and is a failure."""
+    """It fails, and says why."""
     succeed(quick.run("init"))
     source.execute(OLD, {"rows": 20_000})
     with spawn(quick, "--rate", "5000") as running:
@@ -168,7 +168,7 @@ def test_emptied_while_it_is_filled(quick: Program, source: psycopg.Connection, 
 def test_from_empty_asks(
     program: Program, source: psycopg.Connection, destinations: Destinations, answer: str, counts: dict[int, int]
 ) -> None:
-    """On a terminal; whatever is no yes leaves everything as it is."""
+    """On a terminal; any answer but yes changes nothing."""
     succeed(program.run("init"))
     source.execute(OLD, {"rows": 3})
     destinations.redis.set("content:count:1", 5)
@@ -185,7 +185,7 @@ def test_from_empty_asks(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "code", "told"),
+    ("arguments", "variables", "code", "message"),
     [
         ((), {"postgres_dsn": "postgresql://app:planted@127.0.0.1:1/engagement"}, 1, "Reading from PostgreSQL failed"),
         (
@@ -207,20 +207,20 @@ def test_what_can_not_be_is_one_line(  # noqa: PLR0917  fixtures
     arguments: tuple[str, ...],
     variables: dict[str, str],
     code: int,
-    told: str,
+    message: str,
 ) -> None:
-    """And nothing is deleted or written."""
+    """Nothing is deleted or written either."""
     destinations.redis.set("content:count:1", 5)
     result = program.run("rebuild-redis", *arguments, **variables)
     assert_clean(result.stdout + result.stderr)
     assert (code, "", 1) == (result.code, result.stdout, result.stderr.count("\n"))
-    assert told in result.stderr
+    assert message in result.stderr
     assert {1: 5} == destinations.counts()
     assert not (tmp_path / "checkpoint.db").exists()
 
 
 @pytest.mark.parametrize(
-    ("statement", "variables", "told"),
+    ("statement", "variables", "message"),
     [
         ("DROP TABLE engagement_events", {}, 'relation "public.engagement_events" does not exist'),
         ("REVOKE SELECT ON engagement_events FROM replicator", {}, "permission denied for table engagement_events"),
@@ -235,13 +235,13 @@ def test_what_can_not_be_made_again_is_not_deleted(  # noqa: PLR0917  fixtures
     destinations: Destinations,
     statement: str,
     variables: dict[str, str],
-    told: str,
+    message: str,
 ) -> None:
-    """`--from-empty` sees first that the rows can be read, and its progress be kept."""
+    """`--from-empty` first checks that the rows can be read and its progress can be saved."""
     insert_many(source, 3)
     source.execute(statement.encode())
     destinations.redis.set("content:count:1", 5)
     result = program.run("rebuild-redis", "--from-empty", "--yes", **variables)
     assert (1, "", 1) == (result.code, result.stdout, result.stderr.count("\n"))
-    assert told in result.stderr
+    assert message in result.stderr
     assert {1: 5} == destinations.counts()

@@ -90,11 +90,11 @@ def test_what_is_planted_is_found_and_repaired(  # noqa: PLR0917  fixtures
     stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id = 54321")
     stack.clickhouse.query(CHANGED.format(id=777, newer=0))
     stack.clickhouse.query(EXTRA.format(id=20_000_000))
-    told = differences(settings.run("reconcile", *HOUR))
+    output = differences(settings.run("reconcile", *HOUR))
     for line in ("missing 1: 54321", "different 1: 777", "extra 1: 20000000", "redis       not counted 0"):
-        assert line in told
-    assert SENDS in told
-    found = told.splitlines()[-1]
+        assert line in output
+    assert SENDS in output
+    found = output.splitlines()[-1]
     assert found.startswith("different, ")
     repaired = differences(settings.run("reconcile", *HOUR, "--repair"))
     assert "clickhouse  left after the repair 1: 20000000" in repaired
@@ -110,13 +110,13 @@ def test_what_is_planted_is_found_and_repaired(  # noqa: PLR0917  fixtures
 def test_much_is_missing(
     settings: Program, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
 ) -> None:
-    """More than is told, and more than is looked at together: an empty ClickHouse is filled."""
+    """More than the report names, and more than one chunk: an empty ClickHouse is filled."""
     source.execute(MANY, {"rows": 60_000, "step": "0"})
     source.execute(MANY, {"rows": 60_000, "step": "10 ms"})
     fill(settings, "--sinks redis")
-    told = differences(settings.run("reconcile", *HOUR))
-    assert "clickhouse  120000 events in PostgreSQL, 0 in clickhouse" in told
-    assert re.search(r"missing 120000: (\d+, ){19}\d+ and 119980 more\n", told)
+    output = differences(settings.run("reconcile", *HOUR))
+    assert "clickhouse  120000 events in PostgreSQL, 0 in clickhouse" in output
+    assert re.search(r"missing 120000: (\d+, ){19}\d+ and 119980 more\n", output)
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert "120000\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
@@ -160,9 +160,9 @@ def test_under_another_time_or_newer(
     )
     stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id = 5 AND event_ts < '2026-01-08 09:01:00'")
     stack.clickhouse.query(CHANGED.format(id=7, newer=10**15))
-    told = differences(settings.run("reconcile", *HOUR))
-    assert "missing 1: 5\n" in told
-    assert "extra 1: 5\n" in told
+    output = differences(settings.run("reconcile", *HOUR))
+    assert "missing 1: 5\n" in output
+    assert "extra 1: 5\n" in output
     assert "left after the repair 2: " in differences(settings.run("reconcile", *HOUR, "--repair"))
     succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
@@ -192,15 +192,15 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
     destinations.redis.set("content:count:-77", 3)
     for foreign in ("20260108120000123456789", "007", "x"):
         destinations.redis.set(f"content:count:{foreign}", 1)
-    told = succeed(settings.run("reconcile", *HOUR))
-    assert "redis       not counted 0\nredis       counts too low 0\n" in told
-    assert "counts too high 1: 2 has 23338 instead of 23333\n" in told
+    output = succeed(settings.run("reconcile", *HOUR))
+    assert "redis       not counted 0\nredis       counts too low 0\n" in output
+    assert "counts too high 1: 2 has 23338 instead of 23333\n" in output
     destinations.redis.incrby("content:count:2", -6)
-    told = differences(settings.run("reconcile", *HOUR))
-    assert "redis       counts too low 1: 2 has 23332 instead of 23333\n" in told
-    assert REBUILDS in told
-    assert CORRECTS in told
-    assert COUNTS not in told
+    output = differences(settings.run("reconcile", *HOUR))
+    assert "redis       counts too low 1: 2 has 23332 instead of 23333\n" in output
+    assert REBUILDS in output
+    assert CORRECTS in output
+    assert COUNTS not in output
     assert REBUILDS in differences(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
     destinations.redis.incr("content:count:2")
     destinations.redis.delete("content:count:-77", "content:count:20260108120000123456789")
@@ -208,19 +208,19 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
 
     destinations.redis.setbit("engagement:seen:1", 66_000 - 65_536, 0)
     destinations.redis.incrby("content:count:3", -1)
-    told = differences(settings.run("reconcile", *HOUR))
-    assert "redis       not counted 1: 66000\n" in told
-    assert "counts too low 1: 3 has 23332 instead of 23333\n" in told
-    assert COUNTS in told
-    assert CORRECTS not in told
+    output = differences(settings.run("reconcile", *HOUR))
+    assert "redis       not counted 1: 66000\n" in output
+    assert "counts too low 1: 3 has 23332 instead of 23333\n" in output
+    assert COUNTS in output
+    assert CORRECTS not in output
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert "equal, " in succeed(settings.run("reconcile", *HOUR, "--sinks", "redis"))
 
     destinations.redis.flushall()
-    told = differences(settings.run("reconcile", *HOUR))
-    assert "not counted 70000: 1, 2, " in told
-    assert COUNTS in told
-    assert REBUILDS in told
+    output = differences(settings.run("reconcile", *HOUR))
+    assert "not counted 70000: 1, 2, " in output
+    assert COUNTS in output
+    assert REBUILDS in output
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
     assert 70_000 == sum(destinations.counts().values())
 
@@ -228,29 +228,29 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
 def test_without_a_replicator_it_says_so(settings: Program, source: psycopg.Connection) -> None:
     """What is missing may still come."""
     insert_many(source, 10)
-    told = differences(settings.run("reconcile", *EVERYTHING))
-    assert "missing 10: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n" in told
-    assert "what differs may still be on its way: no replicator runs, slot" in told
+    output = differences(settings.run("reconcile", *EVERYTHING))
+    assert "missing 10: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n" in output
+    assert "what differs may still be on its way: no replicator runs, slot" in output
 
 
 def test_what_is_still_open_is_not_deleted(
     settings: Program, stack: DevStack, source: psycopg.Connection, database: str
 ) -> None:
-    """An extra event may be of a transaction that cannot be seen yet: it is told, and kept."""
+    """An extra event may be of a transaction that is not visible yet: it is reported and kept."""
     source.execute(MANY, {"rows": 10, "step": "1 s"})
     fill(settings)
     stack.clickhouse.query(EXTRA.format(id=99))
     with psycopg.connect(database) as late:
         insert_many(late, 1)
-        told = differences(settings.run("reconcile", *HOUR, "--repair", "--delete-extra", "--wait", "1"))
-        assert "may belong to a transaction that is still open" in told
+        output = differences(settings.run("reconcile", *HOUR, "--repair", "--delete-extra", "--wait", "1"))
+        assert "may belong to a transaction that is still open" in output
         assert "11\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
         late.rollback()
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair", "--delete-extra"))
 
 
 def test_many_wrong_counts(settings: Program, source: psycopg.Connection, destinations: Destinations) -> None:
-    """The first are told, the others counted."""
+    """The first are named, the others counted."""
     source.execute("INSERT INTO content SELECT n, 'video', 5 FROM generate_series(10, 12009) AS n")
     source.execute(
         "INSERT INTO engagement_events (content_id, user_id, event_type) SELECT content_id, 1, 'x' FROM content"
@@ -260,13 +260,13 @@ def test_many_wrong_counts(settings: Program, source: psycopg.Connection, destin
         for content in range(10, 12_010):
             pipeline.decr(f"content:count:{content}")
         pipeline.execute()
-    told = differences(settings.run("reconcile", *EVERYTHING))
-    assert "redis       counts too low 12000: 10 has 0 instead of 1, 11 has " in told
-    assert " and 11980 more\n" in told
+    output = differences(settings.run("reconcile", *EVERYTHING))
+    assert "redis       counts too low 12000: 10 has 0 instead of 1, 11 has " in output
+    assert " and 11980 more\n" in output
 
 
 def test_interrupted(settings: Program, database: str) -> None:
-    """SIGTERM while PostgreSQL does not answer: one line, and nobody waits."""
+    """SIGTERM while PostgreSQL does not answer: one line, and it does not wait."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with psycopg.connect(database) as holder, psycopg.connect(database, autocommit=True) as looking:
         holder.execute("LOCK TABLE engagement_events IN ACCESS EXCLUSIVE MODE")
@@ -310,12 +310,12 @@ def test_json(settings: Program, stack: DevStack, source: psycopg.Connection) ->
 
 
 def test_nothing_in_the_range(settings: Program) -> None:
-    """That is equal."""
+    """An empty range is equal."""
     assert "equal, " in succeed(settings.run("reconcile", "--start", "1999-01-01", "--end", "1999-01-02"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "prepare", "code", "told"),
+    ("arguments", "variables", "prepare", "code", "message"),
     [
         (("--start", "yesterday", *HOUR[2:]), {}, "", 2, "'yesterday' is not a time"),
         (HOUR[:2], {}, "", 2, "--end is unusable: it is missing"),
@@ -345,14 +345,14 @@ def test_what_can_not_be_is_one_line(  # noqa: PLR0917  fixtures
     variables: dict[str, str],
     prepare: str,
     code: int,
-    told: str,
+    message: str,
 ) -> None:
-    """And nothing is written."""
+    """Nothing is written either."""
     insert_many(source, 3)
     if prepare:
         source.execute(prepare)
     result = program.run("reconcile", *arguments, **variables)
     assert_clean(result.stdout + result.stderr)
     assert (code, 1) == (result.code, result.stderr.count("\n")), result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "checkpoint.db").exists()

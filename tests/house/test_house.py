@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
 MAX_FUNCTION_LINES = 45
+MAX_MEDIAN_LINES = 7
+MAX_P90_LINES = 16
 MAX_FILES = 9
 MAX_TOP_ENTRIES = 7
 MAX_COMMIT_LINES = 29
@@ -129,6 +132,13 @@ def test_no_long_function() -> None:
         if _lines(function) > MAX_FUNCTION_LINES
     ]
     assert not long
+
+
+def test_functions_are_short() -> None:
+    """Half of them fit into seven lines, nine of ten into sixteen."""
+    lengths = [_lines(function) for file in _sources() for function in _functions(_tree(file))]
+    assert statistics.median(lengths) <= MAX_MEDIAN_LINES
+    assert statistics.quantiles(lengths, n=10)[-1] <= MAX_P90_LINES
 
 
 def test_the_rule_is_short() -> None:
