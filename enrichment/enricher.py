@@ -27,7 +27,7 @@ from enrichment.codec import (
 from enrichment.content import Change, Contents, changes
 from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
-from replicator.contracts.errors import SourceUnusable
+from replicator.contracts.errors import PROGRAM, SourceUnusable
 from replicator.contracts.events import DeadLetter, Event, Finding, Row, Stage
 from replicator.contracts.settings import Settings
 from replicator.contracts.stream import Enriched
@@ -127,7 +127,7 @@ class EngagementEnricher:
             await database.close()
         if not count:
             return ""
-        command = f"python backfill.py --start {start} --end {end}"
+        command = f"{PROGRAM} backfill --start {start} --end {end}"
         message = f"{EVENTS} holds {count} rows; those from before the slot do not come through it"
         return f"{message}. To bring all of them: {command}"
 

@@ -8,6 +8,7 @@ import platform
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from pydantic import SecretStr
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
+from replicator.contracts.errors import CheckpointMissing
 from replicator.contracts.settings import (
     PREFIX,
     CoreSettings,
@@ -80,6 +82,8 @@ class App(NamedTuple):
         """Release all connections at the end."""
         try:
             yield
+        except CheckpointMissing as exc:
+            raise exc.at(masked(self.settings.checkpoint_url.get_secret_value()), _old_checkpoint()) from exc
         finally:
             await self.enricher.close()
             for sink in self.sinks:
@@ -94,6 +98,12 @@ class App(NamedTuple):
         yield f"sinks {', '.join(map(_address, self.sinks))}"
         listen = self.settings.admin_listen
         yield f"admin http://{listen}/status" if listen else "admin endpoints are off"
+
+
+def _old_checkpoint() -> str:
+    """The default before it was the state directory: the working directory."""
+    here = Path("checkpoint.db")
+    return f" (sqlite:///{here.resolve()} may be it)" if here.is_file() else ""
 
 
 def _address(sink: Sink) -> str:

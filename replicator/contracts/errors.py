@@ -41,11 +41,13 @@ def _program() -> str:
     called = Path(sys.argv[0]) if sys.argv else Path()
     if called.name == "replicator":
         return "replicator" if shutil.which("replicator") == str(called) else shlex.quote(str(called))
-    if called.name not in {"__main__.py", "backfill.py"}:
-        return "python -m replicator"
     python = f"{shlex.quote(sys.orig_argv[0])} -m replicator"
-    is_here = called.name == "__main__.py" or called.resolve().parent == Path.cwd()
-    return python if is_here else f"env PYTHONPATH={shlex.quote(str(called.resolve().parent))} {python}"
+    if called.parts[-2:] == ("replicator", "__main__.py"):
+        return python
+    if called.name == "backfill.py":  # the modules are beside it
+        folder = called.resolve().parent
+        return python if folder == Path.cwd() else f"env PYTHONPATH={shlex.quote(str(folder))} {python}"
+    return "python -m replicator"
 
 
 PROGRAM = _program()
@@ -247,17 +249,22 @@ class CheckpointUnavailable(CheckpointError):
 class CheckpointMissing(CheckpointError):
     """There is no checkpoint, but the slot was read before."""
 
-    def __init__(self, *, slot: str, confirmed: str) -> None:
+    def __init__(self, *, slot: str, confirmed: str, database: str = "", elsewhere: str = "") -> None:
+        self.facts = {"slot": slot, "confirmed": confirmed}
         problem = (
-            f"the checkpoint database has nothing of replication slot {slot}, but the slot was read before, up to"
-            f" {confirmed}"
+            f"the checkpoint database{database and f' {database}'} has nothing of replication slot {slot}, but the slot"
+            f" was read before, up to {confirmed}"
         )
         cure = (
-            "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back."
-            f" If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these sinks lack"
-            " nothing if it was read for them"
+            "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back"
+            f"{elsewhere}. If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these"
+            " sinks lack nothing if it was read for them"
         )
         super().__init__(problem, cure)
+
+    def at(self, database: str, elsewhere: str) -> CheckpointMissing:
+        """The same with the database's address, and where another one was seen."""
+        return CheckpointMissing(**self.facts, database=database, elsewhere=elsewhere)
 
 
 class CheckpointBackward(CheckpointError):

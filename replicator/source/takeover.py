@@ -15,6 +15,7 @@ import msgspec
 from msgspec import structs
 
 from replicator.contracts.errors import (
+    PROGRAM,
     CheckpointBackward,
     CheckpointMissing,
     SlotInUse,
@@ -153,7 +154,7 @@ def describe(
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
     since, until = (datetime.fromtimestamp(seconds, UTC) for seconds in (stored.complete_until, state.server_time))
-    command = f"python backfill.py --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
+    command = f"{PROGRAM} backfill --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
     yield (
         f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {_iso(since)} to"
         f" {_iso(until)} may be missing. To bring it:"

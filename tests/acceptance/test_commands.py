@@ -24,7 +24,7 @@ def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program
     )
     hint = (
         "public.engagement_events holds 3 rows; those from before the slot do not come through it. "
-        "To bring all of them: python backfill.py --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00\n"
+        "To bring all of them: python -m replicator backfill --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00\n"
     )
     first = program.run("init")
     assert succeed(first).endswith(hint)

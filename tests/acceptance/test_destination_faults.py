@@ -412,7 +412,7 @@ def stops(program: Program, *told: str) -> None:
 
 def bring_back(program: Program, sink: str) -> None:
     """What `init` prints, for one sink."""
-    [command] = re.findall(r"python backfill\.py .*", succeed(program.run("init")))
+    [command] = re.findall(r"python -m replicator backfill .*", succeed(program.run("init")))
     succeed(program.follow(f"{command} --sinks {sink}"))
 
 

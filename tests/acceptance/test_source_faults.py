@@ -60,9 +60,9 @@ def mend(program: Program, *before: str) -> None:
         succeed(program.run(*command.split()))
     accepted = succeed(program.run("init", "--accept-gap"))
     assert "gap accepted: from" in accepted
-    commands = re.findall(r"^ +(python backfill\.py .*)$", accepted, re.MULTILINE)
+    commands = re.findall(r"^ +(python -m replicator backfill .*)$", accepted, re.MULTILINE)
     assert 2 == len(commands), "one for the sinks that repeats do no harm, one for the API"
-    assert 2 == accepted.count("python backfill.py"), "and none for everything there is"
+    assert 2 == accepted.count("replicator backfill"), "and none for everything there is"
     for line in commands:
         succeed(program.follow(line))
 
@@ -400,7 +400,12 @@ def test_the_checkpoint_was_deleted(
     insert_many(source, 1_000)
     for file in tmp_path.glob("checkpoint.db*"):
         file.unlink()
-    refused(quick, "has nothing of replication slot", "REPLICATOR_CHECKPOINT_URL", "init --accept-gap")
+    refused(
+        quick,
+        f"database sqlite:///{tmp_path}/checkpoint.db has nothing of replication slot",
+        "REPLICATOR_CHECKPOINT_URL",
+        "init --accept-gap",
+    )
     assert 1 == quick.run("init").code
     assert "comes through the slot" in succeed(quick.run("init", "--accept-gap"))
     quick.start()
@@ -424,7 +429,7 @@ def test_checkpoint_and_slot_were_deleted(
     assert f"made slot {quick.slot}; `python -m replicator init` says how to bring older rows" in quick.log
     told = succeed(quick.run("init"))
     assert "public.engagement_events holds 1010 rows; those from before the slot do not come through it." in told
-    [command] = re.findall(r"python backfill\.py .*", told)
+    [command] = re.findall(r"python -m replicator backfill .*", told)
     succeed(quick.follow(f"{command} --sinks clickhouse,redis,http"))
     caught_up_and_stopped(quick)
     assert_exact(database, destinations)

@@ -726,6 +726,6 @@ async def test_history_names_the_command_that_brings_it(enricher: EngagementEnri
     stream.insert_event(1, event_ts="2026-01-08 09:59:59+00")
     expected = (
         "public.engagement_events holds 2 rows; those from before the slot do not come through it. "
-        "To bring all of them: python backfill.py --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00"
+        "To bring all of them: python -m replicator backfill --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00"
     )
     assert expected == await enricher.history()

@@ -118,7 +118,7 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
     assert (True, ["replace"], {}) == (slot.created, store.calls, taken.checkpoint.sinks)
     first, redis, http, _ = taken.gap
     assert "from 0/64 (system 7, timeline 1)" in first
-    assert "backfill.py --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
+    assert " backfill --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
     assert "--sinks http   # sees again" in http
 
 

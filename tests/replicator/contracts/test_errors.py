@@ -1,0 +1,62 @@
+"""Commands in messages can be pasted where they are printed: a checkout, an installation, a container."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PYTHON = str(Path(sys.executable))
+SCRIPT = f"""#!{PYTHON}
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from replicator.cli.main import main
+sys.exit(main())
+"""
+
+
+def cure(command: list[str], folder: Path, **variables: str) -> str:
+    """What a message tells to type: SlotMissing's, printed by a program that is called like this."""
+    (folder / "sitecustomize.py").write_text(PRINTS, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", **variables}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+PRINTS = """
+import atexit
+def show():
+    from replicator.contracts.errors import command
+    print(command("init"))
+atexit.register(show)
+"""
+
+
+def test_from_a_checkout(tmp_path: Path) -> None:
+    """The same Python, whatever its options were; `backfill.py` by its path needs the modules beside it."""
+    assert f"`{PYTHON} -m replicator init`" == cure([PYTHON, "-m", "replicator", "--version"], tmp_path)
+    assert f"`{PYTHON} -m replicator init`" == cure([PYTHON, "-W", "error", "-m", "replicator", "--version"], tmp_path)
+    elsewhere = cure([PYTHON, str(ROOT / "backfill.py"), "--help"], tmp_path)
+    assert f"`env PYTHONPATH={ROOT} {PYTHON} -m replicator init`" == elsewhere
+
+
+@pytest.mark.parametrize("is_in_path", [True, False])
+def test_installed(tmp_path: Path, *, is_in_path: bool) -> None:
+    """By its name where the shell finds it, else by its path."""
+    script = tmp_path / "replicator"
+    script.write_text(SCRIPT, encoding="utf-8")
+    script.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}" if is_in_path else os.environ["PATH"]
+    expected = "replicator" if is_in_path else str(script)
+    assert f"`{expected} init`" == cure([str(script), "--version"], tmp_path, PATH=path)
+
+
+def test_in_a_container(tmp_path: Path) -> None:
+    """The image says how it is run from outside."""
+    outside = "docker compose run --rm replicator"
+    found = cure([PYTHON, "-m", "replicator", "--version"], tmp_path, REPLICATOR_PROGRAM=outside)
+    assert f"`{outside} init`" == found
