@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, TypeAlias
 
 import msgspec
@@ -63,7 +63,7 @@ class MemorySink(Sink):
     @property
     def taken(self) -> list[int]:
         """The ids of all writes."""
-        return [event_id for ids in self.writes for event_id in ids]
+        return [*chain(*self.writes)]
 
     async def until_written(self, writes: int) -> None:
         """Wait until so many writes have ended well."""
@@ -170,10 +170,13 @@ class Destination(ABC):
 class SinkConformance:
     """What every sink must do. A subclass `Test…` has a fixture `destination`, which is empty for each test."""
 
+    @pytest.mark.parametrize("mode", Mode)
     @pytest.mark.parametrize("count", [0, 1, None], ids=["none", "one", "max_events"])
-    async def test_what_is_written_is_there_exactly(self, destination: Destination, count: int | None) -> None:
-        """Text, nulls and numbers, in the largest batch too."""
-        async with destination.opened() as sink:
+    async def test_what_is_written_is_there_exactly(
+        self, destination: Destination, count: int | None, mode: Mode
+    ) -> None:
+        """Text, nulls and numbers, in the largest batch too; by the replicator or a backfill."""
+        async with destination.opened(mode) as sink:
             more = [sample(destination.contract, number) for number in range(8, sink.max_events)]
             events = [*destination.samples, *more][: sink.max_events if count is None else count]
             assert not await sink.write(events)
@@ -189,12 +192,6 @@ class SinkConformance:
             async with destination.opened(mode, WRITTEN) as sink:
                 assert not await sink.write(events)
         destination.assert_holds(events)
-
-    async def test_a_backfill_writes_the_same(self, destination: Destination) -> None:
-        """Beside the replicator or without it."""
-        async with destination.opened(Mode.BACKFILL) as sink:
-            assert not await sink.write(destination.samples)
-        destination.assert_holds(destination.samples)
 
     async def test_what_it_can_not_hold_is_refused_alone(self, destination: Destination) -> None:
         """The other events of the batch are written. The same write again refuses the same event."""

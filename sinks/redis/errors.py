@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import re
 
-from redis.exceptions import (
-    AuthenticationError,
-    AuthenticationWrongNumberOfArgsError,
-    AuthorizationError,
-    ConnectionError,  # noqa: A004  redis-py's name
-    NoPermissionError,
-    RedisError,
-    TimeoutError,  # noqa: A004  redis-py's name
-)
+from redis import exceptions
+from redis.exceptions import RedisError
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 
@@ -24,10 +17,10 @@ TURNED_AWAY = frozenset({"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"})
 TURNED_AWAY_WORDINGS = ("The user executing the script can't", "unauthenticated")
 """Without a code: Redis 7 on a right that is missing in a script, and on a long command before a password."""
 _TURNED_AWAY_CLASSES = (
-    AuthenticationError,
-    AuthenticationWrongNumberOfArgsError,
-    AuthorizationError,
-    NoPermissionError,
+    exceptions.AuthenticationError,
+    exceptions.AuthenticationWrongNumberOfArgsError,
+    exceptions.AuthorizationError,
+    exceptions.NoPermissionError,
 )
 NO_SUCH_DATABASE = "DB index is out of range"
 CLUSTER = frozenset({"ASK", "CROSSSLOT", "MOVED"})
@@ -60,7 +53,7 @@ def sink_error(sink: str, exc: RedisError) -> SinkError:
         return SinkMisconfigured(sink=sink, detail=detail, cure=CERTIFICATE_CURE)
     if NO_SUCH_DATABASE in detail:
         return SinkMisconfigured(sink=sink, detail=detail, cure=DATABASE_CURE)
-    if isinstance(exc, (ConnectionError, TimeoutError)) or words & TRY_LATER:
+    if isinstance(exc, (exceptions.ConnectionError, exceptions.TimeoutError)) or words & TRY_LATER:
         return SinkUnavailable(sink=sink, detail=detail)
     cure = CLUSTER_CURE if words & CLUSTER else FOREIGN_CURE if "WRONGTYPE" in words else OTHER_CURE
     return SinkUnusable(sink=sink, detail=detail, cure=cure)
