@@ -597,6 +597,7 @@ from clickhouse_connect.driver._backendclient import SyncBackendClient
 from pydantic import SecretStr
 from replicator.contracts.events import Event
 from sinks.clickhouse import embedded
+from enrichment import EVENT
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 
 insert = SyncBackendClient.raw_insert
@@ -609,7 +610,7 @@ def raw_insert(*arguments):
     return insert(*arguments)
 
 async def main(url, payload):
-    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)))
+    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)), EVENT)
     await sink.create()
     events = [Event(commit_lsn=7, ordinal=n, id=n, key=1, ts_us=0,
                     json=payload.replace('"event_id":1,', f'"event_id":{n},').encode()) for n in range(200_000)]

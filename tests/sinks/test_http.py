@@ -84,7 +84,7 @@ class TestRequest:
     """What goes over the wire."""
 
     async def test_is_an_array_of_the_events_bytes(self) -> None:
-        """The events' bytes are joined, never encoded anew."""
+        """The events' bytes are joined, never encoded again."""
         api = Api()
         assert list(await api.sink(http_url="http://api:8000/in?x=1").write(events(2))) == []
         (request,) = api.requests
@@ -438,7 +438,7 @@ class TestCheck:
         assert "REPLICATOR_HTTP_" in finding.cure
 
     async def test_create_makes_nothing(self) -> None:
-        """The API is somebody else's."""
+        """The API belongs to others."""
         api = Api()
         assert await api.sink().create() == []
         assert api.requests == []

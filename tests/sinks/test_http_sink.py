@@ -243,7 +243,7 @@ class TestServers:
     """Against servers that don't keep to the protocol."""
 
     async def test_a_phrase_of_any_bytes_is_a_phrase(self) -> None:
-        """Localised servers send Latin-1: the status decides, and nothing of ours ends over it."""
+        """Localised servers send Latin-1: the status decides, and the sink goes on."""
         async with serving(_phrase(b"200 verf\xfcgbar")) as url, opened(url) as sink:
             assert [] == list(await sink.write([event(1)]))
             assert [] == list(await sink.write([event(2)]))

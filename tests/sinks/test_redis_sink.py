@@ -98,7 +98,7 @@ def sink_at(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10
 
 @contextlib.asynccontextmanager
 async def unopened(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> AsyncIterator[RedisSink]:
-    """A sink whose window moves only when it is told to."""
+    """A sink whose window moves only when the test moves it."""
     sink = sink_at(url, clock, timeout_seconds=timeout_seconds)
     try:
         yield sink
@@ -186,7 +186,7 @@ async def test_another_sink_does_not_count_again(server: Server, random_source: 
 
 
 async def test_extreme_ids_stay_exact(server: Server) -> None:
-    """Event and content ids beyond 2^53, up to both ends of 64 bits, are told apart."""
+    """Event and content ids beyond 2^53, up to both ends of 64 bits, are kept apart."""
     edges = [-(2**63), -(2**63) + 1, -(2**53) - 1, -65_537, -65_536, -1, 0, 65_535, 65_536, 2**53 + 1, 2**63 - 1]
     async with opened(server.service.url, Clock()) as sink:
         for _ in range(2):
@@ -343,7 +343,7 @@ async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFix
 async def test_a_restart_is_said_once(
     server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run_id is another run; two that answer in turn are told of once."""
+    """Another run_id is another run; two that answer in turn are logged once."""
     async with unopened(server.service.url) as sink:
         runs = iter(["a", "b", "a", "b", "c"])
 
@@ -375,7 +375,7 @@ async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monke
 
 
 @pytest.mark.parametrize("lost", [[WINDOW], ["top:content:window"], [WINDOW, "top:content:window"]])
-async def test_a_lost_window_is_built_anew(server: Server, lost: list[str]) -> None:
+async def test_a_lost_window_is_built_again(server: Server, lost: list[str]) -> None:
     """From its buckets, with the next write at the latest."""
     async with unopened(server.service.url, Clock()) as sink:
         await sink.write([event(1, key=1), event(2, key=2, at=NOON - 590)])
@@ -448,7 +448,7 @@ FOREIGN = ["content:count:1", "content:newest:1", "content:last:1", "engagement:
 
 
 @pytest.mark.parametrize("key", [*FOREIGN, f"top:content:bucket:{int(NOON)}"])
-async def test_a_key_of_somebody_else_is_left_alone(server: Server, key: str) -> None:
+async def test_a_key_of_another_program_is_left_alone(server: Server, key: str) -> None:
     """The write fails for good and with a cure, and has changed nothing, so that it counts once the key is gone."""
     async with unopened(server.service.url, Clock()) as sink:
         server.client.rpush(key, "theirs")
@@ -521,7 +521,7 @@ async def test_an_unreachable_redis_is_tried_again(server: Server) -> None:
         server.service.start()
 
 
-async def test_a_failing_window_is_told_and_tried_again(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_window_is_logged_and_tried_again(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Logged when it begins and when it ends, raised by the next write, right again when its hindrance is gone."""
     caplog.set_level(logging.INFO, "sinks.redis.window")
     async with opened(server.service.url, Clock()) as sink:

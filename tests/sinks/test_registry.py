@@ -48,7 +48,7 @@ def test_an_unknown_name_lists_what_there_is(installed: Install) -> None:
 
 
 def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
-    """Whichever were taken, somebody would be surprised; the same one twice is one."""
+    """Neither is the obvious one. The same sink declared twice is one sink."""
     installed("ours", {"redis": "sinks.redis.sink:RedisSink"})
     assert ["clickhouse", "redis", "http"] == list(known_sinks())
     known_sinks.cache_clear()
