@@ -153,6 +153,15 @@ def test_metrics_exist() -> None:
     assert not [name for name in named if not re.search(rf'(replicator_{name}|"{name.removeprefix("sink_")})"', source)]
 
 
+def test_the_example_sink_is_the_tested_one() -> None:
+    """The page on sinks shows the files that the conformance suite runs on."""
+    page = (ROOT / "docs/how-to/sink.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```(?:python|toml)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    files = sorted((ROOT / "tests/sinks/example").glob("*.[pt]*"))
+    assert files
+    assert not [file.name for file in files if file.read_text(encoding="utf-8") not in shown]
+
+
 def test_faults_name_real_tests() -> None:
     """Each row of the faults page is a test: its last column names it."""
     rows = re.findall(r"^\|(.+)\|$", FAULTS.read_text(encoding="utf-8"), re.MULTILINE)
