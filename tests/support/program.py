@@ -69,6 +69,8 @@ class Program:
         self.slot = self.environment["REPLICATOR_SLOT"]
         self.altered: tuple[str, ...] = ALTERED
         """Arguments for `tests/prove/failpoints.py`; without any the program is unaltered."""
+        self.root = ROOT
+        """The checkout that it runs in."""
         self._dsn = dsn
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,7 +83,7 @@ class Program:
     def _run(self, command: list[str], variables: Mapping[str, str]) -> Result:
         done = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=self.root,
             env=self._environment(variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -109,7 +111,7 @@ class Program:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(arguments),
-                cwd=ROOT,
+                cwd=self.root,
                 env=self._environment(variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
