@@ -1,6 +1,6 @@
-"""One read-only connection to the source database, and the border where psycopg's errors become ours.
+"""A read-only connection to the source database, where psycopg's errors become the product's.
 
-`content.py` looks content up through it, `preflight.py` the catalog. The replication stream has its own connection.
+The replication stream has a connection of its own.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable, command
 
 CONNECT_TIMEOUT_SECONDS = 10
 """For each address of the DSN; a server that is there answers in milliseconds. The DSN's own connect_timeout wins."""
 
 QUERY_TIMEOUT_SECONDS = 30
-"""Look-ups go by primary key: one that takes this long is stuck behind a lock or on a dead network."""
+"""Look-ups go by primary key: one that takes this long waits for a lock or a dead network."""
 
 ANSWER_GRACE_SECONDS = 5
-"""How much longer than the server we wait: past this it is not going to tell us about the timeout itself."""
-
+"""How much longer than the server the client waits: by then no report of the timeout will come."""
 
 ALL_ROWS = "-c row_security=off"
-"""Rows that a policy hides would be missing without a word: off, it is an error that says so. PostgreSQL can't tell a
-policy that hides from one that does not: who has such ones may say `row_security=on` in the DSN's options, which win.
-"""
+"""With row_security=off PostgreSQL fails loudly instead of hiding rows. It can't tell whether a policy hides any: if
+yours hide nothing, set `options=-c row_security=on` in the DSN, which wins."""
 
 
 class Database:
-    """Connects when it is first needed, and again after trouble. One task uses it."""
+    """Connects when it is first needed, and again after a failure. One task uses it."""
 
     def __init__(self, dsn: str, *, timeout_seconds: int = QUERY_TIMEOUT_SECONDS, options: str = "") -> None:
         self._conninfo = _conninfo(dsn, timeout_seconds, options)
@@ -42,36 +40,33 @@ class Database:
     async def rows(self, query: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
         """The result of one query. Raises SourceUnavailable (try again) or SourceUnusable (an operator is needed)."""
         async with self._translated(), asyncio.timeout(self._patience_seconds):
-            connection = await self._connected()
-            cursor = await connection.execute(query, parameters)
-            return await cursor.fetchall()
+            return await (await (await self._connected()).execute(query, parameters)).fetchall()
 
     async def stream(
         self, query: str, parameters: Mapping[str, object] | None = None
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """The rows of one query as they come, so that memory holds one at a time. Raises as `rows`."""
+        """The rows of one query as they come: memory holds one at a time. Raises as `rows`."""
         async with self._translated(), (await self._connected()).cursor() as cursor:
             async for row in cursor.stream(query, parameters, binary=True):
                 yield row
+
+    async def close(self) -> None:
+        """Release the connection. Safe to call twice."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except TimeoutError as exc:
+        except (TimeoutError, psycopg.OperationalError, psycopg.InterfaceError) as exc:
             await self.close()
-            raise SourceUnavailable(detail="no answer in time") from exc
-        except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
-            await self.close()
-            raise SourceUnavailable(detail=_first_line(exc)) from exc
+            timed_out = isinstance(exc, TimeoutError)
+            detail = "no answer in time" if timed_out else str(exc).partition("\n")[0] or type(exc).__name__
+            raise SourceUnavailable(detail=detail) from exc
         except psycopg.Error as exc:
             raise _unusable(exc) from exc
-
-    async def close(self) -> None:
-        """Give the connection back. Safe to call twice."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
 
     async def _connected(self) -> psycopg.AsyncConnection[tuple[Any, ...]]:
         if self._connection is None or self._connection.closed:
@@ -79,33 +74,28 @@ class Database:
         return self._connection
 
 
-def _conninfo(dsn: str, timeout_seconds: int, more: str) -> str:
-    """What the DSN says, and what keeps us harmless and bounded."""
+def _conninfo(dsn: str, timeout_seconds: int, options: str) -> str:
+    """The DSN, and what keeps this connection harmless and bounded."""
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.Error:
         # libpq's message quotes the DSN, and with it the password
         expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
         raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
-    options = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {more}"
-    ours = {
+    ours = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {options}"
+    parameters = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "fallback_application_name": "replicator enrichment",
         **given,
         "client_encoding": "UTF8",
-        "options": f"{ALL_ROWS} {given.get('options', '')} {options}",
+        "options": f"{ALL_ROWS} {given.get('options', '')} {ours}",
     }
-    return make_conninfo("", **ours)
+    return make_conninfo("", **parameters)
 
 
 def _unusable(exc: psycopg.Error) -> SourceUnusable:
-    """Class 42 (names, rights) speaks of tables and columns; what others say may quote values."""
+    """Class 42 (names, rights) speaks of tables and columns; the text of other classes may quote values."""
     sqlstate = exc.sqlstate or ""
-    said = exc.diag.message_primary if sqlstate.startswith("42") else None
-    problem = f"{said} ({type(exc).__name__})" if said else f"{type(exc).__name__} (SQLSTATE {sqlstate})"
-    cure = "`python -m replicator check` says what the tables need"
-    return SourceUnusable(problem=problem, cure=cure)
-
-
-def _first_line(exc: psycopg.Error) -> str:
-    return str(exc).partition("\n")[0] or type(exc).__name__
+    text = exc.diag.message_primary if sqlstate.startswith("42") else None
+    problem = f"{text} ({type(exc).__name__})" if text else f"{type(exc).__name__} (SQLSTATE {sqlstate})"
+    return SourceUnusable(problem=problem, cure=f"{command('check')} says what the tables need")

@@ -12,24 +12,15 @@ from collections.abc import Sequence
 from msgspec import structs
 from pydantic import Field
 
+from enrichment import codec
 from enrichment.check import check
-from enrichment.codec import (
-    DRAFT_KEY,
-    Content,
-    Draft,
-    RowReader,
-    RowUnusable,
-    build_events,
-    dead_letter,
-    stored_event,
-    stored_row,
-)
+from enrichment.codec import DRAFT_KEY, Content, Draft, RowUnusable
 from enrichment.content import Change, Contents, changes
 from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
 from replicator.contracts.errors import PROGRAM, SourceUnusable
 from replicator.contracts.events import DeadLetter, Event, Finding, Row, Stage
-from replicator.contracts.settings import Settings
+from replicator.contracts.settings import Settings, load
 from replicator.contracts.stream import Enriched
 
 HISTORY = """
@@ -56,6 +47,11 @@ class EnrichmentSettings(Settings):
     )
 
 
+def create_enricher(dsn: str) -> EngagementEnricher:
+    """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
+    return EngagementEnricher(dsn, load(EnrichmentSettings))
+
+
 class _Plan:
     """What some rows mean, before anything is changed."""
 
@@ -63,16 +59,25 @@ class _Plan:
         self.drafts: list[Draft] = []
         self.changes: list[tuple[int, Change]] = []
         """Each with the number of drafts before it."""
-        self.unknown: set[int] = set()
-        """Ids of contents that an event needs and that are not known."""
-        self.incomplete: set[int] = set()
-        """Ids of contents that changed in a row that does not carry all of them."""
         self.changed: set[int] = set()
         """Ids of contents that these rows change."""
+        self.wanted: set[int] = set()
+        """Ids of contents to look up: an event needs them, or a row changes them and does not carry all of them."""
         self.refused: list[DeadLetter] = []
         self.ignored: Counter[str] = Counter()
         self.lost_track = False
         """A content changed and its row could not be read: what is known may be out of date."""
+
+    def change(self, row: Row) -> None:
+        """A row of the content table. Raises RowUnusable."""
+        if (table := f"{row.schema}.{row.table}") != CONTENT:
+            raise RowUnusable(f"{table} is not a table that events are made of")
+        for change in changes(row):
+            self.changes.append((len(self.drafts), change))
+            if change.content_id is not None:
+                self.changed.add(change.content_id)
+                if change.content is None:
+                    self.wanted.add(change.content_id)
 
 
 class EngagementEnricher:
@@ -84,7 +89,7 @@ class EngagementEnricher:
         self._dsn = dsn
         self._database = Database(dsn)
         self._contents = Contents(self._database, settings.content_cache_size)
-        self._reader = RowReader()
+        self._reader = codec.RowReader()
         self.ignored: Counter[str] = Counter()
 
     async def open(self) -> None:
@@ -92,8 +97,9 @@ class EngagementEnricher:
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
         plan = self._plan(rows)
-        found = await self._contents.look_up(plan.unknown | plan.incomplete)
-        self._contents.known.update((content_id, found[content_id]) for content_id in plan.unknown)
+        found = await self._contents.look_up(plan.wanted)
+        for content_id, content in found.items():
+            self._contents.known.setdefault(content_id, content)
         events = self._carry_out(plan, found)
         self.ignored.update(plan.ignored)
         if plan.lost_track:
@@ -108,11 +114,11 @@ class EngagementEnricher:
         for letter in letters:
             try:
                 if letter.stage is Stage.ROW:
-                    again = await self.enrich([stored_row(letter)])
+                    again = await self.enrich([codec.stored_row(letter)])
                     events += again.events
                     refused += again.refused
                 else:
-                    events.append(stored_event(letter))
+                    events.append(codec.stored_event(letter))
             except RowUnusable as exc:
                 refused.append(structs.replace(letter, reason=str(exc)))
         return Enriched(events, refused)
@@ -127,9 +133,8 @@ class EngagementEnricher:
             await database.close()
         if not count:
             return ""
-        command = f"{PROGRAM} backfill --start {start} --end {end}"
         message = f"{EVENTS} holds {count} rows; those from before the slot do not come through it"
-        return f"{message}. To bring all of them: {command}"
+        return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}"
 
     async def check(self) -> list[Finding]:
         return await check(self._dsn)
@@ -141,17 +146,20 @@ class EngagementEnricher:
         plan, read, known = _Plan(), self._reader.read, self._contents.known
         append, changed = plan.drafts.append, plan.changed
         for row in rows:
+            ours = row.table == EVENTS_TABLE and row.schema == SCHEMA
             try:
-                if row.action == "I" and row.table == EVENTS_TABLE and row.schema == SCHEMA:
+                if ours and row.action == "I":
                     draft = read(row)
                     content_id = draft[DRAFT_KEY]
                     if content_id not in known and content_id not in changed:
-                        plan.unknown.add(content_id)
+                        plan.wanted.add(content_id)
                     append(draft)
+                elif ours:
+                    plan.ignored[row.action] += 1
                 else:
-                    _plan_other(plan, row)
+                    plan.change(row)
             except RowUnusable as exc:
-                plan.refused.append(dead_letter(row, str(exc)))
+                plan.refused.append(codec.dead_letter(row, str(exc)))
                 plan.lost_track |= row.table == CONTENT_TABLE
         return plan
 
@@ -160,28 +168,8 @@ class EngagementEnricher:
         events: list[Event] = []
         done = 0
         for count, change in plan.changes:
-            build_events(plan.drafts[done:count], self._contents.known, events)
+            codec.build_events(plan.drafts[done:count], self._contents.known, events)
             self._contents.apply(change, found)
             done = count
-        build_events(plan.drafts[done:] if done else plan.drafts, self._contents.known, events)
+        codec.build_events(plan.drafts[done:], self._contents.known, events)
         return events
-
-
-def _plan_other(plan: _Plan, row: Row) -> None:
-    """A row that makes no event: a content's, or an update or delete of an event. Raises RowUnusable."""
-    table = f"{row.schema}.{row.table}"
-    if table == EVENTS:
-        plan.ignored[row.action] += 1
-    elif table == CONTENT:
-        _plan_content(plan, row)
-    else:
-        raise RowUnusable(f"{table} is not a table that events are made of")
-
-
-def _plan_content(plan: _Plan, row: Row) -> None:
-    for change in changes(row):
-        plan.changes.append((len(plan.drafts), change))
-        if change.content_id is not None:
-            plan.changed.add(change.content_id)
-            if change.content is None:
-                plan.incomplete.add(change.content_id)

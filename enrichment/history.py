@@ -1,8 +1,7 @@
 """The events that the table already holds, page by page; two `contracts.stream.History`.
 
 A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. Its rows
-become drafts as the stream's do, and `codec.build_events` makes the events of both. `delivery/backfill.py` sends them
-on; this module knows the tables and the order to read them in:
+become drafts as the stream's do. Pages are read
 
 - by `(event_ts, id)` if an index begins with event_ts: a page costs what it holds;
 - otherwise by id, from the first to the last event of the range: the primary key is enough, and the rows in between are
@@ -15,7 +14,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import structs
@@ -73,27 +72,16 @@ GROUP BY 1 ORDER BY 1
 
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 
-_WANTED = ", ".join(field.column for field in OWN)  # not raw_payload, which may be large
-
-BY_TIME = f"""
-SELECT {_WANTED} FROM public.engagement_events
-WHERE (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
-  AND id <= %(last_id)s::bigint
-ORDER BY event_ts, id LIMIT %(rows)s
-"""  # noqa: S608  names in the contract
-
-BY_ID = f"""
-SELECT {_WANTED} FROM public.engagement_events
-WHERE id BETWEEN %(id)s::bigint AND %(last_id)s::bigint
-ORDER BY id LIMIT %(rows)s
-"""  # noqa: S608  names in the contract
-
-PICKED = f"SELECT {_WANTED} FROM public.engagement_events WHERE id = ANY(%(ids)s::bigint[])"  # noqa: S608  likewise
+BY_TIME = """
+(event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
+AND id <= %(last_id)s::bigint ORDER BY event_ts, id LIMIT %(rows)s"""
+BY_ID = "id BETWEEN %(id)s::bigint AND %(last_id)s::bigint ORDER BY id LIMIT %(rows)s"
+BY_IDS = "id = ANY(%(ids)s::bigint[])"
 
 _TEXTS = [f"coalesce(octet_length({field.column}::text), 0)" for field in OWN if field.type.postgres == "text"]
-_USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
 _OWN = ", ".join(f"p.{field.column}::{field.type.postgres}{'::text' * (field is TIME)}" for field in OWN)
 _JOINED = ", ".join(f"c.{field.joined}::{field.type.postgres}" for field in JOINED)
+_USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
 
 
 def _page(rows: str, order: str) -> str:
@@ -102,7 +90,8 @@ def _page(rows: str, order: str) -> str:
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
 -- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
 WITH found AS MATERIALIZED (
-    SELECT p.*, {" + ".join(["1", *_TEXTS])} AS size FROM ({rows}) p
+    SELECT p.*, {" + ".join(["1", *_TEXTS])} AS size
+    FROM (SELECT {", ".join(field.column for field in OWN)} FROM public.engagement_events WHERE {rows}) p
 ), measured AS (
     SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
@@ -116,27 +105,19 @@ ORDER BY p.size_up_to
 """  # noqa: S608  names in the contract
 
 
-_OWN_VALUES = slice(3, 3 + len(OWN))
-_JOINED_VALUES = slice(_OWN_VALUES.stop, None)
-"""Where a row of a page has the values of `OWN` and of `JOINED`; before them the WAL's end, wanted, usable."""
-
-
 Order: TypeAlias = Literal["event_ts", "id"]
 
 PAGES: Mapping[Order, str] = {"event_ts": _page(BY_TIME, "p.event_ts, p.id"), "id": _page(BY_ID, "p.id")}
-PICKED_PAGE = _page(PICKED, "p.id")
+PICKED_PAGE = _page(BY_IDS, "p.id")
+
+_OWN_VALUES = slice(3, 3 + len(OWN))
+_JOINED_VALUES = slice(_OWN_VALUES.stop, None)
+"""Where a row of a page has the values of `OWN` and of `JOINED`. The WAL's end, wanted, usable are before them."""
 
 
-class Range(NamedTuple):
-    """The events with `start <= event_ts < end`."""
-
-    start: datetime
-    end: datetime
-
-    def parameters(self) -> dict[str, object]:
-        """For the queries; as text, so that neither driver nor time zone has a say."""
-        end = "10000-01-01T00:00:00+00:00" if self.end == END else self.end.isoformat()
-        return {"start": self.start.isoformat(), "end": end}
+def between(start: datetime, end: datetime) -> dict[str, object]:
+    """Parameters for `start <= event_ts < end`; as text, so that neither driver nor time zone has a say."""
+    return {"start": start.isoformat(), "end": "10000-01-01T00:00:00+00:00" if end == END else end.isoformat()}
 
 
 class _Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,12 +139,15 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
         later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
         return structs.replace(self, ts=later.isoformat(), id=INT64_MIN)
 
+    def __str__(self) -> str:
+        return msgspec.json.encode(self).decode()
+
 
 class EngagementHistory:
-    """The events of `public.engagement_events` in one range of time."""
+    """The events of `public.engagement_events` with `start <= event_ts < end`."""
 
-    def __init__(self, dsn: str, wanted: Range) -> None:
-        self._range = wanted
+    def __init__(self, dsn: str, start: datetime, end: datetime) -> None:
+        self._range = between(start, end)
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._pages = Database(dsn, options=PAGE_OPTIONS)
         self._indexed = False
@@ -171,35 +155,32 @@ class EngagementHistory:
     async def open(self) -> None:
         """See which order the table can be read in, and that it can be read: rights, columns, a primary."""
         [(self._indexed,)] = await self._scans.rows(INDEXED)
-        nothing = {"id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
-        await self._pages.rows(PAGES["id"], self._range.parameters() | nothing)
+        await self._pages.rows(PAGES["id"], {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES})
         await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
         if not self._indexed:
             log.info("no index begins with event_ts, the table is read in the order of id; to be faster: %s", INDEX)
-        [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range.parameters())
+        [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range)
         place = _Place(
             order="event_ts" if self._indexed else "id",
-            ts=self._range.start.isoformat(),
+            ts=str(self._range["start"]),
             id=INT64_MIN if self._indexed or not count else first_id,
             last_id=last_id if count else INT64_MIN,
         )
-        return msgspec.json.encode(place).decode(), count
+        return str(place), count
 
     async def hours(self) -> dict[int, int]:
         """The number of events in each hour, by its start in Unix seconds; hours without events are absent."""
-        return dict(await self._scans.rows(HOURS, self._range.parameters()))
+        return dict(await self._scans.rows(HOURS, self._range))
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
         here = msgspec.json.decode(place, type=_Place)
         if here.id > here.last_id and here.order == "id":
             return None
-        wanted = {"ts": here.ts, "id": here.id, "last_id": here.last_id, "rows": rows, "bytes": PAGE_BYTES}
-        found = await self._pages.rows(PAGES[here.order], self._range.parameters() | wanted)
-        if not found:
-            return None
-        return _make_page(found, behind, msgspec.json.encode(here.after(*_last(found))).decode())
+        wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
+        found = await self._pages.rows(PAGES[here.order], wanted)
+        return _make_page(found, behind, str(here.after(*_last(found)))) if found else None
 
     async def close(self) -> None:
         await self._scans.close()
@@ -214,29 +195,28 @@ class PickedHistory:
         self._pages = Database(dsn, options=PAGE_OPTIONS)
 
     async def open(self) -> None:
-        await self._pages.rows(PICKED_PAGE, self._wanted([]))
+        await self._find([])
         await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
         return "0", len(self._ids)
 
     async def read(self, place: str, behind: Position, rows: int) -> Page | None:
-        here = int(place)
-        ids = self._ids[here : here + rows]
+        ids = self._ids[int(place) : int(place) + rows]
         if not ids:
             return None
-        found = await self._pages.rows(PICKED_PAGE, self._wanted(ids))
+        found = await self._find(ids)
         if not found:
-            return Page(Enriched([], []), behind, str(here + len(ids)))
+            return Page(Enriched([], []), behind, str(int(place) + len(ids)))
         last_id, _ = _last(found)
-        # The ids up to the page's last event are done: those between have gone, and later ones may have been cut off.
+        # The ids up to the page's last event are done: those between have gone, later ones may have been cut off.
         return _make_page(found, behind, str(bisect_right(self._ids, last_id)))
 
     async def close(self) -> None:
         await self._pages.close()
 
-    def _wanted(self, ids: Sequence[int]) -> dict[str, object]:
-        return {**Range(BEGINNING, END).parameters(), "ids": list(ids), "bytes": PAGE_BYTES}
+    async def _find(self, ids: Sequence[int]) -> _Found:
+        return await self._pages.rows(PICKED_PAGE, {**between(BEGINNING, END), "ids": list(ids), "bytes": PAGE_BYTES})
 
 
 _Found: TypeAlias = list[tuple[Any, ...]]
@@ -262,11 +242,10 @@ def _make_page(found: _Found, behind: Position, after: str) -> Page:
         if not wanted:
             continue
         ordinal += 1
-        values = row[_OWN_VALUES]
+        draft = [lsn, ordinal, *row[_OWN_VALUES]]
         if not usable:
-            refused.append(_refused(values, lsn, ordinal))
+            refused.append(_refused(row[_OWN_VALUES], lsn, ordinal))
             continue
-        draft = [lsn, ordinal, *values]
         draft[DRAFT_TIME] = datetime.fromisoformat(draft[DRAFT_TIME])
         drafts.append(draft)
         contents[draft[DRAFT_KEY]] = row[_JOINED_VALUES]
@@ -278,9 +257,8 @@ def _make_page(found: _Found, behind: Position, after: str) -> Page:
 def _refused(values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:
     """As from the stream: the row as it is, and in the same words what is wrong with it."""
     columns = [Column(field.column, value) for field, value in zip(OWN, values, strict=True)]
-    row = Row("I", SCHEMA, EVENTS_TABLE, columns, [], lsn, ordinal)
     try:
         check(columns)
     except RowUnusable as exc:
-        return dead_letter(row, str(exc))
+        return dead_letter(Row("I", SCHEMA, EVENTS_TABLE, columns, [], lsn, ordinal), str(exc))
     raise AssertionError  # a NULL that the contract does not allow

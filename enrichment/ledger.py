@@ -13,7 +13,7 @@ from typing import Any
 
 from enrichment.contract import EVENT, JOINED, OWN, TIME
 from enrichment.database import Database
-from enrichment.history import BEGINNING, END, INDEXED, PickedHistory, Range
+from enrichment.history import BEGINNING, END, INDEXED, PickedHistory, between
 from replicator.contracts.events import Lsn, parse_lsn
 from replicator.contracts.fields import Field
 from replicator.contracts.ledger import Digest, EventDigest, Slice
@@ -125,7 +125,7 @@ class EngagementLedger:
 
     async def counts(self) -> AsyncIterator[Sequence[tuple[int, int]]]:
         chunk: list[tuple[int, int]] = []
-        async for row in self._streams.stream(self._text(COUNTS), Range(BEGINNING, END).parameters()):
+        async for row in self._streams.stream(self._text(COUNTS), between(BEGINNING, END)):
             chunk.append((row[0], row[1]))
             if len(chunk) == CHUNK:
                 yield chunk
@@ -133,7 +133,7 @@ class EngagementLedger:
         yield chunk
 
     async def counts_of(self, keys: Sequence[int]) -> dict[int, int]:
-        wanted = {**Range(BEGINNING, END).parameters(), "keys": list(keys)}
+        wanted = {**between(BEGINNING, END), "keys": list(keys)}
         return dict(await self._scans.rows(self._text(COUNTS_OF), wanted))
 
     def picked(self, ids: Sequence[int]) -> PickedHistory:

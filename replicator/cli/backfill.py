@@ -86,13 +86,13 @@ async def backfill(
     as_json: Json = False,
 ) -> int:
     """Send the events of a range of time to the sinks again."""
-    from enrichment import create_history
+    from enrichment import EngagementHistory
     from replicator.cli.app import App
     from sinks import known_sinks
 
     when = time_range(start, end, last)
     app = App.load(dict.fromkeys(sinks_of(sinks, known_sinks())))
-    history = create_history(app.dsn, when.start, when.end)
+    history = EngagementHistory(app.dsn, when.start, when.end)
     names = ",".join(sorted(sink.name for sink in app.sinks))
     options = f" --batch-size {batch_size}" * (batch_size != PAGE_ROWS) + (f" --rate {rate}" if rate else "")
     run = Run(

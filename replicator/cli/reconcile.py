@@ -136,7 +136,7 @@ async def rebuild_redis(
     yes: Yes = False,
 ) -> int:
     """Make all of Redis's keys again from PostgreSQL."""
-    from enrichment import BEGINNING, END, create_history
+    from enrichment import BEGINNING, END, EngagementHistory
     from replicator.cli.app import App
     from replicator.cli.backfill import Run, deliver, once
     from replicator.reconcile.repair import rebuild
@@ -151,7 +151,7 @@ async def rebuild_redis(
     if from_empty and not confirmed(question, yes=yes):
         return 1
     options = f" --rate {rate}" if rate else ""
-    history = create_history(app.dsn, BEGINNING, END)
+    history = EngagementHistory(app.dsn, BEGINNING, END)
     again = command(f"rebuild-redis{options} --resume")
     run = Run(
         app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again

@@ -8,7 +8,7 @@ import msgspec
 
 from enrichment import history
 from enrichment.codec import stored_row
-from enrichment.history import EngagementHistory, Range
+from enrichment.history import EngagementHistory
 from replicator.contracts.events import Position
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
@@ -54,6 +54,6 @@ def test_the_next_place_is_right_behind_a_row() -> None:
 
 async def test_behind_the_last_id_there_is_nothing() -> None:
     """No query is made: the number would not fit."""
-    past = EngagementHistory("host=/nonexistent", Range(NINE, NINE.replace(hour=10)))
+    past = EngagementHistory("host=/nonexistent", NINE, NINE.replace(hour=10))
     place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'
     assert await past.read(place, Position(0, 0), 10) is None
