@@ -139,6 +139,14 @@ def test_commands_go_to_the_program() -> None:
     assert {"command", "entrypoint"}.isdisjoint(_service("replicator"))
 
 
+def test_messages_call_the_program_from_outside() -> None:
+    """What they print can be pasted on the host; the SQL that `replicator sql` prints is where its link leads."""
+    stage = _stage("replicator")
+    assert 'REPLICATOR_PROGRAM="docker compose run --rm replicator"' in stage
+    assert Path("../sql") == (ROOT / "replicator/sql").readlink()
+    assert {"COPY replicator ./replicator", "COPY sql ./sql"} <= set(stage.splitlines())
+
+
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_every_service_has_a_health_check(name: str) -> None:
     """`docker compose up -d --wait` and the dependency below wait for something; all survive a reboot."""
