@@ -32,9 +32,9 @@ WAL_TRIES = 20  # each fails only because another program won; there are hardly 
 
 LOCK_SECONDS = 5  # less than the feedback interval, more than a backup of SQLite's file holds it
 LIMITS: dict[str, dict[str, Any]] = {
-    "sqlite": {"timeout": float(LOCK_SECONDS)},  # becomes busy_timeout
+    "pysqlite": {"timeout": float(LOCK_SECONDS)},  # becomes busy_timeout
     # A server that has gone silent is an error after this time, not a thread that hangs.
-    "postgresql+psycopg": {"connect_timeout": "10", "tcp_user_timeout": "30000"},
+    "psycopg": {"connect_timeout": "10", "tcp_user_timeout": "30000"},
 }
 """Connection arguments by driver; those in the URL win."""
 
@@ -43,26 +43,16 @@ TABLES_CURE = (
     f" and that they are as {command('init')} made them"
 )
 
-SQLITE_PROBLEMS = {
-    sqlite3.SQLITE_FULL: "the disk is full",
-    sqlite3.SQLITE_IOERR: "the disk gives I/O errors, or is full",
-    sqlite3.SQLITE_READONLY: "the file or its directory is read-only for this user",
-    sqlite3.SQLITE_BUSY: "another process holds the file locked",
-}
-"""By primary result code, what SQLite's own words don't say."""
-SQLITE_UNUSABLE = {
-    sqlite3.SQLITE_CANTOPEN: "can't be opened",
-    sqlite3.SQLITE_NOTADB: "is no SQLite database",
-    sqlite3.SQLITE_CORRUPT: "is damaged",
-}
+SQLITE_UNUSABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+"""Primary result codes of a file that only an operator can help."""
 
 
 def open_engine(url: str) -> Engine:
     """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL."""
     parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
-    limits = LIMITS.get("sqlite" if sqlite else parsed.drivername, {})
     try:
+        limits = LIMITS.get(parsed.get_driver_name(), {})
         engine = create_engine(
             parsed,
             connect_args={name: value for name, value in limits.items() if name not in parsed.query},
@@ -129,9 +119,6 @@ def _unusable(problem: str) -> SettingsError:
     return SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
 
 
-# -- durable commits -----------------------------------------------------------------------------------------------
-
-
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
     connection.isolation_level = None  # sqlite3 would begin transactions by itself, and too late; see _begin
     cursor = connection.cursor()
@@ -163,22 +150,19 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {mode}")
 
 
+_TIGHTEN = """
+SELECT set_config(name, tight, false) FROM (VALUES ('synchronous_commit', 'off', 'on'), ('lock_timeout', '0', %s))
+    AS setting (name, loose, tight) WHERE current_setting(name) = loose
+"""
+
+
 def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
     # A checkpoint lost in a crash would be behind what was confirmed to PostgreSQL. A thread that waits for a lock
     # would keep the program from ending. Stricter settings stay.
     cursor = connection.cursor()
-    cursor.execute(
-        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-    )
-    cursor.execute(
-        "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'",
-        (f"{LOCK_SECONDS}s",),
-    )
+    cursor.execute(_TIGHTEN, (f"{LOCK_SECONDS}s",))
     cursor.close()
     connection.commit()
-
-
-# -- SQLite's errors -----------------------------------------------------------------------------------------------
 
 
 def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
@@ -187,16 +171,16 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
     if code == sqlite3.SQLITE_CANTOPEN and not directory.is_dir():
         cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
         return CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)
+    problem = f"{path}: {error}"
     if code in SQLITE_UNUSABLE:
         cure = (
             f"Check that this user may read and write it and the directory {directory}, or name another file in"
             f" {URL_SETTING} and run {command('init')}"
         )
-        return CheckpointUnusable(problem=f"{path} {SQLITE_UNUSABLE[code]}", cure=cure)
+        return CheckpointUnusable(problem=problem, cure=cure)
     if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or has another shape
-        return CheckpointUnusable(problem=f"{path}: {error}", cure=TABLES_CURE)
-    problem = f"{SQLITE_PROBLEMS[code]} ({error})" if code in SQLITE_PROBLEMS else str(error)
-    return CheckpointUnavailable(detail=f"{path}: {problem}")
+        return CheckpointUnusable(problem=problem, cure=TABLES_CURE)
+    return CheckpointUnavailable(detail=problem)
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -14,10 +14,7 @@ from replicator.contracts.events import parse_lsn
 VERSION = 4
 """A program reads and writes the tables of its own version only."""
 
-MAX_PAYLOAD_BYTES = 2**30  # makes MySQL choose LONGBLOB, since its plain BLOB ends at 64 kB; others ignore it
-MAX_NAME_CHARACTERS = 63  # of a slot, as in PostgreSQL, and of a sink; MySQL wants a bound for what is in a key
-MAX_LETTER_KEY_CHARACTERS = 160  # an origin, a sink and a position; likewise
-MAX_TASK_CHARACTERS = 255  # two points in time and the names of the sinks; likewise
+NAME = String(255)  # MySQL wants a bound for what is in a key, and two of these fit its 3,072 bytes
 CREATE_LOCK_KEY = 0x7265706C  # of an advisory lock; "repl", which other programs are unlikely to use
 
 
@@ -46,7 +43,7 @@ schema_version = sa.Table(
 checkpoints = sa.Table(
     "replicator_checkpoints",
     metadata,
-    Column("slot", String(MAX_NAME_CHARACTERS), primary_key=True),
+    Column("slot", NAME, primary_key=True),
     Column("system_identifier", String(20), nullable=False),
     Column("timeline", sa.BigInteger, nullable=False),
     Column("end_lsn", LsnText, nullable=False),
@@ -58,7 +55,7 @@ sink_positions = sa.Table(
     "replicator_sink_positions",
     metadata,
     Column("slot", sa.ForeignKey(checkpoints.c.slot), primary_key=True),
-    Column("sink", String(MAX_NAME_CHARACTERS), primary_key=True),
+    Column("sink", NAME, primary_key=True),
     Column("commit_lsn", LsnText, nullable=False),
     Column("ordinal", sa.BigInteger, nullable=False),
     Column("end_lsn", LsnText, nullable=False),
@@ -69,15 +66,15 @@ dead_letters = sa.Table(
     metadata,
     # SQLite numbers rows only in an INTEGER key, and only with AUTOINCREMENT never gives a dropped row's number again.
     Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("slot", String(MAX_NAME_CHARACTERS), nullable=False),  # no foreign key: one may come before any checkpoint
-    Column("letter_key", String(MAX_LETTER_KEY_CHARACTERS), nullable=False),
+    Column("slot", NAME, nullable=False),  # no foreign key: one may come before any checkpoint
+    Column("letter_key", NAME, nullable=False),
     Column("origin", String(10), nullable=False),
-    Column("sink", String(MAX_NAME_CHARACTERS)),  # NULL: no event could be made of the row
+    Column("sink", NAME),  # NULL: no event could be made of the row
     Column("commit_lsn", LsnText),  # NULL, like ordinal: it has no position
     Column("ordinal", sa.BigInteger),
     Column("event_id", sa.BigInteger),
     Column("reason", sa.Text, nullable=False),
-    Column("payload", sa.LargeBinary(MAX_PAYLOAD_BYTES), nullable=False),
+    Column("payload", sa.LargeBinary(2**30), nullable=False),  # MySQL's plain BLOB ends at 64 kB
     Column("created_at", sa.Double, nullable=False),  # Unix seconds
     # What makes two letters the same is one text, since NULLs in a unique key count as different.
     sa.UniqueConstraint("slot", "letter_key", name="replicator_dead_letters_key"),
@@ -87,18 +84,19 @@ dead_letters = sa.Table(
 tasks = sa.Table(
     "replicator_tasks",
     metadata,
-    Column("slot", String(MAX_NAME_CHARACTERS), primary_key=True),
-    Column("task", String(MAX_TASK_CHARACTERS), primary_key=True),
+    Column("slot", NAME, primary_key=True),
+    Column("task", NAME, primary_key=True),
     Column("progress", sa.Text, nullable=False),
     Column("updated_at", sa.Double, nullable=False),  # Unix seconds
 )
 
 
 def create(connection: sa.Connection) -> list[str]:
-    """Make the tables inside the caller's transaction; a line for each thing done. Raises CheckpointUnusable."""
+    """Make the tables inside the caller's transaction; a line for each thing done."""
     if connection.dialect.name == "postgresql":  # replicators that start together; SQLite's write lock does this
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATE_LOCK_KEY)))
-    if _is_there(connection):
+    if sa.inspect(connection).has_table(schema_version.name):
+        require(connection)
         return []
     metadata.create_all(connection)
     connection.execute(schema_version.insert().values(version=VERSION))
@@ -107,16 +105,10 @@ def create(connection: sa.Connection) -> list[str]:
 
 def require(connection: sa.Connection) -> None:
     """Raise CheckpointUnusable unless the tables are there, in this program's version."""
-    if not _is_there(connection):
-        raise CheckpointUnusable(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
-
-
-def _is_there(connection: sa.Connection) -> bool:
     if not sa.inspect(connection).has_table(schema_version.name):
-        return False
+        raise CheckpointUnusable(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
     found = connection.execute(sa.select(schema_version.c.version)).scalar()
     if found != VERSION:
         problem = f"its tables have schema version {found}, this program needs {VERSION}"
         cure = "Run the release that made them, or name another database in REPLICATOR_CHECKPOINT_URL"
         raise CheckpointUnusable(problem=problem, cure=cure)
-    return True

@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, String, bindparam, cast, func, literal, select
+from msgspec import structs
+from sqlalchemy import Connection, RowMapping, Select, String, Table, Update, bindparam, cast, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
@@ -29,15 +31,6 @@ from replicator.contracts.events import (
 
 VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
-# What `save` runs is built once: building costs SQLAlchemy three times what running does.
-_CHECKPOINT = select(checkpoints).where(checkpoints.c.slot == bindparam("of_slot"))
-_SINKS = select(sink_positions).where(sink_positions.c.slot == bindparam("of_slot"))
-_LOCKED = (_CHECKPOINT.with_for_update(), _SINKS.with_for_update())  # SQLite: see database._begin
-_UPDATE = checkpoints.update().where(checkpoints.c.slot == bindparam("of_slot"))
-_UPDATE_SINK = sink_positions.update().where(
-    sink_positions.c.slot == bindparam("of_slot"), sink_positions.c.sink == bindparam("of_sink")
-)
-
 
 class SqlCheckpointStore:
     """Checkpoints, dead letters and progress in the database of a SQLAlchemy URL. Raises SettingsError for the URL."""
@@ -49,10 +42,8 @@ class SqlCheckpointStore:
     def close(self) -> None:
         self._engine.dispose()
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
     def create(self) -> list[str]:
-        with self._transaction(writes=True) as connection:
+        with self._connection(writes=True, creates=True) as connection:
             return schema.create(connection)
 
     def load(self, slot: str) -> Checkpoint | None:
@@ -63,19 +54,22 @@ class SqlCheckpointStore:
         with self._connection(writes=True) as connection:
             stored = _read(connection, checkpoint.slot, lock=True)
             if stored is not None:
-                _refuse_other_cluster(stored, checkpoint)
                 _refuse_backward(stored, checkpoint)
-            _write(connection, stored, checkpoint)
+            _write(connection, checkpoint)
 
     def replace(self, checkpoint: Checkpoint) -> None:
         with self._connection(writes=True) as connection:
             _read(connection, checkpoint.slot, lock=True)
             connection.execute(sink_positions.delete().where(sink_positions.c.slot == checkpoint.slot))
             connection.execute(checkpoints.delete().where(checkpoints.c.slot == checkpoint.slot))
-            _release_positions(connection, checkpoint.slot)
-            _write(connection, None, checkpoint)
-
-    # -- dead letters --------------------------------------------------------------------------------------------
+            # The same positions may hold other events now. A letter's own number takes the position's place in its key.
+            key = literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String)
+            connection.execute(
+                dead_letters.update()
+                .where(dead_letters.c.slot == checkpoint.slot, dead_letters.c.commit_lsn.is_not(None))
+                .values(origin=Origin.RESTORED.value, letter_key=key, commit_lsn=None, ordinal=None)
+            )
+            _write(connection, checkpoint)
 
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], most: int | None = None) -> LetterCounts:
         rows: dict[str, dict[str, Any]] = {}
@@ -100,7 +94,8 @@ class SqlCheckpointStore:
         if sink is not None:
             page = page.where(dead_letters.c.sink == sink)
         with self._connection() as connection:
-            return [_letter(row) for row in connection.execute(page.order_by(dead_letters.c.id).limit(limit))]
+            found = connection.execute(page.order_by(dead_letters.c.id).limit(limit))
+            return [_letter(row) for row in found.mappings()]
 
     def count_dead_letters(self, slot: str) -> LetterCounts:
         with self._connection() as connection:
@@ -109,11 +104,8 @@ class SqlCheckpointStore:
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
         of_slot = dead_letters.delete().where(dead_letters.c.slot == slot)
         with self._connection(writes=True) as connection:
-            return sum(
-                connection.execute(of_slot.where(dead_letters.c.id.in_(piece))).rowcount for piece in _pieces(ids)
-            )
-
-    # -- progress ------------------------------------------------------------------------------------------------
+            pieces = (of_slot.where(dead_letters.c.id.in_(piece)) for piece in _pieces(ids))
+            return sum(connection.execute(piece).rowcount for piece in pieces)
 
     def load_progress(self, slot: str, task: str) -> str | None:
         query = select(tasks.c.progress).where(tasks.c.slot == slot, tasks.c.task == task)
@@ -123,57 +115,61 @@ class SqlCheckpointStore:
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
         with self._connection(writes=True) as connection:
-            connection.execute(tasks.delete().where(tasks.c.slot == slot, tasks.c.task == task))
-            if progress is not None:
+            if progress is None:
+                connection.execute(tasks.delete().where(tasks.c.slot == slot, tasks.c.task == task))
+            else:
                 row = {"slot": slot, "task": task, "progress": progress, "updated_at": time.time()}
-                connection.execute(tasks.insert(), row)
-
-    # -- transactions --------------------------------------------------------------------------------------------
+                _put(connection, tasks, row)
 
     @contextmanager
-    def _connection(self, *, writes: bool = False) -> Iterator[Connection]:
+    def _connection(self, *, writes: bool = False, creates: bool = False) -> Iterator[Connection]:
         """In a transaction, with the tables there."""
         if not writes:
             database.require_file(self._engine.url)
-        with self._transaction(writes=writes) as connection:
-            if not self._tables_seen:  # once a process: only an operator changes them, with the program stopped
-                schema.require(connection)
-                self._tables_seen = True
-            yield connection
-
-    @contextmanager
-    def _transaction(self, *, writes: bool) -> Iterator[Connection]:
         try:
             with self._engine.execution_options(writes=writes).begin() as connection:
+                if not (creates or self._tables_seen):  # once a process: an operator changes them while it is stopped
+                    schema.require(connection)
+                    self._tables_seen = True
                 yield connection
         except SQLAlchemyError as exc:
             raise database.explain(exc, self._engine.dialect, self._engine.url) from exc
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------
+# Statements are built once: building costs SQLAlchemy three times what running does, and `save` is called often.
+
+
+@cache
+def _select(table: Table, *, lock: bool) -> Select[Any]:
+    of_slot = select(table).where(table.c.slot == bindparam("of_slot"))
+    return of_slot.with_for_update() if lock else of_slot  # SQLite has no row locks: see database._begin
+
+
+@cache
+def _update(table: Table) -> Update:
+    return table.update().where(*(column == bindparam(f"of_{column.name}") for column in table.primary_key))
+
+
+def _put(connection: Connection, table: Table, row: dict[str, Any]) -> None:
+    """Update the row that has this primary key, or insert it."""
+    key = {f"of_{column.name}": row[column.name] for column in table.primary_key}
+    if not connection.execute(_update(table), row | key).rowcount:
+        connection.execute(table.insert(), row)
 
 
 def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoint | None:
     # The checkpoint is locked first, on behalf of its sinks: the second statement sees what the last holder did.
-    checkpoint, sinks = _LOCKED if lock else (_CHECKPOINT, _SINKS)
-    row = connection.execute(checkpoint, {"of_slot": slot}).first()
+    row = connection.execute(_select(checkpoints, lock=lock), {"of_slot": slot}).mappings().first()
     if row is None:
         return None
-    return Checkpoint(
-        slot=slot,
-        system_identifier=row.system_identifier,
-        timeline=row.timeline,
-        end_lsn=row.end_lsn,
-        sinks={
-            at.sink: SinkPosition(position=Position(at.commit_lsn, at.ordinal), end_lsn=at.end_lsn)
-            for at in connection.execute(sinks, {"of_slot": slot})
-        },
-        committed_at=row.committed_at,
-        updated_at=row.updated_at,
-    )
+    found = connection.execute(_select(sink_positions, lock=lock), {"of_slot": slot})
+    positions = {
+        at.sink: SinkPosition(position=Position(at.commit_lsn, at.ordinal), end_lsn=at.end_lsn) for at in found
+    }
+    return Checkpoint(**row, sinks=positions)
 
 
-def _refuse_other_cluster(stored: Checkpoint, offered: Checkpoint) -> None:
+def _refuse_backward(stored: Checkpoint, offered: Checkpoint) -> None:
     # LSNs of two clusters compare like any numbers, so nothing else would notice.
     if stored.system_identifier != offered.system_identifier:
         raise CheckpointUnusable(
@@ -182,13 +178,9 @@ def _refuse_other_cluster(stored: Checkpoint, offered: Checkpoint) -> None:
             cure="If another cluster is replicated with the same slot name, give this one its own database in"
             f" {database.URL_SETTING} or another name in REPLICATOR_SLOT",
         )
-
-
-def _refuse_backward(stored: Checkpoint, offered: Checkpoint) -> None:
     if offered.end_lsn < stored.end_lsn:
-        raise CheckpointBackward(
-            slot=stored.slot, stored=format_lsn(stored.end_lsn), offered=format_lsn(offered.end_lsn)
-        )
+        was, would_be = format_lsn(stored.end_lsn), format_lsn(offered.end_lsn)
+        raise CheckpointBackward(slot=stored.slot, stored=was, offered=would_be)
     for sink, new in offered.sinks.items():
         old = stored.sinks.get(sink)
         if old is not None and (new.position < old.position or new.end_lsn < old.end_lsn):
@@ -200,30 +192,13 @@ def _describe(sink: str, at: SinkPosition) -> str:
     return f"{format_lsn(at.end_lsn)} (sink {sink} at row {ordinal} of commit {format_lsn(commit_lsn)})"
 
 
-def _write(connection: Connection, stored: Checkpoint | None, checkpoint: Checkpoint) -> None:
-    """What differs from `stored`, which is locked."""
-    row = {
-        "slot": checkpoint.slot,
-        "system_identifier": checkpoint.system_identifier,
-        "timeline": checkpoint.timeline,
-        "end_lsn": checkpoint.end_lsn,
-        "committed_at": checkpoint.committed_at,
-        "updated_at": time.time(),
-    }
-    known = stored.sinks if stored else {}
-    if stored is None:
-        connection.execute(checkpoints.insert(), row)
-    else:
-        connection.execute(_UPDATE, {"of_slot": checkpoint.slot, **row})
-    for sink, at in checkpoint.sinks.items():
-        row = {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
-        if sink not in known:
-            connection.execute(sink_positions.insert(), {"slot": checkpoint.slot, "sink": sink, **row})
-        elif at != known[sink]:
-            connection.execute(_UPDATE_SINK, {"of_slot": checkpoint.slot, "of_sink": sink, **row})
-
-
-# -- dead letters --------------------------------------------------------------------------------------------------
+def _write(connection: Connection, checkpoint: Checkpoint) -> None:
+    row = structs.asdict(checkpoint) | {"updated_at": time.time()}
+    sinks: dict[str, SinkPosition] = row.pop("sinks")
+    _put(connection, checkpoints, row)
+    for sink, at in sinks.items():
+        position = {"commit_lsn": at.position.commit_lsn, "ordinal": at.position.ordinal, "end_lsn": at.end_lsn}
+        _put(connection, sink_positions, {"slot": checkpoint.slot, "sink": sink, **position})
 
 
 def _count_letters(connection: Connection, slot: str) -> LetterCounts:
@@ -251,16 +226,6 @@ def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield values[start : start + VALUES_PER_STATEMENT]
 
 
-def _release_positions(connection: Connection, slot: str) -> None:
-    # The same positions may hold other events now. A letter's own number takes the position's place in its key.
-    key = literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String)
-    connection.execute(
-        dead_letters.update()
-        .where(dead_letters.c.slot == slot, dead_letters.c.commit_lsn.is_not(None))
-        .values(origin=Origin.RESTORED.value, letter_key=key, commit_lsn=None, ordinal=None)
-    )
-
-
 def _letter_key(letter: DeadLetter) -> str:
     """What makes two letters of a slot the same."""
     identity = f"event {letter.event_id}"
@@ -270,30 +235,15 @@ def _letter_key(letter: DeadLetter) -> str:
 
 
 def _letter_row(slot: str, letter: DeadLetter) -> dict[str, Any]:
-    commit_lsn, ordinal = letter.position or (None, None)
-    return {
-        "slot": slot,
-        "letter_key": _letter_key(letter),
-        "origin": letter.origin.value,
-        "sink": letter.sink,
-        "commit_lsn": commit_lsn,
-        "ordinal": ordinal,
-        "event_id": letter.event_id,
-        # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
-        "reason": letter.reason.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode(),
-        "payload": letter.payload,
-        "created_at": time.time(),
-    }
+    row = structs.asdict(letter) | {"slot": slot, "letter_key": _letter_key(letter), "created_at": time.time()}
+    del row["id"]
+    row["commit_lsn"], row["ordinal"] = row.pop("position") or (None, None)
+    # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
+    row["reason"] = letter.reason.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    return row
 
 
-def _letter(row: Any) -> DeadLetter:
-    return DeadLetter(
-        id=row.id,
-        sink=row.sink,
-        origin=Origin(row.origin),
-        position=None if row.commit_lsn is None else Position(row.commit_lsn, row.ordinal),
-        event_id=row.event_id,
-        reason=row.reason,
-        payload=row.payload,
-        created_at=row.created_at,
-    )
+def _letter(row: RowMapping) -> DeadLetter:
+    position = None if row["commit_lsn"] is None else Position(row["commit_lsn"], row["ordinal"])
+    same = {name: row[name] for name in ("id", "sink", "event_id", "reason", "payload", "created_at")}
+    return DeadLetter(position=position, origin=Origin(row["origin"]), **same)
