@@ -8,8 +8,9 @@ directory is read too, and the environment wins over it. Any setting can also co
 from __future__ import annotations
 
 import os
+import ssl
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -124,6 +125,20 @@ def _conninfo(value: SecretStr) -> SecretStr:
         # The password ended too early, and errors would name its rest as a host or database.
         raise ValueError("it has an @ too many; in user and password it is written %40, and / is %2F")
     return value
+
+
+def _certificates(path: Path) -> Path:
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as exc:  # an SSLError too
+        raise ValueError(f"no certificate can be read from it ({type(exc).__name__})") from None
+    return path
+
+
+EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
+"""Compose files pass on what may be unset as `${NAME:-}`."""
+CaFile: TypeAlias = Annotated[Annotated[Path, AfterValidator(_certificates)] | None, EmptyIsNone]
+"""A PEM file with certificate authorities, or None."""
 
 
 def number(default: float, low: float, high: float, what: str) -> Any:

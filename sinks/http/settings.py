@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-import ssl
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import httpx
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from replicator.contracts.settings import Settings
+from replicator.contracts.settings import CaFile, EmptyIsNone, Settings
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
@@ -40,19 +38,8 @@ def _usable_secret(value: SecretStr) -> SecretStr:
     return value
 
 
-def _usable_ca_file(value: Path) -> Path:
-    try:
-        ssl.create_default_context(cafile=value)
-    except OSError as exc:  # an SSLError too
-        raise ValueError(f"it can't be used ({type(exc).__name__})") from exc
-    return value
-
-
-_EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
-"""Compose files pass on what may be unset as `${NAME:-}`."""
 _Token: TypeAlias = Annotated[SecretStr, AfterValidator(_usable_token)]
 _Secret: TypeAlias = Annotated[SecretStr, AfterValidator(_usable_secret)]
-_CaFile: TypeAlias = Annotated[Path, AfterValidator(_usable_ca_file)]
 
 
 class HttpSettings(Settings):
@@ -86,13 +73,13 @@ class HttpSettings(Settings):
         le=3600,
         description="seconds that a request may take as a whole, connecting included",
     )
-    http_bearer_token: Annotated[_Token | None, _EmptyIsNone] = Field(
+    http_bearer_token: Annotated[_Token | None, EmptyIsNone] = Field(
         None, description="the token of an Authorization: Bearer header (visible ASCII characters)"
     )
-    http_webhook_secret: Annotated[_Secret | None, _EmptyIsNone] = Field(
+    http_webhook_secret: Annotated[_Secret | None, EmptyIsNone] = Field(
         None, description="whsec_ and base64, the secret that requests are signed with (Standard Webhooks)"
     )
-    http_ca_file: Annotated[_CaFile | None, _EmptyIsNone] = Field(
+    http_ca_file: CaFile = Field(
         None, description="a PEM file with the certificate authorities to trust instead of the public ones"
     )
 
