@@ -11,17 +11,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import clickhouse_connect
+from clickhouse_connect.driver.asyncclient import AsyncClient
 
+from sinks.clickhouse.embedded import EmbeddedEngine
 from sinks.clickhouse.errors import not_clickhouse, translated
-
-if TYPE_CHECKING:
-    from clickhouse_connect.driver.asyncclient import AsyncClient
-
-    from sinks.clickhouse.embedded import EmbeddedEngine
 
 CONNECT_SECONDS = 10
 _PORTS = {"http": 8123, "https": 8443, "chdb": None}
@@ -59,12 +56,9 @@ def parse_url(url: str) -> Address:
         raise ValueError("before the database is the host of a server, or the absolute directory of the engine")
     if embedded and find_spec("chdb") is None:
         raise ValueError("the embedded engine is missing: pip install 'engagement-replicator[chdb]'")
-    server = f"chdb://{directory}" if embedded else f"{parts.scheme}://{_bracketed(parts.hostname)}:{port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    server = f"chdb://{directory}" if embedded else f"{parts.scheme}://{host}:{port}"
     return Address(server, unquote(parts.username or "default"), unquote(parts.password or ""), database)
-
-
-def _bracketed(host: str | None) -> str:
-    return f"[{host}]" if host and ":" in host else host or ""
 
 
 class Client:
@@ -120,9 +114,7 @@ class Client:
     async def _connect(self) -> AsyncClient | EmbeddedEngine:
         scheme, _, directory = self._address.server.partition("://")
         if scheme == "chdb":
-            from sinks.clickhouse.embedded import EmbeddedEngine  # noqa: PLC0415  550 MB
-
-            return await EmbeddedEngine.open(directory)
+            return await EmbeddedEngine().open(directory)
         return await clickhouse_connect.get_async_client(
             interface=scheme,
             dsn=self._address.server,

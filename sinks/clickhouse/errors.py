@@ -11,7 +11,6 @@ import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
 from json import JSONDecodeError
 
 import aiohttp
@@ -22,74 +21,32 @@ from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavai
 SINK = "clickhouse"
 
 
-class _Refused(IntEnum):
-    """A value can't be stored. The event is at fault if the table is as it should be."""
-
-    CANNOT_PARSE_TEXT = 6
-    CANNOT_PARSE_ESCAPE_SEQUENCE = 25
-    CANNOT_PARSE_QUOTED_STRING = 26
-    CANNOT_PARSE_INPUT_ASSERTION_FAILED = 27
-    CANNOT_PARSE_DATE = 38
-    CANNOT_PARSE_DATETIME = 41
-    TYPE_MISMATCH = 53
-    ARGUMENT_OUT_OF_BOUND = 69
-    CANNOT_CONVERT_TYPE = 70
-    CANNOT_PARSE_NUMBER = 72
-    TOO_LARGE_STRING_SIZE = 131
-    VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE = 321
-    CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN = 349
-    DECIMAL_OVERFLOW = 407
-    VIOLATED_CONSTRAINT = 469
-    UNKNOWN_ELEMENT_OF_ENUM = 691
-
-
-class _Unusable(IntEnum):
-    """The table does not fit: no event can be written."""
-
-    NO_SUCH_COLUMN_IN_TABLE = 16
-    ILLEGAL_COLUMN = 44
-    UNKNOWN_IDENTIFIER = 47
-    NOT_IMPLEMENTED = 48
-    UNKNOWN_TABLE = 60
-    UNKNOWN_FORMAT = 73
-    UNKNOWN_DATABASE = 81
-    UNKNOWN_SETTING = 115
-    THERE_IS_NO_DEFAULT_VALUE = 116
-    INCORRECT_DATA = 117  # the table lacks a field
-    UNEXPECTED_TABLE_ENGINE = 727
-
-
-class _Misconfigured(IntEnum):
-    """The user is unknown or lacks a right."""
-
-    READONLY = 164
-    UNKNOWN_USER = 192
-    WRONG_PASSWORD = 193
-    REQUIRED_PASSWORD = 194
-    IP_ADDRESS_NOT_ALLOWED = 195
-    DATABASE_ACCESS_DENIED = 291
-    SETTING_CONSTRAINT_VIOLATION = 452
-    ACCESS_DENIED = 497
-    AUTHENTICATION_FAILED = 516
-    USER_EXPIRED = 720
-
-
-class _NotNow(IntEnum):
-    """Retried, like every code that is not listed. Named because an operator may have to act."""
-
-    CANNOT_WRITE_TO_FILE_DESCRIPTOR = 75
-    CANNOT_OPEN_FILE = 76
-    TIMEOUT_EXCEEDED = 159
-    TOO_MANY_SIMULTANEOUS_QUERIES = 202
-    MEMORY_LIMIT_EXCEEDED = 241
-    TABLE_IS_READ_ONLY = 242
-    NOT_ENOUGH_SPACE = 243
-    TOO_MANY_PARTS = 252
-    QUERY_WAS_CANCELLED = 394
-
-
-_KINDS: tuple[type[IntEnum], ...] = (_Refused, _Unusable, _Misconfigured, _NotNow)
-_KNOWN: dict[int, IntEnum] = {code.value: code for kind in _KINDS for code in kind}
+# fmt: off
+_REFUSED = {  # a value can't be stored; the event is at fault if the table is as it should be
+    6: "CANNOT_PARSE_TEXT", 25: "CANNOT_PARSE_ESCAPE_SEQUENCE", 26: "CANNOT_PARSE_QUOTED_STRING",
+    27: "CANNOT_PARSE_INPUT_ASSERTION_FAILED", 38: "CANNOT_PARSE_DATE", 41: "CANNOT_PARSE_DATETIME",
+    53: "TYPE_MISMATCH", 69: "ARGUMENT_OUT_OF_BOUND", 70: "CANNOT_CONVERT_TYPE", 72: "CANNOT_PARSE_NUMBER",
+    131: "TOO_LARGE_STRING_SIZE", 321: "VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE",
+    349: "CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN", 407: "DECIMAL_OVERFLOW", 469: "VIOLATED_CONSTRAINT",
+    691: "UNKNOWN_ELEMENT_OF_ENUM",
+}
+_UNUSABLE = {  # the table does not fit, so no event can be written; 117: it lacks a field
+    16: "NO_SUCH_COLUMN_IN_TABLE", 44: "ILLEGAL_COLUMN", 47: "UNKNOWN_IDENTIFIER", 48: "NOT_IMPLEMENTED",
+    60: "UNKNOWN_TABLE", 73: "UNKNOWN_FORMAT", 81: "UNKNOWN_DATABASE", 115: "UNKNOWN_SETTING",
+    116: "THERE_IS_NO_DEFAULT_VALUE", 117: "INCORRECT_DATA", 727: "UNEXPECTED_TABLE_ENGINE",
+}
+_MISCONFIGURED = {  # the user is unknown or lacks a right
+    164: "READONLY", 192: "UNKNOWN_USER", 193: "WRONG_PASSWORD", 194: "REQUIRED_PASSWORD",
+    195: "IP_ADDRESS_NOT_ALLOWED", 291: "DATABASE_ACCESS_DENIED", 452: "SETTING_CONSTRAINT_VIOLATION",
+    497: "ACCESS_DENIED", 516: "AUTHENTICATION_FAILED", 720: "USER_EXPIRED",
+}
+_NOT_NOW = {  # retried, like every code that is not listed; named because an operator may have to act
+    75: "CANNOT_WRITE_TO_FILE_DESCRIPTOR", 76: "CANNOT_OPEN_FILE", 159: "TIMEOUT_EXCEEDED",
+    202: "TOO_MANY_SIMULTANEOUS_QUERIES", 241: "MEMORY_LIMIT_EXCEEDED", 242: "TABLE_IS_READ_ONLY",
+    243: "NOT_ENOUGH_SPACE", 252: "TOO_MANY_PARTS", 394: "QUERY_WAS_CANCELLED",
+}
+# fmt: on
+_NAMES = _REFUSED | _UNUSABLE | _MISCONFIGURED | _NOT_NOW  # the driver's own `name` may be a word of the row
 
 _UNUSABLE_CURE = f"Run {command('init')}, then {command('check')}, which names what is wrong"
 _URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
@@ -127,17 +84,14 @@ def not_clickhouse(where: str) -> SinkMisconfigured:
 
 
 def _answered(code: int) -> SinkError | ValueRefused:
-    known = _KNOWN.get(code)
-    detail = f"ClickHouse error {code}" if known is None else f"ClickHouse error {code} {known.name}"
-    match known:
-        case _Refused():
-            return ValueRefused(detail)
-        case _Unusable():
-            return SinkUnusable(sink=SINK, detail=detail, cure=_UNUSABLE_CURE)
-        case _Misconfigured():
-            return SinkMisconfigured(sink=SINK, detail=detail, cure=_RIGHTS_CURE)
-        case _:
-            return SinkUnavailable(sink=SINK, detail=detail)
+    detail = f"ClickHouse error {code} {_NAMES.get(code, '')}".rstrip()
+    if code in _REFUSED:
+        return ValueRefused(detail)
+    if code in _UNUSABLE:
+        return SinkUnusable(sink=SINK, detail=detail, cure=_UNUSABLE_CURE)
+    if code in _MISCONFIGURED:
+        return SinkMisconfigured(sink=SINK, detail=detail, cure=_RIGHTS_CURE)
+    return SinkUnavailable(sink=SINK, detail=detail)
 
 
 def _unanswered(exc: Exception, where: str) -> SinkError:

@@ -14,22 +14,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import ssl
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import filterfalse
 from typing import ClassVar
 
-from pydantic import Field, FilePath, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
-from replicator.contracts.settings import Settings
+from replicator.contracts.settings import CaFile, Settings, number
 from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import ValueRefused
 from sinks.clickhouse.ledger import ClickHouseLedger
-from sinks.clickhouse.table import Problem, Shape, columns, create, find_problem, is_empty, look, qualified
+from sinks.clickhouse.table import columns, create, qualified, require_table
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
@@ -88,42 +87,23 @@ class ClickHouseSettings(Settings):
         description="http:// or https://user:password@host:port/database, or chdb:///directory/database "
         "for the embedded engine",
     )
-    clickhouse_ca_file: FilePath | None = Field(
+    clickhouse_ca_file: CaFile = Field(
         None, description="the path of a PEM file with the authority behind an https:// server's certificate"
     )
-    clickhouse_timeout_seconds: int = Field(
-        30,  # an insert takes 0.1 s; a server that is held back by merges may take ten
-        ge=1,
-        le=3600,
-        description="whole seconds until an insert that was not answered counts as failed, 1 to 3600",
+    # An insert takes 0.1 s; a server that is held back by merges may take ten.
+    clickhouse_timeout_seconds: int = number(
+        30, 1, 3600, "whole seconds until an insert that was not answered counts as failed"
     )
-    clickhouse_linger_seconds: float = Field(
-        0.8,  # about one insert a second, what ClickHouse likes, and visible within 1.5 s of the commit
-        ge=0,
-        le=60,
-        description="seconds to gather events for one insert, 0 to 60",
-    )
-    clickhouse_max_events: int = Field(
-        20_000,  # 6 MB of JSON: larger inserts gain nothing and cost memory
-        ge=1,
-        le=1_000_000,
-        description="the most events in one insert, 1 to 1000000",
-    )
+    # About one insert a second, what ClickHouse likes, and visible within 1.5 s of the commit.
+    clickhouse_linger_seconds: float = number(0.8, 0, 60, "seconds to gather events for one insert")
+    # 6 MB of JSON: larger inserts gain nothing and cost memory.
+    clickhouse_max_events: int = number(20_000, 1, 1_000_000, "the most events in one insert")
 
     @field_validator("clickhouse_url")
     @classmethod
     def _usable(cls, url: SecretStr) -> SecretStr:
         parse_url(url.get_secret_value())
         return url
-
-    @field_validator("clickhouse_ca_file")
-    @classmethod
-    def _readable(cls, path: Path | None) -> Path | None:
-        try:
-            ssl.create_default_context(cafile=path)
-        except OSError as exc:
-            raise ValueError(f"no certificate can be read from it ({type(exc).__name__})") from None
-        return path
 
 
 class ClickHouseSink(Sink, CountsByHour, HasLedger):
@@ -135,7 +115,6 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     def __init__(self, settings: ClickHouseSettings, contract: Contract) -> None:
         super().__init__(settings, contract)
-        self._contract = contract
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
         address = parse_url(settings.clickhouse_url.get_secret_value())
@@ -144,49 +123,47 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._table = qualified(self._database)
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
-        self._shape: Shape | None = None
-        """The table as it was when it last passed."""
 
     async def create(self) -> list[str]:
-        return await create(self._client, self._database, self._contract)
+        return await create(self._client, self._database, self.contract)
 
     async def check(self) -> list[Finding]:
         """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
+        findings = []
         try:
             [[version]] = await self._client.query("SELECT version()")
-            problem = await self._find_problem()
-            if problem is None:
-                await self._insert_rows(b"")
+            findings.append(Finding(True, f"ClickHouse {version} at {self._server}"))
+            await self._require_table()
+            await self._insert_rows(b"")
+        except SinkUnusable as exc:
+            return [*findings, Finding(False, f"ClickHouse: {exc.detail}", exc.cure)]
         except SinkError as exc:
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
             return [Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
-        found = Finding(True, f"ClickHouse {version} at {self._server}")
-        if problem is not None:
-            return [found, Finding(False, f"ClickHouse: {problem.what}", problem.cure)]
-        return [found, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
+        return [*findings, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        await self._require_table()
-        if start is not None and await is_empty(self._client, self._database):
+        if await self._require_table() == 0 and start is not None:
             _log.error(EMPTIED, self._table)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert, unless ClickHouse refuses a value in it."""
         first, last = await self._range()
-        fitting = [event for event in events if event.ts_us is not None and first <= event.ts_us <= last]
-        refused = await self._insert(fitting) if fitting else []
-        if len(fitting) < len(events):
-            sent = set(map(id, fitting))
-            refused += [Refusal(event, _OUTSIDE_RANGE) for event in events if id(event) not in sent]
-        return refused
+
+        def fits(event: Event) -> bool:
+            return event.ts_us is not None and first <= event.ts_us <= last
+
+        outside = [Refusal(event, _OUTSIDE_RANGE) for event in filterfalse(fits, events)]
+        fitting = list(filter(fits, events)) if outside else events
+        return outside + (await self._insert(fitting) if fitting else [])
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         sql = _HOURS_SQL.format(table=self._table)
         return dict(await self._client.query(sql, {"start": start_us, "end": end_us}))
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
-        return ClickHouseLedger(self._client, self._table, self._contract, with_content=with_content)
+        return ClickHouseLedger(self._client, self._table, self.contract, with_content=with_content)
 
     async def close(self) -> None:
         await self._client.close()
@@ -198,24 +175,13 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             self._range_us = YEARS_1_TO_9999_US if wide else YEARS_1900_TO_2299_US
         return self._range_us
 
-    async def _find_problem(self) -> Problem | None:
-        """What is wrong with the table now, None if nothing. A table that passed is compared again when it changes."""
-        shape = await look(self._client, self._database)
-        if shape is not None and shape == self._shape:
-            return None
-        problem = find_problem(shape, self._database, self._contract)
-        self._shape = shape if problem is None else None
-        return problem
-
-    async def _require_table(self) -> None:
-        """Raises SinkUnusable unless the table keeps events as they are.
+    async def _require_table(self) -> int:
+        """Raises SinkUnusable unless the table keeps events as they are; how many rows it has.
 
         Called after every insert: ClickHouse silently wraps and cuts values when a column has become narrower. Rows
         that went into such a column do not count as written, and are inserted again once the table is repaired.
         """
-        problem = await self._find_problem()
-        if problem is not None:
-            raise SinkUnusable(sink=self.name, detail=problem.what, cure=problem.cure)
+        return await require_table(self._client, self._database, self.contract)
 
     async def _insert(self, events: Sequence[Event]) -> list[Refusal]:
         """Insert, or halve until the events that ClickHouse refuses stand alone; returns those."""
@@ -240,16 +206,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         token = hashlib.sha256(body)  # not of the positions, which can't tell two views of an event apart
         token.update(self._run)
         settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
-        return await self._client.insert(self._table, list(columns(self._contract)), body, settings)
+        return await self._client.insert(self._table, list(columns(self.contract)), body, settings)
 
 
 def rows(events: Sequence[Event]) -> bytes:
     """The events as JSON lines, each with the `_lsn` of its commit behind its own fields."""
-    parts: list[bytes] = []
-    lsn, tail = -1, b""
-    for event in events:
-        if event.commit_lsn != lsn:
-            lsn = event.commit_lsn
-            tail = b',"_lsn":%d}\n' % lsn
-        parts += (event.json[:-1], tail)
-    return b"".join(parts)
+    return b"".join([b'%b,"_lsn":%d}\n' % (event.json[:-1], event.commit_lsn) for event in events])

@@ -8,19 +8,16 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from string import Template
-from typing import NamedTuple
 
-from replicator.contracts.errors import command
+from replicator.contracts.errors import SinkUnusable, command
 from replicator.contracts.fields import Contract, Role
 from sinks.clickhouse.client import Client
+from sinks.clickhouse.errors import SINK
 
 TABLE = "events_enriched"
 
-_DATABASE_SQL = "SELECT name FROM system.databases WHERE name = %(database)s"
-_TABLE_SQL = "SELECT name FROM system.tables WHERE database = %(database)s AND name = %(table)s"
-_ROWS_SQL = "SELECT total_rows FROM system.tables WHERE database = %(database)s AND name = %(table)s"
-_SHAPE_SQL = """
-    SELECT engine, engine_full, sorting_key,
+_TABLE_SQL = """
+    SELECT engine, engine_full, sorting_key, total_rows,
         (SELECT [groupArray(name), groupArray(type)] FROM system.columns
          WHERE database = %(database)s AND table = %(table)s) AS columns
     FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
@@ -28,22 +25,6 @@ _SHAPE_SQL = """
 _INIT = f"{command('init')}, which makes it and prints the backfill command that brings what it should hold"
 INIT = f"Run {_INIT}"
 _ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename it away and run {_INIT}"
-
-
-class Problem(NamedTuple):
-    """Why the table can't be written to, and the cure."""
-
-    what: str
-    cure: str
-
-
-class Shape(NamedTuple):
-    """What decides whether a table keeps values as they are."""
-
-    engine: str
-    definition: str
-    sort_key: str
-    columns: dict[str, str]
 
 
 def qualified(database: str) -> str:
@@ -78,44 +59,36 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
 
     Returns a line for each thing created.
     """
-    names = {"database": database, "table": TABLE}
     database_sql, table_sql, _ = ddl(contract, database).split(";")
     made = []
-    if not await client.query(_DATABASE_SQL, names):
-        await client.command(database_sql)
-        made.append(f"ClickHouse: made database {database}")
-    if not await client.query(_TABLE_SQL, names):
-        await client.command(table_sql)
-        made.append(f"ClickHouse: made table {database}.{TABLE}")
+    for sql, what, name in ((database_sql, "database", f"`{database}`"), (table_sql, "table", qualified(database))):
+        [[exists]] = await client.query(f"EXISTS {what} {name}")
+        if not exists:
+            await client.command(sql)
+            made.append(f"ClickHouse: made {what} {name.replace('`', '')}")
     return made
 
 
-async def look(client: Client, database: str) -> Shape | None:
-    """The table as it is now, in one query; None when there is none."""
-    names = {"database": database, "table": TABLE}
-    for engine, definition, sort_key, columns in await client.query(_SHAPE_SQL, names):
-        return Shape(engine, definition, sort_key, dict(zip(*columns, strict=True)))
-    return None
+async def require_table(client: Client, database: str, contract: Contract) -> int:
+    """Raises SinkUnusable if the table would lose, change or multiply events.
 
-
-async def is_empty(client: Client, database: str) -> bool:
-    """Whether it has no row, as its parts say: no data is read."""
-    return await client.query(_ROWS_SQL, {"database": database, "table": TABLE}) == [[0]]
-
-
-def find_problem(shape: Shape | None, database: str, contract: Contract) -> Problem | None:
-    """What about the table would lose, change or multiply events; None when nothing."""
-    if shape is None:
-        return Problem(f"table {database}.{TABLE} does not exist", INIT)
-    found = shape.columns
+    Returns the number of its rows, as its parts say: no data is read.
+    """
+    found = await client.query(_TABLE_SQL, {"database": database, "table": TABLE})
+    if not found:
+        raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} does not exist", cure=INIT)
+    [(engine, definition, order, rows, names_and_types)] = found
+    types = dict(zip(*names_and_types, strict=True))
     wrong = [
-        f"column {name} as {found[name]} and not {type_}" if name in found else f"no column {name} {type_}"
+        f"column {name} as {types[name]} and not {type_}" if name in types else f"no column {name} {type_}"
         for name, type_ in columns(contract).items()
-        if found.get(name) != type_
+        if types.get(name) != type_
     ]
     # Replicated... and Shared... variants are as good.
-    if not shape.engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", shape.definition):
-        wrong.append(f"the engine {shape.engine} and not ReplacingMergeTree(_lsn)")
-    if shape.sort_key != sort_key(contract):
-        wrong.append(f"the sort key ({shape.sort_key}) and not ({sort_key(contract)})")
-    return Problem(f"table {database}.{TABLE} has {', '.join(wrong)}", _ALTER) if wrong else None
+    if not engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", definition):
+        wrong.append(f"the engine {engine} and not ReplacingMergeTree(_lsn)")
+    if order != sort_key(contract):
+        wrong.append(f"the sort key ({order}) and not ({sort_key(contract)})")
+    if wrong:
+        raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} has {', '.join(wrong)}", cure=_ALTER)
+    return int(rows)
