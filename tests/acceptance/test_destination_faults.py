@@ -323,7 +323,7 @@ def test_the_password_is_changed(
         told = f"Sink {sink} turns the replicator away"
         mend = partial(hands.password, sink, RIGHT)
         endures(quick, source, sink, told, break_=partial(hands.password, sink, WRONG), mend=mend)
-        assert re.search(rf"{told}: .*See that .*REPLICATOR_{sink.upper()}_", quick.log)
+        assert re.search(rf"{told}: .*Check .*REPLICATOR_{sink.upper()}_", quick.log)
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
     hands.mend()
@@ -433,7 +433,7 @@ def test_the_clickhouse_table_is_broken(  # noqa: PLR0917  fixtures
     quick.wait_until_caught_up()
     stack.clickhouse.query(statement)
     insert_many(source, 10)
-    stops(quick, told, "`python -m replicator init`", "`python backfill.py`")
+    stops(quick, told, "`python -m replicator init`", "prints the backfill command")
     if broken != "dropped":
         stack.clickhouse.query("RENAME TABLE events_enriched TO events_broken")
     bring_back(quick, "clickhouse")
