@@ -7,11 +7,14 @@ import signal
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
 import typer
 
 from replicator.contracts.errors import SettingsError
+
+if TYPE_CHECKING:
+    from replicator.cli.app import App
 
 PAGE_ROWS = 5_000  # 10 MB of memory and some 50 ms of PostgreSQL's time; larger pages gain nothing
 MOST = 1_000_000  # rows a page: what memory may hold
@@ -60,6 +63,7 @@ Rate: TypeAlias = Annotated[
     int | None, typer.Option(parser=count, metavar="N", help="events a second at most, 1 to 1000000")
 ]
 Resume: TypeAlias = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
+Sinks: TypeAlias = Annotated[str, typer.Option(metavar="NAMES", help="names of sinks, separated by commas")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", help="don't ask")]
 
@@ -116,3 +120,10 @@ def confirmed(question: str, *, yes: bool) -> bool:
         )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def load_app(sinks: Iterable[str] | None = None) -> App:
+    """The App, with these sinks or the configured ones; imported here because that takes half a second."""
+    from replicator.cli.app import App
+
+    return App.load(sinks)

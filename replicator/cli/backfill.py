@@ -11,41 +11,27 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import typer
 
-from replicator.cli.arguments import (
-    PAGE_ROWS,
-    BatchSize,
-    End,
-    Json,
-    Last,
-    Rate,
-    Resume,
-    Start,
-    TimeRange,
-    iso,
-    sinks_of,
-    time_range,
-)
+from replicator.cli import arguments as arg
+from replicator.cli.arguments import iso, load_app
 from replicator.cli.stream import stop_on_signals
 from replicator.contracts.errors import SinkError, SinkUnavailable, SourceError, SourceUnavailable, command
 
 if TYPE_CHECKING:
     from enrichment import EngagementHistory, EngagementLedger
     from replicator.cli.app import App
-    from replicator.contracts.settings import CoreSettings
     from replicator.delivery.backfill import Backfill, BackfillProgress
     from replicator.delivery.lane import Lane
 
 DEFAULT_SINKS = "clickhouse,redis"  # the HTTP API belongs to others, who see a repeated event
-PROGRESS_SECONDS = 0.5  # a bar that moves
-LINE_SECONDS = 10.0  # a log that can be read
+PROGRESS_SECONDS = 10.0  # a log that can be read
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -71,33 +57,29 @@ SIGTERM and Ctrl-C finish the writes in flight. --resume continues there, and al
 
 
 async def backfill(
-    start: Start = None,
-    end: End = None,
-    last: Last = None,
-    sinks: Annotated[
-        str, typer.Option(metavar="NAMES", help="the sinks to write to, separated by commas")
-    ] = DEFAULT_SINKS,
-    batch_size: BatchSize = PAGE_ROWS,
-    rate: Rate = None,
-    resume: Resume = False,
+    start: arg.Start = None,
+    end: arg.End = None,
+    last: arg.Last = None,
+    sinks: arg.Sinks = DEFAULT_SINKS,
+    batch_size: arg.BatchSize = arg.PAGE_ROWS,
+    rate: arg.Rate = None,
+    resume: arg.Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="write nothing: count events by hour, and those the sinks lack")
     ] = False,
-    as_json: Json = False,
+    as_json: arg.Json = False,
 ) -> int:
     """Send the events of a range of time to the sinks again."""
     from enrichment import EngagementHistory
-    from replicator.cli.app import App
     from sinks import known_sinks
 
-    when = time_range(start, end, last)
-    app = App.load(dict.fromkeys(sinks_of(sinks, known_sinks())))
-    history = EngagementHistory(app.dsn, when.start, when.end)
+    when = arg.time_range(start, end, last)
+    app = load_app(arg.sinks_of(sinks, known_sinks()))
     names = ",".join(sorted(sink.name for sink in app.sinks))
-    options = f" --batch-size {batch_size}" * (batch_size != PAGE_ROWS) + (f" --rate {rate}" if rate else "")
+    options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
     run = Run(
         app=app,
-        history=history,
+        history=EngagementHistory(app.dsn, when.start, when.end),
         task=f"backfill {iso(when.start)} {iso(when.end)} {names}",
         batch_size=batch_size,
         rate=rate,
@@ -105,7 +87,7 @@ async def backfill(
         again=command(f"backfill {when} --sinks {sinks}{options} --resume"),
         as_json=as_json,
     )
-    async with once(app, history):
+    async with once(app, run.history):
         return await (_dry_run(run, when) if dry_run else deliver(run))
 
 
@@ -128,7 +110,7 @@ class Run(NamedTuple):
 async def once(app: App, history: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:
     """Around a run that is not retried: an outage is an error, a signal ends it, and all connections are closed."""
     if task := asyncio.current_task():
-        stop_on_signals(partial(_cancel, task))  # until there is something to finish
+        stop_on_signals(task.cancel)  # until there is something to finish
     try:
         async with app.closing():
             yield
@@ -138,10 +120,6 @@ async def once(app: App, history: EngagementHistory | EngagementLedger) -> Async
         raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
     finally:
         await history.close()
-
-
-def _cancel(task: asyncio.Task[int]) -> None:
-    task.cancel()
 
 
 async def deliver(run: Run) -> int:
@@ -166,13 +144,11 @@ async def deliver(run: Run) -> int:
     stop_on_signals(work.stop)
     before, started = work.written, time.monotonic()
     done = False
-    showing = asyncio.create_task(_show(work, run.app.settings))
+    showing = asyncio.create_task(_show_progress(work))
     try:
         done = await work.run()
     finally:
         showing.cancel()
-        with suppress(asyncio.CancelledError):
-            await showing
         summary = _summary(work, before, time.monotonic() - started)
         if run.as_json:
             print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
@@ -185,8 +161,6 @@ async def deliver(run: Run) -> int:
 
 async def _begin(run: Run) -> BackfillProgress:
     """Where to begin. Nothing is written before the range was read once."""
-    import msgspec
-
     from replicator.delivery.backfill import BackfillProgress
 
     store, slot = run.app.store, run.app.settings.slot
@@ -204,59 +178,19 @@ async def _begin(run: Run) -> BackfillProgress:
 # -- what is shown -----------------------------------------------------------------------------------------------
 
 
-async def _show(run: Backfill, settings: CoreSettings) -> None:
-    with _progress(run.written, settings) as show:
-        try:
-            while True:
-                await asyncio.sleep(PROGRESS_SECONDS)
-                show(run.written)
-        finally:
-            show(run.written)
+async def _show_progress(work: Backfill) -> None:
+    first, started = work.written, time.monotonic()
+    while True:
+        await asyncio.sleep(PROGRESS_SECONDS)
+        print(progress(first, work.written, time.monotonic() - started), file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _progress(stage: BackfillProgress, settings: CoreSettings) -> Iterator[Callable[[BackfillProgress], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Lines(stage)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from replicator.operations.logs import configure_logging
-
-    rate = TextColumn("{task.fields[rate]:,.0f}/s")
-    columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        configure_logging(settings.log_level, settings.log_format)  # its lines go above the bar
-        task = bar.add_task("", total=stage.total, completed=stage.events, rate=0.0)
-        yield lambda now: bar.update(task, completed=now.events, rate=_rate(stage, now, started))
-
-
-def _rate(first: BackfillProgress, now: BackfillProgress, started: float) -> float:
-    """Events a second on average, since `started` by time.monotonic."""
-    return (now.events - first.events) / max(1e-9, time.monotonic() - started)
-
-
-class _Lines:
-    """Progress as lines; called more often than it prints."""
-
-    def __init__(self, stage: BackfillProgress) -> None:
-        self._first = stage
-        self._started = self._printed = time.monotonic()
-
-    def __call__(self, stage: BackfillProgress) -> None:
-        """Print, if it is time again."""
-        now = time.monotonic()
-        if now - self._printed < LINE_SECONDS:
-            return
-        self._printed = now
-        rate = _rate(self._first, stage, self._started)
-        left = f"{(stage.total - stage.events) / rate:.0f} s left" if rate else "no progress yet"
-        percent = 100 * stage.events // max(1, stage.total)
-        message = f"backfill: {stage.events} of {stage.total} events ({percent} %), {rate:.0f}/s, {left}"
-        print(message, file=sys.stderr, flush=True)
+def progress(first: BackfillProgress, now: BackfillProgress, seconds: float) -> str:
+    """How far it is, `seconds` after it was at `first`."""
+    rate = (now.events - first.events) / seconds
+    left = f"{(now.total - now.events) / rate:.0f} s left" if rate else "no progress yet"
+    percent = 100 * now.events // max(1, now.total)
+    return f"backfill: {now.events} of {now.total} events ({percent} %), {rate:.0f}/s, {left}"
 
 
 def _summary(work: Backfill, before: BackfillProgress, seconds: float) -> dict[str, Any]:
@@ -292,31 +226,25 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
 # -- dry run -----------------------------------------------------------------------------------------------------
 
 
-async def _dry_run(run: Run, when: TimeRange) -> int:
+async def _dry_run(run: Run, when: arg.TimeRange) -> int:
     """Events by hour, beside those of the sinks that can be asked."""
     from replicator.contracts.sink import CountsByHour
 
-    source = Counter(await run.history.hours())
-    first, end = ((moment - EPOCH) // MICROSECOND for moment in when)
-    counts = {
-        sink.name: Counter(await sink.hours(first, end)) for sink in run.app.sinks if isinstance(sink, CountsByHour)
-    }
-    found = {
-        "outcome": "dry run",
-        "events": source.total(),
-        "hours": [
-            {"hour": iso(EPOCH + timedelta(seconds=hour)), "postgresql": source[hour]}
-            | {name: hours[hour] for name, hours in counts.items()}
-            for hour in sorted({hour for hours in (source, *counts.values()) for hour in hours})
-        ],
-        "sinks": {
-            sink.name: {"missing": (source - counts[sink.name]).total(), "extra": (counts[sink.name] - source).total()}
-            if sink.name in counts
-            else await _uncounted(run, sink, first, end)
-            for sink in run.app.sinks
-        },
-    }
-    print(json.dumps(found) if run.as_json else "\n".join(_table(found, list(counts))))
+    start, end = ((moment - EPOCH) // MICROSECOND for moment in when)
+    source, lacks, counts = Counter(await run.history.hours()), {}, {}
+    for sink in run.app.sinks:
+        if isinstance(sink, CountsByHour):
+            counts[sink.name] = hours = Counter(await sink.hours(start, end))
+            lacks[sink.name] = {"missing": (source - hours).total(), "extra": (hours - source).total()}
+        else:
+            lacks[sink.name] = await _uncounted(run, sink, start, end)
+    columns = {"postgresql": source, **counts}
+    rows = [
+        {"hour": iso(EPOCH + timedelta(seconds=hour)), **{name: hours[hour] for name, hours in columns.items()}}
+        for hour in sorted({hour for hours in columns.values() for hour in hours})
+    ]
+    found = {"outcome": "dry run", "events": source.total(), "hours": rows, "sinks": lacks}
+    print(json.dumps(found) if run.as_json else "\n".join(_table(found, list(columns))))
     return 0
 
 
@@ -339,7 +267,7 @@ async def _uncounted(run: Run, sink: Any, start_us: int, end_us: int) -> dict[st
 
 
 def _table(found: dict[str, Any], names: list[str]) -> Iterator[str]:
-    yield "  ".join([f"{'hour':<20}", *(f"{name:>12}" for name in ("postgresql", *names))])
+    yield "  ".join([f"{'hour':<20}", *(f"{name:>12}" for name in names)])
     for row in found["hours"]:
         hour, *counts = row.values()
         yield "  ".join([hour, *(f"{count:>12}" for count in counts)]) + ("" if len({*counts}) == 1 else "  differs")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import Json, Yes, confirmed, count
+from replicator.cli.arguments import Json, Yes, confirmed, count, iso, load_app, sinks_of
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -37,12 +37,10 @@ class _Chosen:
     """The dead letters that the arguments choose. Raises SettingsError for an unknown sink."""
 
     def __init__(self, sink: str | None, stage: str | None, ids: Sequence[int] | None) -> None:
-        from replicator.cli.app import App
-        from replicator.cli.arguments import sinks_of
         from replicator.contracts.events import Stage
         from sinks import known_sinks
 
-        self.app = App.load()
+        self.app = load_app()
         self.found: set[int | None] = set()
         self._sink = sink and sinks_of(sink, known_sinks(), name="--sink")[0]
         self._stage = Stage(stage) if stage else None
@@ -84,31 +82,26 @@ async def show(sink: SinkName = None, stage: StageName = None, ids: Ids = None, 
     letters: list[dict[str, Any]] = []
     async with chosen.app.closing():
         async for page in chosen.pages():
+            forms = [_form(letter) for letter in page]
             if as_json:
-                letters += map(_json, page)
+                letters += forms
             else:
-                print("\n".join(map(_text, page)))
+                print("\n".join(map(_text, forms)))
     if as_json:
         print(json.dumps({"dead_letters": letters}))
     return chosen.report_absent()
 
 
-def _text(letter: DeadLetter) -> str:
-    from replicator.delivery.dead_letters import place
-
-    head = (letter.id, _at(letter), letter.sink or "every sink", f"event {letter.event_id}", place(letter))
-    return "  ".join(map(str, (*head, letter.reason))) + f"\n    {letter.payload.decode(errors='replace')}"
-
-
-def _json(letter: DeadLetter) -> dict[str, Any]:
+def _form(letter: DeadLetter) -> dict[str, Any]:
+    """The form of `--json`."""
     from replicator.delivery.dead_letters import place
 
     return {
         "id": letter.id,
-        "created_at": _at(letter),
+        "created_at": iso(datetime.fromtimestamp(int(letter.created_at), UTC)),
         "sink": letter.sink,
-        "stage": letter.stage.value,
-        "origin": letter.origin.value,
+        "stage": letter.stage,
+        "origin": letter.origin,
         "event_id": letter.event_id,
         "position": place(letter) if letter.position else None,
         "reason": letter.reason,
@@ -116,8 +109,10 @@ def _json(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _at(letter: DeadLetter) -> str:
-    return datetime.fromtimestamp(letter.created_at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _text(form: dict[str, Any]) -> str:
+    whose, where = form["sink"] or "every sink", form["position"] or form["origin"]
+    head = f"{form['id']}  {form['created_at']}  {whose}  event {form['event_id']}  {where}  {form['reason']}"
+    return f"{head}\n    {form['payload']}"
 
 
 async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from replicator.cli.arguments import Json
+import typer
+
+from replicator.cli.arguments import Json, load_app
 from replicator.contracts.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -27,10 +29,9 @@ async def check(as_json: Json = False) -> int:
     It looks at PostgreSQL, the slot, the checkpoint, the tables and the sinks, and changes nothing. Each finding is a
     line.
     """
-    from replicator.cli.app import App
     from replicator.operations import check as preflight
 
-    app = App.load()
+    app = load_app()
     found: list[dict[str, Any]] = []
     async with app.closing():
         async for finding in preflight.findings(app.settings, app.enricher, app.sinks, app.store):
@@ -52,44 +53,34 @@ async def status(as_json: Json = False) -> int:
 
     It is not ready while the replicator is not, the slot is missing, lost or unread, or the checkpoint is unknown.
     """
-    from replicator.cli.app import App
     from replicator.operations import status as statuses
 
-    app = App.load()
+    app = load_app()
     async with app.closing():
         found = await statuses.collect(app.settings, [sink.name for sink in app.sinks], app.store)
     print(statuses.as_json(found) if as_json else statuses.as_text(found))
     return 0 if found.ready else NOT_READY
 
 
-# -- sql ---------------------------------------------------------------------------------------------------------
+SqlFile: TypeAlias = Annotated[
+    Literal["roles", "source-schema", "slot-lag", "clickhouse"],
+    typer.Argument(metavar="NAME", help="roles, source-schema, slot-lag or clickhouse", show_default=False),
+]
 
 
-def sql_roles() -> None:
-    """Print the SQL that makes the role, with the least rights."""
-    _print_sql("roles")
+def sql(name: SqlFile) -> None:
+    """Print the SQL that people run themselves.
 
+    roles: the role in PostgreSQL, with the least rights. source-schema: the source tables. slot-lag: the lag of each
+    slot, with a verdict. clickhouse: the table, as `init` creates it.
+    """
+    if name == "clickhouse":
+        from enrichment import EVENT
+        from sinks.clickhouse.table import ddl
 
-def sql_source_schema() -> None:
-    """Print the SQL of the source tables."""
-    _print_sql("source_schema")
-
-
-def sql_slot_lag() -> None:
-    """Print the query that shows each slot's lag, with a verdict."""
-    _print_sql("slot_lag")
-
-
-def sql_clickhouse() -> None:
-    """Print the SQL of the ClickHouse table. `init` runs the same."""
-    from enrichment import EVENT
-    from sinks.clickhouse.table import ddl
-
-    print(ddl(EVENT), end="")
-
-
-def _print_sql(name: str) -> None:
-    print((files("replicator") / "sql" / f"{name}.sql").read_text(encoding="utf-8"), end="")
+        print(ddl(EVENT), end="")
+    else:
+        print((files("replicator") / "sql" / f"{name.replace('-', '_')}.sql").read_text(encoding="utf-8"), end="")
 
 
 # -- config ------------------------------------------------------------------------------------------------------
@@ -100,9 +91,9 @@ def config_show(as_json: Json = False) -> int:
 
     The value comes from the environment, from .env, or from the file that NAME_FILE names. Secrets are masked.
     """
-    from replicator.cli.app import unknown_settings
+    from replicator.cli.app import all_settings, unknown_settings
 
-    shown = [setting for settings_class in _classes() for setting in _settings(settings_class)]
+    shown = [setting for settings_class in all_settings() for setting in _settings(settings_class)]
     unknown = list(unknown_settings())
     if as_json:
         print(json.dumps({"settings": shown, "unknown": unknown}))
@@ -120,18 +111,12 @@ def config_check() -> int:
 
     Nothing is connected to. A variable that begins with REPLICATOR_ and is not a setting is a mistake, too.
     """
-    from replicator.cli.app import unknown_settings
+    from replicator.cli.app import all_settings, unknown_settings
 
-    mistakes = [str(error) for settings_class in _classes() for error in _mistakes(settings_class)]
+    mistakes = [str(error) for settings_class in all_settings() for error in _mistakes(settings_class)]
     mistakes += unknown_settings()
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
-
-
-def _classes() -> list[type[Settings]]:
-    from replicator.cli.app import all_settings
-
-    return all_settings()
 
 
 def _mistakes(settings_class: type[Settings]) -> Iterator[SettingsError]:

@@ -66,11 +66,7 @@ _add(_letters, "drop", dead_letters.drop, "replicator dead-letters drop --id 7 -
 _add(app, "backfill", backfill.backfill, "replicator backfill --last 2h", text=backfill.MANUAL)
 _add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --repair", DIFFERENT, reconcile.RECONCILE)
 _add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", text=reconcile.REBUILD)
-_sql = _group("sql", "Print the SQL that people run themselves.")
-_add(_sql, "roles", inspect.sql_roles, "replicator sql roles | psql -v password=secret")
-_add(_sql, "source-schema", inspect.sql_source_schema, "replicator sql source-schema | psql")
-_add(_sql, "slot-lag", inspect.sql_slot_lag, "replicator sql slot-lag | psql")
-_add(_sql, "clickhouse", inspect.sql_clickhouse, "replicator sql clickhouse | clickhouse-client")
+_add(app, "sql", inspect.sql, "replicator sql slot-lag | psql")
 _config = _group("config", "Show and check the settings.")
 _add(_config, "show", inspect.config_show, "replicator config show --json")
 _add(_config, "check", inspect.config_check, "replicator config check")
@@ -141,7 +137,8 @@ def _one_line(error: Any) -> str:
     option = getattr(error, "param", None) or next((known for known in _options(command) if name in known.opts), None)
     message = error.message.removeprefix("Value error, ").rstrip(".")
     if option is not None and not getattr(option, "is_flag", False):
-        return str(SettingsError(name=option.opts[0], problem=message, expected=option.help or "a value"))
+        name = option.opts[0] if option.opts[0].startswith("-") else option.metavar
+        return str(SettingsError(name=name, problem=message or "it is missing", expected=option.help or "a value"))
     if close := getattr(error, "possibilities", None):
         message += f". Did you mean {' or '.join(close)}?"
     elif message == "Missing command":

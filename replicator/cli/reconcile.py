@@ -10,21 +10,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import (
-    PAGE_ROWS,
-    BatchSize,
-    End,
-    Json,
-    Last,
-    Rate,
-    Resume,
-    Start,
-    Yes,
-    confirmed,
-    count,
-    sinks_of,
-    time_range,
-)
+from replicator.cli import arguments as arg
 from replicator.contracts.errors import SettingsError, command
 
 COMPARABLE = "clickhouse,redis"
@@ -32,7 +18,6 @@ WAIT_SECONDS = 60
 """How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
 
 
-Sinks: TypeAlias = Annotated[str, typer.Option(metavar="NAMES", help="the sinks to compare, separated by commas")]
 WithContent: TypeAlias = Annotated[
     bool, typer.Option("--with-content", help="compare all fields, against today's content")
 ]
@@ -41,7 +26,7 @@ DeleteExtra: TypeAlias = Annotated[
     bool, typer.Option("--delete-extra", help="with --repair: delete from ClickHouse what PostgreSQL does not have")
 ]
 Wait: TypeAlias = Annotated[
-    int, typer.Option(parser=count, metavar="SECONDS", help="how long to wait for the replicator, 1 to 1000000")
+    int, typer.Option(parser=arg.count, metavar="SECONDS", help="how long to wait for the replicator, 1 to 1000000")
 ]
 
 RECONCILE = """\
@@ -63,28 +48,27 @@ longer has, those of a dropped partition for instance: choose the range accordin
 
 
 async def reconcile(
-    start: Start = None,
-    end: End = None,
-    last: Last = None,
-    sinks: Sinks = COMPARABLE,
+    start: arg.Start = None,
+    end: arg.End = None,
+    last: arg.Last = None,
+    sinks: arg.Sinks = COMPARABLE,
     with_content: WithContent = False,
     repair: Repair = False,
     delete_extra: DeleteExtra = False,
     wait: Wait = WAIT_SECONDS,
-    as_json: Json = False,
+    as_json: arg.Json = False,
 ) -> int:
     """Compare PostgreSQL with the sinks, repair what differs."""
     import msgspec
 
     from enrichment import EngagementLedger
-    from replicator.cli.app import App
     from replicator.cli.backfill import once
     from replicator.reconcile.run import Reconcile
 
-    when = time_range(start, end, last)
+    when = arg.time_range(start, end, last)
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
-    app = App.load(sinks_of(sinks, COMPARABLE.split(",")))
+    app = arg.load_app(arg.sinks_of(sinks, COMPARABLE.split(",")))
     ledger = EngagementLedger(app.dsn, with_content=with_content)
     work = Reconcile(
         app.settings,
@@ -130,14 +114,13 @@ async def rebuild_redis(
         bool,
         typer.Option("--from-empty", help="first delete all of the replicator's keys, because what is there is wrong"),
     ] = False,
-    batch_size: BatchSize = PAGE_ROWS,
-    rate: Rate = None,
-    resume: Resume = False,
-    yes: Yes = False,
+    batch_size: arg.BatchSize = arg.PAGE_ROWS,
+    rate: arg.Rate = None,
+    resume: arg.Resume = False,
+    yes: arg.Yes = False,
 ) -> int:
     """Make all of Redis's keys again from PostgreSQL."""
     from enrichment import BEGINNING, END, EngagementHistory
-    from replicator.cli.app import App
     from replicator.cli.backfill import Run, deliver, once
     from replicator.reconcile.repair import rebuild
 
@@ -147,8 +130,8 @@ async def rebuild_redis(
         "Delete all of the replicator's keys in Redis? Counts are too low until all are made again, and events that"
         " PostgreSQL no longer has are no longer counted."
     )
-    app = App.load(["redis"])
-    if from_empty and not confirmed(question, yes=yes):
+    app = arg.load_app(["redis"])
+    if from_empty and not arg.confirmed(question, yes=yes):
         return 1
     options = f" --rate {rate}" if rate else ""
     history = EngagementHistory(app.dsn, BEGINNING, END)

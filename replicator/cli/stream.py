@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from replicator.cli.arguments import Yes, confirmed
+from replicator.cli.arguments import Yes, confirmed, load_app
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError, command
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ async def run() -> int:
     The first time it also does what `init` does. While another process reads the slot, this one waits as the standby.
     A second signal ends it at once.
     """
-    from replicator.cli.app import App
-
-    app = App.load()
+    app = load_app()
     for line in app.introduce():
         log.info("%s", line)
     stopping = asyncio.Event()
@@ -73,7 +71,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         raise ended
 
 
-def stop_on_signals(stop_work: Callable[[], None]) -> None:
+def stop_on_signals(stop_work: Callable[[], object]) -> None:
     """The first SIGTERM or SIGINT drains; the second one ends the program at once."""
     loop = asyncio.get_running_loop()
 
@@ -99,11 +97,10 @@ async def init(
 
     It makes only what is missing, so running it again changes nothing. It prints the backfill command for older rows.
     """
-    from replicator.cli.app import App
     from replicator.contracts.events import format_lsn
     from replicator.source.takeover import Beginning
 
-    app = App.load()
+    app = load_app()
     async with app.closing():
         for line in await asyncio.to_thread(app.store.create):
             print(line)
@@ -128,9 +125,7 @@ async def drop_slot(yes: Yes = False) -> int:
 
     PostgreSQL no longer keeps WAL for it.
     """
-    from replicator.cli.app import App
-
-    app = App.load()
+    app = load_app()
     slot = app.settings.slot
     async with app.closing():
         with closing(app.source()) as source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -487,6 +488,21 @@ def test_dry_run_writes_nothing(
     ] == [line.rstrip() for line in told.splitlines()]
     assert ({}, 7200) == (destinations.counts(), len(destinations.clickhouse()))
     assert before == positions(source, made, tmp_path / "checkpoint.db")
+
+
+@pytest.mark.usefixtures("made")
+def test_json(backfill: Backfill, source: psycopg.Connection) -> None:
+    """One object on standard output; docs/reference/commands.md has its fields."""
+    source.execute(HOURS)
+    run = (*CONTRACT, "--sinks", "redis", "--json")
+    only = {"hour": "2026-01-08T09:00:00Z", "postgresql": 7200}
+    dry = {"outcome": "dry run", "events": 7200, "hours": [only], "sinks": {"redis": {"not_counted": 7200}}}
+    assert dry == json.loads(succeed(backfill.run(*run, "--dry-run")))
+    done = json.loads(succeed(backfill.run(*run)))
+    assert done.pop("seconds") > 0
+    redis = {"written": 7200, "new": 7200, "dead_letters": 0}
+    counts = {"events": 7200, "events_before": 0, "events_total": 7200, "rows_refused": 0}
+    assert {"outcome": "done", **counts, "sinks": {"redis": redis}} == done
 
 
 @pytest.mark.usefixtures("made")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -115,6 +116,17 @@ def test_check_finds(program: Program, source: psycopg.Connection, database: str
         assert cure in lines[found[0] + 1]
     assert any(line.startswith("ok") for line in lines)
     assert not result.stderr
+
+
+def test_check_as_json(program: Program) -> None:
+    """One object, whatever it finds; docs/reference/commands.md has its fields."""
+    succeed(program.run("init"))
+    found = json.loads(succeed(program.run("check", "--json")))
+    assert found.pop("ok") is True
+    assert ["findings"] == list(found)
+    assert all(["ok", "what", "cure"] == list(finding) for finding in found["findings"])
+    failed = program.run("check", "--json", postgres_dsn=f"postgresql://replicator@{CLOSED}/engagement")
+    assert (1, False) == (failed.code, json.loads(failed.stdout)["ok"])
 
 
 def test_check_finds_a_server_without_logical_decoding(program: Program) -> None:

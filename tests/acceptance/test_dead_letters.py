@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 
 from devstack.api import Api
@@ -108,6 +110,13 @@ def test_a_row_that_no_event_can_be_made_of(
     assert ["#10", "#11"] == [line[line.index("#") : line.index(" (event")] for line in said]
     assert "replicator_enrichment_dead_letters_total 2.0" in program.admin("/metrics")
     letters = listed(program, "--stage", "row")
+    [first, _] = json.loads(succeed(program.run("dead-letters", "list", "--json")))["dead_letters"]
+    assert first.pop("created_at").endswith("Z")
+    assert first.pop("position").endswith("#10")
+    assert '"user_id","value":1.5}' in first.pop("payload")
+    reason = "public.engagement_events.user_id is not a 64-bit integer"
+    expected_form = {"sink": None, "stage": "row", "origin": "stream", "event_id": 10, "reason": reason}
+    assert expected_form == {name: first[name] for name in first if name != "id"}
     users = [line.partition('"user_id","value":')[2].partition("}")[0] for line in letters[1::2]]
     assert ["1.5", "1" + "0" * 5_000] == users
     assert 1 == program.run("dead-letters", "replay").code  # refused as before

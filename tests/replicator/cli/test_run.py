@@ -73,7 +73,7 @@ async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
     monkeypatch.setattr(App, "source", lambda _: None)
     app = App(load(CoreSettings), cast("Any", Closing()), [], cast("Any", Store()))
-    monkeypatch.setattr(App, "load", lambda: app)
+    monkeypatch.setattr(App, "load", lambda *_: app)
     return await stream.run()
 
 
