@@ -83,7 +83,8 @@ class App(NamedTuple):
         try:
             yield
         except CheckpointMissing as exc:
-            raise exc.at(masked(self.settings.checkpoint_url.get_secret_value()), _old_checkpoint()) from exc
+            database = masked(self.settings.checkpoint_url.get_secret_value())
+            raise CheckpointMissing(**exc.facts, database=database, elsewhere=_old_checkpoint()) from exc
         finally:
             await self.enricher.close()
             for sink in self.sinks:

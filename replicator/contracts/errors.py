@@ -1,29 +1,8 @@
-"""Everything that can go wrong, as a tree.
+"""Everything that can go wrong, as a tree of exceptions.
 
-    ReplicatorError
-    ├── SettingsError              exit code 2
-    ├── SourceError
-    │   ├── SourceUnavailable      retried until it works
-    │   ├── SlotInUse              retried until it works: this process is the standby
-    │   ├── SlotMissing, SlotLost, SlotInvalid
-    │   ├── StreamGap              the slot does not continue where the checkpoint ends
-    │   ├── SourceUnusable         wal_level, wal2json, rights, tables
-    │   └── DecodeError
-    ├── SinkError
-    │   ├── SinkUnavailable        retried with full jitter until it works
-    │   ├── SinkMisconfigured      retried slowly and loudly: the settings are wrong, the events are not
-    │   ├── DeadLettersFull        waits, loudly, until an operator has looked at them
-    │   └── SinkUnusable           stops the program
-    └── CheckpointError
-        ├── CheckpointUnavailable  retried until it works; nothing is confirmed meanwhile
-        ├── CheckpointMissing
-        ├── CheckpointBackward
-        ├── Overtaken              the program starts again, as the standby
-        └── CheckpointUnusable
-
-An error says what happened (`problem`) and what the operator can do (`cure`). The handler decides what the program
-does: `delivery/lane.py` for sinks, `pipeline.py` for the source. An error that nobody handles stops the program and
-prints its message. Messages name table, LSN and sink; they never hold row values or secrets.
+An error says what happened (`problem`) and what the operator can do (`cure`); its class decides what the program does
+(`delivery/retry.py`). One that is not retried stops the program, which prints its message. Messages name table, LSN and
+sink; they never hold row values or secrets.
 """
 
 from __future__ import annotations
@@ -68,12 +47,14 @@ class ReplicatorError(Exception):
 
     exit_code = 1
 
-    def __init__(self, problem: str, cure: str = "") -> None:
+    def __init__(self, problem: str, cure: str = "", *, detail: str = "") -> None:
         super().__init__(" ".join(_sentence(part) for part in (problem, cure) if part))
         self.problem = problem
         """What happened."""
         self.cure = cure
         """What the operator can do, the exact command where there is one."""
+        self.detail = detail
+        """What happened, without where."""
 
 
 class SettingsError(ReplicatorError):
@@ -91,51 +72,46 @@ class SourceError(ReplicatorError):
 
 
 class SourceUnavailable(SourceError):
-    """PostgreSQL does not answer."""
+    """PostgreSQL does not answer. Retried until it does."""
 
     def __init__(self, *, detail: str) -> None:
         cure = "`run` retries until it answers; if it should be up, check REPLICATOR_POSTGRES_DSN and pg_hba.conf"
-        super().__init__(f"PostgreSQL is not reachable: {detail}", cure)
-        self.detail = detail
+        super().__init__(f"PostgreSQL is not reachable: {detail}", cure, detail=detail)
 
 
 class SlotInUse(SourceError):
-    """Another process reads the slot."""
+    """Another process reads the slot. Retried until it is free: this process is the standby."""
 
     def __init__(self, *, slot: str, pid: object) -> None:
-        cure = (
+        super().__init__(
+            f"replication slot {slot} is held by process {pid}",
             "`run` waits as the standby: nothing to do if another replicator is meant to run. To drop the slot or to"
-            " accept a gap, stop that process first"
+            " accept a gap, stop that process first",
         )
-        super().__init__(f"replication slot {slot} is held by process {pid}", cure)
 
 
 class SlotMissing(SourceError):
     """There is a checkpoint, but no slot."""
 
     def __init__(self, *, slot: str, checkpoint: str, since: str) -> None:
-        problem = (
+        super().__init__(
             f"replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}."
-            f" What was committed since {since}, and is until there is a new slot, will be missing in the sinks"
+            f" What was committed since {since}, and is until there is a new slot, will be missing in the sinks",
+            f"{command('init --accept-gap')} makes the slot and prints the backfill command for what is missing",
         )
-        cure = f"{command('init --accept-gap')} makes the slot and prints the backfill command for what is missing"
-        super().__init__(problem, cure)
 
 
 class SlotLost(SourceError):
     """PostgreSQL removed WAL that the slot still needed."""
 
     def __init__(self, *, slot: str, wal_status: str | None, checkpoint: str, since: str) -> None:
-        problem = (
+        super().__init__(
             f"PostgreSQL has removed WAL that replication slot {slot} still needed (wal_status {wal_status}). It was"
             f" read up to {checkpoint}. What was committed since {since}, and is until there is a new slot, will be"
-            " missing in the sinks"
-        )
-        cure = (
+            " missing in the sinks",
             f"Raise max_slot_wal_keep_size, then run {command('drop-slot')}, then {command('init --accept-gap')}, which"
-            " makes a new slot and prints the backfill command for what is missing"
+            " makes a new slot and prints the backfill command for what is missing",
         )
-        super().__init__(problem, cure)
 
 
 class SlotInvalid(SourceError):
@@ -150,23 +126,19 @@ class StreamGap(SourceError):
     """The slot does not continue where the checkpoint ends."""
 
     def __init__(self, *, slot: str, problem: str, since: str) -> None:
-        cure = (
-            f"If that is understood, {command('init --accept-gap')} begins where the slot is and prints the backfill"
-            " command for what is missing"
-        )
         super().__init__(
             f"replication slot {slot} is not continuous with the checkpoint: {problem}. What was committed since"
             f" {since} may be missing in the sinks",
-            cure,
+            f"If that is understood, {command('init --accept-gap')} begins where the slot is and prints the backfill"
+            " command for what is missing",
         )
 
 
 class SourceUnusable(SourceError):
-    """PostgreSQL can't be replicated from until an operator has changed something."""
+    """PostgreSQL can't be replicated from until an operator has changed something: wal_level, rights, tables."""
 
     def __init__(self, *, problem: str, cure: str) -> None:
-        super().__init__(f"PostgreSQL can't be replicated from: {problem}", cure)
-        self.detail = problem
+        super().__init__(f"PostgreSQL can't be replicated from: {problem}", cure, detail=problem)
 
 
 class DecodeError(SourceError):
@@ -178,16 +150,15 @@ class DecodeError(SourceError):
 
 
 class SinkError(ReplicatorError):
-    """A sink failed. `detail` says how, without the sink's name."""
+    """A sink failed."""
 
     def __init__(self, sink: str | None, problem: str, cure: str = "", *, detail: str = "") -> None:
-        super().__init__(problem, cure)
+        super().__init__(problem, cure, detail=detail)
         self.sink = sink
-        self.detail = detail
 
 
 class SinkUnavailable(SinkError):
-    """The destination can't take events now. Retried until it does.
+    """The destination can't take events now. Retried until it does, with full jitter.
 
     `retry_after`: seconds that the destination asked to be left alone, None if it did not.
     """
@@ -199,7 +170,7 @@ class SinkUnavailable(SinkError):
 
 
 class SinkMisconfigured(SinkError):
-    """The destination turns the replicator away, whatever the events are. Retried slowly."""
+    """The destination turns the replicator away, whatever the events are. Retried slowly and loudly."""
 
     def __init__(self, *, sink: str, detail: str, cure: str) -> None:
         problem = f"sink {sink} turns the replicator away: {detail}. The events are kept and retried slowly"
@@ -207,21 +178,22 @@ class SinkMisconfigured(SinkError):
 
 
 class DeadLettersFull(SinkError):
-    """A sink refuses more events than may be kept, or no event can be made of more rows (`sink` is None)."""
+    """A sink refuses more events than may be kept, or no event can be made of more rows (`sink` is None).
+
+    Retried slowly and loudly: an operator has to look at them.
+    """
 
     def __init__(self, *, sink: str | None, stored: int, count: int, limit: int) -> None:
         which = f"--sink {sink}" if sink else "--stage row"
         owner = f"sink {sink} has" if sink else "rows that no event could be made of:"
-        problem = (
+        super().__init__(
+            sink,
             f"{owner} {stored} dead letters; {count} more would pass the limit of {limit}. They wait, and nothing is"
-            " confirmed past them"
-        )
-        cure = (
+            " confirmed past them",
             f"{command(f'dead-letters list {which}')} says why they were refused. Then"
             f" {command(f'dead-letters replay {which}')} delivers them, or {command(f'dead-letters drop {which}')}"
-            " forgets them"
+            " forgets them",
         )
-        super().__init__(sink, problem, cure)
 
 
 class SinkUnusable(SinkError):
@@ -236,14 +208,14 @@ class CheckpointError(ReplicatorError):
 
 
 class CheckpointUnavailable(CheckpointError):
-    """The checkpoint database does not store what it is given."""
+    """The checkpoint database does not store what it is given. Retried until it does; nothing is confirmed before."""
 
     def __init__(self, *, detail: str) -> None:
-        cure = (
+        super().__init__(
+            f"the checkpoint database does not take what it is given: {detail}",
             "Nothing is confirmed to PostgreSQL until it does. Check that the database in REPLICATOR_CHECKPOINT_URL is"
-            " reachable, writable and has room"
+            " reachable, writable and has room",
         )
-        super().__init__(f"the checkpoint database does not take what it is given: {detail}", cure)
 
 
 class CheckpointMissing(CheckpointError):
@@ -251,36 +223,29 @@ class CheckpointMissing(CheckpointError):
 
     def __init__(self, *, slot: str, confirmed: str, database: str = "", elsewhere: str = "") -> None:
         self.facts = {"slot": slot, "confirmed": confirmed}
-        problem = (
+        super().__init__(
             f"the checkpoint database{database and f' {database}'} has nothing of replication slot {slot}, but the slot"
-            f" was read before, up to {confirmed}"
-        )
-        cure = (
+            f" was read before, up to {confirmed}",
             "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back"
             f"{elsewhere}. If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these"
-            " sinks lack nothing if it was read for them"
+            " sinks lack nothing if it was read for them",
         )
-        super().__init__(problem, cure)
-
-    def at(self, database: str, elsewhere: str) -> CheckpointMissing:
-        """The same with the database's address, and where another one was seen."""
-        return CheckpointMissing(**self.facts, database=database, elsewhere=elsewhere)
 
 
 class CheckpointBackward(CheckpointError):
     """A checkpoint is older than the stored one."""
 
     def __init__(self, *, slot: str, stored: str, offered: str) -> None:
-        cure = (
+        super().__init__(
+            f"the checkpoint of slot {slot} would go back from {stored} to {offered}",
             "Another replicator uses the same slot and checkpoint database. See that only one is active, then start"
-            " this one again"
+            " this one again",
         )
-        super().__init__(f"the checkpoint of slot {slot} would go back from {stored} to {offered}", cure)
         self.stored = stored
 
 
 class Overtaken(CheckpointError):
-    """Another replicator moved the checkpoint while this one was cut off."""
+    """Another replicator moved the checkpoint while this one was cut off. The program starts again, as the standby."""
 
     def __init__(self, *, checkpoint: str, stored: str) -> None:
         cure = "This one starts again, as the standby. See that the other one runs"

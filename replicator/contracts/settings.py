@@ -12,11 +12,10 @@ import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
+from dotenv import dotenv_values
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
 
 from replicator.contracts.errors import SettingsError
 
@@ -35,30 +34,10 @@ class Given(NamedTuple):
     """`environment`, `.env`, or `file` and its path."""
 
 
-class _Source(PydanticBaseSettingsSource):
-    """What the operator set, as pydantic asks for it."""
+class Settings(BaseModel):
+    """Base of every settings class; `load` makes one. Secrets are `SecretStr` and never printed."""
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002  pydantic's
-        """Text of one field, or None."""
-        found = given(field_name)
-        return found and found.text, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        names = [name for name in self.settings_cls.model_fields if name not in self.current_state]
-        return {name: found.text for name in names if (found := given(name)) is not None}
-
-
-class Settings(BaseSettings):
-    """Base of every settings class. Secrets are `SecretStr` and never printed."""
-
-    model_config = {"extra": "ignore", "frozen": True}
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then what the operator set."""
-        return init_settings, _Source(settings_cls)
+    model_config = {"frozen": True, "validate_default": True}
 
 
 def variable(field_name: str) -> str:
@@ -69,13 +48,12 @@ def variable(field_name: str) -> str:
 def variables() -> dict[str, Given]:
     """The environment and `.env`, by name in capitals. Raises SettingsError when `.env` can't be read."""
     try:
-        dotenv = DotEnvSettingsSource(Settings, env_file=".env", env_file_encoding="utf-8").env_vars
+        dotenv = dotenv_values(".env")
     except (OSError, UnicodeDecodeError) as exc:
         problem = f"it can't be read ({type(exc).__name__})"
         raise SettingsError(name=".env", problem=problem, expected="lines of NAME=value in UTF-8") from None
-    found = {name: Given(text, ".env") for name, text in dotenv.items() if text is not None}
-    found |= {name: Given(text or "", "environment") for name, text in EnvSettingsSource(Settings).env_vars.items()}
-    return {name.upper(): value for name, value in found.items()}
+    found = {name.upper(): Given(text, ".env") for name, text in dotenv.items() if text is not None}
+    return found | {name.upper(): Given(text, "environment") for name, text in os.environ.items()}
 
 
 def given(field_name: str) -> Given | None:
@@ -95,12 +73,14 @@ def given(field_name: str) -> Given | None:
 
 def load(settings_class: type[T], **known: Any) -> T:
     """Read and check all settings of a class, except `known` ones. Raises SettingsError for the first unusable one."""
+    fields = settings_class.model_fields
+    found = {name: value.text for name in fields if name not in known and (value := given(name)) is not None}
     try:
-        return settings_class(**known)
+        return settings_class(**found, **known)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         field_name = str(first["loc"][0])
-        expected = settings_class.model_fields[field_name].description or "another value"
+        expected = fields[field_name].description or "another value"
         problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise SettingsError(name=variable(field_name), problem=problem, expected=expected) from None
 
