@@ -2,7 +2,7 @@
 --
 --     psql -d engagement -f sql/slot_lag.sql
 --
--- PostgreSQL 13 to 18, primary or standby, any role. Read the verdict first; the other columns are its evidence:
+-- PostgreSQL 14 to 18, primary or standby, any role. Read the verdict first; the other columns are its evidence:
 --   confirmed_lag  WAL that the reader has not confirmed: it still has to read it, or would get it again
 --   restart_lag    WAL that PostgreSQL decodes again after a reconnect; a long transaction that writes makes it large
 --   retained_wal   the WAL files on this server's disk, from the oldest that the slot needs

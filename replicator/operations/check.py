@@ -27,11 +27,12 @@ from replicator.source.wal2json import OPTIONS
 PLUGIN_TIMEOUT_SECONDS = 10
 """A new slot waits for all running transactions; a check should not."""
 
-OLDEST_SERVER = 130_000
-"""PostgreSQL 13: pg_replication_slots has wal_status and safe_wal_size since then."""
+OLDEST_SERVER = 140_000
+"""PostgreSQL 14: the community has supported nothing older since November 2025."""
 
 _SETTINGS = """
-SELECT name, setting FROM pg_settings WHERE name IN ('wal_level', 'max_slot_wal_keep_size', 'wal_sender_timeout')
+SELECT setting FROM pg_settings WHERE name IN ('max_slot_wal_keep_size', 'wal_level', 'wal_sender_timeout')
+ORDER BY name
 """
 _ROLE = "SELECT rolname, rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user"
 # A temporary slot ends with the connection. Reading one change through it proves plugin, version and options.
@@ -66,39 +67,27 @@ def _server(settings: CoreSettings) -> list[Finding]:
 
 def _look(connection: psycopg.Connection, settings: CoreSettings) -> Iterator[Finding]:
     version = connection.info.server_version
-    yield _finding(version >= OLDEST_SERVER, f"PostgreSQL {version // 10_000}", "Upgrade to PostgreSQL 13 or newer")
-    values: dict[str, str] = dict(connection.execute(_SETTINGS).fetchall())
-    level = values["wal_level"]
-    logical = level == "logical"
-    yield _finding(logical, f"wal_level = {level}", "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL")
-    yield _role(connection)
-    yield _feedback(int(values["wal_sender_timeout"]), settings.feedback_interval_seconds)
-    yield _bound(int(values["max_slot_wal_keep_size"]))
-    if logical:
-        yield _plugin(connection)
-
-
-def _finding(ok: bool, what: str, cure: str) -> Finding:
-    return Finding(ok, what, "" if ok else cure)
-
-
-def _role(connection: psycopg.Connection) -> Finding:
+    [keep_mb], [level], [timeout_ms] = connection.execute(_SETTINGS)
     name, able = connection.execute(_ROLE).fetchone() or ("?", False)
-    cure = f"ALTER ROLE {sql.Identifier(name).as_string(connection)} REPLICATION ({command('sql roles')} has them all)"
-    return _finding(able, f"role {name} {'may' if able else 'may not'} replicate", cure)
-
-
-def _feedback(timeout_ms: int, interval_seconds: float) -> Finding:
-    what = f"wal_sender_timeout = {timeout_ms} ms, feedback every {interval_seconds:g} s"
-    fine = timeout_ms == 0 or interval_seconds * 2_000 <= timeout_ms
-    return _finding(fine, what, "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less")
-
-
-def _bound(keep_mb: int) -> Finding:
-    if keep_mb >= 0:
-        return Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that falls further behind is lost")
-    advice = "Fine while you monitor the disk; set a bound if losing the slot is better than a full disk"
-    return Finding(True, "max_slot_wal_keep_size = -1: without a reader, WAL fills the disk", advice)
+    feedback = settings.feedback_interval_seconds
+    fits = int(timeout_ms) == 0 or feedback * 2_000 <= int(timeout_ms)
+    role = f"role {name} {'may' if able else 'may not'} replicate"
+    grant = f"ALTER ROLE {sql.Identifier(name).as_string(connection)} REPLICATION ({command('sql roles')} has them all)"
+    pace = f"wal_sender_timeout = {timeout_ms} ms, feedback every {feedback:g} s"
+    checks = (
+        (version >= OLDEST_SERVER, f"PostgreSQL {version // 10_000}", "Upgrade to PostgreSQL 14 or newer"),
+        (level == "logical", f"wal_level = {level}", "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"),
+        (able, role, grant),
+        (fits, pace, "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less"),
+    )
+    yield from (Finding(ok, what, "" if ok else cure) for ok, what, cure in checks)
+    if keep_mb == "-1":
+        advice = "Fine while you monitor the disk; set a bound if losing the slot is better than a full disk"
+        yield Finding(True, "max_slot_wal_keep_size = -1: without a reader, WAL fills the disk", advice)
+    else:
+        yield Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that falls further behind is lost")
+    if level == "logical":
+        yield _plugin(connection)
 
 
 def _plugin(connection: psycopg.Connection) -> Finding:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import msgspec
 from aiohttp import web
-from prometheus_client import exposition
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
-from replicator.operations.metrics import create_registry
+from replicator.operations.metrics import Metrics
 from replicator.operations.watchdog import Monitor
 
 
@@ -20,24 +20,20 @@ class Admin:
     def __init__(self, monitor: Monitor, listen: str) -> None:
         self._monitor = monitor
         self._listen = listen
-        self._registry = create_registry(monitor)
-        self._runner: web.AppRunner | None = None
+        self._registry = CollectorRegistry()
+        self._registry.register(Metrics(monitor))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        app = web.Application()
+        for path in ("healthz", "readyz", "status", "metrics"):
+            app.router.add_get(f"/{path}", getattr(self, f"_{path}"))
+        self._runner = web.AppRunner(app, access_log=None)
 
     async def start(self) -> None:
         """Listen; nothing to do when the setting is empty. Raises SettingsError when the address can't be had."""
         if not self._listen:
             return
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/healthz", self._healthz),
-                web.get("/readyz", self._readyz),
-                web.get("/status", self._status),
-                web.get("/metrics", self._metrics),
-            ]
-        )
         host, _, port = self._listen.rpartition(":")
-        self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
@@ -47,10 +43,8 @@ class Admin:
             raise SettingsError(name="REPLICATOR_ADMIN_LISTEN", problem=problem, expected="a free host:port") from exc
 
     async def stop(self) -> None:
-        """Stop listening."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        """Stop listening. Safe to call at any time."""
+        await self._runner.cleanup()
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")  # from the loop that runs the pipeline: it lives

@@ -2,97 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from replicator.contracts.events import Stage, parse_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
-from replicator.operations.status import DeadLetterStatus, ReplicatorStatus, SinkStatus, Status
-from replicator.operations.watchdog import Monitor
+from replicator.operations.status import Status
+from replicator.operations.watchdog import ACTIONS, Monitor
 
-SINK_COUNTERS = {
-    "events": "Events written, dead letters included",
-    "writes": "Writes that succeeded",
-    "retries": "Writes that had to be tried again",
-    "dead_letters": "Events that the sink refused for good",
+Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
+COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
+
+OF_PROCESS: dict[str, tuple[Family, str, Callable[[Monitor, Status], float | None]]] = {
+    "ready": (GAUGE, "What /readyz says", lambda _, now: now.ready),
+    "lag_bytes": (GAUGE, "WAL written and not confirmed", lambda _, now: now.slot.lag_bytes),
+    "retained_wal_bytes": (GAUGE, "WAL kept for the slot", lambda _, now: now.slot.retained_bytes),
+    "safe_wal_bytes": (GAUGE, "WAL until the slot is in danger", lambda _, now: now.slot.safe_wal_bytes),
+    "checkpoint_lsn": (GAUGE, "Durable position, a number", lambda _, now: parse_lsn(now.checkpoint.end_lsn or "0/0")),
+    "confirmed_lsn": (GAUGE, "Confirmed to PostgreSQL, a number", lambda it, _: it.pipeline.source.confirmed),
+    "connected": (GAUGE, "1 while the stream runs", lambda it, _: it.pipeline.source.connected),
+    "held_bytes": (GAUGE, "Memory of events that wait", lambda it, _: it.pipeline.fan_out.held_bytes),
+    "reading_stopped": (GAUGE, "1 at the memory limit", lambda it, _: it.pipeline.fan_out.full),
+    "rows": (COUNTER, "Rows read from the slot", lambda it, _: it.pipeline.rows),
+    "enrichment_dead_letters": (COUNTER, "Rows that no event could be made of", lambda it, _: it.pipeline.dead_letters),
 }
-"""By the field of SinkStatus."""
-SINK_GAUGES: dict[str, tuple[str, Callable[[SinkStatus], float]]] = {
-    "written_lsn": ("Every event up to here is written", lambda sink: parse_lsn(sink.end_lsn or "0/0")),
-    "waiting": ("Events queued or in flight", lambda sink: sink.waiting or 0),
-    "lag_seconds": ("Age of what the sink lacks", lambda sink: sink.lag_seconds or 0.0),
-    "troubled": ("1 while the sink takes nothing", lambda sink: int(bool(sink.trouble))),
+OF_SINK: dict[str, tuple[Family, str, Callable[[Monitor, Lane], float]]] = {
+    "events": (COUNTER, "Events written, dead letters included", lambda _, lane: lane.stats.events),
+    "writes": (COUNTER, "Writes that succeeded", lambda _, lane: lane.stats.writes),
+    "retries": (COUNTER, "Writes that had to be tried again", lambda _, lane: lane.trouble.failures),
+    "dead_letters": (COUNTER, "Events that the sink refused for good", lambda _, lane: lane.stats.dead_letters),
+    "written_lsn": (GAUGE, "Every event up to here is written", lambda _, lane: lane.mark.end_lsn),
+    "waiting": (GAUGE, "Events queued or in flight", lambda _, lane: lane.waiting),
+    "lag_seconds": (GAUGE, "Age of what the sink lacks", lambda it, lane: it.lag_seconds(lane)),
+    "troubled": (GAUGE, "1 while the sink takes nothing", lambda _, lane: bool(lane.trouble)),
 }
 
 
-class _Metrics(Collector):
+class Metrics(Collector):
+    """What Prometheus asks for, as of now."""
+
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
 
     def collect(self) -> Iterator[Metric]:
-        status = self._monitor.status()
-        for name, text, value in _gauges(status):
-            if value is not None:
-                yield GaugeMetricFamily(f"replicator_{name}", text, value)
-        if status.replicator:
-            yield from _counters(status.replicator)
-        if status.dead_letters:
-            yield _dead_letters(status.dead_letters, status.sinks)
-        for name, text in SINK_COUNTERS.items():
-            counter = CounterMetricFamily(f"replicator_sink_{name}", text, labels=["sink"])
-            yield _filled(counter, {sink: getattr(at, name) for sink, at in status.sinks.items()})
-        for name, (text, of_sink) in SINK_GAUGES.items():
-            gauge = GaugeMetricFamily(f"replicator_sink_{name}", text, labels=["sink"])
-            yield _filled(gauge, {sink: of_sink(at) for sink, at in status.sinks.items()})
-        yield _latency(self._monitor.pipeline.fan_out.lanes)
+        """Every metric of docs/reference/metrics.md that is not the process's own."""
+        it, now = self._monitor, self._monitor.status()
+        lanes, kept = it.pipeline.fan_out.lanes, it.pipeline.letters.stored
+        for name, (family, text, value) in OF_PROCESS.items():
+            yield _metric(family(f"replicator_{name}", text, labels=[]), [([], value(it, now))])
+        for name, (family, text, of_lane) in OF_SINK.items():
+            metric = family(f"replicator_sink_{name}", text, labels=["sink"])
+            yield _metric(metric, (([lane.name], of_lane(it, lane)) for lane in lanes))
+        ignored = COUNTER("replicator_ignored_rows", "Rows that make no event", labels=["action"])
+        yield _metric(ignored, (([ACTIONS[action]], count) for action, count in it.pipeline.enricher.ignored.items()))
+        letters = GAUGE("replicator_dead_letters", "Dead letters that are kept", labels=["sink", "stage"])
+        of_sinks = (([lane.name, Stage.EVENT], kept.sinks.get(lane.name, 0)) for lane in lanes)
+        yield _metric(letters, [(["", Stage.ROW], kept.rows), *of_sinks])
+        yield _latency(lanes)
 
 
-def create_registry(monitor: Monitor) -> CollectorRegistry:
-    """Metrics of the replicator and of its process."""
-    registry = CollectorRegistry()
-    registry.register(_Metrics(monitor))
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    return registry
-
-
-def _gauges(status: Status) -> Iterator[tuple[str, str, float | None]]:
-    yield "ready", "What /readyz says", int(status.ready)
-    yield "checkpoint_lsn", "Durable position, as a number", parse_lsn(status.checkpoint.end_lsn or "0/0")
-    yield "lag_bytes", "WAL written and not confirmed", status.slot.lag_bytes
-    yield "retained_wal_bytes", "WAL kept for the slot", status.slot.retained_bytes
-    yield "safe_wal_bytes", "WAL until the slot is in danger", status.slot.safe_wal_bytes
-    if process := status.replicator:
-        yield "connected", "1 while the stream runs", int(process.connected)
-        yield "held_bytes", "Memory of events that wait", process.held_bytes
-        yield "reading_stopped", "1 at the memory limit", int(process.reading_stopped)
-        yield "confirmed_lsn", "Confirmed to PostgreSQL, as a number", parse_lsn(process.confirmed_lsn)
-
-
-def _counters(process: ReplicatorStatus) -> Iterator[Metric]:
-    refused = "Rows that no event could be made of"
-    yield CounterMetricFamily("replicator_rows", "Rows read from the slot", process.rows)
-    yield CounterMetricFamily("replicator_enrichment_dead_letters", refused, process.refused_rows)
-    ignored = CounterMetricFamily("replicator_ignored_rows", "Rows that make no event", labels=["action"])
-    yield _filled(ignored, process.ignored_rows)
-
-
-def _dead_letters(letters: DeadLetterStatus, sinks: Iterable[str]) -> Metric:
-    kept = GaugeMetricFamily("replicator_dead_letters", "Dead letters that are kept", labels=["sink", "stage"])
-    kept.add_metric(["", Stage.ROW], letters.rows)
-    for sink in sinks:
-        kept.add_metric([sink, Stage.EVENT], letters.sinks.get(sink, 0))
-    return kept
-
-
-def _filled(metric: CounterMetricFamily | GaugeMetricFamily, values: Mapping[str, float]) -> Metric:
-    for label, value in values.items():
-        metric.add_metric([label], value)
+def _metric(
+    metric: CounterMetricFamily | GaugeMetricFamily, values: Iterable[tuple[list[str], float | None]]
+) -> Metric:
+    for labels, value in values:
+        if value is not None:
+            metric.add_metric(labels, value)
     return metric
 
 

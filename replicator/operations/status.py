@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -16,7 +17,7 @@ from msgspec import Struct, structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceUnavailable, command
-from replicator.contracts.events import Checkpoint, LetterCounts, Lsn, SinkPosition, format_lsn, parse_lsn
+from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import StreamStore
 from replicator.source import slot as slots
@@ -26,6 +27,9 @@ ADMIN_TIMEOUT_SECONDS = 2.0
 """The replicator is on this machine or not there."""
 LOOK_TIMEOUT_SECONDS = 10
 """For PostgreSQL, connecting included."""
+
+
+T = TypeVar("T")
 
 
 class SlotStatus(Struct, frozen=True, kw_only=True):
@@ -103,12 +107,6 @@ class Status(Struct, frozen=True, kw_only=True):
     dead_letters: DeadLetterStatus | None
 
 
-_decode = msgspec.json.Decoder(Status).decode
-
-
-# -- parts, as inside and outside make them ------------------------------------------------------------------------
-
-
 def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus:
     """What PostgreSQL says of it; None: nothing."""
     if state is None:
@@ -134,96 +132,76 @@ def in_danger(state: SlotState | None) -> str:
     return f"the slot's WAL is {state.wal_status}: PostgreSQL removes what it still needs (max_slot_wal_keep_size)"
 
 
-def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, saved_ago: float | None) -> CheckpointStatus:
+def of_checkpoint(
+    stored: Checkpoint | None, state: SlotState | None, trouble: str = "", saved_seconds_ago: float | None = None
+) -> CheckpointStatus:
     """As stored; None: nothing is."""
     if stored is None:
-        return CheckpointStatus()
+        return CheckpointStatus(trouble=trouble)
     return CheckpointStatus(
         end_lsn=format_lsn(stored.end_lsn),
-        lag_bytes=behind(stored.end_lsn, state),
-        saved_seconds_ago=saved_ago,
+        lag_bytes=_behind(stored.end_lsn, state),
+        saved_seconds_ago=saved_seconds_ago,
         system_identifier=stored.system_identifier,
         timeline=stored.timeline,
     )
 
 
-def of_sink(at: SinkPosition | None, state: SlotState | None, lag_seconds: float | None) -> SinkStatus:
-    """Where it is; None: nowhere yet."""
-    if at is None:
-        return SinkStatus()
+def of_sink(at: SinkPosition, state: SlotState | None, lag_seconds: float | None = None) -> SinkStatus:
+    """Where it is."""
     return SinkStatus(
         end_lsn=format_lsn(at.end_lsn),
         position=f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
-        lag_bytes=behind(at.end_lsn, state),
+        lag_bytes=_behind(at.end_lsn, state),
         lag_seconds=lag_seconds,
     )
 
 
-def of_dead_letters(counts: LetterCounts, limit: int) -> DeadLetterStatus:
-    """With the bound that a count is to be seen against."""
-    return DeadLetterStatus(rows=counts.rows, sinks=counts.sinks, limit=limit)
-
-
-def behind(lsn: Lsn, state: SlotState | None) -> int | None:
+def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
     """Bytes of WAL from there to the server's end; None: unknown."""
     return None if state is None else max(0, state.server_lsn - lsn)
 
 
-# -- from outside --------------------------------------------------------------------------------------------------
-
-
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: StreamStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
-    state, slot_trouble = await _look_at_slot(settings)
+    dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
     live, live_trouble = await _ask_replicator(settings)
-    stored, letters, checkpoint_trouble = await _load(settings, store)
-    if state is None and not slot_trouble:
-        slot_trouble = _missing(settings.slot, stored)
-    slot = of_slot(settings.slot, state, slot_trouble)
-    saved_ago = round(time.time() - stored.updated_at, 1) if stored else None
-    checkpoint = of_checkpoint(stored, state, saved_ago)
-    reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, checkpoint_trouble]
-    if live is None and state and not state.active_pid:
-        reasons.append(f"no process reads replication slot {settings.slot}")
+    state, trouble = await _seen(slots.look(dsn, name, "replicator status", LOOK_TIMEOUT_SECONDS))
+    kept, store_trouble = await _seen(asyncio.to_thread(lambda: (store.load(name), store.count_dead_letters(name))))
+    stored, letters = kept or (None, None)
+    if state is None and not trouble:
+        but, cure = (", but its checkpoint does", "init --accept-gap") if stored else ("", "init")
+        trouble = f"replication slot {name} does not exist{but}; {command(cure)} makes it"
+    slot = of_slot(name, state, trouble)
+    unread = f"no process reads replication slot {name}" if live is None and state and not state.active_pid else ""
+    reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, store_trouble, unread]
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
         ready=not reasons,
         reasons=reasons,
         replicator=live.replicator if live else None,
         slot=slot,
-        checkpoint=structs.replace(checkpoint, trouble=checkpoint_trouble),
-        sinks={name: _sink(name, stored, state, live) for name in sinks},
-        dead_letters=None if letters is None else of_dead_letters(letters, settings.dead_letters_max),
+        checkpoint=of_checkpoint(stored, state, store_trouble, _ago(stored.updated_at) if stored else None),
+        sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
+        dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )
 
 
-async def _look_at_slot(settings: CoreSettings) -> tuple[SlotState | None, str]:
+async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:
+    """What the call returns, or why it does not answer."""
     try:
-        dsn = settings.postgres_dsn.get_secret_value()
-        return await slots.look(dsn, settings.slot, "replicator status", LOOK_TIMEOUT_SECONDS), ""
-    except SourceUnavailable as exc:
+        return await call, ""
+    except (SourceUnavailable, CheckpointError) as exc:
         return None, str(exc)
-
-
-def _missing(slot: str, stored: Checkpoint | None) -> str:
-    cure = command("init --accept-gap" if stored else "init")
-    return f"replication slot {slot} does not exist{', but its checkpoint does' if stored else ''}; {cure} makes it"
-
-
-async def _load(settings: CoreSettings, store: StreamStore) -> tuple[Checkpoint | None, LetterCounts | None, str]:
-    try:
-        stored = await asyncio.to_thread(store.load, settings.slot)
-        return stored, await asyncio.to_thread(store.count_dead_letters, settings.slot), ""
-    except CheckpointError as exc:
-        return None, None, str(exc)
 
 
 async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
     if not settings.admin_listen:
         return None, ""
-    address = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})"
+    address, url = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})", f"http://{settings.admin_listen}/status"
     try:
-        live = _decode(await _get(f"http://{settings.admin_listen}/status"))
+        async with aiohttp.request("GET", url, timeout=aiohttp.ClientTimeout(ADMIN_TIMEOUT_SECONDS)) as response:
+            live = msgspec.json.decode(await response.read(), type=Status)
     except (aiohttp.ClientError, TimeoutError):
         return None, f"no answer at {address}: the replicator does not run here"
     except msgspec.DecodeError:
@@ -233,29 +211,21 @@ async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
     return live, ""
 
 
-async def _get(url: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=ADMIN_TIMEOUT_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
-        return await response.read()
-
-
 def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:
     known = live.sinks.get(name) if live else None
-    if known is not None and known.end_lsn is not None:
-        return structs.replace(known, lag_bytes=behind(parse_lsn(known.end_lsn), state))
-    at = stored.sinks.get(name) if stored else None
-    seconds = _lag_seconds(stored, behind(at.end_lsn, state)) if stored and at else None
-    return of_sink(at, state, seconds)
+    if known and known.end_lsn:
+        return structs.replace(known, lag_bytes=_behind(parse_lsn(known.end_lsn), state))
+    if not stored or name not in stored.sinks:
+        return SinkStatus()
+    found = of_sink(stored.sinks[name], state)
+    if found.lag_bytes is None:
+        return found
+    # The most that it can be: what a sink lacks was committed after the newest that all of them have.
+    return structs.replace(found, lag_seconds=_ago(stored.complete_until) if found.lag_bytes else 0.0)
 
 
-def _lag_seconds(stored: Checkpoint, lag_bytes: int | None) -> float | None:
-    """The most that it can be: what a sink lacks was committed after the newest that all of them have."""
-    if not lag_bytes:
-        return None if lag_bytes is None else 0.0
-    return round(max(0.0, time.time() - stored.complete_until), 1)
-
-
-# -- renderings ----------------------------------------------------------------------------------------------------
+def _ago(at: float) -> float:
+    return round(max(0.0, time.time() - at), 1)
 
 
 def as_json(status: Status) -> str:
@@ -265,35 +235,29 @@ def as_json(status: Status) -> str:
 
 def as_text(status: Status) -> str:
     """For people: a line a thing, what is wrong first."""
-    return "\n".join(_lines(status))
-
-
-def _lines(status: Status) -> Iterator[str]:
-    first, *others = status.reasons or [""]
-    if first:
-        yield f"replicator   NOT READY: {first}"
-        yield from (f"             {reason}" for reason in others)
-    else:
-        yield f"replicator   {'ready' if status.replicator else 'not asked: REPLICATOR_ADMIN_LISTEN is off'}"
-    yield from _slot_lines(status.slot)
-    yield f"checkpoint   {_checkpoint_text(status.checkpoint)}"
+    state = "ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off"
+    if status.reasons:
+        state = "NOT READY: " + "\n             ".join(status.reasons)
+    lines = [f"replicator   {state}", f"slot         {status.slot.name}: {_slot_text(status.slot)}"]
+    lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {sink.trouble}" if sink.trouble and sink.trouble not in status.reasons else ""
-        yield f"sink         {name}: {_sink_text(sink)}{trouble}"
-    yield f"dead letters {_letters_text(status.dead_letters)}"
+        lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
+    return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
 
 
-def _slot_lines(slot: SlotStatus) -> Iterator[str]:
+def _slot_text(slot: SlotStatus) -> str:
     if slot.server_lsn is None:
-        yield f"slot         {slot.name}: unknown"
-        return
+        return "unknown"
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
-    yield f"slot         {slot.name}: {reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}"
-    yield f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}"
     safe = f"safe for {_size(slot.safe_wal_bytes)} more"
     if slot.safe_wal_bytes is None:
         safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
-    yield f"  WAL kept   {_size(slot.retained_bytes)}, {safe}"
+    return (
+        f"{reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}\n"
+        f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}\n"
+        f"  WAL kept   {_size(slot.retained_bytes)}, {safe}"
+    )
 
 
 def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
@@ -313,17 +277,12 @@ def _letters_text(letters: DeadLetterStatus | None) -> str:
     if letters is None:
         return "unknown"
     counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
-    if letters.rows:
-        counts.append(f"{letters.rows} rows")
+    counts += [f"{letters.rows} rows"] if letters.rows else []
     return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
 
 
 def _size(count: int | None) -> str:
     if count is None:
         return "an unknown amount"
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(size) < 1000:  # noqa: PLR2004  SI units
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    power = min(len(str(abs(count))) - 1, 12) // 3  # of 1,000
+    return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

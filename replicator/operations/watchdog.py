@@ -13,17 +13,17 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import SourceUnavailable
-from replicator.contracts.events import Position, format_lsn
+from replicator.contracts.events import Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations.status import (
     LOOK_TIMEOUT_SECONDS,
+    DeadLetterStatus,
     ReplicatorStatus,
     SinkStatus,
     Status,
     in_danger,
     of_checkpoint,
-    of_dead_letters,
     of_sink,
     of_slot,
 )
@@ -54,7 +54,7 @@ class Monitor:
         """Why the slot can't be seen; empty when it can."""
         self._dsn = dsn
         self._name = slot
-        self._at: tuple[int, Position] = (0, Position(0, 0))
+        self._at: tuple[Lsn | None, Position | None] = (None, None)
         self._moved_at = time.monotonic()
         self._stall = Trouble()
 
@@ -87,14 +87,14 @@ class Monitor:
                 reading_stopped=pipeline.fan_out.full,
             ),
             slot=of_slot(self._name, self.slot, self.trouble),
-            checkpoint=of_checkpoint(pipeline.checkpoint, self.slot, saved_ago=None),
+            checkpoint=of_checkpoint(pipeline.checkpoint, self.slot),
             sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes},
-            dead_letters=of_dead_letters(pipeline.letters.stored, pipeline.letters.limit),
+            dead_letters=DeadLetterStatus(**structs.asdict(pipeline.letters.stored), limit=pipeline.letters.limit),
         )
 
     def _sink(self, lane: Lane) -> SinkStatus:
         return structs.replace(
-            of_sink(lane.done, self.slot, round(self._lag_seconds(lane), 3)),
+            of_sink(lane.done, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=lane.trouble.message,
             events=lane.stats.events,
             writes=lane.stats.writes,
@@ -103,7 +103,7 @@ class Monitor:
             waiting=lane.waiting,
         )
 
-    def _lag_seconds(self, lane: Lane) -> float:
+    def lag_seconds(self, lane: Lane) -> float:
         """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
 
         While reading has stopped, a sink that has all of that may lack more: then the age of the newest that it has.
@@ -112,10 +112,10 @@ class Monitor:
             return lane.lag_seconds()
         return max(0.0, time.time() - lane.mark.committed_at)
 
-    # -- does it move? -------------------------------------------------------------------------------------------
-
     def _watch(self) -> None:
-        at = self._where()
+        # Inside a long transaction the slot can't move, but the slowest sink does.
+        fan_out = self.pipeline.fan_out
+        at = (self.slot.confirmed_lsn if self.slot else None, fan_out.slowest.mark.position if fan_out.lanes else None)
         if at != self._at or not self._lag_bytes():
             self._moved_at = time.monotonic()
         self._at = at
@@ -123,12 +123,6 @@ class Monitor:
             self._stall.say(stalled)
         else:
             self._stall.clear()
-
-    def _where(self) -> tuple[int, Position]:
-        """The slot, and the slowest sink: inside a long transaction the slot can't move, but the sink does."""
-        confirmed = (self.slot.confirmed_lsn or 0) if self.slot else 0
-        lanes = self.pipeline.fan_out.lanes
-        return confirmed, self.pipeline.fan_out.slowest.mark.position if lanes else Position(0, 0)
 
     def _lag_bytes(self) -> int:
         return self.slot.lag_bytes if self.slot else 0
@@ -141,28 +135,20 @@ class Monitor:
         return f"the slot has not moved for {seconds:.0f} s while {self._lag_bytes()} bytes wait: {self._why()}"
 
     def _why(self) -> str:
+        source, fan_out, stored = self.pipeline.source, self.pipeline.fan_out, self.pipeline.checkpoint
         if self.pipeline.trouble:
             return self.pipeline.trouble.message
-        if not self.pipeline.fan_out.lanes:
+        if not fan_out.lanes:
             return "no sink is open"
-        if self._unsaved():
+        if stored and stored.end_lsn < min(source.received, fan_out.slowest.mark.end_lsn):  # neither sinks nor source
             return "the checkpoint is not saved, the log says why"
-        lanes = [lane for lane in self.pipeline.fan_out.lanes if lane.waiting]
-        if not lanes:
-            return self._silent()
-        lane = min(lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
-        return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
-
-    def _unsaved(self) -> bool:
-        """Every sink is past the checkpoint: neither they nor PostgreSQL are to blame."""
-        written = min(self.pipeline.source.received, self.pipeline.fan_out.slowest.mark.end_lsn)
-        return self.pipeline.checkpoint is not None and self.pipeline.checkpoint.end_lsn < written
-
-    def _silent(self) -> str:
-        """The sinks are caught up. Connecting again would not help: PostgreSQL would start decoding over."""
+        if waiting := [lane for lane in fan_out.lanes if lane.waiting]:
+            lane = min(waiting, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
+            return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
+        # The sinks are caught up. Connecting again would not help: PostgreSQL would start decoding over.
         pid = self.slot.active_pid if self.slot else None
         reader = f"process {pid} decodes a large transaction or hangs" if pid else "no process of it reads the slot"
-        return f"PostgreSQL has sent nothing for {self.pipeline.source.silent_seconds:.0f} s, {reader}"
+        return f"PostgreSQL has sent nothing for {source.silent_seconds:.0f} s, {reader}"
 
     def reasons(self) -> list[str]:
         """Why the replicator is not ready; empty when it is."""

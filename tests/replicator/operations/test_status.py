@@ -101,7 +101,7 @@ def live(slot: str = "s", *reasons: str) -> Status:
             reading_stopped=False,
         ),
         slot=of_slot(slot, READ),
-        checkpoint=of_checkpoint(CHECKPOINT, STATE, None),
+        checkpoint=of_checkpoint(CHECKPOINT, STATE),
         sinks={"redis": sink},
         dead_letters=DeadLetterStatus(rows=1, sinks={"redis": 2}, limit=100),
     )
