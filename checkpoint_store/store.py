@@ -22,7 +22,6 @@ from replicator.contracts.events import (
     Checkpoint,
     DeadLetter,
     LetterCounts,
-    Origin,
     Position,
     SinkPosition,
     Stage,
@@ -63,11 +62,11 @@ class SqlCheckpointStore:
             connection.execute(sink_positions.delete().where(sink_positions.c.slot == checkpoint.slot))
             connection.execute(checkpoints.delete().where(checkpoints.c.slot == checkpoint.slot))
             # The same positions may hold other events now. A letter's own number takes the position's place in its key.
-            key = literal(f"{Origin.RESTORED}/") + cast(dead_letters.c.id, String)
+            key = literal("restored/") + cast(dead_letters.c.id, String)
             connection.execute(
                 dead_letters.update()
                 .where(dead_letters.c.slot == checkpoint.slot, dead_letters.c.commit_lsn.is_not(None))
-                .values(origin=Origin.RESTORED.value, letter_key=key, commit_lsn=None, ordinal=None)
+                .values(origin="restored", letter_key=key, commit_lsn=None, ordinal=None)
             )
             _write(connection, checkpoint)
 
@@ -90,7 +89,7 @@ class SqlCheckpointStore:
     ) -> list[DeadLetter]:
         page = select(dead_letters).where(dead_letters.c.slot == slot, dead_letters.c.id > after_id)
         if stage is not None:
-            page = page.where(dead_letters.c.sink.is_(None) == (stage is Stage.ROW))
+            page = page.where(dead_letters.c.sink.is_(None) == (stage == "row"))
         if sink is not None:
             page = page.where(dead_letters.c.sink == sink)
         with self._connection() as connection:
@@ -245,5 +244,5 @@ def _letter_row(slot: str, letter: DeadLetter) -> dict[str, Any]:
 
 def _letter(row: RowMapping) -> DeadLetter:
     position = None if row["commit_lsn"] is None else Position(row["commit_lsn"], row["ordinal"])
-    same = {name: row[name] for name in ("id", "sink", "event_id", "reason", "payload", "created_at")}
-    return DeadLetter(position=position, origin=Origin(row["origin"]), **same)
+    same = {name: row[name] for name in ("id", "sink", "origin", "event_id", "reason", "payload", "created_at")}
+    return DeadLetter(position=position, **same)

@@ -19,7 +19,7 @@ from enrichment.content import Change, Contents, changes
 from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
 from replicator.contracts.errors import PROGRAM, SourceUnusable
-from replicator.contracts.events import DeadLetter, Event, Finding, Row, Stage
+from replicator.contracts.events import DeadLetter, Event, Finding, Row
 from replicator.contracts.settings import Settings, load
 from replicator.contracts.stream import Enriched
 
@@ -113,7 +113,7 @@ class EngagementEnricher:
         refused: list[DeadLetter] = []
         for letter in letters:
             try:
-                if letter.stage is Stage.ROW:
+                if letter.stage == "row":
                     again = await self.enrich([codec.stored_row(letter)])
                     events += again.events
                     refused += again.refused

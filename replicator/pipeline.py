@@ -17,7 +17,7 @@ from replicator.contracts.errors import CheckpointBackward, Overtaken, SourceUna
 from replicator.contracts.events import Checkpoint, Lsn, Row, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
-from replicator.contracts.stores import StreamStore
+from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
@@ -32,7 +32,7 @@ class Pipeline:
     """One slot, its sinks, its checkpoint. `run` once."""
 
     def __init__(
-        self, settings: CoreSettings, source: Source, enricher: Enricher, sinks: Sequence[Sink], store: StreamStore
+        self, settings: CoreSettings, source: Source, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
     ) -> None:
         self.source = source
         self.enricher = enricher

@@ -15,7 +15,7 @@ from replicator.cli.arguments import Json, Yes, confirmed, count, iso, load_app,
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
-    from replicator.contracts.events import DeadLetter, Position
+    from replicator.contracts.events import DeadLetter, Position, Stage
     from replicator.contracts.sink import Sink
     from replicator.contracts.stream import Enricher
 
@@ -36,14 +36,13 @@ Ids: TypeAlias = Annotated[
 class _Chosen:
     """The dead letters that the arguments choose. Raises SettingsError for an unknown sink."""
 
-    def __init__(self, sink: str | None, stage: str | None, ids: Sequence[int] | None) -> None:
-        from replicator.contracts.events import Stage
+    def __init__(self, sink: str | None, stage: Stage | None, ids: Sequence[int] | None) -> None:
         from sinks import known_sinks
 
         self.app = load_app()
         self.found: set[int | None] = set()
         self._sink = sink and sinks_of(sink, known_sinks(), name="--sink")[0]
-        self._stage = Stage(stage) if stage else None
+        self._stage = stage
         self._ids = ids or []
 
     async def pages(self) -> AsyncIterator[list[DeadLetter]]:

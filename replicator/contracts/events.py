@@ -6,22 +6,14 @@
 
 from __future__ import annotations
 
-import enum
 import re
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-if TYPE_CHECKING:
-    from replicator.contracts.errors import ReplicatorError
-
 Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset behind the text form `16/B374D848`."""
-
-Value: TypeAlias = int | Decimal | str | bool | None
-"""A column as wal2json gives it: numbers exact at any size (fractions as Decimal), timestamps and jsonb as text."""
-
 
 _fits_lsn = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})").fullmatch
 
@@ -76,7 +68,8 @@ class Column(msgspec.Struct, gc=False):
 
     name: str
     value: Any = None
-    """A `Value`; typed Any because msgspec's hook for exact fractions applies to untyped values only."""
+    """As wal2json gives it: an exact number (fractions as Decimal), text (timestamps and jsonb, too), bool or None.
+    Any, because msgspec's hook for exact fractions applies to untyped values only."""
 
 
 # Not frozen, not keyword-only: one a row on the hot path, filled in by the decoder in two steps.
@@ -133,22 +126,11 @@ class Refusal(NamedTuple):
     reason: str
 
 
-class Origin(enum.StrEnum):
-    """Which way a dead letter's event came."""
-
-    STREAM = "stream"
-    BACKFILL = "backfill"
-    RESTORED = "restored"
-    """Of a server that was restored from a backup since: its position may be another event's now."""
-
-
-class Stage(enum.StrEnum):
-    """What was refused."""
-
-    ROW = "row"
-    """No event could be made of the row."""
-    EVENT = "event"
-    """One sink refused the event."""
+Origin: TypeAlias = Literal["stream", "backfill", "restored"]
+"""Which way a dead letter's event came. `restored`: of a server that was restored from a backup since, so that its
+position may be another event's now."""
+Stage: TypeAlias = Literal["row", "event"]
+"""What was refused: a row that no event could be made of, or an event that one sink refused."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +138,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
     sink: str | None
     """The sink that refused the event; None when no event could be made of the row: then every sink lacks it."""
-    origin: Origin = Origin.STREAM
+    origin: Origin = "stream"
     position: Position | None
     """Where the row stands in the stream; None for a letter of a backfill, and for a restored one."""
     event_id: int | None
@@ -172,7 +154,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def stage(self) -> Stage:
         """Whether a row or an event was refused."""
-        return Stage.ROW if self.sink is None else Stage.EVENT
+        return "row" if self.sink is None else "event"
 
     @property
     def replay_position(self) -> Position:
@@ -232,8 +214,3 @@ class Finding(NamedTuple):
     """What was looked at and what was found."""
     cure: str = ""
     """What to do, the exact command where there is one; may be empty when ok."""
-
-    @classmethod
-    def from_error(cls, error: ReplicatorError) -> Finding:
-        """What is wrong, as the error says it."""
-        return cls(False, error.problem, error.cure)

@@ -72,13 +72,5 @@ class TaskProgress(Protocol):
         """Store it in one database transaction; None: the task is done, forget it. No checkpoint is touched."""
 
 
-class StreamStore(Checkpoints, DeadLetterBox, Protocol):
-    """What the stream keeps, and its status shows."""
-
-
-class BackfillStore(DeadLetterBox, TaskProgress, Protocol):
-    """What a backfill keeps."""
-
-
-class CheckpointStore(StreamStore, BackfillStore, Protocol):
+class CheckpointStore(Checkpoints, DeadLetterBox, TaskProgress, Protocol):
     """All three in one database."""

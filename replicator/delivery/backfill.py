@@ -16,10 +16,10 @@ import msgspec
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointUnavailable
-from replicator.contracts.events import Mark, Origin, Position, SinkPosition
+from replicator.contracts.events import Mark, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
-from replicator.contracts.stores import BackfillStore
+from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
@@ -52,7 +52,7 @@ class Backfill:
         settings: CoreSettings,
         history: History,
         sinks: Sequence[Sink],
-        store: BackfillStore,
+        store: CheckpointStore,
         *,
         task: str,
         start: BackfillProgress,
@@ -65,7 +65,7 @@ class Backfill:
         self.rows_refused = 0
         """Rows that no event could be made of."""
         limit_bytes = min(settings.memory_limit_mb, HELD_MB) * 1_000_000
-        self._letters = DeadLetters(store, settings, Origin.BACKFILL)
+        self._letters = DeadLetters(store, settings, "backfill")
         self.fan_out = FanOut(settings, self._letters, limit_bytes=limit_bytes, mode=Mode.BACKFILL)
         self._settings = settings
         self._history = history

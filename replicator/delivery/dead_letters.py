@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class DeadLetters:
     """Those of one slot that come one way."""
 
-    def __init__(self, store: DeadLetterBox, settings: CoreSettings, origin: Origin = Origin.STREAM) -> None:
+    def __init__(self, store: DeadLetterBox, settings: CoreSettings, origin: Origin = "stream") -> None:
         self.stored = LetterCounts()
         """How many are on disk, as of the last look."""
         self.limit = settings.dead_letters_max
@@ -35,7 +35,7 @@ class DeadLetters:
 
     async def keep(self, letters: Sequence[DeadLetter]) -> None:
         """Make them durable. Raises DeadLettersFull, CheckpointUnavailable: their position does not count then."""
-        if self._origin is Origin.BACKFILL:
+        if self._origin == "backfill":
             letters = [_of_backfill(letter) for letter in letters]
         async with self._turn:
             self.stored = await asyncio.to_thread(self._store.add_dead_letters, self._slot, letters, self.limit)
@@ -64,4 +64,4 @@ def _of_backfill(letter: DeadLetter) -> DeadLetter:
     So an event is kept once, however often it is backfilled and refused, and replaying it replaces no newer version.
     """
     position = letter.position if letter.event_id is None else None
-    return structs.replace(letter, origin=Origin.BACKFILL, position=position)
+    return structs.replace(letter, origin="backfill", position=position)

@@ -118,7 +118,7 @@ async def _beginning(
     except SourceUnavailable as exc:
         yield Finding(False, f"replication connection: {exc.detail}", "Allow it in pg_hba.conf (database too)")
     except (CheckpointError, SourceError) as exc:
-        yield Finding.from_error(exc)
+        yield Finding(False, exc.problem, exc.cure)
     else:
         yield _slot(settings.slot, found.state)
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from replicator.contracts.events import Stage, parse_lsn
+from replicator.contracts.events import parse_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
 from replicator.operations.status import Status
 from replicator.operations.watchdog import ACTIONS, Monitor
@@ -60,8 +60,8 @@ class Metrics(Collector):
         ignored = COUNTER("replicator_ignored_rows", "Rows that make no event", labels=["action"])
         yield _metric(ignored, (([ACTIONS[action]], count) for action, count in it.pipeline.enricher.ignored.items()))
         letters = GAUGE("replicator_dead_letters", "Dead letters that are kept", labels=["sink", "stage"])
-        of_sinks = (([lane.name, Stage.EVENT], kept.sinks.get(lane.name, 0)) for lane in lanes)
-        yield _metric(letters, [(["", Stage.ROW], kept.rows), *of_sinks])
+        of_sinks = (([lane.name, "event"], kept.sinks.get(lane.name, 0)) for lane in lanes)
+        yield _metric(letters, [(["", "row"], kept.rows), *of_sinks])
         yield _latency(lanes)
 
 

@@ -19,7 +19,7 @@ from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceUnavailable, command
 from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
-from replicator.contracts.stores import StreamStore
+from replicator.contracts.stores import CheckpointStore
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
 
@@ -162,7 +162,7 @@ def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
     return None if state is None else max(0, state.server_lsn - lsn)
 
 
-async def collect(settings: CoreSettings, sinks: Sequence[str], store: StreamStore) -> Status:
+async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
     live, live_trouble = await _ask_replicator(settings)

@@ -25,7 +25,7 @@ from enrichment.codec import (
     stored_row,
 )
 from enrichment.contract import OWN, engagement_pct, engagement_seconds
-from replicator.contracts.events import Column, Event, Row, Stage
+from replicator.contracts.events import Column, Event, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 
 WIDE = Context(prec=60, rounding=ROUND_HALF_UP)
@@ -279,7 +279,7 @@ def test_a_wrong_type_is_refused(name: str, value: object) -> None:
     letter = dead_letter(row, str(refused.value))
     assert letter.reason.startswith(f"public.engagement_events.{name} is not ")
     assert not [value for value in ("secret", "a7d1", "00:00:07", "web") if value in letter.reason]
-    assert (letter.stage, letter.position) == (Stage.ROW, (5, 2))
+    assert (letter.stage, letter.position) == ("row", (5, 2))
     assert (None if name == "id" else 17) == letter.event_id
     assert row == stored_row(letter)
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
-from replicator.contracts.events import DeadLetter, Event, LetterCounts, Origin, Position
+from replicator.contracts.events import DeadLetter, Event, LetterCounts, Position
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.stream import Enriched, Page
 from replicator.delivery.backfill import Backfill, BackfillProgress
@@ -180,7 +180,7 @@ async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> N
     run = run_of(settings, past, store, sink_of(refused=[2]))
     assert await run.run()
     kept = {(kept.sink, kept.origin, kept.position, kept.event_id) for kept in store.letters}
-    assert {(None, Origin.BACKFILL, None, 9), ("fake", Origin.BACKFILL, None, 2)} == kept
+    assert {(None, "backfill", None, 9), ("fake", "backfill", None, 2)} == kept
     assert (1, 4) == (run.rows_refused, run.written.events)
 
 

@@ -12,16 +12,17 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import psycopg
 
 from devstack import DevStack
-from replicator.contracts.events import Row, Value
+from replicator.contracts.events import Row
 from replicator.source.stream import Source
 from replicator.source.wal2json import OPTIONS
 from tests.support import environment as ground
 
+Value: TypeAlias = int | Decimal | str | bool | None
 SESSION = "-c DateStyle=ISO -c TimeZone=UTC"
 SEED_BYTES = 1_500
 """Larger messages are for the real server alone."""
