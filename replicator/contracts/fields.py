@@ -24,9 +24,8 @@ class Type:
     """The source column's type; narrower integers and other kinds of text do as well."""
     clickhouse: str
     postgres_line: str
-    """SQL for the text that reconcile's checksum is made of; `{0}` is the expression for the value."""
     clickhouse_line: str
-    """The same in ClickHouse's SQL: both give the same text for the same value."""
+    """SQL for the text that reconcile's checksum is made of, the same text in both; `{0}` is the value."""
     optional: bool = False
 
     def nullable(self) -> Type:
@@ -85,8 +84,7 @@ class Derived:
     """A field that is computed from others, and NULL when one of them is."""
 
     function: Callable[..., object]
-    of: tuple[str, ...]
-    """The fields that are the function's arguments."""
+    of: tuple[str, ...]  # the fields that are its arguments
     shortcut: str
     """Python: `<expression> if <condition>`, the same for ordinary values. The hot path has no time for a call."""
     postgres: str
