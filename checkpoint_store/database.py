@@ -14,13 +14,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError
 
-from replicator.contracts.errors import (
-    CheckpointError,
-    CheckpointUnavailable,
-    CheckpointUnusable,
-    SettingsError,
-    command,
-)
+from replicator.contracts import errors
+from replicator.contracts.errors import command
 
 URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
 URL_TAKES = (
@@ -29,7 +24,6 @@ URL_TAKES = (
 )
 
 WAL_TRIES = 20  # each fails only because another program won; there are hardly ever two
-
 LOCK_SECONDS = 5  # less than the feedback interval, more than a backup of SQLite's file holds it
 LIMITS: dict[str, dict[str, Any]] = {
     "pysqlite": {"timeout": float(LOCK_SECONDS)},  # becomes busy_timeout
@@ -83,10 +77,10 @@ def require_file(url: URL) -> None:
     if path.absolute().parent.is_dir() and not path.exists():
         problem = f"there is no file {path.absolute()}"
         cure = f"Run {command('init')}, or check that {URL_SETTING} is the path that `run` writes to"
-        raise CheckpointUnusable(problem=problem, cure=cure)
+        raise errors.CheckpointUnusable(problem=problem, cure=cure)
 
 
-def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
+def explain(exc: Exception, dialect: Dialect, url: URL) -> errors.CheckpointError:
     """Our error for a driver's: what happened, without the password and without values."""
     orig = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
     if isinstance(orig, sqlite3.Error):
@@ -98,8 +92,8 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> CheckpointError:
         first_line = first_line.replace(str(url.password), "***")
     problem = f"{dialect.name}: {type(orig).__name__}: {first_line}"
     if isinstance(exc, (ProgrammingError, DataError)):  # no table, no right, no such option: a retry won't help
-        return CheckpointUnusable(problem=problem, cure=TABLES_CURE)
-    return CheckpointUnavailable(detail=problem)
+        return errors.CheckpointUnusable(problem=problem, cure=TABLES_CURE)
+    return errors.CheckpointUnavailable(detail=problem)
 
 
 def _parse(url: str) -> URL:
@@ -115,8 +109,8 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _unusable(problem: str) -> SettingsError:
-    return SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
+def _unusable(problem: str) -> errors.SettingsError:
+    return errors.SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
 
 
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
@@ -165,22 +159,22 @@ def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
     connection.commit()
 
 
-def _explain_sqlite(error: sqlite3.Error, path: Path) -> CheckpointError:
+def _explain_sqlite(error: sqlite3.Error, path: Path) -> errors.CheckpointError:
     code = _primary_code(error)
     directory = path.absolute().parent
     if code == sqlite3.SQLITE_CANTOPEN and not directory.is_dir():
         cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
-        return CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)
+        return errors.CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)
     problem = f"{path}: {error}"
     if code in SQLITE_UNUSABLE:
         cure = (
             f"Check that this user may read and write it and the directory {directory}, or name another file in"
             f" {URL_SETTING} and run {command('init')}"
         )
-        return CheckpointUnusable(problem=problem, cure=cure)
+        return errors.CheckpointUnusable(problem=problem, cure=cure)
     if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or has another shape
-        return CheckpointUnusable(problem=problem, cure=TABLES_CURE)
-    return CheckpointUnavailable(detail=problem)
+        return errors.CheckpointUnusable(problem=problem, cure=TABLES_CURE)
+    return errors.CheckpointUnavailable(detail=problem)
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -16,17 +16,7 @@ from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations.status import (
-    LOOK_TIMEOUT_SECONDS,
-    DeadLetterStatus,
-    ReplicatorStatus,
-    SinkStatus,
-    Status,
-    in_danger,
-    of_checkpoint,
-    of_sink,
-    of_slot,
-)
+from replicator.operations import status as statuses
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -62,7 +52,7 @@ class Monitor:
         """Look until cancelled; never raises for what it sees."""
         while True:
             try:
-                self.slot = await slots.look(self._dsn, self._name, "replicator monitor", LOOK_TIMEOUT_SECONDS)
+                self.slot = await slots.look(self._dsn, self._name, "replicator monitor", statuses.LOOK_TIMEOUT_SECONDS)
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
             except SourceUnavailable as exc:
                 self.trouble = str(exc)
@@ -70,13 +60,13 @@ class Monitor:
             self._watch()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 
-    def status(self) -> Status:
+    def status(self) -> statuses.Status:
         """Everything, as of now."""
-        pipeline, reasons = self.pipeline, self.reasons()
-        return Status(
+        pipeline, letters, reasons = self.pipeline, self.pipeline.letters, self.reasons()
+        return statuses.Status(
             ready=not reasons,
             reasons=reasons,
-            replicator=ReplicatorStatus(
+            replicator=statuses.ReplicatorStatus(
                 version=__version__,
                 connected=pipeline.source.connected,
                 confirmed_lsn=format_lsn(pipeline.source.confirmed),
@@ -86,15 +76,15 @@ class Monitor:
                 held_bytes=pipeline.fan_out.held_bytes,
                 reading_stopped=pipeline.fan_out.full,
             ),
-            slot=of_slot(self._name, self.slot, self.trouble),
-            checkpoint=of_checkpoint(pipeline.checkpoint, self.slot),
+            slot=statuses.of_slot(self._name, self.slot, self.trouble),
+            checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
             sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes},
-            dead_letters=DeadLetterStatus(**structs.asdict(pipeline.letters.stored), limit=pipeline.letters.limit),
+            dead_letters=statuses.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
         )
 
-    def _sink(self, lane: Lane) -> SinkStatus:
+    def _sink(self, lane: Lane) -> statuses.SinkStatus:
         return structs.replace(
-            of_sink(lane.done, self.slot, round(self.lag_seconds(lane), 3)),
+            statuses.of_sink(lane.done, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=lane.trouble.message,
             events=lane.stats.events,
             writes=lane.stats.writes,
@@ -153,7 +143,7 @@ class Monitor:
     def reasons(self) -> list[str]:
         """Why the replicator is not ready; empty when it is."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._stalled(), in_danger(self.slot)]
+        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._stalled(), statuses.in_danger(self.slot)]
         return [reason for reason in found if reason]
 
 
