@@ -20,16 +20,7 @@ from checkpoint_store import SqlCheckpointStore
 from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
 from replicator.contracts.errors import CheckpointMissing
-from replicator.contracts.settings import (
-    PREFIX,
-    CoreSettings,
-    Settings,
-    given,
-    load,
-    state_directory,
-    variable,
-    variables,
-)
+from replicator.contracts.settings import CoreSettings, Settings, given, load, state_directory, variable, variables
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
@@ -120,7 +111,7 @@ def all_settings() -> list[type[Settings]]:
 
 def unknown_settings() -> Iterator[str]:
     """A message for each variable with our prefix that nothing reads."""
-    names = sorted(name for name in variables() if name.startswith(PREFIX) and name not in NOT_A_SETTING)
+    names = sorted(name for name in variables() if name.startswith(variable("")) and name not in NOT_A_SETTING)
     known = {variable(field) for field in CoreSettings.model_fields}
     if {*names} - known:  # the sinks' modules are slow to import
         known = {variable(field) for settings_class in all_settings() for field in settings_class.model_fields}
