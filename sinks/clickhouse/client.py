@@ -82,10 +82,10 @@ class Client:
             body = await driver.raw_query(sql, dict(parameters or {}), settings, "JSONCompactEachRow")
             return [json.loads(line) for line in body.splitlines()]
 
-    async def command(self, sql: str) -> None:
+    async def command(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run a statement without a result."""
         async with self._connected() as driver:
-            await driver.command(sql)
+            await driver.command(sql, dict(parameters or {}))
 
     async def insert(self, table: str, columns: Sequence[str], body: bytes, settings: Mapping[str, object]) -> int:
         """Insert JSON lines; how many rows ClickHouse counted, 0 if it did not count."""
