@@ -99,8 +99,7 @@ class Client:
         """Release the connection. Safe to call twice."""
         driver, self._driver = self._driver, None
         if driver is not None:
-            with translated(self._address.server):
-                await driver.close()
+            await driver.close()
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncClient | EmbeddedEngine]:

@@ -96,7 +96,11 @@ def _answered(code: int) -> SinkError | ValueRefused:
 
 def _unanswered(exc: Exception, where: str) -> SinkError:
     """ClickHouse itself did not answer: the network failed, something in between, or the driver."""
-    causes = list(_causes(exc))
+    causes: list[Exception] = []
+    cause: BaseException | None = exc
+    while isinstance(cause, Exception):  # behind a time-out is a CancelledError, which says nothing
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return SinkMisconfigured(sink=SINK, detail=f"the certificate of {where} is not trusted", cure=_CA_CURE)
     if isinstance(exc, ProgrammingError):
@@ -110,11 +114,3 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
     if str(exc).startswith("Unexpected response"):  # to the driver's first question
         return not_clickhouse(where)
     return SinkUnavailable(sink=SINK, detail=f"no answer from {where} ({type(causes[-1]).__name__})")
-
-
-def _causes(exc: Exception) -> Iterator[Exception]:
-    """The error and what lies behind it."""
-    seen: BaseException | None = exc
-    while isinstance(seen, Exception):  # behind a time-out is a CancelledError, which says nothing
-        yield seen
-        seen = seen.__cause__ or seen.__context__

@@ -7,6 +7,7 @@ of the line's MD5. The source makes the same line from the same contract.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Digest, EventDigest, Slice
@@ -56,6 +57,11 @@ class ClickHouseLedger:
     async def events(self, part: Slice) -> list[EventDigest]:
         return [EventDigest(*row) for row in await self._select(self._event, _of(part), IN_SLICE)]
 
+    async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
+        """As `CountsByHour.hours`."""
+        hour = f"intDiv({US} - positiveModulo({US}, 3600000000), 1000000)"
+        return dict(await self._select(f"{hour} AS n, count()", {"start": start_us, "end": end_us}, "GROUP BY n"))
+
     async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
         found: list[EventDigest] = []
         for at in range(0, len(ids), CHUNK):
@@ -70,7 +76,7 @@ class ClickHouseLedger:
             exactly = {"start": keys[0][1], "end": keys[-1][1] + 1, "keys": keys}
             await self._client.command(DELETE.format(table=self._table), exactly)
 
-    async def _select(self, what: str, parameters: Mapping[str, object], more: str = "") -> list[list[int]]:
+    async def _select(self, what: str, parameters: Mapping[str, object], more: str = "") -> list[list[Any]]:
         query = f"SELECT {what} FROM {self._table} FINAL WHERE {WITHIN} {more}"  # noqa: S608  our own names
         return await self._client.query(query, parameters)
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from itertools import filterfalse
 from typing import ClassVar
 
@@ -66,13 +67,6 @@ _PROBE_RANGE_SQL = """SELECT
     toUnixTimestamp64Micro(parseDateTime64BestEffortOrNull('9999-12-31T23:59:59.999999Z', 6, 'UTC'))"""
 """Does DateTime64 hold the years 1 to 9999 (since mid-2026)? Before, it went from 1900 to 2299 and clamped silently."""
 
-_HOURS_SQL = """
-WITH toUnixTimestamp64Micro(event_ts) AS us
-SELECT intDiv(us - positiveModulo(us, 3600000000), 1000000) AS hour, count() FROM {table} FINAL
-WHERE event_ts >= fromUnixTimestamp64Micro(%(start)s, 'UTC') AND event_ts < fromUnixTimestamp64Micro(%(end)s, 'UTC')
-GROUP BY hour"""
-"""Each event once, however often it was sent."""
-
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
 
@@ -121,6 +115,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._server, self._database = address.server, address.database
         self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
         self._table = qualified(self._database)
+        self._require_table = partial(require_table, self._client, self._database, contract)
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
 
@@ -144,7 +139,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        if await self._require_table() == 0 and start is not None:
+        if await self._require_table() and start is not None:
             _log.error(EMPTIED, self._table)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -159,8 +154,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         return outside + (await self._insert(fitting) if fitting else [])
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
-        sql = _HOURS_SQL.format(table=self._table)
-        return dict(await self._client.query(sql, {"start": start_us, "end": end_us}))
+        return await self.ledger(with_content=False).hours(start_us, end_us)
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
         return ClickHouseLedger(self._client, self._table, self.contract, with_content=with_content)
@@ -175,14 +169,6 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             self._range_us = YEARS_1_TO_9999_US if wide else YEARS_1900_TO_2299_US
         return self._range_us
 
-    async def _require_table(self) -> int:
-        """Raises SinkUnusable unless the table keeps events as they are; how many rows it has.
-
-        Called after every insert: ClickHouse silently wraps and cuts values when a column has become narrower. Rows
-        that went into such a column do not count as written, and are inserted again once the table is repaired.
-        """
-        return await require_table(self._client, self._database, self.contract)
-
     async def _insert(self, events: Sequence[Event]) -> list[Refusal]:
         """Insert, or halve until the events that ClickHouse refuses stand alone; returns those."""
         try:
@@ -196,6 +182,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
                 return [Refusal(events[0], f"ClickHouse refuses a value in it: {exc}")]
             middle = len(events) // 2
             return await self._insert(events[:middle]) + await self._insert(events[middle:])
+        # ClickHouse silently wraps and cuts values when a column has become narrower. Rows that went into such a column
+        # do not count as written, and are inserted again once the table is repaired.
         await self._require_table()
         if 0 < written < len(events):  # 0: it did not count, or the token was known
             self._run = secrets.token_bytes(16)  # else the next try would pass for a repeat, and be dropped

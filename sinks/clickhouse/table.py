@@ -69,10 +69,10 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
     return made
 
 
-async def require_table(client: Client, database: str, contract: Contract) -> int:
+async def require_table(client: Client, database: str, contract: Contract) -> bool:
     """Raises SinkUnusable if the table would lose, change or multiply events.
 
-    Returns the number of its rows, as its parts say: no data is read.
+    Returns whether it is empty, as its parts say: no data is read.
     """
     found = await client.query(_TABLE_SQL, {"database": database, "table": TABLE})
     if not found:
@@ -91,4 +91,4 @@ async def require_table(client: Client, database: str, contract: Contract) -> in
         wrong.append(f"the sort key ({order}) and not ({sort_key(contract)})")
     if wrong:
         raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} has {', '.join(wrong)}", cure=_ALTER)
-    return int(rows)
+    return bool(rows == 0)
