@@ -252,7 +252,7 @@ async def _uncounted(run: Run, sink: Any, start_us: int, end_us: int) -> dict[st
     """How many events a sink has not counted; empty if it can't be asked."""
     from enrichment import EngagementLedger
     from replicator.contracts.sink import HasCounter
-    from replicator.reconcile.counts import unseen
+    from replicator.reconcile.recheck import unseen
 
     if not isinstance(sink, HasCounter):
         return {}

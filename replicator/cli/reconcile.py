@@ -122,7 +122,7 @@ async def rebuild_redis(
     """Make all of Redis's keys again from PostgreSQL."""
     from enrichment import BEGINNING, END, EngagementHistory
     from replicator.cli.backfill import Run, deliver, once
-    from replicator.reconcile.repair import rebuild
+    from replicator.reconcile.run import rebuild
 
     if resume and from_empty:
         raise SettingsError(name="--resume", problem="--from-empty starts over", expected="one of the two")

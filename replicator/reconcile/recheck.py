@@ -1,15 +1,17 @@
-"""Does it really differ, or is it still on its way? A second look at what `compare.py` found."""
+"""Does it really differ, or is it still on its way? A second look at events and counts that seem wrong."""
 
 from __future__ import annotations
 
+import array
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import NamedTuple
 
 from replicator.contracts.events import Lsn, format_lsn
-from replicator.contracts.ledger import EventDigest, Ledger, SourceLedger
-from replicator.reconcile.compare import Candidates
+from replicator.contracts.ledger import EventCounter, EventDigest, Ledger, SourceLedger
+from replicator.reconcile.compare import CHUNK, QUERY_EVENTS, Candidates
+from replicator.reconcile.report import WrongCount
 from replicator.source import slot as slots
 
 POLL_SECONDS = 0.2
@@ -17,44 +19,29 @@ LOOK_TIMEOUT_SECONDS = 10
 
 
 class Verdict(NamedTuple):
-    """How some events differ."""
+    """How some events differ. An event is known by id, time and key."""
 
-    missing: list[int]
-    """Ids that only the source has."""
+    missing: list[EventDigest]
+    """Only the source has them."""
     different: list[EventDigest]
     """As the destination has them, with another hash than at the source."""
     extra: list[EventDigest]
     """Only the destination has them."""
-    read_at: Lsn = 0
-    """The source was read before this WAL position."""
-
-    def __bool__(self) -> bool:
-        """Whether anything differs."""
-        return bool(self.missing or self.different or self.extra)
 
 
-def diff(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> Verdict:
-    """Compare event by event. An event is known by id, time and key."""
-    source = {row[:3]: row for row in wanted}
-    there = {row[:3]: row for row in found}
-    return Verdict(
-        missing=sorted(row.id for known, row in source.items() if known not in there),
-        different=[row for known, row in there.items() if known in source and source[known].hash != row.hash],
-        extra=[row for known, row in there.items() if known not in source],
-    )
-
-
-class SlotWaiter:
-    """Waits until the replicator has delivered what was committed before, which the slot tells."""
+class Underway:
+    """Waits for what is on its way: to the sinks, and in transactions that are still open."""
 
     def __init__(self, dsn: str, slot: str, patience_seconds: float) -> None:
         self.gave_up = ""
-        """Why it no longer waits: differences may then still be on their way."""
+        """Why it no longer waits for the slot: differences may then still be on their way."""
+        self.certain = True
+        """No transaction is still open that may have written what seems to be extra."""
         self._dsn = dsn
         self._slot = slot
         self._patience_seconds = patience_seconds
 
-    async def wait(self, lsn: Lsn) -> None:
+    async def delivered(self, lsn: Lsn) -> None:
         """Return when every sink has everything committed before `lsn`, or when `gave_up` says why not."""
         deadline = time.monotonic() + self._patience_seconds
         while not self.gave_up:
@@ -72,37 +59,87 @@ class SlotWaiter:
             else:
                 await asyncio.sleep(POLL_SECONDS)
 
-
-class Recheck:
-    """The second look."""
-
-    def __init__(self, source: SourceLedger, destination: Ledger, slot: SlotWaiter, patience_seconds: float) -> None:
-        self.certain = True
-        """No transaction is still open that may have written what seems to be extra."""
-        self._source = source
-        self._destination = destination
-        self._slot = slot
-        self._patience_seconds = patience_seconds
-
-    async def verdict(self, candidates: Candidates) -> Verdict:
-        """How these events differ once nothing is on its way any more.
-
-        The destination must have what the source showed before the slot passed. The source must show what the
-        destination has, as soon as the transactions that are open now have ended: with synchronous replication a
-        commit is streamed before it is visible.
-        """
-        wanted = await self._source.find(*candidates)
-        read_at = await self._source.lsn()
-        await self._slot.wait(read_at)
-        verdict = diff(wanted, await self._destination.find(*candidates))
-        if verdict.extra:
-            await self._transactions_end()
-            late = await self._source.find([row.id for row in verdict.extra], *candidates[1:])
-            verdict = verdict._replace(extra=diff(late, verdict.extra).extra)
-        return verdict._replace(read_at=read_at)
-
-    async def _transactions_end(self) -> None:
-        until, deadline = await self._source.next_transaction(), time.monotonic() + self._patience_seconds
-        while self.certain and await self._source.oldest_transaction() < until:
+    async def visible(self, source: SourceLedger) -> None:
+        """Return when all transactions have ended that are open now, or when `certain` is false."""
+        until, deadline = await source.next_transaction(), time.monotonic() + self._patience_seconds
+        while self.certain and await source.oldest_transaction() < until:
             self.certain = time.monotonic() < deadline
             await asyncio.sleep(POLL_SECONDS)
+
+
+def diff(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> Verdict:
+    """Compare event by event."""
+    source = {row[:3]: row for row in wanted}
+    there = {row[:3]: row for row in found}
+    return Verdict(
+        missing=sorted(row for known, row in source.items() if known not in there),
+        different=[row for known, row in there.items() if known in source and source[known].hash != row.hash],
+        extra=[row for known, row in there.items() if known not in source],
+    )
+
+
+async def recheck(
+    source: SourceLedger, destination: Ledger, underway: Underway, candidates: Candidates
+) -> tuple[Verdict, Lsn]:
+    """How these events differ once nothing is on its way any more; the source was read before the WAL position.
+
+    The destination must have what the source showed before the slot passed. The source must show what the destination
+    has, as soon as the transactions that are open now have ended: with synchronous replication a commit is streamed
+    before it is visible.
+    """
+    wanted = await source.find(*candidates)
+    read_at = await source.lsn()
+    await underway.delivered(read_at)
+    verdict = diff(wanted, await destination.find(*candidates))
+    if verdict.extra:
+        await underway.visible(source)
+        late = await source.find([row.id for row in verdict.extra], *candidates[1:])
+        verdict = verdict._replace(extra=diff(late, verdict.extra).extra)
+    return verdict, read_at
+
+
+async def unseen(
+    source: SourceLedger, counter: EventCounter, start_us: int, end_us: int, underway: Underway | None = None
+) -> AsyncIterator[list[int]]:
+    """Ids of events that were not counted, in chunks; with `underway`, looked at again when they had time to arrive."""
+    events, first, last = await source.span(start_us, end_us)
+    if not events:
+        return
+    pieces = -(-events // QUERY_EVENTS) if source.slices_are_cheap else 1
+    width = -(-(last + 1 - first) // pieces)
+    for start in range(first, last + 1, width):
+        found = array.array("q")  # 8 bytes each; no query is open while they are worked on
+        async for ids in source.ids(start, min(start + width, last + 1)):
+            found.extend(await counter.unseen(ids))
+        for at in range(0, len(found), CHUNK):
+            chunk = list(found[at : at + CHUNK])
+            if underway is not None:
+                await underway.delivered(await source.lsn())
+                chunk = await counter.unseen(chunk)
+            yield chunk
+
+
+async def wrong_counts(
+    source: SourceLedger, counter: EventCounter, underway: Underway
+) -> AsyncIterator[list[WrongCount]]:
+    """Counts of the source's keys that don't agree with it, over all times, in chunks."""
+    keys = array.array("q")
+    async for chunk in source.counts():
+        found = await counter.counts([key for key, _ in chunk])
+        keys.extend(key for (key, events), count in zip(chunk, found, strict=True) if events != count)
+    for at in range(0, len(keys), CHUNK):
+        yield await recheck_counts(source, counter, underway, keys[at : at + CHUNK])
+
+
+async def recheck_counts(
+    source: SourceLedger, counter: EventCounter, underway: Underway, keys: Sequence[int]
+) -> list[WrongCount]:
+    """Counts below what the source had before the slot passed, or above what it has afterwards."""
+    least = await source.counts_of(keys)
+    await underway.delivered(await source.lsn())
+    found = await counter.counts(keys)
+    most = await source.counts_of(keys)
+    counts = (
+        WrongCount(key, count, least.get(key, 0), most.get(key, 0)) for key, count in zip(keys, found, strict=True)
+    )
+    return [wrong for wrong in counts if not wrong.least <= wrong.found <= wrong.most]

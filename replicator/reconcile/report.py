@@ -24,7 +24,6 @@ class WrongCount(msgspec.Struct, frozen=True):
     most: int
 
     def __str__(self) -> str:
-        """As the report says it."""
         wanted = self.least if self.least == self.most else f"{self.least} to {self.most}"
         return f"{self.key} has {self.found} instead of {wanted}"
 
@@ -43,7 +42,6 @@ class Tally(msgspec.Struct):
                 self.first.append(one)
 
     def __str__(self) -> str:
-        """As the report says it."""
         names = f": {', '.join(map(str, self.first))}" if self.first else ""
         more = f" and {self.count - SHOWN} more" if self.count > SHOWN else ""
         return f"{self.count}{names}{more}"

@@ -1,4 +1,4 @@
-"""`reconcile`: compares PostgreSQL with each sink that can be asked, and repairs what differs if it is told to.
+"""`reconcile` compares PostgreSQL with each sink that can be asked, and repairs what differs; `rebuild` fills a sink.
 
 For every sink: compare, check again, repair, check what is left. A sink takes part through its capabilities
 (`contracts/sink.py`); neither sinks nor tables are known here by name.
@@ -6,24 +6,25 @@ For every sink: compare, check again, repair, check what is left. A sink takes p
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from replicator.contracts.errors import command
+from replicator.contracts.errors import SinkError, command
+from replicator.contracts.events import Lsn
 from replicator.contracts.ledger import EventCounter, SinkLedger, SourceLedger
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import HasCounter, HasLedger, Mode, Rebuildable, Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.reconcile import counts
+from replicator.contracts.stream import History
+from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.reconcile.compare import Comparison
-from replicator.reconcile.recheck import Recheck, SlotWaiter, Verdict
-from replicator.reconcile.repair import Repair
+from replicator.reconcile.recheck import Underway, Verdict, recheck, unseen, wrong_counts
 from replicator.reconcile.report import ReconcileReport, SinkReport
 
-WAIT_SECONDS = 60
-"""How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
+PAGE_ROWS = 5_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
@@ -38,20 +39,18 @@ class Reconcile:
     store: CheckpointStore
     start: datetime
     end: datetime
-    _: KW_ONLY
-    with_content: bool = False
+    with_content: bool
     """Whether the source compares the fields that come from the content, so that the sinks do so, too."""
-    repair: bool = False
+    repair: bool
     """Send what is missing, different or not counted."""
-    delete_extra: bool = False
+    delete_extra: bool
     """In a repair, delete events that the source does not have."""
-    wait_seconds: float = WAIT_SECONDS
+    wait_seconds: float
     """How long to wait for the replicator, and for open transactions."""
 
     def __post_init__(self) -> None:
         dsn = self.settings.postgres_dsn.get_secret_value()
-        self._slot = SlotWaiter(dsn, self.settings.slot, self.wait_seconds)
-        self._repair = Repair(self.settings, self.source, self.store)
+        self._underway = Underway(dsn, self.settings.slot, self.wait_seconds)
         self._range = ((self.start - EPOCH) // MICROSECOND, (self.end - EPOCH) // MICROSECOND)
 
     async def run(self, show: Callable[[str], None]) -> ReconcileReport:
@@ -62,7 +61,7 @@ class Reconcile:
         started = time.monotonic()
         await self.source.open()
         if self.repair:
-            await self._repair.check(self.sinks)
+            await self._check()
         reports: list[SinkReport] = []
         for sink in self.sinks:
             reports.append(await self._ask(sink))
@@ -74,13 +73,23 @@ class Reconcile:
             start=self.start,
             end=self.end,
             seconds=time.monotonic() - started,
-            doubt=self._slot.gave_up if left else "",
+            doubt=self._underway.gave_up if left else "",
             sinks=reports,
         )
         if report.doubt:
             show(f"what differs may still be on its way: {report.doubt}")
         show(f"{report.outcome}, {report.seconds:.1f} s")
         return report
+
+    async def _check(self) -> None:
+        """See that everything can be read and written, before anything is written or deleted."""
+        history = self.source.picked([])
+        try:
+            await history.open()
+        finally:
+            await history.close()
+        for sink in self.sinks:
+            await sink.open(None, Mode.BACKFILL)
 
     async def _ask(self, sink: Sink) -> SinkReport:
         report = SinkReport(sink=sink.name)
@@ -92,35 +101,38 @@ class Reconcile:
         return report
 
     async def _compare(self, sink: Sink, ledger: SinkLedger, report: SinkReport) -> None:
-        recheck = Recheck(self.source, ledger, self._slot, self.wait_seconds)
         comparison = Comparison(self.source, ledger, *self._range)
-        _add(report, Verdict([], [], []))
+        report.add("missing")
+        report.add("different")
+        report.add("extra")
         async for candidates in comparison.candidates():
-            verdict = await recheck.verdict(candidates)
-            _add(report, verdict)
-            if verdict and self.repair:
-                await self._repair.apply(sink, ledger, verdict, delete=self.delete_extra and recheck.certain)
-                verdict = await recheck.verdict(candidates)
-            report.left.add([*verdict.missing, *(row.id for row in (*verdict.different, *verdict.extra))])
+            verdict, read_at = await recheck(self.source, ledger, self._underway, candidates)
+            report.add("missing", (row.id for row in verdict.missing))
+            report.add("different", (row.id for row in verdict.different))
+            report.add("extra", (row.id for row in verdict.extra))
+            if self.repair and any(verdict):
+                await self._apply(sink, ledger, verdict, read_at)
+                verdict, _ = await recheck(self.source, ledger, self._underway, candidates)
+            report.left.add(row.id for rows in verdict for row in rows)
         report.source_events, report.sink_events = comparison.events
         if not self.repair and report.has("missing", "different"):
             report.hints.append("--repair sends what is missing or different; a backfill of a whole range is faster")
         if not self.delete_extra and report.left.count and report.has("extra"):
             report.hints.append("--repair --delete-extra deletes extra events")
-        if not recheck.certain:
+        if not self._underway.certain:
             report.hints.append("extra events may belong to a transaction that is still open, and are not deleted")
 
     async def _count(self, sink: Sink, counter: EventCounter, report: SinkReport) -> None:
         report.add("not_counted")
-        async for ids in counts.unseen(self.source, counter, *self._range, self._slot):
+        async for ids in unseen(self.source, counter, *self._range, self._underway):
             report.add("not_counted", ids)
             if ids and self.repair:
-                await self._repair.send(sink, ids)
+                await self._send(sink, ids)
             report.left.add(await counter.unseen(ids) if self.repair else ids)
         if report.left.count:
             report.hints.append("--repair counts what was not counted in this range")
         report.add("counts_too_low")
-        async for wrong in counts.wrong_counts(self.source, counter, self._slot):
+        async for wrong in wrong_counts(self.source, counter, self._underway):
             low = [one for one in wrong if one.found < one.least]
             report.add("counts_too_low", low)
             report.add("counts_too_high", [one for one in wrong if one.found > one.most])
@@ -131,8 +143,54 @@ class Reconcile:
             if not report.has("not_counted"):
                 report.hints.append(f"if it has lost nothing, {command(f'{rebuild} --from-empty')} corrects the counts")
 
+    async def _apply(self, sink: Sink, ledger: SinkLedger, verdict: Verdict, read_at: Lsn) -> None:
+        """Delete what is extra, if that was asked for and is certain; send what is missing or different."""
+        if self.delete_extra and self._underway.certain:
+            # A version that is newer than the source (of another cluster, from before a failover) would stay.
+            newer = [row for row in verdict.different if row.lsn >= read_at]
+            if doomed := [*verdict.extra, *newer]:
+                await ledger.delete(doomed)
+        if ids := {row.id for row in (*verdict.missing, *verdict.different)}:
+            await self._send(sink, sorted(ids))
 
-def _add(report: SinkReport, verdict: Verdict) -> None:
-    report.add("missing", verdict.missing)
-    report.add("different", (row.id for row in verdict.different))
-    report.add("extra", (row.id for row in verdict.extra))
+    async def _send(self, sink: Sink, ids: Sequence[int]) -> None:
+        """Send these events, with today's content, as a backfill does."""
+        await asyncio.to_thread(self.store.create)
+        history = self.source.picked(ids)
+        first = BackfillProgress(place="0", events=0, total=len(ids))
+        run = Backfill(
+            self.settings, history, [sink], self.store, task="reconcile", start=first, page_rows=PAGE_ROWS, rate=None
+        )
+        try:
+            await run.run()
+        finally:
+            await history.close()
+
+
+async def rebuild(
+    sink: Sink,
+    history: History,
+    store: CheckpointStore,
+    fill: Callable[[str], Awaitable[int]],
+    empty: Callable[[int], None] | None = None,
+) -> int:
+    """Fill a `Rebuildable` sink; what `fill` returns, which gets the sink's generation: a run is resumed only in it.
+
+    It is exact because the sink counts an event once, whether the stream or the backfill brings it first, if the sink
+    lost its data before. With `empty` the sink's data are deleted first, once all is known to be readable and writable;
+    it gets the number of keys. Raises SinkError if the sink loses its data while it is filled.
+    """
+    assert isinstance(sink, Rebuildable)  # noqa: S101  for mypy
+    await history.open()
+    await sink.open(None, Mode.BACKFILL)
+    generation = await sink.generation()
+    if empty is not None:
+        await asyncio.to_thread(store.create)
+        empty(await sink.empty())
+        generation = await sink.generation()
+    result = await fill(generation)
+    if await sink.generation() != generation:
+        detail = "it was emptied, restarted or replaced while it was filled"
+        cure = f"Run {command(f'rebuild-{sink.name}')} again"
+        raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
+    return result

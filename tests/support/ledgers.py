@@ -10,7 +10,7 @@ from typing import TypeVar
 from replicator.contracts.events import Lsn
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.stream import History
-from replicator.reconcile.recheck import SlotWaiter
+from replicator.reconcile.recheck import Underway
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ async def _chunk(rows: list[T]) -> AsyncIterator[list[T]]:
     yield rows
 
 
-class Passing(SlotWaiter):
+class Passing(Underway):
     """A slot that passes at once, after `brings` has run: what the replicator does meanwhile."""
 
     def __init__(self, brings: Callable[[], None] = lambda: None) -> None:
@@ -118,7 +118,7 @@ class Passing(SlotWaiter):
         self.waited_for: list[Lsn] = []
         self._brings = brings
 
-    async def wait(self, lsn: Lsn) -> None:
+    async def delivered(self, lsn: Lsn) -> None:
         """At once."""
         self.waited_for.append(lsn)
         self._brings()

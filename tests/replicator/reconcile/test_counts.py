@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replicator.reconcile.counts import recheck, unseen, wrong_counts
+from replicator.reconcile.recheck import recheck_counts, unseen, wrong_counts
 from tests.support.ledgers import Counted, Passing, Place, event
 
 
@@ -11,15 +11,15 @@ async def test_counts_may_be_anything_in_between() -> None:
     source = Place([event(number, key=number % 3) for number in range(30)])
     slot = Passing(lambda: source.rows.extend(event(number, key=1) for number in range(30, 33)))
     counted = Counted({0: 10, 1: 12, 2: 11, 7: 1})
-    wrong = await recheck(source, counted, slot, [0, 1, 2, 7])
+    wrong = await recheck_counts(source, counted, slot, [0, 1, 2, 7])
     assert ["2 has 11 instead of 10", "7 has 1 instead of 0"] == list(map(str, wrong))
     assert all(one.found > one.most for one in wrong)
     counted.found[1] = 14
     slot = Passing()
-    [one] = await recheck(source, counted, slot, [1])
+    [one] = await recheck_counts(source, counted, slot, [1])
     assert "1 has 14 instead of 13" == str(one)
     counted.found[1] = 12
-    [one] = await recheck(source, counted, slot, [1])
+    [one] = await recheck_counts(source, counted, slot, [1])
     assert ("1 has 12 instead of 13", False) == (str(one), one.found > one.most)
 
 
