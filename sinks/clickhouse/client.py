@@ -1,4 +1,4 @@
-"""The connection to ClickHouse: over HTTP, or into the embedded engine (`embedded.py`), by URL alone.
+"""The connection to ClickHouse: over HTTP, or into the embedded engine (chdb), by URL alone.
 
 `errors.py` turns the driver's errors into the sink's. `sink.py`, `table.py` and `ledger.py` use a `Client`.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +21,13 @@ from urllib.parse import unquote, urlsplit
 import clickhouse_connect
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
-from sinks.clickhouse.embedded import EmbeddedEngine
 from sinks.clickhouse.errors import not_clickhouse, translated
 
 CONNECT_SECONDS = 10
+CLOSE_SECONDS = 10  # a running insert of the embedded engine takes some 0.2 s; it ends cleanly after that
 _PORTS = {"http": 8123, "https": 8443, "chdb": None}
+
+_log = logging.getLogger(__name__)
 
 
 class Address(NamedTuple):
@@ -41,13 +47,11 @@ def parse_url(url: str) -> Address:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port or _PORTS.get(parts.scheme)
-    except ValueError:
-        raise ValueError("host or port can't be read") from None  # Python's own message quotes the URL
+        default, port = _PORTS[parts.scheme], parts.port
+    except (ValueError, KeyError):  # Python's own message quotes the URL
+        raise ValueError("it begins with something else, or host or port can't be read") from None
     directory, _, database = (unquote(part) for part in parts.path.rpartition("/"))
     embedded = parts.scheme == "chdb"
-    if parts.scheme not in _PORTS:
-        raise ValueError("it begins with something else")
     if not database.replace("_", "").replace("-", "").isalnum():
         raise ValueError("the database at its end is missing or has other than letters, digits, _ and -")
     if parts.query or parts.fragment:
@@ -57,7 +61,7 @@ def parse_url(url: str) -> Address:
     if embedded and find_spec("chdb") is None:
         raise ValueError("the embedded engine is missing: pip install 'engagement-replicator[chdb]'")
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    server = f"chdb://{directory}" if embedded else f"{parts.scheme}://{host}:{port}"
+    server = f"chdb://{directory}" if embedded else f"{parts.scheme}://{host}:{port or default}"
     return Address(server, unquote(parts.username or "default"), unquote(parts.password or ""), database)
 
 
@@ -126,3 +130,47 @@ class Client:
             query_retries=0,  # the lane retries
             autogenerate_session_id=False,  # a session forbids to retry a cancelled insert that still runs
         )
+
+
+class EmbeddedEngine:
+    """chdb with the methods of the asynchronous driver. One process may open a directory at a time.
+
+    Its calls block, so each runs in a thread: a daemon, because a call that never returns must not keep the program
+    from ending, as the thread of an executor would.
+    """
+
+    def __init__(self) -> None:
+        self._client: Any = None
+        self._running: asyncio.Future[Any] | None = None
+
+    async def open(self, directory: str) -> EmbeddedEngine:
+        """Load the engine, and the tables in the directory."""
+        self._client = await self._run(clickhouse_connect.get_client, interface="chdb", path=directory)
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        return partial(self._run, getattr(self._client, name))
+
+    async def close(self) -> None:
+        """Wait for a running call, then free the directory."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._run(self._client.close)
+        except TimeoutError:  # the write was cancelled, so nothing counts as written
+            _log.warning("the embedded ClickHouse still works after %d s; the program ends without it", CLOSE_SECONDS)
+
+    async def _run(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """One call at a time: the next begins when it has ended, not when nobody waits for it any more."""
+        while self._running is not None and not self._running.done():
+            await asyncio.wait([self._running])
+        result: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(call(*arguments, **options))
+            except BaseException as exc:  # noqa: BLE001  the caller raises it
+                result.set_exception(exc)
+
+        threading.Thread(target=work, name="chdb", daemon=True).start()
+        self._running = asyncio.wrap_future(result)
+        return await asyncio.shield(self._running)

@@ -82,7 +82,7 @@ class ClickHouseSettings(Settings):
         "for the embedded engine",
     )
     clickhouse_ca_file: CaFile = Field(
-        None, description="the path of a PEM file with the authority behind an https:// server's certificate"
+        None, description="the path of a PEM file with the authority of an https:// server"
     )
     # An insert takes 0.1 s; a server that is held back by merges may take ten.
     clickhouse_timeout_seconds: int = number(

@@ -596,12 +596,12 @@ import asyncio, signal, sys, threading
 from clickhouse_connect.driver._backendclient import SyncBackendClient
 from pydantic import SecretStr
 from replicator.contracts.events import Event
-from sinks.clickhouse import embedded
+from sinks.clickhouse import client
 from enrichment import EVENT
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 
 insert = SyncBackendClient.raw_insert
-embedded.CLOSE_SECONDS = 1 if sys.argv[3] == "hangs" else 60
+client.CLOSE_SECONDS = 1 if sys.argv[3] == "hangs" else 60
 
 def raw_insert(*arguments):
     print("inserting", flush=True)
