@@ -89,7 +89,7 @@ class Row(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(Row, float_hook=Decimal).decode
-_long_integer = re.compile(rb'"value":-?[1-9][0-9]{4300,}')
+_long_integer = re.compile(rb'"value":-?[1-9][0-9]{4300,}(?![0-9.eE])')  # a fraction beside it stays as it is
 
 
 def decode_row(payload: memoryview | bytes) -> Row:

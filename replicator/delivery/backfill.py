@@ -89,9 +89,11 @@ class Backfill:
         start = SinkPosition(position=Position(0, 0), end_lsn=0)
         self.fan_out.open(self._sinks, {sink.name: start for sink in self._sinks})
         failure = await self.fan_out.run(self._work(), self._save_forever())
-        await self._save()
-        if failure:
-            raise failure
+        try:
+            await self._save()
+        finally:
+            if failure:
+                raise failure
         if self._done:
             await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, None)
         return self._done

@@ -126,7 +126,8 @@ async def retry(
             await wait(stopping, pause_seconds(exc, attempt, longest))
             if stopping.is_set():
                 raise Stopped from exc
-            attempt, failed = attempt + 1, True
+            failed = True
+            attempt += not isinstance(exc, errors.SlotInUse)  # a standby that waited long takes over as soon as others
         else:
             if failed:
                 trouble.end()

@@ -188,7 +188,7 @@ class Source:
         result = pgconn.get_result()
         message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) if result else None
         self.close()
-        return SourceUnavailable(detail=(message or b"the server ended the stream").decode())
+        return SourceUnavailable(detail=(message or b"the server ended the stream").decode(errors="replace"))
 
     async def _readable(self) -> None:
         self._watched = self._running().socket

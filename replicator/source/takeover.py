@@ -96,14 +96,15 @@ class Beginning:
     async def look(self) -> Found:
         """Connect and look; nothing is changed. Raises SourceError, CheckpointError."""
         identity, state = await self._source.connect()
-        stored = await self._load()  # after the slot: a running replicator moves the checkpoint first
+        read = state is not None and await self._source.was_read()
+        stored = await self._load()  # after the slot: another replicator saves before it reads, and before it confirms
         return Found(
             slot=self._slot,
             identity=identity,
             state=state,
             stored=stored,
             checkpoint=self._configured(stored),
-            was_read=stored is None and state is not None and await self._source.was_read(),
+            was_read=read and stored is None,
         )
 
     async def take(self, *, accept_gap: bool = False) -> Takeover:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from replicator.contracts.errors import SinkUnavailable, SinkUnusable, SourceUnavailable
+from replicator.contracts.errors import CheckpointUnusable, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Position
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.stream import Enriched, Page
@@ -66,10 +66,13 @@ class Store:
     def __init__(self) -> None:
         self.progress: list[str | None] = []
         self.letters: list[DeadLetter] = []
+        self.failure: Exception | None = None
 
     def save_progress(self, _slot: str, task: str, progress: str | None) -> None:
         """Remember it."""
         assert TASK == task
+        if self.failure:
+            raise self.failure
         self.progress.append(progress)
 
     def add_dead_letters(self, _slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
@@ -182,6 +185,20 @@ async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> N
     kept = {(kept.sink, kept.origin, kept.position, kept.event_id) for kept in store.letters}
     assert {(None, "backfill", None, 9), ("fake", "backfill", None, 2)} == kept
     assert (1, 4) == (run.rows_refused, run.written.events)
+
+
+async def test_the_sinks_failure_is_raised_when_the_place_can_not_be_saved_either(settings: CoreSettings) -> None:
+    """It is the cause, what the last save meets is not."""
+    store, taken, failing = Store(), asyncio.Event(), sink_of()
+    taken.set()
+
+    async def breaks(_: Sequence[Event]) -> None:
+        store.failure = CheckpointUnusable(problem="it is damaged", cure="")
+        raise SinkUnusable(sink="broken", detail="no table", cure="init")
+
+    failing.steps = [taken, breaks]
+    with pytest.raises(SinkUnusable):
+        await run_of(settings, FakeHistory([1, 2], [3, 4]), store, failing).run()
 
 
 async def test_it_reads_no_faster_than_the_rate(settings: CoreSettings) -> None:

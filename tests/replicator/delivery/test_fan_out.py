@@ -406,6 +406,23 @@ async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> Non
     assert harness.lane.done == SinkPosition(position=Position(10, 1), end_lsn=15)
 
 
+async def test_a_retry_that_is_stopped_holds_back_what_was_written_after_it() -> None:
+    """Of two writes side by side the first one never succeeded: the sink's position stays before it."""
+    sink = MemorySink(max_events=1, concurrency=2)
+    harness = Harness(sink)
+
+    async def fails(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkUnavailable(sink="memory", detail="down", retry_after=3600)
+
+    sink.steps = [fails]
+    async with harness.running():
+        harness.put(10, 1)
+        harness.put(20, 1)
+        harness.fan_out.put([], Mark(Position(30, 0), 35))
+        await sink.until_written(1)
+    assert ([[2001]], START) == (sink.writes, harness.lane.done)
+
+
 async def test_reading_stops_at_the_memory_limit_and_goes_on_below_it() -> None:
     """Bytes are held until the last lane that needs them is done."""
     gate = asyncio.Event()
@@ -621,3 +638,22 @@ async def test_a_call_that_did_well_for_a_while_is_retried_soon(monkeypatch: pyt
 
     assert "done" == await retry.retry(call, Trouble(), 30.0, fresh_after=30.0)
     assert [0, 1, 0, 1] == attempts
+
+
+async def test_a_standby_takes_over_soon_however_long_it_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the slot is no failure: when the checkpoint moved while the slot changed hands, it looks at once."""
+    attempts: list[int] = []
+
+    def no_pause(_exc: Exception, attempt: int, _longest: float) -> float:
+        attempts.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr(retry, "pause_seconds", no_pause)
+    troubles: list[Exception] = [SlotInUse(slot="s", pid=1)] * 9 + [SourceUnavailable(detail="moved")] * 2
+
+    async def call() -> None:
+        if troubles:
+            raise troubles.pop(0)
+
+    await retry.retry(call, Trouble(), 30.0)
+    assert [0] * 10 + [1] == attempts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicator.contracts.errors import DecodeError
+from replicator.contracts.errors import DecodeError, SourceUnavailable
 from replicator.source.stream import Source
 
 HEADER = b"w" + struct.pack("!QQq", 1, 2, 3)
@@ -73,6 +74,22 @@ def test_wal_data_that_is_cut_off(size: int) -> None:
     row = b'{"action":"I","schema":"public","table":"t","columns":[]}'
     with pytest.raises(DecodeError):
         take((HEADER + BEGIN)[:size], HEADER + row)
+
+
+def test_the_end_of_the_stream_is_retried_whatever_encoding_its_reason_has() -> None:
+    """A German server that shuts down is no reason to stop."""
+
+    class Ended(Connection):
+        def get_copy_data(self, _: int) -> tuple[int, memoryview]:
+            return -1, memoryview(b"")
+
+        def get_result(self) -> SimpleNamespace:
+            return SimpleNamespace(error_field=lambda _: "Abbruch auf Anweisung für".encode("latin-1"))
+
+    source = Source("", "slot", ())
+    source._pgconn = Ended()  # type: ignore[assignment]  # noqa: SLF001  a server never sends such messages
+    with pytest.raises(SourceUnavailable, match="Abbruch"):
+        source._read_available()  # noqa: SLF001
 
 
 @given(st.integers(0, 255).filter(lambda kind: kind not in b"wk"), st.binary(max_size=60))

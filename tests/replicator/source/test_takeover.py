@@ -149,6 +149,19 @@ async def test_an_empty_checkpoint_beside_a_slot_that_was_read_is_a_question() -
     assert "after 0/64" in taken.gap[0]
 
 
+async def test_a_standby_does_not_take_a_slot_that_was_read_just_now_for_a_lost_checkpoint() -> None:
+    """The other one saves its first checkpoint before it reads: who sees that it has read sees its checkpoint, too."""
+    store = Store(None)
+
+    class Taken(Slot):
+        async def was_read(self) -> bool:
+            """Since this moment."""
+            store.stored = STORED
+            return True
+
+    assert (await beginning(Taken(STATE), store).take()).resumed
+
+
 async def test_a_slot_that_nobody_has_read_needs_no_checkpoint() -> None:
     """It was made by hand, or its maker died before the first checkpoint."""
     store = Store(None)

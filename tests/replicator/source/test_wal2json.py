@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -111,6 +112,15 @@ def test_logical_messages_are_passed_over() -> None:
 def test_integers_are_exact(value: int) -> None:
     """Beyond 2^53, where a float would lose the last digits."""
     assert fed(begin("0/10", "0/18"), row(value=value)).take().rows[0].columns[0].value == value
+
+
+def test_numbers_of_any_length_are_exact_side_by_side() -> None:
+    """Integers that are too long for msgspec must not spoil the fractions of the same row."""
+    texts = ["1" * 5000, "-" + "2" * 5000 + ".5", "-" + "3" * 9000, "4", "0.25"]
+    columns = ",".join(f'{{"name":"n","value":{text}}}' for text in texts)
+    line = row().replace(b'{"name":"id","value":1}', columns.encode())
+    [taken] = fed(begin("0/10", "0/18"), line).take().rows
+    assert [Decimal(text) for text in texts] == [column.value for column in taken.columns]
 
 
 def test_fractions_are_exact() -> None:
