@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
+import threading
 from pathlib import Path
 
 import aiohttp
@@ -16,7 +18,7 @@ from enrichment import EVENT
 from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
-from sinks.clickhouse.client import Address, parse_url
+from sinks.clickhouse.client import Address, EmbeddedEngine, parse_url
 from sinks.clickhouse.errors import ValueRefused, translated
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
 
@@ -207,3 +209,20 @@ class TestErrors:
         found = meaning(error)
         assert isinstance(found, SinkUnavailable)
         assert "no answer from http://h:8123 (ConnectionRefusedError)" in str(found)
+
+
+async def test_calls_wait_for_an_engine_that_hangs() -> None:
+    """A retry does not start beside the call that was given up, and none that was given up in the queue ever runs."""
+    engine, released, begun = EmbeddedEngine(), threading.Event(), []
+
+    def hang(number: int) -> None:
+        begun.append(number)
+        released.wait()
+
+    for number in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await engine._run(hang, number)  # noqa: SLF001  any call, without the engine
+    released.set()
+    assert await engine._run(str, 7) == "7"  # noqa: SLF001
+    assert begun == [0]
