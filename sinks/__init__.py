@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TypeGuard
 
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.fields import Contract
@@ -26,6 +27,9 @@ BUILT_IN = {
     "http": "sinks.http.sink:HttpSink",
 }
 """Name in REPLICATOR_SINKS → "module:Class". Not entry points: a checkout that is not installed has none."""
+
+
+COMPLETE = "sinks that are installed completely"
 
 
 @cache
@@ -47,7 +51,7 @@ def settings_classes() -> list[type[Settings]]:
     found = []
     for name in known_sinks():
         try:
-            found.append(_sink_class(name).settings_class)
+            found.append(sink_class(name).settings_class)
         except SettingsError as exc:
             _log.warning("%s", exc)
     return found
@@ -55,22 +59,30 @@ def settings_classes() -> list[type[Settings]]:
 
 def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
     """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
-    classes = [_sink_class(name) for name in dict.fromkeys(names)]
-    return [sink_class(load(sink_class.settings_class), contract) for sink_class in classes]
+    classes = [sink_class(name) for name in dict.fromkeys(names)]
+    return [found(load(found.settings_class), contract) for found in classes]
 
 
-def _sink_class(name: str) -> type[Sink]:
+def sink_class(name: str) -> type[Sink]:
+    """The class of that name. Raises SettingsError if there is none, or it is not a sink."""
     entry = known_sinks().get(name)
     if entry is None:
         expected = f"one or more of {', '.join(known_sinks())}, separated by commas"
         raise _unusable(f"there is no sink {name!r}", expected)
     try:
         found = entry.load()
-    except (ImportError, AttributeError) as exc:
-        raise _unusable(f"sink {name!r} can't be loaded: {exc}", "sinks that are installed completely") from exc
-    if not (isinstance(found, type) and issubclass(found, Sink) and found.name == name):
-        raise _unusable(f"{entry.value} is not a Sink named {name!r}", "sinks that keep the contract")
-    return found
+    except Exception as exc:  # its module runs, and may fail at anything
+        raise _unusable(f"sink {name!r} can't be loaded: {type(exc).__name__}: {exc}", COMPLETE) from exc
+    if _is_sink(found, name):
+        return found
+    raise _unusable(f"{entry.value} is not a Sink named {name!r}", "sinks that keep the contract")
+
+
+def _is_sink(found: object, name: str) -> TypeGuard[type[Sink]]:
+    if not (isinstance(found, type) and issubclass(found, Sink) and getattr(found, "name", None) == name):
+        return False
+    settings_class: object = found.settings_class
+    return isinstance(settings_class, type) and issubclass(settings_class, Settings) and not found.__abstractmethods__
 
 
 def _unusable(problem: str, expected: str) -> SettingsError:

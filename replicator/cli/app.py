@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
-from collections.abc import AsyncIterator, Iterable, Iterator
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,14 +20,23 @@ from pydantic import SecretStr
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
-from replicator.contracts.errors import CheckpointMissing
-from replicator.contracts.settings import CoreSettings, Settings, given, load, state_directory, variable, variables
+from replicator.contracts.errors import CheckpointMissing, SettingsError
+from replicator.contracts.settings import (
+    CoreSettings,
+    Settings,
+    given,
+    load,
+    split,
+    state_directory,
+    variable,
+    variables,
+)
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
 from replicator.operations.logs import configure_logging
 from replicator.source.stream import Source
-from sinks import create_sinks, settings_classes
+from sinks import create_sinks, settings_classes, sink_class
 
 NOT_A_SETTING = {"REPLICATOR_PROGRAM"}
 """How the container is called from outside; contracts/errors.py reads it."""
@@ -121,9 +131,25 @@ def unknown_settings() -> Iterator[str]:
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''}"
 
 
+def unusable_parts() -> Iterator[SettingsError]:
+    """What only the parts can tell: whether there are such sinks, and a driver for the checkpoint database."""
+    uses: dict[str, Callable[[str], object]] = {"sinks": _find_sinks, "checkpoint_url": SqlCheckpointStore}
+    for name, use in uses.items():
+        try:
+            if value := given(name):
+                use(value.text)
+        except SettingsError as error:
+            yield error
+
+
+def _find_sinks(names: str) -> None:
+    for name in split(names):
+        sink_class(name)
+
+
 def masked(secret: str) -> str:
     """Where a connection string leads, without what may be secret in it: password, path over HTTP, query."""
-    if "://" not in secret:
+    if not re.match("[a-z][a-z0-9+.-]*://", secret, re.IGNORECASE):
         return _masked_keywords(secret)
     try:
         url = urlsplit(secret)

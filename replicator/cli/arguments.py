@@ -35,16 +35,26 @@ def moment(text: str) -> datetime:
 def duration(text: str) -> timedelta:
     """The span of `--last`."""
     found = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
-    if not found or not int(found[1]):
+    span = timedelta(**{_UNITS[found[2]]: int(found[1])}) if found else timedelta()
+    if not timedelta() < span < datetime.now(UTC) - datetime.min.replace(tzinfo=UTC):
         raise typer.BadParameter(f"{text!r} is not a span of time")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    return span
 
 
 def count(given: str | int) -> int:
     """A number of rows, events or seconds. A default comes as it is."""
+    return _whole(given, MOST)
+
+
+def letter_id(given: str) -> int:
+    """The number of a dead letter: the database never gives one again, so they grow."""
+    return _whole(given, 2**63 - 1)
+
+
+def _whole(given: str | int, most: int) -> int:
     text = str(given)
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST):
-        raise typer.BadParameter(f"{text!r} is not a whole number from 1 to {MOST}")
+    if not (re.fullmatch("[0-9]{1,19}", text) and 0 < int(text) <= most):
+        raise typer.BadParameter(f"{text!r} is not a whole number from 1 to {most}")
     return int(text)
 
 
@@ -56,7 +66,7 @@ End: TypeAlias = Annotated[
 ]
 Last: TypeAlias = Annotated[
     timedelta | None,
-    typer.Option(parser=duration, metavar="SPAN", help="instead of both: the time until now, such as 30m, 2h or 1d"),
+    typer.Option(parser=duration, metavar="SPAN", help="the time until now, instead of both, such as 30m, 2h or 1d"),
 ]
 BatchSize: TypeAlias = Annotated[int, typer.Option(parser=count, metavar="N", help="rows a page, 1 to 1000000")]
 Rate: TypeAlias = Annotated[
@@ -119,7 +129,11 @@ def confirmed(question: str, *, yes: bool) -> bool:
             name="standard input", problem="it is not a terminal", expected="a terminal to ask on, or --yes"
         )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def load_app(sinks: Iterable[str] | None = None) -> App:

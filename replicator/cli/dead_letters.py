@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import Json, Yes, confirmed, count, iso, load_app, sinks_of
+from replicator.cli.arguments import Json, Yes, confirmed, iso, letter_id, load_app, sinks_of
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -29,7 +29,7 @@ StageName: TypeAlias = Annotated[
 ]
 Ids: TypeAlias = Annotated[
     list[int] | None,
-    typer.Option("--id", parser=count, metavar="N", help="the number of a dead letter; can be repeated"),
+    typer.Option("--id", parser=letter_id, metavar="N", help="the number of a dead letter; can be repeated"),
 ]
 
 

@@ -111,10 +111,10 @@ def config_check() -> int:
 
     Nothing is connected to. A variable that begins with REPLICATOR_ and is not a setting is a mistake, too.
     """
-    from replicator.cli.app import all_settings, unknown_settings
+    from replicator.cli.app import all_settings, unknown_settings, unusable_parts
 
     mistakes = [str(error) for settings_class in all_settings() for error in _mistakes(settings_class)]
-    mistakes += unknown_settings()
+    mistakes = [*dict.fromkeys([*mistakes, *map(str, unusable_parts()), *unknown_settings()])]
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
 
@@ -146,10 +146,11 @@ def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:
     for name, field in settings_class.model_fields.items():
         default = _default(field)
         value, source = given(name) or (default, "default")
+        is_address = name.endswith(("_url", "_dsn"))  # the other secrets are all secret
         is_secret = "SecretStr" in str(field.annotation) and value != default
         yield {
             "name": variable(name),
-            "value": masked(value) if is_secret and value else value,
+            "value": (masked(value) if is_address else "***") if is_secret and value else value,
             "source": source,
             "unit": UNITS.get(name.rpartition("_")[2], ""),
             "default": default,

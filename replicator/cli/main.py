@@ -7,7 +7,8 @@ A command is a function in one of the other modules; it imports what it needs wh
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
+import io
 import logging
 import os
 import platform
@@ -33,6 +34,8 @@ Settings are environment variables: `replicator config show` lists them.
 \b
 Example: replicator check && replicator init && replicator
 Exit codes: 0 done, 1 failed, 2 unusable arguments or settings."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+"""Standard output is a file that can't be written."""
 DONE = "0 done, 1 failed, 2 unusable arguments or settings"
 DIFFERENT = f"{DONE},\n  3 different"
 PLAIN: dict[str, Any] = {"context_settings": {"terminal_width": 80}, "rich_markup_mode": None}
@@ -95,6 +98,7 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    _prepare_streams()
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as exc:
@@ -105,8 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.shutdown()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  ourselves, as we were called
     except ReplicatorError as exc:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             sys.stdout.flush()  # what was done before it
+        except OSError:
+            _give_up_output()
         print(f"replicator: {exc}", file=sys.stderr)
         return exc.exit_code
     except asyncio.CancelledError:
@@ -114,11 +120,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # the second one
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed it; nothing left to say
-        return 1
+    except OSError as exc:
+        return _unwritten(exc)
     finally:
         logging.shutdown()
+
+
+def _prepare_streams() -> None:
+    """One that is closed is as /dev/null, and text that a terminal's encoding lacks is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # never closed, as the others are
+            setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _unwritten(error: OSError) -> int:
+    """Standard output can't be written: the exit code. Raises every other error."""
+    if error.errno != errno.EPIPE and error.errno not in NO_ROOM:
+        raise error
+    _give_up_output()
+    if error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
+        print(f"replicator: Standard output can't be written: {error.strerror}.", file=sys.stderr)
+    return 1
+
+
+def _give_up_output() -> None:
+    """Else Python tries once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 
 from replicator.contracts.errors import SettingsError
 
 PREFIX = "REPLICATOR_"
+_DOTENV_TAKES = "lines of NAME=value in UTF-8"
 _PLAINLY = {"too_short": "it names none", "string_pattern_mismatch": "it is not of that form"}
 """By pydantic's type of the error, where its own words are about Python."""
 
@@ -48,12 +51,26 @@ def variable(field_name: str) -> str:
 def variables() -> dict[str, Given]:
     """The environment and `.env`, by name in capitals. Raises SettingsError when `.env` can't be read."""
     try:
-        dotenv = dotenv_values(".env")
+        with Path(".env").open(encoding="utf-8") as lines:
+            bad = [*_bad_lines(lines)]
+        dotenv = {} if bad else dotenv_values(".env")
+    except (FileNotFoundError, IsADirectoryError):
+        bad, dotenv = [], {}
     except (OSError, UnicodeDecodeError) as exc:
         problem = f"it can't be read ({type(exc).__name__})"
-        raise SettingsError(name=".env", problem=problem, expected="lines of NAME=value in UTF-8") from None
+        raise SettingsError(name=".env", problem=problem, expected=_DOTENV_TAKES) from None
+    if bad:
+        raise SettingsError(name=".env", problem=f"line {bad[0]} can't be parsed", expected=_DOTENV_TAKES)
     found = {name.upper(): Given(text, ".env") for name, text in dotenv.items() if text is not None}
     return found | {name.upper(): Given(text, "environment") for name, text in os.environ.items()}
+
+
+def _bad_lines(lines: IO[str]) -> Iterator[int]:
+    """The numbers of those that `dotenv_values` skips: what they set would be missing without a word."""
+    for binding in parse_stream(lines):
+        text, key = binding.original.string, binding.key or ""
+        if binding.error or (binding.value is None and key.upper().startswith(PREFIX)):
+            yield binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def given(field_name: str) -> Given | None:
@@ -89,11 +106,18 @@ def state_directory() -> Path:
     """Where state is kept: systemd's directory for this service, else the user's."""
     if of_service := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(of_service)
-    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser(), "engagement-replicator")
+    # Never a relative one (XDG's specification: ignore it). A user without a home keeps its `~`, so is relative too.
+    places = (os.environ.get("XDG_STATE_HOME", ""), os.path.expanduser("~/.local/state"), "/var/lib")  # noqa: PTH111
+    return Path(next(place for place in places if place.startswith("/")), "engagement-replicator")
+
+
+def split(text: str) -> tuple[str, ...]:
+    """A list as it is written in a setting."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _split(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    return split(value) if isinstance(value, str) else value
 
 
 def _conninfo(value: SecretStr) -> SecretStr:
@@ -164,6 +188,19 @@ class CoreSettings(Settings):
         pattern=r"^(|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^:\s]+:\d{1,5})$",
         description="host:port for /healthz, /readyz and /metrics; empty turns them off",
     )
+
+    @field_validator("admin_listen")
+    @classmethod
+    def _possible(cls, listen: str) -> str:
+        host, _, port = listen.rpartition(":")
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise ValueError("its host is impossible") from None
+        if listen and int(port) > 65_535:  # noqa: PLR2004  the last port
+            raise ValueError("its port is impossible")
+        return listen
+
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = Field(
         "info", description="debug, info, warning or error"
     )

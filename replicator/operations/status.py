@@ -7,6 +7,7 @@ that could not be read has a `trouble` and None for its values.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
@@ -230,7 +231,7 @@ def _ago(at: float) -> float:
 
 def as_json(status: Status) -> str:
     """For programs."""
-    return msgspec.json.format(msgspec.json.encode(status), indent=2).decode()
+    return json.dumps(msgspec.to_builtins(status), indent=2)  # in ASCII, whatever the terminal's encoding
 
 
 def as_text(status: Status) -> str:

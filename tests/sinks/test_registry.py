@@ -14,6 +14,15 @@ from tests.support.plugin import install
 
 Install = Callable[..., None]
 
+BROKEN_SINKS = """
+from replicator.contracts.sink import Sink
+class NoWrite(Sink):
+    name = "broken"
+class OddSettings(Sink):
+    name, settings_class = "broken", dict
+    async def write(self, events): return []
+"""
+
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
@@ -60,16 +69,24 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("no_such_module:Sink", "can't be loaded: No module named 'no_such_module'"),
+        ("no_such_module:Sink", "can't be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("broken_module:Sink", "can't be loaded: ZeroDivisionError: division by zero"),
+        ("not an object", "can't be loaded: "),
+        ("sinks.testing:SinkConformance", "is not a Sink named 'broken'"),
+        ("broken_sinks:NoWrite", "is not a Sink named 'broken'"),
+        ("broken_sinks:OddSettings", "is not a Sink named 'broken'"),
+        ("replicator.contracts.sink:Sink", "is not a Sink named 'broken'"),
         ("replicator_lines:Missing", "can't be loaded: .*Missing"),
         ("replicator_lines:LinesSettings", "is not a Sink named 'broken'"),
         ("replicator_lines:LinesSink", "is not a Sink named 'broken'"),
     ],
 )
 def test_a_broken_sink_is_named_and_hinders_no_other(
-    installed: Install, value: str, problem: str, caplog: pytest.LogCaptureFixture
+    installed: Install, value: str, problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Configured it is an error; otherwise a warning, and the others work."""
+    (tmp_path / "broken_module.py").write_text("1 / 0", encoding="utf-8")
+    (tmp_path / "broken_sinks.py").write_text(BROKEN_SINKS, encoding="utf-8")
     installed("broken", {"broken": value})
     with pytest.raises(SettingsError, match=problem):
         create_sinks(["broken"], EVENT)

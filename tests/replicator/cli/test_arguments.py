@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from replicator.cli.arguments import duration, moment, time_range
+from replicator.cli.arguments import duration, letter_id, moment, time_range
 from replicator.cli.backfill import progress
 from replicator.cli.main import main
 from replicator.delivery.backfill import BackfillProgress
@@ -53,6 +53,7 @@ def test_the_last_span_ends_now(text: str, seconds: int) -> None:
         ([*BACKFILL[:4], "2026-01-08T09:30:00+01:00"], "is not before --end 2026-01-08T08:30:00Z"),
         ([*BACKFILL, "--last", "2h"], "--last is unusable: --start or --end is given too. It takes either"),
         (["backfill", "--last", "soon"], "--last is unusable: 'soon' is not a span of time. It takes"),
+        (["backfill", "--last", "999999d"], "--last is unusable: '999999d' is not a span of time"),
         (["backfill", "--last", "0h"], "--last is unusable: '0h' is not a span of time"),
         ([*BACKFILL, "--sinks", "kafka"], "--sinks is unusable: 'kafka' is not the name of a sink. It takes one or mo"),
         ([*BACKFILL, "--sinks", ""], "--sinks is unusable: '' is not the name of a sink. It takes one or more of"),
@@ -72,6 +73,7 @@ def test_the_last_span_ends_now(text: str, seconds: int) -> None:
         (["sql", "slotlag"], "NAME is unusable: 'slotlag' is not one of 'roles', 'source-schema', 'slot-lag', 'cli"),
         (["dead-letters"], "Missing command, one of list, replay, drop. See replicator dead-letters --help"),
         (["dead-letters", "lst"], "No such command 'lst'. Did you mean 'list'? See replicator dead-letters --help"),
+        (["dead-letters", "list", "--id", "9" * 30], "is not a whole number from 1 to 9223372036854775807."),
         (["dead-letters", "list", "--id", "x"], "--id is unusable: 'x' is not a whole number"),
         (
             ["dead-letters", "list", "--sink", "bogus"],
@@ -90,6 +92,11 @@ def test_a_wrong_argument_is_one_line_and_exit_2(
     assert ("", 1) == (out, err.count("\n"))
     assert err.startswith("replicator: ")
     assert message in err
+
+
+def test_dead_letters_have_large_numbers() -> None:
+    """The database never gives a number again."""
+    assert 2**40 == letter_id(str(2**40))
 
 
 def test_progress_says_how_far_it_is() -> None:

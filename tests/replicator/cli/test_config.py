@@ -87,6 +87,7 @@ def test_where_a_value_comes_from(
         ("postgresql://app@[half/engagement", "***"),
         ("hunter2", "***"),
         ("host=db password=hunter2 nonsense", "***"),
+        ("host=db password=hunter2://x", "host=db"),
     ],
 )
 def test_secrets_are_masked(secret: str, expected: str) -> None:
@@ -122,6 +123,50 @@ def test_all_mistakes_at_once(
     assert "hunter2" not in out
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SINKS", "redis,kafka", "there is no sink 'kafka'"),
+        ("CHECKPOINT_URL", "oracel://app:hunter2@db/x", "SQLAlchemy has no driver oracel"),
+        ("CHECKPOINT_URL", "postgresql://app:hunter2@db:port/x", "it can't be parsed"),
+        ("CHECKPOINT_URL", "", "it can't be parsed"),
+        ("ADMIN_LISTEN", "a..b:80", "its host is impossible"),
+        ("ADMIN_LISTEN", "localhost:99999", "its port is impossible"),
+    ],
+)
+def test_a_mistake_that_the_program_would_stop_at(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`config check` finds it too, once, and every command says it the same way."""
+    monkeypatch.setenv(f"REPLICATOR_{name}", value)
+    assert 2 == main(["config", "check"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"REPLICATOR_{name} is unusable: {words}")
+    assert 1 == out.count("\n")
+    assert 2 == main(["status"])
+    assert f"replicator: {out}" == capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n\nREPLICATOR_SINKS redis\n", 3), ("A=b\nREPLICATOR_SLOT\n", 2), ('A="b\n', 1)]
+)
+def test_a_line_that_would_be_skipped(
+    text: str, line: int, empty_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its setting would be the default, without a word."""
+    (empty_directory / ".env").write_text(text, encoding="utf-8")
+    assert 2 == main(["config", "check"])
+    assert f".env is unusable: line {line} can't be parsed. It takes lines of NAME=value in UTF-8." in "".join(
+        capsys.readouterr()
+    )
+
+
+def test_a_token_is_no_address(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of it is shown, whatever it looks like."""
+    monkeypatch.setenv("REPLICATOR_HTTP_BEARER_TOKEN", "hunter2://hunter2")
+    assert "***" == shown(capsys)["REPLICATOR_HTTP_BEARER_TOKEN"]["value"]
+
+
 def test_usable_settings(capsys: pytest.CaptureFixture[str]) -> None:
     """The defaults are."""
     assert 0 == main(["config", "check"])
@@ -153,6 +198,10 @@ def test_the_default_checkpoint_is_not_in_the_working_directory(
 ) -> None:
     """Systemd's directory, else XDG's, else the user's; made for its owner alone."""
     assert empty_directory / "home/.local/state/engagement-replicator" == state_directory()
+    monkeypatch.setenv("XDG_STATE_HOME", "xdg")
+    assert empty_directory / "home/.local/state/engagement-replicator" == state_directory()
+    monkeypatch.setenv("HOME", "~")  # what is left of it where a user has none
+    assert Path("/var/lib/engagement-replicator") == state_directory()
     monkeypatch.setenv("XDG_STATE_HOME", str(empty_directory / "xdg"))
     assert empty_directory / "xdg/engagement-replicator" == state_directory()
     monkeypatch.setenv("STATE_DIRECTORY", f"{empty_directory}/systemd:/var/lib/other")

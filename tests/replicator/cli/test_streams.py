@@ -1,0 +1,67 @@
+"""Standard streams that are closed, full, or of a small encoding: an exit code and a line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def shell(command: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it with `$P` as the program, which knows no server."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
+    nowhere = {
+        "REPLICATOR_POSTGRES_DSN": "postgresql://app@127.0.0.1:1/x",
+        "REPLICATOR_REDIS_URL": "redis://127.0.0.1:1/0",
+        "REPLICATOR_SINKS": "redis",
+    }
+    program = f"{shlex.quote(sys.executable)} -W error -m replicator"
+    return subprocess.run(
+        ["/bin/bash", "-c", command],
+        cwd=tmp_path,
+        env={**outside, **nowhere, "P": program, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ("$P config show >&-", 0, ""),
+        ("$P --help >&- 2>&- <&-", 0, ""),
+        ("$P rebuild-redis --from-empty <&-", 2, "It takes a terminal to ask on, or --yes."),
+        ("$P sql roles | true; exit ${PIPESTATUS[0]}", 1, ""),
+        ("$P config show >/dev/full", 1, "replicator: Standard output can't be written: No space left on device.\n"),
+        ("$P status --json >/dev/full", 1, "replicator: Standard output can't be written: No space left on device.\n"),
+    ],
+)
+def test_a_stream_that_takes_nothing(command: str, code: int, words: str, tmp_path: Path) -> None:
+    """Closed: as /dev/null. A pipe whose reader has gone: no more to say. A full disk: it is said."""
+    done = shell(command, tmp_path)
+    assert (code, "") == (done.returncode, done.stdout)
+    assert done.stderr.endswith(words)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_an_encoding_without_our_signs(tmp_path: Path) -> None:
+    """They are escaped; JSON is ASCII anyway."""
+    checked = shell("$P check", tmp_path, PYTHONIOENCODING="latin-1")
+    assert (1, "") == (checked.returncode, checked.stderr)
+    assert "\\u2192 Check REPLICATOR_POSTGRES_DSN" in checked.stdout
+    name = "caf\u00e9 \u2192"
+    status = shell(
+        "$P status --json", tmp_path, PYTHONIOENCODING="ascii", REPLICATOR_CHECKPOINT_URL=f"sqlite:///{name}"
+    )
+    assert 3 == status.returncode
+    assert name in " ".join(json.loads(status.stdout)["reasons"])
