@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn, TypeVar
 
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointBackward, Overtaken, SourceUnavailable, command
-from replicator.contracts.events import Checkpoint, Lsn, Row, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enriched, Enricher
+from replicator.contracts.stream import Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import RETRYABLE, Trouble, retry
@@ -26,6 +26,8 @@ from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -173,11 +175,11 @@ class Pipeline:
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open enricher and lanes; after a reconnect, check that no other replicator has moved the checkpoint."""
         if self.checkpoint is not None:
-            known = (known for known in (self.checkpoint, *self._offers) if _same_place(stored, known))
-            if (mine := next(known, None)) is None:
-                self._give_up(format_lsn(stored.end_lsn))
-            self._saved(mine)
-            return
+            for known in (self.checkpoint, *self._offers):
+                if (known.end_lsn, known.sinks) == (stored.end_lsn, stored.sinks):
+                    self._saved(known)
+                    return
+            self._give_up(format_lsn(stored.end_lsn))
         if stored.end_lsn != started_at:
             raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")
         await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
@@ -186,19 +188,13 @@ class Pipeline:
 
     async def _carry_chunk(self) -> None:
         chunk = await self.source.read()
-        enriched = await self._enrich(chunk.rows)
-        if enriched.refused:  # kept before their position counts; while there is no room for them, nothing is read
-            await retry(lambda: self.letters.keep(enriched.refused), self.trouble, self._settings.retry_max_seconds)
-            self.dead_letters += len(enriched.refused)
+        events, refused = await self._retry(lambda: self.enricher.enrich(chunk.rows)) if chunk.rows else ([], [])
+        if refused:  # kept before their position counts; while there is no room for them, nothing is read
+            await self._retry(lambda: self.letters.keep(refused))
+            self.dead_letters += len(refused)
         self.rows += len(chunk.rows)
-        self.fan_out.put(enriched.events, chunk.mark)
+        self.fan_out.put(events, chunk.mark)
         await asyncio.sleep(0)  # the lanes' turn: nothing above has to wait while there is plenty to read
 
-    async def _enrich(self, rows: Sequence[Row]) -> Enriched:
-        if not rows:
-            return Enriched([], [])
-        return await retry(lambda: self.enricher.enrich(rows), self.trouble, self._settings.retry_max_seconds)
-
-
-def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
-    return (one.end_lsn, one.sinks) == (other.end_lsn, other.sinks)
+    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await retry(call, self.trouble, self._settings.retry_max_seconds)

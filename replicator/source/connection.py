@@ -66,5 +66,5 @@ def translated(exc: psycopg.Error, slot: str = "") -> SourceError:
     elif "recovery" in message:
         cure = "Connect to the primary: this server is a standby"
     else:
-        cure = _CURES.get(sqlstate, "Connect to PostgreSQL itself, not to a pooler, in version 13 or newer")
+        cure = _CURES.get(sqlstate, "Connect to PostgreSQL itself, not to a pooler, in version 14 or newer")
     return SourceUnusable(problem=message, cure=cure)

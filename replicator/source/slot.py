@@ -1,13 +1,11 @@
-"""The replication slot: look at it, make it, drop it; is the stream still continuous with the checkpoint?
+"""The replication slot: what it is like, and whether the stream is still continuous with the checkpoint.
 
-Works on any connection to the database, the replication connection included; `connection.py` translates what psycopg
-raises, `takeover.py` decides where to begin.
+Looks over any connection to the database; `stream.py` makes and drops slots, `takeover.py` decides where to begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
@@ -41,7 +39,7 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     safe_wal_size: int | None
     """Bytes that can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
     two_phase: bool
-    """True if prepared transactions are decoded before they commit (PostgreSQL 14+)."""
+    """True if prepared transactions are decoded before they commit."""
     server_lsn: Lsn
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
@@ -58,25 +56,16 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_lsn - (self.restart_lsn or self.server_lsn)
 
 
-_HAS_STATISTICS = 140_000  # PostgreSQL 14: pg_stat_replication_slots
-
 _INSPECT = """
-SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size,
-       coalesce((to_jsonb(slot) ->> 'two_phase')::bool, false) AS two_phase,
+SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size, two_phase,
        (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
        -- on a standby (PostgreSQL 16+ can decode there) the replayed position is the server's
        ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
            AS server_lsn,
        extract(epoch FROM clock_timestamp())::float8 AS server_time,
        split_part(current_setting('server_version'), ' ', 1) AS server_version
-FROM pg_replication_slots AS slot WHERE slot_name = {}
+FROM pg_replication_slots WHERE slot_name = {}
 """
-
-
-async def identify(connection: psycopg.AsyncConnection) -> Identity:
-    """IDENTIFY_SYSTEM; the connection must be a replication connection."""
-    [row] = await (await connection.execute("IDENTIFY_SYSTEM")).fetchall()
-    return Identity(system_identifier=str(row[0]), timeline=int(row[1]))
 
 
 async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState | None:
@@ -87,30 +76,10 @@ async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState |
     return None if row is None else msgspec.convert(row, SlotState)
 
 
-async def was_read(connection: psycopg.AsyncConnection, slot: str) -> bool:
-    """Whether transactions were decoded from the slot, as far as the server's statistics know (PostgreSQL 14+)."""
-    if connection.info.server_version < _HAS_STATISTICS:
-        return False
-    query = sql.SQL("SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {} AND total_txns > 0")
-    return await (await connection.execute(query.format(sql.Literal(slot)))).fetchone() is not None
-
-
 async def look(dsn: str, slot: str, who: str, timeout_seconds: int) -> SlotState | None:
     """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable, SourceUnusable."""
     async with answering(slot, timeout_seconds), await connect(dsn, who) as connection:
         return await inspect(connection, slot)
-
-
-async def create(connection: psycopg.AsyncConnection, slot: str) -> None:
-    """Make the slot, once the transactions that run have ended."""
-    query = sql.SQL("SELECT pg_create_logical_replication_slot({}, {})")
-    with suppress(psycopg.errors.DuplicateObject):  # another replicator was quicker; `verify` says if the slot fits
-        await connection.execute(query.format(sql.Literal(slot), sql.Literal(PLUGIN)))
-
-
-async def drop(connection: psycopg.AsyncConnection, slot: str) -> None:
-    """Drop the slot; PostgreSQL may then remove its WAL."""
-    await connection.execute(sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(slot)))
 
 
 def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:

@@ -13,14 +13,16 @@ import contextlib
 import struct
 import time
 from collections.abc import Sequence
+from typing import LiteralString
 
 import psycopg
 from psycopg import conninfo, errors, generators, pq, sql
+from psycopg.rows import TupleRow
 
 from replicator.contracts.errors import DecodeError, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
 from replicator.source import slot as slots
-from replicator.source.connection import answering, connect, translated
+from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, PLUGIN, answering, connect, translated
 from replicator.source.wal2json import OPTIONS, DecodedChunk, StreamDecoder
 
 CHUNK_ROWS = 500
@@ -41,6 +43,11 @@ _XLOG_DATA_HEADER = 25  # 'w', start, end, time
 _KEEPALIVE_BODY = struct.Struct("!QqB")  # behind 'k': the WAL's end, time, whether to answer
 _FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs since 2000-01-01, reply requested
 _EPOCH_2000_SECONDS = 946_684_800
+
+
+_WAS_READ = "SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {slot} AND total_txns > 0"
+_CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
+_DROP = "SELECT pg_drop_replication_slot({slot})"
 
 
 class Source:
@@ -88,24 +95,32 @@ class Source:
         async with answering(self._slot, None):  # the connection has its own time-out
             name = f"replicator {self._slot}"
             self._connection = await connect(self._dsn, name, replication="database", options=options)
-        async with answering(self._slot):
-            return await slots.identify(self._connection), await slots.inspect(self._connection, self._slot)
+        [row] = await self._ask("IDENTIFY_SYSTEM")
+        return slots.Identity(system_identifier=str(row[0]), timeline=int(row[1])), await self._inspect()
 
     async def was_read(self) -> bool:
-        """Whether transactions were ever read from the slot. Raises SourceUnavailable, SourceUnusable."""
-        async with answering(self._slot):
-            return await slots.was_read(self._connected(), self._slot)
+        """Whether transactions were decoded from the slot, as far as the statistics know. Raises as `connect`."""
+        return bool(await self._ask(_WAS_READ))
 
     async def create_slot(self) -> slots.SlotState | None:
-        """Make the slot and look at it again. Raises SourceUnavailable, SourceUnusable."""
-        async with answering(self._slot, None):
-            await slots.create(self._connected(), self._slot)
-            return await slots.inspect(self._connected(), self._slot)
+        """Make the slot, once the transactions that run have ended, and look at it. Raises as `connect`."""
+        await self._ask(_CREATE, None)
+        return await self._inspect()
 
     async def drop_slot(self) -> None:
-        """Drop the slot. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+        """Drop the slot; PostgreSQL may then remove its WAL. Raises SlotInUse, and as `connect`."""
+        await self._ask(_DROP)
+
+    async def _inspect(self) -> slots.SlotState | None:
         async with answering(self._slot):
-            await slots.drop(self._connected(), self._slot)
+            return await slots.inspect(self._connected(), self._slot)
+
+    async def _ask(self, query: LiteralString, seconds: float | None = ANSWER_TIMEOUT_SECONDS) -> list[TupleRow]:
+        async with answering(self._slot, seconds):
+            composed = sql.SQL(query).format(slot=sql.Literal(self._slot), plugin=sql.Literal(PLUGIN))
+            with contextlib.suppress(errors.DuplicateObject):  # another one made it first; `verify` says if it fits
+                return await (await self._connected().execute(composed)).fetchall()
+            return []
 
     async def start(self, end_lsn: Lsn) -> None:
         """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""

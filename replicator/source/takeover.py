@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -121,7 +121,10 @@ class Beginning:
             return Takeover(found.checkpoint, resumed=True)
         state = found.state or await self._source.create_slot()
         first = slots.first_checkpoint(self._slot, state, found.identity)
-        await self._save_first(first, self._store.replace if gap else self._store.save)
+        try:
+            await asyncio.to_thread(self._store.replace if gap else self._store.save, first)
+        except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
+            raise SourceUnavailable(detail="another replicator took the slot first") from exc
         lines = list(describe(found.stored, first, state, self._sinks)) if gap and state else []
         return Takeover(first, created_slot=found.state is None, gap=lines)
 
@@ -132,12 +135,6 @@ class Beginning:
             starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
             log.info("sink %s is new: it gets what is committed after %s", name, format_lsn(checkpoint.end_lsn))
         return starts
-
-    async def _save_first(self, first: Checkpoint, save: Callable[[Checkpoint], None]) -> None:
-        try:
-            await asyncio.to_thread(save, first)
-        except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
-            raise SourceUnavailable(detail="another replicator took the slot first") from exc
 
     async def _load(self) -> Checkpoint | None:
         async with self.saving:

@@ -577,8 +577,6 @@ MISFITS = {
 def test_a_slot_of_another_kind(quick: Program, source: psycopg.Connection, kind: str) -> None:
     """Named, with the way out, before anything is read from it."""
     create, told = MISFITS[kind]
-    if kind == "two_phase" and source.info.server_version < 140_000:
-        pytest.skip("PostgreSQL 13 has no two_phase")
     source.execute(create.encode(), [quick.slot])
     refused(quick, told, "Drop it, or name another one in REPLICATOR_SLOT")
     source.execute(DROP, [quick.slot])  # the fixture drops only those of its database

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from replicator.contracts.errors import SlotInUse, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Lsn, Row, parse_lsn
-from replicator.source import slot as slots
+from replicator.source import stream
 from replicator.source.stream import Source
 
 TABLES = ("public.content", "public.engagement_events")
@@ -256,7 +256,7 @@ async def test_a_slot_that_vanished_is_looked_for_again(client: Client) -> None:
 
 async def test_a_missing_plugin_names_its_package(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is not there: trying again is no cure."""
-    monkeypatch.setattr(slots, "PLUGIN", "no_such_plugin")
+    monkeypatch.setattr(stream, "PLUGIN", "no_such_plugin")
     source = Source(client.allowing("no_such_plugin"), client.slot, TABLES)
     try:
         await source.connect()
