@@ -14,11 +14,11 @@ from typing import NoReturn, TypeVar
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointBackward, Overtaken, SourceUnavailable, command
-from replicator.contracts.events import Checkpoint, Lsn, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Row, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enricher
+from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import RETRYABLE, Trouble, retry
@@ -188,13 +188,16 @@ class Pipeline:
 
     async def _carry_chunk(self) -> None:
         chunk = await self.source.read()
-        events, refused = await self._retry(lambda: self.enricher.enrich(chunk.rows)) if chunk.rows else ([], [])
+        events, refused = await self._enrich(chunk.rows)
         if refused:  # kept before their position counts; while there is no room for them, nothing is read
             await self._retry(lambda: self.letters.keep(refused))
             self.dead_letters += len(refused)
         self.rows += len(chunk.rows)
         self.fan_out.put(events, chunk.mark)
         await asyncio.sleep(0)  # the lanes' turn: nothing above has to wait while there is plenty to read
+
+    async def _enrich(self, rows: Sequence[Row]) -> Enriched:
+        return await self._retry(lambda: self.enricher.enrich(rows)) if rows else Enriched([], [])
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
         return await retry(call, self.trouble, self._settings.retry_max_seconds)
