@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from replicator import __version__
-from replicator.contracts.errors import CheckpointError, SourceUnavailable, command
+from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
@@ -26,9 +26,6 @@ from replicator.source.slot import SlotState
 
 ADMIN_TIMEOUT_SECONDS = 2.0
 """The replicator is on this machine or not there."""
-LOOK_TIMEOUT_SECONDS = 10
-"""For PostgreSQL, connecting included."""
-
 
 T = TypeVar("T")
 
@@ -167,7 +164,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
     live, live_trouble = await _ask_replicator(settings)
-    state, trouble = await _seen(slots.look(dsn, name, "replicator status", LOOK_TIMEOUT_SECONDS))
+    state, trouble = await _seen(slots.look(dsn, name, "replicator status"))
     kept, store_trouble = await _seen(asyncio.to_thread(lambda: (store.load(name), store.count_dead_letters(name))))
     stored, letters = kept or (None, None)
     if state is None and not trouble:
@@ -192,7 +189,7 @@ async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:
     """What the call returns, or why it does not answer."""
     try:
         return await call, ""
-    except (SourceUnavailable, CheckpointError) as exc:
+    except (SourceError, CheckpointError) as exc:
         return None, str(exc)
 
 

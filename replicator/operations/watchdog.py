@@ -12,7 +12,7 @@ import time
 from msgspec import structs
 
 from replicator import __version__
-from replicator.contracts.errors import SourceUnavailable
+from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
@@ -52,9 +52,9 @@ class Monitor:
         """Look until cancelled; never raises for what it sees."""
         while True:
             try:
-                self.slot = await slots.look(self._dsn, self._name, "replicator monitor", statuses.LOOK_TIMEOUT_SECONDS)
+                self.slot = await slots.look(self._dsn, self._name, "replicator monitor")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
-            except SourceUnavailable as exc:
+            except SourceError as exc:
                 self.trouble = str(exc)
             await self.pipeline.letters.look()
             self._watch()

@@ -15,7 +15,6 @@ from replicator.reconcile.report import WrongCount
 from replicator.source import slot as slots
 
 POLL_SECONDS = 0.2
-LOOK_TIMEOUT_SECONDS = 10
 
 
 class Verdict(NamedTuple):
@@ -45,7 +44,7 @@ class Underway:
         """Return when every sink has everything committed before `lsn`, or when `gave_up` says why not."""
         deadline = time.monotonic() + self._patience_seconds
         while not self.gave_up:
-            state = await slots.look(self._dsn, self._slot, "replicator reconcile", LOOK_TIMEOUT_SECONDS)
+            state = await slots.look(self._dsn, self._slot, "replicator reconcile")
             confirmed = (state.confirmed_lsn or 0) if state else 0
             if confirmed >= lsn:
                 return

@@ -56,6 +56,9 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_lsn - (self.restart_lsn or self.server_lsn)
 
 
+LOOK_TIMEOUT_SECONDS = 10.0
+"""For `look`, connecting included."""
+
 _INSPECT = """
 SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size, two_phase,
        (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
@@ -76,9 +79,9 @@ async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState |
     return None if row is None else msgspec.convert(row, SlotState)
 
 
-async def look(dsn: str, slot: str, who: str, timeout_seconds: int) -> SlotState | None:
+async def look(dsn: str, slot: str, who: str) -> SlotState | None:
     """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable, SourceUnusable."""
-    async with answering(slot, timeout_seconds), await connect(dsn, who) as connection:
+    async with answering(slot, LOOK_TIMEOUT_SECONDS), await connect(dsn, who) as connection:
         return await inspect(connection, slot)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from msgspec import structs
 
+from replicator.contracts.errors import SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Monitor
 from replicator.pipeline import Pipeline
+from replicator.source import slot as slots
+from replicator.source.slot import SlotState
 from tests.support.fakes import STATE
 
 SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
@@ -225,3 +230,24 @@ def test_a_stall_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch, capl
     for _ in range(12):
         monitor.look(seconds_later=STALL_SECONDS / 4)
     assert len(caplog.records) == 3
+
+
+async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replicator stops without it: a server that refuses for now is trouble, not the end."""
+    seen = asyncio.Event()
+
+    async def refuses(*_: object) -> SlotState:
+        raise SourceUnusable(problem="permission denied", cure="Give the role its rights")
+
+    async def letters() -> None:
+        seen.set()
+
+    monkeypatch.setattr(slots, "look", refuses)
+    monitor = Monitor(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
+    monkeypatch.setattr(monitor.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
+    running = asyncio.create_task(monitor.run())
+    await seen.wait()
+    await asyncio.sleep(0)
+    assert not running.done()
+    assert "permission denied" in monitor.trouble
+    running.cancel()
