@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.prove import failpoints
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
 MAX_FUNCTION_LINES = 45
@@ -210,3 +212,12 @@ def test_every_module_says_what_it_does() -> None:
     """Every module begins with a docstring."""
     silent = [str(file.relative_to(ROOT)) for file in _sources() if not ast.get_docstring(_tree(file))]
     assert not silent
+
+
+def test_what_the_proofs_alter_is_there() -> None:
+    """They kill and break the program at steps with these names; else only the slow proofs would miss a renamed one."""
+    calls = [node for node in ast.walk(_tree(Path(failpoints.__file__))) if isinstance(node, ast.Call)]
+    owners_and_names = [call.args for call in calls if ast.unparse(call.func) == "alter"]
+    altered = [(ast.unparse(args[0]), args[1].value) for args in owners_and_names if isinstance(args[1], ast.Constant)]
+    assert len(altered) > 10
+    assert [] == [(owner, name) for owner, name in altered if not hasattr(getattr(failpoints, owner), str(name))]
