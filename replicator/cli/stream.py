@@ -46,7 +46,7 @@ async def run() -> int:
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.operations.http import Admin
-    from replicator.operations.watchdog import Monitor
+    from replicator.operations.watchdog import Watchdog
     from replicator.pipeline import Pipeline
 
     pipeline = Pipeline(app.settings, app.source(), app.enricher, app.sinks, app.store)
@@ -56,10 +56,10 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         pipeline.stop()
 
     stop_on_signals(stop)
-    monitor = Monitor(pipeline, app.dsn, app.settings.slot)
-    admin = Admin(monitor, app.settings.admin_listen)
+    watchdog = Watchdog(pipeline, app.dsn, app.settings.slot)
+    admin = Admin(watchdog, app.settings.admin_listen)
     await admin.start()
-    watching = asyncio.create_task(monitor.run())
+    watching = asyncio.create_task(watchdog.run())
     watching.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
     try:
         await pipeline.run()

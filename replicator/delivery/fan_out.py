@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 
 from replicator.contracts.events import Event, Mark, SinkPosition
@@ -17,7 +19,37 @@ from replicator.delivery.lane import Lane, Shared
 from replicator.delivery.queue import Batch, weigh
 from replicator.delivery.retry import COMPLAINT_SECONDS, wait
 
+LOOK_SECONDS = 1.0
+"""While reading stands still, how often it is judged whether that is worth a line in the log."""
+FADE_SECONDS = 24.0
+"""After this time a stop counts a third (1/e): one of 10 s makes a third of the time."""
+STOPPED_SHARE = 1 / 3
+
 log = logging.getLogger(__name__)
+
+
+class Stops:
+    """How much of the time reading stands still, the last seconds counting most.
+
+    A slow sink makes room now and then, and the next batch takes it: at the instant, reading may go on.
+    """
+
+    def __init__(self) -> None:
+        self._now = False
+        self._share = 0.0
+        self._at = time.monotonic()
+
+    def set(self, now: bool) -> None:
+        """From here on it stands still, or goes on."""
+        self.share()
+        self._now = now
+
+    def share(self) -> float:
+        """Between 0 and 1."""
+        at = time.monotonic()
+        fade = math.exp((self._at - at) / FADE_SECONDS)
+        self._share, self._at = self._share * fade + (1 - fade) * self._now, at
+        return self._share
 
 
 class FanOut:
@@ -30,6 +62,8 @@ class FanOut:
         """In the order of the sinks; empty until `open`."""
         self._shared = Shared(letters, mode, limit_bytes, settings.retry_max_seconds)
         self._drain_timeout_seconds = settings.drain_timeout_seconds
+        self._stops = Stops()
+        self._said_at = -math.inf
         self._ending = asyncio.Event()
         self._writers: list[asyncio.Task[None]] = []
 
@@ -40,8 +74,13 @@ class FanOut:
 
     @property
     def full(self) -> bool:
-        """Reading has stopped because the slowest lane holds too much."""
+        """At this instant the slowest lane holds too much to read more."""
         return not self._shared.room.is_set()
+
+    @property
+    def reading_stopped(self) -> bool:
+        """Reading stands still for much of the time because the slowest lane holds too much."""
+        return self.held_bytes > 0 and self._stops.share() >= STOPPED_SHARE
 
     @property
     def committed_at(self) -> float:
@@ -97,13 +136,19 @@ class FanOut:
             lane.put(batch)
 
     async def room(self) -> None:
-        """Wait until the lanes hold less than the limit; says so when that takes long."""
-        if self.full:
-            await wait(self._shared.room, COMPLAINT_SECONDS / 3)
+        """Wait until the lanes hold less than the limit; the log says so while that takes much of the time."""
         while self.full:
+            self._complain()
+            self._stops.set(True)
+            await wait(self._shared.room, LOOK_SECONDS)
+            self._stops.set(False)
+
+    def _complain(self) -> None:
+        now = time.monotonic()
+        if self.reading_stopped and now - self._said_at >= COMPLAINT_SECONDS:
+            self._said_at = now
             message = "reading has stopped: %d bytes wait for sink %s (%s)"
             log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow")
-            await wait(self._shared.room, COMPLAINT_SECONDS)
 
     async def progress(self) -> None:
         """Wait until a lane has moved since the last call."""

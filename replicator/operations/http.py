@@ -11,17 +11,17 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from replicator.contracts.errors import SettingsError
 from replicator.operations.metrics import Metrics
-from replicator.operations.watchdog import Monitor
+from replicator.operations.watchdog import Watchdog
 
 
 class Admin:
     """The HTTP server; `start` and `stop` belong to the event loop that runs the pipeline."""
 
-    def __init__(self, monitor: Monitor, listen: str) -> None:
-        self._monitor = monitor
+    def __init__(self, watchdog: Watchdog, listen: str) -> None:
+        self._watchdog = watchdog
         self._listen = listen
         self._registry = CollectorRegistry()
-        self._registry.register(Metrics(monitor))
+        self._registry.register(Metrics(watchdog))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         app = web.Application()
@@ -50,11 +50,11 @@ class Admin:
         return web.Response(text="ok\n")  # from the loop that runs the pipeline: it lives
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        reasons = self._monitor.reasons()
+        reasons = self._watchdog.reasons()
         return web.Response(text="\n".join(reasons or ["ready"]) + "\n", status=503 if reasons else 200)
 
     async def _status(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self._monitor.status()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(self._watchdog.status()), content_type="application/json")
 
     async def _metrics(self, _: web.Request) -> web.Response:
         body = exposition.generate_latest(self._registry)

@@ -12,12 +12,12 @@ from prometheus_client.registry import Collector
 from replicator.contracts.events import parse_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
 from replicator.operations.status import Status
-from replicator.operations.watchdog import ACTIONS, Monitor
+from replicator.operations.watchdog import ACTIONS, Watchdog
 
 Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 
-OF_PROCESS: dict[str, tuple[Family, str, Callable[[Monitor, Status], float | None]]] = {
+OF_PROCESS: dict[str, tuple[Family, str, Callable[[Watchdog, Status], float | None]]] = {
     "ready": (GAUGE, "What /readyz says", lambda _, now: now.ready),
     "lag_bytes": (GAUGE, "WAL written and not confirmed", lambda _, now: now.slot.lag_bytes),
     "retained_wal_bytes": (GAUGE, "WAL kept for the slot", lambda _, now: now.slot.retained_bytes),
@@ -26,11 +26,15 @@ OF_PROCESS: dict[str, tuple[Family, str, Callable[[Monitor, Status], float | Non
     "confirmed_lsn": (GAUGE, "Confirmed to PostgreSQL, a number", lambda it, _: it.pipeline.source.confirmed),
     "connected": (GAUGE, "1 while the stream runs", lambda it, _: it.pipeline.source.connected),
     "held_bytes": (GAUGE, "Memory of events that wait", lambda it, _: it.pipeline.fan_out.held_bytes),
-    "reading_stopped": (GAUGE, "1 at the memory limit", lambda it, _: it.pipeline.fan_out.full),
+    "reading_stopped": (
+        GAUGE,
+        "1 while the memory limit stops reading",
+        lambda it, _: it.pipeline.fan_out.reading_stopped,
+    ),
     "rows": (COUNTER, "Rows read from the slot", lambda it, _: it.pipeline.rows),
     "enrichment_dead_letters": (COUNTER, "Rows that no event could be made of", lambda it, _: it.pipeline.dead_letters),
 }
-OF_SINK: dict[str, tuple[Family, str, Callable[[Monitor, Lane], float]]] = {
+OF_SINK: dict[str, tuple[Family, str, Callable[[Watchdog, Lane], float]]] = {
     "events": (COUNTER, "Events written, dead letters included", lambda _, lane: lane.stats.events),
     "writes": (COUNTER, "Writes that succeeded", lambda _, lane: lane.stats.writes),
     "retries": (COUNTER, "Writes that had to be tried again", lambda _, lane: lane.trouble.failures),
@@ -45,12 +49,12 @@ OF_SINK: dict[str, tuple[Family, str, Callable[[Monitor, Lane], float]]] = {
 class Metrics(Collector):
     """What Prometheus asks for, as of now."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of docs/reference/metrics.md that is not the process's own."""
-        it, now = self._monitor, self._monitor.status()
+        it, now = self._watchdog, self._watchdog.status()
         lanes, kept = it.pipeline.fan_out.lanes, it.pipeline.letters.stored
         for name, (family, text, value) in OF_PROCESS.items():
             yield _metric(family(f"replicator_{name}", text, labels=[]), [([], value(it, now))])

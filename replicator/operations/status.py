@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
 import aiohttp
@@ -96,13 +96,18 @@ class Status(Struct, frozen=True, kw_only=True):
     """Everything that an operator asks first. docs/reference/status.md says what each field means."""
 
     version: str = __version__
-    ready: bool
+    ready: bool = True
+    """Nobody sets it: it follows from `reasons`."""
     reasons: list[str]
+    """`Watchdog.reasons` finds them in a running process; `collect` adds what is seen from outside."""
     replicator: ReplicatorStatus | None
     slot: SlotStatus
     checkpoint: CheckpointStatus
     sinks: dict[str, SinkStatus]
     dead_letters: DeadLetterStatus | None
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "ready", not self.reasons)
 
 
 def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus:
@@ -138,7 +143,7 @@ def of_checkpoint(
         return CheckpointStatus(trouble=trouble)
     return CheckpointStatus(
         end_lsn=format_lsn(stored.end_lsn),
-        lag_bytes=_behind(stored.end_lsn, state),
+        lag_bytes=_lag_bytes(stored.end_lsn, state),
         saved_seconds_ago=saved_seconds_ago,
         system_identifier=stored.system_identifier,
         timeline=stored.timeline,
@@ -150,12 +155,12 @@ def of_sink(at: SinkPosition, state: SlotState | None, lag_seconds: float | None
     return SinkStatus(
         end_lsn=format_lsn(at.end_lsn),
         position=f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
-        lag_bytes=_behind(at.end_lsn, state),
+        lag_bytes=_lag_bytes(at.end_lsn, state),
         lag_seconds=lag_seconds,
     )
 
 
-def _behind(lsn: Lsn, state: SlotState | None) -> int | None:
+def _lag_bytes(lsn: Lsn, state: SlotState | None) -> int | None:
     """Bytes of WAL from there to the server's end; None: unknown."""
     return None if state is None else max(0, state.server_lsn - lsn)
 
@@ -175,7 +180,6 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
     reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, store_trouble, unread]
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
-        ready=not reasons,
         reasons=reasons,
         replicator=live.replicator if live else None,
         slot=slot,
@@ -212,7 +216,7 @@ async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
 def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:
     known = live.sinks.get(name) if live else None
     if known and known.end_lsn:
-        return structs.replace(known, lag_bytes=_behind(parse_lsn(known.end_lsn), state))
+        return structs.replace(known, lag_bytes=_lag_bytes(parse_lsn(known.end_lsn), state))
     if not stored or name not in stored.sinks:
         return SinkStatus()
     found = of_sink(stored.sinks[name], state)
@@ -236,12 +240,20 @@ def as_text(status: Status) -> str:
     state = "ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off"
     if status.reasons:
         state = "NOT READY: " + "\n             ".join(status.reasons)
-    lines = [f"replicator   {state}", f"slot         {status.slot.name}: {_slot_text(status.slot)}"]
+    lines = [f"replicator   {state}", *_stopped_text(status)]
+    lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {sink.trouble}" if sink.trouble and sink.trouble not in status.reasons else ""
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
     return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
+
+
+def _stopped_text(status: Status) -> Iterator[str]:
+    live = status.replicator
+    if live and live.reading_stopped and status.sinks:
+        slowest = max(status.sinks, key=lambda name: status.sinks[name].waiting or 0)
+        yield f"  reading stopped: {_size(live.held_bytes)} wait for sink {slowest}"
 
 
 def _slot_text(slot: SlotStatus) -> str:
@@ -268,15 +280,20 @@ def _sink_text(sink: SinkStatus) -> str:
     if sink.end_lsn is None:
         return "no position yet"
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
-    return f"{sink.end_lsn} (row {sink.position}), {_size(sink.lag_bytes)} and {seconds} behind"
+    waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
+    return f"{sink.end_lsn} (row {sink.position}), {_size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:
     if letters is None:
         return "unknown"
     counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
-    counts += [f"{letters.rows} rows"] if letters.rows else []
+    counts += [_count(letters.rows, "row")] if letters.rows else []
     return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _size(count: int | None) -> str:

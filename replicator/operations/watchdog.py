@@ -33,7 +33,7 @@ TROUBLE_SECONDS = 10.0
 ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
 
-class Monitor:
+class Watchdog:
     """What is known of the slot and of the pipeline, together."""
 
     def __init__(self, pipeline: Pipeline, dsn: str, slot: str) -> None:
@@ -52,7 +52,7 @@ class Monitor:
         """Look until cancelled; never raises for what it sees."""
         while True:
             try:
-                self.slot = await slots.look(self._dsn, self._name, "replicator monitor")
+                self.slot = await slots.look(self._dsn, self._name, "replicator watchdog")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
             except SourceError as exc:
                 self.trouble = str(exc)
@@ -62,10 +62,9 @@ class Monitor:
 
     def status(self) -> statuses.Status:
         """Everything, as of now."""
-        pipeline, letters, reasons = self.pipeline, self.pipeline.letters, self.reasons()
+        pipeline, letters = self.pipeline, self.pipeline.letters
         return statuses.Status(
-            ready=not reasons,
-            reasons=reasons,
+            reasons=self.reasons(),
             replicator=statuses.ReplicatorStatus(
                 version=__version__,
                 connected=pipeline.source.connected,
@@ -74,7 +73,7 @@ class Monitor:
                 refused_rows=pipeline.dead_letters,
                 ignored_rows={ACTIONS[action]: count for action, count in pipeline.enricher.ignored.items()},
                 held_bytes=pipeline.fan_out.held_bytes,
-                reading_stopped=pipeline.fan_out.full,
+                reading_stopped=pipeline.fan_out.reading_stopped,
             ),
             slot=statuses.of_slot(self._name, self.slot, self.trouble),
             checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),

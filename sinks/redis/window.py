@@ -61,16 +61,18 @@ class Window:
     async def _keep(self, after_slide: Callable[[], Awaitable[None]]) -> None:
         """A failure is logged when it begins; the next write meets it as well."""
         # `stop` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
+        logged = False  # not `failed`: a write slides, too, and may be the first to see it right again
         while self._task is not None:
             await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
-            failed_before = self.failed
             try:
                 await self.slide()
             except SinkError as exc:
-                if not failed_before:
+                if not logged:
+                    logged = True
                     _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc)
             else:
-                if failed_before:
+                if logged:
+                    logged = False
                     _log.info("%s is kept right again", WINDOW)
                 with suppress(SinkError):  # the next write meets it as well
                     await after_slide()

@@ -42,7 +42,7 @@ class Signalled(Overtaking):
 
 
 class Watching:
-    """A monitor that sees nothing."""
+    """A watchdog that sees nothing."""
 
     def __init__(self, *_: object) -> None:
         """Whatever it is given."""
@@ -69,7 +69,7 @@ class Store:
 async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
     """`run`, with these."""
     monkeypatch.setattr("replicator.pipeline.Pipeline", pipeline)
-    monkeypatch.setattr("replicator.operations.watchdog.Monitor", Watching)
+    monkeypatch.setattr("replicator.operations.watchdog.Watchdog", Watching)
     monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
     monkeypatch.setattr(App, "source", lambda _: None)
     app = App(load(CoreSettings), cast("Any", Closing()), [], cast("Any", Store()))

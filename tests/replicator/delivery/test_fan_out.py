@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import cast
 
 import pytest
@@ -25,9 +25,9 @@ from replicator.contracts.errors import (
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Mark, Position, Refusal, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import DeadLetterBox
-from replicator.delivery import lane, retry
+from replicator.delivery import fan_out, lane, retry
 from replicator.delivery.dead_letters import DeadLetters
-from replicator.delivery.fan_out import FanOut
+from replicator.delivery.fan_out import STOPPED_SHARE, FanOut, Stops
 from replicator.delivery.queue import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES
 from replicator.delivery.retry import Trouble, backoff
 from sinks.testing import MemorySink
@@ -48,6 +48,14 @@ class Box:
         """Always room."""
         self.letters += letters
         return LetterCounts()
+
+
+class Clock:
+    """Time, in one module, that passes when the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 class Harness:
@@ -423,6 +431,57 @@ async def test_a_retry_that_is_stopped_holds_back_what_was_written_after_it() ->
     assert ([[2001]], START) == (sink.writes, harness.lane.done)
 
 
+def test_a_stop_is_judged_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once, but after 10 s; a moment of room ends nothing, half a minute of it does."""
+    clock = Clock(monkeypatch, fan_out)
+    stops = Stops()
+    stops.set(True)
+    clock.now += 9
+    assert stops.share() < STOPPED_SHARE
+    clock.now += 1
+    assert stops.share() >= STOPPED_SHARE
+    clock.now += 60
+    stops.set(False)
+    clock.now += 5
+    assert stops.share() >= STOPPED_SHARE
+    clock.now += 25
+    assert stops.share() < STOPPED_SHARE
+
+
+def test_short_stops_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink that makes room every other second is slow: half of the time is not read. A tenth of it is nothing."""
+    clock = Clock(monkeypatch, fan_out)
+    for stopped_seconds, expected in ((1.0, True), (0.2, False)):
+        stops = Stops()
+        for _ in range(30):
+            stops.set(True)
+            clock.now += stopped_seconds
+            stops.set(False)
+            clock.now += 2.0 - stopped_seconds
+        assert expected == (stops.share() >= STOPPED_SHARE)
+
+
+async def test_a_slow_sink_is_logged_though_it_makes_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reading never stands still for 10 s on end, but for most of them; said once in half a minute."""
+    clock = Clock(monkeypatch, fan_out)
+    sink = MemorySink()
+    harness = Harness(sink, limit_bytes=EVENT_OVERHEAD_BYTES)
+
+    async def slow(_: Sequence[Event]) -> Sequence[Refusal]:
+        clock.now += 4
+        return ()
+
+    sink.steps = [slow] * 10
+    async with harness.running():
+        for commit in range(10, 110, 10):
+            harness.put_heavy(commit, 0)
+            await asyncio.wait_for(harness.fan_out.room(), 10)
+    assert [f"reading has stopped: {EVENT_OVERHEAD_BYTES} bytes wait for sink memory (slow)"] == caplog.messages
+    assert not harness.fan_out.reading_stopped, "nothing waits any more"
+
+
 async def test_reading_stops_at_the_memory_limit_and_goes_on_below_it() -> None:
     """Bytes are held until the last lane that needs them is done."""
     gate = asyncio.Event()
@@ -561,19 +620,11 @@ async def test_one_lane_that_fails_ends_the_others_in_good_order() -> None:
 # -- retries ---------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Time that passes when something sleeps."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1_000.0
-        monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: self.now))
-
-
 def test_trouble_is_logged_when_its_kind_begins_and_twice_a_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not each time; a standby says once that it waits, however long; the newest message is always there."""
-    clock, trouble = Clock(monkeypatch), Trouble()
+    clock, trouble = Clock(monkeypatch, retry), Trouble()
     assert (False, 0.0) == (bool(trouble), trouble.seconds())
     for second in range(61):
         clock.now = 1_000.0 + second
@@ -620,7 +671,7 @@ async def test_what_nobody_names_is_not_retried() -> None:
 
 async def test_a_call_that_did_well_for_a_while_is_retried_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that breaks after an hour is connected again at once, one that breaks at once is not."""
-    clock = Clock(monkeypatch)
+    clock = Clock(monkeypatch, retry)
     attempts: list[int] = []
 
     def no_pause(attempt: int, _longest: float) -> float:

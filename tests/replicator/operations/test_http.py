@@ -19,16 +19,16 @@ from enrichment import EVENT, EngagementEnricher, EnrichmentSettings
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
-from replicator.operations import watchdog as monitors
+from replicator.operations import watchdog as watchdogs
 from replicator.operations.http import Admin
-from replicator.operations.watchdog import Monitor
+from replicator.operations.watchdog import Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source.stream import Source
 from sinks import create_sinks
 
 
 class Running:
-    """A pipeline with its monitor and its endpoints."""
+    """A pipeline with its watchdog and its endpoints."""
 
     def __init__(self, settings: CoreSettings, pipeline: Pipeline) -> None:
         self.settings = settings
@@ -51,7 +51,7 @@ class Running:
 async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """Everything that `run` puts together, in this process."""
     monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
-    monkeypatch.setattr(monitors, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(watchdogs, "LOOK_SECONDS", 0.1)
     settings = CoreSettings.model_validate(
         {
             "postgres_dsn": dsn,
@@ -67,10 +67,10 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
     sinks = create_sinks(settings.sinks, EVENT)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     pipeline = Pipeline(settings, Source(dsn, settings.slot, enricher.tables), enricher, sinks, store)
-    monitor = Monitor(pipeline, dsn, settings.slot)
-    admin = Admin(monitor, settings.admin_listen)
+    watchdog = Watchdog(pipeline, dsn, settings.slot)
+    admin = Admin(watchdog, settings.admin_listen)
     await admin.start()
-    work = [asyncio.create_task(monitor.run()), asyncio.create_task(pipeline.run())]
+    work = [asyncio.create_task(watchdog.run()), asyncio.create_task(pipeline.run())]
     made = Running(settings, pipeline)
     try:
         yield made
@@ -136,7 +136,7 @@ async def test_not_ready_over_a_slot_that_stands_still(
     stack: DevStack, database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connected, and nothing moves because a sink takes nothing: said with the sink's own words."""
-    monkeypatch.setattr(monitors, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(watchdogs, "STALL_SECONDS", 0.5)
     async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
         await replicator.until_ready_says(200, "ready")
         stack.redis.stop()
@@ -173,6 +173,6 @@ async def test_an_address_that_is_taken_is_a_setting_to_change(
 ) -> None:
     """Exit code 2, with the setting's name."""
     async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
-        second = Admin(Monitor(replicator.pipeline, database, "s"), replicator.settings.admin_listen)
+        second = Admin(Watchdog(replicator.pipeline, database, "s"), replicator.settings.admin_listen)
         with pytest.raises(SettingsError, match="REPLICATOR_ADMIN_LISTEN"):
             await second.start()

@@ -88,7 +88,6 @@ def live(slot: str = "s", *reasons: str) -> Status:
         of_sink(AT_200, STATE, 1.5), events=7, writes=2, retries=1, dead_letters=0, waiting=3, trouble="away"
     )
     return Status(
-        ready=not reasons,
         reasons=[*reasons],
         replicator=ReplicatorStatus(
             version=__version__,
@@ -144,7 +143,9 @@ async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:
     assert live().replicator == found.replicator
     assert structs.replace(live().sinks["redis"], lag_bytes=4_800) == found.sinks["redis"]
     assert status.as_text(found).startswith("replicator   NOT READY: sink redis is away\n")
-    assert "sink         redis: 0/C8 (row 0/BE#3), 4.8 kB and 1.5 s behind: away" in status.as_text(found)
+    assert "sink         redis: 0/C8 (row 0/BE#3), 4.8 kB and 1.5 s behind, 3 events waiting: away" in status.as_text(
+        found
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,21 @@ async def test_every_reason_has_a_line(collect: Collect) -> None:
     assert text.startswith("replicator   NOT READY: PostgreSQL is not reachable: down")
     assert "\n             The checkpoint database does not take" in text
     assert "\nslot         s: unknown\ncheckpoint   unknown\n" in text
+
+
+def test_a_slow_sink_is_named() -> None:
+    """Reading has stopped, nothing is in trouble: ready, with the sink that holds it up and what waits for it."""
+    now = live()
+    slow = structs.replace(now.sinks["redis"], trouble="", waiting=2_400)
+    healthy = structs.replace(slow, waiting=1)
+    assert now.replicator
+    stopped = structs.replace(now.replicator, reading_stopped=True, held_bytes=1_000_000)
+    now = structs.replace(now, replicator=stopped, sinks={"clickhouse": healthy, "redis": slow})
+    text = status.as_text(now)
+    assert text.startswith("replicator   ready\n  reading stopped: 1.0 MB wait for sink redis\nslot ")
+    assert "1.5 s behind, 1 event waiting\n" in text
+    assert "1.5 s behind, 2400 events waiting\n" in text
+    assert "reading stopped" not in status.as_text(live())
 
 
 # --- the parts

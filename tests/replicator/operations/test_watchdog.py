@@ -1,4 +1,4 @@
-"""The monitor: never ready over a slot that stands still while there is something to read."""
+"""The watchdog: never ready over a slot that stands still while there is something to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from replicator.contracts.errors import SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Monitor
+from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -74,8 +74,8 @@ class FakePipeline:
         return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
 
-class Looking(Monitor):
-    """A monitor that looks when the test says, at a slot and a clock of the test's."""
+class Looking(Watchdog):
+    """A watchdog that looks when the test says, at a slot and a clock of the test's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
@@ -92,7 +92,7 @@ class Looking(Monitor):
 
 
 @pytest.fixture
-def monitor(monkeypatch: pytest.MonkeyPatch) -> Looking:
+def watchdog(monkeypatch: pytest.MonkeyPatch) -> Looking:
     """It has seen the slot once, with nothing to read."""
     looking = Looking(monkeypatch)
     assert [] == looking.look()
@@ -100,45 +100,45 @@ def monitor(monkeypatch: pytest.MonkeyPatch) -> Looking:
 
 
 @pytest.fixture
-def pipeline(monitor: Looking) -> Pipeline:
+def pipeline(watchdog: Looking) -> Pipeline:
     """What it watches."""
-    return monitor.pipeline
+    return watchdog.pipeline
 
 
-def test_a_slot_that_stands_still_is_not_ready(monitor: Looking) -> None:
+def test_a_slot_that_stands_still_is_not_ready(watchdog: Looking) -> None:
     """Something to read and no movement: ready for a minute, then not, with the sink that is to blame."""
-    assert [] == monitor.look(1, server_lsn=300)
-    assert [] == monitor.look(STALL_SECONDS - 2)
-    [reason] = monitor.look(2)
+    assert [] == watchdog.look(1, server_lsn=300)
+    assert [] == watchdog.look(STALL_SECONDS - 2)
+    [reason] = watchdog.look(2)
     assert "the slot has not moved for 61 s while 200 bytes wait: sink http is the slowest, 7 events" in reason
 
 
-def test_any_movement_counts(monitor: Looking) -> None:
+def test_any_movement_counts(watchdog: Looking) -> None:
     """A slot that moves is slow, not stalled, however much there is to read."""
     for confirmed in range(101, 110):
-        assert [] == monitor.look(STALL_SECONDS - 1, confirmed_lsn=confirmed, server_lsn=10**9)
+        assert [] == watchdog.look(STALL_SECONDS - 1, confirmed_lsn=confirmed, server_lsn=10**9)
 
 
-def test_an_idle_server_is_no_stall(monitor: Looking) -> None:
+def test_an_idle_server_is_no_stall(watchdog: Looking) -> None:
     """Nothing to read: time passes and it stays ready; the minute begins when there is something."""
-    assert [] == monitor.look(10 * STALL_SECONDS)
-    assert [] == monitor.look(5, server_lsn=300)
-    assert [] == monitor.look(STALL_SECONDS - 6, server_lsn=400)
+    assert [] == watchdog.look(10 * STALL_SECONDS)
+    assert [] == watchdog.look(5, server_lsn=300)
+    assert [] == watchdog.look(STALL_SECONDS - 6, server_lsn=400)
 
 
-def test_the_slot_moves_again(monitor: Looking) -> None:
+def test_the_slot_moves_again(watchdog: Looking) -> None:
     """Ready again as soon as the slot has moved."""
-    monitor.look(1, server_lsn=300)
-    assert [] != monitor.look(2 * STALL_SECONDS)
-    assert [] == monitor.look(1, confirmed_lsn=150)
+    watchdog.look(1, server_lsn=300)
+    assert [] != watchdog.look(2 * STALL_SECONDS)
+    assert [] == watchdog.look(1, confirmed_lsn=150)
 
 
-def test_it_says_what_the_sink_says(monitor: Looking) -> None:
+def test_it_says_what_the_sink_says(watchdog: Looking) -> None:
     """A sink in trouble is the reason, in its own words."""
-    lane = monitor.pipeline.fan_out.slowest
+    lane = watchdog.pipeline.fan_out.slowest
     lane.trouble = FakeTrouble("sink http answered 500")
-    monitor.look(1, server_lsn=300)
-    [reason] = monitor.look(2 * STALL_SECONDS)
+    watchdog.look(1, server_lsn=300)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
     assert reason.endswith(": sink http answered 500")
 
 
@@ -146,89 +146,89 @@ def test_it_says_what_the_sink_says(monitor: Looking) -> None:
     ("active_pid", "words"),
     [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
 )
-def test_a_sink_that_nothing_waits_for_is_not_blamed(monitor: Looking, active_pid: int | None, words: str) -> None:
+def test_a_sink_that_nothing_waits_for_is_not_blamed(watchdog: Looking, active_pid: int | None, words: str) -> None:
     """All that was read is written: PostgreSQL is the one to look at, by its process."""
-    cast("FakeLane", monitor.pipeline.fan_out.lanes[0]).waiting = 0
-    monitor.look(1, server_lsn=300, active_pid=active_pid)
-    [reason] = monitor.look(2 * STALL_SECONDS)
+    cast("FakeLane", watchdog.pipeline.fan_out.lanes[0]).waiting = 0
+    watchdog.look(1, server_lsn=300, active_pid=active_pid)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
     assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {words}")
 
 
-def test_the_sink_that_something_waits_for_is_blamed(monitor: Looking, pipeline: Pipeline) -> None:
+def test_the_sink_that_something_waits_for_is_blamed(watchdog: Looking, pipeline: Pipeline) -> None:
     """Also while its position is ahead of that of a sink which has all that was read."""
     idle, busy = FakeLane(), FakeLane()
     idle.name, idle.waiting, idle.trouble = "redis", 0, FakeTrouble("sink redis is away")
     busy.mark = Mark(Position(90, 1), 100)
     pipeline.fan_out.lanes[:] = [cast("Lane", idle), cast("Lane", busy)]
-    monitor.look(1, server_lsn=300)
-    [reason] = monitor.look(2 * STALL_SECONDS)
+    watchdog.look(1, server_lsn=300)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
     assert reason.endswith(": sink http is the slowest, 7 events wait for it")
 
 
-def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(monitor: Looking, pipeline: Pipeline) -> None:
+def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(watchdog: Looking, pipeline: Pipeline) -> None:
     """The sinks have what was read, and PostgreSQL sent it."""
     cast("FakeLane", pipeline.fan_out.lanes[0]).waiting = 0
     pipeline.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=70, sinks={})
-    monitor.look(1, server_lsn=300)
-    [reason] = monitor.look(2 * STALL_SECONDS)
+    watchdog.look(1, server_lsn=300)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
     assert reason.endswith(": the checkpoint is not saved, the log says why")
 
 
-def test_a_sink_that_does_not_answer_is_a_reason(monitor: Looking) -> None:
+def test_a_sink_that_does_not_answer_is_a_reason(watchdog: Looking) -> None:
     """Without an error as well, once it has lasted; its own trouble has its own words and time."""
-    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane = cast("FakeLane", watchdog.pipeline.fan_out.lanes[0])
     lane.unanswered_for = TROUBLE_SECONDS - 1
-    assert [] == monitor.look()
+    assert [] == watchdog.look()
     lane.unanswered_for = TROUBLE_SECONDS + 2
-    assert ["sink http has not answered for 12 s"] == monitor.look()
+    assert ["sink http has not answered for 12 s"] == watchdog.look()
     lane.trouble = FakeTrouble("sink http answered 500", 1.0)
-    assert [] == monitor.look()
+    assert [] == watchdog.look()
     lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS)
-    assert ["sink http answered 500"] == monitor.look()
+    assert ["sink http answered 500"] == watchdog.look()
 
 
-def test_trouble_is_a_reason_at_once(monitor: Looking, pipeline: Pipeline) -> None:
+def test_trouble_is_a_reason_at_once(watchdog: Looking, pipeline: Pipeline) -> None:
     """The pipeline's and the look's own trouble need no minute."""
     pipeline.trouble.message = "held by process 7"
-    monitor.trouble = "no such slot"
-    assert ["held by process 7", "no such slot"] == monitor.look()
+    watchdog.trouble = "no such slot"
+    assert ["held by process 7", "no such slot"] == watchdog.look()
 
 
-def test_a_sink_that_takes_nothing_is_a_reason(monitor: Looking) -> None:
+def test_a_sink_that_takes_nothing_is_a_reason(watchdog: Looking) -> None:
     """At once where only an operator can help, else when it has lasted; not for a hiccup."""
-    lane = cast("FakeLane", monitor.pipeline.fan_out.lanes[0])
+    lane = cast("FakeLane", watchdog.pipeline.fan_out.lanes[0])
     lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS - 1)
-    assert [] == monitor.look()
+    assert [] == watchdog.look()
     lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS)
-    assert ["sink http answered 500"] == monitor.look()
+    assert ["sink http answered 500"] == watchdog.look()
     lane.trouble = FakeTrouble("sink http turns us away", needs_operator=True)
-    assert ["sink http turns us away"] == monitor.look()
+    assert ["sink http turns us away"] == watchdog.look()
 
 
 @pytest.mark.parametrize("wal_status", ["unreserved", "lost"])
-def test_a_slot_in_danger_is_not_ready(monitor: Looking, wal_status: str) -> None:
+def test_a_slot_in_danger_is_not_ready(watchdog: Looking, wal_status: str) -> None:
     """PostgreSQL is about to throw away what the slot needs, or has."""
-    [reason] = monitor.look(wal_status=wal_status)
+    [reason] = watchdog.look(wal_status=wal_status)
     assert f"the slot's WAL is {wal_status}" in reason
 
 
 def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot moves at a transaction's end; until then the slowest sink's rows count."""
-    monitor = Looking(monkeypatch)
-    lane = monitor.pipeline.fan_out.slowest
-    assert [] == monitor.look(server_lsn=200)
+    watchdog = Looking(monkeypatch)
+    lane = watchdog.pipeline.fan_out.slowest
+    assert [] == watchdog.look(server_lsn=200)
     for row in range(2, 6):
         lane.mark = Mark(Position(90, row), 80)
-        assert [] == monitor.look(seconds_later=STALL_SECONDS - 1)
-    assert [] != monitor.look(seconds_later=STALL_SECONDS + 1)
+        assert [] == watchdog.look(seconds_later=STALL_SECONDS - 1)
+    assert [] != watchdog.look(seconds_later=STALL_SECONDS + 1)
 
 
 def test_a_stall_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Every look would fill the log of the night in which it matters."""
-    monitor = Looking(monkeypatch)
-    monitor.look(server_lsn=200)
+    watchdog = Looking(monkeypatch)
+    watchdog.look(server_lsn=200)
     for _ in range(12):
-        monitor.look(seconds_later=STALL_SECONDS / 4)
+        watchdog.look(seconds_later=STALL_SECONDS / 4)
     assert len(caplog.records) == 3
 
 
@@ -243,11 +243,11 @@ async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytes
         seen.set()
 
     monkeypatch.setattr(slots, "look", refuses)
-    monitor = Monitor(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
-    monkeypatch.setattr(monitor.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
-    running = asyncio.create_task(monitor.run())
+    watchdog = Watchdog(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
+    monkeypatch.setattr(watchdog.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
+    running = asyncio.create_task(watchdog.run())
     await seen.wait()
     await asyncio.sleep(0)
     assert not running.done()
-    assert "permission denied" in monitor.trouble
+    assert "permission denied" in watchdog.trouble
     running.cancel()
