@@ -104,7 +104,7 @@ def look_around(stack: DevStack, replicator: Replicator) -> str:
   psql {stack.postgres.dsn} -c "{INSERT}"
   {redis_cli} GET content:last:1
   {redis_cli} ZREVRANGE top:content:10m 0 10 WITHSCORES
-  {curl} 'SELECT * FROM events_enriched ORDER BY event_id DESC LIMIT 5 FORMAT Vertical'
+  {curl} 'SELECT * FROM events_enriched FINAL ORDER BY event_id DESC LIMIT 5 FORMAT Vertical'
   curl -s {api}/stats
   curl -s {replicator.url}/status     (and /metrics, /readyz)
   tail -f {replicator.log} {stack.api.log}

@@ -23,16 +23,19 @@ from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 
 EPILOG = """\b
-first time:  replicator check      what is missing, with the cure
-             replicator init       makes table, checkpoint database and slot
-             replicator            runs until SIGTERM or Ctrl-C
-in trouble:  replicator status     where slot, checkpoint and sinks are
-             replicator sql slot-lag | psql   the same from PostgreSQL's side
+first time:  replicator config check  are the settings usable?
+             replicator init          makes table, checkpoint database and slot
+             replicator check         is something missing? with the cure
+             replicator               runs until SIGTERM or Ctrl-C
+in trouble:  replicator status        where slot, checkpoint and sinks are
+             and the same from PostgreSQL's side:
+             replicator sql slot-lag | psql "$REPLICATOR_POSTGRES_DSN"
 
 Settings are environment variables: `replicator config show` lists them.
 
 \b
-Example: replicator check && replicator init && replicator
+Example: replicator config check && replicator init && replicator check \\
+             && replicator
 Exit codes: 0 done, 1 failed, 2 unusable arguments or settings."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 """Standard output is a file that can't be written."""
@@ -69,7 +72,7 @@ _add(_letters, "drop", dead_letters.drop, "replicator dead-letters drop --id 7 -
 _add(app, "backfill", backfill.backfill, "replicator backfill --last 2h", text=backfill.MANUAL)
 _add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --repair", DIFFERENT, reconcile.RECONCILE)
 _add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", text=reconcile.REBUILD)
-_add(app, "sql", inspect.sql, "replicator sql slot-lag | psql")
+_add(app, "sql", inspect.sql, 'replicator sql slot-lag | psql "$REPLICATOR_POSTGRES_DSN"')
 _config = _group("config", "Show and check the settings.")
 _add(_config, "show", inspect.config_show, "replicator config show --json")
 _add(_config, "check", inspect.config_check, "replicator config check")
