@@ -174,13 +174,13 @@ class EngagementHistory:
         """The number of events in each hour, by its start in Unix seconds; hours without events are absent."""
         return dict(await self._scans.rows(HOURS, self._range))
 
-    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
         here = msgspec.json.decode(place, type=_Place)
         if here.id > here.last_id and here.order == "id":
             return None
         wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
         found = await self._pages.rows(PAGES[here.order], wanted)
-        return _make_page(found, behind, str(here.after(*_last(found)))) if found else None
+        return _make_page(found, after, str(here.after(*_last(found)))) if found else None
 
     async def close(self) -> None:
         await self._scans.close()
@@ -201,16 +201,16 @@ class PickedHistory:
     async def begin(self) -> tuple[str, int]:
         return "0", len(self._ids)
 
-    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
         ids = self._ids[int(place) : int(place) + rows]
         if not ids:
             return None
         found = await self._find(ids)
         if not found:
-            return Page(Enriched([], []), behind, str(int(place) + len(ids)))
+            return Page(Enriched([], []), after, str(int(place) + len(ids)))
         last_id, _ = _last(found)
         # The ids up to the page's last event are done: those between have gone, later ones may have been cut off.
-        return _make_page(found, behind, str(bisect_right(self._ids, last_id)))
+        return _make_page(found, after, str(bisect_right(self._ids, last_id)))
 
     async def close(self) -> None:
         await self._pages.close()
@@ -229,11 +229,11 @@ def _last(found: _Found) -> tuple[int, str]:
     return last[IDENTITY], last[TIME]
 
 
-def _make_page(found: _Found, behind: Position, after: str) -> Page:
+def _make_page(found: _Found, after: Position, next_place: str) -> Page:
     """The events of a page's rows. The loop is where a backfill spends its time, beside `build_events`."""
     [wal_end, *_], *_ = found
-    lsn = max(parse_lsn(wal_end), behind.commit_lsn)  # after a failover the WAL may end before that
-    ordinal = behind.ordinal
+    lsn = max(parse_lsn(wal_end), after.commit_lsn)  # after a failover the WAL may end before that
+    ordinal = after.ordinal
     drafts: list[Draft] = []
     contents: dict[int, Content] = {}
     refused: list[DeadLetter] = []
@@ -251,7 +251,7 @@ def _make_page(found: _Found, behind: Position, after: str) -> Page:
         contents[draft[DRAFT_KEY]] = row[_JOINED_VALUES]
     events: list[Event] = []
     build_events(drafts, contents, events)
-    return Page(Enriched(events, refused), Position(lsn, ordinal), after)
+    return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
 
 
 def _refused(values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:

@@ -43,7 +43,7 @@ BUCKET = f"({_US} - %(origin)s::bigint) / %(width)s::bigint"
 REMAINDER = "mod(mod(e.id, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
 IN_SLICE = f"AND {BUCKET} = ANY(%(buckets)s::bigint[]) AND {REMAINDER} = ANY(%(remainders)s::bigint[])"
 
-NEXT_TRANSACTION = "SELECT txid_current()"  # takes one: a snapshot's xmax is behind the last that has ended, not begun
+NEXT_TRANSACTION = "SELECT txid_current()"  # takes one: a snapshot's xmax is after the last that has ended, not begun
 OLDEST_TRANSACTION = "SELECT txid_snapshot_xmin(txid_current_snapshot())"
 
 
@@ -89,7 +89,7 @@ class EngagementLedger:
     async def lsn(self) -> Lsn:
         [(text,)] = await self._scans.rows(WAL_END)
         lsn = parse_lsn(text)
-        # At the end of a WAL page this is behind the next page's header, where no commit ends before there is one.
+        # At the end of a WAL page this is after the next page's header, where no commit ends before there is one.
         over = lsn % WAL_BLOCK_BYTES
         return lsn - over if over <= PAGE_HEADER_BYTES else lsn
 

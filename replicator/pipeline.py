@@ -150,7 +150,7 @@ class Pipeline:
             raise
 
     async def _begin(self) -> None:
-        """Take the slot and start the stream behind the durable checkpoint, if the two fit together."""
+        """Take the slot and start the stream after the durable checkpoint, if the two fit together."""
         if not self._created:
             await self._create()
         taken = await self._beginning.take()

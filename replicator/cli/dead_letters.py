@@ -128,10 +128,16 @@ async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None
             taken = [letter.id for letter in page if letter.id not in kept]
             await chosen.drop(taken)
             print(f"{len(taken)} taken, {len(kept)} left")
-            for number, reason in kept.items():
-                print(f"{number} is left: {reason}")
+            for letter in page:
+                if letter.id in kept:
+                    whose = f" of {letter.sink}" if letter.sink else ""
+                    print(f"dead letter {letter.id}{whose} stays: {kept[letter.id]}")
             left += len(kept)
     return chosen.report_absent() or int(bool(left))
+
+
+def _counted(letters: int) -> str:
+    return "1 dead letter" if letters == 1 else f"{letters} dead letters"
 
 
 async def _replay(app: App, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
@@ -167,7 +173,7 @@ async def drop(sink: SinkName = None, stage: StageName = None, ids: Ids = None, 
     chosen = _Chosen(sink, stage, ids)
     async with chosen.app.closing():
         doomed = [letter.id async for page in chosen.pages() for letter in page]
-        if doomed and not confirmed(f"Forget {len(doomed)} dead letters?", yes=yes):
+        if doomed and not confirmed(f"Forget {_counted(len(doomed))}?", yes=yes):
             return 1
-        print(f"dropped {await chosen.drop(doomed)} dead letters")
+        print(f"dropped {_counted(await chosen.drop(doomed))}")
     return chosen.report_absent()

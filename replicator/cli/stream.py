@@ -114,8 +114,8 @@ async def init(
         if taken.created_slot:
             print(f"made replication slot {slot}")
         if accept_gap and taken.resumed:
-            print(f"there is no gap: the slot has everything behind the checkpoint, {end}")
-        print(f"slot {slot}: replication begins behind {end}")
+            print(f"there is no gap: the slot has everything after the checkpoint, {end}")
+        print(f"slot {slot}: replication begins after {end}")
         print("\n".join(taken.gap or [await app.enricher.history() or "no older rows: nothing to backfill"]))
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 
 Lsn: TypeAlias = int
-"""A position in PostgreSQL's write-ahead log: the 64-bit byte offset behind the text form `16/B374D848`."""
+"""A position in PostgreSQL's write-ahead log: the 64-bit byte offset that the text form stands for, `16/B374D848`."""
 
 _fits_lsn = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})").fullmatch
 
@@ -50,7 +50,7 @@ class Mark(NamedTuple):
     position: Position = Position(0, 0)
     """The last row."""
     end_lsn: Lsn = 0
-    """End of the last complete transaction, or a keepalive's position behind it; 0 before the first."""
+    """End of the last complete transaction, or a keepalive's position after it; 0 before the first."""
     committed_at: float = 0.0
     """When the newest transaction was committed, Unix seconds by PostgreSQL's clock; 0.0 when unknown."""
 
@@ -127,8 +127,8 @@ class Refusal(NamedTuple):
 
 
 Origin: TypeAlias = Literal["stream", "backfill", "restored"]
-"""Which way a dead letter's event came. `restored`: of a server that was restored from a backup since, so that its
-position may be another event's now."""
+"""Which way a dead letter's event came. `restored`: from before a gap was accepted, so that its position may
+be another event's now."""
 Stage: TypeAlias = Literal["row", "event"]
 """What was refused: a row that no event could be made of, or an event that one sink refused."""
 
@@ -140,7 +140,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """The sink that refused the event; None when no event could be made of the row: then every sink lacks it."""
     origin: Origin = "stream"
     position: Position | None
-    """Where the row stands in the stream; None for a letter of a backfill, and for a restored one."""
+    """Where the row stands in the stream; None for a letter of a backfill, or from before a gap was accepted."""
     event_id: int | None
     """The source row's primary key; None when the row has none that fits 64 bits."""
     reason: str
@@ -179,7 +179,7 @@ class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):
     """How far one sink is."""
 
     position: Position
-    """Last row written: a restart inside a huge transaction continues behind it."""
+    """Last row written: a restart inside a huge transaction continues after it."""
     end_lsn: Lsn
     """End of the last transaction of which the sink has every event."""
 

@@ -92,7 +92,7 @@ class SourceLedger(Ledger, Protocol):
         """Connect, and see that the tables can be read."""
 
     async def lsn(self) -> Lsn:
-        """A WAL position behind every commit that was visible before this call."""
+        """A WAL position after every commit that was visible before this call."""
 
     async def next_transaction(self) -> int:
         """A number higher than that of every transaction that has one."""

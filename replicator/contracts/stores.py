@@ -24,14 +24,14 @@ class Checkpoints(Protocol):
     def save(self, checkpoint: Checkpoint) -> None:
         """Store it in one database transaction. Sinks that are stored and not named stay as they are.
 
-        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is behind the stored one, and
+        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is before the stored one, and
         CheckpointUnusable when the stored one belongs to another PostgreSQL cluster.
         """
 
     def replace(self, checkpoint: Checkpoint) -> None:
         """Store it whatever was there: an operator accepted a gap. Sinks not named are removed.
 
-        Dead letters are marked as restored and lose their position, which may be another event's from now on.
+        Dead letters get the origin `restored` and lose their position, which may be another event's from now on.
         """
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class DeadLetterBox(Protocol):
     def dead_letters(
         self, slot: str, *, sink: str | None = None, stage: Stage | None = None, after_id: int = 0, limit: int = 100
     ) -> list[DeadLetter]:
-        """Oldest first; the page behind `after_id`. None: of any sink, of both stages."""
+        """Oldest first; the page after `after_id`. None: of any sink, of both stages."""
 
     def count_dead_letters(self, slot: str) -> LetterCounts:
         """How many there are now."""

@@ -65,7 +65,7 @@ class Page(NamedTuple):
     """A stretch of history, read in one snapshot."""
 
     enriched: Enriched
-    """As from the stream; may be empty. Every position in it is behind that of the page before."""
+    """As from the stream; may be empty. Every position in it is after that of the page before."""
     position: Position
     """The last event's; without any, one between the page before and the next."""
     place: str
@@ -75,7 +75,7 @@ class Page(NamedTuple):
 class History(Protocol):
     """Reads what stands in the tables already, as the stream would have told it. Knows the tables.
 
-    An event's `commit_lsn` is where the WAL ended right after its page's snapshot was taken: behind the commit of every
+    An event's `commit_lsn` is where the WAL ended right after its page's snapshot was taken: after the commit of every
     row that the snapshot sees, so this view replaces the stream's, and before that of every row it does not see.
     """
 
@@ -85,7 +85,7 @@ class History(Protocol):
     async def begin(self) -> tuple[str, int]:
         """The place of the first page, and how many events there are. Raises as `open`."""
 
-    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
         """The page that begins there, of at most so many rows; None at the end.
 
         Raises as `open`; the same page may then be read again, and a place may be read from in another process.

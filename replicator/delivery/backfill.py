@@ -100,10 +100,10 @@ class Backfill:
 
     async def _work(self) -> None:
         """Read all pages, and wait until every lane has written them."""
-        behind, before = Position(0, 0), self._reached.events
+        after, before = Position(0, 0), self._reached.events
         began = due = time.monotonic()
-        while page := await self._read(behind):
-            behind = page.position
+        while page := await self._read(after):
+            after = page.position
             await self._put(page)
             if self._rate:
                 # Measured from the start of this page: lost time is not made up, so the rate stays a hard limit.
@@ -115,11 +115,11 @@ class Backfill:
             self._settle()
         self._done = True
 
-    async def _read(self, behind: Position) -> Page | None:
+    async def _read(self, after: Position) -> Page | None:
         await self.fan_out.room()
         place, rows = self._reached.place, self._page_rows
         return await retry(
-            lambda: self._history.read(place, behind, rows), self._trouble, self._settings.retry_max_seconds
+            lambda: self._history.read(place, after, rows), self._trouble, self._settings.retry_max_seconds
         )
 
     async def _put(self, page: Page) -> None:

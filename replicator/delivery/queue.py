@@ -70,9 +70,9 @@ class Queue:
 
         An empty batch only moves the mark of what is before it, so a dead sink does not collect them.
         """
-        events, behind = batch.events, self.end.position
-        if events and (events[0].commit_lsn, events[0].ordinal) <= behind:  # after a restart or a reconnect
-            events = [event for event in events if (event.commit_lsn, event.ordinal) > behind]
+        events, after = batch.events, self.end.position
+        if events and (events[0].commit_lsn, events[0].ordinal) <= after:  # after a restart or a reconnect
+            events = [event for event in events if (event.commit_lsn, event.ordinal) > after]
         self.end = self.end.later(batch.mark)
         if events:
             self._entries.append(_Entry(events, self.end, time.monotonic(), batch))

@@ -86,7 +86,7 @@ async def look(dsn: str, slot: str, who: str) -> SlotState | None:
 
 
 def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:
-    """Raise unless reading from the slot gives everything behind the checkpoint.
+    """Raise unless reading from the slot gives everything after the checkpoint.
 
     Without a checkpoint any healthy slot is right: it begins where the slot was last confirmed, which can repeat
     events but lose none.
@@ -163,4 +163,9 @@ def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
 def _when(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "an unknown time"
-    return datetime.fromtimestamp(checkpoint.complete_until, UTC).isoformat(timespec="seconds")
+    return iso(datetime.fromtimestamp(checkpoint.complete_until, UTC))
+
+
+def iso(moment: datetime) -> str:
+    """A time in UTC, to the second, as it can be typed."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

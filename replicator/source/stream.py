@@ -40,7 +40,7 @@ GOODBYE_TIMEOUT_SECONDS = 5.0
 
 _XLOG_DATA, _KEEPALIVE = b"wk"
 _XLOG_DATA_HEADER = 25  # 'w', start, end, time
-_KEEPALIVE_BODY = struct.Struct("!QqB")  # behind 'k': the WAL's end, time, whether to answer
+_KEEPALIVE_BODY = struct.Struct("!QqB")  # after 'k': the WAL's end, time, whether to answer
 _FEEDBACK = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, µs since 2000-01-01, reply requested
 _EPOCH_2000_SECONDS = 946_684_800
 
@@ -123,7 +123,7 @@ class Source:
             return []
 
     async def start(self, end_lsn: Lsn) -> None:
-        """Begin the stream behind `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+        """Begin the stream after `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
         connection = self._connected()
         pgconn = connection.pgconn
         async with answering(self._slot):
@@ -223,7 +223,7 @@ class Source:
     def send_feedback(self, flush_lsn: Lsn | None = None, *, ask: bool = False) -> None:
         """Send a status update: alive, and everything up to `flush_lsn` (default: as before) is flushed.
 
-        Only `Pipeline.commit` gives a position. Does nothing while disconnected: the stream begins behind the
+        Only `Pipeline.commit` gives a position. Does nothing while disconnected: the stream begins after the
         checkpoint again, which covers it. `ask` for a keepalive in return: on an idle database nothing else says how
         far the server is. Raises ValueError for a position that goes back or was never received.
         """

@@ -50,7 +50,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """There is no checkpoint, but events were read from the slot."""
 
     def verify(self) -> None:
-        """Raise SourceError or CheckpointMissing unless everything behind the checkpoint comes through the slot."""
+        """Raise SourceError or CheckpointMissing unless everything after the checkpoint comes through the slot."""
         if self.was_read and self.state is not None:
             raise CheckpointMissing(slot=self.slot, confirmed=format_lsn(self.state.confirmed_lsn or 0))
         slots.verify(self.slot, self.state, self.identity, self.checkpoint)
@@ -70,7 +70,7 @@ class Takeover(NamedTuple):
     """Where to begin, and what was done for it."""
 
     checkpoint: Checkpoint
-    """On disk; the slot has everything behind it."""
+    """On disk; the slot has everything after it."""
     resumed: bool = False
     """It was there before."""
     created_slot: bool = False
@@ -133,7 +133,7 @@ class Beginning:
         starts = dict(checkpoint.sinks)
         for name in (sink.name for sink in self._sinks if sink.name not in starts):
             starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
-            log.info("sink %s is new: it gets what is committed after %s", name, format_lsn(checkpoint.end_lsn))
+            log.info("sink %s has no position: it begins after %s", name, format_lsn(checkpoint.end_lsn))
         return starts
 
     async def _load(self) -> Checkpoint | None:
@@ -152,10 +152,11 @@ def describe(
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
     since, until = (datetime.fromtimestamp(seconds, UTC) for seconds in (stored.complete_until, state.server_time))
-    command = f"{PROGRAM} backfill --start {_iso(since - MARGIN)} --end {_iso(until + timedelta(seconds=2))} --sinks"
+    start, end = slots.iso(since - MARGIN), slots.iso(until + timedelta(seconds=2))
+    command = f"{PROGRAM} backfill --start {start} --end {end} --sinks"
     yield (
-        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {_iso(since)} to"
-        f" {_iso(until)} may be missing. To bring it:"
+        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {slots.iso(since)} to"
+        f" {slots.iso(until)} may be missing. To bring it:"
     )
     if exact := [sink.name for sink in sinks if sink.max_repeats is None]:
         yield f"  {command} {','.join(exact)}"
@@ -169,7 +170,3 @@ def describe(
 
 def _place(checkpoint: Checkpoint) -> str:
     return f"{format_lsn(checkpoint.end_lsn)} (system {checkpoint.system_identifier}, timeline {checkpoint.timeline})"
-
-
-def _iso(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

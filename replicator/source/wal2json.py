@@ -119,7 +119,7 @@ class StreamDecoder:
     def _open(self, begin: _Marker) -> None:
         commit_lsn = parse_lsn(begin.lsn)
         if commit_lsn <= self._commit_lsn or commit_lsn < self._end_lsn:
-            raise _MalformedError(f"transaction {format_lsn(commit_lsn)} comes behind a later one")
+            raise _MalformedError(f"transaction {format_lsn(commit_lsn)} comes after a later one")
         self._commit_lsn = commit_lsn
         self._timestamp = begin.timestamp
         self._ordinal = 0
@@ -160,7 +160,7 @@ class StreamDecoder:
         if self._rows_commit_lsn not in (None, commit_lsn):
             raise _MalformedError(f"the rows' transaction does not end with the commit at {format_lsn(commit_lsn)}")
         if not self._end_lsn <= commit_lsn < end_lsn:
-            raise _MalformedError(f"a transaction that ends at {format_lsn(end_lsn)} comes behind a later position")
+            raise _MalformedError(f"a transaction that ends at {format_lsn(end_lsn)} comes after a later position")
         return end_lsn
 
     def _error(self, exc: Exception) -> DecodeError:

@@ -43,7 +43,7 @@ class Address(NamedTuple):
 def parse_url(url: str) -> Address:
     """`http(s)://user:password@host:port/database` or `chdb:///directory/database`. Raises ValueError, free of secrets.
 
-    The driver's own `dsn` would do, but takes another component for the database and anything behind `?`.
+    The driver's own `dsn` would do, but takes another component for the database and anything after `?`.
     """
     try:
         parts = urlsplit(url)

@@ -98,7 +98,7 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
     """ClickHouse itself did not answer: the network failed, something in between, or the driver."""
     causes: list[Exception] = []
     cause: BaseException | None = exc
-    while isinstance(cause, Exception):  # behind a time-out is a CancelledError, which says nothing
+    while isinstance(cause, Exception):  # under a time-out is a CancelledError, which says nothing
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):

@@ -198,5 +198,5 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
 
 def rows(events: Sequence[Event]) -> bytes:
-    """The events as JSON lines, each with the `_lsn` of its commit behind its own fields."""
+    """The events as JSON lines, each with the `_lsn` of its commit after its own fields."""
     return b"".join([b'%b,"_lsn":%d}\n' % (event.json[:-1], event.commit_lsn) for event in events])

@@ -43,7 +43,7 @@ def sort_key(contract: Contract) -> str:
 
 
 def ddl(contract: Contract, database: str = "engagement") -> str:
-    """The statements that create the database and the table, each with a semicolon behind it."""
+    """The statements that create the database and the table, each with a semicolon at its end."""
     template = Template(files("sinks.clickhouse").joinpath("table.sql").read_text(encoding="utf-8"))
     return template.substitute(
         database=database,

@@ -139,7 +139,7 @@ def test_a_million_rows_in_one_transaction(
 def test_killed_inside_a_transaction(  # noqa: PLR0917  fixtures
     quick: Program, database: str, stack: DevStack, source: psycopg.Connection, destinations: Destinations, api: Api
 ) -> None:
-    """After SIGKILL a huge transaction goes on behind the row that each sink's stored position names."""
+    """After SIGKILL a huge transaction goes on after the row that each sink's stored position names."""
     rows = 100_000
     api.behave(delay_seconds=0.05)  # else it is through before it can be killed
     quick.start()

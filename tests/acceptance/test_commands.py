@@ -53,7 +53,7 @@ class Trouble(NamedTuple):
 
     name: str
     said: dict[str, str]
-    """What `check` says of it, and the cure that it names behind that."""
+    """What `check` says of it, and the cure that it names after that."""
     statement: str = ""
     """In the source database, as a superuser."""
     settings: dict[str, str] = {}  # noqa: RUF012  a NamedTuple's default, never changed

@@ -47,13 +47,13 @@ def test_list_replay_and_drop(
     assert "0 taken, 3 left\n" in again.stdout
     for line in letters[::2]:
         number, *_, reason = line.split("  ")
-        assert f"{number} is left: {reason}\n" in again.stdout
+        assert f"dead letter {number} of http stays: {reason}\n" in again.stdout
     assert letters == listed(program)
 
     elsewhere = program.run("dead-letters", "replay", "--id", letters[0].split()[0], sinks="redis")
     assert 1 == elsewhere.code
     assert "0 taken, 1 left\n" in elsewhere.stdout
-    assert "is left: sink http is not among REPLICATOR_SINKS\n" in elsewhere.stdout
+    assert " of http stays: sink http is not among REPLICATOR_SINKS\n" in elsewhere.stdout
 
     api.behave(refuse_event_ids=[5, 7])
     assert 1 == program.run("dead-letters", "replay").code
@@ -61,7 +61,7 @@ def test_list_replay_and_drop(
 
     assert 2 == program.run("dead-letters", "drop").code  # nobody to ask
     fifth = letters[2].split()[0]
-    assert "dropped 1 dead letters\n" == succeed(program.run("dead-letters", "drop", "--id", fifth, "--yes"))
+    assert "dropped 1 dead letter\n" == succeed(program.run("dead-letters", "drop", "--id", fifth, "--yes"))
 
     api.behave()
     assert "1 taken, 0 left\n" == succeed(program.run("dead-letters", "replay"))

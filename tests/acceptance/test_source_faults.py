@@ -279,7 +279,7 @@ def test_a_gap_is_accepted_only_where_there_is_one(
     caught_up_and_stopped(quick)
     before = _stored(tmp_path)
     accepted = succeed(quick.run("init", "--accept-gap"))
-    assert "there is no gap: the slot has everything behind the checkpoint, " in accepted
+    assert "there is no gap: the slot has everything after the checkpoint, " in accepted
     assert "gap accepted" not in accepted
     assert before == _stored(tmp_path)
     assert_mended(quick, source, database, destinations)

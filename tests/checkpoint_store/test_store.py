@@ -587,7 +587,7 @@ def test_dead_letters_of_other_sinks_and_slots_are_others(store: CheckpointStore
 
 
 def test_dead_letters_are_read_in_pages(store: CheckpointStore) -> None:
-    """Each page goes on behind the last id; the last one is empty."""
+    """Each page goes on after the last id; the last one is empty."""
     store.add_dead_letters("s", [letter(n, sink="http" if n % 2 else "redis") for n in range(1, 26)])
     seen: list[int | None] = []
     after = 0
@@ -621,7 +621,7 @@ def test_dropping_takes_the_named_ones(store: CheckpointStore) -> None:
 
 
 def test_numbers_are_not_given_again(store: CheckpointStore) -> None:
-    """A page read behind a dropped letter's number misses nothing that came later."""
+    """A page read after a dropped letter's number misses nothing that came later."""
     store.add_dead_letters("s", [letter(1)])
     (first,) = store.dead_letters("s")
     assert first.id is not None

@@ -62,7 +62,7 @@ def _fields(event: Event) -> dict[str, Any]:
 
 
 def _text(moment: datetime, digits: int) -> str:
-    """As PostgreSQL writes it with that many digits behind the point."""
+    """As PostgreSQL writes it with that many digits after the point."""
     fraction = f".{moment.microsecond:06}"[: digits + 1] if digits else ""
     return moment.isoformat(sep=" ")[:19] + fraction + "+00"
 

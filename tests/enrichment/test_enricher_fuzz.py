@@ -127,7 +127,7 @@ def _assert_told(row: Row, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_bad_row_among_good_ones(name: str) -> None:
-    """Its neighbours, before and behind it, are events; it is kept whole, with its position."""
+    """Its neighbours, before and after it, are events; it is kept whole, with its position."""
     bad = insert(**{name: Decimal("9" * 5_000)})
     batch = [insert(id=1), bad, insert(id=2)]
     for ordinal, row in enumerate(batch, 1):

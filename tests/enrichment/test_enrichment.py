@@ -209,7 +209,7 @@ def test_rounding_agrees_with_postgresql(stream: Stream, sample: str) -> None:
 # -- content, in the order of the stream -------------------------------------------------------------------------
 
 
-async def test_a_change_applies_to_the_events_behind_it(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_a_change_applies_to_the_events_after_it(enricher: EngagementEnricher, stream: Stream) -> None:
     """Insert, update, delete, and a key that changes: each event has what was committed before it."""
     statements = [
         None,
@@ -252,7 +252,7 @@ async def test_truncate_leaves_no_content(enricher: EngagementEnricher, stream: 
 
 
 async def test_an_unchanged_toasted_column_is_looked_up(enricher: EngagementEnricher, stream: Stream) -> None:
-    """The update's row does not carry the long text; the event behind it has it all the same."""
+    """The update's row does not carry the long text; the event after it has it all the same."""
     stream.run("ALTER TABLE content ALTER COLUMN content_type SET STORAGE EXTERNAL")
     long = "x" * 10_000
     stream.run("INSERT INTO content VALUES (9, %s, 1)", long)

@@ -21,7 +21,7 @@ def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: s
     return (lsn, wanted, user_id is not None, event_id, 1, user_id, "play", TS, 7000, "web", "video", 300)
 
 
-def test_a_page_is_behind_the_one_before() -> None:
+def test_a_page_is_after_the_one_before() -> None:
     """Even if the WAL's end went back: a server that was failed over."""
     page = history._make_page([found(1), found(2, wanted=False), found(3)], Position(0x63, 5), "")  # noqa: SLF001  pure
     assert [(0x64, 6, 1), (0x64, 7, 3)] == [(e.commit_lsn, e.ordinal, e.id) for e in page.enriched.events]
@@ -40,8 +40,8 @@ def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None
     assert (0, 12) == (row.commit_lsn, row.ordinal)
 
 
-def test_the_next_place_is_right_behind_a_row() -> None:
-    """Also behind the largest id, where only time is left to go on."""
+def test_the_next_place_is_right_after_a_row() -> None:
+    """Also after the largest id, where only time is left to go on."""
     here = history._Place(order="event_ts", ts="2026-01-08T09:00:00+00:00", id=0, last_id=LATEST_ID)  # noqa: SLF001  pure
     after = here.after(*history._last([found(5)]))  # noqa: SLF001  pure
     assert (TS, 6) == (after.ts, after.id)
@@ -52,7 +52,7 @@ def test_the_next_place_is_right_behind_a_row() -> None:
     assert msgspec.structs.replace(by_id, id=8) == by_id.after(7, "")
 
 
-async def test_behind_the_last_id_there_is_nothing() -> None:
+async def test_after_the_last_id_there_is_nothing() -> None:
     """No query is made: the number would not fit."""
     past = EngagementHistory("host=/nonexistent", NINE, NINE.replace(hour=10))
     place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'

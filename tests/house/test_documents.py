@@ -232,7 +232,7 @@ def _code(document: Path) -> Iterator[str]:
 
 
 def _calls(code: str) -> Iterator[list[str]]:
-    """The words behind the program's name: command and options."""
+    """The words after the program's name: command and options."""
     for call in re.findall(r"(?:python -m|run --rm|^) ?replicator(?= |$)([^|#;&]*)", code):
         yield call.split()
     for call in re.findall(r"python backfill\.py([^|#;&]*)", code):

@@ -311,7 +311,7 @@ def main() -> NoReturn:
     parser.add_argument("--die", choices=PLACES, help="end here, without warning")
     parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")
     parser.add_argument("--breach", choices=BREACHES, help="break the rule like this")
-    parser.add_argument("arguments", nargs="*", help="the replicator's own, behind --")
+    parser.add_argument("arguments", nargs="*", help="the replicator's own, after --")
     args = parser.parse_args()
     if args.breach:
         BREACHES[args.breach]()

@@ -350,7 +350,7 @@ async def test_a_row_that_makes_no_event_is_kept_before_its_position_counts() ->
     assert world.log.index(("dead letter", ("s", 66))) < world.log.index(("save", 67))
 
 
-async def test_a_reconnect_begins_behind_the_checkpoint_and_repeats_nothing() -> None:
+async def test_a_reconnect_begins_after_the_checkpoint_and_repeats_nothing() -> None:
     """The stream gives the transaction again; the sink has it."""
     world = World("a")
     async with world.running():

@@ -191,7 +191,7 @@ class TestValues:
         assert stored(clickhouse) == [expected(event) for event in batch]
 
     async def test_columns_are_the_contracts(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
-        """Those of the contract, in its order; ours come behind its eleven."""
+        """Those of the contract, in its order; ours come after its eleven."""
         assert sink.name == "clickhouse"
         found = clickhouse.query(f"SELECT name, type FROM system.columns WHERE table = '{TABLE}' ORDER BY position")  # noqa: S608
         types = dict(line.replace("\\'", "'").split("\t") for line in found.splitlines())

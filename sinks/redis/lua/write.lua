@@ -20,7 +20,7 @@ local MOMENT_WIDTH = 38 -- of (event_ts, event_id); the commit's LSN follows
 local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
 local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
 
--- KEYS and ARGV behind these are the first page's, the first bucket's ...
+-- KEYS and ARGV after these are the first page's, the first bucket's ...
 local PAGE, BUCKET = 2, 2 + N_PAGES
 local COUNT = BUCKET + N_BUCKETS
 local NEWEST = COUNT + N_CONTENTS
@@ -29,14 +29,14 @@ local START, KEEP_BUCKET = 5, 5 + N_BUCKETS
 local MOMENT = KEEP_BUCKET + N_BUCKETS
 local EVENT = MOMENT + N_CONTENTS
 
-local function values(behind, others)
+local function values(after, others)
   local found = {}
   for from = 1, N_CONTENTS, SLICE do
     local to = math.min(from + SLICE - 1, N_CONTENTS)
-    for i, value in ipairs(redis.call('MGET', unpack(KEYS, behind + from, behind + to))) do
+    for i, value in ipairs(redis.call('MGET', unpack(KEYS, after + from, after + to))) do
       found[from + i - 1] = value
       if not value then
-        redis.call('STRLEN', KEYS[behind + from + i - 1]) -- MGET says nothing of a key of another type
+        redis.call('STRLEN', KEYS[after + from + i - 1]) -- MGET says nothing of a key of another type
       end
     end
   end

@@ -37,7 +37,7 @@ class FakeHistory:
         """The first page."""
         return "0", sum(map(len, self.pages))
 
-    async def read(self, place: str, behind: Position, rows: int) -> Page | None:
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
         """The page of this number."""
         self.page_rows = rows
         self.read_places.append(place)
@@ -47,9 +47,9 @@ class FakeHistory:
         if int(place) == len(self.pages):
             return None
         ids = self.pages[int(place)]
-        events = [Event(7, behind.ordinal + n, id_, 1, 0, b"{}") for n, id_ in enumerate(ids, 1)]
+        events = [Event(7, after.ordinal + n, id_, 1, 0, b"{}") for n, id_ in enumerate(ids, 1)]
         refused = list(self.refused) if place == "0" else []
-        return Page(Enriched(events, refused), Position(7, behind.ordinal + len(ids)), str(int(place) + 1))
+        return Page(Enriched(events, refused), Position(7, after.ordinal + len(ids)), str(int(place) + 1))
 
     async def close(self) -> None:
         """Nothing to release."""
@@ -128,7 +128,7 @@ async def test_an_empty_range_is_done_at_once(settings: CoreSettings) -> None:
     assert 0 == run.written.events
 
 
-async def test_the_place_is_behind_what_every_sink_has(settings: CoreSettings) -> None:
+async def test_the_place_is_after_what_every_sink_has(settings: CoreSettings) -> None:
     """One sink that can't be written to holds the place back, whatever the other has; the error comes out."""
     past, store = FakeHistory([1, 2], [3], [4]), Store()
     broken = sink_of("broken", [SinkUnusable(sink="broken", detail="no table", cure="Make it")])

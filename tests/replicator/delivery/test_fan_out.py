@@ -140,7 +140,7 @@ async def test_waiting_batches_are_written_together() -> None:
 
 
 async def test_the_position_waits_for_the_oldest_of_concurrent_writes() -> None:
-    """With writes side by side, what is done behind one that is not must not count."""
+    """With writes side by side, what is done after one that is not must not count."""
     sink = MemorySink(max_events=1, concurrency=3)
     harness = Harness(sink)
     gate = asyncio.Event()

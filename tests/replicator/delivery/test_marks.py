@@ -128,12 +128,12 @@ class World:
             assert before == before.later(mark) or mark == before.later(mark), "no part goes back"
             self.seen[lane.name] = mark
             done = {event.id for event in self.kept(lane)}
-            behind = [
+            due = [
                 event
                 for event in self.events
                 if (event.commit_lsn, event.ordinal) <= mark.position or event.commit_lsn < mark.end_lsn
             ]
-            assert done.issuperset(event.id for event in behind), f"{lane.name} lacks something before {mark}"
+            assert done.issuperset(event.id for event in due), f"{lane.name} lacks something before {mark}"
         once = self.fan_out.lanes[1]
         at = self.saved.get("once", START).position
         repeated = [event for event in self.kept(once) if (event.commit_lsn, event.ordinal) > at]

@@ -55,7 +55,7 @@ def end_lsn(source: Source) -> int:
 
 
 def test_whole_messages_are_taken() -> None:
-    """A transaction, a keepalive behind it, and one that wants an answer."""
+    """A transaction, a keepalive after it, and one that wants an answer."""
     source, connection = take(HEADER + BEGIN, HEADER + COMMIT, KEEPALIVE, KEEPALIVE[:-1] + b"\1")
     assert 0x50 == end_lsn(source)
     assert [b"r"] == [sent[:1] for sent in connection.sent]

@@ -98,13 +98,13 @@ def _user(row: Row) -> int:
     return int(user)
 
 
-async def keepalive(source: Source, behind: Lsn = 0) -> Lsn:
+async def keepalive(source: Source, after: Lsn = 0) -> Lsn:
     """Ask for keepalives until one has brought the stream past this position; where it is then."""
     async with asyncio.timeout(10):
         while True:
             source.send_feedback(ask=True)
             end_lsn = (await source.read()).mark.end_lsn
-            if end_lsn > behind:
+            if end_lsn > after:
                 return end_lsn
 
 
@@ -121,12 +121,12 @@ async def test_the_slot_moves_to_what_was_given_and_never_by_itself(source: Sour
     idle_lsn = end_lsn
     for _ in range(3):
         client.connection.execute("SELECT pg_logical_emit_message(false, 'test', 'WAL that is not ours')")
-        idle_lsn = await keepalive(source, behind=idle_lsn)
+        idle_lsn = await keepalive(source, after=idle_lsn)
     assert before == client.confirmed()
     source.send_feedback(end_lsn)
     await client.until_confirmed(end_lsn)
     client.connection.execute("SELECT pg_logical_emit_message(false, 'test', 'and more of it')")
-    await keepalive(source, behind=idle_lsn)
+    await keepalive(source, after=idle_lsn)
     assert end_lsn == client.confirmed()
 
 
