@@ -39,7 +39,7 @@ def shell(command: str, tmp_path: Path, **variables: str) -> subprocess.Complete
     [
         ("$P config show >&-", 0, ""),
         ("$P --help >&- 2>&- <&-", 0, ""),
-        ("$P rebuild-redis --from-empty <&-", 2, "It takes a terminal to ask on, or --yes."),
+        ("$P rebuild-redis --from-empty <&-", 2, "It takes a terminal to ask on, or --yes.\n"),
         ("$P sql roles | true; exit ${PIPESTATUS[0]}", 1, ""),
         ("$P config show >/dev/full", 1, "replicator: Standard output can't be written: No space left on device.\n"),
         ("$P status --json >/dev/full", 1, "replicator: Standard output can't be written: No space left on device.\n"),
