@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
-from replicator.contracts.errors import CheckpointMissing, SettingsError
+from replicator.contracts.errors import CheckpointMissing, SettingsError, SinkError, SinkUnavailable
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
@@ -86,6 +86,8 @@ class App(NamedTuple):
         except CheckpointMissing as exc:
             database = masked(self.settings.checkpoint_url.get_secret_value())
             raise CheckpointMissing(**exc.facts, database=database, elsewhere=_old_checkpoint()) from exc
+        except SinkUnavailable as exc:  # only lanes try again, and they never raise it
+            raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
         finally:
             await self.enricher.close()
             for sink in self.sinks:

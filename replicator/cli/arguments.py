@@ -115,6 +115,15 @@ def sinks_of(text: str, known: Iterable[str], name: str = "--sinks") -> list[str
     return names
 
 
+def one_sink(text: str, known: Iterable[str], name: str) -> str:
+    """The one name in an option. Raises SettingsError for several, none, and one that is not known."""
+    known = list(known)
+    if text not in known:
+        expected = f"one of {', '.join(known)}"
+        raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
+    return text
+
+
 def iso(when: datetime) -> str:
     """As it can be typed."""
     return when.isoformat().replace("+00:00", "Z")

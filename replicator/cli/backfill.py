@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ import typer
 from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
 from replicator.cli.stream import stop_on_signals
-from replicator.contracts.errors import SinkError, SinkUnavailable, SourceError, SourceUnavailable, command
+from replicator.contracts.errors import SinkUnavailable, SourceError, SourceUnavailable, command
 
 if TYPE_CHECKING:
     from enrichment import EngagementHistory, EngagementLedger
@@ -84,7 +85,7 @@ async def backfill(
         batch_size=batch_size,
         rate=rate,
         resume=resume,
-        again=command(f"backfill {when} --sinks {sinks}{options} --resume"),
+        again=command(f"backfill {when} --sinks {shlex.quote(sinks)}{options} --resume"),
         as_json=as_json,
     )
     async with once(app, run.history):
@@ -116,8 +117,6 @@ async def once(app: App, history: EngagementHistory | EngagementLedger) -> Async
             yield
     except SourceUnavailable as exc:
         raise SourceError(f"reading from PostgreSQL failed: {exc.detail}") from exc
-    except SinkUnavailable as exc:
-        raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
     finally:
         await history.close()
 

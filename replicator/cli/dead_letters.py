@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import Json, Yes, confirmed, iso, letter_id, load_app, sinks_of
+from replicator.cli.arguments import Json, Yes, confirmed, iso, letter_id, load_app, one_sink
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -41,7 +41,7 @@ class _Chosen:
 
         self.app = load_app()
         self.found: set[int | None] = set()
-        self._sink = sink and sinks_of(sink, known_sinks(), name="--sink")[0]
+        self._sink = sink if sink is None else one_sink(sink, known_sinks(), "--sink")
         self._stage = stage
         self._ids = ids or []
 

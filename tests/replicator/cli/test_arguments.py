@@ -76,6 +76,11 @@ def test_the_last_span_ends_now(text: str, seconds: int) -> None:
         (["dead-letters", "list", "--id", "9" * 30], "is not a whole number from 1 to 9223372036854775807."),
         (["dead-letters", "list", "--id", "x"], "--id is unusable: 'x' is not a whole number"),
         (
+            ["dead-letters", "drop", "--yes", "--sink", ""],  # of an empty variable: else it would mean all
+            "--sink is unusable: '' is not the name of a sink. It takes one of clickhouse, redis, http",
+        ),
+        (["dead-letters", "list", "--sink", "redis,http"], "--sink is unusable: 'redis,http' is not the name of a si"),
+        (
             ["dead-letters", "list", "--sink", "bogus"],
             "--sink is unusable: 'bogus' is not the name of a sink. It takes",
         ),

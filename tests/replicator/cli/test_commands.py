@@ -95,6 +95,15 @@ def test_a_server_that_can_not_be_had(environment: Environment, wrong: dict[str,
         assert "hunter2" not in said
 
 
+def test_a_sink_that_is_away(environment: Environment) -> None:
+    """A command asks once: it does not say that it goes on trying."""
+    environment |= {"REPLICATOR_SINKS": "clickhouse", "REPLICATOR_CLICKHOUSE_URL": "http://127.0.0.1:1/engagement"}
+    code, said = environment.run("init")
+    assert 1 == code
+    assert "replicator: Sink clickhouse failed: no answer from http://127.0.0.1:1" in said
+    assert "retried" not in said
+
+
 def test_a_slot_that_is_read_is_not_dropped(environment: Environment, tmp_path: Path) -> None:
     """It says who reads it and what to do; afterwards it goes, and is then not there."""
     log = tmp_path / "log"
