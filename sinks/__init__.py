@@ -30,6 +30,7 @@ BUILT_IN = {
 
 
 COMPLETE = "sinks that are installed completely"
+WHOLE = "sinks that keep the contract"
 
 
 @cache
@@ -60,7 +61,18 @@ def settings_classes() -> list[type[Settings]]:
 def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
     """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
     classes = [sink_class(name) for name in dict.fromkeys(names)]
-    return [found(load(found.settings_class), contract) for found in classes]
+    return [_create(found, load(found.settings_class), contract) for found in classes]
+
+
+def _create(found: type[Sink], settings: Settings, contract: Contract) -> Sink:
+    try:
+        sink = found(settings, contract)
+    except Exception as exc:  # its own words may hold a secret
+        raise _unusable(f"sink {found.name!r} can't be made ({type(exc).__name__})", WHOLE) from exc
+    most = getattr(sink, "max_events", None)
+    if not isinstance(most, int) or most < 1:
+        raise _unusable(f"sink {found.name!r} has {most} as its max_events", WHOLE)
+    return sink
 
 
 def sink_class(name: str) -> type[Sink]:
@@ -75,7 +87,7 @@ def sink_class(name: str) -> type[Sink]:
         raise _unusable(f"sink {name!r} can't be loaded: {type(exc).__name__}: {exc}", COMPLETE) from exc
     if _is_sink(found, name):
         return found
-    raise _unusable(f"{entry.value} is not a Sink named {name!r}", "sinks that keep the contract")
+    raise _unusable(f"{entry.value} is not a Sink named {name!r}", WHOLE)
 
 
 def _is_sink(found: object, name: str) -> TypeGuard[type[Sink]]:

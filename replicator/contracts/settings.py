@@ -100,6 +100,9 @@ def load(settings_class: type[T], **known: Any) -> T:
         expected = fields[field_name].description or "another value"
         problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise SettingsError(name=variable(field_name), problem=problem, expected=expected) from None
+    except Exception as exc:  # of another package's sink; its own words may hold a secret
+        problem = f"their validation failed ({type(exc).__name__})"
+        raise SettingsError(name=settings_class.__name__, problem=problem, expected="a corrected package") from exc
 
 
 def state_directory() -> Path:

@@ -18,6 +18,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.contracts.stream import Enricher
+from replicator.operations.status import in_danger
 from replicator.source import slot as slots
 from replicator.source.connection import translated
 from replicator.source.stream import Source
@@ -112,9 +113,9 @@ async def _beginning(
     try:
         with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot, enricher.tables)) as source:
             found = await Beginning(source, store, settings.slot, sinks).look()
+        found.verify()
         at = f"at {format_lsn(found.stored.end_lsn)}" if found.stored else "empty: the first start begins at the slot"
         yield Finding(True, f"checkpoint database: {at}")
-        found.verify()
     except SourceUnavailable as exc:
         yield Finding(False, f"replication connection: {exc.detail}", "Allow it in pg_hba.conf (database too)")
     except (CheckpointError, SourceError) as exc:
@@ -126,5 +127,8 @@ async def _beginning(
 def _slot(name: str, state: slots.SlotState | None) -> Finding:
     if state is None:
         return Finding(True, f"replication slot {name}: not there yet", f"{command('init')} makes it")
+    if danger := in_danger(state):
+        cure = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
+        return Finding(False, f"replication slot {name}: {danger}", cure)
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
     return Finding(True, f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind")

@@ -27,6 +27,9 @@ from replicator.source.slot import SlotState
 ADMIN_TIMEOUT_SECONDS = 2.0
 """The replicator is on this machine or not there."""
 
+STALL_SECONDS = 60.0
+"""The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
+
 T = TypeVar("T")
 
 
@@ -176,8 +179,10 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         but, cure = (", but its checkpoint does", "init --accept-gap") if stored else ("", "init")
         trouble = f"replication slot {name} does not exist{but}; {command(cure)} makes it"
     slot = of_slot(name, state, trouble)
-    unread = f"no process reads replication slot {name}" if live is None and state and not state.active_pid else ""
-    reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, store_trouble, unread]
+    reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, store_trouble]
+    if state:
+        reasons += [_unread(name, state, live), "" if store_trouble else _unfit(name, state, stored, live)]
+    reasons += [_left_out(sink) for sink in sinks if live and live.sinks and sink not in live.sinks]
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
         reasons=reasons,
@@ -187,6 +192,28 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )
+
+
+def _unread(name: str, state: SlotState, live: Status | None) -> str:
+    return "" if live or state.active_pid else f"no process reads replication slot {name}"
+
+
+def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status | None) -> str:
+    """That the checkpoint is not, or no longer, the one of the process that reads the slot."""
+    if not state.active_pid:
+        return ""
+    if stored is None:
+        problem = "has nothing of it: REPLICATOR_CHECKPOINT_URL is not the reader's"
+        return f"process {state.active_pid} reads replication slot {name}, but the checkpoint database {problem}"
+    seconds = _ago(stored.updated_at)
+    waiting = _lag_bytes(stored.end_lsn, state)
+    if live or not waiting or seconds < STALL_SECONDS:  # a replicator that can be asked knows better
+        return ""
+    return f"the checkpoint was saved {seconds:.0f} s ago, while {waiting} bytes wait"
+
+
+def _left_out(sink: str) -> str:
+    return f"the running replicator does not write to sink {sink}: REPLICATOR_SINKS is not the same there"
 
 
 async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:

@@ -17,6 +17,7 @@ from replicator.contracts.events import Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
+from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -25,8 +26,6 @@ LOOK_SECONDS = 5.0
 """One cheap query; a third of Prometheus's usual scrape interval."""
 LOOK_AGAIN_SECONDS = 1.0
 """While there is nothing to see: a slot that was just made, a server that comes up."""
-STALL_SECONDS = 60.0
-"""The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 TROUBLE_SECONDS = 10.0
 """A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
 

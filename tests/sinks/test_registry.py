@@ -15,12 +15,26 @@ from tests.support.plugin import install
 Install = Callable[..., None]
 
 BROKEN_SINKS = """
+from typing import Annotated
+from pydantic import AfterValidator
+from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 class NoWrite(Sink):
     name = "broken"
 class OddSettings(Sink):
     name, settings_class = "broken", dict
     async def write(self, events): return []
+class Working(Sink):
+    async def write(self, events): return []
+class NoMost(Working):
+    name = "broken"
+class NoStart(Working):
+    name, max_events = "broken", 1
+    def __init__(self, settings, contract): raise RuntimeError("hunter2")
+class Divides(Settings):
+    broken_x: Annotated[int, AfterValidator(lambda x: 1 // x)] = 0
+class NoSettings(Working):
+    name, max_events, settings_class = "broken", 1, Divides
 """
 
 
@@ -75,6 +89,9 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
         ("sinks.testing:SinkConformance", "is not a Sink named 'broken'"),
         ("broken_sinks:NoWrite", "is not a Sink named 'broken'"),
         ("broken_sinks:OddSettings", "is not a Sink named 'broken'"),
+        ("broken_sinks:NoMost", "sink 'broken' has None as its max_events"),
+        ("broken_sinks:NoStart", r"sink 'broken' can't be made \(RuntimeError\)"),
+        ("broken_sinks:NoSettings", r"Divides is unusable: their validation failed \(ZeroDivisionError\)"),
         ("replicator.contracts.sink:Sink", "is not a Sink named 'broken'"),
         ("replicator_lines:Missing", "can't be loaded: .*Missing"),
         ("replicator_lines:LinesSettings", "is not a Sink named 'broken'"),
@@ -91,5 +108,5 @@ def test_a_broken_sink_is_named_and_hinders_no_other(
     with pytest.raises(SettingsError, match=problem):
         create_sinks(["broken"], EVENT)
     assert "RedisSettings" in [settings.__name__ for settings in settings_classes()]
-    assert "broken" in caplog.text
+    assert ("broken" in caplog.text) == ("can't be loaded" in problem or "is not a Sink" in problem)
     assert ["redis"] == [sink.name for sink in create_sinks(["redis"], EVENT)]

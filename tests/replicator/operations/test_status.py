@@ -28,9 +28,13 @@ from replicator.operations.status import (
     of_slot,
 )
 from replicator.source import slot as slots
-from tests.support.fakes import AT_200, CHECKPOINT, STATE
+from tests.support.fakes import AT_200, STATE
+from tests.support.fakes import CHECKPOINT as STORED
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "status.md"
+
+CHECKPOINT = structs.replace(STORED, updated_at=time.time() + 600)
+"""Saved just now, however long these tests take."""
 
 READ = structs.replace(STATE, active_pid=4711)
 """A slot that a process reads."""
@@ -169,12 +173,34 @@ async def test_another_program_is_not_taken_for_the_replicator(collect: Collect,
 
 
 async def test_a_replicator_that_can_not_be_asked_is_not_called_down(collect: Collect) -> None:
-    """Without an address the slot tells: a process reads it, or none does."""
+    """Without an address slot and checkpoint tell: a process reads and saves, or none does."""
     found = await collect(READ, FakeStore(CHECKPOINT))
     assert found.ready
     assert status.as_text(found).startswith("replicator   not asked: REPLICATOR_ADMIN_LISTEN is off\n")
     found = await collect(STATE, FakeStore(CHECKPOINT))
     assert (False, ["no process reads replication slot s"]) == (found.ready, found.reasons)
+    stale = structs.replace(CHECKPOINT, updated_at=time.time() - 61)
+    found = await collect(READ, FakeStore(stale))
+    assert ["the checkpoint was saved 61 s ago, while 800 bytes wait"] == found.reasons
+    assert (await collect(structs.replace(READ, server_lsn=200), FakeStore(stale))).ready  # idle
+
+
+async def test_another_checkpoint_database_is_not_ready(collect: Collect) -> None:
+    """It has no checkpoint of a slot that is being read: its dead letters are not those of the reader either."""
+    server = await answering(msgspec.json.encode(live()))
+    for address in ("", f"{server.host}:{server.port}"):
+        [reason] = (await collect(READ, FakeStore(), address)).reasons
+        assert "process 4711 reads replication slot s, but the checkpoint database has nothing of it" in reason
+    assert (await collect(READ, FakeStore(CHECKPOINT), address)).ready
+    await server.close()
+
+
+async def test_a_sink_that_the_replicator_does_not_have(collect: Collect) -> None:
+    """It gets nothing."""
+    server = await answering(msgspec.json.encode(structs.replace(live(), sinks={"http": SinkStatus()})))
+    [reason] = (await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")).reasons
+    assert "the running replicator does not write to sink redis" in reason
+    await server.close()
 
 
 @pytest.mark.parametrize("wal_status", ["unreserved", "lost"])

@@ -14,7 +14,8 @@ from replicator.contracts.errors import SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations.watchdog import STALL_SECONDS, TROUBLE_SECONDS, Watchdog
+from replicator.operations.status import STALL_SECONDS
+from replicator.operations.watchdog import TROUBLE_SECONDS, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
