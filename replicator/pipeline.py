@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 from msgspec import structs
 
-from replicator.contracts.errors import CheckpointBackward, Overtaken, SourceUnavailable, command
+from replicator.contracts.errors import CheckpointBackward, CheckpointUnavailable, Overtaken, SourceUnavailable, command
 from replicator.contracts.events import Checkpoint, Lsn, Row, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
@@ -24,6 +24,9 @@ from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import RETRYABLE, Trouble, retry
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
+
+LAST_SAVE_SECONDS = 8.0
+"""For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +117,11 @@ class Pipeline:
             self.source.close()
 
     async def _finish(self) -> None:
-        await self._commit_unless_overtaken()
+        try:
+            async with asyncio.timeout(LAST_SAVE_SECONDS):
+                await self._commit_unless_overtaken()
+        except TimeoutError as exc:  # saved after all or not, it is not confirmed
+            raise CheckpointUnavailable(detail=f"no answer for {LAST_SAVE_SECONDS:.0f} s") from exc
         await self.source.finish()
         if self.checkpoint is not None:
             confirmed = format_lsn(self.source.confirmed)

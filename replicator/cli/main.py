@@ -14,6 +14,8 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -154,10 +156,30 @@ def _give_up_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Threads(ThreadPoolExecutor):
+    """A daemon thread for each call: asyncio's own are joined at the end, however long a database stays silent."""
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """Begin the call."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                future.set_result(call(*args, **options))
+            except BaseException as exc:  # noqa: BLE001  whoever waits for it gets it
+                future.set_exception(exc)
+
+        Thread(target=work, daemon=True).start()
+        return future
+
+
 def _run(arguments: Sequence[str]) -> int:
     result = typer.main.get_command(app).main(list(arguments), prog_name="replicator", standalone_mode=False)
     if isinstance(result, Coroutine):  # a command that works on the event loop
-        result = asyncio.run(result)
+        with asyncio.Runner() as runner:
+            runner.get_loop().set_default_executor(_Threads())
+            result = runner.run(result)
     sys.stdout.flush()
     return int(result or 0)
 

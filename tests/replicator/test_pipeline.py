@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 from msgspec import structs
 
+from replicator import pipeline as pipelines
 from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
@@ -457,3 +459,25 @@ async def test_a_lane_that_awaits_a_checkpoint_does_not_wait_for_the_interval(mo
             world.commit(commit_lsn)
         await world.until(lambda: 9 == len(world.told("write a")))
     assert 4 <= len(world.told("save"))
+
+
+async def test_a_last_save_that_gets_no_answer_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program ends with the reason, and confirms nothing of it."""
+    monkeypatch.setattr(pipelines, "LAST_SAVE_SECONDS", 0.2)
+    world, answer, asked = World("one"), threading.Event(), threading.Event()
+
+    def save(_: Checkpoint) -> None:
+        asked.set()
+        answer.wait()
+
+    async with asyncio.timeout(10):
+        running = asyncio.create_task(world.pipeline.run())
+        await world.until(lambda: bool(world.starts))
+        monkeypatch.setattr(FakeStore, "save", lambda _, checkpoint: save(checkpoint))
+        world.commit(10)
+        await asyncio.to_thread(asked.wait)
+        world.pipeline.stop()
+        with pytest.raises(CheckpointUnavailable, match=r"no answer for 0 s"):
+            await running
+        answer.set()
+    assert {START} >= {*world.told("confirm")}

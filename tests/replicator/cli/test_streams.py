@@ -34,6 +34,35 @@ def shell(command: str, tmp_path: Path, **variables: str) -> subprocess.Complete
     )
 
 
+HANGS = """
+import asyncio, sys, threading
+from replicator.cli import main, stream
+
+async def run():
+    stopping = asyncio.Event()
+    stream.stop_on_signals(stopping.set)
+    call = asyncio.create_task(asyncio.to_thread(threading.Event().wait))
+    print("runs", flush=True)
+    await stopping.wait()
+    return 1
+
+stream.run = run
+sys.exit(main.main([]))
+"""
+
+
+def test_a_call_that_never_returns_does_not_hold_up_the_end() -> None:
+    """A silent database keeps a thread for ever; the program ends all the same, with its exit code."""
+    with subprocess.Popen([sys.executable, "-c", HANGS], cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout
+            assert "runs\n" == program.stdout.readline()
+            program.terminate()
+            assert 1 == program.wait(10)
+        finally:
+            program.kill()
+
+
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
