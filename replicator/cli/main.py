@@ -26,7 +26,7 @@ from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsErro
 
 EPILOG = """\b
 first time:  replicator config check  are the settings usable?
-             replicator init          makes table, checkpoint database and slot
+             replicator init          makes table, checkpoint and slot
              replicator check         is something missing? with the cure
              replicator               runs until SIGTERM or Ctrl-C
 in trouble:  replicator status        where slot, checkpoint and sinks are

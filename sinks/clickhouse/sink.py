@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Sequence
 from functools import partial
 from itertools import filterfalse
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
@@ -125,6 +126,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
     async def check(self) -> list[Finding]:
         """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
         findings = []
+        if self._has_no_directory():  # opening it would make it
+            cure = f"Run {command('init')}, which makes it, or correct REPLICATOR_CLICKHOUSE_URL"
+            return [Finding(False, f"ClickHouse: there is no directory of {self._server}", cure)]
         try:
             [[version]] = await self._client.query("SELECT version()")
             findings.append(Finding(True, f"ClickHouse {version} at {self._server}"))
@@ -136,6 +140,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
             return [Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
         return [*findings, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
+
+    def _has_no_directory(self) -> bool:
+        scheme, _, directory = self._server.partition("://")
+        return scheme == "chdb" and not Path(directory).is_dir()
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""

@@ -662,6 +662,13 @@ class TestEmbedded:
         found = subprocess.run([*run, READ, str(tmp_path / "data")], check=True, capture_output=True, text=True)
         assert found.stdout.strip() == rows
 
+    async def test_a_check_makes_no_directory(self, tmp_path: Path) -> None:
+        """The engine would make it, and then lack only the table."""
+        async with sink_for(f"chdb://{tmp_path}/typo/my-db") as sink:
+            [found] = await sink.check()
+        assert (False, f"ClickHouse: there is no directory of chdb://{tmp_path}/typo") == (found.ok, found.what)
+        assert not (tmp_path / "typo").exists()
+
     async def test_a_directory_that_cannot_be(self, tmp_path: Path) -> None:
         """Named, with the cure; no thread is left over from each try."""
         (tmp_path / "file").touch()
