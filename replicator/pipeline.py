@@ -51,7 +51,9 @@ class Pipeline:
         """Read from the slot."""
         self.dead_letters = 0
         """Rows that no event could be made of."""
-        self._offers: list[Checkpoint] = []  # may be on disk instead: a save fails, too, when only its answer is lost
+        # Checkpoints whose save failed. One may be on disk: perhaps only the answer was lost. There is one for each
+        # failed try, and tries are up to `retry_max_seconds` apart: a day makes some thousands, a few MB.
+        self._offers: list[Checkpoint] = []
         self._settings = settings
         self._sinks = sinks
         self._store = store
@@ -67,14 +69,14 @@ class Pipeline:
         """
         if self.checkpoint is None:
             return
-        # 1. Sinks: what each of them holds, durably; the slowest one counts. All of them may be ahead of the stream
-        #    where the one that held it up was taken out.
-        written = {lane.name: lane.done for lane in self.fan_out.lanes}
-        end_lsn = min(self.source.received, *(done.end_lsn for done in written.values()))
+        # 1. Sinks: what each of them holds, durably; the slowest one counts. If the slowest sink was removed from the
+        #    settings, every other sink may be ahead of `received`.
+        written = {lane.name: lane.reached for lane in self.fan_out.lanes}
+        end_lsn = min(self.source.received, *(reached.end_lsn for reached in written.values()))
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
-            known = max(self.checkpoint.committed_at, self.fan_out.committed_at)
-            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=known)
+            committed_at = max(self.checkpoint.committed_at, self.fan_out.committed_at)
+            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=committed_at)
             self._offers.append(checkpoint)
             await asyncio.to_thread(self._store.save, checkpoint)
             self._saved(checkpoint)
@@ -105,7 +107,7 @@ class Pipeline:
         self.fan_out.stop()
 
     async def run(self) -> None:
-        """Replicate until `stop`. Raises what a retry can't help, after saving what is written."""
+        """Replicate until `stop`. Raises errors that are not retried, after saving what is written."""
         try:
             failure = await self.fan_out.run(self._read_forever(), self._commit_forever(), self._feedback_forever())
             try:

@@ -58,9 +58,7 @@ TEXT = Type(
 )  # fmt: skip
 TIMESTAMPTZ = Type(
     "a timestamp with time zone, in UTC", str, "timestamptz", "DateTime64(6, 'UTC')",
-    # Microseconds since 1970. PostgreSQL 13's `extract` gives a float, too short for all of them at once.
-    "(extract(epoch FROM date_trunc('second', {0}))::bigint * 1000000"
-    " + mod(extract(microseconds FROM {0})::bigint, 1000000))",
+    "(extract(epoch FROM {0}) * 1000000)::bigint",
     "toString(toUnixTimestamp64Micro({0}))",
 )  # fmt: skip
 

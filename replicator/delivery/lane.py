@@ -74,7 +74,10 @@ class LaneStats:
 
 
 class RepeatBudget:
-    """Keeps what a crash would make a sink see again, events past its position in the checkpoint on disk, in bounds."""
+    """Limits how many events a crash makes a sink see again.
+
+    Those are the ones written after its position in the saved checkpoint.
+    """
 
     def __init__(self, limit: int | None, most_at_once: int) -> None:
         self._allowed = None if limit is None else limit - most_at_once
@@ -121,7 +124,7 @@ class Lane:
         self._stopping = asyncio.Event()
 
     @property
-    def done(self) -> SinkPosition:
+    def reached(self) -> SinkPosition:
         """How far the sink is, as the checkpoint keeps it."""
         return SinkPosition(position=self.mark.position, end_lsn=self.mark.end_lsn)
 
@@ -156,14 +159,18 @@ class Lane:
             self._changed.set()
             return
         self._shared.release(batch)
-        if not self.queue.events:  # nothing to write: the mark moves with what is in flight, or at once
+        # Nothing to write: the mark moves with what is queued (`queue.put` has done that), in flight, or at once.
+        if not self.queue.events:
             if self._in_flight:
                 self._in_flight[-1].mark = self.queue.end
             else:
                 self._move(self.queue.end)
 
     async def run(self) -> None:
-        """Write until stopped. Raises what the sink raises, except what is retried."""
+        """Write until stopped. Raises what the sink raises, except what is retried.
+
+        A write's error comes in the ExceptionGroup of a TaskGroup, which `FanOut.run` takes off.
+        """
         with suppress(Stopped):
             await self._retry(lambda: self.sink.open(self._start, self._shared.mode))
             async with asyncio.TaskGroup() as writes:

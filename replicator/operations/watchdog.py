@@ -82,7 +82,7 @@ class Watchdog:
 
     def _sink(self, lane: Lane) -> statuses.SinkStatus:
         return structs.replace(
-            statuses.of_sink(lane.done, self.slot, round(self.lag_seconds(lane), 3)),
+            statuses.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=lane.trouble.message,
             events=lane.stats.events,
             writes=lane.stats.writes,

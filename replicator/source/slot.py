@@ -88,8 +88,8 @@ async def look(dsn: str, slot: str, who: str) -> SlotState | None:
 def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:
     """Raise unless reading from the slot gives everything after the checkpoint.
 
-    Without a checkpoint any healthy slot is right: it begins where the slot was last confirmed, which can repeat
-    events but lose none.
+    Without a checkpoint any healthy slot that was made for these sinks is right: it begins where the slot was last
+    confirmed, which can repeat events but lose none. `Found.was_read` says when that is in doubt.
     """
     since = _when(checkpoint)
     if checkpoint is not None and (problem := _elsewhere(identity, checkpoint)):

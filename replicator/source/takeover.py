@@ -47,7 +47,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: Checkpoint | None
     """The same with the configured sinks only: one that is left out holds nothing up."""
     was_read: bool
-    """There is no checkpoint, but events were read from the slot."""
+    """There is no checkpoint, but events were read from the slot: perhaps for a checkpoint in another database, which
+    knows what the sinks lack. Here the confirmed position does not prove that these sinks have what is before it."""
 
     def verify(self) -> None:
         """Raise SourceError or CheckpointMissing unless everything after the checkpoint comes through the slot."""
@@ -59,6 +60,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
         """Whether there is a gap to accept. Raises SlotInUse: a running replicator's checkpoint is not replaced."""
         try:
             self.verify()
+        # A lost slot is not among them: nothing can be read from it, so it has to be dropped first.
         except (SlotMissing, StreamGap, CheckpointMissing) as exc:
             if self.state is not None and self.state.active_pid is not None:
                 raise SlotInUse(slot=self.slot, pid=self.state.active_pid) from exc
@@ -114,7 +116,7 @@ class Beginning:
         """
         found = await self.look()
         gap = accept_gap and found.is_gap()
-        if gap:
+        if gap:  # as on the first start; what makes a slot unusable with no checkpoint is still an error
             found = structs.replace(found, checkpoint=None, was_read=False)
         found.verify()
         if found.checkpoint is not None:

@@ -281,7 +281,7 @@ async def test_a_sink_that_can_not_go_on_ends_the_program_after_the_others_are_s
     world = World("broken", "good")
 
     async def breaks(_: Sequence[Event]) -> None:
-        await world.until(lambda: world.pipeline.fan_out.lanes[1].done == at(10))
+        await world.until(lambda: world.pipeline.fan_out.lanes[1].reached == at(10))
         raise SinkUnusable(sink="broken", detail="no table", cure="init")
 
     world.sinks[0].steps = [breaks]

@@ -122,7 +122,7 @@ async def test_a_batch_is_written_in_pieces_and_the_end_counts_with_the_last() -
     async with harness.running():
         harness.put(10, 5)
         await third.wait()
-        assert harness.lane.done == SinkPosition(position=Position(10, 4), end_lsn=5)
+        assert harness.lane.reached == SinkPosition(position=Position(10, 4), end_lsn=5)
         gate.set()
         await harness.until(15)
     assert sink.writes == [[1001, 1002], [1003, 1004], [1005]]
@@ -150,7 +150,7 @@ async def test_the_position_waits_for_the_oldest_of_concurrent_writes() -> None:
         for lsn in (10, 20, 30):
             harness.put(lsn, 1)
         await sink.until_written(2)
-        assert harness.lane.done == START
+        assert harness.lane.reached == START
         gate.set()
         await harness.until(35)
     assert sink.writes == [[2001], [3001], [1001]]
@@ -176,14 +176,14 @@ async def test_a_reconnect_repeats_nothing_and_never_moves_back() -> None:
             harness.put(lsn, 1)
         await harness.until(35)
     assert sink.taken == [1001, 2001, 3001]
-    assert harness.lane.done == SinkPosition(position=Position(30, 1), end_lsn=35)
+    assert harness.lane.reached == SinkPosition(position=Position(30, 1), end_lsn=35)
 
 
 async def test_an_empty_batch_moves_an_idle_lane_at_once() -> None:
     """Transactions without our tables move the position, without a write."""
     harness = Harness(MemorySink())
     harness.put(10, 0, end_lsn=77)
-    assert harness.lane.done.end_lsn == 77
+    assert harness.lane.reached.end_lsn == 77
 
 
 async def test_an_empty_batch_waits_for_what_is_before_it() -> None:
@@ -192,7 +192,7 @@ async def test_an_empty_batch_waits_for_what_is_before_it() -> None:
     harness.put(10, 1)
     for end in range(20, 1000):
         harness.put(10, 0, end_lsn=end)
-    assert harness.lane.done == START
+    assert harness.lane.reached == START
     assert len(harness.lane.queue._entries) == 1  # noqa: SLF001  the bound is not visible from outside
     async with harness.running():
         await harness.until(999)
@@ -365,7 +365,7 @@ async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
     harness = Harness(sink)
 
     async def refuses(events: Sequence[Event]) -> Sequence[Refusal]:
-        assert harness.lane.done == START
+        assert harness.lane.reached == START
         return [Refusal(events[1], "no")]
 
     sink.steps = [refuses]
@@ -388,7 +388,7 @@ async def test_an_error_nobody_names_ends_the_lane() -> None:
     sink.steps = [breaks]
     harness.put(10, 1)
     assert isinstance(await harness.fan_out.run(), SinkUnusable)
-    assert harness.lane.done == START
+    assert harness.lane.reached == START
 
 
 async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> None:
@@ -411,7 +411,7 @@ async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> Non
         harness.put(20, 1)
         await begun.wait()
     assert sink.writes == [[1001]]
-    assert harness.lane.done == SinkPosition(position=Position(10, 1), end_lsn=15)
+    assert harness.lane.reached == SinkPosition(position=Position(10, 1), end_lsn=15)
 
 
 async def test_a_retry_that_is_stopped_holds_back_what_was_written_after_it() -> None:
@@ -428,7 +428,7 @@ async def test_a_retry_that_is_stopped_holds_back_what_was_written_after_it() ->
         harness.put(20, 1)
         harness.fan_out.put([], Mark(Position(30, 0), 35))
         await sink.until_written(1)
-    assert ([[2001]], START) == (sink.writes, harness.lane.done)
+    assert ([[2001]], START) == (sink.writes, harness.lane.reached)
 
 
 def test_a_stop_is_judged_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ async def test_no_more_is_written_past_the_checkpoint_than_may_be_repeated() -> 
         await harness.until_row(6)
         assert sink.writes[2:] == [[1005, 1006]]
         assert harness.lane.awaiting_checkpoint
-        harness.lane.saved(harness.lane.done.position)
+        harness.lane.saved(harness.lane.reached.position)
         await harness.until(15)
     assert sink.writes[3:] == [[1007, 1008], [1009]]
 
@@ -580,7 +580,7 @@ async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCapt
     async with harness.running():
         await asyncio.to_thread(full.wait, 10)
         await asyncio.sleep(0.01)
-        assert START == harness.lane.done
+        assert START == harness.lane.reached
         assert harness.lane.trouble.needs_operator
         assert "would pass the limit of 1" in harness.lane.trouble.message
         room.set()

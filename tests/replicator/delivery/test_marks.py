@@ -113,7 +113,7 @@ class World:
             await self.fan_out.progress()
             self.check()
             if self.chance.random() < 0.5 or any(lane.awaiting_checkpoint for lane in self.fan_out.lanes):
-                saved = {lane.name: lane.done for lane in self.fan_out.lanes}
+                saved = {lane.name: lane.reached for lane in self.fan_out.lanes}
                 await asyncio.sleep(0.001)
                 self.saved = saved
                 self.fan_out.saved(saved)
