@@ -26,13 +26,17 @@ from replicator.cli.stream import stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, SourceError, SourceUnavailable, command
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from enrichment import EngagementHistory, EngagementLedger
     from replicator.cli.app import App
+    from replicator.contracts.settings import CoreSettings
     from replicator.delivery.backfill import Backfill, BackfillProgress
     from replicator.delivery.lane import Lane
 
 DEFAULT_SINKS = "clickhouse,redis"  # the HTTP API belongs to others, who see a repeated event
-PROGRESS_SECONDS = 10.0  # a log that can be read
+BAR_SECONDS = 0.5  # a bar that moves
+LINE_SECONDS = 10.0  # a log that can be read
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -143,11 +147,13 @@ async def deliver(run: Run) -> int:
     stop_on_signals(work.stop)
     before, started = work.written, time.monotonic()
     done = False
-    showing = asyncio.create_task(_show_progress(work))
+    showing = asyncio.create_task(_show_progress(work, run.app.settings))
     try:
         done = await work.run()
     finally:
         showing.cancel()
+        with suppress(asyncio.CancelledError):
+            await showing
         summary = _summary(work, before, time.monotonic() - started)
         if run.as_json:
             print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
@@ -177,11 +183,39 @@ async def _begin(run: Run) -> BackfillProgress:
 # -- what is shown -----------------------------------------------------------------------------------------------
 
 
-async def _show_progress(work: Backfill) -> None:
+async def _show_progress(work: Backfill, settings: CoreSettings) -> None:
+    """A bar on a terminal, a line now and then elsewhere."""
     first, started = work.written, time.monotonic()
+    if sys.stderr.isatty():
+        await _show_bar(work, settings)
     while True:
-        await asyncio.sleep(PROGRESS_SECONDS)
+        await asyncio.sleep(LINE_SECONDS)
         print(progress(first, work.written, time.monotonic() - started), file=sys.stderr, flush=True)
+
+
+async def _show_bar(work: Backfill, settings: CoreSettings) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from replicator.operations.logs import configure_logging
+
+    first, started = work.written, time.monotonic()
+    rate = TextColumn("{task.fields[rate]:,.0f}/s")
+    columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        configure_logging(settings.log_level, settings.log_format)  # its lines go above the bar
+        task = bar.add_task("", total=first.total, completed=first.events, rate=0.0)
+        try:
+            while True:
+                await asyncio.sleep(BAR_SECONDS)
+                _move_bar(bar, task, work, first, started)
+        finally:
+            _move_bar(bar, task, work, first, started)
+
+
+def _move_bar(bar: Progress, task: TaskID, work: Backfill, first: BackfillProgress, started: float) -> None:
+    events = work.written.events
+    bar.update(task, completed=events, rate=(events - first.events) / (time.monotonic() - started))
 
 
 def progress(first: BackfillProgress, now: BackfillProgress, seconds: float) -> str:
@@ -219,7 +253,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         refused = f", {sink['dead_letters']} dead letters" if sink["dead_letters"] else ""
         yield f"{name:<11} {sink['written']} written{known}{refused}"
     if summary["rows_refused"]:
-        yield f"enrichment  {summary['rows_refused']} dead letters: no event can be made of the row"
+        yield f"rows        {summary['rows_refused']} dead letters: no event can be made of them"
 
 
 # -- dry run -----------------------------------------------------------------------------------------------------
