@@ -47,6 +47,8 @@ class Pipeline:
         """What is on disk; None until the slot is taken for the first time, and once another replicator has it."""
         self.trouble = Trouble(message="starting")
         """Why nothing is read."""
+        self.saving = Trouble()
+        """Why no checkpoint is saved."""
         self.rows = 0
         """Read from the slot."""
         self.dead_letters = 0
@@ -130,10 +132,9 @@ class Pipeline:
             log.info("stopped; everything up to %s is written and confirmed", confirmed)
 
     async def _commit_forever(self) -> None:
-        trouble = Trouble()
         while True:
             await self.fan_out.progress()
-            await retry(self._commit_unless_overtaken, trouble, self._settings.retry_max_seconds)
+            await retry(self._commit_unless_overtaken, self.saving, self._settings.retry_max_seconds)
             await self.fan_out.checkpoint_wanted(self._settings.checkpoint_interval_seconds)
 
     async def _feedback_forever(self) -> None:

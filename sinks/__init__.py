@@ -72,6 +72,9 @@ def _create(found: type[Sink], settings: Settings, contract: Contract) -> Sink:
     most = getattr(sink, "max_events", None)
     if not isinstance(most, int) or most < 1:
         raise _unusable(f"sink {found.name!r} has {most} as its max_events", WHOLE)
+    if sink.concurrency < 1 or (sink.max_repeats is not None and sink.max_repeats < most):  # it would never write
+        problem = f"sink {found.name!r} has concurrency {sink.concurrency} and max_repeats {sink.max_repeats}"
+        raise _unusable(problem, f"{WHOLE}: at least 1, and at least max_events or None")
     return sink
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import platform
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
@@ -89,10 +90,22 @@ class App(NamedTuple):
         except SinkUnavailable as exc:  # only lanes try again, and they never raise it
             raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
         finally:
-            await self.enricher.close()
-            for sink in self.sinks:
-                await sink.close()
-            await asyncio.to_thread(self.store.close)
+            await self._close()
+
+    async def _close(self) -> None:
+        """Close everything. A failure is raised, unless the command has ended with one: then it is logged."""
+        failure = sys.exception()
+        for close in (self.enricher.close, *(sink.close for sink in self.sinks), self._close_store):
+            try:
+                await close()
+            except Exception as exc:
+                log.exception("closing failed")
+                failure = failure or exc
+        if failure and not sys.exception():
+            raise failure
+
+    async def _close_store(self) -> None:
+        await asyncio.to_thread(self.store.close)
 
     def introduce(self) -> Iterator[str]:
         """The first lines of the log: what runs, from where to where. No secrets."""

@@ -145,6 +145,9 @@ async def _replay(app: App, letters: Sequence[DeadLetter]) -> dict[int | None, s
     present = {None, *(sink.name for sink in app.sinks)}
     absent = "sink {} is not among REPLICATOR_SINKS".format
     left = {letter.id: absent(letter.sink) for letter in letters if letter.sink not in present}
+    stored = await asyncio.to_thread(app.store.load, app.settings.slot)
+    if lacking := sorted(set(stored.sinks if stored else ()) - present):  # a row is every sink's: the others get it now
+        left |= {letter.id: absent(lacking[0]) for letter in letters if letter.sink is None}
     for sink in app.sinks:
         mine = [letter for letter in letters if letter.sink in (sink.name, None)]
         if mine:  # another sink may be down: these letters are not for it

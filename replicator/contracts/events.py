@@ -196,14 +196,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     sinks: dict[str, SinkPosition]
     committed_at: float = 0.0
     """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to one
-    chunk of the stream ahead of `end_lsn`. 0.0 before the first one."""
+    chunk of the stream ahead of `end_lsn`. When the slot was made, before there is one; 0.0 if that is unknown. A gap
+    begins here."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
-
-    @property
-    def complete_until(self) -> float:
-        """Every sink has what was committed before this moment, Unix seconds. A gap begins here."""
-        return self.committed_at or self.updated_at
 
 
 class Finding(NamedTuple):

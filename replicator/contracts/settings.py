@@ -96,9 +96,13 @@ def load(settings_class: type[T], **known: Any) -> T:
         return settings_class(**found, **known)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if not first["loc"]:  # of several fields together
+            raise SettingsError(
+                name=settings_class.__name__, problem=problem, expected="settings that go together"
+            ) from None
         field_name = str(first["loc"][0])
         expected = fields[field_name].description or "another value"
-        problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise SettingsError(name=variable(field_name), problem=problem, expected=expected) from None
     except Exception as exc:  # of another package's sink; its own words may hold a secret
         problem = f"their validation failed ({type(exc).__name__})"

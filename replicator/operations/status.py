@@ -249,8 +249,10 @@ def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: S
     found = of_sink(stored.sinks[name], state)
     if found.lag_bytes is None:
         return found
+    if found.lag_bytes and not stored.committed_at:
+        return found
     # The most that it can be: what a sink lacks was committed after the newest that all of them have.
-    return structs.replace(found, lag_seconds=_ago(stored.complete_until) if found.lag_bytes else 0.0)
+    return structs.replace(found, lag_seconds=_ago(stored.committed_at) if found.lag_bytes else 0.0)
 
 
 def _ago(at: float) -> float:

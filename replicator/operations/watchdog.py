@@ -13,7 +13,7 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import SourceError
-from replicator.contracts.events import Lsn, Position, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
@@ -26,6 +26,10 @@ LOOK_SECONDS = 5.0
 """One cheap query; a third of Prometheus's usual scrape interval."""
 LOOK_AGAIN_SECONDS = 1.0
 """While there is nothing to see: a slot that was just made, a server that comes up."""
+LOOK_OLD_SECONDS = 30.0
+"""A look, the checkpoint database's part included, takes 20 s at most: an older one means that it hangs."""
+UNSAVED_SECONDS = 90.0
+"""Past the longest REPLICATOR_CHECKPOINT_INTERVAL_SECONDS by what a slow disk takes: a save that hangs logs nothing."""
 TROUBLE_SECONDS = 10.0
 """A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
 
@@ -44,7 +48,8 @@ class Watchdog:
         self._dsn = dsn
         self._name = slot
         self._at: tuple[Lsn | None, Position | None] = (None, None)
-        self._moved_at = time.monotonic()
+        self._moved_at = self._looked_at = self._saved_at = time.monotonic()
+        self._saved: Checkpoint | None = None
         self._stall = Trouble()
 
     async def run(self) -> None:
@@ -101,12 +106,14 @@ class Watchdog:
         return max(0.0, time.time() - lane.mark.committed_at)
 
     def _watch(self) -> None:
+        self._looked_at = time.monotonic()
         # Inside a long transaction the slot can't move, but the slowest sink does.
         fan_out = self.pipeline.fan_out
         at = (self.slot.confirmed_lsn if self.slot else None, fan_out.slowest.mark.position if fan_out.lanes else None)
         if at != self._at or not self._lag_bytes():
             self._moved_at = time.monotonic()
         self._at = at
+        self._unsaved()
         if stalled := self._stalled():
             self._stall.say(stalled)
         else:
@@ -138,10 +145,26 @@ class Watchdog:
         reader = f"process {pid} decodes a large transaction or hangs" if pid else "no process of it reads the slot"
         return f"PostgreSQL has sent nothing for {source.silent_seconds:.0f} s, {reader}"
 
+    def _unsaved(self) -> str:
+        """That and why sinks have moved on and no checkpoint was saved since; else empty."""
+        pipeline, now = self.pipeline, time.monotonic()
+        stored, reached = pipeline.checkpoint, {lane.name: lane.reached for lane in pipeline.fan_out.lanes}
+        if stored is None or stored is not self._saved or stored.sinks == reached:
+            self._saved, self._saved_at = stored, now
+        if pipeline.saving.seconds() >= TROUBLE_SECONDS:
+            return pipeline.saving.message
+        seconds = now - self._saved_at
+        return f"no checkpoint has been saved for {seconds:.0f} s" if seconds >= UNSAVED_SECONDS else ""
+
+    def _stale(self) -> str:
+        seconds = time.monotonic() - self._looked_at
+        return f"slot and checkpoint database were last seen {seconds:.0f} s ago" if seconds >= LOOK_OLD_SECONDS else ""
+
     def reasons(self) -> list[str]:
         """Why the replicator is not ready; empty when it is."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._stalled(), statuses.in_danger(self.slot)]
+        slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot)]
+        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._unsaved(), *slot]
         return [reason for reason in found if reason]
 
 

@@ -154,16 +154,22 @@ def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
         return (
             f"it was confirmed up to {confirmed}, past the checkpoint's {end} (made again, or another program read it)"
         )
-    for name, sink in checkpoint.sinks.items():
-        if sink.end_lsn < checkpoint.end_lsn:
-            return f"sink {name} was left out after {format_lsn(sink.end_lsn)}, the others went on to {end}"
+    for name in left_out(checkpoint):
+        at = format_lsn(checkpoint.sinks[name].end_lsn)
+        return f"sink {name} was left out after {at}, the others went on to {end}"
     return ""
 
 
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Sinks that were not configured while the others went on."""
+    return [name for name, at in checkpoint.sinks.items() if at.end_lsn < checkpoint.end_lsn]
+
+
 def _when(checkpoint: Checkpoint | None) -> str:
-    if checkpoint is None:
+    """Every sink of the checkpoint has what was committed before. A sink that was left out was not dated."""
+    if checkpoint is None or not checkpoint.committed_at or left_out(checkpoint):
         return "an unknown time"
-    return iso(datetime.fromtimestamp(checkpoint.complete_until, UTC))
+    return iso(datetime.fromtimestamp(checkpoint.committed_at, UTC))
 
 
 def iso(moment: datetime) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -33,6 +34,10 @@ log = logging.getLogger(__name__)
 
 MARGIN = timedelta(hours=1)
 """How much earlier than the gap a backfill begins: longer than nearly every transaction, and repeating costs little."""
+EVERYTHING = "0001-01-01"
+"""Where a backfill of all times begins."""
+NOT_DATED = "it is not known since when it lacks events: all of them again"
+REPEATS = "sees again what it has of that time, under the same event_id"
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +128,8 @@ class Beginning:
             return Takeover(found.checkpoint, resumed=True)
         state = found.state or await self._source.create_slot()
         first = slots.first_checkpoint(self._slot, state, found.identity)
+        if found.state is None and state:  # what was committed before is not this slot's to bring
+            first = structs.replace(first, committed_at=state.server_time)
         try:
             await asyncio.to_thread(self._store.replace if gap else self._store.save, first)
         except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
@@ -153,17 +160,21 @@ def describe(
     if stored is None:
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
-    since, until = (datetime.fromtimestamp(seconds, UTC) for seconds in (stored.complete_until, state.server_time))
-    start, end = slots.iso(since - MARGIN), slots.iso(until + timedelta(seconds=2))
-    command = f"{PROGRAM} backfill --start {start} --end {end} --sinks"
+    until = datetime.fromtimestamp(state.server_time, UTC)
+    since = datetime.fromtimestamp(stored.committed_at, UTC) if stored.committed_at else None
     yield (
-        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from {slots.iso(since)} to"
-        f" {slots.iso(until)} may be missing. To bring it:"
+        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from"
+        f" {slots.iso(since) if since else 'an unknown time'} to {slots.iso(until)} may be missing. To bring it:"
     )
-    if exact := [sink.name for sink in sinks if sink.max_repeats is None]:
-        yield f"  {command} {','.join(exact)}"
-    if others := [sink.name for sink in sinks if sink.max_repeats is not None]:
-        yield f"  {command} {','.join(others)}   # sees again what it has of that time, under the same event_id"
+    dated = set(stored.sinks).difference(slots.left_out(stored)) if since else set()
+    for known, repeats in itertools.product((True, False), (False, True)):
+        names = [sink.name for sink in sinks if (sink.name in dated, sink.max_repeats is not None) == (known, repeats)]
+        if names:
+            start = slots.iso(since - MARGIN) if known and since else EVERYTHING
+            notes = [NOT_DATED] * (not known) + [REPEATS] * repeats
+            end = slots.iso(until + timedelta(seconds=2))
+            command = f"  {PROGRAM} backfill --start {start} --end {end} --sinks {','.join(names)}"
+            yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
         f"(It begins {MARGIN.total_seconds() / 3600:.0f} h earlier, because event_ts is older than the commit. Where"
         " transactions last longer, or applications set event_ts themselves, begin still earlier.)"

@@ -16,7 +16,7 @@ Install = Callable[..., None]
 
 BROKEN_SINKS = """
 from typing import Annotated
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 class NoWrite(Sink):
@@ -33,6 +33,13 @@ class NoStart(Working):
     def __init__(self, settings, contract): raise RuntimeError("hunter2")
 class Divides(Settings):
     broken_x: Annotated[int, AfterValidator(lambda x: 1 // x)] = 0
+class NoRoom(Working):
+    name, max_events, max_repeats = "broken", 10, 5
+class Together(Settings):
+    @model_validator(mode="after")
+    def _both(self): raise ValueError("they exclude each other")
+class NotTogether(Working):
+    name, max_events, settings_class = "broken", 1, Together
 class NoSettings(Working):
     name, max_events, settings_class = "broken", 1, Divides
 """
@@ -91,6 +98,8 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
         ("broken_sinks:OddSettings", "is not a Sink named 'broken'"),
         ("broken_sinks:NoMost", "sink 'broken' has None as its max_events"),
         ("broken_sinks:NoStart", r"sink 'broken' can't be made \(RuntimeError\)"),
+        ("broken_sinks:NoRoom", "sink 'broken' has concurrency 1 and max_repeats 5"),
+        ("broken_sinks:NotTogether", "Together is unusable: they exclude each other"),
         ("broken_sinks:NoSettings", r"Divides is unusable: their validation failed \(ZeroDivisionError\)"),
         ("replicator.contracts.sink:Sink", "is not a Sink named 'broken'"),
         ("replicator_lines:Missing", "can't be loaded: .*Missing"),

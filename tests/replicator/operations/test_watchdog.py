@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 
 from replicator.contracts.errors import SourceUnusable
-from replicator.contracts.events import Checkpoint, Mark, Position
+from replicator.contracts.events import Checkpoint, Mark, Position, SinkPosition
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations.status import STALL_SECONDS
@@ -51,6 +51,11 @@ class FakeLane:
         self.trouble: Trouble = Trouble()
         self.mark = Mark(Position(90, 1), 80)
 
+    @property
+    def reached(self) -> SinkPosition:
+        """As `Lane` has it."""
+        return SinkPosition(position=self.mark.position, end_lsn=self.mark.end_lsn)
+
 
 class FakeSource:
     """A connection on which nothing comes."""
@@ -64,6 +69,9 @@ class FakePipeline:
 
     def __init__(self) -> None:
         self.trouble = Trouble()
+        self.saving = Trouble()
+        self.saves = True
+        """A checkpoint is saved between two looks."""
         self.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={})
         self.source = FakeSource()
         self.fan_out = self
@@ -88,6 +96,9 @@ class Looking(Watchdog):
         """Why it is not ready once time has passed and the slot has changed so."""
         self.now += seconds_later
         self.slot = structs.replace(self.slot or SLOT, **changes)
+        pipeline = cast("FakePipeline", self.pipeline)
+        if pipeline.saves:
+            pipeline.checkpoint = structs.replace(pipeline.checkpoint)
         self._watch()
         return self.reasons()
 
@@ -252,3 +263,32 @@ async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytes
     assert not running.done()
     assert "permission denied" in watchdog.trouble
     running.cancel()
+
+
+def test_a_checkpoint_that_fails_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
+    """The sinks move on, the slot does not: the save's own words, after a hiccup."""
+    pipeline.saving = FakeTrouble("the disk is full", lasting=9.0)
+    assert [] == watchdog.look(5.0)
+    pipeline.saving = FakeTrouble("the disk is full", lasting=10.0)
+    assert ["the disk is full"] == watchdog.look(5.0)
+
+
+def test_a_checkpoint_that_hangs_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
+    """No error is logged, and the sinks' movement hides it from the stall: no checkpoint was saved."""
+    lane, fake = pipeline.fan_out.lanes[0], cast("FakePipeline", pipeline)
+    fake.saves = False
+    for number in range(18):
+        lane.mark = Mark(Position(91 + number, 1), 81 + number)
+        assert [] == watchdog.look(5.0 if number else 0.0, server_lsn=200)
+    lane.mark = Mark(Position(200, 1), 190)
+    assert ["no checkpoint has been saved for 90 s"] == watchdog.look(5.0)
+    fake.saves = True
+    assert [] == watchdog.look(5.0)
+
+
+def test_a_look_that_hangs_is_not_ready(watchdog: Looking) -> None:
+    """What was seen half a minute ago says nothing of now."""
+    watchdog.now += 29.0
+    assert [] == watchdog.reasons()
+    watchdog.now += 1.0
+    assert ["slot and checkpoint database were last seen 30 s ago"] == watchdog.reasons()

@@ -14,6 +14,7 @@ from replicator.contracts.errors import (
     SlotLost,
     SlotMissing,
     SourceUnavailable,
+    StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
 from replicator.source.slot import Identity, SlotState
@@ -119,7 +120,27 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
     first, redis, http, _ = taken.gap
     assert "from 0/64 (system 7, timeline 1)" in first
     assert " backfill --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
-    assert "--sinks http   # sees again" in http
+    assert " --start 0001-01-01 --end 2026-01-08T09:21:54Z --sinks http   # it is not known since when" in http
+    assert http.endswith(", sees again what it has of that time, under the same event_id")
+
+
+async def test_a_sink_that_was_left_out_is_sent_everything() -> None:
+    """How far the others are says nothing of it: the time of the gap is unknown, and every event is brought."""
+    redis, http = STORED.sinks["redis"], SinkPosition(position=Position(1, 1), end_lsn=2)
+    stored = structs.replace(STORED, sinks={"redis": redis, "http": http})
+    sinks = MemorySink(name="redis"), MemorySink(name="http", max_repeats=100)
+    with pytest.raises(StreamGap, match=r"sink http was left out .* since an unknown time"):
+        await beginning(Slot(STATE), Store(stored), *sinks).take()
+    taken = await beginning(Slot(STATE), Store(stored), *sinks).take(accept_gap=True)
+    of_redis, of_http = taken.gap[1:3]
+    assert "--start 2026-01-08T07:31:52Z" in of_redis
+    assert "--start 0001-01-01" in of_http
+
+
+async def test_a_slot_that_was_just_made_dates_the_checkpoint() -> None:
+    """Until the first commit: older rows are not the slot's to bring, so a gap begins here."""
+    taken = await beginning(Slot(None), Store(None), MemorySink(name="redis")).take()
+    assert STATE.server_time == taken.checkpoint.committed_at
 
 
 async def test_the_checkpoint_of_a_running_replicator_is_not_replaced() -> None:

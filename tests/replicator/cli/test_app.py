@@ -1,0 +1,78 @@
+"""What commands share, with sinks and a store that do what the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from replicator.cli.app import App
+from replicator.cli.dead_letters import _replay
+from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition
+from replicator.contracts.settings import CoreSettings, load
+from replicator.contracts.stream import Enriched
+from sinks.testing import MemorySink
+
+AT = SinkPosition(position=Position(1, 1), end_lsn=2)
+ROW = DeadLetter(sink=None, position=Position(1, 1), event_id=1, reason="no type", payload=b"{}", id=7)
+
+
+class FakeEnricher:
+    """Makes nothing of anything."""
+
+    async def restore(self, _letters: Sequence[DeadLetter]) -> Enriched:
+        """No event."""
+        return Enriched([], [])
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+class FakeStore:
+    """Has a checkpoint of these sinks."""
+
+    def __init__(self, *sinks: str) -> None:
+        self.sinks = sinks
+        self.closed = False
+
+    def load(self, slot: str) -> Checkpoint:
+        """Where they are."""
+        sinks = dict.fromkeys(self.sinks, AT)
+        return Checkpoint(slot=slot, system_identifier="7", timeline=1, end_lsn=2, sinks=sinks)
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+class Breaks(MemorySink):
+    """Can't be closed."""
+
+    async def close(self) -> None:
+        """Fail."""
+        raise RuntimeError("the window's keeper failed")
+
+
+def app(store: FakeStore, *sinks: MemorySink) -> App:
+    """An app of these parts."""
+    return App(load(CoreSettings), cast("Any", FakeEnricher()), list(sinks), cast("Any", store))
+
+
+@pytest.mark.parametrize(("configured", "left"), [(("redis",), [7]), (("redis", "http"), [])])
+async def test_a_row_stays_until_every_sink_has_it(configured: Sequence[str], left: list[int]) -> None:
+    """Every sink lacks a row that no event could be made of: those of this shell are not all that there are."""
+    here = app(FakeStore("redis", "http"), *(MemorySink(name=name) for name in configured))
+    assert left == list(await _replay(here, [ROW]))
+
+
+async def test_a_sink_that_can_not_be_closed_hides_nothing() -> None:
+    """The others are closed as well, and the command's own error is the one that is raised."""
+    store = FakeStore()
+    with pytest.raises(RuntimeError, match="keeper failed"):
+        async with app(store, Breaks()).closing():
+            pass
+    assert store.closed
+    with pytest.raises(KeyError, match="its own"):
+        async with app(store, Breaks()).closing():
+            raise KeyError("its own")
