@@ -26,10 +26,11 @@ async def run() -> int:
     The first time it also does what `init` does. While another process reads the slot, this one waits as the standby.
     A second signal ends it at once.
     """
+    stopping = asyncio.Event()
+    stop_on_signals(stopping.set)  # from the first line on: what follows takes a while
     app = load_app()
     for line in app.introduce():
         log.info("%s", line)
-    stopping = asyncio.Event()
     try:
         async with app.closing():
             await _replicate(app, stopping)
@@ -56,6 +57,8 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         pipeline.stop()
 
     stop_on_signals(stop)
+    if stopping.is_set():
+        return
     watchdog = Watchdog(pipeline, app.dsn, app.settings.slot)
     admin = Admin(watchdog, app.settings.admin_listen)
     await admin.start()

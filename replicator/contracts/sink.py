@@ -58,7 +58,7 @@ class Sink(ABC):
         return []
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: B027  optional
-        """Connect. Raises as `write` does; called again until it succeeds.
+        """Connect. Raises as `write` does; called again until it succeeds, and perhaps once more after that.
 
         `start` is the last position that the sink wrote, None if it never wrote any. A sink that finds nothing at the
         destination although it wrote before can say so.

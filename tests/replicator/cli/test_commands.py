@@ -123,6 +123,15 @@ def test_a_question_needs_a_terminal(environment: Environment) -> None:
     assert (2, True) == (code, "--yes" in said)
 
 
+def test_a_stop_at_the_first_line(environment: Environment, tmp_path: Path) -> None:
+    """Most of the program is not even imported yet: it is a stop like any other."""
+    log = tmp_path / "log"
+    with environment.running(log) as process:
+        while not log.stat().st_size:  # no pause: there is a tenth of a second to meet
+            assert process.poll() is None
+        assert 0 == _ended(process, log)
+
+
 def test_a_stop_while_postgresql_is_away(environment: Environment, tmp_path: Path) -> None:
     """Nothing to save, nothing to confirm: done."""
     environment["REPLICATOR_POSTGRES_DSN"] = conninfo.make_conninfo(environment["REPLICATOR_POSTGRES_DSN"], port=1)
