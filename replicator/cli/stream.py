@@ -42,6 +42,8 @@ async def run() -> int:
     except ReplicatorError as exc:  # in the log, so that whoever collects it has the last line, too
         log.critical("%s", exc)
         return exc.exit_code
+    except OSError as exc:  # never standard output's, as `main` would take it: `run` writes only the log
+        raise RuntimeError(f"{type(exc).__name__} that nothing handles") from exc
     return 0
 
 

@@ -41,6 +41,14 @@ class Signalled(Overtaking):
     signalled = True
 
 
+class Broken(Overtaking):
+    """Ends with an error of the operating system, as a sink of another package may raise it."""
+
+    async def run(self) -> None:
+        """Raise."""
+        raise BrokenPipeError("a socket of the sink")
+
+
 class Watching:
     """A watchdog that sees nothing."""
 
@@ -86,3 +94,9 @@ async def test_overtaken_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_told_to_stop_meanwhile_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM during the drain is not forgotten: exit code 0, nothing starts again."""
     assert 0 == await run_with(Signalled, monkeypatch)
+
+
+async def test_a_broken_pipe_of_a_sink_is_not_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` says nothing about a closed standard output; this ends with a traceback."""
+    with pytest.raises(RuntimeError, match="BrokenPipeError that nothing handles"):
+        await run_with(Broken, monkeypatch)
