@@ -93,8 +93,8 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
     if last is not None:
         if start or end:
             raise SettingsError(name="--last", problem="--start or --end is given too", expected="either, not both")
-        now = datetime.now(UTC).replace(microsecond=0)
-        return TimeRange(now - last, now)
+        end = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)  # the second that runs belongs to it
+        return TimeRange(end - last, end)
     for name, value in (("--start", start), ("--end", end)):
         if value is None:
             raise SettingsError(name=name, problem="it is missing", expected=f"a time {_TIME}; or use --last 2h")

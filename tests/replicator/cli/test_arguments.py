@@ -33,11 +33,12 @@ def test_times_are_iso_8601_and_without_a_zone_utc(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86_400)])
 def test_the_last_span_ends_now(text: str, seconds: int) -> None:
-    """`--last 2h` is the two hours before this moment."""
-    before = datetime.now(UTC).replace(microsecond=0)
+    """`--last 2h` is the two hours before the end of this second: an event of this very moment belongs to it."""
+    before = datetime.now(UTC)
     when = time_range(None, None, duration(text))
     assert timedelta(seconds=seconds) == when.end - when.start
-    assert before <= when.end <= datetime.now(UTC)
+    assert before < when.end <= datetime.now(UTC) + timedelta(seconds=1)
+    assert when.end.microsecond == 0
 
 
 @pytest.mark.parametrize(
