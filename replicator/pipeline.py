@@ -102,6 +102,10 @@ class Pipeline:
         mine, self.checkpoint = self.checkpoint, None
         raise Overtaken(checkpoint=format_lsn(mine.end_lsn) if mine else "nothing", stored=stored)
 
+    async def stored(self) -> Checkpoint | None:
+        """What is on disk now: a standby's is its predecessor's. Raises CheckpointError."""
+        return await self._beginning.load()
+
     # -- from start to stop --------------------------------------------------------------------------------------
 
     def stop(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,7 @@ async def run() -> int:
     The first time it also does what `init` does. While another process reads the slot, this one waits as the standby.
     A second signal ends it at once.
     """
+    _raise_descriptor_limit()
     stopping = asyncio.Event()
     stop_on_signals(stopping.set)  # from the first line on: what follows takes a while
     app = load_app()
@@ -74,6 +76,13 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         await admin.stop()
     if isinstance(ended, Exception):
         raise ended
+
+
+def _raise_descriptor_limit() -> None:
+    """To what the system allows: the usual 1,024 are soon gone, and sinks need them more than whoever asks."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # not everywhere may it be without bound
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def stop_on_signals(stop_work: Callable[[], object]) -> None:

@@ -54,6 +54,8 @@ class Trouble:
         """The newest problem with its cure; empty while there is none."""
         self.needs_operator = False
         """Retrying alone does not end it."""
+        self.standby = False
+        """Another process has the slot: there is nothing to mend."""
         self.failures = 0
         """Tries that failed since the program began."""
         self._over = over
@@ -73,9 +75,9 @@ class Trouble:
         now, kind = time.monotonic(), type(problem)
         if not self._logged:
             self._since = now
-        standby = kind is errors.SlotInUse
-        if kind not in self._logged or (now - self._logged[kind] > COMPLAINT_SECONDS and not standby):
-            log.log(logging.WARNING if standby else logging.ERROR, "%s", problem)
+        self.standby = kind is errors.SlotInUse
+        if kind not in self._logged or (now - self._logged[kind] > COMPLAINT_SECONDS and not self.standby):
+            log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem)
             self._logged[kind] = now
         self.message = str(problem)
         self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
@@ -94,7 +96,7 @@ class Trouble:
 
     def clear(self) -> None:
         """All is well."""
-        self.message, self.needs_operator, self._callers = "", False, 0
+        self.message, self.needs_operator, self.standby, self._callers = "", False, False, 0
         self._logged.clear()
 
 

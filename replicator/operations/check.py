@@ -18,6 +18,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.contracts.stream import Enricher
+from replicator.operations.http import exposed
 from replicator.operations.status import in_danger
 from replicator.source import slot as slots
 from replicator.source.connection import translated
@@ -45,6 +46,8 @@ async def findings(
     settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: Checkpoints
 ) -> AsyncIterator[Finding]:
     """Everything, one after the other; never raises for what it finds."""
+    if warning := exposed(settings.admin_listen):
+        yield Finding(True, warning)
     for finding in await asyncio.to_thread(_server, settings):
         yield finding
     async for finding in _beginning(settings, enricher, sinks, store):

@@ -1,17 +1,45 @@
-"""`/healthz`, `/readyz`, `/status` and `/metrics` on REPLICATOR_ADMIN_LISTEN. No authentication: keep it on loopback.
+"""`/healthz`, `/readyz`, `/standbyz`, `/status` and `/metrics` on REPLICATOR_ADMIN_LISTEN. They change nothing.
 
-`watchdog.py` knows what is shown, `metrics.py` and `status.py` give it its forms.
+Anybody who reaches the port can ask, so all that a request may take has a bound: connections, bytes, time, log lines.
+That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py` and `status.py` give it its
+forms.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import Any
+
 import msgspec
-from aiohttp import web
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
 from replicator.operations.metrics import Metrics
 from replicator.operations.watchdog import Watchdog
+
+CONNECTIONS = 32
+"""Served at once. One more, and the oldest is closed: a probe is answered in a millisecond, so it is never the oldest
+for long, however many others say nothing."""
+BACKLOG = 16
+"""Connections that the system accepts ahead: they take descriptors before they are counted."""
+REQUEST_SECONDS = 5.0
+"""For a whole request and its answer."""
+HEAD_BYTES = 8_192
+COMPLAINT_SECONDS = 60.0
+"""A line in the log at most so often, whatever is asked."""
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
+
+log = logging.getLogger(__name__)
+
+Page = tuple[HTTPStatus, str, bytes]
+"""Status, content type, body."""
 
 
 class Admin:
@@ -20,42 +48,149 @@ class Admin:
     def __init__(self, watchdog: Watchdog, listen: str) -> None:
         self._watchdog = watchdog
         self._listen = listen
+        self._host = listen.rpartition(":")[0].strip("[]")
         self._registry = CollectorRegistry()
         self._registry.register(Metrics(watchdog))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
-        app = web.Application()
-        for path in ("healthz", "readyz", "status", "metrics"):
-            app.router.add_get(f"/{path}", getattr(self, f"_{path}"))
-        self._runner = web.AppRunner(app, access_log=None)
+        self._pages = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/standbyz": self._standbyz,
+            "/status": self._status,
+            "/metrics": self._metrics,
+        }
+        self._server: asyncio.Server | None = None
+        self._serving: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._complained_at = -math.inf
 
     async def start(self) -> None:
         """Listen; nothing to do when the setting is empty. Raises SettingsError when the address can't be had."""
         if not self._listen:
             return
-        host, _, port = self._listen.rpartition(":")
-        await self._runner.setup()
+        if warning := exposed(self._listen):
+            log.warning("%s", warning)
+        asyncio.get_running_loop().set_exception_handler(self._unhandled)
+        port = int(self._listen.rpartition(":")[2])
         try:
-            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
+            self._server = await asyncio.start_server(self._serve, self._host, port, limit=HEAD_BYTES, backlog=BACKLOG)
         except (OSError, OverflowError) as exc:
-            await self.stop()
             problem = f"{self._listen} can't be listened on ({exc})"
             raise SettingsError(name="REPLICATOR_ADMIN_LISTEN", problem=problem, expected="a free host:port") from exc
 
     async def stop(self) -> None:
         """Stop listening. Safe to call at any time."""
-        await self._runner.cleanup()
+        if self._server is not None:
+            self._server.close()
+        for writer in [*self._serving]:
+            writer.transport.abort()
 
-    async def _healthz(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")  # from the loop that runs the pipeline: it lives
+    # -- a request -----------------------------------------------------------------------------------------------
 
-    async def _readyz(self, _: web.Request) -> web.Response:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._serving) >= CONNECTIONS:
+            self._complain(f"more than {CONNECTIONS} connections at once, the oldest ones are closed")
+            oldest = next(iter(self._serving))
+            del self._serving[oldest]
+            oldest.transport.abort()
+        self._serving[writer] = None
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, EOFError):  # too slow, or gone: a probe may only see whether the port is open
+            pass
+        except asyncio.LimitOverrunError:
+            self._complain(f"a request's head was longer than {HEAD_BYTES} bytes")
+        finally:
+            self._serving.pop(writer, None)
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        method, status, kind, body = self._page(head.decode("latin-1").split("\r\n"))
+        lines = (
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            f"Content-Type: {kind}",
+            f"Content-Length: {len(body)}",
+            "Cache-Control: no-store",
+            "Connection: close",
+        )
+        return "\r\n".join([*lines, "", ""]).encode() + (b"" if method == "HEAD" else body)
+
+    def _page(self, lines: Sequence[str]) -> tuple[str, HTTPStatus, str, bytes]:
+        method, _, rest = lines[0].partition(" ")
+        path, _, version = rest.partition(" ")
+        page = self._pages.get(path.partition("?")[0])
+        if not version.startswith("HTTP/1."):
+            self._complain("what was sent is not HTTP")
+            return method, *_error(HTTPStatus.BAD_REQUEST)
+        if _is_loopback(self._host) and not all(name == self._host or _is_loopback(name) for name in _hosts(lines)):
+            return method, *_error(HTTPStatus.MISDIRECTED_REQUEST)  # a web page that has bound its name to this machine
+        if method not in ("GET", "HEAD"):
+            return method, *_error(HTTPStatus.METHOD_NOT_ALLOWED)
+        return method, *(page() if page else _error(HTTPStatus.NOT_FOUND))
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """No descriptors are left for a connection: asyncio tries again each second, and would say so each time."""
+        if "accept" in context["message"]:
+            self._complain(f"a connection can't be accepted ({context.get('exception')})")
+        else:
+            loop.default_exception_handler(context)
+
+    def _complain(self, problem: str) -> None:
+        if time.monotonic() - self._complained_at >= COMPLAINT_SECONDS:
+            self._complained_at = time.monotonic()
+            log.warning("admin endpoints: %s; said at most once a minute", problem)
+
+    # -- the pages -----------------------------------------------------------------------------------------------
+
+    def _healthz(self) -> Page:
+        return HTTPStatus.OK, TEXT, b"ok\n"  # from the loop that runs the pipeline: it lives
+
+    def _readyz(self) -> Page:
+        reasons = [*self._watchdog.reasons(), *filter(None, [self._watchdog.standby])]
+        return _light(reasons or ["ready"], ok=not reasons)
+
+    def _standbyz(self) -> Page:
         reasons = self._watchdog.reasons()
-        return web.Response(text="\n".join(reasons or ["ready"]) + "\n", status=503 if reasons else 200)
+        return _light(reasons or ["standby" if self._watchdog.standby else "ready"], ok=not reasons)
 
-    async def _status(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self._watchdog.status()), content_type="application/json")
+    def _status(self) -> Page:
+        return HTTPStatus.OK, JSON, msgspec.json.encode(self._watchdog.status())
 
-    async def _metrics(self, _: web.Request) -> web.Response:
-        body = exposition.generate_latest(self._registry)
-        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE_LATEST})
+    def _metrics(self) -> Page:
+        return HTTPStatus.OK, exposition.CONTENT_TYPE_LATEST, exposition.generate_latest(self._registry)
+
+
+def exposed(listen: str) -> str:
+    """That other machines can reach the endpoints; empty if they can't."""
+    if not listen or _is_loopback(listen.rpartition(":")[0].strip("[]")):
+        return ""
+    return (
+        f"REPLICATOR_ADMIN_LISTEN: whoever reaches {listen} can read status and metrics, without a password; let only"
+        " probes and scrapers reach it"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _hosts(lines: Sequence[str]) -> Iterator[str]:
+    """The names, without port, that the request was sent to."""
+    for name, _, value in (line.partition(":") for line in lines[1:]):
+        if name.strip().lower() == "host":
+            yield re.sub(r":\d*$", "", value.strip()).strip("[]")
+
+
+def _light(lines: Sequence[str], *, ok: bool) -> Page:
+    body = "".join(f"{line}\n" for line in lines).encode()
+    return HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, body
+
+
+def _error(status: HTTPStatus) -> Page:
+    return status, TEXT, f"{status.phrase}\n".encode()

@@ -18,7 +18,8 @@ Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 
 OF_PROCESS: dict[str, tuple[Family, str, Callable[[Watchdog, Status], float | None]]] = {
-    "ready": (GAUGE, "What /readyz says", lambda _, now: now.ready),
+    "ready": (GAUGE, "0 while anything is wrong", lambda _, now: now.ready),
+    "standby": (GAUGE, "1 while another process reads the slot", lambda _, now: bool(now.standby)),
     "lag_bytes": (GAUGE, "WAL written and not confirmed", lambda _, now: now.slot.lag_bytes),
     "retained_wal_bytes": (GAUGE, "WAL kept for the slot", lambda _, now: now.slot.retained_bytes),
     "safe_wal_bytes": (GAUGE, "WAL until the slot is in danger", lambda _, now: now.slot.safe_wal_bytes),

@@ -103,6 +103,8 @@ class Status(Struct, frozen=True, kw_only=True):
     """Nobody sets it: it follows from `reasons`."""
     reasons: list[str]
     """`Watchdog.reasons` finds them in a running process; `collect` adds what is seen from outside."""
+    standby: str = ""
+    """That it waits for its turn, and for whom. `/readyz` is not ready then, although nothing is wrong."""
     replicator: ReplicatorStatus | None
     slot: SlotStatus
     checkpoint: CheckpointStatus
@@ -186,6 +188,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
         reasons=reasons,
+        standby=live.standby if live else "",
         replicator=live.replicator if live else None,
         slot=slot,
         checkpoint=of_checkpoint(stored, state, store_trouble, _ago(stored.updated_at) if stored else None),
@@ -266,7 +269,8 @@ def as_json(status: Status) -> str:
 
 def as_text(status: Status) -> str:
     """For people: a line a thing, what is wrong first."""
-    state = "ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off"
+    state = status.standby and f"standby: {status.standby}"
+    state = state or ("ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off")
     if status.reasons:
         state = "NOT READY: " + "\n             ".join(status.reasons)
     lines = [f"replicator   {state}", *_stopped_text(status)]

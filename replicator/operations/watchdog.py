@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 
 from msgspec import structs
 
 from replicator import __version__
-from replicator.contracts.errors import SourceError
+from replicator.contracts.errors import CheckpointError, SourceError
 from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
@@ -32,6 +33,8 @@ UNSAVED_SECONDS = 90.0
 """Past the longest REPLICATOR_CHECKPOINT_INTERVAL_SECONDS by what a slow disk takes: a save that hangs logs nothing."""
 TROUBLE_SECONDS = 10.0
 """A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
+RESTLESS = 3
+"""Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
 
 ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
@@ -51,6 +54,8 @@ class Watchdog:
         self._moved_at = self._looked_at = self._saved_at = time.monotonic()
         self._saved: Checkpoint | None = None
         self._stall = Trouble()
+        self._holder = ""
+        self._starts: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
 
     async def run(self) -> None:
         """Look until cancelled; never raises for what it sees."""
@@ -61,14 +66,36 @@ class Watchdog:
             except SourceError as exc:
                 self.trouble = str(exc)
             await self.pipeline.letters.look()
+            self._holder = await self.foreign_holder() if self.standby else ""
             self._watch()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
+
+    @property
+    def standby(self) -> str:
+        """That it waits for its turn, and for whom; empty when it reads, or has read."""
+        trouble = self.pipeline.trouble
+        return trouble.message if trouble.standby and self.pipeline.checkpoint is None else ""
+
+    async def foreign_holder(self) -> str:
+        """That whoever reads the slot keeps no checkpoint here: what it confirms, no sink of ours may have."""
+        slot = self.slot  # before the checkpoint, which is saved before anything is confirmed
+        try:
+            stored = await self.pipeline.stored()
+        except CheckpointError as exc:
+            return str(exc)
+        if slot is None or slot.active_pid is None or (stored and stored.end_lsn >= (slot.confirmed_lsn or 0)):
+            return ""
+        return (
+            f"process {slot.active_pid} reads replication slot {self._name}, and the checkpoint database does not"
+            " follow: it is no replicator, or REPLICATOR_CHECKPOINT_URL is not the same there"
+        )
 
     def status(self) -> statuses.Status:
         """Everything, as of now."""
         pipeline, letters = self.pipeline, self.pipeline.letters
         return statuses.Status(
             reasons=self.reasons(),
+            standby=self.standby,
             replicator=statuses.ReplicatorStatus(
                 version=__version__,
                 connected=pipeline.source.connected,
@@ -114,6 +141,9 @@ class Watchdog:
             self._moved_at = time.monotonic()
         self._at = at
         self._unsaved()
+        self._starts.append((time.monotonic(), self.pipeline.source.starts, self.pipeline.trouble.failures))
+        while time.monotonic() - self._starts[0][0] > STALL_SECONDS:
+            self._starts.popleft()
         if stalled := self._stalled():
             self._stall.say(stalled)
         else:
@@ -160,12 +190,20 @@ class Watchdog:
         seconds = time.monotonic() - self._looked_at
         return f"slot and checkpoint database were last seen {seconds:.0f} s ago" if seconds >= LOOK_OLD_SECONDS else ""
 
+    def _restless(self) -> str:
+        """That the stream breaks as soon as it runs: between two breaks it looks healthy."""
+        _, starts, failures = self._starts[0]
+        starts, failures = self.pipeline.source.starts - starts, self.pipeline.trouble.failures - failures
+        often = min(starts, failures) >= RESTLESS
+        return f"the stream broke {failures} times in a minute, the log says why" if often else ""
+
     def reasons(self) -> list[str]:
-        """Why the replicator is not ready; empty when it is."""
+        """What is wrong; empty when nothing is. A standby for which all is well has none."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot)]
-        found = [self.pipeline.trouble.message, self.trouble, *lanes, self._unsaved(), *slot]
-        return [reason for reason in found if reason]
+        reading = self._holder if self.standby else self.pipeline.trouble.message or self._restless()
+        found = [reading, self.trouble, *lanes, self._unsaved(), *slot]
+        return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 
 
 def _trouble(lane: Lane) -> str:

@@ -64,6 +64,8 @@ class Source:
         self._flushed: Lsn = 0
         self._heard_at = 0.0  # time.monotonic()
         self._wake = asyncio.Event()
+        self.starts = 0
+        """How often the stream began."""
         self._watched: int | None = None  # the file descriptor that the loop watches for us
 
     @property
@@ -135,6 +137,7 @@ class Source:
         self._decoder = StreamDecoder()
         self._pgconn = pgconn
         self._heard_at = time.monotonic()
+        self.starts += 1
         self._flushed = end_lsn
         self._received = max(self._received, end_lsn)
 

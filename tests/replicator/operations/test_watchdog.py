@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from msgspec import structs
 
-from replicator.contracts.errors import SourceUnusable
+from replicator.contracts.errors import SlotInUse, SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position, SinkPosition
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
@@ -19,7 +19,7 @@ from replicator.operations.watchdog import TROUBLE_SECONDS, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
-from tests.support.fakes import STATE
+from tests.support.fakes import CHECKPOINT, STATE
 
 SLOT = structs.replace(STATE, active_pid=1, server_lsn=100)
 
@@ -62,6 +62,7 @@ class FakeSource:
 
     received = 80
     silent_seconds = 45.0
+    starts = 0
 
 
 class FakePipeline:
@@ -72,10 +73,17 @@ class FakePipeline:
         self.saving = Trouble()
         self.saves = True
         """A checkpoint is saved between two looks."""
-        self.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={})
+        self.checkpoint: Checkpoint | None = Checkpoint(
+            slot="s", system_identifier="7", timeline=1, end_lsn=80, sinks={}
+        )
         self.source = FakeSource()
         self.fan_out = self
+        self.on_disk: Checkpoint | None = self.checkpoint
         self.lanes: list[Lane | FakeLane] = [FakeLane()]
+
+    async def stored(self) -> Checkpoint | None:
+        """As the database has it."""
+        return self.on_disk
 
     @property
     def slowest(self) -> Lane | FakeLane:
@@ -97,7 +105,7 @@ class Looking(Watchdog):
         self.now += seconds_later
         self.slot = structs.replace(self.slot or SLOT, **changes)
         pipeline = cast("FakePipeline", self.pipeline)
-        if pipeline.saves:
+        if pipeline.saves and pipeline.checkpoint:
             pipeline.checkpoint = structs.replace(pipeline.checkpoint)
         self._watch()
         return self.reasons()
@@ -292,3 +300,64 @@ def test_a_look_that_hangs_is_not_ready(watchdog: Looking) -> None:
     assert [] == watchdog.reasons()
     watchdog.now += 1.0
     assert ["slot and checkpoint database were last seen 30 s ago"] == watchdog.reasons()
+
+
+async def test_a_standby_is_not_ready_and_nothing_is_wrong(watchdog: Looking, pipeline: Pipeline) -> None:
+    """Whoever reads the slot saves the checkpoint before it confirms: then all is well."""
+    fake = cast("FakePipeline", pipeline)
+    fake.checkpoint, fake.lanes[:] = None, []
+    pipeline.trouble.say(SlotInUse(slot="s", pid=7))
+    assert "held by process 7" in watchdog.standby
+    assert [] == watchdog.look(confirmed_lsn=80)
+    assert "" == await watchdog.foreign_holder()
+
+
+@pytest.mark.parametrize("behind", [True, False])
+async def test_a_standby_for_another_program_is_not_well(watchdog: Looking, pipeline: Pipeline, behind: bool) -> None:
+    """The slot moves, and this checkpoint database does not know: what is confirmed there may be in no sink of ours."""
+    fake = cast("FakePipeline", pipeline)
+    fake.on_disk = structs.replace(CHECKPOINT, end_lsn=99) if behind else None
+    watchdog.slot = structs.replace(SLOT, active_pid=7, confirmed_lsn=100)
+    found = await watchdog.foreign_holder()
+    assert "process 7 reads replication slot s, and the checkpoint database does not follow" in found
+
+
+def test_a_standby_whose_slot_stands_still_is_not_well(watchdog: Looking, pipeline: Pipeline) -> None:
+    """It can't take over from one that hangs: somebody has to be told."""
+    fake = cast("FakePipeline", pipeline)
+    fake.checkpoint, fake.lanes[:] = None, []
+    pipeline.trouble.say(SlotInUse(slot="s", pid=7))
+    watchdog.look(1, server_lsn=300)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
+    assert "the slot has not moved for" in reason
+
+
+def test_who_has_read_is_no_standby(watchdog: Looking, pipeline: Pipeline) -> None:
+    """After a cut PostgreSQL may hold the slot for the process that was cut off: nobody reads."""
+    pipeline.trouble.say(SlotInUse(slot="s", pid=7))
+    assert "" == watchdog.standby
+    [reason] = watchdog.look()
+    assert "held by process 7" in reason
+
+
+def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
+    """Between two breaks nothing is wrong, and there may be nothing to read."""
+    source = cast("FakeSource", pipeline.source)
+    for breaks in range(3):
+        assert [] == watchdog.look(5)
+        source.starts, pipeline.trouble.failures = breaks + 1, breaks + 1
+    assert ["the stream broke 3 times in a minute, the log says why"] == watchdog.look(5)
+    assert [] == watchdog.look(STALL_SECONDS)
+
+
+def test_an_outage_is_no_restless_stream(watchdog: Looking, pipeline: Pipeline) -> None:
+    """However often it was tried: it began once."""
+    pipeline.trouble.failures = 40
+    cast("FakeSource", pipeline.source).starts = 1
+    assert [] == watchdog.look(5)
+
+
+def test_a_trouble_is_told_once(watchdog: Looking, pipeline: Pipeline) -> None:
+    """The stream and the look at the slot meet the same server."""
+    pipeline.trouble.message = watchdog.trouble = "PostgreSQL is not reachable"
+    assert ["PostgreSQL is not reachable"] == watchdog.look()

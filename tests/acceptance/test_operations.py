@@ -1,0 +1,80 @@
+"""What an operator, and whoever else reaches the machine, does to the running program."""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+from devstack.process import free_port, wait_until
+from tests.support.destinations import Destinations
+from tests.support.program import Program
+
+INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
+MANY = 1_100
+
+
+@contextmanager
+def silent_connections(address: str, count: int) -> Iterator[None]:
+    """Connections that begin a request and never end it."""
+    host, _, port = address.rpartition(":")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * count), hard))
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(socket.create_connection((host, int(port)), timeout=10))
+            opened[-1].sendall(b"GET /status HTTP/1.1\r\nX-Slow: ")
+        yield
+    finally:
+        for connection in opened:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_many_slow_connections_neither_end_nor_stall_it(
+    quick: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """1,100 of them with 1,024 descriptors: events go through, probes are answered, the log stays short."""
+    quick.run("init")
+    process = quick.spawn()
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+    quick.wait_for_log("reading slot")
+    with silent_connections(quick.environment["REPLICATOR_ADMIN_LISTEN"], MANY):
+        assert "ok\n" == quick.admin("/healthz")
+        source.execute(INSERT)
+        quick.wait_until_caught_up(10)
+        assert "ready\n" == quick.admin("/readyz")
+        assert 1 == len(destinations.clickhouse())
+    assert 0 == quick.stop()
+    assert "Traceback" not in quick.log
+    assert 1 == quick.log.count("admin endpoints:"), "a line a minute"
+
+
+def test_a_standby_is_well(quick: Program, database: str, source: psycopg.Connection, tmp_path: Path) -> None:
+    """It is not ready, its own light is green, its metrics call no one, `status` exits with 0."""
+    quick.start()
+    listen = {"REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}"}
+    second = Program(quick.environment | listen, database, tmp_path / "second.log")
+    try:
+        second.spawn()
+        second.wait_for_log("is held by process")
+        wait_until(lambda: "standby\n" == second.admin("/standbyz"), "the standby to be well")
+        assert "is held by process" in second.admin("/readyz")
+        metrics = second.admin("/metrics")
+        assert "\nreplicator_standby 1.0\n" in metrics
+        assert "\nreplicator_ready 1.0\n" in metrics
+        shown = second.run("status")
+        assert 0 == shown.code, shown.stdout
+        assert shown.stdout.startswith("replicator   standby: ")
+        source.execute(INSERT)
+        quick.wait_until_caught_up()
+        assert 0 == quick.stop()
+        wait_until(lambda: "ready\n" == second.admin("/readyz"), "the standby to take over")
+        assert "\nreplicator_standby 0.0\n" in second.admin("/metrics")
+    finally:
+        second.end()

@@ -1,0 +1,229 @@
+"""The admin server against whoever reaches its port: bounded in connections, bytes, time and log lines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from msgspec import structs
+
+from devstack.process import free_port
+from replicator.operations import http
+from replicator.operations.http import CONNECTIONS, HEAD_BYTES, Admin, exposed
+from replicator.operations.status import CheckpointStatus, SlotStatus, Status
+
+STATUS = Status(
+    reasons=[],
+    replicator=None,
+    slot=SlotStatus(name="s"),
+    checkpoint=CheckpointStatus(),
+    sinks={},
+    dead_letters=None,
+)
+
+
+class FakeWatchdog:
+    """Says what the test says."""
+
+    def __init__(self) -> None:
+        self.standby = ""
+        self.wrong: list[str] = []
+
+    def reasons(self) -> list[str]:
+        """What is wrong."""
+        return self.wrong
+
+    def status(self) -> Status:
+        """The same, as a form."""
+        return structs.replace(STATUS, reasons=self.wrong)
+
+
+class Served:
+    """An admin server, and a client that writes bytes."""
+
+    def __init__(self) -> None:
+        self.watchdog = FakeWatchdog()
+        self.port = free_port()
+        self.admin = Admin(self.watchdog, f"127.0.0.1:{self.port}")  # type: ignore[arg-type]  # as much as it needs
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that has said nothing."""
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def send(self, request: bytes) -> bytes:
+        """Everything that is answered."""
+        reader, writer = await self.connect()
+        writer.write(request)
+        try:
+            return await reader.read()
+        except ConnectionResetError:
+            return b""
+        finally:
+            writer.close()
+
+    async def get(self, path: str, *headers: str, method: str = "GET") -> bytes:
+        """The answer to a request."""
+        lines = [f"{method} {path} HTTP/1.1", *headers, "", ""]
+        return await self.send("\r\n".join(lines).encode())
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    """It listens."""
+    async with _serving() as served:
+        yield served
+
+
+@asynccontextmanager
+async def _serving() -> AsyncIterator[Served]:
+    served = Served()
+    await served.admin.start()
+    try:
+        yield served
+    finally:
+        await served.admin.stop()
+
+
+async def test_it_answers_as_a_client_expects(served: Served) -> None:
+    """Status line, length and body; HEAD has no body."""
+    answer = await served.get("/healthz", f"Host: 127.0.0.1:{served.port}")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"Content-Length: 3\r\n" in answer
+    assert answer.endswith(b"\r\n\r\nok\n")
+    head = await served.get("/healthz", method="HEAD")
+    assert b"Content-Length: 3\r\n" in head
+    assert head.endswith(b"\r\n\r\n")
+    assert b"200 OK" in await served.get("/status?pretty")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /nothing HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"GET /../status HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"GET http://evil.example/status HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"POST /status HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"405 Method Not Allowed"),
+        (b"\x16\x03\x01\x02\r\n\r\n", b"400 Bad Request"),
+        (b"\r\n\r\n", b"400 Bad Request"),
+        (b"GET /status\r\n\r\n", b"400 Bad Request"),
+    ],
+)
+async def test_what_it_does_not_serve(served: Served, request_: bytes, status: bytes) -> None:
+    """Each with its own status, and nothing of the request in the answer."""
+    answer = await served.send(request_)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"evil" not in answer
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "[::2]:1"])
+async def test_another_name_is_misdirected(served: Served, host: str) -> None:
+    """A web page may bind its own name to 127.0.0.1; the browser then sends that name."""
+    for path in ("/status", "/healthz", "/nothing"):
+        assert (await served.get(path, f"Host: {host}")).startswith(b"HTTP/1.1 421 ")
+    assert (await served.get("/status", "Host: localhost", f"HOST: {host}")).startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "LOCALHOST", "127.0.0.1", "127.8.8.8:80", "[::1]:8080", "[::1]"])
+async def test_names_of_this_machine(served: Served, host: str) -> None:
+    """Also through a tunnel, whose port is another one."""
+    assert b"200 OK" in await served.get("/status", f"Host: {host}")
+
+
+async def test_a_standby_has_a_light_of_its_own(served: Served) -> None:
+    """It is well and it does not replicate; once something is wrong, both lights say so."""
+    watchdog = served.watchdog
+    for standby, wrong, ready, standby_ok in (
+        ("", [], b"200", b"200"),
+        ("held by process 7", [], b"503", b"200"),
+        ("held by process 7", ["the slot stands still"], b"503", b"503"),
+        ("", ["the slot stands still"], b"503", b"503"),
+    ):
+        watchdog.standby, watchdog.wrong = standby, list(wrong)
+        assert (await served.get("/readyz")).startswith(b"HTTP/1.1 " + ready)
+        assert (await served.get("/standbyz")).startswith(b"HTTP/1.1 " + standby_ok)
+        assert standby.encode() in await served.get("/readyz")
+
+
+async def test_whoever_says_nothing_is_closed_and_holds_up_nobody(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many silent connections: a request is answered at once, and each of them ends."""
+    monkeypatch.setattr(http, "REQUEST_SECONDS", 0.5)
+    silent = [await served.connect() for _ in range(3 * CONNECTIONS)]
+    async with asyncio.timeout(2):
+        assert b"200 OK" in await served.get("/healthz")
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(_end(reader) for reader, _ in silent))
+    _close(silent)
+    assert 1 == len(caplog.records), "one line a minute"
+
+
+async def _end(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+def _close(connections: Sequence[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+    for _, writer in connections:
+        writer.close()
+
+
+async def test_a_head_that_trickles_has_a_time_limit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no request."""
+    monkeypatch.setattr(http, "REQUEST_SECONDS", 0.3)
+    reader, writer = await served.connect()
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"G")
+            await asyncio.sleep(0.05)
+
+    trickling = asyncio.create_task(trickle())
+    async with asyncio.timeout(5):
+        assert b"" == await _end(reader)
+    trickling.cancel()
+    writer.close()
+
+
+async def test_a_head_has_a_bound_in_bytes(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """It is not read to its end, and said once."""
+    for _ in range(3):
+        assert b"" == await served.send(b"GET / HTTP/1.1\r\nX: " + b"x" * 50 * HEAD_BYTES)
+    [record] = caplog.records
+    assert "head was longer" in record.getMessage()
+
+
+async def test_no_descriptors_left_is_a_line_a_minute(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a traceback; what is not about accepting is told as asyncio does."""
+    loop = asyncio.get_running_loop()
+    for _ in range(100):
+        context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many open files")}
+        loop.call_exception_handler(context)
+    [record] = caplog.records
+    assert (logging.WARNING, None) == (record.levelno, record.exc_info)
+    loop.call_exception_handler({"message": "something else"})
+    assert "something else" in caplog.text
+    assert served.port
+
+
+@pytest.mark.parametrize(
+    ("listen", "warns"),
+    [
+        ("", False),
+        ("127.0.0.1:8080", False),
+        ("[::1]:8080", False),
+        ("localhost:8080", False),
+        ("0.0.0.0:8080", True),
+        ("[::]:8080", True),
+        ("10.1.2.3:8080", True),
+        ("replicator.internal:8080", True),
+    ],
+)
+def test_an_address_that_others_reach_is_named(listen: str, warns: bool) -> None:
+    """There is no password."""
+    assert warns == (listen != "" and listen in exposed(listen))
