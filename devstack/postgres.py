@@ -35,7 +35,12 @@ SETTINGS = {
 
 
 def find_bin_dir() -> Path:
-    """Directory of the newest PostgreSQL with wal2json. Raises an error with the Debian package if there is none."""
+    """Directory of the newest PostgreSQL with wal2json, or the one that DEVSTACK_POSTGRES names.
+
+    Raises an error with the Debian package if there is none.
+    """
+    if chosen := os.environ.get("DEVSTACK_POSTGRES"):
+        return Path(chosen)
     found = list(_bin_dirs())
     if not found:
         raise DevStackError("PostgreSQL is missing: apt-get install postgresql")

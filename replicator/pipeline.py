@@ -173,7 +173,8 @@ class Pipeline:
             log.warning("made slot %s; %s says how to bring older rows", self._settings.slot, command("init"))
         await self.source.start(end_lsn)
         # From here on no other replicator reads the slot. The former reader may have saved once more before that.
-        await self._open(end_lsn, await self._beginning.load() or taken.checkpoint)
+        stored = await self._beginning.load() or taken.checkpoint
+        await self._open(end_lsn, structs.replace(stored, timeline=taken.checkpoint.timeline))
         self.trouble.clear()
         log.info("reading slot %s from %s", self._settings.slot, format_lsn(end_lsn))
 
@@ -191,7 +192,7 @@ class Pipeline:
         if self.checkpoint is not None:
             for known in (self.checkpoint, *self._offers):
                 if (known.end_lsn, known.sinks) == (stored.end_lsn, stored.sinks):
-                    self._saved(known)
+                    self._saved(structs.replace(known, timeline=stored.timeline))
                     return
             self._give_up(format_lsn(stored.end_lsn))
         if stored.end_lsn != started_at:

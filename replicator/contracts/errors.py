@@ -79,6 +79,20 @@ class SourceUnavailable(SourceError):
         super().__init__(f"PostgreSQL is not reachable: {detail}", cure, detail=detail)
 
 
+class SourceStandby(SourceUnavailable):
+    """The server is a standby. Retried until it is promoted, or the DSN leads to the primary."""
+
+    def __init__(self) -> None:
+        detail = "the server is a standby, and the slot is read from the primary"
+        ReplicatorError.__init__(
+            self,
+            detail,
+            "`run` waits until it is promoted, or REPLICATOR_POSTGRES_DSN leads to the primary, as it always does with"
+            " all hosts and target_session_attrs=primary in it",
+            detail=detail,
+        )
+
+
 class SlotInUse(SourceError):
     """Another process reads the slot. Retried until it is free: this process is the standby."""
 
@@ -102,15 +116,19 @@ class SlotMissing(SourceError):
 
 
 class SlotLost(SourceError):
-    """PostgreSQL removed WAL that the slot still needed."""
+    """What the slot still needed is gone from PostgreSQL. `reason` is PostgreSQL's word for why, if it has one."""
 
-    def __init__(self, *, slot: str, wal_status: str | None, checkpoint: str, since: str) -> None:
+    def __init__(self, *, slot: str, reason: str | None, checkpoint: str, since: str) -> None:
+        what, cure = {
+            "idle_timeout": ("nobody read it for idle_replication_slot_timeout", "Raise that setting"),
+            "rows_removed": ("a standby removed rows that it needed", "Set hot_standby_feedback = on there"),
+            "wal_level_insufficient": ("wal_level was lowered", "Set wal_level = logical"),
+        }.get(reason or "", ("PostgreSQL has removed WAL that it still needed", "Raise max_slot_wal_keep_size"))
         super().__init__(
-            f"PostgreSQL has removed WAL that replication slot {slot} still needed (wal_status {wal_status}). It was"
-            f" read up to {checkpoint}. What was committed since {since}, and is until there is a new slot, will be"
-            " missing in the sinks",
-            f"Raise max_slot_wal_keep_size, then run {command('drop-slot')}, then {command('init --accept-gap')}, which"
-            " makes a new slot and prints the backfill command for what is missing",
+            f"replication slot {slot} is lost (wal_status lost): {what}. It was read up to {checkpoint}. What was"
+            f" committed since {since}, and is until there is a new slot, will be missing in the sinks",
+            f"{cure}, then run {command('drop-slot')}, then {command('init --accept-gap')}, which makes a new slot and"
+            " prints the backfill command for what is missing",
         )
 
 

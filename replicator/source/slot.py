@@ -1,6 +1,7 @@
 """The replication slot: what it is like, and whether the stream is still continuous with the checkpoint.
 
-Looks over any connection to the database; `stream.py` makes and drops slots, `takeover.py` decides where to begin.
+Looks over any connection to the database; `stream.py` makes and drops slots, `timeline.py` compares histories,
+`takeover.py` decides where to begin.
 """
 
 from __future__ import annotations
@@ -16,13 +17,7 @@ from psycopg import rows, sql
 from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, StreamGap
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
 from replicator.source.connection import PLUGIN, answering, connect
-
-
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Which cluster, and which of its histories, the LSNs belong to."""
-
-    system_identifier: str
-    timeline: int
+from replicator.source.timeline import Identity, parted
 
 
 class SlotState(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +35,13 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that can still be written before the slot is in danger; None without max_slot_wal_keep_size."""
     two_phase: bool
     """True if prepared transactions are decoded before they commit."""
+    failover: bool | None = None
+    """Whether standbys keep a copy of the slot, so that a promoted one has it; None before PostgreSQL 17."""
+    invalidation_reason: str | None = None
+    """Why the slot is lost, from PostgreSQL 17 on: `wal_removed`, `rows_removed`, `wal_level_insufficient`,
+    `idle_timeout`."""
+    sync_state: str | None = None
+    """Of the stream: commits wait for `sync` and `quorum`, and may have to for `potential`; `async` is right."""
     server_lsn: Lsn
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
@@ -61,13 +63,16 @@ LOOK_TIMEOUT_SECONDS = 10.0
 
 _INSPECT = """
 SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size, two_phase,
+       -- columns that not every version has
+       (to_jsonb(s) ->> 'failover')::bool AS failover, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
+       (SELECT sync_state FROM pg_stat_replication WHERE pid = active_pid) AS sync_state,
        (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
-       -- on a standby (PostgreSQL 16+ can decode there) the replayed position is the server's
+       -- on a standby the replayed position is the server's
        ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
            AS server_lsn,
        extract(epoch FROM clock_timestamp())::float8 AS server_time,
        split_part(current_setting('server_version'), ' ', 1) AS server_version
-FROM pg_replication_slots WHERE slot_name = {}
+FROM pg_replication_slots s WHERE slot_name = {}
 """
 
 
@@ -92,7 +97,7 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
     confirmed, which can repeat events but lose none. `Found.was_read` says when that is in doubt.
     """
     since = _when(checkpoint)
-    if checkpoint is not None and (problem := _elsewhere(identity, checkpoint)):
+    if checkpoint is not None and (problem := parted(identity, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
     if state is None:
         if checkpoint is not None:
@@ -102,7 +107,7 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
         raise SlotInvalid(slot=slot, problem=problem)
     if state.wal_status == "lost" or state.restart_lsn is None:
         read = format_lsn(checkpoint.end_lsn) if checkpoint else "an unknown position"
-        raise SlotLost(slot=slot, wal_status=state.wal_status, checkpoint=read, since=since)
+        raise SlotLost(slot=slot, reason=state.invalidation_reason, checkpoint=read, since=since)
     if checkpoint is not None and (problem := _gap(state, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
 
@@ -132,15 +137,6 @@ def _misfit(state: SlotState) -> str:
         return f"it is for plugin {state.plugin} in database {state.database}, not for {PLUGIN} in this one"
     if state.two_phase:
         return "it was made with two_phase = true and sends transactions before they are committed"
-    return ""
-
-
-def _elsewhere(identity: Identity, checkpoint: Checkpoint) -> str:
-    system, timeline = identity.system_identifier, identity.timeline
-    if system != checkpoint.system_identifier:
-        return f"the server is system {system}, the checkpoint is of {checkpoint.system_identifier}"
-    if timeline != checkpoint.timeline:
-        return f"the server is on timeline {timeline}, the checkpoint is of {checkpoint.timeline} (failover or restore)"
     return ""
 
 

@@ -12,17 +12,18 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import LiteralString
 
 import psycopg
 from psycopg import conninfo, errors, generators, pq, sql
 from psycopg.rows import TupleRow
 
-from replicator.contracts.errors import DecodeError, SourceUnavailable
+from replicator.contracts.errors import DecodeError, SourceStandby, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
 from replicator.source import slot as slots
 from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, PLUGIN, answering, connect, translated
+from replicator.source.timeline import Identity, parse_history
 from replicator.source.wal2json import OPTIONS, DecodedChunk, StreamDecoder
 
 CHUNK_ROWS = 500
@@ -38,6 +39,9 @@ NAP_SECONDS = 0.0005
 GOODBYE_TIMEOUT_SECONDS = 5.0
 """How long PostgreSQL may take to answer the end of the stream, which proves that it read our last feedback."""
 
+FAILOVER_SERVER = 170_000
+"""PostgreSQL 17, the first that can keep a copy of a slot on its standbys (`failover`)."""
+
 _XLOG_DATA, _KEEPALIVE = b"wk"
 _XLOG_DATA_HEADER = 25  # 'w', start, end, time
 _KEEPALIVE_BODY = struct.Struct("!QqB")  # after 'k': the WAL's end, time, whether to answer
@@ -47,16 +51,18 @@ _EPOCH_2000_SECONDS = 946_684_800
 
 _WAS_READ = "SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {slot} AND total_txns > 0"
 _CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
+_CREATE_FAILOVER = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, failover => true)"
 _DROP = "SELECT pg_drop_replication_slot({slot})"
 
 
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
-    def __init__(self, dsn: str, slot: str, tables: Sequence[str]) -> None:
+    def __init__(self, dsn: str, slot: str, tables: Sequence[str], *, failover: bool = True) -> None:
         self._dsn = dsn
         self._slot = slot
         self._tables = tables
+        self._failover = failover
         self._connection: psycopg.AsyncConnection | None = None
         self._pgconn: pq.abc.PGconn | None = None
         self._decoder = StreamDecoder()
@@ -88,7 +94,7 @@ class Source:
         """How long ago a message of the stream, a keepalive included, was last read; 0.0 while not connected."""
         return time.monotonic() - self._heard_at if self.connected else 0.0
 
-    async def connect(self) -> tuple[slots.Identity, slots.SlotState | None]:
+    async def connect(self) -> tuple[Identity, slots.SlotState | None]:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
         # wal2json prints timestamps as the session says; a new slot waits for the transactions that run
@@ -98,7 +104,19 @@ class Source:
             name = f"replicator {self._slot}"
             self._connection = await connect(self._dsn, name, replication="database", options=options)
         [row] = await self._ask("IDENTIFY_SYSTEM")
-        return slots.Identity(system_identifier=str(row[0]), timeline=int(row[1])), await self._inspect()
+        [(is_standby,)] = await self._ask("SELECT pg_is_in_recovery()")
+        if is_standby:  # it may lack the slot, or have it and not give it away: neither says anything of a gap
+            raise SourceStandby
+        return Identity(system_identifier=str(row[0]), timeline=int(row[1])), await self._inspect()
+
+    async def branches(self, timeline: int) -> Mapping[int, Lsn]:
+        """Where the server left earlier timelines for this one, its own. Empty if it can't say. Raises as `connect`."""
+        async with answering(self._slot):
+            query = sql.SQL("TIMELINE_HISTORY {}").format(timeline)
+            with contextlib.suppress(errors.UndefinedFile):  # the first timeline has no history, a copy may lack it
+                [(_, content)] = await (await self._connected().execute(query)).fetchall()
+                return parse_history(content if isinstance(content, str) else bytes(content).decode(errors="replace"))
+            return {}
 
     async def was_read(self) -> bool:
         """Whether transactions were decoded from the slot, as far as the statistics know. Raises as `connect`."""
@@ -106,7 +124,8 @@ class Source:
 
     async def create_slot(self) -> slots.SlotState | None:
         """Make the slot, once the transactions that run have ended, and look at it. Raises as `connect`."""
-        await self._ask(_CREATE, None)
+        knows_failover = self._connected().info.server_version >= FAILOVER_SERVER
+        await self._ask(_CREATE_FAILOVER if knows_failover and self._failover else _CREATE, None)
         return await self._inspect()
 
     async def drop_slot(self) -> None:

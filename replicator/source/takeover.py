@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.source import slot as slots
 from replicator.source.stream import Source
+from replicator.source.timeline import Identity, lost_by_failover
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ MARGIN = timedelta(hours=1)
 EVERYTHING = "0001-01-01"
 """Where a backfill of all times begins."""
 NOT_DATED = "it is not known since when it lacks events: all of them again"
+LOST = (
+    "the sinks may have events that PostgreSQL lost in the failover, and it may give their ids again. When the"
+    " replicator has caught up, this makes ClickHouse and Redis equal to PostgreSQL"
+)
 REPEATS = "sees again what it has of that time, under the same event_id"
 
 
@@ -44,7 +49,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """A slot and its checkpoint, as they are."""
 
     slot: str
-    identity: slots.Identity
+    identity: Identity
     state: slots.SlotState | None
     """None: there is no such slot."""
     stored: Checkpoint | None
@@ -105,6 +110,8 @@ class Beginning:
         identity, state = await self._source.connect()
         read = state is not None and await self._source.was_read()
         stored = await self._load()  # after the slot: another replicator saves before it reads, and before it confirms
+        if stored and stored.timeline != identity.timeline:
+            identity = structs.replace(identity, branches=await self._source.branches(identity.timeline))
         return Found(
             slot=self._slot,
             identity=identity,
@@ -125,7 +132,7 @@ class Beginning:
             found = structs.replace(found, checkpoint=None, was_read=False)
         found.verify()
         if found.checkpoint is not None:
-            return Takeover(found.checkpoint, resumed=True)
+            return Takeover(self._on_timeline(found.checkpoint, found.identity), resumed=True)
         state = found.state or await self._source.create_slot()
         first = slots.first_checkpoint(self._slot, state, found.identity)
         if found.state is None and state:  # what was committed before is not this slot's to bring
@@ -134,7 +141,7 @@ class Beginning:
             await asyncio.to_thread(self._store.replace if gap else self._store.save, first)
         except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
             raise SourceUnavailable(detail="another replicator took the slot first") from exc
-        lines = list(describe(found.stored, first, state, self._sinks)) if gap and state else []
+        lines = list(describe(found, first, state, self._sinks)) if gap and state else []
         return Takeover(first, created_slot=found.state is None, gap=lines)
 
     def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
@@ -145,6 +152,15 @@ class Beginning:
             log.info("sink %s has no position: it begins after %s", name, format_lsn(checkpoint.end_lsn))
         return starts
 
+    def _on_timeline(self, checkpoint: Checkpoint, identity: Identity) -> Checkpoint:
+        """The checkpoint as a position in the server's own timeline, which shares its history."""
+        if branch := identity.branches.get(checkpoint.timeline):
+            log.info(
+                "timeline %s of PostgreSQL continues %s from %s, and has everything up to the checkpoint's %s",
+                *(identity.timeline, checkpoint.timeline, format_lsn(branch), format_lsn(checkpoint.end_lsn)),
+            )
+        return structs.replace(checkpoint, timeline=identity.timeline)
+
     async def _load(self) -> Checkpoint | None:
         async with self.saving:
             return await asyncio.to_thread(self._store.load, self._slot)
@@ -153,32 +169,46 @@ class Beginning:
         return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
 
 
-def describe(
-    stored: Checkpoint | None, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]
-) -> Iterator[str]:
-    """Lines for the operator: the gap between two checkpoints, the second one made when the slot was as in `state`."""
+def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:
+    """Lines for the operator: the gap from what was found to `first`, made when the slot was as in `state`."""
+    stored = found.stored
     if stored is None:
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
     until = datetime.fromtimestamp(state.server_time, UTC)
     since = datetime.fromtimestamp(stored.committed_at, UTC) if stored.committed_at else None
-    yield (
-        f"gap accepted: from {_place(stored)} to {_place(first)}; what was committed from"
-        f" {slots.iso(since) if since else 'an unknown time'} to {slots.iso(until)} may be missing. To bring it:"
-    )
     dated = set(stored.sinks).difference(slots.left_out(stored)) if since else set()
+    accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
+    if since and lost_by_failover(found.identity, stored):
+        yield f"{accepted}; {LOST}:"
+        yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra"
+        yield f"  {PROGRAM} rebuild-redis --from-empty"
+        if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
+            yield "Everything else comes through the slot: nothing has to be brought."
+            return
+    yield (
+        f"{accepted}; what was committed from {slots.iso(since) if since else 'an unknown time'} to {slots.iso(until)}"
+        " may be missing. To bring it:"
+    )
+    yield from _backfills(dated, since, until, sinks)
+
+
+def _backfills(dated: Collection[str], since: datetime | None, until: datetime, sinks: Sequence[Sink]) -> Iterator[str]:
     for known, repeats in itertools.product((True, False), (False, True)):
         names = [sink.name for sink in sinks if (sink.name in dated, sink.max_repeats is not None) == (known, repeats)]
         if names:
-            start = slots.iso(since - MARGIN) if known and since else EVERYTHING
             notes = [NOT_DATED] * (not known) + [REPEATS] * repeats
-            end = slots.iso(until + timedelta(seconds=2))
-            command = f"  {PROGRAM} backfill --start {start} --end {end} --sinks {','.join(names)}"
+            command = f"  {PROGRAM} backfill {_range(since if known else None, until)} --sinks {','.join(names)}"
             yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
         f"(It begins {MARGIN.total_seconds() / 3600:.0f} h earlier, because event_ts is older than the commit. Where"
         " transactions last longer, or applications set event_ts themselves, begin still earlier.)"
     )
+
+
+def _range(since: datetime | None, until: datetime) -> str:
+    start = slots.iso(since - MARGIN) if since else EVERYTHING
+    return f"--start {start} --end {slots.iso(until + timedelta(seconds=2))}"
 
 
 def _place(checkpoint: Checkpoint) -> str:

@@ -506,23 +506,29 @@ def test_the_server_is_an_older_backup(quick: Program, destinations: Destination
     assert set(ids) <= {event["event_id"] for event in destinations.clickhouse()}
 
 
-def test_the_server_is_on_another_timeline(quick: Program, destinations: Destinations) -> None:
-    """A standby is told to be no source; promoted, it is on another history of the same system."""
+def test_the_server_is_a_standby_and_is_promoted(quick: Program, destinations: Destinations) -> None:
+    """A standby is waited for, with a reason; promoted, it has the history that was read: all goes on by itself."""
     with _cluster(quick) as (own, dsn):
         _run_into(quick, dsn)
         own.postgres.stop()
         (_files(own) / "standby.signal").touch()
         own.postgres.start()
-        assert "Connect to the primary" in quick.run("run").stderr
+        quick.spawn()
+        quick.wait_for_log("The server is a standby, and the slot is read from the primary")
+        assert "is a standby" in quick.admin("/readyz")
+        for command in ("init", "check"):
+            result = quick.run(command)
+            assert (1, True) == (result.code, "is a standby" in (result.stdout + result.stderr).lower())
         with psycopg.connect(own.postgres.superuser_dsn, autocommit=True) as admin:
             admin.execute("SELECT pg_promote()")
+        quick.wait_for_log("timeline 2 of PostgreSQL continues 1 from ")
         with psycopg.connect(dsn, autocommit=True) as writer:
             insert_many(writer, 100)
-        refused(quick, "the server is on timeline 2, the checkpoint is of 1", "init --accept-gap")
-        mend(quick)
-        quick.start()
         caught_up_and_stopped(quick)
-        assert_exact(dsn, destinations)
+        assert 0 == assert_exact(dsn, destinations)
+        quick.start()
+        assert "continues" not in quick.said, "the checkpoint is of the new timeline"
+        caught_up_and_stopped(quick)
 
 
 def test_the_server_is_another_system(quick: Program, source: psycopg.Connection) -> None:

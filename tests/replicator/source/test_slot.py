@@ -29,6 +29,10 @@ def test_a_new_slot_needs_no_checkpoint() -> None:
     [
         (None, {}, SlotMissing, "init --accept-gap"),
         ({"wal_status": "lost"}, {}, SlotLost, "max_slot_wal_keep_size"),
+        ({"wal_status": "lost", "invalidation_reason": "wal_removed"}, {}, SlotLost, "max_slot_wal_keep_size"),
+        ({"wal_status": "lost", "invalidation_reason": "idle_timeout"}, {}, SlotLost, "idle_replication_slot_timeout"),
+        ({"wal_status": "lost", "invalidation_reason": "rows_removed"}, {}, SlotLost, "hot_standby_feedback"),
+        ({"wal_status": "lost", "invalidation_reason": "wal_level_insufficient"}, {}, SlotLost, "wal_level = logical"),
         ({"restart_lsn": None}, {}, SlotLost, "backfill"),
         ({"plugin": "pgoutput"}, {}, SlotInvalid, "pgoutput"),
         ({"database": "other"}, {}, SlotInvalid, "database other"),
@@ -37,7 +41,11 @@ def test_a_new_slot_needs_no_checkpoint() -> None:
         ({"confirmed_lsn": 201}, {}, StreamGap, "0/C9"),
         ({"server_lsn": 199}, {}, StreamGap, "older backup"),
         ({}, {"system_identifier": "8"}, StreamGap, "system 8"),
-        ({}, {"timeline": 2}, StreamGap, "timeline 2"),
+        ({}, {"timeline": 2}, StreamGap, "timeline 2, which does not continue the checkpoint's, 1"),
+        ({}, {"timeline": 3, "branches": {2: 200}}, StreamGap, "timeline 3, which does not continue"),
+        ({}, {"timeline": 2, "branches": {1: 199}}, StreamGap, "left the checkpoint's, 1, at 0/C7, before .* 0/C8"),
+        ({"confirmed_lsn": 201}, {"timeline": 2, "branches": {1: 200}}, StreamGap, "confirmed up to 0/C9"),
+        (None, {"timeline": 2, "branches": {1: 200}}, SlotMissing, "does not exist"),
     ],
 )
 def test_a_gap_is_an_error_that_names_it(
@@ -47,6 +55,16 @@ def test_a_gap_is_an_error_that_names_it(
     changed = None if state is None else structs.replace(STATE, **state)
     with pytest.raises(error, match=told):
         slots.verify("s", changed, structs.replace(HERE, **identity), CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("timeline", "branches"),
+    [(2, {1: 200}), (2, {1: 201}), (3, {1: 200, 2: 300})],
+    ids=["at its end", "behind it", "two failovers"],
+)
+def test_a_promoted_standby_that_has_all_that_was_read_is_continuous(timeline: int, branches: dict[int, int]) -> None:
+    """It left the old timeline at the checkpoint or later: both have the same history up to there."""
+    slots.verify("s", STATE, structs.replace(HERE, timeline=timeline, branches=branches), CHECKPOINT)
 
 
 def test_a_checkpoint_that_moved_while_we_looked_is_no_gap() -> None:

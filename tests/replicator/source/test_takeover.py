@@ -17,8 +17,9 @@ from replicator.contracts.errors import (
     StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
-from replicator.source.slot import Identity, SlotState
+from replicator.source.slot import SlotState
 from replicator.source.takeover import Beginning
+from replicator.source.timeline import Identity
 from sinks.testing import MemorySink
 from tests.support.fakes import HERE
 from tests.support.fakes import STATE as STATE_AT_100
@@ -33,8 +34,12 @@ STORED = Checkpoint(
 class Slot:
     """A source that has, or makes, one slot."""
 
-    def __init__(self, state: SlotState | None, *, read: bool = False) -> None:
+    def __init__(
+        self, state: SlotState | None, *, read: bool = False, identity: Identity = HERE, **branches: int
+    ) -> None:
         self.state = state
+        self.identity = identity
+        self.ends = {int(timeline.lstrip("_")): lsn for timeline, lsn in branches.items()}
         self.created = False
         self.read = read
 
@@ -44,7 +49,12 @@ class Slot:
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Look."""
-        return HERE, self.state
+        return self.identity, self.state
+
+    async def branches(self, timeline: int) -> dict[int, int]:
+        """Of the server's own timeline."""
+        assert self.identity.timeline == timeline
+        return self.ends
 
     async def create_slot(self) -> SlotState:
         """Make it."""
@@ -197,3 +207,37 @@ async def test_a_look_changes_nothing() -> None:
     with pytest.raises(SlotMissing):
         found.verify()
     assert (False, [], STORED) == (slot.created, store.calls, found.stored)
+
+
+SECOND = structs.replace(HERE, timeline=2)
+
+
+async def test_on_a_promoted_standby_the_checkpoint_is_of_its_timeline(caplog: pytest.LogCaptureFixture) -> None:
+    """The history is shared up to the checkpoint: it goes on, says so, and the next save has the new number."""
+    caplog.set_level("INFO")
+    store = Store(STORED)
+    taken = await beginning(Slot(STATE, identity=SECOND, _1=100), store).take()
+    assert (True, 2, 100, []) == (taken.resumed, taken.checkpoint.timeline, taken.checkpoint.end_lsn, store.calls)
+    assert "timeline 2 of PostgreSQL continues 1 from 0/64" in caplog.text
+
+
+async def test_a_failover_that_lost_commits_is_told_as_that() -> None:
+    """The slot brings all that PostgreSQL has. What it no longer has is in the sinks: no backfill mends that."""
+    slot, store = Slot(structs.replace(STATE, confirmed_lsn=90), identity=SECOND, _1=99), Store(STORED)
+    with pytest.raises(StreamGap, match="no longer in PostgreSQL"):
+        await beginning(slot, store).take()
+    taken = await beginning(slot, store).take(accept_gap=True)
+    told = "\n".join(taken.gap)
+    assert "(system 7, timeline 1) to 0/5A (system 7, timeline 2); the sinks may have events that" in told
+    assert " reconcile --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --repair --delete-extra" in told
+    assert " rebuild-redis --from-empty" in told
+    assert " backfill " not in told
+
+
+async def test_a_failover_that_lost_commits_and_has_a_later_slot_needs_a_backfill_too() -> None:
+    """The slot was made by hand on the new primary: what was committed there before does not come through it."""
+    slot, store = Slot(structs.replace(STATE, confirmed_lsn=101), identity=SECOND, _1=99), Store(STORED)
+    taken = await beginning(slot, store).take(accept_gap=True)
+    told = "\n".join(taken.gap)
+    assert " reconcile --start" in told
+    assert " backfill --start 2026-01-08T07:31:52Z" in told
