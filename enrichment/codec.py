@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, TypeAlias
 
 import msgspec
+from msgspec import structs
 
 from enrichment.contract import EVENT, EVENTS, IDENTITY, JOINED, KEY, OWN, TIME
 from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, decode_row
@@ -184,16 +185,24 @@ build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], No
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode
 
+_KEPT = frozenset([*(field.column for field in OWN), *(field.joined for field in JOINED)])
+"""The columns that a dead letter keeps; others, such as raw_payload, may be nobody's business."""
+
+
+def _kept(columns: Iterable[Column]) -> list[Column]:
+    return [column for column in columns if column.name in _KEPT]
+
 
 def dead_letter(row: Row, reason: str) -> DeadLetter:
-    """Keeps the whole row that no event can be made of."""
+    """Keeps the row that no event can be made of, with the columns that events are made from."""
+    kept = structs.replace(row, columns=_kept(row.columns), identity=_kept(row.identity))
     event_id = next((column.value for column in row.columns if column.name == IDENTITY.column), None)
     return DeadLetter(
         sink=None,
         position=Position(row.commit_lsn, row.ordinal),
         event_id=event_id if BIGINT.fits(event_id) else None,
         reason=reason,
-        payload=_encode_row(row),
+        payload=_encode_row(kept),
     )
 
 

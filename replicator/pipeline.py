@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 from msgspec import structs
@@ -61,6 +63,7 @@ class Pipeline:
         self._store = store
         self._beginning = Beginning(source, store, settings.slot, sinks)
         self._created = False
+        self._saved_at = 0.0  # time.monotonic()
 
     # -- the rule ------------------------------------------------------------------------------------------------
 
@@ -86,7 +89,7 @@ class Pipeline:
         self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._offers.clear()
         self.fan_out.saved(checkpoint.sinks)
 
@@ -138,8 +141,23 @@ class Pipeline:
     async def _commit_forever(self) -> None:
         while True:
             await self.fan_out.progress()
+            while not self._worth_saving():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.checkpoint_interval_seconds):
+                        await self.fan_out.progress()
             await retry(self._commit_unless_overtaken, self.saving, self._settings.retry_max_seconds)
             await self.fan_out.checkpoint_wanted(self._settings.checkpoint_interval_seconds)
+
+    def _worth_saving(self) -> bool:
+        """A sink has rows that the checkpoint lacks, or nothing was saved for a feedback interval.
+
+        A save is WAL where the checkpoint is kept in the source's PostgreSQL, and WAL is something new to save.
+        """
+        saved = self.checkpoint.sinks if self.checkpoint else {}
+        idle = all(
+            lane.name in saved and lane.mark.position == saved[lane.name].position for lane in self.fan_out.lanes
+        )
+        return not idle or time.monotonic() - self._saved_at >= self._settings.feedback_interval_seconds
 
     async def _feedback_forever(self) -> None:
         while True:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from hashlib import sha1
 from importlib.resources import files
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import hiredis
 from pydantic import SecretStr
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 from redis.typing import EncodableT
 
 from sinks.redis.errors import is_read_only, sink_error
@@ -44,6 +44,19 @@ def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
     return pool
 
 
+class Script(NamedTuple):
+    """A Lua script, and what Redis knows it by."""
+
+    text: str
+    digest: str
+
+
+def script(name: str) -> Script:
+    """The one in `lua/<name>.lua`."""
+    text = (files(__package__) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
@@ -58,23 +71,32 @@ class RedisClient:
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
         """Where Redis is, without user and password."""
+        self._secrets = [str(options["password"])] if options.get("password") else []
 
-    def script(self, name: str) -> AsyncScript:
-        """The script in `lua/<name>.lua`."""
-        return self._redis.register_script((files(__package__) / "lua" / f"{name}.lua").read_text(encoding="utf-8"))
+    async def run(self, script: Script, call: Call) -> list[int]:
+        """What the script returns. Redis has it by digest; it gets the text when it has forgotten it.
 
-    async def run(self, script: AsyncScript, call: Call) -> list[int]:
-        """What the script returns. Redis has it by digest; redis-py sends the text when Redis has forgotten it."""
+        Never by SCRIPT LOAD: behind a proxy that may reach another server than the call, and is a right more.
+        """
         async with self._translated():
-            return cast("list[int]", await script(call.keys, call.args))
+            try:
+                return cast("list[int]", await self._redis.evalsha(script.digest, *_arguments(call)))
+            except NoScriptError:
+                return cast("list[int]", await self._redis.eval(script.text, *_arguments(call)))
 
-    async def probe(self, calls: Sequence[tuple[AsyncScript, Call]]) -> None:
+    async def probe(self, calls: Sequence[tuple[Script, Call]]) -> None:
         """Run scripts on keys of our patterns, and remove the keys, in one transaction."""
         async with self._translated(), self._redis.pipeline(transaction=True) as pipeline:
             used: set[str] = set()
+            known: set[Script] = set()
             for script, call in calls:
                 keys = [key + ":probe" for key in call.keys]
-                await script(keys, call.args, client=pipeline)
+                arguments = _arguments(Call(keys, call.args))
+                if script in known:
+                    pipeline.evalsha(script.digest, *arguments)
+                else:
+                    pipeline.eval(script.text, *arguments)
+                known.add(script)
                 used.update(keys)
             pipeline.delete(*used)
             await pipeline.execute()
@@ -112,7 +134,11 @@ class RedisClient:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except RedisError as exc:
+        except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise sink_error(SINK, exc) from exc
+            raise sink_error(SINK, exc, self._secrets) from exc
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    return (len(call.keys), *call.keys, *call.args)

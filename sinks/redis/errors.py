@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from redis import exceptions
 from redis.exceptions import RedisError
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 
-TRY_LATER = frozenset(
-    {"BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"}
-)
-"""Redis's codes for: not now. READONLY is what a primary says that a failover has made a replica."""
 TURNED_AWAY = frozenset({"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"})
 TURNED_AWAY_WORDINGS = ("The user executing the script can't", "unauthenticated")
 """Without a code: Redis 7 on a right that is missing in a script, and on a long command before a password."""
@@ -22,14 +19,15 @@ _TURNED_AWAY_CLASSES = (
     exceptions.AuthorizationError,
     exceptions.NoPermissionError,
 )
-NO_SUCH_DATABASE = "DB index is out of range"
-CLUSTER = frozenset({"ASK", "CROSSSLOT", "MOVED"})
 
-TURNED_AWAY_CURE = (
-    "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: "
-    "ACL SETUSER name ~content:* ~top:content:* ~engagement:seen:* +@read +@write +@scripting +@transaction "
-    "+@connection +info"
+DETAIL_LENGTH = 200
+"""What a message quotes of an answer, at most."""
+
+COMMANDS = (
+    "+eval +evalsha +multi +exec +select +ping +info +get +mget +set +setex +setrange +mset +del +unlink +expire"
+    " +strlen +zcard +zincrby +zrange +zremrangebyscore +zunionstore +scan"
 )
+"""All that the sink sends, also within scripts. SCAN is for `rebuild-redis` alone."""
 CERTIFICATE_CURE = (
     "Check that the certificate is in date and names the host in REPLICATOR_REDIS_URL, and that the URL's ssl_ca_certs "
     "holds the authority that signed it, if that is a private one"
@@ -42,36 +40,61 @@ FOREIGN_CURE = (
 )
 OTHER_CURE = "It takes Redis 6.0 or newer, or a server that runs the same Lua scripts"
 
+_KNOWN: tuple[tuple[str, type[SinkMisconfigured | SinkUnusable], str], ...] = (
+    ("CERTIFICATE_VERIFY_FAILED", SinkMisconfigured, CERTIFICATE_CURE),
+    ("db index is out of range", SinkMisconfigured, DATABASE_CURE),
+    ("ASK", SinkUnusable, CLUSTER_CURE),
+    ("CROSSSLOT", SinkUnusable, CLUSTER_CURE),
+    ("MOVED", SinkUnusable, CLUSTER_CURE),
+    ("WRONGTYPE", SinkUnusable, FOREIGN_CURE),
+    ("unknown command", SinkUnusable, OTHER_CURE),
+)
+"""A code or a wording that stays true until somebody helps."""
 
-def sink_error(sink: str, exc: RedisError) -> SinkError:
-    """What to raise for `exc`."""
-    detail = _detail(exc)
+
+def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = ()) -> SinkError:
+    """What to raise for `exc`. What is not known to be for ever is tried again."""
+    detail = _detail(exc, secrets)
     words = _words(exc)
     if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
-        return SinkMisconfigured(sink=sink, detail=detail, cure=TURNED_AWAY_CURE)
-    if "CERTIFICATE_VERIFY_FAILED" in words:
-        return SinkMisconfigured(sink=sink, detail=detail, cure=CERTIFICATE_CURE)
-    if NO_SUCH_DATABASE in detail:
-        return SinkMisconfigured(sink=sink, detail=detail, cure=DATABASE_CURE)
-    if isinstance(exc, (exceptions.ConnectionError, exceptions.TimeoutError)) or words & TRY_LATER:
-        return SinkUnavailable(sink=sink, detail=detail)
-    cure = CLUSTER_CURE if words & CLUSTER else FOREIGN_CURE if "WRONGTYPE" in words else OTHER_CURE
-    return SinkUnusable(sink=sink, detail=detail, cure=cure)
+        return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure())
+    for known, error, cure in _KNOWN:
+        if known in (words if known.isupper() else detail.lower()):
+            return error(sink=sink, detail=detail, cure=cure)
+    return SinkUnavailable(sink=sink, detail=detail)
 
 
-def is_read_only(exc: RedisError) -> bool:
+def turned_away_cure() -> str:
+    """How to let the sink in: the least rights that work."""
+    return (
+        "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: "
+        f"ACL SETUSER name ~content:* ~top:content:* ~engagement:seen:* {COMMANDS}"
+    )
+
+
+def is_read_only(exc: RedisError | OSError) -> bool:
     """Whether we are connected to a replica: another connection may find the primary."""
     return "READONLY" in _words(exc)
 
 
-def _words(exc: RedisError) -> set[str]:
+def _words(exc: RedisError | OSError) -> set[str]:
     """Words in capitals. Redis's code is the first of them, unless an old Redis passes on what failed in a script."""
-    return set(re.findall(r"\b[A-Z_]{3,}\b", f"{exc.status_code or ''} {exc}"))
+    return set(re.findall(r"\b[A-Z_]{3,}\b", f"{_code(exc)} {exc}"))
 
 
-def _detail(exc: RedisError) -> str:
-    """Redis's message, without the place in the script, and without the arguments that some messages repeat."""
+def _code(exc: RedisError | OSError) -> str:
+    return getattr(exc, "status_code", None) or ""
+
+
+def _detail(exc: RedisError | OSError, secrets: Iterable[str]) -> str:
+    """Redis's message, without the place in the script, and without the arguments that some messages repeat.
+
+    Whatever stands between here and Redis may have written it: no control characters, no secret of ours, not too long.
+    """
     text = str(exc).partition(" script: ")[0].partition(", with args beginning")[0]
     text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
-    code = f"{exc.status_code} " if exc.status_code else ""
-    return (code + text).strip().rstrip(".") or type(exc).__name__
+    text = f"{_code(exc)} {text}".strip().rstrip(".") or type(exc).__name__
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:DETAIL_LENGTH])
+    return f"{shown}…" if len(text) > DETAIL_LENGTH else shown

@@ -16,7 +16,7 @@ from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
-from sinks.redis.client import SINK, RedisClient
+from sinks.redis.client import SINK, RedisClient, script
 from sinks.redis.info import findings
 from sinks.redis.keys import BUCKET_SECONDS, PREFIXES, Call, pack, slide_call
 from sinks.redis.ledger import RedisLedger
@@ -54,7 +54,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         self.new_events: int = 0
         self._settings = settings
         self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds)
-        self._script = self._redis.script("write")
+        self._script = script("write")
         self._clock = clock
         self.window = Window(self._redis, clock)
         self._keeps_window = True
@@ -110,7 +110,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
         patient = RedisClient(url, timeout_seconds, EMPTY_TIMEOUT_SECONDS)
         try:
-            [deleted] = await patient.run(patient.script("empty"), Call([], list(PREFIXES)))
+            [deleted] = await patient.run(script("empty"), Call([], list(PREFIXES)))
         finally:
             await patient.close()
         return deleted

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from replicator.contracts.errors import SinkError
-from sinks.redis.client import RedisClient
+from sinks.redis.client import RedisClient, script
 from sinks.redis.keys import WINDOW, slide_call
 
 SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window as it begins
@@ -27,7 +27,7 @@ class Window:
         """Whether the last slide failed."""
         self._redis = redis
         self._clock = clock
-        self.script = redis.script("slide")
+        self.script = script("slide")
         self._task: asyncio.Task[None] | None = None
 
     async def slide(self) -> None:

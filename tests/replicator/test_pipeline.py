@@ -430,6 +430,24 @@ async def test_a_save_whose_answer_is_lost_is_its_own(meanwhile: int) -> None:
     assert [[10], [20], [30]] == world.told("write a")
 
 
+async def test_a_stretch_without_rows_is_saved_at_the_feedback_interval() -> None:
+    """Each save may be WAL and so another such stretch. A row is saved at once, and what came before it with it."""
+    world = World("a")
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        for end_lsn in range(12, 40):
+            world.chunks.put_nowait(DecodedChunk([], Mark(Position(10, 1), end_lsn)))
+            await asyncio.sleep(0.005)
+        assert [START, 11] == world.told("save")
+        world.commit(50)
+        await world.until(lambda: 51 in world.told("confirm"))
+        assert [START, 11, 51] == world.told("save")
+        world.pipeline._saved_at -= 60  # noqa: SLF001  the feedback interval
+        world.chunks.put_nowait(DecodedChunk([], Mark(Position(50, 1), 60)))
+        await world.until(lambda: 60 in world.told("confirm"))
+
+
 async def test_trouble_with_a_look_up_passes() -> None:
     """The same rows are given again, and we are ready again afterwards."""
     world = World("a")

@@ -11,6 +11,8 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterCrossSlotError,
     ConnectionError,  # noqa: A004  redis-py's name
+    InvalidResponse,
+    NoScriptError,
     OutOfMemoryError,
     RedisError,
     ResponseError,
@@ -113,11 +115,28 @@ def test_the_window_is_ten_minutes_of_buckets() -> None:
         (ClusterCrossSlotError("Keys in request don't hash to the same slot", status_code="CROSSSLOT"), SinkUnusable),
         (ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"), SinkUnusable),
         (ResponseError("unknown command 'EVALSHA'"), SinkUnusable),
+        # What nobody knows is not now: proxies and services have words of their own.
+        (ResponseError("upstream failure"), SinkUnavailable),
+        (ResponseError("no upstream host"), SinkUnavailable),
+        (ResponseError("max daily request limit exceeded. Limit: 10000, Usage: 10000."), SinkUnavailable),
+        (NoScriptError("No matching script. Please use EVAL."), SinkUnavailable),
+        (ResponseError("Error running script (call to f_ab): @user_script:1: attempt to call nil"), SinkUnavailable),
+        (InvalidResponse("Protocol error, got b'H' as reply type byte"), SinkUnavailable),
+        (OSError(24, "Too many open files"), SinkUnavailable),
     ],
 )
-def test_what_errors_mean(exc: RedisError, expected: type[SinkError]) -> None:
+def test_what_errors_mean(exc: RedisError | OSError, expected: type[SinkError]) -> None:
     """The class decides what the lane does."""
     assert expected is type(sink_error("redis", exc))
+
+
+def test_an_answer_is_quoted_with_care() -> None:
+    """Whoever wrote it: on one line, without control characters or our password, and not at length."""
+    exc = ResponseError("upstream \x1b[31m\r\nINFO all is well \u202e hush-1 " + "x" * 10_000)
+    shown = sink_error("redis", exc, ["hush-1"]).detail
+    assert shown.isprintable()
+    assert "hush-1" not in shown
+    assert 201 == len(shown)
 
 
 def test_arguments_are_not_repeated() -> None:

@@ -21,6 +21,7 @@ from devstack import DevStack
 from enrichment import EVENT
 from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Position, SinkPosition
+from sinks.redis.errors import turned_away_cure
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
 
@@ -230,6 +231,22 @@ async def test_an_older_event_never_comes_back(server: Server, older_at: float, 
         assert server.client.get("content:last:1") is None
         await sink.write([event(6)])
         assert json.loads(server.client.get("content:last:1"))["event_id"] == 6
+
+
+async def test_the_same_event_again_replaces_itself(server: Server) -> None:
+    """With the same position, too: after a restart its content may have been corrected. What has expired stays away."""
+    async with opened(server.service.url, Clock()) as sink:
+        await sink.write([event(5)])
+        server.client.expire("content:last:1", 100)
+        corrected = event(5)
+        corrected.json = b'{"event_id":5,"corrected":true}'
+        await sink.write([corrected])
+        assert '{"event_id":5,"corrected":true}' == server.client.get("content:last:1")
+        assert 0 < server.client.ttl("content:last:1") <= 100
+        assert {1: 1} == server.counts()
+        server.client.delete("content:last:1")
+        await sink.write([corrected])
+        assert server.client.get("content:last:1") is None
 
 
 async def test_events_without_a_time_are_refused(server: Server) -> None:
@@ -562,7 +579,7 @@ def acl_user(server: Server, *rules: str) -> Iterator[str]:
         server.cli("ACL", "DELUSER", "writer")
 
 
-RIGHTS = "~content:* ~top:content:* ~engagement:seen:* +@read +@write +@scripting +@transaction +@connection +info"
+RIGHTS = turned_away_cure().partition("ACL SETUSER name ")[2]
 
 
 async def test_the_rights_that_the_cure_names_suffice(server: Server) -> None:

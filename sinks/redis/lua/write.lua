@@ -1,4 +1,5 @@
--- Writes a batch: counts each event once, however often it comes, and keeps each content's newest event.
+-- Writes a batch: counts each event once, however often it comes, and keeps each content's newest event. The same event
+-- again replaces itself: its content may have been corrected.
 --
 -- KEYS: the window, its state; then for each page its seen bits; for each bucket its sorted set; for each content
 --       its count, after these its newest moment, after these its last event.
@@ -15,7 +16,6 @@
 local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local EVENTS = ARGV[5]
 local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
-local ID_FROM = #'content:count:' + 1
 local MOMENT_WIDTH = 38 -- of (event_ts, event_id); the commit's LSN follows
 local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
 local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
@@ -28,8 +28,9 @@ local LAST = NEWEST + N_CONTENTS
 local START, KEEP_BUCKET = 5, 5 + N_BUCKETS
 local MOMENT = KEEP_BUCKET + N_BUCKETS
 local EVENT = MOMENT + N_CONTENTS
+local ID_FROM = string.find(KEYS[COUNT + 1], '[^:]*$') -- where the content stands in a key
 
-local function values(after, others)
+local function values(after)
   local found = {}
   for from = 1, N_CONTENTS, SLICE do
     local to = math.min(from + SLICE - 1, N_CONTENTS)
@@ -111,7 +112,7 @@ for content = 1, N_CONTENTS do
     put(KEYS[COUNT + content], counts[content] + new[content])
   end
   local moment = ARGV[MOMENT + content]
-  if not newest[content] or newest[content] < moment then
+  if not newest[content] or newest[content] <= moment then
     put(KEYS[NEWEST + content], moment)
     if newest[content] and string.sub(newest[content], 1, MOMENT_WIDTH) == string.sub(moment, 1, MOMENT_WIDTH) then
       redis.call('SET', KEYS[LAST + content], ARGV[EVENT + content], 'XX', 'KEEPTTL') -- another version of the same event

@@ -1,0 +1,88 @@
+"""Redis as people run it: behind proxies with words of their own, shared, with the least rights.
+
+What can happen to every destination is in `test_destination_faults.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from devstack import DevStack
+from devstack.process import wait_until
+from tests.support.destinations import Destinations
+from tests.support.exact import assert_exact
+from tests.support.load import insert_many
+from tests.support.program import Program, assert_clean
+
+UNKNOWN = ("upstream failure", "ERR max daily request limit exceeded. Limit: 10000", "NOSCRIPT not here \x1b[31m")
+"""Of Envoy, of a hosted service, and of something with a sense of colour."""
+
+
+class Front(socketserver.ThreadingTCPServer):
+    """A proxy before Redis. While it has a line to say, it answers every command with that."""
+
+    daemon_threads = True
+    block_on_close = False
+    line = ""
+
+    def __init__(self, port: int) -> None:
+        self.behind = port
+        super().__init__(("127.0.0.1", 0), _Pipe)
+
+
+class _Pipe(socketserver.BaseRequestHandler):
+    server: Front
+
+    def handle(self) -> None:
+        """Until one side hangs up."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server.behind)) as there:
+            threading.Thread(target=self._back, args=[there], daemon=True).start()
+            while data := self.request.recv(1_000_000):
+                if self.server.line:
+                    self.request.sendall(f"-{self.server.line}\r\n".encode())
+                else:
+                    there.sendall(data)
+
+    def _back(self, there: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := there.recv(1_000_000):
+                self.request.sendall(data)
+
+
+@pytest.fixture
+def front(quick: Program, stack: DevStack) -> Iterator[Front]:
+    """It stands between the program and Redis."""
+    with Front(stack.redis.port) as front:
+        threading.Thread(target=front.serve_forever, daemon=True).start()
+        quick.environment["REPLICATOR_REDIS_URL"] = f"redis://127.0.0.1:{front.server_address[1]}/0"
+        yield front
+        front.shutdown()
+
+
+def test_a_line_that_nobody_knows_is_not_now(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, front: Front
+) -> None:
+    """Redis's lane waits and quotes the line, the others go on, and it goes on by itself."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    for line in UNKNOWN:
+        before = quick.status()["sinks"]["http"]["events"]
+        front.line = line
+        insert_many(source, 10)
+        told = line.partition(" \x1b")[0]
+        wait_until(lambda told=told: told in quick.status()["sinks"]["redis"]["trouble"], f"it to say {told!r}")  # type: ignore[misc]  # mypy can't type a lambda's default
+        wait_until(lambda before=before: before + 10 == quick.status()["sinks"]["http"]["events"], "http to go on")  # type: ignore[misc]  # likewise
+        front.line = ""
+        quick.wait_until_caught_up()
+    assert "\x1b" not in quick.log
+    assert 0 == quick.stop()
+    assert_clean(quick.log)
+    assert_exact(database, destinations)
