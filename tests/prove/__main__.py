@@ -1,7 +1,9 @@
-"""`make prove`: the whole crash matrix, then random chaos. Writes the results to docs/reliability.md.
+"""`make prove`: the crash matrix, random chaos, the environment matrix. Writes the results to docs/reliability.md.
 
-python -m tests.prove                                          # everything
+python -m tests.prove                                              # everything
 python -m tests.prove --case answered-redis/interleaved --seed 7   # one case
+python -m tests.prove --only environment --seed 7 --round 3        # one round
+python -m tests.prove --only environment --fault "events: renamed and back"
 python -m tests.prove --list
 """
 
@@ -22,47 +24,76 @@ from tests.prove import chaos
 from tests.prove.failpoints import PLACES
 from tests.prove.matrix import MAX_REPEATS, Case, Outcome, cases, play
 from tests.prove.shapes import SHAPES
+from tests.prove.world import rounds as environment
+from tests.prove.world.world import FAULTS, WrongError
 
 REPORT = Path(__file__).parents[2] / "docs/reliability.md"
 MARKS = "<!-- written by make prove -->", "<!-- until here -->"
+OF_ENVIRONMENT = "<!-- written by make prove, environment -->", MARKS[1]
 SINKS = ("clickhouse", "redis", "http")
+CHAOS_MINUTES, ENVIRONMENT_MINUTES = 30.0, 20.0
 
 
 def main() -> int:
     """Returns 0 if everything is exact, 1 if not, 2 for unusable arguments."""
     args = _arguments()
     if args.list:
-        sys.stdout.write("".join(f"{case.name}\n" for case in cases(0)))
+        names = [*(case.name for case in cases(0)), *(fault.full_name for fault in FAULTS)]
+        sys.stdout.write("".join(f"{name}\n" for name in names))
         return 0
-    chosen = [case for case in cases(args.seed) if args.case in {None, case.name}]
-    outcomes = _play(chosen)
-    if args.case is not None:
-        sys.stdout.write(_table(outcomes))
-        return int(not outcomes[0].good)
+    good = args.only == "environment" or _crashes(args)
+    return int(not (good and (args.case or args.only == "crashes" or _environment(args))))
+
+
+def _crashes(args: argparse.Namespace) -> bool:
+    """The crash matrix and chaos."""
+    outcomes = _play([case for case in cases(args.seed) if args.case in {None, case.name}])
     report = _table(outcomes)
     sys.stdout.write(report)
-    if not all(outcome.good for outcome in outcomes):
-        return 1
+    good = all(outcome.good for outcome in outcomes)
+    if args.case is not None or not good:
+        return good
     try:
-        result = chaos.run(args.minutes, args.seed)
+        result = chaos.run(CHAOS_MINUTES if args.minutes is None else args.minutes, args.seed)
     except chaos.WrongError as exc:
         sys.stderr.write(f"{exc}\n")
-        return 1
+        return False
     sys.stdout.write(f"{result.line()}\n")
-    _write(_report(args.seed, report, result))
-    return 0
+    _write(MARKS, _report(args.seed, report, result))
+    return True
+
+
+def _environment(args: argparse.Namespace) -> bool:
+    """The environment matrix. Only a whole run is written down."""
+    minutes = ENVIRONMENT_MINUTES if args.minutes is None else args.minutes
+    try:
+        result = environment.run(minutes, args.seed, first_round=args.round, only=args.fault)
+    except WrongError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return False
+    sys.stdout.write(f"{result.line()}\n")
+    if args.round == 1 and not args.fault:
+        _write(OF_ENVIRONMENT, f"{_day(args.seed)}.\n\n{result.table()}\n```\n{result.line()}\n```\n")
+    return True
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.prove", description=__doc__.partition("\n")[0])
     seed = random.randrange(10**6)  # noqa: S311  not a secret
-    parser.add_argument("--case", metavar="PLACE/SHAPE", help="only this one; nothing is written")
+    parser.add_argument("--only", choices=("crashes", "environment"), help="half of it")
+    parser.add_argument("--case", metavar="PLACE/SHAPE", help="only this one of the crash matrix; nothing is written")
+    parser.add_argument("--fault", default="", metavar="NAME", help="only this one of the environment; likewise")
+    parser.add_argument("--round", type=int, default=1, help="of the environment, begin with this one; likewise")
     parser.add_argument("--seed", type=int, default=seed, help="(random)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of random chaos, in whole rounds (30)")
-    parser.add_argument("--list", action="store_true", help="the cases' names")
+    parser.add_argument(
+        "--minutes", type=float, help="in whole rounds, of random chaos (30) and of the environment matrix (20)"
+    )
+    parser.add_argument("--list", action="store_true", help="the cases' and the faults' names")
     args = parser.parse_args()
     if args.case not in {None, *(case.name for case in cases(0))}:
         parser.error(f"there is no case {args.case}; --list names them")
+    if args.fault not in {"", *(fault.full_name for fault in FAULTS)}:
+        parser.error(f"there is no fault {args.fault!r}; --list names them")
     return args
 
 
@@ -111,18 +142,20 @@ def _lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _report(seed: int, table: str, result: chaos.Result) -> str:
-    day = datetime.now(UTC).date().isoformat()
     what = f"{len(PLACES)} places in {len(SHAPES)} shapes"
-    head = f"{day}, Python {platform.python_version()}, seed {seed}: {what}."
-    return f"{head}\n\n{table}\nRandom chaos:\n\n```\n{result.line()}\n```\n"
+    return f"{_day(seed)}: {what}.\n\n{table}\nRandom chaos:\n\n```\n{result.line()}\n```\n"
 
 
-def _write(report: str) -> None:
+def _day(seed: int) -> str:
+    return f"{datetime.now(UTC).date().isoformat()}, Python {platform.python_version()}, seed {seed}"
+
+
+def _write(marks: tuple[str, str], report: str) -> None:
     """Replace the text between the marks; the rest is written by hand."""
-    first, last = MARKS
+    first, last = marks
     text = REPORT.read_text(encoding="utf-8")
     new = f"{first}\n{report}{last}"
-    REPORT.write_text(re.sub(f"{first}.*{last}", lambda _: new, text, flags=re.DOTALL), encoding="utf-8")
+    REPORT.write_text(re.sub(f"{first}.*?{last}", lambda _: new, text, flags=re.DOTALL), encoding="utf-8")
     sys.stderr.write(f"prove: written to {REPORT.name}\n")
 
 

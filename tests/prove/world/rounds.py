@@ -1,0 +1,291 @@
+"""The environment matrix: the world does what it does to a replicator in the field, at random, under steady traffic.
+
+    python -m tests.prove --only environment --minutes 2 --seed 7
+    python -m tests.prove --only environment --seed 7 --round 3
+    python -m tests.prove --only environment --fault "events: renamed and back"
+
+Every fault is a card (`world.FAULTS`). The seed shuffles the cards; each round plays the next of them, spread over a
+minute, those of one victim one after the other, those of different victims at the same time. Each round begins with an
+empty database, slot, checkpoint and sinks. It ends with a comparison of every field of every event with what PostgreSQL
+has, and of every dead letter with the events that deserve one. Meanwhile `observer.py` watches the light, and
+`chaos.Rule` the order of the positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import psycopg
+
+from devstack import DevStack
+from devstack.process import wait_until
+from tests.prove.chaos import DURABLE_REDIS, POSTGRES, Rule
+from tests.prove.traffic import settle
+from tests.prove.world import answers, servers, tables
+from tests.prove.world.observer import Observer
+from tests.prove.world.truth import Truth, differences
+from tests.prove.world.world import FAULTS, Fault, Victim, World, WrongError, clean
+from tests.prove.world.writers import Application, write
+from tests.support import environment as ground
+from tests.support.destinations import Destinations
+from tests.support.program import succeed
+
+ROUND_SECONDS = 60.0
+CARDS = 12
+"""Of a round: some of them meet, and there are moments between them."""
+LONGEST_SECONDS = 25.0
+"""How long a fault lasts at most: longer than the observer is patient."""
+CAUGHT_UP_SECONDS = 180.0
+READY_SECONDS = 60.0
+RULE_SECONDS = 0.1
+LOG_SHOWN = 8_000
+
+assert FAULTS, (answers, servers, tables)
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that found no fault; otherwise it raises."""
+
+    seed: int
+    rounds: int
+    seconds: float
+    events: int
+    letters: int
+    """Dead letters, each of them about its event."""
+    repeats: int
+    """Events that the API got again."""
+    rule_looks: int
+    looks: dict[str, int]
+    """At /readyz, by what it said."""
+    faults: dict[str, int]
+    """How often each was played, by its full name."""
+
+    def line(self) -> str:
+        """For a log."""
+        looks = ", ".join(f"{count} {said}" for said, count in sorted(self.looks.items()))
+        return (
+            f"environment: seed {self.seed}, {self.seconds / 60:.1f} min, {self.rounds} rounds,"
+            f" {sum(self.faults.values())} faults of {len(self.faults)} kinds, {self.events} events, 0 lost, 0 wrong,"
+            f" {self.letters} dead letters, all about the event, {self.repeats} repeats at the API, the rule held at"
+            f" {self.rule_looks} looks; /readyz: {looks}, never ready over an event that was lost or stood still"
+        )
+
+    def table(self) -> str:
+        """For the report: a line for each victim."""
+        rows = []
+        for victim in sorted({name.partition(":")[0] for name in self.faults}):
+            played = {name: count for name, count in self.faults.items() if name.partition(":")[0] == victim}
+            rows.append(f"| {victim} | {len(played)} | {sum(played.values())} | 0 | 0 | 0 |\n")
+        head = ("what the world changes", "kinds of fault", "played", "lost", "wrong", "ready over it")
+        return f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n{''.join(rows)}"
+
+
+def deal(seed: int, number: int) -> list[Fault]:
+    """The cards of a round; no card comes again before all have been played."""
+    first = (number - 1) * CARDS
+    return [_shuffled(seed, at // len(FAULTS))[at % len(FAULTS)] for at in range(first, first + CARDS)]
+
+
+def _shuffled(seed: int, game: int) -> list[Fault]:
+    return random.Random(f"{seed} {game}").sample(FAULTS, len(FAULTS))  # noqa: S311  not a secret
+
+
+class Round:
+    """One round, from an empty environment to the comparison."""
+
+    def __init__(self, stack: DevStack, seed: str, cards: Sequence[Fault]) -> None:
+        self._stack = stack
+        self._seed = seed
+        self._cards = cards
+        self._began = time.monotonic()
+        self._failures: list[BaseException] = []
+        self.notes: list[str] = []
+        self.events = self.repeats = self.letters = self.rule_looks = 0
+        self.looks = Counter[str]()
+        self.played = Counter[str]()
+
+    def run(self, seconds: float) -> None:
+        """Raises WrongError if anything is wrong."""
+        with ExitStack() as cleanup:
+            cleanup.callback(clean, self._stack)
+            dsn = cleanup.enter_context(ground.fresh_database(self._stack))
+            folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="world-")))
+            world = World(self._stack, dsn, folder, cleanup)
+            try:
+                world.program.start()
+                self._play(world, seconds)
+                self._judge(world)
+            except Exception as exc:
+                notes = "\n".join(self.notes)
+                log = world.program.log[-LOG_SHOWN:]
+                raise WrongError(f"{type(exc).__name__}: {exc}\n--- notes ---\n{notes}\n--- log ---\n{log}") from exc
+
+    def _note(self, text: str) -> None:
+        self.notes.append(f"{time.monotonic() - self._began:6.1f} s  {text.strip()}")
+
+    def _play(self, world: World, seconds: float) -> None:
+        chance = random.Random(f"{self._seed} traffic")  # noqa: S311  not a secret
+        observer, rule = Observer(world, self._note), Rule(world.dsn, world.program)
+        stop = threading.Event()
+        by_victim: dict[Victim, list[Fault]] = {}
+        for card in self._cards:
+            by_victim.setdefault(card.victim, []).append(card)
+        watching = [
+            self._thread(lambda: observer.watch(stop), stop),
+            self._thread(lambda: _repeat(rule.look, stop), stop),
+        ]
+        playing = [self._thread(partial(self._time_line, world, cards, seconds), stop) for cards in by_victim.values()]
+        try:
+            with Application(world.dsn, chance, world.place):
+                for thread in playing:
+                    thread.join()
+            self._settle(world, chance)
+        finally:
+            world.over.set()
+            stop.set()
+            for thread in (*playing, *watching):
+                thread.join()
+            rule.close()
+            self.looks += observer.looks
+            self.rule_looks += rule.looks
+        if self._failures:
+            raise self._failures[0]
+
+    def _thread(self, work: Callable[[], None], stop: threading.Event) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as exc:  # noqa: BLE001  raised again in the round's thread
+                self._failures.append(exc)
+                self._note(f"FAILED: {type(exc).__name__}: {exc}")
+                stop.set()
+
+        thread = threading.Thread(target=guarded)
+        thread.start()
+        return thread
+
+    def _time_line(self, world: World, cards: Sequence[Fault], seconds: float) -> None:
+        """One victim's faults, each in its share of the time."""
+        chance = random.Random(f"{self._seed} {cards[0].victim}")  # noqa: S311  not a secret
+        share = seconds / len(cards)
+        for card in cards:
+            drawn = random.Random(f"{self._seed} {card.full_name}")  # noqa: S311  as above
+            lasts = chance.choice((0.0, chance.uniform(0.5, 3), chance.uniform(3, 10), LONGEST_SECONDS))
+            before = chance.uniform(0.05, 0.3) * share
+            world.wait(before)
+            if world.over.is_set() or self._failures:
+                return
+            with world.tables.get(card.victim, nullcontext()):
+                self._note(f"begins: {card.full_name}")
+                fault = card.script(world, drawn)
+                next(fault)
+                self.played[card.full_name] += 1
+                try:
+                    world.wait(min(lasts, 0.6 * share))
+                finally:
+                    self._note(f"ends: {card.full_name}")
+                    for _ in fault:
+                        pass
+            world.wait(share - before - min(lasts, 0.6 * share))
+
+    def _settle(self, world: World, chance: random.Random) -> None:
+        """The world is whole: everything arrives, and the light says so."""
+        with psycopg.connect(world.dsn) as connection:
+            settle(connection, chance)
+            write(connection, world.place.table, chance, 80, "last")
+        wait_until(lambda: world.program.running, "the replicator to run", 1)
+        world.program.wait_until_caught_up(CAUGHT_UP_SECONDS)
+        wait_until(lambda: "ready\n" == world.program.admin("/readyz"), "/readyz to be ready", READY_SECONDS)
+
+    def _judge(self, world: World) -> None:
+        destinations = Destinations(self._stack)
+        with contextlib.closing(destinations.redis):
+            truth = Truth(world.dsn)
+            poison = world.place.poison
+            found = [*self._letters(world, truth.odd, poison)]
+            wrong, self.repeats = differences(truth, destinations, poison)
+            found += wrong
+        if world.elsewhere.requests:
+            found.append(f"a redirect was followed {world.elsewhere.requests} times")
+        found += [text for text in ("Traceback", ground.SECRET) if text in world.program.log]
+        if found:
+            raise WrongError("\n".join(found))
+        self.events = len(truth.events)
+        if code := world.program.stop():
+            raise WrongError(f"SIGTERM ended it with {code}")
+
+    def _letters(self, world: World, odd: set[int], poison: set[int]) -> Iterator[str]:
+        """Dead letters that are not about their event, and those that are missing."""
+        listed = msgspec.json.decode(succeed(world.program.run("dead-letters", "list", "--json")))["dead_letters"]
+        got = {(letter["sink"] or letter["stage"], letter["event_id"]): letter["reason"] for letter in listed}
+        wanted = {(sink, key) for sink in ("clickhouse", "redis", "http") for key in odd}
+        wanted |= {("http", key) for key in poison}
+        self.letters = len(got)
+        for (sink, key), reason in got.items():
+            if (sink, key) not in wanted:
+                yield f"a dead letter of {sink} that is not about event {key}: {reason}"
+        for sink, key in sorted(wanted - got.keys()):
+            yield f"no dead letter of {sink} for event {key}"
+
+
+def _repeat(look: Callable[[], None], stop: threading.Event) -> None:
+    while not stop.wait(RULE_SECONDS):
+        look()
+
+
+def run(
+    minutes: float, seed: int, *, first_round: int = 1, round_seconds: float = ROUND_SECONDS, only: str = ""
+) -> Result:
+    """Play whole rounds for so long, at least one. Raises WrongError with what was found."""
+    started = time.monotonic()
+    rounds: list[Round] = []
+    with DevStack(*DevStack.SERVICES, postgres_settings=POSTGRES, redis_settings=DURABLE_REDIS) as stack:
+        while not rounds or time.monotonic() - started < minutes * 60:
+            number = first_round + len(rounds)
+            cards = [card for card in FAULTS if card.full_name == only] or deal(seed, number)
+            this = play(stack, seed, number, cards, round_seconds)
+            rounds.append(this)
+            sys.stderr.write(
+                f"environment: round {number}: {this.events} events, {sum(this.played.values())} faults,"
+                f" {dict(this.looks)}, exact\n"
+            )
+    return Result(
+        seed=seed,
+        rounds=len(rounds),
+        seconds=time.monotonic() - started,
+        events=sum(one.events for one in rounds),
+        letters=sum(one.letters for one in rounds),
+        repeats=sum(one.repeats for one in rounds),
+        rule_looks=sum(one.rule_looks for one in rounds),
+        looks=_sum(one.looks for one in rounds),
+        faults=_sum(one.played for one in rounds),
+    )
+
+
+def _sum(counters: Iterator[Mapping[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for counter in counters:
+        total.update(counter)
+    return dict(total)
+
+
+def play(stack: DevStack, seed: int, number: int, cards: Sequence[Fault], seconds: float) -> Round:
+    """One round on a stack whose Redis is durable."""
+    this = Round(stack, f"{seed}/{number}", cards)
+    try:
+        this.run(seconds)
+    except WrongError as exc:
+        again = f"python -m tests.prove --only environment --seed {seed} --round {number}"
+        raise WrongError(f"seed {seed}, round {number} ({again}): {exc}") from exc
+    return this
