@@ -182,6 +182,7 @@ class Round:
         for card in cards:
             drawn = random.Random(f"{self._seed} {card.full_name}")  # noqa: S311  as above
             lasts = chance.choice((0.0, chance.uniform(0.5, 3), chance.uniform(3, 10), LONGEST_SECONDS))
+            lasts = lasts if len(self._cards) > 1 else LONGEST_SECONDS
             before = chance.uniform(0.05, 0.3) * share
             world.wait(before)
             if world.over.is_set() or self._failures:
