@@ -184,7 +184,8 @@ class Pipeline:
     async def _begin(self) -> None:
         """Take the slot and start the stream after the durable checkpoint, if the two fit together."""
         if not self._created:
-            await self._create()
+            await asyncio.to_thread(self._store.create)
+            self._created = True
         taken = await self._beginning.take()
         end_lsn = taken.checkpoint.end_lsn
         if taken.created_slot:
@@ -195,15 +196,6 @@ class Pipeline:
         await self._open(end_lsn, structs.replace(stored, timeline=taken.checkpoint.timeline))
         self.trouble.clear()
         log.info("reading slot %s from %s", self._settings.slot, format_lsn(end_lsn))
-
-    async def _create(self) -> None:
-        """The checkpoint's tables; on the very first start also what the sinks need. As `init` does."""
-        await asyncio.to_thread(self._store.create)
-        if await self._beginning.load() is None:
-            for sink in self._sinks:
-                for line in await sink.create():
-                    log.info("%s", line)
-        self._created = True
 
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open enricher and lanes; after a reconnect, check that no other replicator has moved the checkpoint."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import msgspec
 import pytest
 
-from replicator.contracts.errors import SinkUnavailable
+from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Position, Refusal, SinkPosition
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Contract, Role
 from replicator.contracts.settings import Settings
@@ -33,8 +33,9 @@ decode: Callable[[bytes | str], dict[str, Any]] = msgspec.json.Decoder(dict[str,
 class MemorySink(Sink):
     """Keeps events in memory.
 
-    Each of the next writes takes one of `steps`. Events with ids in `refused` are never taken. While `down` is set,
-    `write` raises SinkUnavailable.
+    Each of the next writes takes one of `steps`. Events with ids in `unfit` it knows never to fit; writes with one in
+    `refused` are refused, those of more than `room` events are too large. While `down` is set, `write` raises
+    SinkUnavailable.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class MemorySink(Sink):
         concurrency: int = 1,
         max_repeats: int | None = None,
         steps: Iterable[Step] = (),
+        unfit: Iterable[int] = (),
         refused: Iterable[int] = (),
+        room: int | None = None,
     ) -> None:
         super().__init__(settings or Settings(), contract or Contract(()))
         self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
-        self.steps, self.refused, self.down = list(steps), frozenset(refused), False
+        self.steps, self.unfit, self.refused, self.room = list(steps), {*unfit}, {*refused}, room
+        self.down = False
         self.events: dict[int, Event] = {}
         """What it has, by id."""
         self.writes: list[list[int]] = []
@@ -77,7 +81,11 @@ class MemorySink(Sink):
         self.called.set()
         if self.down:
             raise SinkUnavailable(sink=self.name, detail="it is down")
-        refusals = [Refusal(event, "no") for event in events if event.id in self.refused]
+        if self.room is not None and len(events) > self.room:
+            raise BatchTooLarge(sink=self.name, detail=f"more than {self.room}")
+        if any(event.id in self.refused for event in events):
+            raise BatchRefused(sink=self.name, detail="no", reason="no: it is in my words")
+        refusals = [Refusal(event, "no") for event in events if event.id in self.unfit]
         if self.steps:
             refusals += await self._take(self.steps.pop(0), events)
         refused = {refusal.event.id for refusal in refusals}

@@ -161,12 +161,13 @@ async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -
     """What the sink refuses, by position, with the reason."""
     from replicator.contracts.events import Position
     from replicator.contracts.sink import Mode
+    from replicator.delivery.writer import write_once
 
     await sink.open(None, Mode.BACKFILL)
     restored = await enricher.restore(letters)
     refused = {letter.replay_position: letter.reason for letter in restored.refused}
     for start in range(0, len(restored.events), sink.max_events):
-        for event, reason in await sink.write(restored.events[start : start + sink.max_events]):
+        for event, reason, _ in await write_once(sink, restored.events[start : start + sink.max_events]):
             refused[Position(event.commit_lsn, event.ordinal)] = reason
     return refused
 

@@ -11,7 +11,11 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+CITED_CHARACTERS = 500
+"""Of what a destination says: enough for its reason, too little for a page."""
 
 
 def _program() -> str:
@@ -40,6 +44,15 @@ def command(words: str) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+
+
+def cited(text: str, secrets: Iterable[str] = (), most: int = CITED_CHARACTERS) -> str:
+    """Words from outside, fit to be kept: on one line, without control characters and secrets, cut."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    words = " ".join(shown.split())
+    return words if len(words) <= most else f"{words[:most]}…"
 
 
 class ReplicatorError(Exception):
@@ -215,10 +228,52 @@ class DeadLettersFull(SinkError):
 
 
 class SinkUnusable(SinkError):
-    """No event can be written until an operator has changed something."""
+    """No event can be written until an operator has changed something. A lane retries slowly and loudly."""
 
     def __init__(self, *, sink: str, detail: str, cure: str) -> None:
         super().__init__(sink, f"sink {sink} can't be written to: {detail}", cure, detail=detail)
+
+
+class SinkBroken(SinkError):
+    """A sink raised what its code does not know (a bug, no file descriptor left). A lane retries slowly and loudly."""
+
+    def __init__(self, *, sink: str, detail: str) -> None:
+        problem = f"sink {sink} failed in an unexpected way: {detail}. The events are kept and retried slowly"
+        super().__init__(sink, problem, "The log has the traceback: please report it", detail=detail)
+
+
+class BatchRefused(SinkError):
+    """The destination refuses a write, perhaps because of an event in it. The lane finds out (`delivery/writer.py`).
+
+    `detail` is for the log: no row values. `reason` is for the dead letter, and may have the destination's own words,
+    which may quote the event (`cited`); None: the detail.
+    """
+
+    def __init__(self, *, sink: str, detail: str, reason: str | None = None) -> None:
+        cure = f"{command('dead-letters list')} says which events, and why"
+        super().__init__(sink, f"sink {sink} refuses events: {detail}", cure, detail=detail)
+        self.reason = reason or detail
+
+
+class BatchTooLarge(BatchRefused):
+    """The write is too large for the destination, or for something before it: the lane makes its writes smaller."""
+
+
+class SinkRefusesAll(SinkError):
+    """The destination takes nothing at all, so no event is at fault. A lane keeps all of them and asks slowly."""
+
+    def __init__(self, *, sink: str, detail: str) -> None:
+        problem = f"sink {sink} refuses everything it is asked: {detail}. All events are kept and retried slowly"
+        cure = f"Check that REPLICATOR_{sink.upper()}_URL is right, and why the destination refuses events"
+        super().__init__(sink, problem, cure, detail=detail)
+
+
+class SinkContradicts(SinkError):
+    """The destination takes events that it has refused, so its refusals prove nothing. A lane asks again."""
+
+    def __init__(self, *, sink: str, detail: str) -> None:
+        problem = f"sink {sink} refuses events and takes some of them when asked again: {detail}"
+        super().__init__(sink, problem, "The events are kept and retried. See whether all its servers are the same")
 
 
 class CheckpointError(ReplicatorError):

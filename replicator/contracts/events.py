@@ -120,10 +120,13 @@ class Event(msgspec.Struct, gc=False):
 
 
 class Refusal(NamedTuple):
-    """An event that a destination will never take, and why, in its own words (no row values, no secrets)."""
+    """An event that a destination will never take."""
 
     event: Event
     reason: str
+    """Why, for the dead letter, which has the event anyway: the destination's words may quote it. Never a secret."""
+    detail: str = ""
+    """Why, for the log, without row values; empty: as `reason`."""
 
 
 Origin: TypeAlias = Literal["stream", "backfill", "restored"]

@@ -50,7 +50,10 @@ class Sink(ABC):
         self.contract = contract
 
     async def create(self) -> list[str]:
-        """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done."""
+        """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done.
+
+        `init` calls it, and the lane of a sink that never wrote anything, before `open`. Raises as `open` does.
+        """
         return []
 
     async def check(self) -> list[Finding]:
@@ -58,7 +61,7 @@ class Sink(ABC):
         return []
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: B027  optional
-        """Connect. Raises as `write` does; called again until it succeeds, and perhaps once more after that.
+        """Connect. Raises as `write` does, but no refusals; called again until it succeeds, perhaps once more later.
 
         `start` is the last position that the sink wrote, None if it never wrote any. A sink that finds nothing at the
         destination although it wrote before can say so.
@@ -66,16 +69,27 @@ class Sink(ABC):
 
     @abstractmethod
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """Make `events` durable at the destination, except those returned, which it will never take.
+        """Make `events` durable at the destination, except those returned.
 
-        Called again with the very same events after SinkUnavailable or SinkMisconfigured, and with overlapping events
-        after a restart: the effect must be the same as of one call, as far as the destination allows. May be cancelled
-        at any await; the events then count as not written.
+        Returned are events that the sink itself knows can never fit, whatever the destination says (a time that its
+        format can't express): they become dead letters at once. What the destination refuses is raised.
+
+        Called again with the very same events after an error, and with overlapping events after a restart: the effect
+        must be the same as of one call, as far as the destination allows. After BatchRefused or BatchTooLarge parts of
+        them come, down to single events, and an event that was taken before may come between. May be cancelled at any
+        await; the events then count as not written.
+
+        Nothing raised here ends the replicator: the lane keeps the events, and the other lanes go on. Commands that run
+        once end with all but the first three.
 
         Raises:
-            SinkUnavailable: the destination can't take them now (network, timeout, overload). Retried.
+            SinkUnavailable: the destination can't take them now (network, timeout, overload, every answer that is not
+                known). Retried.
+            BatchRefused: it refuses them, and may mean an event among them. Halved; a single event becomes a dead
+                letter once others are taken and it alone is refused again and again.
+            BatchTooLarge: they are too large for it or for something before it. Halved; later writes are smaller.
             SinkMisconfigured: it turns the replicator away (credentials, address, rights). Retried slowly, loudly.
-            SinkUnusable: it can never work like this (table missing, wrong shape). Stops the program.
+            SinkUnusable: it can't work like this (table missing, wrong shape). Retried slowly, loudly.
         """
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from msgspec import structs
 
@@ -33,15 +34,19 @@ class DeadLetters:
         self._origin = origin
         self._turn = asyncio.Lock()  # lanes count and add one after the other
 
-    async def keep(self, letters: Sequence[DeadLetter]) -> None:
-        """Make them durable. Raises DeadLettersFull, CheckpointUnavailable: their position does not count then."""
+    async def keep(self, letters: Sequence[DeadLetter], details: Sequence[str] = ()) -> None:
+        """Make them durable. Raises DeadLettersFull, CheckpointUnavailable: their position does not count then.
+
+        `details` are their reasons for the log, where a letter's own may quote the event.
+        """
         if self._origin == "backfill":
             letters = [_of_backfill(letter) for letter in letters]
         async with self._turn:
             self.stored = await asyncio.to_thread(self._store.add_dead_letters, self._slot, letters, self.limit)
-        for letter in letters:
+        for letter, detail in zip_longest(letters, details):
             owner = f"of sink {letter.sink}" if letter.sink else "of a row"
-            log.error("dead letter %s at %s (event %s): %s", owner, place(letter), letter.event_id, letter.reason)
+            why = detail or letter.reason
+            log.error("dead letter %s at %s (event %s): %s", owner, place(letter), letter.event_id, why)
 
     async def look(self) -> None:
         """See how many there are: others drop them. What can't be seen now stays as it was."""

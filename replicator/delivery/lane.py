@@ -1,22 +1,23 @@
 """One lane a sink: writes what its queue holds, in order, and knows how far the sink is.
 
-`queue.py` makes the writes, `retry.py` decides what an error means, `fan_out.py` runs the lanes side by side.
+`queue.py` makes the writes, `writer.py` brings them to the sink, `fan_out.py` runs the lanes side by side.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from replicator.contracts.events import DeadLetter, Mark, Position, Refusal, SinkPosition
+from replicator.contracts.events import DeadLetter, Event, Mark, Position, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.dead_letters import DeadLetters
-from replicator.delivery.queue import Batch, Queue, Write
-from replicator.delivery.retry import Stopped, Trouble, retry, wait
+from replicator.delivery.queue import Batch, Queue, Room, Write
+from replicator.delivery.retry import Stopped, Trouble, wait
+from replicator.delivery.writer import Writer
 
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 """Upper ends of the latency histogram: from Redis at its best to an hour's backlog."""
@@ -113,7 +114,7 @@ class Lane:
         self.mark = Mark(start.position, start.end_lsn)
         """How far the sink is."""
         self.stats = LaneStats()
-        self.trouble = Trouble(over=f"sink {sink.name} takes events again")
+        self.trouble = Trouble(over=self._over)
         self.queue = Queue(self.mark)
         self._start = start if start.position > Position(0, 0) else None
         self._shared = shared
@@ -122,6 +123,19 @@ class Lane:
         self._in_flight: deque[Write] = deque()
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._writer = Writer(
+            sink,
+            self.trouble,
+            self._stopping,
+            mode=shared.mode,
+            longest=shared.retry_max_seconds,
+            scout=self._any,
+        )
+
+    @property
+    def room(self) -> Room:
+        """How large one write may be at present."""
+        return self._writer.room
 
     @property
     def reached(self) -> SinkPosition:
@@ -167,15 +181,15 @@ class Lane:
                 self._move(self.queue.end)
 
     async def run(self) -> None:
-        """Write until stopped. Raises what the sink raises, except what is retried.
+        """Write until stopped. What a destination says ends only a backfill's lane.
 
         A write's error comes in the ExceptionGroup of a TaskGroup, which `FanOut.run` takes off.
         """
         with suppress(Stopped):
-            await self._retry(lambda: self.sink.open(self._start, self._shared.mode))
+            await self._writer.open(self._start)
             async with asyncio.TaskGroup() as writes:
                 while await self._ready():
-                    write = self.queue.take(self.sink.max_events)
+                    write = self.queue.take(self.room)
                     self._in_flight.append(write)
                     self._budget.begin(len(write.events))
                     if self.awaiting_checkpoint:
@@ -201,29 +215,29 @@ class Lane:
         """Seconds until a write is due; None while only a change can make one due."""
         if not self.queue.events or len(self._in_flight) >= self.sink.concurrency or self.awaiting_checkpoint:
             return None
-        if self.queue.full(self.sink.max_events):
+        if self.queue.full(self.room):
             return 0.0
         return self.sink.linger_seconds - self.queue.waited_seconds()
 
     async def _carry(self, write: Write) -> None:
         with suppress(Stopped):
-            await self._retry(lambda: self._attempt(write))
-            if write.refused:
-                letters = [_dead_letter(self.name, refusal) for refusal in write.refused]
-                await self._retry(lambda: self._shared.letters.keep(letters))
+            refusals = await self._writer.write(write)
+            if refusals:
+                letters = [_dead_letter(self.name, refusal) for refusal in refusals]
+                details = [refusal.detail for refusal in refusals]
+                await self._writer.retry(lambda: self._shared.letters.keep(letters, details))
                 self.stats.dead_letters += len(letters)
             self.stats.writes += 1
             self.stats.events += len(write.events)
             write.done = True
             self._settle()
 
-    async def _attempt(self, write: Write) -> None:
-        write.asked_at = time.monotonic()
-        write.refused = await self.sink.write(write.events)
-        write.asked_at = 0.0
+    def _any(self) -> list[Event]:
+        """An event that the sink lacks; only called while there is one."""
+        return self.queue.any() or [random.choice(random.choice(self._in_flight).events)]  # noqa: S311  not a secret
 
-    async def _retry(self, call: Callable[[], Awaitable[None]]) -> None:
-        await retry(call, self.trouble, self._shared.retry_max_seconds, stopping=self._stopping)
+    def _over(self, seconds: float) -> str:
+        return f"sink {self.name} takes events again after {seconds:.0f} s; {self.waiting} wait"
 
     def _settle(self) -> None:
         """Move over all writes that are done and have none undone before them."""

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import time
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
-from replicator.contracts.events import Event, Mark, Position, Refusal
+from replicator.contracts.events import Event, Mark, Position
 
 EVENT_OVERHEAD_BYTES = 250
 """What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
 WRITE_MAX_BYTES = 16_000_000
 """The most that one write weighs, unless a single event is more: 20,000 events of 3 MB would be one insert of 60 GB."""
+
+
+GROW_SECONDS = 60.0
+"""A smaller size is kept at least this long, and longer after each time that the larger one was too large again."""
+GROW_MAX_SECONDS = 3600.0
+
+log = logging.getLogger(__name__)
+
+
+class Room:
+    """How large one write may be at present: the sink's limits, or less where the destination found that too large."""
+
+    def __init__(self, sink: str, max_events: int) -> None:
+        self.events = self._most = max_events
+        self.bytes = WRITE_MAX_BYTES
+        self._sink = sink
+        self._patience_seconds = GROW_SECONDS
+        self._changed_at = self._said_at = -GROW_MAX_SECONDS
+
+    def shrink(self, events: int, size: int) -> None:
+        """A write like this was too large."""
+        now = time.monotonic()
+        if now - self._said_at >= GROW_MAX_SECONDS:
+            message = "sink %s: a write of %d events is too large for it; writes get smaller, and grow again slowly"
+            log.warning(message, self._sink, events)
+            self._said_at = now
+        if self._most == self.events and now - self._changed_at >= GROW_MAX_SECONDS:
+            self._patience_seconds = GROW_SECONDS
+        elif events <= self.events:
+            self._patience_seconds = min(2 * self._patience_seconds, GROW_MAX_SECONDS)
+        self.events, self.bytes = max(1, min(self.events, events // 2)), max(1, min(self.bytes, size // 2))
+        self._changed_at = now
+
+    def grow(self) -> None:
+        """A write was taken."""
+        if self.events >= self._most and self.bytes >= WRITE_MAX_BYTES:
+            return
+        now = time.monotonic()
+        if now - self._changed_at >= self._patience_seconds:
+            self.events, self.bytes = min(2 * self.events, self._most), min(2 * self.bytes, WRITE_MAX_BYTES)
+            self._changed_at = now
 
 
 class Batch(msgspec.Struct):
@@ -37,7 +80,6 @@ class Write(msgspec.Struct):
     """Commit time of its oldest batch."""
     finished: list[Batch]
     """Batches whose last events these are."""
-    refused: Sequence[Refusal] = ()
     asked_at: float = 0.0
     """When the sink was given it, time.monotonic(); 0.0 before that and once it has answered."""
     done: bool = False
@@ -90,19 +132,27 @@ class Queue:
         """Commit time of the oldest batch; 0.0 when unknown or none."""
         return self._entries[0].batch.mark.committed_at if self._entries else 0.0
 
-    def full(self, max_events: int) -> bool:
+    def full(self, room: Room) -> bool:
         """There is enough for a write."""
-        return self.events >= max_events or self.bytes >= WRITE_MAX_BYTES
+        return self.events >= room.events or self.bytes >= room.bytes
 
-    def take(self, max_events: int) -> Write:
+    def any(self) -> list[Event]:
+        """One event of those that wait, at random; empty when there is none."""
+        if not self._entries:
+            return []
+        number = random.randrange(len(self._entries))  # noqa: S311  not a secret
+        entry = self._entries[number]
+        return [random.choice(entry.events[self._head :] if number == 0 else entry.events)]  # noqa: S311
+
+    def take(self, room: Room) -> Write:
         """The next events, at most so many and so heavy."""
         write = Write([], self._taken, self.since(), [])
         size = 0
-        while self._entries and len(write.events) < max_events:
+        while self._entries and len(write.events) < room.events:
             entry = self._entries[0]
-            piece = entry.events[self._head : self._head + max_events - len(write.events)]
-            if size + entry.batch.size > WRITE_MAX_BYTES:
-                piece = _fitting(piece, WRITE_MAX_BYTES - size) or ([] if write.events else piece[:1])
+            piece = entry.events[self._head : self._head + room.events - len(write.events)]
+            if size + entry.batch.size > room.bytes:
+                piece = _fitting(piece, room.bytes - size) or ([] if write.events else piece[:1])
             size += entry.batch.size
             write.events += piece
             self._head += len(piece)

@@ -1,6 +1,6 @@
 """Trying again: which errors, after which pause, and how the log hears of it. Everything that retries does it here.
 
-The error says what happened (contracts/errors.py); what to do about it is decided here. Every other error stops the
+The error says what happened (contracts/errors.py); what to do about it is decided here. Every other error ends the
 program. With tenacity or stamina, pause, sleep, stop and log would still be written here, and each call costs 16 µs.
 """
 
@@ -29,14 +29,17 @@ RETRY_AFTER_MAX_SECONDS = 900.0
 COMPLAINT_SECONDS = 30.0
 """Trouble is logged when it begins, and then once in this time."""
 
-NEEDS_OPERATOR = (errors.SinkMisconfigured, errors.DeadLettersFull)
+HELD = (errors.SinkUnusable, errors.SinkBroken)
+"""What ends a command that runs once and holds a lane."""
 RETRYABLE = (
     errors.SourceUnavailable,
     errors.SlotInUse,
     errors.CheckpointUnavailable,
     errors.SinkUnavailable,
-    *NEEDS_OPERATOR,
+    errors.SinkMisconfigured,
+    errors.DeadLettersFull,
 )
+NEEDS_OPERATOR = (errors.SinkMisconfigured, errors.DeadLettersFull, errors.SinkRefusesAll, *HELD)
 
 T = TypeVar("T")
 
@@ -48,8 +51,8 @@ class Stopped(Exception):
 class Trouble:
     """Why something does not work at the moment; false while it does. Several callers can share one."""
 
-    def __init__(self, message: str = "", *, over: str = "") -> None:
-        """`over` is logged when it ends."""
+    def __init__(self, message: str = "", *, over: Callable[[float], str] | None = None) -> None:
+        """`over` makes what is logged when it ends, of the seconds that it lasted."""
         self.message = message
         """The newest problem with its cure; empty while there is none."""
         self.needs_operator = False
@@ -91,7 +94,7 @@ class Trouble:
         self._callers -= 1
         if self._callers <= 0:
             if self._over:
-                log.info("%s", self._over)
+                log.info("%s", self._over(self.seconds()))
             self.clear()
 
     def clear(self) -> None:
@@ -107,18 +110,19 @@ async def retry(
     *,
     stopping: asyncio.Event | None = None,
     fresh_after: float | None = None,
+    retried: tuple[type[Exception], ...] = RETRYABLE,
 ) -> T:
     """Call until it succeeds; the pauses are at most `longest` seconds unless the destination names a time.
 
     A call that lasted `fresh_after` seconds did well: the next pause is the shortest again. Raises Stopped when
-    `stopping` is set after a failure, and every error that is not RETRYABLE.
+    `stopping` is set after a failure, and every error that is not `retried`.
     """
     stopping, attempt, failed = stopping or asyncio.Event(), 0, False
     while True:
         began = time.monotonic()
         try:
             result = await call()
-        except RETRYABLE as exc:
+        except retried as exc:
             if not failed:
                 trouble.begin()
             if fresh_after is not None and time.monotonic() - began > fresh_after:

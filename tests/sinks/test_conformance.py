@@ -158,7 +158,7 @@ class Memory(Destination):
 
     def sink(self) -> Sink:
         """It shares the events of the others."""
-        sink = MemorySink(refused=[event.id] if (event := self.refused) else [])
+        sink = MemorySink(unfit=[event.id] if (event := self.refused) else [])
         sink.events = self.events
         self.sinks.append(sink)
         return sink

@@ -55,9 +55,9 @@ class FakeHistory:
         """Nothing to release."""
 
 
-def sink_of(name: str = "fake", failures: Sequence[Exception] = (), refused: Sequence[int] = ()) -> MemorySink:
+def sink_of(name: str = "fake", failures: Sequence[Exception] = (), unfit: Sequence[int] = ()) -> MemorySink:
     """Takes everything else. Its bound on repeats is of no consequence: a backfill saves no checkpoint."""
-    return MemorySink(name=name, max_events=2, max_repeats=2, steps=failures, refused=refused)
+    return MemorySink(name=name, max_events=2, max_repeats=2, steps=failures, unfit=unfit)
 
 
 class Store:
@@ -180,7 +180,7 @@ async def test_a_refused_event_is_kept_under_its_id(settings: CoreSettings) -> N
     """So the store keeps it once over any number of backfills, whatever the position of the page."""
     letter = DeadLetter(sink=None, position=Position(7, 1), event_id=9, reason="no type", payload=b"{}")
     past, store = FakeHistory([1, 2], [3], refused=[letter]), Store()
-    run = run_of(settings, past, store, sink_of(refused=[2]))
+    run = run_of(settings, past, store, sink_of(unfit=[2]))
     assert await run.run()
     kept = {(kept.sink, kept.origin, kept.position, kept.event_id) for kept in store.letters}
     assert {(None, "backfill", None, 9), ("fake", "backfill", None, 2)} == kept

@@ -24,8 +24,9 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Mark, Position, Refusal, SinkPosition
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Mode
 from replicator.contracts.stores import DeadLetterBox
-from replicator.delivery import fan_out, lane, retry
+from replicator.delivery import fan_out, lane, retry, writer
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import STOPPED_SHARE, FanOut, Stops
 from replicator.delivery.queue import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES
@@ -62,11 +63,17 @@ class Harness:
     """A fan-out with one lane, on a sink that does what the test says."""
 
     def __init__(
-        self, sink: MemorySink, start: SinkPosition = START, limit_bytes: int = 1_000_000, box: Box | None = None
+        self,
+        sink: MemorySink,
+        start: SinkPosition = START,
+        limit_bytes: int = 1_000_000,
+        *,
+        box: Box | None = None,
+        mode: Mode = Mode.LIVE,
     ) -> None:
         self.box = box or Box()
         letters = DeadLetters(cast("DeadLetterBox", self.box), SETTINGS)
-        self.fan_out = FanOut(SETTINGS, letters, limit_bytes=limit_bytes)
+        self.fan_out = FanOut(SETTINGS, letters, limit_bytes=limit_bytes, mode=mode)
         self.fan_out.open([sink], {sink.name: start})
         [self.lane] = self.fan_out.lanes
 
@@ -278,7 +285,8 @@ async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None
 async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest one's; what was answered has none, also while it waits for one before it or for its dead letters."""
     now = 1_000.0
-    monkeypatch.setattr(lane, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    for module in (lane, writer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
     harness = Harness(sink := MemorySink(max_events=1, concurrency=2))
     asked = [asyncio.Event(), asyncio.Event()]
     answer = [asyncio.Event(), asyncio.Event()]
@@ -290,12 +298,14 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
         await answer[number].wait()
         return [Refusal(events[0], "no")] if number == 0 else []
 
-    async def stores(_: Sequence[DeadLetter]) -> None:
+    async def stores(_: Sequence[DeadLetter], _details: Sequence[str]) -> None:
         storing.set()
         await stored.wait()
 
     sink.steps = [hangs, hangs]
-    monkeypatch.setattr(DeadLetters, "keep", lambda _self, letters: stores(letters))  # a store that takes its time
+    monkeypatch.setattr(
+        DeadLetters, "keep", lambda _self, letters, details: stores(letters, details)
+    )  # a store that takes its time
     async with harness.running(), asyncio.timeout(10):
         for number in (0, 1):
             assert number * 5.0 == harness.lane.unanswered_seconds()
@@ -377,18 +387,28 @@ async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
     ]
 
 
-async def test_an_error_nobody_names_ends_the_lane() -> None:
-    """It is not retried, and its position stays."""
-    sink = MemorySink()
+@pytest.mark.parametrize("error", [SinkUnusable(sink="memory", detail="no table", cure="init"), KeyError("row 42")])
+async def test_what_only_an_operator_mends_holds_the_lane(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """Also what the sink's code does not know: told at once, the traceback once and without its message; then on."""
+    sink = MemorySink(steps=[error] * 3)
     harness = Harness(sink)
-
-    async def breaks(_: Sequence[Event]) -> Sequence[Refusal]:
-        raise SinkUnusable(sink="memory", detail="no table", cure="init")
-
-    sink.steps = [breaks]
     harness.put(10, 1)
-    assert isinstance(await harness.fan_out.run(), SinkUnusable)
-    assert harness.lane.reached == START
+    async with harness.running():
+        await harness.until(15)
+    assert sink.writes == [[1001]]
+    assert harness.lane.trouble.failures == 3
+    assert caplog.text.count("in _take") == isinstance(error, KeyError)
+    assert "row 42" not in caplog.text
+    assert ("in an unexpected way: KeyError" if isinstance(error, KeyError) else "no table") in caplog.text
+
+
+async def test_what_only_an_operator_mends_ends_a_backfill() -> None:
+    """It is not retried, and its position stays."""
+    for error in (SinkUnusable(sink="memory", detail="no table", cure="init"), KeyError("x")):
+        harness = Harness(MemorySink(steps=[error]), mode=Mode.BACKFILL)
+        harness.put(10, 1)
+        assert await harness.fan_out.run() is error
+        assert harness.lane.reached == START
 
 
 async def test_stopping_waits_for_a_write_in_flight_but_not_for_a_retry() -> None:
@@ -574,7 +594,7 @@ async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCapt
             full.set()
             raise DeadLettersFull(sink="memory", stored=1, count=1, limit=1)
 
-    sink = MemorySink(max_events=1, refused=[1001])
+    sink = MemorySink(max_events=1, unfit=[1001])
     harness = Harness(sink, box=FullBox())
     harness.put(10, 1)
     async with harness.running():
@@ -591,7 +611,7 @@ async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCapt
     assert "dead-letters drop --sink memory" in caplog.text
 
 
-async def test_one_lane_that_fails_ends_the_others_in_good_order() -> None:
+async def test_a_lane_of_a_backfill_that_fails_ends_the_others_in_good_order() -> None:
     """What is in flight elsewhere is finished and counts; the failure is returned, and the work is ended."""
     begun, gate = asyncio.Event(), asyncio.Event()
 
@@ -605,7 +625,8 @@ async def test_one_lane_that_fails_ends_the_others_in_good_order() -> None:
         await gate.wait()
 
     sinks = MemorySink(name="broken", steps=[breaks]), MemorySink(name="good", steps=[slow])
-    fan_out = FanOut(SETTINGS, DeadLetters(cast("DeadLetterBox", Box()), SETTINGS), limit_bytes=1_000_000)
+    letters = DeadLetters(cast("DeadLetterBox", Box()), SETTINGS)
+    fan_out = FanOut(SETTINGS, letters, limit_bytes=1_000_000, mode=Mode.BACKFILL)
     fan_out.open(sinks, {sink.name: START for sink in sinks})
     fan_out.put([Event(10, 1, 1001, 1, 0, b"{}")], Mark(Position(10, 1), 15))
     forever = asyncio.Event()

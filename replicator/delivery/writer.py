@@ -1,0 +1,276 @@
+"""Brings events to one sink: tries again, halves what is refused, and finds out whether an event is at fault.
+
+`lane.py` decides what is written when, `retry.py` what an error means, `evidence.py` what a refusal proves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from replicator.contracts.errors import (
+    BatchRefused,
+    BatchTooLarge,
+    SinkBroken,
+    SinkContradicts,
+    SinkRefusesAll,
+    SinkUnusable,
+)
+from replicator.contracts.events import Event, Refusal, SinkPosition
+from replicator.contracts.sink import Mode, Sink
+from replicator.delivery.evidence import SUSPICIOUS, Evidence
+from replicator.delivery.queue import Room, Write, weigh
+from replicator.delivery.retry import (
+    COMPLAINT_SECONDS,
+    HELD,
+    OPERATOR_SECONDS,
+    RETRYABLE,
+    Stopped,
+    Trouble,
+    backoff,
+    retry,
+    wait,
+)
+
+PROBE_SECONDS = 1.0
+"""Pause after the first probe that was refused; it doubles up to `OPERATOR_SECONDS`."""
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Suspect(NamedTuple):
+    """An event that was refused alone."""
+
+    event: Event
+    refused: BatchRefused
+
+
+class Writer:
+    """Writes to one sink until it has everything, or an event is proved to be at fault."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        trouble: Trouble,
+        stopping: asyncio.Event,
+        *,
+        mode: Mode,
+        longest: float,
+        scout: Callable[[], Sequence[Event]],
+    ) -> None:
+        """`scout` gives an event that waits, to be asked while nothing is taken."""
+        self.room = Room(sink.name, sink.max_events)
+        self._sink = sink
+        self._trouble = trouble
+        self._stopping = stopping
+        self._mode = mode
+        self._longest = longest
+        self._scout = scout
+        self._evidence = Evidence()
+        self._asking = asyncio.Lock()
+        self._holds = False
+        self._only_in_parts = 0
+        self._said_at = -COMPLAINT_SECONDS
+        self._broken: set[type[Exception]] = set()
+
+    async def open(self, start: SinkPosition | None) -> None:
+        """Open the sink; one that never wrote anything is made first."""
+        await self.retry(lambda: self._open(start))
+
+    async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until it succeeds. A command that runs once ends with what only an operator can mend."""
+        retried = RETRYABLE if self._mode is Mode.BACKFILL else (*RETRYABLE, *HELD)
+        return await retry(call, self._trouble, self._longest, stopping=self._stopping, retried=retried)
+
+    async def write(self, write: Write) -> list[Refusal]:
+        """Write all of it, in parts where it is refused; the events that become dead letters."""
+        refusals: list[Refusal] = []
+        suspects: list[Suspect] = []
+        parts: list[Sequence[Event]] = [write.events]
+        halved: BatchRefused | None = None
+        while parts:
+            part = parts.pop()
+            try:
+                refusals += await self._ask_in_turn(part, write)
+            except BatchRefused as exc:
+                if len(part) == 1:
+                    suspects.append(Suspect(part[0], exc))
+                    continue
+                if halved is None or isinstance(exc, BatchTooLarge):
+                    halved = exc
+                    self._begin_halving(exc, part)
+                parts += halves(part)
+        if suspects:
+            refusals += await self._examine(suspects, write)
+        if halved is None:
+            self._only_in_parts = 0
+        else:
+            self._end_halving(halved, write, len(suspects), len(refusals))
+        return refusals
+
+    def _begin_halving(self, exc: BatchRefused, part: Sequence[Event]) -> None:
+        if isinstance(exc, BatchTooLarge):
+            self.room.shrink(len(part), weigh(part))
+        elif time.monotonic() - self._said_at > COMPLAINT_SECONDS:
+            self._said_at = time.monotonic()
+            message = "sink %s refuses %d events at once (%s): it gets parts of them until those at fault are found"
+            log.warning(message, self._sink.name, len(part), exc.detail)
+
+    def _end_halving(self, exc: BatchRefused, write: Write, suspects: int, refused: int) -> None:
+        self._only_in_parts = 0 if suspects else self._only_in_parts + 1
+        if self._only_in_parts > 1 and not isinstance(exc, BatchTooLarge):  # it takes all of them, but never at once
+            self.room.shrink(len(write.events), weigh(write.events))
+        taken = len(write.events) - refused
+        log.info(
+            "sink %s took %d of %d events in parts; %d are dead letters",
+            self._sink.name,
+            taken,
+            len(write.events),
+            refused,
+        )
+
+    # -- one request ---------------------------------------------------------------------------------------------
+
+    async def _open(self, start: SinkPosition | None) -> None:
+        with self._known():
+            if start is None and self._mode is Mode.LIVE:
+                for line in await self._sink.create():
+                    log.info("%s", line)
+            await self._sink.open(start, self._mode)
+
+    async def _ask_in_turn(self, events: Sequence[Event], write: Write) -> Sequence[Refusal]:
+        """The same, and wait while the sink takes nothing from anybody."""
+        if self._holds or self._evidence.refused >= SUSPICIOUS:
+            await self._until_taken(self._evidence.asked)
+        try:
+            return await self._ask(events, write)
+        except BatchRefused:
+            self._evidence.refused += 1
+            raise
+
+    async def _ask(self, events: Sequence[Event], write: Write | None = None) -> Sequence[Refusal]:
+        """Give them to the sink until it answers. Raises BatchRefused."""
+        return await self.retry(partial(self._ask_once, events, write))
+
+    async def _ask_once(self, events: Sequence[Event], write: Write | None) -> Sequence[Refusal]:
+        number = self._evidence.ask()
+        if write:
+            write.asked_at = time.monotonic()
+        try:
+            with self._known():
+                refusals = await self._sink.write(events)
+        finally:
+            if write:
+                write.asked_at = 0.0
+        unfit = {refusal.event.id for refusal in refusals}
+        if taken := [event for event in events if event.id not in unfit] if unfit else events:
+            self._evidence.take(number, taken)
+            self.room.grow()
+        return refusals
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        """What the sink does not know becomes SinkBroken, with its traceback once in the log."""
+        try:
+            yield
+        except (*RETRYABLE, SinkUnusable, BatchRefused, MemoryError):
+            raise
+        except Exception as exc:
+            if self._mode is Mode.BACKFILL:
+                raise
+            name = type(exc).__name__
+            if type(exc) not in self._broken:  # without its message, which may have anything in it
+                self._broken.add(type(exc))
+                frames = "".join(traceback.format_tb(exc.__traceback__))
+                log.error("sink %s raised %s\n%s", self._sink.name, name, frames.rstrip())
+            raise SinkBroken(sink=self._sink.name, detail=name) from exc
+
+    # -- whose fault it is ---------------------------------------------------------------------------------------
+
+    async def _examine(self, suspects: list[Suspect], write: Write) -> list[Refusal]:
+        """Ask for each alone until it is taken, or it is proved that the destination will not have it."""
+        refusals: list[Refusal] = []
+        since, tries, doubted = self._evidence.asked, 0, False
+        while suspects and not (tries and self._evidence.enough):
+            await self._until_taken(since)
+            suspects = [suspect for suspect in suspects if await self._refuses_again(suspect, write, refusals)]
+            tries += 1
+            if suspects and self._evidence.doubtful:
+                if not doubted:
+                    self._trouble.begin()
+                doubted, since = True, self._evidence.asked
+                self._trouble.say(SinkContradicts(sink=self._sink.name, detail=suspects[0].refused.detail))
+                await self._pause(backoff(tries, self._longest))
+        if doubted:
+            self._trouble.end()
+        return refusals + [Refusal(event, refused.reason, refused.detail) for event, refused in suspects]
+
+    async def _pause(self, seconds: float) -> None:
+        """Raises Stopped when a stop ends it."""
+        await wait(self._stopping, seconds)
+        if self._stopping.is_set():
+            raise Stopped
+
+    async def _refuses_again(self, suspect: Suspect, write: Write, refusals: list[Refusal]) -> bool:
+        asked_at = time.monotonic()
+        try:
+            refusals += await self._ask([suspect.event], write)
+        except BatchRefused:
+            self._evidence.repeat(asked_at)
+            return True
+        self._evidence.contradict()
+        return False
+
+    async def _until_taken(self, since: int) -> None:
+        """Return once a request was taken that began after that one. One asks for all, ever more rarely."""
+        async with self._asking:
+            failed = 0
+            while not self._evidence.taken_since(since):
+                await self._pause(0)
+                detail = await self._probe(failed)
+                if self._evidence.taken_since(since):
+                    break
+                if not failed:
+                    self._holds = True
+                    self._trouble.begin()
+                self._trouble.failures += 1
+                self._trouble.say(SinkRefusesAll(sink=self._sink.name, detail=detail))
+                await self._pause(min(PROBE_SECONDS * 2 ** min(failed, 5), OPERATOR_SECONDS, self._longest))
+                failed += 1
+            self._holds = False
+            if failed:
+                self._trouble.end()
+
+    async def _probe(self, failed: int) -> str:
+        """Ask for something that it took before, or that waits; why it was refused."""
+        witness = self._evidence.witness(self._sink.max_events)
+        try:
+            await self._ask(witness if witness and failed % 2 == 0 else self._scout())
+        except BatchRefused as exc:
+            return exc.detail
+        return "it was given nothing that it could take"
+
+
+def halves(events: Sequence[Event]) -> list[Sequence[Event]]:
+    """The second half and the first, as a stack has them."""
+    middle = len(events) // 2
+    return [events[middle:], events[:middle]]
+
+
+async def write_once(sink: Sink, events: Sequence[Event]) -> list[Refusal]:
+    """Write without retries; what is refused alone is returned. For commands that leave it where it is."""
+    try:
+        return [*await sink.write(events)]
+    except BatchRefused as exc:
+        if len(events) == 1:
+            return [Refusal(events[0], exc.reason, exc.detail)]
+    second, first = halves(events)
+    return await write_once(sink, first) + await write_once(sink, second)
