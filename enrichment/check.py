@@ -12,6 +12,7 @@ from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS_TABLE, JOINED, KE
 from enrichment.database import Database
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Finding
+from replicator.source.connection import Dsn
 
 ENCODING = "SELECT current_setting('server_encoding')"
 
@@ -68,7 +69,7 @@ NEEDED: Mapping[str, Mapping[str, str]] = {
 PURPOSE = {CONTENT_TABLE: "content is looked up in it", EVENTS_TABLE: "backfill reads it"}
 
 
-async def check(dsn: str) -> list[Finding]:
+async def check(dsn: Dsn) -> list[Finding]:
     """Look at everything. A failure on the way is a finding too."""
     database = Database(dsn)
     found: list[Finding] = []

@@ -1,22 +1,23 @@
-"""A read-only connection to the source database, where psycopg's errors become the product's.
+"""A read-only connection to the source database: queries in transactions that nothing else's settings change.
 
-The replication stream has a connection of its own.
+`replicator/source/connection.py` makes it. The replication stream has one of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg import IsolationLevel, sql
 
-from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable, command
-
-CONNECT_TIMEOUT_SECONDS = 10
-"""For each address of the DSN; a server that is there answers in milliseconds. The DSN's own connect_timeout wins."""
+from replicator.contracts.errors import SourceUnavailable, SourceUnusable, command
+from replicator.source.connection import SESSION, Connection, Dsn, connect, guards, parts
+from replicator.source.refusals import translated
 
 QUERY_TIMEOUT_SECONDS = 30
 """Look-ups go by primary key: one that takes this long waits for a lock or a dead network."""
@@ -24,29 +25,41 @@ QUERY_TIMEOUT_SECONDS = 30
 ANSWER_GRACE_SECONDS = 5
 """How much longer than the server the client waits: by then no report of the timeout will come."""
 
-ALL_ROWS = "-c row_security=off"
+POLICIES = re.compile(r"row[-_]security\s*=\s*(on|true|yes|1)\b", re.IGNORECASE)
 """With row_security=off PostgreSQL fails loudly instead of hiding rows. It can't tell whether a policy hides any: if
 yours hide nothing, set `options=-c row_security=on` in the DSN, which wins."""
 
 
 class Database:
-    """Connects when it is first needed, and again after a failure. One task uses it."""
+    """Connects when it is first needed, and again after a failure. One task uses it.
 
-    def __init__(self, dsn: str, *, timeout_seconds: int = QUERY_TIMEOUT_SECONDS, options: str = "") -> None:
-        self._conninfo = _conninfo(dsn, timeout_seconds, options)
+    A query is a transaction that can only read, with the guards set in it: a pooler gives each to another session.
+    """
+
+    def __init__(
+        self,
+        dsn: Dsn,
+        *,
+        timeout_seconds: int = QUERY_TIMEOUT_SECONDS,
+        settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`settings` are set for each query."""
+        self._dsn = dsn
+        self._settings = {**SESSION, **settings, "statement_timeout": f"{timeout_seconds}s"}
+        self._guards = sql.Composed([])
         self._patience_seconds = timeout_seconds + ANSWER_GRACE_SECONDS
-        self._connection: psycopg.AsyncConnection[tuple[Any, ...]] | None = None
+        self._connection: Connection | None = None
 
     async def rows(self, query: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
         """The result of one query. Raises SourceUnavailable (try again) or SourceUnusable (an operator is needed)."""
-        async with self._translated(), asyncio.timeout(self._patience_seconds):
-            return await (await (await self._connected()).execute(query, parameters)).fetchall()
+        async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
+            return await (await connection.execute(query, parameters)).fetchall()
 
     async def stream(
         self, query: str, parameters: Mapping[str, object] | None = None
     ) -> AsyncIterator[tuple[Any, ...]]:
         """The rows of one query as they come: memory holds one at a time. Raises as `rows`."""
-        async with self._translated(), (await self._connected()).cursor() as cursor:
+        async with self._translated(), self._reading() as connection, connection.cursor() as cursor:
             async for row in cursor.stream(query, parameters, binary=True):
                 yield row
 
@@ -60,37 +73,32 @@ class Database:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except (TimeoutError, psycopg.OperationalError, psycopg.InterfaceError) as exc:
+        except TimeoutError as exc:
             await self.close()
-            timed_out = isinstance(exc, TimeoutError)
-            detail = "no answer in time" if timed_out else str(exc).partition("\n")[0] or type(exc).__name__
-            raise SourceUnavailable(detail=detail) from exc
+            raise SourceUnavailable(detail="no answer in time") from exc
+        except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+            await self.close()
+            raise translated(exc) from exc
         except psycopg.Error as exc:
             raise _unusable(exc) from exc
 
-    async def _connected(self) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Connection]:
+        connection = await self._connected()
+        async with connection.transaction():
+            await connection.execute(self._guards)
+            yield connection
+
+    async def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True)
+            text = self._dsn if isinstance(self._dsn, str) else self._dsn()
+            connection = self._connection = await connect(text, "replicator enrichment")
+            await connection.set_read_only(True)
+            await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)  # each statement sees what is committed
+            security = "on" if POLICIES.search(str(parts(text).get("options", ""))) else "off"
+            settings = {**self._settings, "row_security": security}
+            self._guards = guards(settings, connection.info.server_version, local=True)
         return self._connection
-
-
-def _conninfo(dsn: str, timeout_seconds: int, options: str) -> str:
-    """The DSN, and what keeps this connection harmless and bounded."""
-    try:
-        given = conninfo_to_dict(dsn)
-    except psycopg.Error:
-        # libpq's message quotes the DSN, and with it the password
-        expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
-        raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
-    ours = f"-c default_transaction_read_only=on -c statement_timeout={timeout_seconds}s {options}"
-    parameters = {
-        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        "fallback_application_name": "replicator enrichment",
-        **given,
-        "client_encoding": "UTF8",
-        "options": f"{ALL_ROWS} {given.get('options', '')} {ours}",
-    }
-    return make_conninfo("", **parameters)
 
 
 def _unusable(exc: psycopg.Error) -> SourceUnusable:

@@ -22,6 +22,7 @@ from replicator.contracts.errors import PROGRAM, SourceUnusable
 from replicator.contracts.events import DeadLetter, Event, Finding, Row
 from replicator.contracts.settings import Settings, load
 from replicator.contracts.stream import Enriched
+from replicator.source.connection import Dsn
 
 HISTORY = """
 -- The number of events, and the shortest range of whole seconds, end excluded, that holds them all. Events at infinity
@@ -47,7 +48,7 @@ class EnrichmentSettings(Settings):
     )
 
 
-def create_enricher(dsn: str) -> EngagementEnricher:
+def create_enricher(dsn: Dsn) -> EngagementEnricher:
     """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
     return EngagementEnricher(dsn, load(EnrichmentSettings))
 
@@ -85,7 +86,7 @@ class EngagementEnricher:
 
     tables: Sequence[str] = (CONTENT, EVENTS)
 
-    def __init__(self, dsn: str, settings: EnrichmentSettings) -> None:
+    def __init__(self, dsn: Dsn, settings: EnrichmentSettings) -> None:
         self._dsn = dsn
         self._database = Database(dsn)
         self._contents = Contents(self._database, settings.content_cache_size)

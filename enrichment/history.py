@@ -25,17 +25,18 @@ from enrichment.database import Database
 from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
+from replicator.source.connection import Dsn
 
 log = logging.getLogger(__name__)
 
 SCAN_TIMEOUT_SECONDS = 3600
 """Counting a range without an index reads the table once, at some 10 million rows a second."""
 
-PAGE_OPTIONS = (
-    "-c TimeZone=UTC -c DateStyle=ISO"  # event_ts as in the stream
+PAGE_SETTINGS = {
     # The planner can't know that the next page follows and would, for one page, read the whole table and sort it.
-    " -c enable_seqscan=off -c enable_bitmapscan=off -c plan_cache_mode=force_custom_plan"
-)
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+}
 
 PAGE_BYTES = 8_000_000
 """Of text per page; its last event may be larger. Ordinary events have some ten bytes each, but nothing bounds them,
@@ -146,10 +147,10 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
 class EngagementHistory:
     """The events of `public.engagement_events` with `start <= event_ts < end`."""
 
-    def __init__(self, dsn: str, start: datetime, end: datetime) -> None:
+    def __init__(self, dsn: Dsn, start: datetime, end: datetime) -> None:
         self._range = between(start, end)
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
-        self._pages = Database(dsn, options=PAGE_OPTIONS)
+        self._pages = Database(dsn, settings=PAGE_SETTINGS)
         self._indexed = False
 
     async def open(self) -> None:
@@ -190,9 +191,9 @@ class EngagementHistory:
 class PickedHistory:
     """Some events by id, whenever they were. Ids that are gone are left out; a place is a number of ids."""
 
-    def __init__(self, dsn: str, ids: Sequence[int]) -> None:
+    def __init__(self, dsn: Dsn, ids: Sequence[int]) -> None:
         self._ids = sorted(ids)
-        self._pages = Database(dsn, options=PAGE_OPTIONS)
+        self._pages = Database(dsn, settings=PAGE_SETTINGS)
 
     async def open(self) -> None:
         await self._find([])

@@ -17,14 +17,15 @@ from enrichment.history import BEGINNING, END, INDEXED, WAL_END, PickedHistory, 
 from replicator.contracts.events import Lsn, parse_lsn
 from replicator.contracts.fields import Field
 from replicator.contracts.ledger import Digest, EventDigest, Slice
+from replicator.source.connection import Dsn
 
 STATEMENT_SECONDS = 86_400
 """In effect no limit: reading a table once takes what it takes, at some 400,000 events a second."""
 
 CHUNK = 5_000
 
-OPTIONS = "-c TimeZone=UTC -c enable_sort=off"  # the groups are few; the planner expects as many as there are rows
-ID_OPTIONS = "-c TimeZone=UTC -c enable_hashagg=off"  # sorted on disk: a group's ids in memory, not all groups'
+SETTINGS = {"enable_sort": "off"}  # the groups are few; the planner expects as many as there are rows
+ID_SETTINGS = {"enable_hashagg": "off"}  # sorted on disk: a group's ids in memory, not all groups'
 
 WAL_BLOCK_BYTES = 8192
 PAGE_HEADER_BYTES = 40
@@ -57,10 +58,10 @@ class EngagementLedger:
 
     slices_are_cheap = False
 
-    def __init__(self, dsn: str, *, with_content: bool) -> None:
+    def __init__(self, dsn: Dsn, *, with_content: bool) -> None:
         self._dsn = dsn
-        self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, options=OPTIONS)
-        self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, options=ID_OPTIONS)
+        self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=SETTINGS)
+        self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=ID_SETTINGS)
         self._hash = HASH.format(line=", ".join(map(_text, EVENT.compared(with_joined=with_content))))
         self._event = f"e.id::bigint, {_US}, e.content_id::bigint, {self._hash}"
         self._events = EVENTS.format(join=JOIN if with_content else "")

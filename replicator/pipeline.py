@@ -61,7 +61,7 @@ class Pipeline:
         self._settings = settings
         self._sinks = sinks
         self._store = store
-        self._beginning = Beginning(source, store, settings.slot, sinks)
+        self._beginning = Beginning(source, store, settings.slot, sinks, self.trouble.say)
         self._created = False
         self._saved_at = 0.0  # time.monotonic()
 
@@ -206,7 +206,8 @@ class Pipeline:
                     return
             self._give_up(format_lsn(stored.end_lsn))
         if stored.end_lsn != started_at:
-            raise SourceUnavailable(detail="the checkpoint moved while the slot changed hands")
+            problem, moved = "the checkpoint moved while the slot changed hands", format_lsn(stored.end_lsn)
+            raise SourceUnavailable(problem=problem, detail=moved, cure="`run` begins again from there")
         await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
         self.fan_out.open(self._sinks, self._beginning.starts(stored))
         self.checkpoint = stored

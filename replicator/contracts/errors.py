@@ -85,11 +85,40 @@ class SourceError(ReplicatorError):
 
 
 class SourceUnavailable(SourceError):
-    """PostgreSQL does not answer. Retried until it does."""
+    """PostgreSQL can't be read from now: it does not answer, or it answers something else. Retried until it can be."""
 
-    def __init__(self, *, detail: str) -> None:
-        cure = "`run` retries until it answers; if it should be up, check REPLICATOR_POSTGRES_DSN and pg_hba.conf"
-        super().__init__(f"PostgreSQL is not reachable: {detail}", cure, detail=detail)
+    def __init__(self, *, detail: str, problem: str = "PostgreSQL is not reachable", cure: str = "") -> None:
+        unreachable = "`run` retries until it answers; if it should be up, check REPLICATOR_POSTGRES_DSN"
+        super().__init__(f"{problem}: {detail}", cure or unreachable, detail=detail)
+
+
+class SlotWaits(SourceUnavailable):
+    """A new slot is not there yet: it begins where no transaction runs that was open before it."""
+
+    def __init__(self, *, slot: str, waits: str, cure: str) -> None:
+        super().__init__(problem=f"replication slot {slot} is being made", detail=waits, cure=cure)
+
+
+class StreamStuck(SourceUnavailable):
+    """The stream ends again and again without having come further."""
+
+    def __init__(self, *, lsn: str, times: int, seconds: float, last: SourceUnavailable) -> None:
+        problem = f"no progress for {seconds:.0f} s: the stream has ended {times} times at {lsn}, the last time with"
+        detail = f"{last.problem[:1].lower()}{last.problem[1:]}" if isinstance(last, SlotUndecodable) else last.problem
+        super().__init__(problem=problem, detail=detail, cure=last.cure)
+
+
+class SlotUndecodable(SourceUnavailable):
+    """PostgreSQL, or wal2json, fails at something that the slot has to read. Retried: nothing is passed over."""
+
+    def __init__(self, *, slot: str, lsn: str, detail: str) -> None:
+        super().__init__(
+            problem=f"PostgreSQL can't decode slot {slot} at LSN {lsn}",
+            detail=detail,
+            cure="`run` tries again and keeps everything until it can. To get past it, stop `run`, then `SELECT"
+            f" pg_replication_slot_advance('{slot}', pg_current_wal_lsn())` and {command('init --accept-gap')}: the"
+            " backfill command that it prints brings what was passed over",
+        )
 
 
 class SourceStandby(SourceUnavailable):

@@ -1,70 +1,113 @@
-"""Connections for the slot and its stream, and the border where psycopg's errors become SourceErrors.
+"""The one way to PostgreSQL: every connection is made here, with a session that nobody else's settings change.
 
-`enrichment` has connections of its own, for the tables.
+A role, a database, a service file, the environment or a pooler may set timeouts, encodings and formats, or drop what a
+connection asks for at its start. So the session's guards are set once it stands, and read back. `refusals.py` says what
+PostgreSQL's errors mean; `enrichment/database.py` asks for rows.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, sql
 
-from replicator.contracts.errors import SlotInUse, SourceError, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable
+from replicator.source.refusals import explained
 
-PLUGIN = "wal2json"
+Dsn: TypeAlias = str | Callable[[], str]
+"""A connection string, or what gives the one of this moment: its file may have changed since the start."""
+Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 
 CONNECT_TIMEOUT_SECONDS = 10
+"""For each address of the DSN; a server that is there answers in milliseconds. The DSN's own connect_timeout wins."""
 ANSWER_TIMEOUT_SECONDS = 30.0
 """For what a living server answers in milliseconds; one that is frozen must not hold the replicator."""
 
-_IN_USE = "55006"  # object_in_use
-_VANISHED = "42704"  # undefined_object: the slot was dropped a moment ago, which the next look finds
-_REFUSED = "42"  # class: syntax error or access rule violation, as from a pooler
-_CURES = {
-    "55000": "Set wal_level = logical in postgresql.conf and restart PostgreSQL",  # object_not_in_prerequisite_state
-    "58P01": "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",  # undefined_file
-    "42501": "Give the role its rights: ALTER ROLE … REPLICATION (see sql/roles.sql)",  # insufficient_privilege
-    "53400": "Raise max_replication_slots and restart PostgreSQL, or drop a slot that is not in use",
-    "0A000": "See PostgreSQL's log",  # feature_not_supported
+SESSION: Mapping[str, str] = {
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO",  # wal2json prints timestamps as the session says
+    "TimeZone": "UTC",
+    # PostgreSQL ends nothing of ours: a stream lasts for ever, and a new slot waits for the transactions that run.
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
+    "synchronous_commit": "local",  # a standby that is down must not hold what we read
 }
+"""The guards of every session. `Database` has more for its queries."""
+SINCE = {"transaction_timeout": 170_000}
+"""Guards that older servers do not know."""
 
 
-async def connect(dsn: str, name: str, **parameters: str) -> psycopg.AsyncConnection:
-    """Connect as application `name`; time-outs that the DSN sets win. Raises psycopg.Error."""
+async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
+    """Connect as application `name`; the DSN's own time-outs win. Raises psycopg.Error, SettingsError, SourceUnusable.
+
+    Commits each statement, prepares none (a pooler may stand between), and has the guards.
+    """
+    text = dsn if isinstance(dsn, str) else dsn()
     defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-    given = conninfo.conninfo_to_dict(dsn)
-    missing = {key: value for key, value in defaults.items() if key not in given}
-    info = conninfo.make_conninfo(dsn, **missing, application_name=name, **parameters)
-    return await psycopg.AsyncConnection.connect(info, autocommit=True)
+    missing = {key: value for key, value in defaults.items() if key not in parts(text)}
+    info = conninfo.make_conninfo(text, **missing, application_name=name, client_encoding="UTF8", **parameters)
+    connection = await psycopg.AsyncConnection.connect(info, autocommit=True, prepare_threshold=None)
+    try:
+        await _guard(connection)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+def parts(dsn: str) -> dict[str, Any]:
+    """The DSN's keywords. Raises SettingsError."""
+    try:
+        return conninfo.conninfo_to_dict(dsn)
+    except psycopg.Error:
+        # libpq's message quotes the DSN, and with it the password
+        expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"
+        raise SettingsError(name="REPLICATOR_POSTGRES_DSN", problem="libpq can't read it", expected=expected) from None
+
+
+def guards(settings: Mapping[str, str], server_version: int, *, local: bool = False) -> sql.Composed:
+    """The statement that sets them for the session, or until the transaction ends (`local`).
+
+    In literals, not parameters: a replication connection speaks only the simple query protocol.
+    """
+    known = {name: value for name, value in settings.items() if server_version >= SINCE.get(name, 0)}
+    call = sql.SQL("set_config({}, {}, {})")
+    calls = [call.format(sql.Literal(name), sql.Literal(value), sql.Literal(local)) for name, value in known.items()]
+    return sql.SQL("SELECT {}").format(sql.SQL(", ").join(calls))
+
+
+async def _guard(connection: Connection) -> None:
+    """Set the session's guards, and see in another statement that they stay."""
+    version = connection.info.server_version
+    wanted = await (await connection.execute(guards(SESSION, version))).fetchone()
+    names = [name for name in SESSION if version >= SINCE.get(name, 0)]
+    looks = sql.SQL(", ").join(sql.SQL("current_setting({})").format(sql.Literal(name)) for name in names)
+    found = await (await connection.execute(sql.SQL("SELECT {}").format(looks))).fetchone()
+    if found != wanted:
+        lost = [name for name, ours, theirs in zip(names, wanted or (), found or (), strict=True) if ours != theirs]
+        problem = f"settings of the session do not stay as they were set ({', '.join(lost)})"
+        raise SourceUnusable(problem=problem, cure="Connect to PostgreSQL itself, not to a pooler")
 
 
 @asynccontextmanager
-async def answering(slot: str, seconds: float | None = ANSWER_TIMEOUT_SECONDS) -> AsyncIterator[None]:
-    """Around calls to PostgreSQL. Raises SourceUnavailable (also after so long), SlotInUse, SourceUnusable."""
+async def answering(
+    slot: str, seconds: float | None = ANSWER_TIMEOUT_SECONDS, connection: Connection | None = None
+) -> AsyncIterator[None]:
+    """Around calls to PostgreSQL. Raises SourceError, SourceUnavailable also after so long.
+
+    What a refusal means the server can be asked, over the same connection.
+    """
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as exc:
         raise SourceUnavailable(detail=f"no answer in {seconds:.0f} s") from exc
     except psycopg.Error as exc:
-        raise translated(exc, slot) from exc
-
-
-def translated(exc: psycopg.Error, slot: str = "") -> SourceError:
-    """What a refusal means. One that is not known is retried."""
-    message = exc.diag.message_primary or str(exc).strip().partition("\n")[0]
-    sqlstate = exc.sqlstate or ""
-    if sqlstate == _IN_USE:
-        return SlotInUse(slot=slot, pid=message.rpartition(" ")[2])  # the message ends with the process
-    if "output plugin" in message:  # PostgreSQL 15.19, 16.15, 17.11, 18.6 and later: CVE-2026-6471
-        cure = f"ALTER SYSTEM SET output_plugin_libraries = '{PLUGIN}', then reload"
-    elif sqlstate == _VANISHED or not (sqlstate in _CURES or sqlstate.startswith(_REFUSED)):
-        return SourceUnavailable(detail=message)
-    elif "recovery" in message:
-        cure = "Connect to the primary: this server is a standby"
-    else:
-        cure = _CURES.get(sqlstate, "Connect to PostgreSQL itself, not to a pooler, in version 14 or newer")
-    return SourceUnusable(problem=message, cure=cure)
+        raise await explained(exc, slot, connection) from exc

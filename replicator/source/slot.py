@@ -6,18 +6,20 @@ Looks over any connection to the database; `stream.py` makes and drops slots, `t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
-import psycopg
 from msgspec import structs
 from psycopg import rows, sql
 
-from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, StreamGap
+from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SlotWaits, SourceError, StreamGap
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
-from replicator.source.connection import PLUGIN, answering, connect
+from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.timeline import Identity, parted
+from replicator.source.wal2json import PLUGIN
 
 
 class SlotState(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +78,7 @@ FROM pg_replication_slots s WHERE slot_name = {}
 """
 
 
-async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState | None:
+async def inspect(connection: Connection, slot: str) -> SlotState | None:
     """The slot as it is now; None when there is none of that name."""
     # A literal, not a parameter: a replication connection speaks only the simple query protocol.
     cursor = connection.cursor(row_factory=rows.dict_row)
@@ -84,10 +86,44 @@ async def inspect(connection: psycopg.AsyncConnection, slot: str) -> SlotState |
     return None if row is None else msgspec.convert(row, SlotState)
 
 
-async def look(dsn: str, slot: str, who: str) -> SlotState | None:
+async def look(dsn: Dsn, slot: str, who: str) -> SlotState | None:
     """`inspect` over a connection of its own, in a bounded time. Raises SourceUnavailable, SourceUnusable."""
     async with answering(slot, LOOK_TIMEOUT_SECONDS), await connect(dsn, who) as connection:
         return await inspect(connection, slot)
+
+
+MAKING_SECONDS = 3.0
+"""A new slot that takes longer waits for a transaction; afterwards how often it is looked for which one."""
+_BLOCKERS = """
+-- The transactions that a process waits for: a new slot waits for one after the other. One that is prepared has no
+-- process.
+SELECT w.transactionid::text, h.pid, p.gid
+FROM pg_locks w
+LEFT JOIN pg_locks h ON h.locktype = 'transactionid' AND h.transactionid = w.transactionid AND h.granted
+LEFT JOIN pg_prepared_xacts p ON p.transaction = w.transactionid
+WHERE w.pid = {} AND w.locktype = 'transactionid' AND NOT w.granted
+"""
+
+
+async def watch_making(dsn: Dsn, slot: str, pid: int, waits: Callable[[SlotWaits], None]) -> None:
+    """Tell, every few seconds until cancelled, which transaction the process that makes the slot waits for."""
+    while True:
+        await asyncio.sleep(MAKING_SECONDS)
+        with suppress(SourceError):  # of another connection: whoever makes the slot meets it, too
+            async with answering(slot, LOOK_TIMEOUT_SECONDS), await connect(dsn, "replicator init") as connection:
+                found = await connection.execute(sql.SQL(_BLOCKERS).format(sql.Literal(pid)))
+                for transaction, holder, gid in await found.fetchall():
+                    waits(SlotWaits(slot=slot, **_waits_for(transaction, holder, gid)))
+
+
+def _waits_for(transaction: str, holder: int | None, gid: str | None) -> dict[str, str]:
+    if gid is not None:
+        which = f"prepared transaction {gid!r} (transaction {transaction}, pg_prepared_xacts)"
+        cure = "If it was forgotten: COMMIT PREPARED or ROLLBACK PREPARED, in the database where it was prepared"
+    else:
+        which = f"transaction {transaction} of process {holder or 'unknown'} (pg_stat_activity)"
+        cure = f"If it was forgotten: SELECT pg_terminate_backend({holder or '…'})"
+    return {"waits": f"it waits for {which} to end", "cure": cure}
 
 
 def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: Checkpoint | None) -> None:
@@ -105,6 +141,10 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
         return
     if problem := _misfit(state):
         raise SlotInvalid(slot=slot, problem=problem)
+    if state.confirmed_lsn is None and state.active_pid is not None:
+        maker = f"process {state.active_pid} makes it, and waits for the transactions that run to end"
+        cure = "`run` waits until it is there; pg_stat_activity shows which transactions are old"
+        raise SlotWaits(slot=slot, waits=maker, cure=cure)
     if state.wal_status == "lost" or state.restart_lsn is None:
         read = format_lsn(checkpoint.end_lsn) if checkpoint else "an unknown position"
         raise SlotLost(slot=slot, reason=state.invalidation_reason, checkpoint=read, since=since)

@@ -12,19 +12,21 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import LiteralString
 
 import psycopg
-from psycopg import conninfo, errors, generators, pq, sql
+from psycopg import errors, generators, pq, sql
 from psycopg.rows import TupleRow
 
-from replicator.contracts.errors import DecodeError, SourceStandby, SourceUnavailable
+from replicator.contracts.errors import DecodeError, SlotWaits, SourceStandby, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
 from replicator.source import slot as slots
-from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, PLUGIN, answering, connect, translated
+from replicator.source.breaks import Breaks, end_of_stream
+from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, Connection, Dsn, answering, connect
+from replicator.source.refusals import unconnected
 from replicator.source.timeline import Identity, parse_history
-from replicator.source.wal2json import OPTIONS, DecodedChunk, StreamDecoder
+from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder
 
 CHUNK_ROWS = 500
 """Rows read before the sinks get their turn on the loop: some 4 ms of work. At 1,000 lanes starve in a backlog."""
@@ -53,19 +55,22 @@ _WAS_READ = "SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {slot} AN
 _CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
 _CREATE_FAILOVER = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, failover => true)"
 _DROP = "SELECT pg_drop_replication_slot({slot})"
+_NOTICE_OUR_END = "SET client_connection_check_interval = '2s'"
+"""While it waits, PostgreSQL would not see that its client was killed, and an orphan would hold the unfinished slot."""
 
 
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
-    def __init__(self, dsn: str, slot: str, tables: Sequence[str], *, failover: bool = True) -> None:
+    def __init__(self, dsn: Dsn, slot: str, tables: Sequence[str], *, failover: bool = True) -> None:
         self._dsn = dsn
         self._slot = slot
         self._tables = tables
         self._failover = failover
-        self._connection: psycopg.AsyncConnection | None = None
+        self._connection: Connection | None = None
         self._pgconn: pq.abc.PGconn | None = None
         self._decoder = StreamDecoder()
+        self._breaks = Breaks()
         self._received: Lsn = 0
         self._flushed: Lsn = 0
         self._heard_at = 0.0  # time.monotonic()
@@ -94,15 +99,16 @@ class Source:
         """How long ago a message of the stream, a keepalive included, was last read; 0.0 while not connected."""
         return time.monotonic() - self._heard_at if self.connected else 0.0
 
+    @property
+    def stuck(self) -> str:
+        """That the stream ends again and again at the same place, and why; else empty."""
+        return self._breaks.stuck
+
     async def connect(self) -> tuple[Identity, slots.SlotState | None]:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
-        # wal2json prints timestamps as the session says; a new slot waits for the transactions that run
-        session = "-c DateStyle=ISO -c TimeZone=UTC -c statement_timeout=0"
-        options = f"{conninfo.conninfo_to_dict(self._dsn).get('options') or ''} {session}"
         async with answering(self._slot, None):  # the connection has its own time-out
-            name = f"replicator {self._slot}"
-            self._connection = await connect(self._dsn, name, replication="database", options=options)
+            self._connection = await connect(self._dsn, f"replicator {self._slot}", replication="database")
         [row] = await self._ask("IDENTIFY_SYSTEM")
         [(is_standby,)] = await self._ask("SELECT pg_is_in_recovery()")
         if is_standby:  # it may lack the slot, or have it and not give it away: neither says anything of a gap
@@ -122,10 +128,20 @@ class Source:
         """Whether transactions were decoded from the slot, as far as the statistics know. Raises as `connect`."""
         return bool(await self._ask(_WAS_READ))
 
-    async def create_slot(self) -> slots.SlotState | None:
-        """Make the slot, once the transactions that run have ended, and look at it. Raises as `connect`."""
-        knows_failover = self._connected().info.server_version >= FAILOVER_SERVER
-        await self._ask(_CREATE_FAILOVER if knows_failover and self._failover else _CREATE, None)
+    async def create_slot(self, waits: Callable[[SlotWaits], None] = lambda _: None) -> slots.SlotState | None:
+        """Make the slot, once the transactions that run have ended, and look at it. Raises as `connect`.
+
+        `waits` is told for which of them. PostgreSQL gives up when this process is gone.
+        """
+        connection = self._connected()
+        with contextlib.suppress(psycopg.Error):  # not every operating system can
+            await connection.execute(_NOTICE_OUR_END)
+        watching = asyncio.create_task(slots.watch_making(self._dsn, self._slot, connection.info.backend_pid, waits))
+        knows_failover = connection.info.server_version >= FAILOVER_SERVER
+        try:
+            await self._ask(_CREATE_FAILOVER if knows_failover and self._failover else _CREATE, None)
+        finally:
+            watching.cancel()
         return await self._inspect()
 
     async def drop_slot(self) -> None:
@@ -133,11 +149,11 @@ class Source:
         await self._ask(_DROP)
 
     async def _inspect(self) -> slots.SlotState | None:
-        async with answering(self._slot):
+        async with answering(self._slot, connection=self._connection):
             return await slots.inspect(self._connected(), self._slot)
 
     async def _ask(self, query: LiteralString, seconds: float | None = ANSWER_TIMEOUT_SECONDS) -> list[TupleRow]:
-        async with answering(self._slot, seconds):
+        async with answering(self._slot, seconds, self._connection):
             composed = sql.SQL(query).format(slot=sql.Literal(self._slot), plugin=sql.Literal(PLUGIN))
             with contextlib.suppress(errors.DuplicateObject):  # another one made it first; `verify` says if it fits
                 return await (await self._connected().execute(composed)).fetchall()
@@ -147,7 +163,7 @@ class Source:
         """Begin the stream after `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
         connection = self._connected()
         pgconn = connection.pgconn
-        async with answering(self._slot):
+        async with answering(self._slot, connection=connection):
             pgconn.send_query(self._start_command(end_lsn).as_bytes(connection))
             result, *_ = await connection.wait(generators.execute(pgconn))
             if result.status != pq.ExecStatus.COPY_BOTH:
@@ -182,9 +198,13 @@ class Source:
                 napped = True
         except psycopg.OperationalError as exc:
             self.close()
-            raise translated(exc) from exc
+            raise self._breaks.broke(unconnected(exc)) from exc
+        except SourceUnavailable as exc:
+            self.close()
+            raise self._breaks.broke(exc) from exc
         self._heard_at = time.monotonic()
         chunk = self._decoder.take()
+        self._breaks.moved(chunk.mark)
         self._received = max(self._received, chunk.mark.end_lsn)
         return chunk
 
@@ -201,7 +221,7 @@ class Source:
                 if length == 0:
                     break
             if length < 0:
-                raise self._end_of_stream(pgconn)
+                raise end_of_stream(pgconn.get_result(), self._slot, format_lsn(self._received))
             messages += 1
             if data[0] == _XLOG_DATA and length >= _XLOG_DATA_HEADER:
                 feed(data[_XLOG_DATA_HEADER:])
@@ -220,12 +240,6 @@ class Source:
         self._decoder.keepalive(wal_end)
         if reply_requested:
             self.send_feedback()
-
-    def _end_of_stream(self, pgconn: pq.abc.PGconn) -> SourceUnavailable:
-        result = pgconn.get_result()
-        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) if result else None
-        self.close()
-        return SourceUnavailable(detail=(message or b"the server ended the stream").decode(errors="replace"))
 
     async def _readable(self) -> None:
         self._watched = self._running().socket
@@ -292,7 +306,7 @@ class Source:
             self._connection.pgconn.finish()  # all that its own close() does, which is a coroutine
             self._connection = None
 
-    def _connected(self) -> psycopg.AsyncConnection:
+    def _connected(self) -> Connection:
         if self._connection is None:
             raise SourceUnavailable(detail="not connected")
         return self._connection

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from replicator.contracts.errors import (
     CheckpointMissing,
     SlotInUse,
     SlotMissing,
+    SlotWaits,
     SourceUnavailable,
     StreamGap,
 )
@@ -93,13 +94,22 @@ class Takeover(NamedTuple):
 class Beginning:
     """Takes one slot for the configured sinks."""
 
-    def __init__(self, source: Source, store: Checkpoints, slot: str, sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        store: Checkpoints,
+        slot: str,
+        sinks: Sequence[Sink],
+        waits: Callable[[SlotWaits], None] = log.warning,
+    ) -> None:
+        """`waits` is told what a new slot waits for."""
         self.saving = asyncio.Lock()
         """Held while a checkpoint is saved, so that `load` sees it either before or after."""
         self._source = source
         self._store = store
         self._slot = slot
         self._sinks = sinks
+        self._waits = waits
 
     async def load(self) -> Checkpoint | None:
         """The stored checkpoint with the configured sinks only."""
@@ -133,14 +143,16 @@ class Beginning:
         found.verify()
         if found.checkpoint is not None:
             return Takeover(self._on_timeline(found.checkpoint, found.identity), resumed=True)
-        state = found.state or await self._source.create_slot()
+        state = found.state or await self._source.create_slot(self._waits)
         first = slots.first_checkpoint(self._slot, state, found.identity)
         if found.state is None and state:  # what was committed before is not this slot's to bring
             first = structs.replace(first, committed_at=state.server_time)
         try:
             await asyncio.to_thread(self._store.replace if gap else self._store.save, first)
         except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
-            raise SourceUnavailable(detail="another replicator took the slot first") from exc
+            raise SourceUnavailable(
+                problem="another replicator took the slot first", detail=str(exc.stored), cure="`run` looks again"
+            ) from exc
         lines = list(describe(found, first, state, self._sinks)) if gap and state else []
         return Takeover(first, created_slot=found.state is None, gap=lines)
 

@@ -14,6 +14,8 @@ import msgspec
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Lsn, Mark, Position, Row, decode_row, format_lsn, parse_lsn
 
+PLUGIN = "wal2json"
+
 OPTIONS = {
     "format-version": "2",
     "include-transaction": "true",  # without B and C a row's place is unknown: debezium#7531, flink-cdc#4323 lost rows

@@ -94,7 +94,7 @@ TROUBLES = [
     ),
     Trouble(
         "no PostgreSQL",
-        {"PostgreSQL: connection failed": "REPLICATOR_POSTGRES_DSN"},
+        {"PostgreSQL is not reachable": "REPLICATOR_POSTGRES_DSN"},
         settings={"postgres_dsn": f"postgresql://replicator:{SECRET}@{CLOSED}/engagement"},
     ),
 ]

@@ -617,8 +617,8 @@ def test_the_role_may_not_replicate(quick: Program, stack: DevStack, source: psy
     source.execute("ALTER ROLE replicator NOREPLICATION")
     try:
         quick.spawn()
-        quick.wait_for_log("PostgreSQL is not reachable")
-        wait_until(lambda: "replication" in quick.admin("/readyz"), "it to say why")
+        quick.wait_for_log("PostgreSQL refuses the connection")
+        wait_until(lambda: "GRANT rds_replication" in quick.admin("/readyz"), "it to say why")
     finally:
         source.execute("ALTER ROLE replicator REPLICATION")
     quick.wait_for_log("reading slot")

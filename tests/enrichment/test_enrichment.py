@@ -564,10 +564,10 @@ async def test_a_missing_table_stops_with_a_cure(stream: Stream, enricher: Engag
 
 
 @pytest.mark.parametrize("dsn", ["postgresql://app:secret@/x?nonsense=1", "password=secret nonsense"])
-def test_an_unreadable_dsn_is_not_quoted(dsn: str) -> None:
+async def test_an_unreadable_dsn_is_not_quoted(dsn: str) -> None:
     """Libpq would print it, password and all."""
     with pytest.raises(SettingsError) as unusable:
-        create_enricher(dsn)
+        await create_enricher(dsn).open()
     assert "secret" not in str(unusable.value)
     assert str(unusable.value).startswith("REPLICATOR_POSTGRES_DSN")
 

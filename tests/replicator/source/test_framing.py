@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg import pq
 
 from replicator.contracts.errors import DecodeError, SourceUnavailable
 from replicator.source.stream import Source
@@ -84,7 +85,8 @@ def test_the_end_of_the_stream_is_retried_whatever_encoding_its_reason_has() -> 
             return -1, memoryview(b"")
 
         def get_result(self) -> SimpleNamespace:
-            return SimpleNamespace(error_field=lambda _: "Abbruch auf Anweisung für".encode("latin-1"))
+            said = {pq.DiagnosticField.MESSAGE_PRIMARY: "Abbruch auf Anweisung für".encode("latin-1")}
+            return SimpleNamespace(error_field=said.get)
 
     source = Source("", "slot", ())
     source._pgconn = Ended()  # type: ignore[assignment]  # noqa: SLF001  a server never sends such messages

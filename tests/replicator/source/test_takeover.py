@@ -56,7 +56,7 @@ class Slot:
         assert self.identity.timeline == timeline
         return self.ends
 
-    async def create_slot(self) -> SlotState:
+    async def create_slot(self, _waits: object) -> SlotState:
         """Make it."""
         self.created, self.state = True, STATE
         return STATE

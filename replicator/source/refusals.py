@@ -1,0 +1,156 @@
+"""What PostgreSQL's errors mean, by SQLSTATE: the border where psycopg's exceptions become SourceErrors.
+
+Their texts come in the server's language, so they are shown and never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import psycopg
+
+from replicator.contracts.errors import SlotInUse, SourceError, SourceStandby, SourceUnavailable, SourceUnusable
+from replicator.source.wal2json import PLUGIN
+
+LEVEL_CURE = "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
+_RETRIES = "`run` retries by itself"
+_REFUSES = "PostgreSQL refuses the connection"
+_TOO_MANY = "Raise max_connections or the role's or database's CONNECTION LIMIT, or close other connections"
+
+_IN_USE = "55006"  # object_in_use
+_STATE = ("55000", "0A000")  # object_not_in_prerequisite_state, feature_not_supported
+_RIGHTS = "42501"  # insufficient_privilege
+_VANISHED = "42704"  # undefined_object: the slot was dropped a moment ago, which the next look finds
+_REFUSED = "42"  # class: syntax error or access rule violation, as from a pooler
+
+_CURES = {
+    "58P01": "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",  # undefined_file
+    "53400": "Raise max_replication_slots and restart PostgreSQL, or drop a slot that is not in use",
+}
+"""What only an operator can change, so that the program stops."""
+
+_PASSING = {
+    "28": (_REFUSES, "Check user and password in REPLICATOR_POSTGRES_DSN, and pg_hba.conf"),
+    "3D": (_REFUSES, "Check the database's name in REPLICATOR_POSTGRES_DSN"),
+    "53300": (_REFUSES, _TOO_MANY),
+    "57P03": (_REFUSES, f"It starts up or shuts down: {_RETRIES}"),
+    "57": ("PostgreSQL ended the connection or the query", _RETRIES),
+    "55P03": ("PostgreSQL waits for a lock", _RETRIES),
+    "25": ("PostgreSQL ended the transaction", _RETRIES),
+}
+"""What a retry may find changed: problem and cure, by SQLSTATE or its class."""
+
+
+class _Facts(NamedTuple):
+    """What the server says of itself."""
+
+    wal_level: str
+    standby: bool
+    plugins: str
+    """output_plugin_libraries, where this PostgreSQL has it: 15.19, 16.15, 17.11, 18.6 and later (CVE-2026-6471)."""
+
+
+_FACTS = """SELECT current_setting('wal_level'), pg_is_in_recovery(),
+    coalesce(current_setting('output_plugin_libraries', true), '')"""
+_FACTS_SECONDS = 5.0
+
+
+async def explained(
+    exc: psycopg.Error, slot: str = "", connection: psycopg.AsyncConnection[Any] | None = None
+) -> SourceError:
+    """What a refusal means. One SQLSTATE has several reasons, so the server is asked which one it is."""
+    sqlstate, facts = exc.sqlstate or "", None
+    if connection is not None and sqlstate in (*_STATE, _RIGHTS):
+        with suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(_FACTS_SECONDS):
+                facts = await (await connection.execute(_FACTS)).fetchone()
+    return translated(exc, slot, _Facts(*facts) if facts else None)
+
+
+def translated(exc: psycopg.Error, slot: str = "", facts: _Facts | None = None) -> SourceError:
+    """The same, as far as it can be known without asking. What is not known is retried."""
+    sqlstate, message = exc.sqlstate or "", exc.diag.message_primary or ""
+    if not sqlstate:
+        return unconnected(exc)
+    if sqlstate == _IN_USE:
+        numbers = re.findall(r"\d+", message.replace(slot, ""))
+        return SlotInUse(slot=slot, pid=numbers[-1] if numbers else "?")
+    if facts and facts.standby and sqlstate in _STATE:
+        return SourceStandby()
+    if cure := _cure(sqlstate, facts):
+        return SourceUnusable(problem=message, cure=cure)
+    problem, cure = next(
+        (_PASSING[key] for key in (sqlstate, sqlstate[:2]) if key in _PASSING),
+        ("PostgreSQL does not do what it is asked to", _RETRIES),
+    )
+    return SourceUnavailable(problem=problem, detail=message, cure=cure)
+
+
+def _cure(sqlstate: str, facts: _Facts | None) -> str:
+    """What an operator has to do; empty where a retry may do."""
+    if sqlstate in _STATE:  # with the level right, the slot was lost a moment ago, which the next look finds
+        return LEVEL_CURE if facts and facts.wal_level != "logical" else ""
+    if sqlstate == _RIGHTS and facts and facts.plugins and PLUGIN not in _names(facts.plugins):
+        return allow_plugin(facts.plugins)
+    if sqlstate == _RIGHTS:
+        return replication_cure()
+    if sqlstate.startswith(_REFUSED) and sqlstate != _VANISHED:
+        return "Connect to PostgreSQL itself, not to a pooler, in version 14 or newer"
+    return _CURES.get(sqlstate, "")
+
+
+def replication_cure(role: str = "…") -> str:
+    """Managed services have no superuser, and each its own way."""
+    name = f'"{role}"'
+    return (
+        f"Let the role replicate: `ALTER ROLE {name} REPLICATION` (Amazon RDS: `GRANT rds_replication TO {name}`;"
+        f" Google Cloud SQL and Azure: the same ALTER ROLE as the administrator that the service gave you)"
+    )
+
+
+def allow_plugin(current: str) -> str:
+    """The statement that adds ours to the list: without the others, other replication would end."""
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys([*_names(current), PLUGIN]))
+    return f"`ALTER SYSTEM SET output_plugin_libraries = {names}; SELECT pg_reload_conf();` adds it to the list"
+
+
+def _names(listed: str) -> list[str]:
+    """Of a list of libraries. Commas end a name even inside quotes: a whole list in quotes is a common mistake."""
+    return [name for name in re.split(r'[",\s]+', listed) if name]
+
+
+def unconnected(exc: psycopg.Error) -> SourceUnavailable:
+    """No connection, or no more. libpq keeps no SQLSTATE then, but it shows who speaks and which names they say."""
+    first, _, rest = str(exc).strip().partition("\n")
+    several = re.findall(r"^- .*?: (connection .*)$", rest, re.MULTILINE)
+    texts = [_shorter(text) for text in several] or [_shorter(first)]
+    answers = [answer[1] for text in texts if (answer := re.search(r"[^\s:]+:  (.*)", text))]  # "FATAL:  message"
+    if not answers:
+        return SourceUnavailable(detail="; ".join(dict.fromkeys(texts)))
+    detail = answers[-1]
+    return SourceUnavailable(problem=_REFUSES, detail=detail, cure=_cure_of(detail, exc))
+
+
+def _shorter(text: str) -> str:
+    return text.removeprefix("connection failed: ").removeprefix("connection is bad: ")
+
+
+def _cure_of(text: str, exc: psycopg.Error) -> str:
+    """By the names that stand in it, which are the same in every language."""
+    given = exc.pgconn
+    user, database = ((name or b"").decode(errors="replace") for name in (given.user, given.db)) if given else ("", "")
+    named = {what for what, name in (("user", user), ("database", database)) if name and _stands(name, text)}
+    if "pg_hba.conf" in text:
+        return "Allow it in pg_hba.conf (a replication connection needs the database's line, too), then reload"
+    if named == {"database"} and user != database:
+        return "Check the database's name in REPLICATOR_POSTGRES_DSN, and that the role may connect to it"
+    if named:
+        return "Check user, password and database in REPLICATOR_POSTGRES_DSN, and that the role may log in"
+    return f"It starts up, shuts down or is full: {_RETRIES}. Otherwise: {replication_cure()}"
+
+
+def _stands(name: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
