@@ -136,7 +136,7 @@ class Pipeline:
         await self.source.finish()
         if self.checkpoint is not None:
             confirmed = format_lsn(self.source.confirmed)
-            log.info("stopped; everything up to %s is written and confirmed", confirmed)
+            log.info("stopped; everything up to %s is written and confirmed", confirmed, extra={"lsn": confirmed})
 
     async def _commit_forever(self) -> None:
         while True:
@@ -195,7 +195,8 @@ class Pipeline:
         stored = await self._beginning.load() or taken.checkpoint
         await self._open(end_lsn, structs.replace(stored, timeline=taken.checkpoint.timeline))
         self.trouble.clear()
-        log.info("reading slot %s from %s", self._settings.slot, format_lsn(end_lsn))
+        at = format_lsn(end_lsn)
+        log.info("reading slot %s from %s", self._settings.slot, at, extra={"lsn": at})
 
     async def _open(self, started_at: Lsn, stored: Checkpoint) -> None:
         """Open enricher and lanes; after a reconnect, check that no other replicator has moved the checkpoint."""

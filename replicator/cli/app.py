@@ -57,7 +57,7 @@ class App(NamedTuple):
     def load(cls, sinks: Iterable[str] | None = None) -> App:
         """Made from the settings, with these sinks or the configured ones. Raises SettingsError."""
         settings = load(CoreSettings)
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(settings.log_level, settings.log_format, settings.slot)
         for message in unknown_settings():
             log.warning("%s", message)
         if given("checkpoint_url") is None:
@@ -136,7 +136,7 @@ def all_settings() -> list[type[Settings]]:
 
 def unknown_settings() -> Iterator[str]:
     """A message for each variable with our prefix that nothing reads."""
-    names = sorted(name for name in variables() if name.startswith(variable("")) and name not in NOT_A_SETTING)
+    names = sorted({name for name in variables() if name.startswith(variable(""))} - NOT_A_SETTING - set(_kubernetes()))
     known = {variable(field) for field in CoreSettings.model_fields}
     if {*names} - known:  # the sinks' modules are slow to import
         known = {variable(field) for settings_class in all_settings() for field in settings_class.model_fields}
@@ -144,6 +144,14 @@ def unknown_settings() -> Iterator[str]:
         if name not in known and name.removesuffix("_FILE") not in known:
             close = get_close_matches(name, known, n=1)
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''}"
+
+
+def _kubernetes() -> Iterator[str]:
+    """What Kubernetes sets in every pod for a service whose name begins with `replicator`."""
+    names = variables()
+    for service in (name.removesuffix("_SERVICE_HOST") for name in names if name.endswith("_SERVICE_HOST")):
+        of_service = re.compile(f"{re.escape(service)}_(SERVICE_(HOST|PORT)|PORT)(_.*)?")
+        yield from filter(of_service.fullmatch, names)
 
 
 def unusable_parts() -> Iterator[SettingsError]:

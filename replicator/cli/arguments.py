@@ -137,7 +137,8 @@ def confirmed(question: str, *, yes: bool) -> bool:
         raise SettingsError(
             name="standard input", problem="it is not a terminal", expected="a terminal to ask on, or --yes"
         )
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait for the answer first
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the event loop's would wait for the answer first
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D

@@ -22,7 +22,7 @@ import typer
 
 from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
-from replicator.cli.stream import stop_on_signals
+from replicator.cli.stream import say_what_stops, stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, SourceError, SourceUnavailable, command
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ LINE_SECONDS = 10.0  # a log that can be read
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
-log = logging.getLogger("replicator.backfill")
+log = logging.getLogger(__name__)
 
 
 MANUAL = """\
@@ -113,9 +113,7 @@ class Run(NamedTuple):
 
 @asynccontextmanager
 async def once(app: App, history: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:
-    """Around a run that is not retried: an outage is an error, a signal ends it, and all connections are closed."""
-    if task := asyncio.current_task():
-        stop_on_signals(task.cancel)  # until there is something to finish
+    """Around a run that is not retried: an outage is an error, and all connections are closed."""
     try:
         async with app.closing():
             yield
@@ -144,7 +142,12 @@ async def deliver(run: Run) -> int:
         page_rows=run.batch_size,
         rate=run.rate,
     )
-    stop_on_signals(work.stop)
+
+    def stop() -> None:
+        say_what_stops(work.fan_out.lanes, run.app.settings.drain_timeout_seconds)
+        work.stop()
+
+    stop_on_signals(stop)
     before, started = work.written, time.monotonic()
     done = False
     showing = asyncio.create_task(_show_progress(work, run.app.settings))
@@ -203,7 +206,7 @@ async def _show_bar(work: Backfill, settings: CoreSettings) -> None:
     rate = TextColumn("{task.fields[rate]:,.0f}/s")
     columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        configure_logging(settings.log_level, settings.log_format)  # its lines go above the bar
+        configure_logging(settings.log_level, settings.log_format, settings.slot)  # its lines go above the bar
         task = bar.add_task("", total=first.total, completed=first.events, rate=0.0)
         try:
             while True:

@@ -109,9 +109,11 @@ def _form(letter: DeadLetter) -> dict[str, Any]:
 
 
 def _text(form: dict[str, Any]) -> str:
+    from replicator.operations.logs import printable
+
     whose, where = form["sink"] or "every sink", form["position"] or form["origin"]
     head = f"{form['id']}  {form['created_at']}  {whose}  event {form['event_id']}  {where}  {form['reason']}"
-    return f"{head}\n    {form['payload']}"
+    return f"{printable(head)}\n    {printable(form['payload'])}"
 
 
 async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None) -> int:
@@ -119,6 +121,8 @@ async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None
 
     Those that it takes are dropped. The exit code is 1 if any is left.
     """
+    from replicator.operations.logs import printable
+
     chosen = _Chosen(sink, stage, ids)
     left = 0
     async with chosen.app.closing():
@@ -131,7 +135,7 @@ async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None
             for letter in page:
                 if letter.id in kept:
                     whose = f" of {letter.sink}" if letter.sink else ""
-                    print(f"dead letter {letter.id}{whose} stays: {kept[letter.id]}")
+                    print(f"dead letter {letter.id}{whose} stays: {printable(kept[letter.id])}")
             left += len(kept)
     return chosen.report_absent() or int(bool(left))
 

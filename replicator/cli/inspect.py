@@ -30,6 +30,7 @@ async def check(as_json: Json = False) -> int:
     line.
     """
     from replicator.operations import check as preflight
+    from replicator.operations.logs import printable
 
     app = load_app()
     found: list[dict[str, Any]] = []
@@ -37,9 +38,9 @@ async def check(as_json: Json = False) -> int:
         async for finding in preflight.findings(app.settings, app.enricher, app.sinks, app.store):
             found.append(finding._asdict())
             if not as_json:
-                print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}")
+                print(f"{'ok  ' if finding.ok else 'FAIL'}  {printable(finding.what)}")
                 if finding.cure:
-                    print(f"      → {finding.cure}")
+                    print(f"      → {printable(finding.cure)}")
     failed = sum(not finding["ok"] for finding in found)
     if as_json:
         print(json.dumps({"ok": not failed, "findings": found}))

@@ -15,8 +15,9 @@ import platform
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Thread
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -39,8 +40,6 @@ Settings are environment variables: `replicator config show` lists them.
 Example: replicator config check && replicator init && replicator check \\
              && replicator
 Exit codes: 0 done, 1 failed, 2 unusable arguments or settings."""
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
-"""Standard output is a file that can't be written."""
 DONE = "0 done, 1 failed, 2 unusable arguments or settings"
 DIFFERENT = f"{DONE},\n  3 different"
 PLAIN: dict[str, Any] = {"context_settings": {"terminal_width": 80}, "rich_markup_mode": None}
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as exc:
-        print(f"replicator: {_one_line(exc)}", file=sys.stderr)
+        _complain(_one_line(exc))
         return 2
     except Overtaken as exc:
         logging.getLogger("replicator").warning("%s", exc)
@@ -116,19 +115,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReplicatorError as exc:
         try:
             sys.stdout.flush()  # what was done before it
-        except OSError:
+        except UnwrittenError:
             _give_up_output()
-        print(f"replicator: {exc}", file=sys.stderr)
+        _complain(exc)
         return exc.exit_code
     except asyncio.CancelledError:
-        print("replicator: stopped before it was done", file=sys.stderr)
+        _complain("stopped before it was done")
         return 1
-    except KeyboardInterrupt:  # the second one
+    except KeyboardInterrupt:  # of a command without an event loop, or at a question
         return 1
-    except OSError as exc:
+    except UnwrittenError as exc:
         return _unwritten(exc)
     finally:
         logging.shutdown()
+
+
+def _complain(problem: ReplicatorError | str) -> None:
+    """The last line on standard error, in the log's form."""
+    from replicator.contracts.settings import given
+    from replicator.operations.logs import configure_logging, printable
+
+    with suppress(SettingsError):
+        if (form := given("log_format")) and form.text.lower() == "json":
+            configure_logging("info", "json")
+            logging.getLogger("replicator").critical("%s", problem)
+            return
+    print(f"replicator: {printable(str(problem))}", file=sys.stderr)
 
 
 def _prepare_streams() -> None:
@@ -139,15 +151,49 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, _Output):
+        sys.stdout = _Output(sys.stdout)
 
 
-def _unwritten(error: OSError) -> int:
-    """Standard output can't be written: the exit code. Raises every other error."""
-    if error.errno != errno.EPIPE and error.errno not in NO_ROOM:
-        raise error
+class UnwrittenError(Exception):
+    """Standard output can't be written. A destination's OSError never looks like this."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Output(io.TextIOBase):
+    """Standard output without control characters, whoever they come from."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.isatty, self.fileno = stream.isatty, stream.fileno  # type: ignore[method-assign]  # the stream's own
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # likewise
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        from replicator.operations.logs import printable
+
+        try:
+            return self._stream.write(printable(text, keep="\n\t"))
+        except OSError as exc:
+            raise UnwrittenError(exc) from exc
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as exc:
+            raise UnwrittenError(exc) from exc
+
+
+def _unwritten(problem: UnwrittenError) -> int:
+    """Standard output can't be written: the exit code."""
     _give_up_output()
-    if error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
-        print(f"replicator: Standard output can't be written: {error.strerror}.", file=sys.stderr)
+    if problem.error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
+        _complain(f"Standard output can't be written: {problem.error.strerror}.")
     return 1
 
 
@@ -179,9 +225,16 @@ def _run(arguments: Sequence[str]) -> int:
     if isinstance(result, Coroutine):  # a command that works on the event loop
         with asyncio.Runner() as runner:
             runner.get_loop().set_default_executor(_Threads())
-            result = runner.run(result)
+            result = runner.run(_stoppable(result))
     sys.stdout.flush()
     return int(result or 0)
+
+
+async def _stoppable(work: Coroutine[Any, Any, int]) -> int:
+    """A signal ends what has no better way to stop, process 1 of a container included."""
+    if task := asyncio.current_task():
+        stream.stop_on_signals(task.cancel)
+    return await work
 
 
 def _one_line(error: Any) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,9 @@ from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsErro
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
+    from replicator.delivery.lane import Lane
+
+SHOW_CURSOR = "\x1b[?25h"
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +49,6 @@ async def run() -> int:
     except ReplicatorError as exc:  # in the log, so that whoever collects it has the last line, too
         log.critical("%s", exc)
         return exc.exit_code
-    except OSError as exc:  # never standard output's, as `main` would take it: `run` writes only the log
-        raise RuntimeError(f"{type(exc).__name__} that nothing handles") from exc
     return 0
 
 
@@ -58,6 +61,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
 
     def stop() -> None:
         stopping.set()
+        say_what_stops(pipeline.fan_out.lanes, app.settings.drain_timeout_seconds)
         pipeline.stop()
 
     stop_on_signals(stop)
@@ -86,15 +90,32 @@ def _raise_descriptor_limit() -> None:
 
 
 def stop_on_signals(stop_work: Callable[[], object]) -> None:
-    """The first SIGTERM or SIGINT drains; the second one ends the program at once."""
+    """The first SIGTERM, SIGINT or SIGHUP drains; the second SIGTERM or SIGINT ends the program at once."""
     loop = asyncio.get_running_loop()
 
-    def stop(number: int) -> None:
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            # Not the system's own way: process 1 of a container would ignore it.
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may go while it drains
+        if sys.stderr.isatty():
+            sys.stderr.write(SHOW_CURSOR)  # a progress bar hides it, and may not get to its end
         stop_work()
-        loop.remove_signal_handler(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup`
+            loop.add_signal_handler(number, stop)
+
+
+def say_what_stops(lanes: Sequence[Lane], seconds: float) -> None:
+    """What the drain waits for, in the log."""
+    names = ", ".join(lane.name for lane in lanes if lane.writing)
+    if names:
+        log.info("stopping: waiting up to %g s for writes to %s; a second signal ends it at once", seconds, names)
+    else:
+        log.info("stopping")
 
 
 async def init(

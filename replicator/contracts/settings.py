@@ -211,4 +211,6 @@ class CoreSettings(Settings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = Field(
         "info", description="debug, info, warning or error"
     )
-    log_format: Literal["text", "json"] = Field("text", description="text or json (one object a line)")
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(str.lower)] = Field(
+        "text", description="text or json (one object a line)"
+    )

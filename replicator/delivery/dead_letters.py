@@ -45,8 +45,9 @@ class DeadLetters:
             self.stored = await asyncio.to_thread(self._store.add_dead_letters, self._slot, letters, self.limit)
         for letter, detail in zip_longest(letters, details):
             owner = f"of sink {letter.sink}" if letter.sink else "of a row"
-            why = detail or letter.reason
-            log.error("dead letter %s at %s (event %s): %s", owner, place(letter), letter.event_id, why)
+            why, at = detail or letter.reason, place(letter)
+            fields = {"sink": letter.sink, "lsn": at, "event_id": letter.event_id}
+            log.error("dead letter %s at %s (event %s): %s", owner, at, letter.event_id, why, extra=fields)
 
     async def look(self) -> None:
         """See how many there are: others drop them. What can't be seen now stays as it was."""

@@ -114,7 +114,7 @@ class Lane:
         self.mark = Mark(start.position, start.end_lsn)
         """How far the sink is."""
         self.stats = LaneStats()
-        self.trouble = Trouble(over=self._over)
+        self.trouble = Trouble(over=self._over, sink=sink.name)
         self.queue = Queue(self.mark)
         self._start = start if start.position > Position(0, 0) else None
         self._shared = shared
@@ -146,6 +146,11 @@ class Lane:
     def waiting(self) -> int:
         """Events that are queued or in flight."""
         return self.queue.events + sum(len(write.events) for write in self._in_flight)
+
+    @property
+    def writing(self) -> bool:
+        """A write is in flight: a stop waits for it."""
+        return bool(self._in_flight)
 
     @property
     def awaiting_checkpoint(self) -> bool:

@@ -51,8 +51,8 @@ class Stopped(Exception):
 class Trouble:
     """Why something does not work at the moment; false while it does. Several callers can share one."""
 
-    def __init__(self, message: str = "", *, over: Callable[[float], str] | None = None) -> None:
-        """`over` makes what is logged when it ends, of the seconds that it lasted."""
+    def __init__(self, message: str = "", *, over: Callable[[float], str] | None = None, sink: str = "") -> None:
+        """`over` makes what is logged when it ends, of the seconds that it lasted; `sink` is whose trouble it is."""
         self.message = message
         """The newest problem with its cure; empty while there is none."""
         self.needs_operator = False
@@ -62,6 +62,7 @@ class Trouble:
         self.failures = 0
         """Tries that failed since the program began."""
         self._over = over
+        self._extra = {"sink": sink} if sink else None
         self._callers = 0
         self._since = 0.0
         self._logged: dict[type, float] = {}  # when each kind of problem was; empty while there is none
@@ -80,7 +81,7 @@ class Trouble:
             self._since = now
         self.standby = kind is errors.SlotInUse
         if kind not in self._logged or (now - self._logged[kind] > COMPLAINT_SECONDS and not self.standby):
-            log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem)
+            log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem, extra=self._extra)
             self._logged[kind] = now
         self.message = str(problem)
         self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
@@ -94,7 +95,7 @@ class Trouble:
         self._callers -= 1
         if self._callers <= 0:
             if self._over:
-                log.info("%s", self._over(self.seconds()))
+                log.info("%s", self._over(self.seconds()), extra=self._extra)
             self.clear()
 
     def clear(self) -> None:

@@ -21,6 +21,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
+from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
 from replicator.operations.watchdog import Watchdog
 
@@ -188,7 +189,7 @@ def _hosts(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _light(lines: Sequence[str], *, ok: bool) -> Page:
-    body = "".join(f"{line}\n" for line in lines).encode()
+    body = "".join(f"{printable(line)}\n" for line in lines).encode()
     return HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, body
 
 

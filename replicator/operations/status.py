@@ -21,6 +21,7 @@ from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn, parse_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
+from replicator.operations.logs import printable
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
 
@@ -269,15 +270,15 @@ def as_json(status: Status) -> str:
 
 def as_text(status: Status) -> str:
     """For people: a line a thing, what is wrong first."""
-    state = status.standby and f"standby: {status.standby}"
+    state = status.standby and f"standby: {printable(status.standby)}"
     state = state or ("ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off")
     if status.reasons:
-        state = "NOT READY: " + "\n             ".join(status.reasons)
+        state = "NOT READY: " + "\n             ".join(map(printable, status.reasons))
     lines = [f"replicator   {state}", *_stopped_text(status)]
     lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
-        trouble = f": {sink.trouble}" if sink.trouble and sink.trouble not in status.reasons else ""
+        trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
     return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
 

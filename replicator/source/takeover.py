@@ -161,7 +161,8 @@ class Beginning:
         starts = dict(checkpoint.sinks)
         for name in (sink.name for sink in self._sinks if sink.name not in starts):
             starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
-            log.info("sink %s has no position: it begins after %s", name, format_lsn(checkpoint.end_lsn))
+            at = format_lsn(checkpoint.end_lsn)
+            log.info("sink %s has no position: it begins after %s", name, at, extra={"sink": name, "lsn": at})
         return starts
 
     def _on_timeline(self, checkpoint: Checkpoint, identity: Identity) -> Checkpoint:

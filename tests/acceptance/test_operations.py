@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import resource
+import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from devstack.process import free_port, wait_until
 from tests.support.destinations import Destinations
@@ -78,3 +82,72 @@ def test_a_standby_is_well(quick: Program, database: str, source: psycopg.Connec
         assert "\nreplicator_standby 0.0\n" in second.admin("/metrics")
     finally:
         second.end()
+
+
+class Hanging:
+    """A server that accepts, reads what it is sent, and never answers."""
+
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self.asked = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        connections = []
+        with suppress(OSError):
+            while True:
+                connections.append(self._listening.accept()[0])
+                self.asked.set()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._listening.close()
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    """It listens."""
+    server = Hanging()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(
+    quick: Program, source: psycopg.Connection, hanging: Hanging, second: signal.Signals
+) -> None:
+    """The first one says which sink it waits for, and how long; neither prints a traceback."""
+    quick.run("init")
+    quick.start(http_url=f"http://{hanging.address}/events", http_timeout_seconds="60")
+    source.execute(INSERT)
+    assert hanging.asked.wait(10)
+    time.sleep(0.5)  # until the request is in flight
+    quick.process.send_signal(signal.SIGINT)
+    quick.wait_for_log("http; a second signal ends it at once")
+    assert "stopping: waiting up to 25 s for writes to " in quick.said
+    time.sleep(0.3)
+    quick.process.send_signal(second)
+    assert 128 + second == quick.process.wait(2)
+    assert "Traceback" not in quick.log
+    assert "rror" not in quick.said
+
+
+def test_a_terminal_that_goes_away_is_a_stop(quick: Program, source: psycopg.Connection) -> None:
+    """SIGHUP drains as SIGTERM does."""
+    quick.start()
+    source.execute(INSERT)
+    quick.process.send_signal(signal.SIGHUP)
+    assert 0 == quick.process.wait(20)
+    assert "is written and confirmed" in quick.said
+
+
+@pytest.mark.parametrize("command", ["check", "init"])
+def test_a_command_ends_while_a_sink_hangs(quick: Program, hanging: Hanging, command: str) -> None:
+    """As process 1 of a container, too, which has no handler of the system's own."""
+    process = quick.spawn(command, clickhouse_url=f"http://{hanging.address}/engagement")
+    assert hanging.asked.wait(20)
+    process.terminate()
+    assert 1 == process.wait(3)
+    assert quick.said.endswith("replicator: stopped before it was done\n")
+    assert "Traceback" not in quick.log

@@ -193,6 +193,25 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch, empty_directory: Path) -
     assert ["REPLICATOR_HTTP_BATCHSIZE", "REPLICATOR_SINK"] == found
 
 
+@pytest.mark.usefixtures("empty_directory")
+def test_kubernetes_variables_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets them for every service, and a service has the name of what it serves. Others are still named."""
+    for service in ("REPLICATOR", "REPLICATOR_ADMIN"):
+        for name in (
+            "SERVICE_HOST",
+            "SERVICE_PORT",
+            "SERVICE_PORT_HTTP",
+            "PORT",
+            "PORT_8080_TCP",
+            "PORT_8080_TCP_ADDR",
+        ):
+            monkeypatch.setenv(f"{service}_{name}", "tcp://10.0.0.1:8080")
+    assert [] == list(unknown_settings())
+    monkeypatch.setenv("REPLICATOR_REDIS_PORT", "6379")
+    monkeypatch.setenv("REPLICATOR_SERVICE", "x")
+    assert ["REPLICATOR_REDIS_PORT", "REPLICATOR_SERVICE"] == [line.split()[0] for line in unknown_settings()]
+
+
 def test_the_default_checkpoint_is_not_in_the_working_directory(
     empty_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

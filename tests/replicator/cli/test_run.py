@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,6 +24,7 @@ class Overtaking:
 
     def __init__(self, *_: object) -> None:
         self.stopping = asyncio.Event()
+        self.fan_out = SimpleNamespace(lanes=[])
 
     def stop(self) -> None:
         """As the signal says."""
@@ -74,6 +77,16 @@ class Store:
         """Nothing to release."""
 
 
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Restored afterwards: a second signal would end the tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
 async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
     """`run`, with these."""
     monkeypatch.setattr("replicator.pipeline.Pipeline", pipeline)
@@ -98,5 +111,5 @@ async def test_told_to_stop_meanwhile_it_ends(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_a_broken_pipe_of_a_sink_is_not_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` says nothing about a closed standard output; this ends with a traceback."""
-    with pytest.raises(RuntimeError, match="BrokenPipeError that nothing handles"):
+    with pytest.raises(BrokenPipeError, match="a socket of the sink"):
         await run_with(Broken, monkeypatch)

@@ -1,0 +1,101 @@
+"""The log's lines: one a record whatever servers and rows hold, with fields for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicator.contracts.errors import SinkUnavailable
+from replicator.delivery.retry import Trouble
+from replicator.operations.logs import configure_logging, printable
+
+HOSTILE = "FATAL\x1b[2J\x07\r2026-11-26T00:00:00.000Z INFO    replicator: all is well\nforged \u202egnp\x9b0m\x00\ud800"
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """The root logger, as pytest made it."""
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_server_writes_a_line_of_its_own(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters, and those that turn text around, are escaped; a traceback keeps its lines."""
+    configure_logging("info", form)  # type: ignore[arg-type]  # parametrized
+    try:
+        int(HOSTILE)
+    except ValueError:
+        logging.getLogger("replicator.x").exception("it said %s", HOSTILE)
+    said = capsys.readouterr().err
+    assert said.replace("\n", "").isprintable()
+    assert "FATAL\\x1b[2J" in said or "FATAL\\u001b[2J" in said
+    assert not [line for line in said.splitlines() if line.startswith("2026-11-26T00:00")]
+    if form == "json":
+        [line] = said.splitlines()
+        assert json.loads(line)["message"] == f"it said {HOSTILE}"
+
+
+def test_what_is_printed_as_it_is() -> None:
+    """Letters of any script, and what a caller keeps."""
+    assert "größer → 漢字 👍🏽" == printable("größer → 漢字 👍🏽")
+    assert "a\nb\\t" == printable("a\nb\t", keep="\n")
+
+
+def _lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_a_json_line_has_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    """Slot, sink, LSN and event id where they are known: from the caller, the error, or the module of the sink."""
+    configure_logging("info", "json", "engagement_slot")
+    log = logging.getLogger("replicator.delivery.dead_letters")
+    log.error("dead letter", extra={"sink": "http", "lsn": "0/1#2", "event_id": 7})
+    log.error("%s", SinkUnavailable(sink="redis", detail="away"))
+    logging.getLogger("sinks.clickhouse.sink").error("empty")
+    log.info("plain")
+    trouble = Trouble(over="sink http takes events again after {:.0f} s".format, sink="http")
+    trouble.begin()
+    trouble.end()
+    lines = _lines(capsys)
+    assert {"engagement_slot"} == {line["slot"] for line in lines}
+    assert ["http", "redis", "clickhouse", None, "http"] == [line.get("sink") for line in lines]
+    assert ("0/1#2", 7) == (lines[0]["lsn"], lines[0]["event_id"])
+    assert {"time", "level", "logger", "message", "slot"} == set(lines[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code"),
+    [
+        (["status"], {"REPLICATOR_SLOT": "No Good"}, 2),
+        (["backfill"], {}, 2),
+        (["statsu"], {}, 2),
+        (["init"], {"REPLICATOR_POSTGRES_DSN": "postgresql://app@127.0.0.1:1/x", "REPLICATOR_SINKS": "redis"}, 1),
+    ],
+)
+def test_the_last_line_has_the_form_of_the_log(
+    arguments: list[str], variables: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    """Whoever collects JSON gets the reason for the end as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "replicator", *arguments],
+        env={"REPLICATOR_LOG_FORMAT": "JSON", "XDG_STATE_HOME": str(tmp_path), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert code == done.returncode, done.stderr
+    last = [json.loads(line) for line in done.stderr.splitlines()][-1]
+    assert "critical" == last["level"]
+    assert last["message"]
