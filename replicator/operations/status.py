@@ -122,13 +122,13 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
         return SlotStatus(name=name, trouble=trouble)
     return SlotStatus(
         name=name,
-        trouble=trouble or in_danger(state),
+        trouble=trouble or in_danger(state) or _unfinished(state),
         server_version=state.server_version,
         active_pid=state.active_pid,
         wal_status=state.wal_status,
-        confirmed_lsn=format_lsn(state.confirmed_lsn or 0),
+        confirmed_lsn=None if state.confirmed_lsn is None else format_lsn(state.confirmed_lsn),
         server_lsn=format_lsn(state.server_lsn),
-        lag_bytes=state.lag_bytes,
+        lag_bytes=None if state.confirmed_lsn is None else state.lag_bytes,
         retained_bytes=state.retained_bytes,
         safe_wal_bytes=state.safe_wal_size,
     )
@@ -139,6 +139,13 @@ def in_danger(state: SlotState | None) -> str:
     if state is None or state.wal_status not in ("unreserved", "lost"):
         return ""
     return f"the slot's WAL is {state.wal_status}: PostgreSQL removes what it still needs (max_slot_wal_keep_size)"
+
+
+def _unfinished(state: SlotState) -> str:
+    """That it is still being made; else empty."""
+    if state.confirmed_lsn is not None or state.plugin is None or state.active_pid is None:
+        return ""
+    return f"process {state.active_pid} makes the slot, and waits for the transactions that run to end"
 
 
 def of_checkpoint(
@@ -297,6 +304,8 @@ def _slot_text(slot: SlotStatus) -> str:
     safe = f"safe for {_size(slot.safe_wal_bytes)} more"
     if slot.safe_wal_bytes is None:
         safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
+    if slot.confirmed_lsn is None:
+        return f"{reader}, nothing is confirmed yet"
     return (
         f"{reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}\n"
         f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}\n"

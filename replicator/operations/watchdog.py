@@ -161,8 +161,8 @@ class Watchdog:
 
     def _why(self) -> str:
         source, fan_out, stored = self.pipeline.source, self.pipeline.fan_out, self.pipeline.checkpoint
-        if self.pipeline.trouble:
-            return self.pipeline.trouble.message
+        if reading := self.pipeline.trouble.message or source.stuck:
+            return reading
         if not fan_out.lanes:
             return "no sink is open"
         if stored and stored.end_lsn < min(source.received, fan_out.slowest.mark.end_lsn):  # neither sinks nor source
@@ -197,11 +197,15 @@ class Watchdog:
         often = min(starts, failures) >= RESTLESS
         return f"the stream broke {failures} times in a minute, the log says why" if often else ""
 
+    def _stuck(self) -> str:
+        """That each stream ends where the one before did, while there is something to read; else empty."""
+        return self.pipeline.source.stuck if self._lag_bytes() else ""
+
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot)]
-        reading = self._holder if self.standby else self.pipeline.trouble.message or self._restless()
+        reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
         found = [reading, self.trouble, *lanes, self._unsaved(), *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 

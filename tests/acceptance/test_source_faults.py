@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import threading
@@ -151,6 +152,55 @@ def test_the_table_is_made_again_under_its_name(
     insert_many(source, 10)
     caught_up_and_stopped(quick)
     assert 10 == assert_exact(database, destinations), "inserted again, sent again"
+
+
+# -- a new slot waits ----------------------------------------------------------------------------------------------
+
+
+def test_a_slot_that_waits_for_a_transaction(quick: Program, source: psycopg.Connection, database: str) -> None:
+    """It says for which, in the log and at /readyz; killed meanwhile, it leaves nothing behind; then it goes on."""
+    source.execute("ALTER ROLE replicator SET lock_timeout = '1s'")
+    try:
+        with psycopg.connect(database) as old:
+            old.execute("INSERT INTO content VALUES (99, 'video', 1)")
+            [[transaction]] = old.execute("SELECT txid_current()::text").fetchall()
+            holder = f"transaction {transaction} of process {old.info.backend_pid} (pg_stat_activity)"
+            quick.spawn()
+            quick.wait_for_log(f"Replication slot {quick.slot} is being made: it waits for {holder} to end")
+            assert holder in quick.admin("/readyz")
+            told = quick.run("status").stdout
+            assert "makes the slot, and waits for the transactions that run to end" in told
+            assert "0/0" not in told
+            assert f"process {_reader(database, quick.slot)} makes it" in quick.run("init").stderr
+            quick.process.kill()
+            quick.process.wait()
+            there = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+            wait_until(lambda: source.execute(there, [quick.slot]).fetchone() == (0,), "the orphan to be gone")
+            quick.spawn()
+            quick.wait_for_log("is being made")
+        quick.wait_for_log("reading slot")
+    finally:
+        source.execute("ALTER ROLE replicator RESET lock_timeout")
+    insert_many(source, 10)
+    caught_up_and_stopped(quick)
+
+
+def test_a_slot_that_waits_for_a_prepared_transaction(
+    quick: Program, source: psycopg.Connection, database: str
+) -> None:
+    """It has no process, so `init` names it; interrupted, it leaves nothing behind."""
+    with psycopg.connect(database, autocommit=True) as old:
+        old.execute("BEGIN; INSERT INTO content VALUES (99, 'video', 1); PREPARE TRANSACTION 'forgotten'")
+    try:
+        quick.spawn("init")
+        quick.wait_for_log("it waits for prepared transaction 'forgotten'")
+        assert "COMMIT PREPARED or ROLLBACK PREPARED" in quick.log
+        quick.process.send_signal(signal.SIGINT)
+        assert 1 == quick.process.wait(10)
+        there = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+        wait_until(lambda: source.execute(there, [quick.slot]).fetchone() == (0,), "the slot to be gone")
+    finally:
+        source.execute("ROLLBACK PREPARED 'forgotten'")
 
 
 # -- two of them ---------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class FakeSource:
     received = 80
     silent_seconds = 45.0
     starts = 0
+    stuck = ""
 
 
 class FakePipeline:
@@ -348,6 +349,13 @@ def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pi
         source.starts, pipeline.trouble.failures = breaks + 1, breaks + 1
     assert ["the stream broke 3 times in a minute, the log says why"] == watchdog.look(5)
     assert [] == watchdog.look(STALL_SECONDS)
+
+
+def test_a_stream_that_comes_no_further_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
+    """Connected again and again, and nothing moves; on an idle server there is nothing to come to."""
+    cast("FakePipeline", pipeline).source.stuck = "no progress"
+    assert ["no progress"] == watchdog.look(5.0)
+    assert [] == watchdog.look(5.0, server_lsn=80)
 
 
 def test_an_outage_is_no_restless_stream(watchdog: Looking, pipeline: Pipeline) -> None:
