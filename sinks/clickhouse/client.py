@@ -1,33 +1,30 @@
-"""The connection to ClickHouse: over HTTP, or into the embedded engine (chdb), by URL alone.
+"""ClickHouse behind a URL: a server over HTTP (`http.py`), or the embedded engine (`embedded.py`).
 
-`errors.py` turns the driver's errors into the sink's. `sink.py`, `table.py` and `ledger.py` use a `Client`.
+`errors.py` says what an error means. `sink.py`, `table.py` and `ledger.py` use a `Client`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import clickhouse_connect
-from clickhouse_connect.driver.asyncclient import AsyncClient
+import msgspec
 
-from sinks.clickhouse.errors import not_clickhouse, translated
+from sinks.clickhouse.errors import CODE, Failed, answered, failed, not_clickhouse
+from sinks.clickhouse.http import HttpServer, Receipt
 
-CONNECT_SECONDS = 10
-CLOSE_SECONDS = 10  # a running insert of the embedded engine takes some 0.2 s; it ends cleanly after that
+LONG_SECONDS = 600.0
+"""For a statement that reads or deletes many rows, such as reconcile's."""
 _PORTS = {"http": 8123, "https": 8443, "chdb": None}
 
-_log = logging.getLogger(__name__)
+_Names = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+T = TypeVar("T")
 
 
 class Address(NamedTuple):
@@ -43,7 +40,7 @@ class Address(NamedTuple):
 def parse_url(url: str) -> Address:
     """`http(s)://user:password@host:port/database` or `chdb:///directory/database`. Raises ValueError, free of secrets.
 
-    The driver's own `dsn` would do, but takes another component for the database and anything after `?`.
+    A `dsn` of clickhouse-connect takes another component for the database and anything after `?`.
     """
     try:
         parts = urlsplit(url)
@@ -65,112 +62,96 @@ def parse_url(url: str) -> Address:
     return Address(server, unquote(parts.username or "default"), unquote(parts.password or ""), database)
 
 
+class _Engine(Protocol):
+    """What runs statements. Raises Failed when ClickHouse answers with an error, else SinkError."""
+
+    async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes: ...
+
+    async def insert(
+        self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object], seconds: float
+    ) -> Receipt: ...
+
+    async def close(self) -> None: ...
+
+
 class Client:
     """Statements for ClickHouse. Connects at its first use, and again at the first use after `close`.
 
-    Statements name their database: none is selected, because it may not exist yet. Raises SinkError and ValueRefused,
-    as `errors.translated` says. A call that is cancelled ends its request; an insert may still take place.
+    Statements name their database: none is selected, because it may not exist yet. A call that is cancelled ends its
+    request; an insert may still take place.
     """
 
-    def __init__(self, address: Address, timeout_seconds: int, ca_file: Path | None = None) -> None:
-        self._address = address
-        self._timeout_seconds = timeout_seconds
-        self._ca_file = ca_file
-        self._connecting = asyncio.Lock()
-        self._driver: AsyncClient | EmbeddedEngine | None = None
+    def __init__(self, address: Address, timeout_seconds: float, ca_file: Path | None = None) -> None:
+        self.server = address.server
+        self.timeout_seconds = timeout_seconds
+        self._engine = _engine(address, ca_file)
 
-    async def query(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[list[Any]]:
-        """The rows of a SELECT as JSON has them: integers of any size are exact. `%(name)s` stands for a parameter."""
-        settings = {"output_format_json_quote_64bit_integers": 0}
-        async with self._connected() as driver:
-            body = await driver.raw_query(sql, dict(parameters or {}), settings, "JSONCompactEachRow")
-            return [json.loads(line) for line in body.splitlines()]
+    async def query(
+        self,
+        sql: str,
+        row: type[T],
+        parameters: Mapping[str, object] | None = None,
+        *,
+        settings: Mapping[str, object] | None = None,
+        seconds: float | None = None,
+    ) -> list[T]:
+        """The rows of a SELECT, integers and decimals exact. `%(name)s` stands for a parameter. Raises SinkError."""
+        # With names: so an empty answer is somebody else's, and no table without rows.
+        body = await self._ask(f"{_bound(sql, parameters)}\nFORMAT JSONCompactEachRowWithNames", settings, seconds)
+        try:
+            names, *rows = [json.loads(line, parse_float=Decimal) for line in body.splitlines()]
+            msgspec.convert(names, _Names)
+            return msgspec.convert(rows, list[row], strict=False)  # type: ignore[valid-type]  # not strict: an integer in quotes is one
+        except (ValueError, msgspec.ValidationError, RecursionError):
+            if found := CODE.search(body):
+                raise answered(failed(int(found[1]), body)) from None
+            raise not_clickhouse(self.server, "its answer has another form than the question asks for") from None
+
+    async def one(self, sql: str, row: type[T]) -> T:
+        """The row of a SELECT that always has one. Raises SinkError."""
+        rows = await self.query(sql, row)
+        if len(rows) != 1:
+            raise not_clickhouse(self.server, "its answer has another form than the question asks for")
+        return rows[0]
 
     async def command(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
-        """Run a statement without a result."""
-        async with self._connected() as driver:
-            await driver.command(sql, dict(parameters or {}))
+        """Run a statement without a result. Raises SinkError. Ask for its effect: the answer may be somebody else's."""
+        body = await self._ask(_bound(sql, parameters), None, LONG_SECONDS)
+        if found := CODE.search(body):
+            raise answered(failed(int(found[1]), body))
 
-    async def insert(self, table: str, columns: Sequence[str], body: bytes, settings: Mapping[str, object]) -> int:
-        """Insert JSON lines; how many rows ClickHouse counted, 0 if it did not count."""
-        async with self._connected() as driver, asyncio.timeout(self._timeout_seconds):  # a body may never be read
-            result = await driver.raw_insert(table, list(columns), body, dict(settings), "JSONEachRow")
-        if not any(result.summary.values()):
-            raise not_clickhouse(self._address.server)
-        return result.written_rows
+    async def insert(self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object]) -> Receipt:
+        """Insert JSON lines. Raises SinkError, and Failed when ClickHouse answers with an error."""
+        return await self._engine.insert(table, columns, data, settings, self.timeout_seconds)
 
     async def close(self) -> None:
         """Release the connection. Safe to call twice."""
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            await driver.close()
+        await self._engine.close()
 
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncClient | EmbeddedEngine]:
-        with translated(self._address.server):
-            async with self._connecting:
-                if self._driver is None:
-                    self._driver = await self._connect()
-                driver = self._driver
-            yield driver
-
-    async def _connect(self) -> AsyncClient | EmbeddedEngine:
-        scheme, _, directory = self._address.server.partition("://")
-        if scheme == "chdb":
-            return await EmbeddedEngine().open(directory)
-        return await clickhouse_connect.get_async_client(
-            interface=scheme,
-            dsn=self._address.server,
-            username=self._address.user,
-            password=self._address.password,
-            ca_cert=str(self._ca_file) if self._ca_file else None,
-            connect_timeout=min(CONNECT_SECONDS, self._timeout_seconds),
-            send_receive_timeout=self._timeout_seconds,
-            compress=False,  # on a local network compressing costs more than it saves
-            query_retries=0,  # the lane retries
-            autogenerate_session_id=False,  # a session forbids to retry a cancelled insert that still runs
-        )
-
-
-class EmbeddedEngine:
-    """chdb with the methods of the asynchronous driver. One process may open a directory at a time.
-
-    Its calls block, so each runs in a thread: a daemon, because a call that never returns must not keep the program
-    from ending, as the thread of an executor would.
-    """
-
-    def __init__(self) -> None:
-        self._client: Any = None
-        self._running: asyncio.Future[Any] | None = None
-
-    async def open(self, directory: str) -> EmbeddedEngine:
-        """Load the engine, and the tables in the directory."""
-        self._client = await self._run(clickhouse_connect.get_client, interface="chdb", path=directory)
-        return self
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        return partial(self._run, getattr(self._client, name))
-
-    async def close(self) -> None:
-        """Wait for a running call, then free the directory."""
+    async def _ask(self, statement: str, settings: Mapping[str, object] | None, seconds: float | None) -> bytes:
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._run(self._client.close)
-        except TimeoutError:  # the write was cancelled, so nothing counts as written
-            _log.warning("the embedded ClickHouse still works after %d s; the program ends without it", CLOSE_SECONDS)
+            return await self._engine.ask(statement, settings or {}, seconds or self.timeout_seconds)
+        except Failed as failure:
+            raise answered(failure) from None
 
-    async def _run(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """One call at a time: the next begins when it has ended, not when nobody waits for it any more."""
-        while self._running is not None and not self._running.done():
-            await asyncio.wait([self._running])
-        result: Future[Any] = Future()
 
-        def work() -> None:
-            try:
-                result.set_result(call(*arguments, **options))
-            except BaseException as exc:  # noqa: BLE001  the caller raises it
-                result.set_exception(exc)
+def _engine(address: Address, ca_file: Path | None) -> _Engine:
+    scheme, _, directory = address.server.partition("://")
+    if scheme != "chdb":
+        return HttpServer(address.server, address.user, address.password, ca_file)
+    from sinks.clickhouse.embedded import EmbeddedEngine  # noqa: PLC0415  550 MB that most do without
 
-        threading.Thread(target=work, name="chdb", daemon=True).start()
-        self._running = asyncio.wrap_future(result)
-        return await asyncio.shield(self._running)
+    return EmbeddedEngine(directory)
+
+
+def _bound(sql: str, parameters: Mapping[str, object] | None) -> str:
+    return sql % {name: _literal(value) for name, value in parameters.items()} if parameters else sql
+
+
+def _literal(value: object) -> str:
+    """A number, a text, or a tuple of them, in SQL."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))})"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

@@ -1,8 +1,8 @@
-"""What an error of the driver means for the sink; the clients translate with it.
+"""What an error of ClickHouse, or of what stands before it, means for the sink.
 
-ClickHouse has some 700 error codes. The ones that mean "never like this" are named here. Every other code, and every
-failure of the network, means "not now": the insert is retried until it succeeds, and each failure is reported.
-Messages keep the code and drop the server's text, because that text quotes the row.
+ClickHouse has some 700 error codes. Those that say more than "not now" are named here. Every other code, and every
+failure of the network, is tried again until it succeeds, and each failure is reported. Messages keep the code and its
+name and drop the server's text, because that text quotes the row.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import JSONDecodeError
+from http import HTTPStatus
 
 import aiohttp
-from clickhouse_connect.driver.exceptions import ClickHouseError, ProgrammingError
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable, command
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, command
 
 SINK = "clickhouse"
 
+CODE = re.compile(rb"Code: (\d{1,9})\. DB::")
+"""How ClickHouse's text of an error begins, or stands in a body that was begun before the error."""
+_NAME = re.compile(rb"\(([A-Z][A-Z0-9_]{2,63})\)(?: \(version [^()]*(?:\([^()]*\))?\))?\s*$")
+"""How it ends. Only there: a word of the row may look like a name."""
 
 # fmt: off
-_REFUSED = {  # a value can't be stored; the event is at fault if the table is as it should be
+REFUSED = {  # a value can't be stored
     6: "CANNOT_PARSE_TEXT", 25: "CANNOT_PARSE_ESCAPE_SEQUENCE", 26: "CANNOT_PARSE_QUOTED_STRING",
     27: "CANNOT_PARSE_INPUT_ASSERTION_FAILED", 38: "CANNOT_PARSE_DATE", 41: "CANNOT_PARSE_DATETIME",
     53: "TYPE_MISMATCH", 69: "ARGUMENT_OUT_OF_BOUND", 70: "CANNOT_CONVERT_TYPE", 72: "CANNOT_PARSE_NUMBER",
@@ -30,72 +33,117 @@ _REFUSED = {  # a value can't be stored; the event is at fault if the table is a
     349: "CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN", 407: "DECIMAL_OVERFLOW", 469: "VIOLATED_CONSTRAINT",
     691: "UNKNOWN_ELEMENT_OF_ENUM",
 }
-_UNUSABLE = {  # the table does not fit, so no event can be written; 117: it lacks a field
+NOT_FITTING = {  # something is missing, or of another shape; 117: the table lacks a field
     16: "NO_SUCH_COLUMN_IN_TABLE", 44: "ILLEGAL_COLUMN", 47: "UNKNOWN_IDENTIFIER", 48: "NOT_IMPLEMENTED",
-    60: "UNKNOWN_TABLE", 73: "UNKNOWN_FORMAT", 81: "UNKNOWN_DATABASE", 115: "UNKNOWN_SETTING",
+    60: "UNKNOWN_TABLE", 62: "SYNTAX_ERROR", 73: "UNKNOWN_FORMAT", 81: "UNKNOWN_DATABASE", 115: "UNKNOWN_SETTING",
     116: "THERE_IS_NO_DEFAULT_VALUE", 117: "INCORRECT_DATA", 727: "UNEXPECTED_TABLE_ENGINE",
 }
-_MISCONFIGURED = {  # the user is unknown or lacks a right
+TURNED_AWAY = {  # the user is unknown or lacks a right
     164: "READONLY", 192: "UNKNOWN_USER", 193: "WRONG_PASSWORD", 194: "REQUIRED_PASSWORD",
     195: "IP_ADDRESS_NOT_ALLOWED", 291: "DATABASE_ACCESS_DENIED", 452: "SETTING_CONSTRAINT_VIOLATION",
     497: "ACCESS_DENIED", 516: "AUTHENTICATION_FAILED", 720: "USER_EXPIRED",
 }
-_NOT_NOW = {  # retried, like every code that is not listed; named because an operator may have to act
-    75: "CANNOT_WRITE_TO_FILE_DESCRIPTOR", 76: "CANNOT_OPEN_FILE", 159: "TIMEOUT_EXCEEDED",
-    202: "TOO_MANY_SIMULTANEOUS_QUERIES", 241: "MEMORY_LIMIT_EXCEEDED", 242: "TABLE_IS_READ_ONLY",
-    243: "NOT_ENOUGH_SPACE", 252: "TOO_MANY_PARTS", 394: "QUERY_WAS_CANCELLED",
+TOO_LARGE = {  # for the memory or a limit of the server
+    158: "TOO_MANY_ROWS", 173: "CANNOT_ALLOCATE_MEMORY", 229: "QUERY_IS_TOO_LARGE", 241: "MEMORY_LIMIT_EXCEEDED",
+    307: "TOO_MANY_BYTES", 396: "TOO_MANY_ROWS_OR_BYTES",
 }
 # fmt: on
-_NAMES = _REFUSED | _UNUSABLE | _MISCONFIGURED | _NOT_NOW  # the driver's own `name` may be a word of the row
+_NAMES = REFUSED | NOT_FITTING | TURNED_AWAY | TOO_LARGE  # for an answer whose text was lost on the way
 
-_UNUSABLE_CURE = f"Run {command('init')}, then {command('check')}, which names what is wrong"
 _URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
-_RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table and change settings"
+_RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table, SELECT from it and change settings"
+_FITTING_CURE = f"Compare the table, its defaults included, with what {command('sql clickhouse')} prints"
+_FRONT_CURE = (
+    "See what stands between the replicator and ClickHouse (a proxy, a load balancer, a page for maintenance), and that"
+    " REPLICATOR_CLICKHOUSE_URL leads to ClickHouse's HTTP port"
+)
+_REDIRECT_CURE = "Set REPLICATOR_CLICKHOUSE_URL to the address of ClickHouse itself: redirects are not followed"
 _CA_CURE = (
     "Check that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
     "REPLICATOR_CLICKHOUSE_CA_FILE holds the authority that signed it, if that is a private one"
 )
-_CLIENT_CURE = "Check REPLICATOR_CLICKHOUSE_URL, the user's settings profile and, for chdb, who holds its directory"
+_TLS_CURE = "Write http:// in REPLICATOR_CLICKHOUSE_URL, or name the port that speaks TLS (8443 by default)"
+_ENGINE_CURE = "Check REPLICATOR_CLICKHOUSE_URL, and who holds its directory"
 
-_TURNED_AWAY_STATUSES = {"401", "403", "404", "405", "407"}  # from a proxy or something that is not ClickHouse
+_NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+_LATER_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 
-class ValueRefused(Exception):
-    """ClickHouse refused a value in the insert; the message is fit for a dead letter."""
+class Unanswered(SinkUnavailable):
+    """It was sent, perhaps, and nobody answered to the end."""
+
+
+class Failed(Exception):
+    """ClickHouse, or what stands before it, answers with an error. `str` is fit for messages: nothing of the row."""
+
+    def __init__(self, detail: str, *, code: int = 0, text: str = "", too_large: bool = False) -> None:
+        super().__init__(detail)
+        self.code = code
+        """ClickHouse's; 0: it is not ClickHouse's error."""
+        self.text = text or detail
+        """What was answered; it may quote the row."""
+        self.too_large = too_large
+        """For certain. An error of ClickHouse's may also arise because a server is short of memory (`TOO_LARGE`)."""
+        self.in_view = "while pushing to view" in text
+        """It arose in a materialized view of the table, if the table has any."""
+
+
+def failed(code: int, body: bytes) -> Failed:
+    """The error of ClickHouse's that is in an answer."""
+    name = _NAME.search(body[-200:])
+    detail = f"ClickHouse error {code} {name[1].decode() if name else _NAMES.get(code, '')}".rstrip()
+    return Failed(detail, code=code, text=body.decode(errors="replace"))
+
+
+def answered(failure: Failed) -> SinkError:
+    """The error as it is for any statement; `sink.py` knows more about an insert."""
+    if failure.code in TURNED_AWAY:
+        return SinkMisconfigured(sink=SINK, detail=str(failure), cure=_RIGHTS_CURE)
+    if failure.code in NOT_FITTING:
+        return SinkMisconfigured(sink=SINK, detail=str(failure), cure=_FITTING_CURE)
+    return SinkUnavailable(sink=SINK, detail=str(failure))
+
+
+def not_clickhouse(where: str, why: str) -> SinkMisconfigured:
+    """Something answers with success and not as ClickHouse does: nothing was written."""
+    detail = f"{where} answers, but not as ClickHouse does: {why}"
+    return SinkMisconfigured(sink=SINK, detail=detail, cure=_FRONT_CURE)
+
+
+def not_from_clickhouse(status: int, where: str) -> SinkError | Failed:
+    """The status comes from a proxy, or from something that is not ClickHouse."""
+    detail = f"{where} answers with HTTP status {status}"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return Failed(detail, too_large=True)
+    if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
+        return SinkMisconfigured(sink=SINK, detail=detail, cure=_REDIRECT_CURE)
+    if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return SinkUnavailable(sink=SINK, detail=detail)
+    return SinkMisconfigured(sink=SINK, detail=detail, cure=_FRONT_CURE)
+
+
+def unreadable_ca(exc: OSError) -> SinkMisconfigured:
+    """The file was in order when the program started."""
+    detail = f"REPLICATOR_CLICKHOUSE_CA_FILE can't be read ({type(exc).__name__})"
+    return SinkMisconfigured(sink=SINK, detail=detail, cure=_CA_CURE)
+
+
+def unopened(directory: str, exc: Exception) -> SinkMisconfigured:
+    """The embedded engine does not begin."""
+    detail = f"the embedded engine can't open {directory}: {exc}"
+    return SinkMisconfigured(sink=SINK, detail=detail, cure=_ENGINE_CURE)
 
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Raise the driver's errors as a SinkError or ValueRefused; `where` is the server, without secrets."""
+    """Raise failures of the network as a SinkError; `where` is the server, without secrets."""
     try:
         yield
-    except (JSONDecodeError, UnicodeDecodeError):
-        raise not_clickhouse(where) from None
-    except (ClickHouseError, aiohttp.ClientError, TimeoutError) as exc:
-        code = getattr(exc, "code", None)
-        if code is None:
-            raise _unanswered(exc, where) from exc
-        raise _answered(code) from None  # the driver's message quotes the row
-
-
-def not_clickhouse(where: str) -> SinkMisconfigured:
-    """Something answers with success and not as ClickHouse does: nothing was written."""
-    return SinkMisconfigured(sink=SINK, detail=f"{where} answers, but not as ClickHouse does", cure=_URL_CURE)
-
-
-def _answered(code: int) -> SinkError | ValueRefused:
-    detail = f"ClickHouse error {code} {_NAMES.get(code, '')}".rstrip()
-    if code in _REFUSED:
-        return ValueRefused(detail)
-    if code in _UNUSABLE:
-        return SinkUnusable(sink=SINK, detail=detail, cure=_UNUSABLE_CURE)
-    if code in _MISCONFIGURED:
-        return SinkMisconfigured(sink=SINK, detail=detail, cure=_RIGHTS_CURE)
-    return SinkUnavailable(sink=SINK, detail=detail)
+    except (aiohttp.ClientError, TimeoutError, UnicodeError) as exc:  # UnicodeError: an impossible host name
+        raise _unanswered(exc, where) from exc
 
 
 def _unanswered(exc: Exception, where: str) -> SinkError:
-    """ClickHouse itself did not answer: the network failed, something in between, or the driver."""
     causes: list[Exception] = []
     cause: BaseException | None = exc
     while isinstance(cause, Exception):  # under a time-out is a CancelledError, which says nothing
@@ -103,14 +151,11 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
         cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return SinkMisconfigured(sink=SINK, detail=f"the certificate of {where} is not trusted", cure=_CA_CURE)
-    if isinstance(exc, ProgrammingError):
-        return SinkMisconfigured(sink=SINK, detail=str(exc), cure=_CLIENT_CURE)
-    status = re.search(r"HTTP status (\d+)", str(exc))
-    if status is not None:
-        detail = f"{where} answers with HTTP status {status[1]}"
-        if status[1] in _TURNED_AWAY_STATUSES:
-            return SinkMisconfigured(sink=SINK, detail=detail, cure=_URL_CURE)
-        return SinkUnavailable(sink=SINK, detail=detail)
-    if str(exc).startswith("Unexpected response"):  # to the driver's first question
-        return not_clickhouse(where)
-    return SinkUnavailable(sink=SINK, detail=f"no answer from {where} ({type(causes[-1]).__name__})")
+    if any(isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS for cause in causes):
+        return SinkMisconfigured(sink=SINK, detail=f"{where} does not speak TLS", cure=_TLS_CURE)
+    if isinstance(exc, aiohttp.ClientResponseError):
+        return not_clickhouse(where, "that is no answer in HTTP")
+    last = causes[-1]
+    reason = f": {last.strerror}" if isinstance(last, OSError) and last.strerror else ""
+    error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered
+    return error(sink=SINK, detail=f"no answer from {where} ({type(last).__name__}{reason})")

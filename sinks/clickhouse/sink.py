@@ -15,22 +15,32 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Sequence
-from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
-from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, command
+from replicator.contracts.errors import (
+    BatchRefused,
+    BatchTooLarge,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SinkUnusable,
+    cited,
+    command,
+)
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
+from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number
 from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.client import Client, parse_url
-from sinks.clickhouse.errors import ValueRefused
+from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered, answered, not_clickhouse
+from sinks.clickhouse.http import Receipt
 from sinks.clickhouse.ledger import ClickHouseLedger
-from sinks.clickhouse.table import columns, create, qualified, require_table
+from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
@@ -39,29 +49,17 @@ EMPTIED = (
 
 UNREACHED_CURE = "Check that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
 
+_VIEW_CURE = (
+    "Repair or drop the view that fails (SHOW CREATE TABLE shows what it reads and where it writes). The events are"
+    " kept meanwhile"
+)
+
+NO_EVENTS = Slice(origin_us=0, width_us=1, buckets=(0,))
+
+UNANSWERED_TRIES = 3
+"""A network may fail once or twice. A front end or a server that is too slow for a large insert fails each time."""
+
 _log = logging.getLogger(__name__)
-
-_WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
-
-_INSERT_SETTINGS = {
-    # One insert is one block, and one part a month: atomic, and what the token stands for.
-    "input_format_parallel_parsing": 0,
-    "max_insert_block_size": _WHOLE_INSERT_ROWS,
-    "min_insert_block_size_rows": _WHOLE_INSERT_ROWS,
-    "min_insert_block_size_bytes": 0,
-    # A catch-up or a backfill may span more months than the default of 100.
-    "max_partitions_per_insert_block": 0,
-    # The lane gathers the batch. ClickHouse's own gathering (on by default since 26) would add its wait and ignore the
-    # token. Where a profile insists on it, at least the answer has to mean that the rows are there.
-    "async_insert": 0,
-    "wait_for_async_insert": 1,
-    "date_time_input_format": "best_effort",  # RFC 3339
-    # Whatever does not fit is an error: an unknown field, a null where none may be, a bad row.
-    "input_format_skip_unknown_fields": 0,
-    "input_format_null_as_default": 0,
-    "input_format_allow_errors_num": 0,
-    "input_format_allow_errors_ratio": 0,
-}
 
 _PROBE_RANGE_SQL = """SELECT
     toUnixTimestamp64Micro(parseDateTime64BestEffortOrNull('0001-01-01T00:00:00Z', 6, 'UTC')),
@@ -116,9 +114,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._server, self._database = address.server, address.database
         self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
         self._table = qualified(self._database)
-        self._require_table = partial(require_table, self._client, self._database, contract)
+        self._password = address.password
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
+        self._unanswered = 0  # inserts, one after the other
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.contract)
@@ -130,16 +129,21 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             cure = f"Run {command('init')}, which makes it, or correct REPLICATOR_CLICKHOUSE_URL"
             return [Finding(False, f"ClickHouse: there is no directory of {self._server}", cure)]
         try:
-            [[version]] = await self._client.query("SELECT version()")
-            findings.append(Finding(True, f"ClickHouse {version} at {self._server}"))
-            await self._require_table()
-            await self._insert_rows(b"")
+            [version] = await self._client.one("SELECT version()", tuple[str])
+            findings.append(Finding(True, f"ClickHouse {cited(version)} at {self._server}"))
+            seen = await self._look()
+            await self._insert([])
+            await self.ledger(with_content=True).digests(NO_EVENTS)  # may it read, as reconcile does?
         except SinkUnusable as exc:
             return [*findings, Finding(False, f"ClickHouse: {exc.detail}", exc.cure)]
         except SinkError as exc:
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
-            return [Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
-        return [*findings, Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts")]
+            return [*findings, Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
+        findings.append(Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts"))
+        if not seen.durable:
+            what = f"ClickHouse table {self._table}: rows of the last seconds may be gone after a power cut"
+            findings.append(Finding(True, what, f"ALTER TABLE {self._table} MODIFY SETTING {FSYNC}"))
+        return findings
 
     def _has_no_directory(self) -> bool:
         scheme, _, directory = self._server.partition("://")
@@ -147,11 +151,11 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        if await self._require_table() and start is not None:
+        if (await self._look()).empty and start is not None:
             _log.error(EMPTIED, self._table)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """One insert, unless ClickHouse refuses a value in it."""
+        """One insert. Returns those whose time does not fit."""
         first, last = await self._range()
 
         def fits(event: Event) -> bool:
@@ -159,7 +163,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
         outside = [Refusal(event, _OUTSIDE_RANGE) for event in filterfalse(fits, events)]
         fitting = list(filter(fits, events)) if outside else events
-        return outside + (await self._insert(fitting) if fitting else [])
+        if fitting:
+            await self._insert(fitting)
+        return outside
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         return await self.ledger(with_content=False).hours(start_us, end_us)
@@ -173,36 +179,64 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
     async def _range(self) -> tuple[int, int]:
         """The times that DateTime64 holds on this server, in µs since 1970."""
         if self._range_us is None:
-            wide = await self._client.query(_PROBE_RANGE_SQL) == [list(YEARS_1_TO_9999_US)]
+            ends = await self._client.one(_PROBE_RANGE_SQL, tuple[int | None, int | None])
+            wide = ends == YEARS_1_TO_9999_US
             self._range_us = YEARS_1_TO_9999_US if wide else YEARS_1900_TO_2299_US
         return self._range_us
 
-    async def _insert(self, events: Sequence[Event]) -> list[Refusal]:
-        """Insert, or halve until the events that ClickHouse refuses stand alone; returns those."""
+    async def _look(self) -> Look:
+        return await look(self._client, self._database, self.contract)
+
+    async def _insert(self, events: Sequence[Event]) -> None:
         try:
-            written = await self._insert_rows(rows(events))
-        except SinkUnusable:
-            await self._require_table()  # names what is wrong, as a rule
-            raise
-        except ValueRefused as exc:
-            await self._require_table()  # an altered column is not the events' fault
-            if len(events) == 1:
-                return [Refusal(events[0], f"ClickHouse refuses a value in it: {exc}")]
-            middle = len(events) // 2
-            return await self._insert(events[:middle]) + await self._insert(events[middle:])
+            receipt = await self._send(events)
+        except Failed as failure:
+            raise self._explained(failure, await self._look(), len(events)) from None
+        except Unanswered as exc:
+            self._unanswered += 1
+            if self._unanswered < UNANSWERED_TRIES or len(events) == 1:
+                raise
+            await self._look()  # raises when questions are not answered either
+            detail = f"{exc.detail} to {self._unanswered} inserts, while questions are answered"
+            raise BatchTooLarge(sink=self.name, detail=detail) from None
+        self._unanswered = 0
         # ClickHouse silently wraps and cuts values when a column has become narrower. Rows that went into such a column
         # do not count as written, and are inserted again once the table is repaired.
-        await self._require_table()
-        if 0 < written < len(events):  # 0: it did not count, or the token was known
-            self._run = secrets.token_bytes(16)  # else the next try would pass for a repeat, and be dropped
-            raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {written} of {len(events)} rows")
-        return []
+        seen = await self._look()
+        if not _proves(receipt, len(events), seen) and not await self.ledger(with_content=True).holds(events):
+            self._run = secrets.token_bytes(16)  # else the next try could pass for a repeat, and be dropped
+            if receipt.doubt:
+                raise not_clickhouse(self._server, f"{receipt.doubt}, and the rows are not in the table")
+            raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {receipt.rows} of {len(events)} rows")
 
-    async def _insert_rows(self, body: bytes) -> int:
+    async def _send(self, events: Sequence[Event]) -> Receipt:
+        body = rows(events)
         token = hashlib.sha256(body)  # not of the positions, which can't tell two views of an event apart
         token.update(self._run)
-        settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
+        settings = {**INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
         return await self._client.insert(self._table, list(columns(self.contract)), body, settings)
+
+    def _explained(self, failure: Failed, seen: Look, count: int) -> SinkError:
+        """What an error of an insert means when the table and the settings are as they should be."""
+        if failure.too_large or (failure.code in TOO_LARGE and count > 1):
+            return BatchTooLarge(sink=self.name, detail=str(failure))
+        if seen.views and (failure.in_view or failure.code in NOT_FITTING):
+            detail = (
+                f"{failure}, and the table is in order. Each insert also goes to its views: {', '.join(seen.views)}"
+            )
+            return SinkMisconfigured(sink=self.name, detail=cited(detail), cure=_VIEW_CURE)
+        if failure.code in REFUSED:
+            reason = cited(failure.text, [self._password])
+            return BatchRefused(sink=self.name, detail=str(failure), reason=reason)
+        return answered(failure)
+
+
+def _proves(receipt: Receipt, sent: int, seen: Look) -> bool:
+    """Whether the answer alone shows that all rows are there.
+
+    Rows that views made are counted, too. So are those of a known token: that they are there already is what it says.
+    """
+    return not receipt.doubt and (receipt.rows == sent or (bool(seen.views) and receipt.rows > sent))
 
 
 def rows(events: Sequence[Event]) -> bytes:

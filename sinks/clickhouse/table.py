@@ -8,22 +8,81 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from string import Template
+from typing import NamedTuple
 
-from replicator.contracts.errors import SinkUnusable, command
+from replicator.contracts.errors import SinkMisconfigured, SinkUnusable, cited, command
 from replicator.contracts.fields import Contract, Role
 from sinks.clickhouse.client import Client
-from sinks.clickhouse.errors import SINK
+from sinks.clickhouse.errors import SINK, not_clickhouse
 
 TABLE = "events_enriched"
+FSYNC = "fsync_after_insert = 1, fsync_part_directory = 1"
 
-_TABLE_SQL = """
+_WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
+
+INSERT_SETTINGS = {
+    # One insert is one block, and one part a month: atomic, and what the token stands for.
+    "input_format_parallel_parsing": 0,
+    "max_insert_block_size": _WHOLE_INSERT_ROWS,
+    "min_insert_block_size_rows": _WHOLE_INSERT_ROWS,
+    "min_insert_block_size_bytes": 0,
+    # A catch-up or a backfill may span more months than the default of 100.
+    "max_partitions_per_insert_block": 0,
+    # The lane gathers the batch. ClickHouse's own gathering (on by default since 26) would add its wait and ignore the
+    # token. Where a profile insists on it, at least the answer has to mean that the rows are there.
+    "async_insert": 0,
+    "wait_for_async_insert": 1,
+    "date_time_input_format": "best_effort",  # RFC 3339
+    # Whatever does not fit is an error: an unknown field, a null where none may be, a bad row.
+    "input_format_skip_unknown_fields": 0,
+    "input_format_null_as_default": 0,
+    "input_format_allow_errors_num": 0,
+    "input_format_allow_errors_ratio": 0,
+}
+"""Sent with every insert, and read back along the same way: front ends drop parameters, and profiles pin settings."""
+
+_DIFFERENT = ", ".join(
+    f"if(toString(getSetting('{name}')) IN ('{value}', '{str(bool(value)).lower()}'), '',"
+    f" concat('{name} = ', toString(getSetting('{name}'))))"
+    for name, value in INSERT_SETTINGS.items()
+)
+
+_TABLE_SQL = f"""
     SELECT engine, engine_full, sorting_key, total_rows,
         (SELECT [groupArray(name), groupArray(type)] FROM system.columns
-         WHERE database = %(database)s AND table = %(table)s) AS columns
-    FROM system.tables WHERE database = %(database)s AND name = %(table)s"""
+         WHERE database = %(database)s AND table = %(table)s) AS columns,
+        arrayMap((place, name) -> concat(place, '.', name), dependencies_database, dependencies_table) AS views,
+        arrayFilter(text -> text != '', [{_DIFFERENT}]) AS different
+    FROM system.tables WHERE database = %(database)s AND name = %(table)s"""  # noqa: S608  our own names
+
+
+class Look(NamedTuple):
+    """What an insert needs to know of the table."""
+
+    empty: bool
+    """As its parts say: no data is read."""
+    views: list[str]
+    """The materialized views that get each insert, too."""
+    durable: bool
+    """An insert is on disk when it is answered, or on other replicas as well."""
+
+
+class _Row(NamedTuple):
+    engine: str
+    definition: str
+    order: str
+    rows: int | None
+    columns: tuple[list[str], list[str]]
+    views: list[str]
+    different: list[str]
+
 
 _INIT = f"{command('init')}, which makes it and prints the backfill command that brings what it should hold"
 INIT = f"Run {_INIT}"
+_SETTINGS_CURE = (
+    "Let the front end before ClickHouse (chproxy, for one) pass on these URL parameters, or set them in the user's"
+    " profile in ClickHouse"
+)
 _ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename it away and run {_INIT}"
 
 
@@ -62,33 +121,43 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
     database_sql, table_sql, _ = ddl(contract, database).split(";")
     made = []
     for sql, what, name in ((database_sql, "database", f"`{database}`"), (table_sql, "table", qualified(database))):
-        [[exists]] = await client.query(f"EXISTS {what} {name}")
-        if not exists:
+        if not await _exists(client, what, name):
             await client.command(sql)
+            if not await _exists(client, what, name):
+                raise not_clickhouse(client.server, f"{what} {name} is not there after it was created")
             made.append(f"ClickHouse: made {what} {name.replace('`', '')}")
     return made
 
 
-async def require_table(client: Client, database: str, contract: Contract) -> bool:
-    """Raises SinkUnusable if the table would lose, change or multiply events.
+async def _exists(client: Client, what: str, name: str) -> bool:
+    [exists] = await client.one(f"EXISTS {what} {name}", tuple[int])
+    return bool(exists)
 
-    Returns whether it is empty, as its parts say: no data is read.
-    """
-    found = await client.query(_TABLE_SQL, {"database": database, "table": TABLE})
+
+async def look(client: Client, database: str, contract: Contract) -> Look:
+    """Raises SinkUnusable if the table would lose, change or multiply events, SinkMisconfigured if inserts would."""
+    names = {"database": database, "table": TABLE}
+    found = await client.query(_TABLE_SQL, _Row, names, settings=INSERT_SETTINGS)
     if not found:
         raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} does not exist", cure=INIT)
-    [(engine, definition, order, rows, names_and_types)] = found
-    types = dict(zip(*names_and_types, strict=True))
+    [row] = found
+    types = dict(zip(*row.columns, strict=False))
     wrong = [
         f"column {name} as {types[name]} and not {type_}" if name in types else f"no column {name} {type_}"
         for name, type_ in columns(contract).items()
         if types.get(name) != type_
     ]
     # Replicated... and Shared... variants are as good.
-    if not engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", definition):
-        wrong.append(f"the engine {engine} and not ReplacingMergeTree(_lsn)")
-    if order != sort_key(contract):
-        wrong.append(f"the sort key ({order}) and not ({sort_key(contract)})")
+    if not row.engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", row.definition):
+        wrong.append(f"the engine {row.engine} and not ReplacingMergeTree(_lsn)")
+    if row.order != sort_key(contract):
+        wrong.append(f"the sort key ({row.order}) and not ({sort_key(contract)})")
     if wrong:
-        raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} has {', '.join(wrong)}", cure=_ALTER)
-    return bool(rows == 0)
+        raise SinkUnusable(
+            sink=SINK, detail=cited(f"table {database}.{TABLE} has {', '.join(wrong)}", most=2_000), cure=_ALTER
+        )
+    if row.different:
+        detail = f"settings that are sent with each insert do not arrive at {client.server}: {', '.join(row.different)}"
+        raise SinkMisconfigured(sink=SINK, detail=cited(detail), cure=_SETTINGS_CURE)
+    durable = row.engine != "ReplacingMergeTree" or "fsync_after_insert = 1" in row.definition
+    return Look(row.rows == 0, row.views, durable)

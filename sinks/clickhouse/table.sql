@@ -26,4 +26,6 @@ PARTITION BY toYYYYMM($time)
 ORDER BY ($sort_key)
 -- A batch that is sent again within the last 1000 inserts (a quarter of an hour) is recognised by its token and not
 -- stored twice. Off by default on tables that are not replicated.
-SETTINGS non_replicated_deduplication_window = 1000;
+-- fsync: PostgreSQL is told that a position is flushed when ClickHouse has answered. Without it the rows of the last
+-- seconds may be gone after a power cut.
+SETTINGS non_replicated_deduplication_window = 1000, fsync_after_insert = 1, fsync_part_directory = 1;

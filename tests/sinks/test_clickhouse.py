@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import ssl
 import threading
@@ -10,16 +9,17 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from enrichment import EVENT
-from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
-from sinks.clickhouse.client import Address, EmbeddedEngine, parse_url
-from sinks.clickhouse.errors import ValueRefused, translated
+from sinks.clickhouse.client import Address, parse_url
+from sinks.clickhouse.embedded import EmbeddedEngine
+from sinks.clickhouse.errors import Failed, answered, failed, not_from_clickhouse, translated
+from sinks.clickhouse.http import HttpServer
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
 
 SECRET = "Xq7Zk2"  # noqa: S105  looked for in messages
@@ -131,89 +131,138 @@ class TestRows:
         ]
 
 
-def meaning(error: Exception) -> SinkError | ValueRefused:
-    """What the lane gets to see of it."""
-    with pytest.raises((SinkError, ValueRefused)) as caught, translated("http://h:8123"):
-        raise error
-    assert isinstance(caught.value, SinkError | ValueRefused)
-    return caught.value
+def sent(code: int, text: str) -> Failed:
+    """What ClickHouse answers."""
+    return failed(code, f"Code: {code}. DB::Exception: {text}".encode())
 
 
-class TestErrors:
-    """What they mean."""
-
-    @pytest.mark.parametrize("code", [6, 27, 41, 53, 69, 72, 321, 407, 469])
-    def test_a_value_is_refused(self, code: int) -> None:
-        """The event's fault."""
-        assert isinstance(meaning(DatabaseError(ROW_TEXT, code=code)), ValueRefused)
+class TestCodes:
+    """What an error means, when it is not known to be about an event."""
 
     @pytest.mark.parametrize("code", [16, 60, 81, 115, 117])
-    def test_table_and_program_do_not_fit(self, code: int) -> None:
-        """Stops, and says how to make the table."""
-        error = meaning(DatabaseError(ROW_TEXT, code=code))
-        assert isinstance(error, SinkUnusable)
-        assert "python -m replicator init" in str(error)
+    def test_something_does_not_fit(self, code: int) -> None:
+        """Waits for an operator."""
+        error = answered(sent(code, ROW_TEXT))
+        assert isinstance(error, SinkMisconfigured)
+        assert "python -m replicator sql clickhouse" in str(error)
 
     @pytest.mark.parametrize("code", [164, 192, 193, 194, 452, 497, 516])
     def test_we_are_turned_away(self, code: int) -> None:
         """Tried again slowly."""
-        assert isinstance(meaning(DatabaseError(ROW_TEXT, code=code)), SinkMisconfigured)
+        assert isinstance(answered(sent(code, ROW_TEXT)), SinkMisconfigured)
 
-    @pytest.mark.parametrize("code", [159, 202, 209, 210, 241, 242, 243, 252, 425, 745, 999, 1002, 12345])
+    @pytest.mark.parametrize(
+        "code", [6, 27, 53, 159, 201, 202, 209, 210, 241, 242, 243, 252, 395, 425, 745, 999, 1002, 12345]
+    )
     def test_not_now(self, code: int) -> None:
         """Overload, disk, replicas, and every code that nobody named: tried again."""
-        assert isinstance(meaning(DatabaseError(ROW_TEXT, code=code)), SinkUnavailable)
+        assert isinstance(answered(sent(code, ROW_TEXT)), SinkUnavailable)
 
     @pytest.mark.parametrize("code", [27, 117, 252, 516])
     def test_messages_carry_the_code_and_nothing_of_the_row(self, code: int) -> None:
-        """Neither the message nor what a logged traceback shows."""
-        error = meaning(DatabaseError(ROW_TEXT, code=code, name="XQ7ZK2"))
+        """A word of the row that looks like a name is none."""
+        error = answered(sent(code, ROW_TEXT))
         assert f"ClickHouse error {code}" in str(error)
         assert SECRET.upper() not in str(error).upper()
-        assert error.__cause__ is None
-        assert error.__suppress_context__
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            " (QUOTA_EXCEEDED)",
+            " (QUOTA_EXCEEDED) (version 26.9.2.1 (official build))\n",
+            " (QUOTA_EXCEEDED) (version 22.8)",
+        ],
+    )
+    def test_the_name_is_the_servers(self, end: str) -> None:
+        """Nobody has to look up a number."""
+        assert str(sent(201, ROW_TEXT + end)) == "ClickHouse error 201 QUOTA_EXCEEDED"
+
+    def test_a_code_without_text_has_its_name(self) -> None:
+        """If it is one of those that are known here."""
+        assert str(failed(164, b"")) == "ClickHouse error 164 READONLY"
 
     @pytest.mark.parametrize(
         ("status", "kind"),
-        [(401, SinkMisconfigured), (404, SinkMisconfigured), (429, SinkUnavailable), (502, SinkUnavailable)],
+        [
+            *((status, SinkMisconfigured) for status in (301, 307, 400, 401, 404, 411, 418, 421, 431, 494, 499)),
+            *((status, SinkUnavailable) for status in (408, 425, 429, 500, 502, 503, 504, 520, 999)),
+            (413, Failed),
+        ],
     )
-    def test_something_else_answers(self, status: int, kind: type[SinkError]) -> None:
+    def test_something_else_answers(self, status: int, kind: type[Exception]) -> None:
         """A proxy, or another program on that port."""
-        assert isinstance(
-            meaning(DatabaseError(f"HTTP driver received HTTP status {status}, server response: x")), kind
-        )
+        error = not_from_clickhouse(status, "http://h:8123")
+        assert isinstance(error, kind)
+        assert f"http://h:8123 answers with HTTP status {status}" in str(error)
+
+
+def meaning(error: Exception) -> SinkError:
+    """What the lane gets to see of it."""
+    with pytest.raises(SinkError) as caught, translated("http://h:8123"):
+        raise error
+    return caught.value
+
+
+def tls(reason: str) -> ssl.SSLError:
+    """As OpenSSL raises it."""
+    error = ssl.SSLError(1, f"[SSL: {reason}] something")
+    error.reason = reason
+    return error
+
+
+class TestNetwork:
+    """Nobody answers."""
 
     def test_certificate_is_not_trusted(self) -> None:
         """However deep in the chain; the cure is the CA file."""
-        error = OperationalError("Error executing HTTP request")
+        error = aiohttp.ClientError("Error executing HTTP request")
         error.__cause__ = Exception("retries")
         error.__cause__.__context__ = ssl.SSLCertVerificationError("self-signed")
         found = meaning(error)
         assert isinstance(found, SinkMisconfigured)
         assert "REPLICATOR_CLICKHOUSE_CA_FILE" in str(found)
 
-    def test_the_client_objects(self) -> None:
-        """A profile that pins a setting we need, a chdb directory that another process holds."""
-        assert isinstance(meaning(ProgrammingError("Setting async_insert is readonly")), SinkMisconfigured)
+    @pytest.mark.parametrize(
+        ("reason", "kind"),
+        [("WRONG_VERSION_NUMBER", SinkMisconfigured), ("UNEXPECTED_EOF_WHILE_READING", SinkUnavailable)],
+    )
+    def test_tls_fails(self, reason: str, kind: type[SinkError]) -> None:
+        """There is none, or it broke off."""
+        error = aiohttp.ClientOSError()
+        error.__cause__ = tls(reason)
+        assert type(meaning(error)) is kind or isinstance(meaning(error), kind)
 
     def test_a_missing_file_is_not_the_network(self) -> None:
-        """An error of the operating system that the driver did not wrap is not explained away."""
+        """An error of the operating system that the client did not wrap is not explained away."""
         with pytest.raises(FileNotFoundError), translated("http://h:8123"):
             raise FileNotFoundError("table.sql")
 
     def test_no_answer(self) -> None:
-        """Tried again; the message says from where."""
-        error = OperationalError("Network Error: refused")
-        error.__cause__ = aiohttp.ClientOSError()
-        error.__cause__.__cause__ = ConnectionRefusedError("refused")
+        """Tried again; the message says from where, and why."""
+        error = aiohttp.ClientOSError()
+        error.__cause__ = ConnectionRefusedError(111, "refused")
         found = meaning(error)
         assert isinstance(found, SinkUnavailable)
-        assert "no answer from http://h:8123 (ConnectionRefusedError)" in str(found)
+        assert "no answer from http://h:8123 (ConnectionRefusedError: refused)" in str(found)
+
+    async def test_an_impossible_host(self) -> None:
+        """That only the look-up of its name finds out about."""
+        server = HttpServer(f"http://{'a' * 64}.example:8123", "default", "", None)
+        with pytest.raises(SinkError):
+            await server.ask("SELECT 1", {}, 10)
+        await server.close()
+
+    async def test_the_authority_has_gone(self, tmp_path: Path) -> None:
+        """Its file was there when the program started."""
+        server = HttpServer("https://localhost:9", "default", "", tmp_path / "gone.pem")
+        with pytest.raises(SinkMisconfigured, match="REPLICATOR_CLICKHOUSE_CA_FILE can't be read"):
+            await server.ask("SELECT 1", {}, 10)
+        await server.close()
 
 
 async def test_calls_wait_for_an_engine_that_hangs() -> None:
     """A retry does not start beside the call that was given up, and none that was given up in the queue ever runs."""
-    engine, released, begun = EmbeddedEngine(), threading.Event(), []
+    engine, released, begun = EmbeddedEngine("/nowhere"), threading.Event(), []
 
     def hang(number: int) -> None:
         begun.append(number)
@@ -221,8 +270,7 @@ async def test_calls_wait_for_an_engine_that_hangs() -> None:
 
     for number in range(3):
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await engine._run(hang, number)  # noqa: SLF001  any call, without the engine
+            await engine._run(lambda number=number: hang(number), 0.05)  # type: ignore[misc]  # noqa: SLF001  any call, without the engine
     released.set()
-    assert await engine._run(str, 7) == "7"  # noqa: SLF001
+    assert await engine._run(lambda: "7", 10) == "7"  # noqa: SLF001
     assert begun == [0]

@@ -1,0 +1,90 @@
+"""The embedded engine (chdb), driven by clickhouse-connect, with the methods of `http.HttpServer`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import clickhouse_connect
+from clickhouse_connect.driver.exceptions import ClickHouseError
+
+from sinks.clickhouse.errors import failed, unopened
+from sinks.clickhouse.http import Receipt
+
+CLOSE_SECONDS = 10  # a running insert takes some 0.2 s; it ends cleanly after that
+
+_log = logging.getLogger(__name__)
+
+
+class EmbeddedEngine:
+    """One process may open a directory at a time.
+
+    Its calls block, so each runs in a thread: a daemon, because a call that never returns must not keep the program
+    from ending, as the thread of an executor would.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._client: Any = None
+        self._running: asyncio.Future[Any] | None = None
+
+    async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes:
+        """Run a statement; what it prints."""
+        return bytes(await self._run(lambda: self._open().raw_query(statement, settings=dict(settings)), seconds))
+
+    async def insert(
+        self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object], seconds: float
+    ) -> Receipt:
+        """Insert JSON lines."""
+
+        def insert() -> int:
+            summary = self._open().raw_insert(table, list(columns), data, dict(settings), "JSONEachRow")
+            return int(summary.written_rows)
+
+        return Receipt(await self._run(insert, seconds))
+
+    async def close(self) -> None:
+        """Wait for a running call, then free the directory."""
+        if self._client is None and self._running is None:
+            return
+        try:
+            await self._run(self._close, CLOSE_SECONDS)
+        except TimeoutError:  # the write was cancelled, so nothing counts as written
+            _log.warning("the embedded ClickHouse still works after %d s; the program ends without it", CLOSE_SECONDS)
+
+    def _open(self) -> Any:
+        if self._client is None:  # loads the engine, and the tables in the directory
+            self._client = clickhouse_connect.get_client(interface="chdb", path=self._directory)
+        return self._client
+
+    def _close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    async def _run(self, call: Callable[[], Any], seconds: float) -> Any:
+        """One call at a time: the next begins when it has ended, not when nobody waits for it any more."""
+        async with asyncio.timeout(seconds):
+            while self._running is not None and not self._running.done():
+                await asyncio.wait([self._running])
+            result: Future[Any] = Future()
+
+            def work() -> None:
+                try:
+                    result.set_result(call())
+                except BaseException as exc:  # noqa: BLE001  the caller raises it
+                    result.set_exception(exc)
+
+            threading.Thread(target=work, name="chdb", daemon=True).start()
+            self._running = asyncio.wrap_future(result)
+            try:
+                return await asyncio.shield(self._running)
+            except ClickHouseError as exc:
+                code = getattr(exc, "code", None)
+                if code is None:
+                    raise unopened(self._directory, exc) from None
+                raise failed(int(code), str(exc).encode()) from None
