@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sqlite3
+import warnings
 from pathlib import Path
 from typing import Any
 
+from psycopg import pq
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError, SAWarning
 
 from replicator.contracts import errors
 from replicator.contracts.errors import command
@@ -31,6 +35,13 @@ LIMITS: dict[str, dict[str, Any]] = {
     "psycopg": {"connect_timeout": "10", "tcp_user_timeout": "30000"},
 }
 """Connection arguments by driver; those in the URL win."""
+FORCED: dict[str, dict[str, Any]] = {
+    "pysqlite": {"check_same_thread": False},  # calls come from any thread, one at a time
+    "psycopg": {"prepare_threshold": None},  # a pooler's next transaction may be on another server connection
+}
+"""These win over the URL."""
+FOR_EVER = re.compile("22...|3F000|42501|42703|42804|42P01")
+"""SQLSTATEs that only an operator can end: the data do not fit, no schema, no right, no such column or table."""
 
 TABLES_CURE = (
     f"Check that {URL_SETTING} names the right database, that its user may read and write the tables replicator_*,"
@@ -45,28 +56,57 @@ def open_engine(url: str) -> Engine:
     """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL."""
     parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
-    try:
-        limits = LIMITS.get(parsed.get_driver_name(), {})
-        engine = create_engine(
-            parsed,
-            connect_args={name: value for name, value in limits.items() if name not in parsed.query},
-            hide_parameters=True,  # payloads and reasons stay out of tracebacks
-            max_overflow=0,
-            pool_pre_ping=not sqlite,  # a server's restart costs a reconnect, not the program
-            pool_size=1,  # calls come one at a time
-        )
-    except ImportError as exc:
-        raise _unusable(f"the driver {exc.name} is not installed") from None  # the original could quote the URL
-    except (ArgumentError, NoSuchModuleError):
-        raise _unusable(f"SQLAlchemy has no driver {parsed.drivername}") from None  # likewise
+    engine = _engine(parsed, pre_ping=not sqlite)
     if engine.dialect.is_async:
         raise _unusable(f"{parsed.drivername} is an asynchronous driver")
     if sqlite:
         event.listen(engine, "connect", _set_pragmas)
         event.listen(engine, "begin", _begin)
     if engine.dialect.name == "postgresql":
-        event.listen(engine, "connect", _set_up_postgres)
+        event.listen(engine, "begin", _begin_postgres)
+    event.listen(engine, "do_connect", _connect)
     return engine
+
+
+def _engine(url: URL, *, pre_ping: bool) -> Engine:
+    try:
+        with warnings.catch_warnings(action="error", category=SAWarning):
+            return create_engine(
+                url,
+                connect_args=_arguments(url),
+                hide_parameters=True,  # payloads and reasons stay out of tracebacks
+                max_overflow=0,
+                pool_pre_ping=pre_ping,  # a server's restart costs a reconnect, not the program
+                pool_size=1,  # calls come one at a time
+            )
+    # The originals could quote the URL.
+    except ImportError as exc:
+        raise _unusable(f"the driver {exc.name} is not installed") from None
+    except (ArgumentError, NoSuchModuleError):
+        raise _unusable(f"SQLAlchemy has no driver {url.drivername}") from None
+    except SAWarning:
+        raise _unusable("it has an option that the driver ignores") from None
+    except (TypeError, ValueError):
+        raise _unusable("the value of an option in it is of the wrong kind") from None
+
+
+def _arguments(url: URL) -> dict[str, Any]:
+    driver = url.get_driver_name()
+    if driver == "psycopg" and (unknown := sorted({*url.query} - _libpq_options())):
+        raise _unusable(f"libpq has no option {', '.join(unknown)}")
+    limits = LIMITS.get(driver, {})
+    return {name: value for name, value in limits.items() if name not in url.query} | FORCED.get(driver, {})
+
+
+def _libpq_options() -> set[str]:
+    return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+
+
+def _connect(dialect: Dialect, _record: object, arguments: list[Any], options: dict[str, Any]) -> DBAPIConnection:
+    try:
+        return dialect.connect(*arguments, **options)
+    except (TypeError, ValueError) as exc:
+        raise _unusable(f"the driver does not take its options ({type(exc).__name__})") from None
 
 
 def require_file(url: URL) -> None:
@@ -80,6 +120,11 @@ def require_file(url: URL) -> None:
         raise errors.CheckpointUnusable(problem=problem, cure=cure)
 
 
+def files(url: URL) -> list[Path]:
+    """SQLite's, whether they are there or not."""
+    return [Path(f"{url.database}{end}") for end in ("", "-wal", "-shm")] if url.get_backend_name() == "sqlite" else []
+
+
 def explain(exc: Exception, dialect: Dialect, url: URL) -> errors.CheckpointError:
     """Our error for a driver's: what happened, without the password and without values."""
     orig = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
@@ -91,7 +136,9 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> errors.CheckpointErro
     if url.password:
         first_line = first_line.replace(str(url.password), "***")
     problem = f"{dialect.name}: {type(orig).__name__}: {first_line}"
-    if isinstance(exc, (ProgrammingError, DataError)):  # no table, no right, no such option: a retry won't help
+    sqlstate = getattr(orig, "sqlstate", None)
+    lasts = FOR_EVER.fullmatch(sqlstate) if sqlstate else isinstance(exc, (ProgrammingError, DataError))
+    if lasts:
         return errors.CheckpointUnusable(problem=problem, cure=TABLES_CURE)
     return errors.CheckpointUnavailable(detail=problem)
 
@@ -119,6 +166,7 @@ def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
     _switch_to_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode anything less loses commits in a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # a dead letter that was dropped is gone from the file, too
     cursor.close()
 
 
@@ -144,19 +192,18 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {mode}")
 
 
-_TIGHTEN = """
-SELECT set_config(name, tight, false) FROM (VALUES ('synchronous_commit', 'off', 'on'), ('lock_timeout', '0', %s))
-    AS setting (name, loose, tight) WHERE current_setting(name) = loose
+_OF_TRANSACTION = f"""
+SELECT set_config('synchronous_commit', 'local', true),
+    CASE current_setting('lock_timeout') WHEN '0' THEN set_config('lock_timeout', '{LOCK_SECONDS}s', true) END
 """
 
 
-def _set_up_postgres(connection: DBAPIConnection, _record: object) -> None:
-    # A checkpoint lost in a crash would be behind what was confirmed to PostgreSQL. A thread that waits for a lock
-    # would keep the program from ending. Stricter settings stay.
-    cursor = connection.cursor()
-    cursor.execute(_TIGHTEN, (f"{LOCK_SECONDS}s",))
-    cursor.close()
-    connection.commit()
+def _begin_postgres(connection: Connection) -> None:
+    # For the transaction: a pooler does not keep a session. `local` is durable on the server's own disk, which `off`
+    # is not: a checkpoint lost in a crash would be behind what was confirmed to PostgreSQL. Anything more waits for a
+    # standby; if that is our own slot, it waits for the confirmation that comes after this commit. And a thread that
+    # waits for a lock would keep the program from ending: a stricter lock_timeout stays.
+    connection.exec_driver_sql(_OF_TRANSACTION)
 
 
 def _explain_sqlite(error: sqlite3.Error, path: Path) -> errors.CheckpointError:
@@ -166,7 +213,7 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> errors.CheckpointError:
         cure = f"Make it (mkdir -p {directory}) or name another file in {URL_SETTING}"
         return errors.CheckpointUnusable(problem=f"directory {directory} does not exist", cure=cure)
     problem = f"{path}: {error}"
-    if code in SQLITE_UNUSABLE:
+    if code in SQLITE_UNUSABLE and not (code == sqlite3.SQLITE_CANTOPEN and _may_open(path)):
         cure = (
             f"Check that this user may read and write it and the directory {directory}, or name another file in"
             f" {URL_SETTING} and run {command('init')}"
@@ -175,6 +222,11 @@ def _explain_sqlite(error: sqlite3.Error, path: Path) -> errors.CheckpointError:
     if code == sqlite3.SQLITE_ERROR:  # a statement that can't be run: a table is missing or has another shape
         return errors.CheckpointUnusable(problem=problem, cure=TABLES_CURE)
     return errors.CheckpointUnavailable(detail=problem)
+
+
+def _may_open(path: Path) -> bool:
+    """Nothing is wrong with the file: the process has no descriptor left, for instance."""
+    return path.is_file() and os.access(path, os.R_OK | os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _primary_code(error: sqlite3.Error) -> int:

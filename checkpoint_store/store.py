@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from msgspec import structs
@@ -37,6 +38,9 @@ class SqlCheckpointStore:
     def __init__(self, url: str) -> None:
         self._engine = database.open_engine(url)
         self._tables_seen = False
+
+    def files(self) -> list[Path]:
+        return database.files(self._engine.url)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -132,6 +136,7 @@ class SqlCheckpointStore:
                     self._tables_seen = True
                 yield connection
         except SQLAlchemyError as exc:
+            self._engine.dispose()  # this connection may lead to a standby by now, or be poisoned: the next is new
             raise database.explain(exc, self._engine.dialect, self._engine.url) from exc
 
 

@@ -103,6 +103,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     _prepare_streams()
+    os.umask(0o077)  # whatever it makes is its own: checkpoint and dead letters, and the embedded ClickHouse's tables
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as exc:

@@ -8,8 +8,11 @@ directory is read too, and the environment wins over it. Any setting can also co
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import ssl
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -20,8 +23,10 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.events import Finding
 
 PREFIX = "REPLICATOR_"
+_SECRET_FILE = f"{PREFIX}.+(?<!_CA)_FILE"
 _DOTENV_TAKES = "lines of NAME=value in UTF-8"
 _PLAINLY = {"too_short": "it names none", "string_pattern_mismatch": "it is not of that form"}
 """By pydantic's type of the error, where its own words are about Python."""
@@ -107,6 +112,28 @@ def load(settings_class: type[T], **known: Any) -> T:
     except Exception as exc:  # of another package's sink; its own words may hold a secret
         problem = f"their validation failed ({type(exc).__name__})"
         raise SettingsError(name=settings_class.__name__, problem=problem, expected="a corrected package") from exc
+
+
+def secret_files() -> list[Path]:
+    """The files that hold settings: `.env`, and those that NAME_FILE names."""
+    named = [Path(value.text) for name, value in variables().items() if re.fullmatch(_SECRET_FILE, name)]
+    return [Path(".env"), *named]
+
+
+def open_to_all(paths: Iterable[Path]) -> list[Finding]:
+    """Advice for those of our files and directories that every user of this machine can read."""
+    found = [str(path) for path in paths if _open_to_all(path)]
+    cure = f"chmod o= {shlex.join(found)}"
+    return [Finding(True, f"every user of this machine can read {', '.join(found)}", cure)] if found else []
+
+
+def _open_to_all(path: Path) -> bool:
+    try:
+        found, ways = path.stat(), [parent.stat().st_mode for parent in path.absolute().parents]
+        ours = found.st_uid == os.geteuid()  # a mounted secret is not, and can't be changed
+        return ours and bool(found.st_mode & stat.S_IROTH) and all(mode & stat.S_IXOTH for mode in ways)
+    except OSError:  # it is not there, or not ours to see
+        return False
 
 
 def state_directory() -> Path:

@@ -7,6 +7,7 @@ CheckpointError when the database fails. `checkpoint_store` implements all three
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from replicator.contracts.events import Checkpoint, DeadLetter, LetterCounts, Stage
@@ -33,6 +34,9 @@ class Checkpoints(Protocol):
 
         Dead letters get the origin `restored` and lose their position, which may be another event's from now on.
         """
+
+    def files(self) -> list[Path]:
+        """What it keeps on this machine: the database and what stands beside it; none if a server has it."""
 
     def close(self) -> None:
         """Release connections. Safe to call twice."""

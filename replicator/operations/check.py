@@ -10,7 +10,7 @@ from contextlib import closing
 
 from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Finding, format_lsn
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.contracts.stream import Enricher
@@ -28,6 +28,8 @@ async def findings(
     """Everything, one after the other; never raises for what it finds."""
     if warning := exposed(settings.admin_listen):
         yield Finding(True, warning)
+    for finding in open_to_all([*secret_files(), *store.files()]):
+        yield finding
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
     except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -658,6 +660,10 @@ def test_lsns_sort_in_the_database_as_numbers(database: Database, store: Checkpo
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("sqlite:///file:x?mode=memory&uri=true", "in memory"),
+        ("sqlite:////tmp/x?timeout=hunter2", "of the wrong kind"),
+        ("sqlite:////tmp/x?hunter2=1", "an option that the driver ignores"),
+        ("postgresql://app:hunter2@host/db?prepare_threshold=0", "libpq has no option prepare_threshold"),
+        ("postgresql://app:hunter2@host/db?autocommit=1&nonsense=2", "libpq has no option autocommit, nonsense"),
     ],
 )
 def test_an_unusable_url_names_the_setting(url: str, problem: str) -> None:
@@ -682,9 +688,27 @@ def test_a_plain_postgresql_url_means_psycopg_3(stack: DevStack, scheme: str) ->
 # --- SQLite
 
 
+def test_an_option_that_the_driver_does_not_take_is_a_setting_to_correct(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some drivers notice it when they connect, with an error of Python's that quotes it."""
+
+    def connect(*_: object, **__: object) -> None:
+        raise TypeError("hunter2")
+
+    store = SqlCheckpointStore(f"sqlite:///{tmp_path}/c.db")
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", connect)
+    with pytest.raises(
+        SettingsError, match="REPLICATOR_CHECKPOINT_URL is unusable: the driver does not take"
+    ) as caught:
+        store.create()
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    store.close()
+
+
 def test_sqlite_commits_reach_the_disk(tmp_path: Path) -> None:
     """WAL journal and synchronous FULL, on the connection the store really uses."""
-    pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+    pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout", "secure_delete")
     found: list[object] = []
 
     def look(connection: sqlite3.Connection, *_: object) -> None:
@@ -693,7 +717,7 @@ def test_sqlite_commits_reach_the_disk(tmp_path: Path) -> None:
     store = SqlCheckpointStore(f"sqlite:///{tmp_path}/c.db")
     with on_pool("checkout", look):
         store.create()
-    assert found == ["wal", 2, 1, 5000]
+    assert found == ["wal", 2, 1, 5000, 1]
     store.close()
 
 
@@ -714,6 +738,23 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         store.create()
     store.close()
     assert path.read_text(encoding="utf-8") == "a shopping list\n" * 100
+
+
+def test_a_file_that_can_be_opened_soon_is_tried_again(sqlite_path: Path) -> None:
+    """The process has no file descriptors left: nothing is wrong with the file."""
+    store = SqlCheckpointStore(f"sqlite:///{sqlite_path}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = [Path(os.devnull).open() for _ in range(20)]  # noqa: SIM115  closed below
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used[0].fileno(), hard))
+    try:
+        with pytest.raises(CheckpointUnavailable, match="unable to open"):
+            store.load("s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in used:
+            file.close()
+    assert at(100) == loaded(store)
+    store.close()
 
 
 def test_a_directory_in_the_file_s_place_is_refused(tmp_path: Path) -> None:
@@ -843,22 +884,3 @@ def test_a_locked_table_is_an_error_and_not_a_hang(stack: DevStack) -> None:
     store.save(at(1000))
     assert at(1000) == loaded(store)
     store.close()
-
-
-@pytest.mark.parametrize(("configured", "used"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
-def test_postgresql_commits_reach_the_disk(stack: DevStack, configured: str, used: str) -> None:
-    """A server or role set to asynchronous commits is overruled; stricter settings stay."""
-    settings: list[str] = []
-
-    def look(connection: psycopg.Connection[tuple[str]], *_: object) -> None:
-        row = connection.execute("SELECT current_setting('synchronous_commit')").fetchone()
-        settings.extend(row or ())
-        connection.rollback()
-
-    url = make_url(make_postgres_database(stack).url)
-    options = f"{url.query['options']} -csynchronous_commit={configured}"
-    store = SqlCheckpointStore(url.set(query={"options": options}).render_as_string(hide_password=False))
-    with on_pool("checkout", look):
-        store.create()
-    store.close()
-    assert used == settings[-1]
