@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from tests.prove.world.fronts import HTML, Forward, HttpFront, Lie, Request, answer
@@ -252,6 +253,8 @@ REFUSALS = (
 )
 KINDS_OF_REFUSAL = 6
 """So many of the API's faults are a status for everything, drawn from the list."""
+SAME_AGAIN = 4
+"""Restarts may bring a request once or twice more."""
 ODD_2XX = (
     answer("202 Accepted", b"later"),
     answer("207 Multi-Status", b"<multistatus/>"),
@@ -271,14 +274,20 @@ def _api(name: str, make: Callable[[World, random.Random], Lie]) -> None:
     _register("api", name, lambda world: world.api, make)
 
 
-def _odd(said: bytes) -> Lie:
-    """It has taken the events, and says so in a way of its own."""
+class _Odd:
+    """It has taken the events, and says so in a way of its own, which is no reason to give it the same again."""
 
-    async def lie(request: Request, forward: Forward) -> bytes:
+    def __init__(self, world: World, said: bytes) -> None:
+        self._world = world
+        self._said = said
+        self._taken = Counter[bytes]()
+
+    async def __call__(self, request: Request, forward: Forward) -> bytes:
         await forward(request)
-        return said
-
-    return lie
+        self._taken[request.body] += 1
+        if self._taken[request.body] == SAME_AGAIN:
+            self._world.complaints.add(f"the API took a request {SAME_AGAIN} times and said {self._said[:60]!r}")
+        return self._said
 
 
 def _half_refused(_: World, chance: random.Random) -> Lie:
@@ -291,7 +300,7 @@ for _number in range(1, KINDS_OF_REFUSAL + 1):
         lambda _, chance: _always(answer(chance.choice(REFUSALS), b"because\x1b[31m of reasons")),
     )
 for _number, _said in enumerate(ODD_2XX, 1):
-    _api(f"takes in an odd way, {_number}", lambda _, __, said=_said: _odd(said))  # type: ignore[misc]  # a default binds it
+    _api(f"takes in an odd way, {_number}", lambda world, _, said=_said: _Odd(world, said))  # type: ignore[misc]  # a default binds it
 _api("refuses half of the requests", _half_refused)
 _api("does not answer", lambda *_: hangs)
 _api("closes connections", lambda *_: _cut_before)

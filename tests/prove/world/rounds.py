@@ -118,8 +118,8 @@ class Round:
     def run(self, seconds: float) -> None:
         """Raises WrongError if anything is wrong."""
         with ExitStack() as cleanup:
-            cleanup.callback(clean, self._stack)
             dsn = cleanup.enter_context(ground.fresh_database(self._stack))
+            cleanup.callback(clean, self._stack)
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="world-")))
             world = World(self._stack, dsn, folder, cleanup)
             try:
@@ -150,7 +150,8 @@ class Round:
             with Application(world.dsn, chance, world.place):
                 for thread in playing:
                     thread.join()
-            self._settle(world, chance)
+            if not self._failures:
+                self._settle(world, chance)
         finally:
             world.over.set()
             stop.set()
@@ -213,10 +214,9 @@ class Round:
         destinations = Destinations(self._stack)
         with contextlib.closing(destinations.redis):
             truth = Truth(world.dsn)
-            poison = world.place.poison
-            found = [*self._letters(world, truth.odd, poison)]
-            wrong, self.repeats = differences(truth, destinations, poison)
-            found += wrong
+            found = [*self._letters(world, truth.odd, world.place.poison)]
+            wrong, self.repeats = differences(truth, destinations)
+            found += [*wrong, *sorted(world.complaints)]
         if world.elsewhere.requests:
             found.append(f"a redirect was followed {world.elsewhere.requests} times")
         found += [text for text in ("Traceback", ground.SECRET) if text in world.program.log]
@@ -227,7 +227,7 @@ class Round:
             raise WrongError(f"SIGTERM ended it with {code}")
 
     def _letters(self, world: World, odd: set[int], poison: set[int]) -> Iterator[str]:
-        """Dead letters that are not about their event, and those that are missing."""
+        """Dead letters that are not about their event, and those that are missing. What the API refused is replayed."""
         listed = msgspec.json.decode(succeed(world.program.run("dead-letters", "list", "--json")))["dead_letters"]
         got = {(letter["sink"] or letter["stage"], letter["event_id"]): letter["reason"] for letter in listed}
         wanted = {(sink, key) for sink in ("clickhouse", "redis", "http") for key in odd}
@@ -238,6 +238,10 @@ class Round:
                 yield f"a dead letter of {sink} that is not about event {key}: {reason}"
         for sink, key in sorted(wanted - got.keys()):
             yield f"no dead letter of {sink} for event {key}"
+        if mended := [str(letter["id"]) for letter in listed if letter["event_id"] in poison]:
+            self._stack.api.behave()
+            ids = [word for letter in mended for word in ("--id", letter)]
+            succeed(world.program.run("dead-letters", "replay", *ids))
 
 
 def _repeat(look: Callable[[], None], stop: threading.Event) -> None:

@@ -81,13 +81,12 @@ def _pct(seconds: Decimal | int | None, length: int | None) -> Decimal | int | N
     return (Decimal(seconds) / length).quantize(Decimal("0.01"), rounding="ROUND_HALF_UP")
 
 
-def differences(truth: Truth, destinations: Destinations, refused_by_api: set[int]) -> tuple[list[str], int]:
+def differences(truth: Truth, destinations: Destinations) -> tuple[list[str], int]:
     """What is wrong, in words, a line for each sink and kind; and how many events the API got again."""
     wanted = {key: event for key, event in truth.events.items() if key not in truth.odd}
     found = list(_rows("ClickHouse", truth, wanted, destinations.clickhouse(), double=True))
     taken = destinations.api()
-    for_api = {key: event for key, event in wanted.items() if key not in refused_by_api}
-    found += _rows("the API", truth, for_api, taken, double=False)
+    found += _rows("the API", truth, wanted, taken, double=False)
     repeats = len(taken) - len({event["event_id"] for event in taken})
     found += _redis(truth, wanted, destinations)
     return found, repeats

@@ -103,6 +103,8 @@ class World:
         self.partitioned = self.has_children = self.content_partitioned = False
         self.frozen = threading.Event()
         """Set while a destination's process is: nobody should ask it."""
+        self.complaints = set[str]()
+        """What a fault itself has seen to be wrong."""
         self.over = threading.Event()
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute(writers.SETUP.encode())
@@ -196,3 +198,4 @@ def clean(stack: DevStack) -> None:
     if password and stack.redis.running:
         stack.redis.kill()
     ground.up(stack.redis)
+    ground.up(stack.postgres)
