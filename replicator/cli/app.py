@@ -77,7 +77,8 @@ class App(NamedTuple):
 
     def source(self) -> Source:
         """A source for the slot."""
-        return Source(self.dsn, self.settings.slot, self.enricher.tables)
+        settings = self.settings
+        return Source(self.dsn, settings.slot, self.enricher.tables, failover=settings.failover_slot)
 
     @asynccontextmanager
     async def closing(self) -> AsyncIterator[None]:

@@ -145,9 +145,12 @@ async def init(
         with closing(app.source()) as source:
             beginning = Beginning(source, app.store, app.settings.slot, app.sinks)
             taken = await beginning.take(accept_gap=accept_gap)
+            kept = await source.keep_on_standbys()
         slot, end = taken.checkpoint.slot, format_lsn(taken.checkpoint.end_lsn)
         if taken.created_slot:
             print(f"made replication slot {slot}")
+        if kept:
+            print(f"standbys keep a copy of replication slot {slot} from now on")
         if accept_gap and taken.resumed:
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")

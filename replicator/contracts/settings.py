@@ -196,6 +196,10 @@ class CoreSettings(Settings):
         pattern=r"^[a-z0-9_]{1,63}$",
         description="a replication slot's name: 1 to 63 lower-case letters, digits and underscores",
     )
+    # Off where a standby that is away should not hold up the stream (PostgreSQL's synchronized_standby_slots).
+    failover_slot: bool = Field(
+        True, description="true or false: on PostgreSQL 17 and later, standbys keep a copy of the slot"
+    )
     sinks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         ("clickhouse", "redis", "http"),
         min_length=1,

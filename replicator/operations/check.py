@@ -60,14 +60,19 @@ async def _beginning(
     except (CheckpointError, SourceError) as exc:
         yield Finding(False, exc.problem, exc.cure)
     else:
-        yield _slot(settings.slot, found.state)
+        yield _slot(settings, found.state)
 
 
-def _slot(name: str, state: slots.SlotState | None) -> Finding:
+def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:
+    name = settings.slot
     if state is None:
         return Finding(True, f"replication slot {name}: not there yet", f"{command('init')} makes it")
     if danger := in_danger(state):
         cure = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
         return Finding(False, f"replication slot {name}: {danger}", cure)
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
-    return Finding(True, f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind")
+    what = f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind"
+    if state.failover is False and settings.failover_slot:
+        cure = f"If PostgreSQL has standbys: stop `run`, then {command('init')}, then start it again"
+        return Finding(True, f"{what}; standbys keep no copy of it", cure)
+    return Finding(True, f"{what}; standbys keep a copy of it" if state.failover else what)

@@ -16,6 +16,7 @@ from replicator.contracts.events import Finding
 from replicator.contracts.settings import CoreSettings
 from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.refusals import explained, replication_cure
+from replicator.source.server import chooses
 from replicator.source.wal2json import OPTIONS, PLUGIN
 
 PLUGIN_TIMEOUT_SECONDS = 10
@@ -26,7 +27,8 @@ OLDEST_SERVER = 140_000
 
 _SETTINGS = """
 SELECT name, setting FROM pg_settings WHERE name IN ('max_slot_wal_keep_size', 'max_wal_size', 'wal_level',
-    'wal_sender_timeout', 'max_replication_slots', 'max_wal_senders', 'idle_replication_slot_timeout')
+    'wal_sender_timeout', 'max_replication_slots', 'max_wal_senders', 'idle_replication_slot_timeout',
+    'synchronous_standby_names')
 """
 _COUNTS = """
 SELECT current_user, (SELECT count(*) FROM pg_replication_slots), (SELECT count(*) FROM pg_stat_replication),
@@ -73,10 +75,13 @@ def _of_settings(version: int, values: Mapping[str, str], settings: CoreSettings
     level, timeout_ms = values["wal_level"], int(values["wal_sender_timeout"])
     feedback = settings.feedback_interval_seconds
     fits = timeout_ms == 0 or feedback * 2_000 <= timeout_ms
+    waits = chooses(names := values["synchronous_standby_names"], settings.slot)
+    sync = f"synchronous_standby_names = '{names}'{': commits would wait for the sinks' if waits else ''}"
     pace = f"wal_sender_timeout = {timeout_ms} ms, feedback every {feedback:g} s"
     checks = (
         (version >= OLDEST_SERVER, f"PostgreSQL {version // 10_000}", "Upgrade to PostgreSQL 14 or newer"),
         (level == "logical", f"wal_level = {level}", "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"),
+        (not waits, sync, "Name the physical standbys in it (application_name in pg_stat_replication), without `*`"),
         (fits, pace, "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less"),
     )
     yield from (Finding(ok, what, "" if ok else cure) for ok, what, cure in checks)

@@ -122,7 +122,7 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
         return SlotStatus(name=name, trouble=trouble)
     return SlotStatus(
         name=name,
-        trouble=trouble or in_danger(state) or _unfinished(state),
+        trouble=trouble or in_danger(state) or in_the_way(state) or _unfinished(state),
         server_version=state.server_version,
         active_pid=state.active_pid,
         wal_status=state.wal_status,
@@ -138,6 +138,8 @@ def in_danger(state: SlotState | None) -> str:
     """That PostgreSQL removes WAL which the slot needs; else empty."""
     if state is None or state.wal_status not in ("unreserved", "lost"):
         return ""
+    if state.invalidation_reason not in (None, "wal_removed"):
+        return f"the slot's WAL is {state.wal_status}: PostgreSQL gave the slot up ({state.invalidation_reason})"
     return f"the slot's WAL is {state.wal_status}: PostgreSQL removes what it still needs (max_slot_wal_keep_size)"
 
 
@@ -146,6 +148,16 @@ def _unfinished(state: SlotState) -> str:
     if state.confirmed_lsn is not None or state.plugin is None or state.active_pid is None:
         return ""
     return f"process {state.active_pid} makes the slot, and waits for the transactions that run to end"
+
+
+def in_the_way(state: SlotState | None) -> str:
+    """That commits in PostgreSQL wait for our sinks; else empty."""
+    if state is None or not state.commits_wait:
+        return ""
+    return (
+        "synchronous_standby_names makes the replicator a synchronous standby: commits in PostgreSQL wait for the"
+        " sinks. Name the physical standbys in it, without `*`"
+    )
 
 
 def of_checkpoint(

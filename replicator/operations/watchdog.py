@@ -7,6 +7,7 @@ which both are shown.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 
@@ -21,6 +22,7 @@ from replicator.operations import status as statuses
 from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
+from replicator.source.server import refuses_everybody, shuts_down
 from replicator.source.slot import SlotState
 
 LOOK_SECONDS = 5.0
@@ -35,6 +37,8 @@ TROUBLE_SECONDS = 10.0
 """A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
 RESTLESS = 3
 """Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
+
+log = logging.getLogger(__name__)
 
 ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
@@ -54,7 +58,9 @@ class Watchdog:
         self._moved_at = self._looked_at = self._saved_at = time.monotonic()
         self._saved: Checkpoint | None = None
         self._stall = Trouble()
+        self._sync = Trouble()
         self._holder = ""
+        self._shutting_down = 0  # looks in a row that found it so
         self._starts: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
 
     async def run(self) -> None:
@@ -63,12 +69,22 @@ class Watchdog:
             try:
                 self.slot = await slots.look(self._dsn, self._name, "replicator watchdog")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
+                self._shutting_down = 0
             except SourceError as exc:
                 self.trouble = str(exc)
+                await self._let_go()
             await self.pipeline.letters.look()
             self._holder = await self.foreign_holder() if self.standby else ""
             self._watch()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
+
+    async def _let_go(self) -> None:
+        """PostgreSQL never waits for the sinks when it shuts down; at the first look they may be about to finish."""
+        if self.pipeline.source.connected and await refuses_everybody(self._dsn):
+            self._shutting_down += 1
+            if self._shutting_down > 1:
+                log.warning("%s", shuts_down())
+                self.pipeline.source.let_go()
 
     @property
     def standby(self) -> str:
@@ -144,10 +160,11 @@ class Watchdog:
         self._starts.append((time.monotonic(), self.pipeline.source.starts, self.pipeline.trouble.failures))
         while time.monotonic() - self._starts[0][0] > STALL_SECONDS:
             self._starts.popleft()
-        if stalled := self._stalled():
-            self._stall.say(stalled)
-        else:
-            self._stall.clear()
+        for trouble, message in ((self._stall, self._stalled()), (self._sync, statuses.in_the_way(self.slot))):
+            if message:
+                trouble.say(message)
+            else:
+                trouble.clear()
 
     def _lag_bytes(self) -> int:
         return self.slot.lag_bytes if self.slot else 0
@@ -204,7 +221,7 @@ class Watchdog:
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-        slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot)]
+        slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
         found = [reading, self.trouble, *lanes, self._unsaved(), *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble

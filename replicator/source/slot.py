@@ -1,6 +1,6 @@
 """The replication slot: what it is like, and whether the stream is still continuous with the checkpoint.
 
-Looks over any connection to the database; `stream.py` makes and drops slots, `timeline.py` compares histories,
+Looks over any connection to the database; `stream.py` makes and drops slots, `server.py` compares histories,
 `takeover.py` decides where to begin.
 """
 
@@ -18,7 +18,7 @@ from psycopg import rows, sql
 from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SlotWaits, SourceError, StreamGap
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
 from replicator.source.connection import Connection, Dsn, answering, connect
-from replicator.source.timeline import Identity, parted
+from replicator.source.server import Identity, chooses, parted
 from replicator.source.wal2json import PLUGIN
 
 
@@ -42,8 +42,9 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     invalidation_reason: str | None = None
     """Why the slot is lost, from PostgreSQL 17 on: `wal_removed`, `rows_removed`, `wal_level_insufficient`,
     `idle_timeout`."""
-    sync_state: str | None = None
-    """Of the stream: commits wait for `sync` and `quorum`, and may have to for `potential`; `async` is right."""
+    commits_wait: bool = False
+    """synchronous_standby_names chooses the stream: a commit may wait until the sinks have what came before it. Whether
+    it does now, only a role with pg_read_all_stats is told."""
     server_lsn: Lsn
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
@@ -67,7 +68,7 @@ _INSPECT = """
 SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size, two_phase,
        -- columns that not every version has
        (to_jsonb(s) ->> 'failover')::bool AS failover, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
-       (SELECT sync_state FROM pg_stat_replication WHERE pid = active_pid) AS sync_state,
+       current_setting('synchronous_standby_names') AS synchronous_standby_names,
        (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
        -- on a standby the replayed position is the server's
        ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
@@ -83,7 +84,9 @@ async def inspect(connection: Connection, slot: str) -> SlotState | None:
     # A literal, not a parameter: a replication connection speaks only the simple query protocol.
     cursor = connection.cursor(row_factory=rows.dict_row)
     row = await (await cursor.execute(sql.SQL(_INSPECT).format(sql.Literal(slot)))).fetchone()
-    return None if row is None else msgspec.convert(row, SlotState)
+    if row is None:
+        return None
+    return msgspec.convert(row | {"commits_wait": chooses(row.pop("synchronous_standby_names"), slot)}, SlotState)
 
 
 async def look(dsn: Dsn, slot: str, who: str) -> SlotState | None:

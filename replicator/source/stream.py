@@ -25,7 +25,7 @@ from replicator.source import slot as slots
 from replicator.source.breaks import Breaks, end_of_stream
 from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, Connection, Dsn, answering, connect
 from replicator.source.refusals import unconnected
-from replicator.source.timeline import Identity, parse_history
+from replicator.source.server import Identity, Insistence, application_name, parse_history, shuts_down
 from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder
 
 CHUNK_ROWS = 500
@@ -54,6 +54,7 @@ _EPOCH_2000_SECONDS = 946_684_800
 _WAS_READ = "SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {slot} AND total_txns > 0"
 _CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
 _CREATE_FAILOVER = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, failover => true)"
+_ALTER_FAILOVER = "ALTER_REPLICATION_SLOT {name} (FAILOVER true)"
 _DROP = "SELECT pg_drop_replication_slot({slot})"
 _NOTICE_OUR_END = "SET client_connection_check_interval = '2s'"
 """While it waits, PostgreSQL would not see that its client was killed, and an orphan would hold the unfinished slot."""
@@ -74,6 +75,7 @@ class Source:
         self._received: Lsn = 0
         self._flushed: Lsn = 0
         self._heard_at = 0.0  # time.monotonic()
+        self._insistence = Insistence()
         self._wake = asyncio.Event()
         self.starts = 0
         """How often the stream began."""
@@ -108,7 +110,7 @@ class Source:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
         async with answering(self._slot, None):  # the connection has its own time-out
-            self._connection = await connect(self._dsn, f"replicator {self._slot}", replication="database")
+            self._connection = await connect(self._dsn, application_name(self._slot), replication="database")
         [row] = await self._ask("IDENTIFY_SYSTEM")
         [(is_standby,)] = await self._ask("SELECT pg_is_in_recovery()")
         if is_standby:  # it may lack the slot, or have it and not give it away: neither says anything of a gap
@@ -119,7 +121,8 @@ class Source:
         """Where the server left earlier timelines for this one, its own. Empty if it can't say. Raises as `connect`."""
         async with answering(self._slot):
             query = sql.SQL("TIMELINE_HISTORY {}").format(timeline)
-            with contextlib.suppress(errors.UndefinedFile):  # the first timeline has no history, a copy may lack it
+            # The first timeline has no history; a copy of the server may lack the file, or have an edited one.
+            with contextlib.suppress(errors.UndefinedFile, ValueError, IndexError):
                 [(_, content)] = await (await self._connected().execute(query)).fetchall()
                 return parse_history(content if isinstance(content, str) else bytes(content).decode(errors="replace"))
             return {}
@@ -144,6 +147,14 @@ class Source:
             watching.cancel()
         return await self._inspect()
 
+    async def keep_on_standbys(self) -> bool:
+        """Let standbys keep a copy of a slot that was made without, if nobody reads it; whether that was done."""
+        state = await self._inspect()
+        wanted = self._failover and state is not None and state.failover is False and state.active_pid is None
+        if wanted:
+            await self._ask(_ALTER_FAILOVER)
+        return wanted
+
     async def drop_slot(self) -> None:
         """Drop the slot; PostgreSQL may then remove its WAL. Raises SlotInUse, and as `connect`."""
         await self._ask(_DROP)
@@ -154,9 +165,11 @@ class Source:
 
     async def _ask(self, query: LiteralString, seconds: float | None = ANSWER_TIMEOUT_SECONDS) -> list[TupleRow]:
         async with answering(self._slot, seconds, self._connection):
-            composed = sql.SQL(query).format(slot=sql.Literal(self._slot), plugin=sql.Literal(PLUGIN))
+            literals = {"slot": sql.Literal(self._slot), "plugin": sql.Literal(PLUGIN)}
+            composed = sql.SQL(query).format(**literals, name=sql.Identifier(self._slot))
             with contextlib.suppress(errors.DuplicateObject):  # another one made it first; `verify` says if it fits
-                return await (await self._connected().execute(composed)).fetchall()
+                cursor = await self._connected().execute(composed)
+                return await cursor.fetchall() if cursor.description else []
             return []
 
     async def start(self, end_lsn: Lsn) -> None:
@@ -240,6 +253,8 @@ class Source:
         self._decoder.keepalive(wal_end)
         if reply_requested:
             self.send_feedback()
+            if self._insistence.asked(wal_end):
+                raise shuts_down()
 
     async def _readable(self) -> None:
         self._watched = self._running().socket
@@ -297,6 +312,11 @@ class Source:
             if length == 0:
                 await self._readable()
                 pgconn.consume_input()
+
+    def let_go(self) -> None:
+        """End the stream although it is well. Nothing is confirmed by it; the reader connects again."""
+        self.close()
+        self._wake.set()
 
     def close(self) -> None:
         """Drop the connection."""

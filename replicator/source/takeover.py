@@ -29,8 +29,8 @@ from replicator.contracts.events import Checkpoint, Position, SinkPosition, form
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import Checkpoints
 from replicator.source import slot as slots
+from replicator.source.server import Identity, lost_by_failover
 from replicator.source.stream import Source
-from replicator.source.timeline import Identity, lost_by_failover
 
 log = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enriched, Enricher
 from replicator.pipeline import Pipeline
+from replicator.source.server import Identity
 from replicator.source.slot import SlotState
 from replicator.source.stream import Source
-from replicator.source.timeline import Identity
 from replicator.source.wal2json import DecodedChunk
 from sinks.testing import MemorySink
 from tests.support.fakes import STATE

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.source.server import Identity
 from replicator.source.slot import SlotState
-from replicator.source.timeline import Identity
 
 HERE = Identity(system_identifier="7", timeline=1)
 STATE = SlotState(

@@ -64,6 +64,7 @@ class FakeSource:
     silent_seconds = 45.0
     starts = 0
     stuck = ""
+    connected = True
 
 
 class FakePipeline:
@@ -233,6 +234,14 @@ def test_a_slot_in_danger_is_not_ready(watchdog: Looking, wal_status: str) -> No
     assert f"the slot's WAL is {wal_status}" in reason
 
 
+def test_a_synchronous_standby_is_not_ready(watchdog: Looking, caplog: pytest.LogCaptureFixture) -> None:
+    """Commits of every application wait for the slowest sink: nobody would look for that here."""
+    [reason] = watchdog.look(commits_wait=True)
+    assert "commits in PostgreSQL wait for the sinks" in reason
+    assert reason in caplog.text
+    assert [] == watchdog.look(commits_wait=False)
+
+
 def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot moves at a transaction's end; until then the slowest sink's rows count."""
     watchdog = Looking(monkeypatch)
@@ -263,7 +272,11 @@ async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytes
     async def letters() -> None:
         seen.set()
 
+    async def pings(_dsn: str) -> bool:
+        return False
+
     monkeypatch.setattr(slots, "look", refuses)
+    monkeypatch.setattr("replicator.operations.watchdog.refuses_everybody", pings)
     watchdog = Watchdog(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
     monkeypatch.setattr(watchdog.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
     running = asyncio.create_task(watchdog.run())

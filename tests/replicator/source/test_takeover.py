@@ -17,9 +17,9 @@ from replicator.contracts.errors import (
     StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.source.server import Identity
 from replicator.source.slot import SlotState
 from replicator.source.takeover import Beginning
-from replicator.source.timeline import Identity
 from sinks.testing import MemorySink
 from tests.support.fakes import HERE
 from tests.support.fakes import STATE as STATE_AT_100
