@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from replicator.contracts.errors import CheckpointMissing, SettingsError, SinkEr
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
+    fresh,
     given,
     load,
     split,
@@ -65,15 +67,14 @@ class App(NamedTuple):
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(
             settings=settings,
-            enricher=create_enricher(settings.postgres_dsn.get_secret_value()),
+            enricher=create_enricher(partial(_dsn, settings)),
             sinks=create_sinks(settings.sinks if sinks is None else sinks, EVENT),
             store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
         )
 
-    @property
     def dsn(self) -> str:
-        """The connection string, password included."""
-        return self.settings.postgres_dsn.get_secret_value()
+        """The connection string as it is now, password included."""
+        return _dsn(self.settings)
 
     def source(self) -> Source:
         """A source for the slot."""
@@ -111,11 +112,15 @@ class App(NamedTuple):
     def introduce(self) -> Iterator[str]:
         """The first lines of the log: what runs, from where to where. No secrets."""
         yield f"engagement-replicator {__version__}, Python {platform.python_version()}"
-        yield f"source {masked(self.dsn)}, slot {self.settings.slot}"
+        yield f"source {masked(self.dsn())}, slot {self.settings.slot}"
         yield f"checkpoint {masked(self.settings.checkpoint_url.get_secret_value())}"
         yield f"sinks {', '.join(map(_address, self.sinks))}"
         listen = self.settings.admin_listen
         yield f"admin http://{listen}/status" if listen else "admin endpoints are off"
+
+
+def _dsn(settings: CoreSettings) -> str:
+    return fresh(settings).postgres_dsn.get_secret_value()
 
 
 def _old_checkpoint() -> str:

@@ -92,6 +92,20 @@ class SourceUnavailable(SourceError):
         super().__init__(f"{problem}: {detail}", cure or unreachable, detail=detail)
 
 
+class SourceRefuses(SourceUnavailable):
+    """PostgreSQL answers, and lets nobody in: a password, a right, pg_hba.conf, room, a start or shutdown."""
+
+    def __init__(self, *, detail: str, cure: str) -> None:
+        super().__init__(problem="PostgreSQL refuses the connection", detail=detail, cure=cure)
+
+
+class StreamEnded(SourceUnavailable):
+    """PostgreSQL ended the stream, with a reason of its own."""
+
+    def __init__(self, *, detail: str) -> None:
+        super().__init__(problem="PostgreSQL ended the stream", detail=detail, cure="`run` connects again")
+
+
 class SlotWaits(SourceUnavailable):
     """A new slot is not there yet: it begins where no transaction runs that was open before it."""
 

@@ -136,6 +136,23 @@ def _open_to_all(path: Path) -> bool:
         return False
 
 
+def fresh(settings: T) -> T:
+    """The settings with what their NAME_FILE files hold now: secrets are rotated in place.
+
+    The same object if nothing has changed, or if a file can't be used at the moment: it is being replaced.
+    """
+    try:
+        known = variables()
+        files = [
+            name for name in type(settings).model_fields if known.get(f"{variable(name)}_FILE", Given("", "")).text
+        ]
+        values = {name: getattr(settings, name) for name in type(settings).model_fields if name not in files}
+        found = load(type(settings), **values) if files else settings
+    except SettingsError:
+        return settings
+    return settings if found == settings else found
+
+
 def state_directory() -> Path:
     """Where state is kept: systemd's directory for this service, else the user's."""
     if of_service := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import EventCounter, SinkLedger
-from replicator.contracts.settings import Settings
+from replicator.contracts.settings import Settings, fresh
 
 
 class Mode(Enum):
@@ -91,6 +91,19 @@ class Sink(ABC):
             SinkMisconfigured: it turns the replicator away (credentials, address, rights). Retried slowly, loudly.
             SinkUnusable: it can't work like this (table missing, wrong shape). Retried slowly, loudly.
         """
+
+    async def refresh(self) -> None:
+        """Take over what NAME_FILE files hold now: the destination turned the replicator away.
+
+        `settings` is another object if something has changed. Other calls may be under way.
+        """
+        found = fresh(self.settings)
+        if found is not self.settings:
+            self.settings = found
+            await self.renew()
+
+    async def renew(self) -> None:  # noqa: B027  a sink without secrets needs nothing
+        """Go on with `settings`, in which secrets have changed."""
 
     async def close(self) -> None:
         """Release connections. Safe to call twice, and without `open`."""

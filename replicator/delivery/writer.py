@@ -19,6 +19,7 @@ from replicator.contracts.errors import (
     BatchTooLarge,
     SinkBroken,
     SinkContradicts,
+    SinkMisconfigured,
     SinkRefusesAll,
     SinkUnusable,
 )
@@ -88,7 +89,19 @@ class Writer:
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call until it succeeds. A command that runs once ends with what only an operator can mend."""
         retried = RETRYABLE if self._mode is Mode.BACKFILL else (*RETRYABLE, *HELD)
-        return await retry(call, self._trouble, self._longest, stopping=self._stopping, retried=retried)
+        renewed = partial(self._renewed, call)
+        return await retry(renewed, self._trouble, self._longest, stopping=self._stopping, retried=retried)
+
+    async def _renewed(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call it, and again at once if secrets were rotated meanwhile."""
+        settings = self._sink.settings
+        try:
+            return await call()
+        except SinkMisconfigured:
+            await self._sink.refresh()
+            if self._sink.settings is settings:
+                raise
+            return await call()
 
     async def write(self, write: Write) -> list[Refusal]:
         """Write all of it, in parts where it is refused; the events that become dead letters."""

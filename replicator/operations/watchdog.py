@@ -22,6 +22,7 @@ from replicator.operations import status as statuses
 from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
+from replicator.source.connection import Dsn
 from replicator.source.server import refuses_everybody, shuts_down
 from replicator.source.slot import SlotState
 
@@ -46,7 +47,7 @@ ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 class Watchdog:
     """What is known of the slot and of the pipeline, together."""
 
-    def __init__(self, pipeline: Pipeline, dsn: str, slot: str) -> None:
+    def __init__(self, pipeline: Pipeline, dsn: Dsn, slot: str) -> None:
         self.pipeline = pipeline
         self.slot: SlotState | None = None
         """As of the last look."""

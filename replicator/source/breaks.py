@@ -7,7 +7,7 @@ import time
 
 from psycopg import pq
 
-from replicator.contracts.errors import SlotUndecodable, SourceUnavailable, StreamStuck
+from replicator.contracts.errors import SlotUndecodable, SourceUnavailable, StreamEnded, StreamStuck
 from replicator.contracts.events import Mark, format_lsn
 
 STUCK_TIMES = 3
@@ -49,9 +49,8 @@ class Breaks:
 
 def end_of_stream(result: pq.abc.PGresult | None, slot: str, received: str) -> SourceUnavailable:
     """Why PostgreSQL ended it: an ERROR is about what it decodes, anything else about the connection."""
-    problem = "PostgreSQL ended the stream"
     if result is None:
-        return SourceUnavailable(problem=problem, detail="without a reason", cure="`run` connects again")
+        return StreamEnded(detail="without a reason")
     severity, sqlstate, message, detail, context = (
         (result.error_field(field) or b"").decode(errors="replace")
         for field in (
@@ -63,7 +62,7 @@ def end_of_stream(result: pq.abc.PGresult | None, slot: str, received: str) -> S
         )
     )
     if severity != "ERROR" or sqlstate.startswith(_INTERVENTION):
-        return SourceUnavailable(problem=problem, detail=message or "without a reason", cure="`run` connects again")
+        return StreamEnded(detail=message or "without a reason")
     places = re.findall(r"\b[0-9A-F]{1,8}/[0-9A-F]{1,8}\b", context)  # "…, associated LSN 0/1B89F68"
     told = f"{', '.join(filter(None, (message, detail)))} (SQLSTATE {sqlstate})"
     return SlotUndecodable(slot=slot, lsn=places[-1] if places else f"{received} or later", detail=told)

@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from replicator.contracts.errors import SlotInUse, SourceError, SourceStandby, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import (
+    SlotInUse,
+    SourceError,
+    SourceRefuses,
+    SourceStandby,
+    SourceUnavailable,
+    SourceUnusable,
+)
 from replicator.source.wal2json import PLUGIN
 
 LEVEL_CURE = "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
 _RETRIES = "`run` retries by itself"
-_REFUSES = "PostgreSQL refuses the connection"
-_TOO_MANY = "Raise max_connections or the role's or database's CONNECTION LIMIT, or close other connections"
 
 _IN_USE = "55006"  # object_in_use
 _STATE = ("55000", "0A000")  # object_not_in_prerequisite_state, feature_not_supported
@@ -32,16 +37,18 @@ _CURES = {
 }
 """What only an operator can change, so that the program stops."""
 
-_PASSING = {
-    "28": (_REFUSES, "Check user and password in REPLICATOR_POSTGRES_DSN, and pg_hba.conf"),
-    "3D": (_REFUSES, "Check the database's name in REPLICATOR_POSTGRES_DSN"),
-    "53300": (_REFUSES, _TOO_MANY),
-    "57P03": (_REFUSES, f"It starts up or shuts down: {_RETRIES}"),
-    "57": ("PostgreSQL ended the connection or the query", _RETRIES),
-    "55P03": ("PostgreSQL waits for a lock", _RETRIES),
-    "25": ("PostgreSQL ended the transaction", _RETRIES),
+_REFUSALS = {
+    "28": "Check user and password in REPLICATOR_POSTGRES_DSN, and pg_hba.conf",
+    "3D": "Check the database's name in REPLICATOR_POSTGRES_DSN",
+    "53300": "Raise max_connections or the role's or database's CONNECTION LIMIT, or close other connections",
+    "57P03": f"It starts up or shuts down: {_RETRIES}",
 }
-"""What a retry may find changed: problem and cure, by SQLSTATE or its class."""
+_PASSING = {
+    "57": "PostgreSQL ended the connection or the query",
+    "55P03": "PostgreSQL waits for a lock",
+    "25": "PostgreSQL ended the transaction",
+}
+"""What a retry may find changed, by SQLSTATE or its class: the cure of those, the problem of these."""
 
 
 class _Facts(NamedTuple):
@@ -82,11 +89,10 @@ def translated(exc: psycopg.Error, slot: str = "", facts: _Facts | None = None) 
         return SourceStandby()
     if cure := _cure(sqlstate, facts):
         return SourceUnusable(problem=message, cure=cure)
-    problem, cure = next(
-        (_PASSING[key] for key in (sqlstate, sqlstate[:2]) if key in _PASSING),
-        ("PostgreSQL does not do what it is asked to", _RETRIES),
-    )
-    return SourceUnavailable(problem=problem, detail=message, cure=cure)
+    if way_in := _REFUSALS.get(sqlstate) or _REFUSALS.get(sqlstate[:2]):
+        return SourceRefuses(detail=message, cure=way_in)
+    problem = _PASSING.get(sqlstate) or _PASSING.get(sqlstate[:2]) or "PostgreSQL does not do what it is asked to"
+    return SourceUnavailable(problem=problem, detail=message, cure=_RETRIES)
 
 
 def _cure(sqlstate: str, facts: _Facts | None) -> str:
@@ -131,7 +137,7 @@ def unconnected(exc: psycopg.Error) -> SourceUnavailable:
     if not answers:
         return SourceUnavailable(detail="; ".join(dict.fromkeys(texts)))
     detail = answers[-1]
-    return SourceUnavailable(problem=_REFUSES, detail=detail, cure=_cure_of(detail, exc))
+    return SourceRefuses(detail=detail, cure=_cure_of(detail, exc))
 
 
 def _shorter(text: str) -> str:

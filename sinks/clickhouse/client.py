@@ -124,6 +124,11 @@ class Client:
         """Insert JSON lines. Raises SinkError, and Failed when ClickHouse answers with an error."""
         return await self._engine.insert(table, columns, data, settings, self.timeout_seconds)
 
+    async def login_as(self, address: Address) -> None:
+        """Connect anew, with the user and password of this address."""
+        self._address = address
+        await self.close()
+
     async def close(self) -> None:
         """Release the connection. Safe to call twice."""
         await self._engine.close()

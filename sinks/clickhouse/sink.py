@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Sequence
 from itertools import filterfalse
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -172,6 +172,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
         return ClickHouseLedger(self._client, self._table, self.contract, with_content=with_content)
+
+    async def renew(self) -> None:
+        settings = cast("ClickHouseSettings", self.settings)
+        await self._client.login_as(parse_url(settings.clickhouse_url.get_secret_value()))
 
     async def close(self) -> None:
         await self._client.close()

@@ -70,10 +70,8 @@ class HttpSink(Sink):
         self._url = httpx.URL(settings.http_url.get_secret_value()).copy_with(userinfo=b"", fragment=None)
         # What messages name. Not the path: chat services put a secret in there.
         self._origin = str(self._url.copy_with(raw_path=b"")).rstrip("/")
-        self._headers = HEADERS | _authorization(settings)
+        self._take_secrets(settings)
         self._timeout_seconds = settings.http_timeout_seconds
-        secret = settings.http_webhook_secret
-        self._webhook = Webhook(secret.get_secret_value()) if secret else None
         self._connect = transport or (lambda: _aiohttp_transport(settings))
         self._transport: httpx.AsyncBaseTransport | None = None
         self._interrupted: dict[tuple[tuple[int, int, int], ...], Work] = {}
@@ -103,6 +101,14 @@ class HttpSink(Sink):
                 del self._interrupted[next(iter(self._interrupted))]
             raise
         return refusals
+
+    async def renew(self) -> None:
+        self._take_secrets(cast("HttpSettings", self.settings))
+
+    def _take_secrets(self, settings: HttpSettings) -> None:
+        self._headers = HEADERS | _authorization(settings)
+        secret = settings.http_webhook_secret
+        self._webhook = Webhook(secret.get_secret_value()) if secret else None
 
     async def close(self) -> None:
         transport, self._transport = self._transport, None

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 from redis.typing import EncodableT
 
@@ -31,6 +32,19 @@ class _PackedInC:
         return [hiredis.pack_command((*name.split(), *args))]  # type: ignore[arg-type]  # its stub knows one argument
 
 
+class _Login(CredentialProvider):
+    """User and password; empty where there is none."""
+
+    def __init__(self, user: str, password: str) -> None:
+        self.user, self.password = user, password
+
+    def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override]  # none at all is right as well
+        return tuple(filter(None, (self.user, self.password)))
+
+    async def get_credentials_async(self) -> tuple[str, ...]:  # type: ignore[override]  # as above
+        return self.get_credentials()
+
+
 def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
     """A pool with our timeouts unless the URL sets others. Raises what redis-py raises for a URL that is wrong."""
     pool = ConnectionPool.from_url(
@@ -40,6 +54,9 @@ def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
         retry=Retry(NoBackoff(), 0),  # the lane retries
         protocol=2,  # every server and proxy speaks it, and version 3 would gain us nothing
     )
+    # Asked for at each connect: a password that is rotated is used from then on, by connections that were made before.
+    words = [str(pool.connection_kwargs.pop(key, None) or "") for key in ("username", "password")]
+    pool.connection_kwargs["credential_provider"] = _Login(*words)
     pool.connection_class = type("Connection", (_PackedInC, pool.connection_class), {})
     return pool
 
@@ -71,7 +88,7 @@ class RedisClient:
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
         """Where Redis is, without user and password."""
-        self._secrets = [str(options["password"])] if options.get("password") else []
+        self._login: _Login = options["credential_provider"]
 
     async def run(self, script: Script, call: Call) -> list[int]:
         """What the script returns. Redis has it by digest; it gets the text when it has forgotten it.
@@ -126,6 +143,12 @@ class RedisClient:
         async with self._translated():
             return cast("list[bytes | None]", await self._redis.mget(keys)) if keys else []
 
+    async def login_as(self, url: SecretStr) -> None:
+        """Take user and password from this URL."""
+        found: _Login = connections(url, 1.0).connection_kwargs["credential_provider"]
+        self._login.user, self._login.password = found.user, found.password
+        await self._redis.connection_pool.disconnect(inuse_connections=False)
+
     async def close(self) -> None:
         """Release the connections; safe to call twice."""
         await self._redis.aclose()
@@ -137,7 +160,7 @@ class RedisClient:
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise sink_error(SINK, exc, self._secrets) from exc
+            raise sink_error(SINK, exc, [self._login.password] if self._login.password else []) from exc
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:

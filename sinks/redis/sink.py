@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
@@ -69,7 +69,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         if self._keeps_window:
             await self.window.slide()
             await self._notice_loss()
-            self.window.keep(self._notice_loss)
+            self.window.keep(self._notice_loss, self.refresh)
 
     async def check(self) -> list[Finding]:
         address = self._redis.address
@@ -92,6 +92,10 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         if self._keeps_window and (self.window.failed or (batch.ranked and not complete)):
             await self.window.slide()
         return batch.refused
+
+    async def renew(self) -> None:
+        self._settings = cast("RedisSettings", self.settings)
+        await self._redis.login_as(self._settings.redis_url)
 
     async def close(self) -> None:
         try:

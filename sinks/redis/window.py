@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from replicator.contracts.errors import SinkError
+from replicator.contracts.errors import SinkError, SinkMisconfigured
 from sinks.redis.client import RedisClient, script
 from sinks.redis.keys import WINDOW, slide_call
 
@@ -39,9 +39,9 @@ class Window:
             raise
         self.failed = False
 
-    def keep(self, after_slide: Callable[[], Awaitable[None]]) -> None:
-        """Slide once a second from now on, and call `after_slide` each time."""
-        self._task = self._task or asyncio.create_task(self._keep(after_slide), name="redis window")
+    def keep(self, after_slide: Callable[[], Awaitable[None]], turned_away: Callable[[], Awaitable[None]]) -> None:
+        """Slide once a second from now on, and call `after_slide` each time, `turned_away` when Redis refuses us."""
+        self._task = self._task or asyncio.create_task(self._keep(after_slide, turned_away), name="redis window")
 
     def raise_bug(self) -> None:
         """Raise what ended the task, if it has ended: only a bug does that."""
@@ -58,7 +58,9 @@ class Window:
         if not task.cancelled():
             task.result()
 
-    async def _keep(self, after_slide: Callable[[], Awaitable[None]]) -> None:
+    async def _keep(
+        self, after_slide: Callable[[], Awaitable[None]], turned_away: Callable[[], Awaitable[None]]
+    ) -> None:
         """A failure is logged when it begins; the next write meets it as well."""
         # `stop` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
         logged = False  # not `failed`: a write slides, too, and may be the first to see it right again
@@ -70,6 +72,8 @@ class Window:
                 if not logged:
                     logged = True
                     _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc)
+                if isinstance(exc, SinkMisconfigured):
+                    await turned_away()
             else:
                 if logged:
                     logged = False

@@ -23,14 +23,15 @@ from devstack import DevStack
 from devstack.process import Service, free_port, wait_until
 from devstack.proxy import Network, Proxy
 from tests.support.destinations import Destinations
-from tests.support.environment import SECRET
+from tests.support.environment import PASSWORD, SECRET
 from tests.support.exact import assert_exact
 from tests.support.load import insert_many
 from tests.support.program import Program, assert_clean, succeed
 
 SINKS = ("clickhouse", "redis", "http")
 URLS = {sink: f"REPLICATOR_{sink.upper()}_URL" for sink in SINKS}
-RIGHT, WRONG = f"{SECRET}-right", f"{SECRET}-wrong"
+RIGHT, WRONG, ROTATED = f"{SECRET}-right", f"{SECRET}-wrong", f"{SECRET}-rotated"
+DSN = "REPLICATOR_POSTGRES_DSN"
 DISK_BYTES = 48_000_000
 NOT_ENOUGH_SPACE = "Code: 243. DB::Exception: Cannot reserve 1.00 MiB, not enough space. (NOT_ENOUGH_SPACE)"
 
@@ -328,6 +329,56 @@ def test_the_password_is_changed(
     assert 0 == quick.stop()
     hands.mend()
     is_clean_and_exact(quick, database, destinations)
+
+
+def test_secrets_are_rotated(
+    quick: Program,
+    database: str,
+    source: psycopg.Connection,
+    *,
+    destinations: Destinations,
+    hands: Hands,
+    tmp_path: Path,
+) -> None:
+    """In their files, while it runs: PostgreSQL's password and every sink's. It takes the new ones by itself."""
+    files = _secrets_in_files(quick, hands, tmp_path)
+    begin(quick, source)
+    quick.wait_until_caught_up()
+    for sink in SINKS:
+        hands.password(sink, ROTATED)
+    source.execute(f"ALTER ROLE replicator PASSWORD '{ROTATED}'")
+    terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'replicator'"
+    source.execute(terminate)
+    try:
+        quick.wait_for_log("PostgreSQL refuses the connection")
+        wait_until(lambda: "refuses the connection" in quick.admin("/readyz"), "it to say so")
+        assert "authentication failed" in quick.run("check").stdout
+        insert_many(source, 100)
+        for file in files:
+            file.write_text(file.read_text().replace(RIGHT, ROTATED).replace(PASSWORD, ROTATED))
+        wait_until(lambda: "ready\n" == quick.admin("/readyz"), "it to be ready by itself")
+        quick.wait_until_caught_up()
+        assert 0 == quick.stop()
+    finally:
+        source.execute(f"ALTER ROLE replicator PASSWORD '{PASSWORD}'")
+    hands.mend()
+    is_clean_and_exact(quick, database, destinations)
+
+
+def _secrets_in_files(quick: Program, hands: Hands, folder: Path) -> list[Path]:
+    """The same settings, each in a file, and every destination with a password."""
+    variables = quick.environment
+    variables["REPLICATOR_CLICKHOUSE_URL"] = variables["REPLICATOR_CLICKHOUSE_URL"].replace("@", f":{RIGHT}@")
+    variables["REPLICATOR_REDIS_URL"] = variables["REPLICATOR_REDIS_URL"].replace("//", f"//:{RIGHT}@")
+    variables["REPLICATOR_HTTP_BEARER_TOKEN"] = RIGHT
+    files = []
+    for name in (*(URLS[sink] for sink in ("clickhouse", "redis")), "REPLICATOR_HTTP_BEARER_TOKEN", DSN):
+        files.append(folder / name)
+        files[-1].write_text(variables.pop(name))
+        variables[f"{name}_FILE"] = str(files[-1])
+    for sink in SINKS:
+        hands.password(sink, RIGHT)
+    return files
 
 
 # -- a disk that is full -------------------------------------------------------------------------------------------

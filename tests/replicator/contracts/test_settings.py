@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.settings import CoreSettings, load
+from replicator.contracts.settings import CoreSettings, fresh, load
 
 SECRET = "postgresql://app:hunter2@localhost/engagement"  # noqa: S105  what must not be shown
 
@@ -135,3 +135,29 @@ def test_levels_are_levels_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """As other programs take them."""
     monkeypatch.setenv("REPLICATOR_LOG_LEVEL", "INFO")
     assert "info" == load(CoreSettings).log_level
+
+
+def test_a_secret_in_a_file_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only that: a file that is being replaced, and what came from elsewhere, stays as it was."""
+    file = tmp_path / "dsn"
+    file.write_text("host=before")
+    monkeypatch.setenv("REPLICATOR_POSTGRES_DSN_FILE", str(file))
+    settings = load(CoreSettings)
+    monkeypatch.setenv("REPLICATOR_SLOT", "another")
+    assert fresh(settings) is settings
+    file.write_text("host=after")
+    found = fresh(settings)
+    assert ("host=after", settings.slot) == (found.postgres_dsn.get_secret_value(), found.slot)
+    for unusable in ("postgresql://half@of@it", None):
+        if unusable:
+            file.write_text(unusable)
+        else:
+            file.unlink()
+        assert fresh(found) is found
+
+
+def test_without_files_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is rotated."""
+    settings = load(CoreSettings)
+    monkeypatch.setenv("REPLICATOR_POSTGRES_DSN", "host=another")
+    assert fresh(settings) is settings
