@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointBackward, CheckpointUnavailable, Overtaken, SourceUnavailable, command
-from replicator.contracts.events import Checkpoint, Lsn, Row, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Row, SinkPosition, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
@@ -29,6 +29,8 @@ from replicator.source.takeover import Beginning
 
 LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
+
+PAUSED = "sink %s is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after %s for it"
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class Pipeline:
         self.fan_out = FanOut(settings, self.letters, limit_bytes=settings.memory_limit_mb * 1_000_000)
         self.checkpoint: Checkpoint | None = None
         """What is on disk; None until the slot is taken for the first time, and once another replicator has it."""
+        self.paused: dict[str, SinkPosition] = {}
+        """Sinks that get nothing, each where it is: nothing past it is confirmed."""
         self.trouble = Trouble(message="starting")
         """Why nothing is read."""
         self.saving = Trouble()
@@ -76,11 +80,11 @@ class Pipeline:
             return
         # 1. Sinks: what each of them holds, durably; the slowest one counts. If the slowest sink was removed from the
         #    settings, every other sink may be ahead of `received`.
-        written = {lane.name: lane.reached for lane in self.fan_out.lanes}
+        written = self.paused | {lane.name: lane.reached for lane in self.fan_out.lanes}
         end_lsn = min(self.source.received, *(reached.end_lsn for reached in written.values()))
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
-            committed_at = max(self.checkpoint.committed_at, self.fan_out.committed_at)
+            committed_at = max(self.checkpoint.committed_at, 0.0 if self.paused else self.fan_out.committed_at)
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=committed_at)
             self._offers.append(checkpoint)
             await asyncio.to_thread(self._store.save, checkpoint)
@@ -210,7 +214,11 @@ class Pipeline:
             problem, moved = "the checkpoint moved while the slot changed hands", format_lsn(stored.end_lsn)
             raise SourceUnavailable(problem=problem, detail=moved, cure="`run` begins again from there")
         await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
-        self.fan_out.open(self._sinks, self._beginning.starts(stored))
+        starts = self._beginning.starts(stored)
+        self.paused = {name: starts[name] for name in self._settings.paused_sinks}
+        for name, at in self.paused.items():
+            log.warning(PAUSED, name, format_lsn(at.end_lsn), extra={"sink": name})
+        self.fan_out.open([sink for sink in self._sinks if sink.name not in self.paused], starts)
         self.checkpoint = stored
 
     async def _carry_chunk(self) -> None:

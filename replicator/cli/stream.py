@@ -151,7 +151,7 @@ async def init(
             print(f"made replication slot {slot}")
         if kept:
             print(f"standbys keep a copy of replication slot {slot} from now on")
-        if accept_gap and taken.resumed:
+        if accept_gap and taken.resumed and not taken.gap:
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")
         print("\n".join(taken.gap or [await app.enricher.history() or "no older rows: nothing to backfill"]))

@@ -208,6 +208,18 @@ class StreamGap(SourceError):
         )
 
 
+class SinkLeftOut(SourceError):
+    """A sink is back that was left out of REPLICATOR_SINKS. The slot no longer has what went by."""
+
+    def __init__(self, *, sink: str, at: str, others: str) -> None:
+        super().__init__(
+            f"sink {sink} was left out after {at}, the others went on to {others}. It lacks what was committed in"
+            " between; the others lack nothing",
+            f"{command('init --accept-gap')} lets it begin at {others}, and prints the backfill command for it alone."
+            " Or leave it out. Where a sink is to miss nothing, name it in REPLICATOR_PAUSED_SINKS instead",
+        )
+
+
 class SourceUnusable(SourceError):
     """PostgreSQL can't be replicated from until an operator has changed something: wal_level, rights, tables."""
 

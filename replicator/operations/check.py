@@ -5,50 +5,85 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import closing
 
-from replicator.contracts.errors import CheckpointError, SourceError, command
+from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, command
 from replicator.contracts.events import Finding, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
-from replicator.contracts.stores import Checkpoints
+from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.http import exposed
-from replicator.operations.status import in_danger
+from replicator.operations.status import ask_replicator, in_danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
 
+log = logging.getLogger(__name__)
+
 
 async def findings(
-    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: Checkpoints
+    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
     """Everything, one after the other; never raises for what it finds."""
-    if warning := exposed(settings.admin_listen):
-        yield Finding(True, warning)
-    for finding in open_to_all([*secret_files(), *store.files()]):
+    for finding in _machine(settings, store):
         yield finding
+    asked = [sink for sink in sinks if sink.name not in settings.paused_sinks]
+    sink_checks = [(f"sink {sink.name}", sink.check) for sink in asked]
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
     except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at
         yield Finding(False, exc.problem, exc.cure)
-        checks = [sink.check for sink in sinks]
+        checks = sink_checks
     else:
         for finding in found.findings:
             yield finding
         if found.may_stream:
             async for finding in _beginning(settings, enricher, sinks, store):
                 yield finding
-        checks = [enricher.check, *(sink.check for sink in sinks)]
-    for check in checks:
-        for finding in await check():
+        checks = [("tables", enricher.check), *sink_checks]
+    for name, check in checks:
+        for finding in await _checked(name, check):
             yield finding
+    async for finding in _running(settings):
+        yield finding
+
+
+def _machine(settings: CoreSettings, store: CheckpointStore) -> Iterator[Finding]:
+    """Who else reaches what is here."""
+    if warning := exposed(settings.admin_listen):
+        yield Finding(True, warning)
+    yield from open_to_all([*secret_files(), *store.files()])
+
+
+async def _running(settings: CoreSettings) -> AsyncIterator[Finding]:
+    """What it may not do, and what the replicator of this slot says of itself if it runs here."""
+    for name in settings.paused_sinks:
+        yield Finding(True, f"sink {name} is paused (REPLICATOR_PAUSED_SINKS) and not asked")
+    live, _ = await ask_replicator(settings)
+    if live and not live.reasons:
+        yield Finding(True, f"the running replicator is {'the standby' if live.standby else 'ready'}")
+    for reason in live.reasons if live else ():
+        yield Finding(False, f"the running replicator is not ready: {reason}")
+
+
+async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:
+    """What it finds. A sink of another package may raise anything: the others are looked at all the same."""
+    try:
+        return await check()
+    except ReplicatorError as exc:
+        return [Finding(False, exc.problem, exc.cure)]
+    except Exception as exc:
+        log.debug("the check of %s failed", name, exc_info=True)
+        problem = f"{name}: its check failed in an unexpected way ({type(exc).__name__})"
+        return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it")]
 
 
 async def _beginning(
-    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: Checkpoints
+    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
     """Slot and checkpoint, and whether the two fit together."""
     try:

@@ -28,6 +28,9 @@ from replicator.source.slot import SlotState
 ADMIN_TIMEOUT_SECONDS = 2.0
 """The replicator is on this machine or not there."""
 
+STATUS_BYTES = 1_000_000
+"""Longer than any status."""
+
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 
@@ -193,7 +196,7 @@ def _lag_bytes(lsn: Lsn, state: SlotState | None) -> int | None:
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
-    live, live_trouble = await _ask_replicator(settings)
+    live, live_trouble = await ask_replicator(settings)
     state, trouble = await _seen(slots.look(dsn, name, "replicator status"))
     kept, store_trouble = await _seen(asyncio.to_thread(lambda: (store.load(name), store.count_dead_letters(name))))
     stored, letters = kept or (None, None)
@@ -247,13 +250,13 @@ async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:
         return None, str(exc)
 
 
-async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
+async def ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
+    """What the replicator of this slot says that runs here, or why it says nothing."""
     if not settings.admin_listen:
         return None, ""
     address, url = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})", f"http://{settings.admin_listen}/status"
     try:
-        async with aiohttp.request("GET", url, timeout=aiohttp.ClientTimeout(ADMIN_TIMEOUT_SECONDS)) as response:
-            live = msgspec.json.decode(await response.read(), type=Status)
+        live = msgspec.json.decode(await _fetch(url), type=Status)
     except (aiohttp.ClientError, TimeoutError):
         return None, f"no answer at {address}: the replicator does not run here"
     except msgspec.DecodeError:
@@ -261,6 +264,18 @@ async def _ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
     if live.slot.name != settings.slot:
         return None, f"the replicator of another slot, {live.slot.name}, answers at {address}"
     return live, ""
+
+
+async def _fetch(url: str) -> bytes:
+    """The beginning of the body: another program may answer there, and without an end."""
+    body = b""
+    timeout = aiohttp.ClientTimeout(ADMIN_TIMEOUT_SECONDS)
+    async with aiohttp.request("GET", url, timeout=timeout, allow_redirects=False) as response:
+        async for piece in response.content.iter_any():
+            body += piece
+            if len(body) > STATUS_BYTES:
+                break
+    return body
 
 
 def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:

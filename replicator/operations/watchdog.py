@@ -15,12 +15,12 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError
-from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition, format_lsn
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
 from replicator.operations.status import STALL_SECONDS
-from replicator.pipeline import Pipeline
+from replicator.pipeline import PAUSED, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
 from replicator.source.server import refuses_everybody, shuts_down
@@ -125,7 +125,8 @@ class Watchdog:
             ),
             slot=statuses.of_slot(self._name, self.slot, self.trouble),
             checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
-            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes},
+            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes}
+            | {name: self._paused(name, at) for name, at in pipeline.paused.items()},
             dead_letters=statuses.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
         )
 
@@ -139,6 +140,9 @@ class Watchdog:
             dead_letters=lane.stats.dead_letters,
             waiting=lane.waiting,
         )
+
+    def _paused(self, name: str, at: SinkPosition) -> statuses.SinkStatus:
+        return structs.replace(statuses.of_sink(at, self.slot), trouble=PAUSED % (name, format_lsn(at.end_lsn)))
 
     def lag_seconds(self, lane: Lane) -> float:
         """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
@@ -173,7 +177,7 @@ class Watchdog:
     def _stalled(self) -> str:
         """That and why the slot stands still while there is something to read; else empty."""
         seconds = time.monotonic() - self._moved_at
-        if seconds < STALL_SECONDS or not self._lag_bytes():
+        if seconds < STALL_SECONDS or not self._lag_bytes() or self.pipeline.paused:  # a reason of its own
             return ""
         return f"the slot has not moved for {seconds:.0f} s while {self._lag_bytes()} bytes wait: {self._why()}"
 
@@ -196,7 +200,8 @@ class Watchdog:
     def _unsaved(self) -> str:
         """That and why sinks have moved on and no checkpoint was saved since; else empty."""
         pipeline, now = self.pipeline, time.monotonic()
-        stored, reached = pipeline.checkpoint, {lane.name: lane.reached for lane in pipeline.fan_out.lanes}
+        stored = pipeline.checkpoint
+        reached = pipeline.paused | {lane.name: lane.reached for lane in pipeline.fan_out.lanes}
         if stored is None or stored is not self._saved or stored.sinks == reached:
             self._saved, self._saved_at = stored, now
         if pipeline.saving.seconds() >= TROUBLE_SECONDS:
@@ -222,6 +227,7 @@ class Watchdog:
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""
         lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
+        lanes += [PAUSED % (name, format_lsn(at.end_lsn)) for name, at in self.pipeline.paused.items()]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
         found = [reading, self.trouble, *lanes, self._unsaved(), *slot]

@@ -15,7 +15,14 @@ import msgspec
 from msgspec import structs
 from psycopg import rows, sql
 
-from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SlotWaits, SourceError, StreamGap
+from replicator.contracts.errors import (
+    SlotInvalid,
+    SlotLost,
+    SlotMissing,
+    SlotWaits,
+    SourceError,
+    StreamGap,
+)
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
 from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.server import Identity, chooses, parted
@@ -193,20 +200,26 @@ def _gap(state: SlotState, checkpoint: Checkpoint) -> str:
         return (
             f"it was confirmed up to {confirmed}, past the checkpoint's {end} (made again, or another program read it)"
         )
-    for name in left_out(checkpoint):
-        at = format_lsn(checkpoint.sinks[name].end_lsn)
-        return f"sink {name} was left out after {at}, the others went on to {end}"
     return ""
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
+def behind(checkpoint: Checkpoint) -> list[str]:
     """Sinks that were not configured while the others went on."""
     return [name for name, at in checkpoint.sinks.items() if at.end_lsn < checkpoint.end_lsn]
 
 
+def left_out(stored: Checkpoint, names: Collection[str]) -> list[str]:
+    """Those of these sinks that lack rows which went by while they were not configured.
+
+    A row that went by is in the position of some sink that is stored, configured today or not.
+    """
+    newest = max((at.position.commit_lsn for at in stored.sinks.values()), default=0)
+    return [name for name in behind(stored) if name in names and newest >= stored.sinks[name].end_lsn]
+
+
 def _when(checkpoint: Checkpoint | None) -> str:
     """Every sink of the checkpoint has what was committed before. A sink that was left out was not dated."""
-    if checkpoint is None or not checkpoint.committed_at or left_out(checkpoint):
+    if checkpoint is None or not checkpoint.committed_at or behind(checkpoint):
         return "an unknown time"
     return iso(datetime.fromtimestamp(checkpoint.committed_at, UTC))
 

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ from replicator.contracts.errors import (
     PROGRAM,
     CheckpointBackward,
     CheckpointMissing,
+    ReplicatorError,
+    SinkLeftOut,
     SlotInUse,
     SlotMissing,
     SlotWaits,
@@ -27,7 +28,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition, format_lsn
 from replicator.contracts.sink import Sink
-from replicator.contracts.stores import Checkpoints
+from replicator.contracts.stores import CheckpointStore
 from replicator.source import slot as slots
 from replicator.source.server import Identity, lost_by_failover
 from replicator.source.stream import Source
@@ -66,17 +67,24 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
         if self.was_read and self.state is not None:
             raise CheckpointMissing(slot=self.slot, confirmed=format_lsn(self.state.confirmed_lsn or 0))
         slots.verify(self.slot, self.state, self.identity, self.checkpoint)
+        if self.stored and (names := self.left_out()):
+            at, others = self.stored.sinks[names[0]].end_lsn, self.stored.end_lsn
+            raise SinkLeftOut(sink=names[0], at=format_lsn(at), others=format_lsn(others))
 
-    def is_gap(self) -> bool:
-        """Whether there is a gap to accept. Raises SlotInUse: a running replicator's checkpoint is not replaced."""
+    def left_out(self) -> list[str]:
+        """Configured sinks that lack what went by while they were not."""
+        return slots.left_out(self.stored, self.checkpoint.sinks) if self.stored and self.checkpoint else []
+
+    def gap(self) -> ReplicatorError | None:
+        """The gap that can be accepted. Raises SlotInUse: a running replicator's checkpoint is not replaced."""
         try:
             self.verify()
         # A lost slot is not among them: nothing can be read from it, so it has to be dropped first.
-        except (SlotMissing, StreamGap, CheckpointMissing) as exc:
+        except (SlotMissing, StreamGap, CheckpointMissing, SinkLeftOut) as exc:
             if self.state is not None and self.state.active_pid is not None:
                 raise SlotInUse(slot=self.slot, pid=self.state.active_pid) from exc
-            return True
-        return False
+            return exc
+        return None
 
 
 class Takeover(NamedTuple):
@@ -97,7 +105,7 @@ class Beginning:
     def __init__(
         self,
         source: Source,
-        store: Checkpoints,
+        store: CheckpointStore,
         slot: str,
         sinks: Sequence[Sink],
         waits: Callable[[SlotWaits], None] = log.warning,
@@ -137,11 +145,14 @@ class Beginning:
         Raises SourceError or CheckpointMissing when they do not fit, unless the operator accepts that.
         """
         found = await self.look()
-        gap = accept_gap and found.is_gap()
+        gap = found.gap() if accept_gap else None
+        if isinstance(gap, SinkLeftOut):
+            return await self._rejoin(found)
         if gap:  # as on the first start; what makes a slot unusable with no checkpoint is still an error
             found = structs.replace(found, checkpoint=None, was_read=False)
         found.verify()
-        if found.checkpoint is not None:
+        if found.stored is not None and found.checkpoint is not None:
+            await self._date_absences(found.stored)
             return Takeover(self._on_timeline(found.checkpoint, found.identity), resumed=True)
         state = found.state or await self._source.create_slot(self._waits)
         first = slots.first_checkpoint(self._slot, state, found.identity)
@@ -156,9 +167,37 @@ class Beginning:
         lines = list(describe(found, first, state, self._sinks)) if gap and state else []
         return Takeover(first, created_slot=found.state is None, gap=lines)
 
+    async def _rejoin(self, found: Found) -> Takeover:
+        """Sinks that were left out begin where the slot is; the others lack nothing, and nothing changes for them."""
+        assert found.checkpoint  # noqa: S101  it says that they were left out
+        assert found.state  # noqa: S101  likewise
+        end_lsn, sinks, since = found.checkpoint.end_lsn, dict(found.checkpoint.sinks), {}
+        for name in found.left_out():
+            sinks[name] = structs.replace(sinks[name], end_lsn=end_lsn)
+            at = await asyncio.to_thread(self._store.load_progress, self._slot, _absence(name))
+            since[name] = datetime.fromtimestamp(float(at), UTC) if at else None
+        checkpoint = structs.replace(found.checkpoint, sinks=sinks)
+        await asyncio.to_thread(self._store.save, checkpoint)
+        back = [sink for sink in self._sinks if sink.name in since]
+        lines = [
+            f"sink {sink.name} begins after {format_lsn(end_lsn)}; what was committed since"
+            f" {_time(since[sink.name])} may be missing there, the other sinks lack nothing"
+            for sink in back
+        ]
+        until = datetime.fromtimestamp(found.state.server_time, UTC)
+        return Takeover(checkpoint, resumed=True, gap=[*lines, "To bring it:", *_backfills(since, until, back)])
+
+    async def _date_absences(self, stored: Checkpoint) -> None:
+        """Keep since when a sink is left out, before the others go on: the checkpoint's own time goes with them."""
+        for name in stored.sinks.keys() - {sink.name for sink in self._sinks}:
+            if stored.committed_at and stored.sinks[name].end_lsn >= stored.end_lsn:
+                save = self._store.save_progress
+                await asyncio.to_thread(save, self._slot, _absence(name), str(stored.committed_at))
+
     def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
         """Where each configured sink continues; one without a position begins at the checkpoint."""
-        starts = dict(checkpoint.sinks)
+        end_lsn = checkpoint.end_lsn  # one that was left out, and lacks nothing, is as far as the others
+        starts = {name: structs.replace(at, end_lsn=max(at.end_lsn, end_lsn)) for name, at in checkpoint.sinks.items()}
         for name in (sink.name for sink in self._sinks if sink.name not in starts):
             starts[name] = SinkPosition(position=Position(0, 0), end_lsn=checkpoint.end_lsn)
             at = format_lsn(checkpoint.end_lsn)
@@ -190,7 +229,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
         return
     until = datetime.fromtimestamp(state.server_time, UTC)
     since = datetime.fromtimestamp(stored.committed_at, UTC) if stored.committed_at else None
-    dated = set(stored.sinks).difference(slots.left_out(stored)) if since else set()
+    dated = set(stored.sinks).difference(slots.behind(stored)) if since else set()
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
     if since and lost_by_failover(found.identity, stored):
         yield f"{accepted}; {LOST}:"
@@ -199,24 +238,33 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
             yield "Everything else comes through the slot: nothing has to be brought."
             return
-    yield (
-        f"{accepted}; what was committed from {slots.iso(since) if since else 'an unknown time'} to {slots.iso(until)}"
-        " may be missing. To bring it:"
-    )
-    yield from _backfills(dated, since, until, sinks)
+    yield (f"{accepted}; what was committed from {_time(since)} to {slots.iso(until)} may be missing. To bring it:")
+    yield from _backfills(dict.fromkeys(dated, since), until, sinks)
 
 
-def _backfills(dated: Collection[str], since: datetime | None, until: datetime, sinks: Sequence[Sink]) -> Iterator[str]:
-    for known, repeats in itertools.product((True, False), (False, True)):
-        names = [sink.name for sink in sinks if (sink.name in dated, sink.max_repeats is not None) == (known, repeats)]
-        if names:
-            notes = [NOT_DATED] * (not known) + [REPEATS] * repeats
-            command = f"  {PROGRAM} backfill {_range(since if known else None, until)} --sinks {','.join(names)}"
-            yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
+def _backfills(since: Mapping[str, datetime | None], until: datetime, sinks: Sequence[Sink]) -> Iterator[str]:
+    """The commands that bring what sinks lack, each from its own time on."""
+    groups: dict[tuple[bool, bool, datetime | None], list[str]] = {}
+    for sink in sinks:
+        begin = since.get(sink.name)
+        groups.setdefault((begin is None, sink.max_repeats is not None, begin), []).append(sink.name)
+    for (unknown, repeats, begin), names in sorted(groups.items(), key=lambda group: group[0][:2]):
+        notes = [NOT_DATED] * unknown + [REPEATS] * repeats
+        command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}"
+        yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
         f"(It begins {MARGIN.total_seconds() / 3600:.0f} h earlier, because event_ts is older than the commit. Where"
         " transactions last longer, or applications set event_ts themselves, begin still earlier.)"
     )
+
+
+def _absence(sink: str) -> str:
+    """What the time since when a sink is left out is found by, among the tasks of the checkpoint database."""
+    return f"left out: {sink}"
+
+
+def _time(since: datetime | None) -> str:
+    return slots.iso(since) if since else "an unknown time"
 
 
 def _range(since: datetime | None, until: datetime) -> str:

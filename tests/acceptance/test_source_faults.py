@@ -352,7 +352,7 @@ def test_a_gap_is_not_accepted_while_the_slot_is_read(
     assert f"Replication slot {quick.slot} is held by process" in result.stderr
     assert before[2] == _stored(tmp_path)[2], "where the API is"
     assert 0 == quick.stop()
-    refused(quick, "sink http was left out after")
+    refused(quick, "Sink http was left out after")
 
 
 def _stored(folder: Path) -> list[tuple[object, ...]]:

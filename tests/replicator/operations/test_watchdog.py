@@ -80,6 +80,7 @@ class FakePipeline:
         )
         self.source = FakeSource()
         self.fan_out = self
+        self.paused: dict[str, SinkPosition] = {}
         self.on_disk: Checkpoint | None = self.checkpoint
         self.lanes: list[Lane | FakeLane] = [FakeLane()]
 
@@ -382,3 +383,11 @@ def test_a_trouble_is_told_once(watchdog: Looking, pipeline: Pipeline) -> None:
     """The stream and the look at the slot meet the same server."""
     pipeline.trouble.message = watchdog.trouble = "PostgreSQL is not reachable"
     assert ["PostgreSQL is not reachable"] == watchdog.look()
+
+
+def test_a_paused_sink_is_a_reason_and_no_stall(watchdog: Looking, pipeline: Pipeline) -> None:
+    """It stands still because somebody wants it to: that is said, and nobody is blamed."""
+    pipeline.paused["clickhouse"] = SinkPosition(position=Position(9, 1), end_lsn=16)
+    watchdog.look(1, server_lsn=300)
+    [reason] = watchdog.look(2 * STALL_SECONDS)
+    assert "sink clickhouse is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after 0/10 for it" == reason

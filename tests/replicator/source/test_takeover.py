@@ -10,6 +10,7 @@ from msgspec import structs
 from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointMissing,
+    SinkLeftOut,
     SlotInUse,
     SlotLost,
     SlotMissing,
@@ -69,6 +70,7 @@ class Store:
         self.stored = stored
         self.failure = failure
         self.calls: list[str] = []
+        self.tasks: dict[str, str | None] = {}
 
     def load(self, _slot: str) -> Checkpoint | None:
         """What there is."""
@@ -80,6 +82,14 @@ class Store:
         if self.failure:
             raise self.failure
         self.stored = checkpoint
+
+    def save_progress(self, _slot: str, task: str, progress: str | None) -> None:
+        """Beside the checkpoint."""
+        self.tasks[task] = progress
+
+    def load_progress(self, _slot: str, task: str) -> str | None:
+        """What was saved."""
+        return self.tasks.get(task)
 
     def replace(self, checkpoint: Checkpoint) -> None:
         """As after an accepted gap."""
@@ -134,17 +144,50 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
     assert http.endswith(", sees again what it has of that time, under the same event_id")
 
 
-async def test_a_sink_that_was_left_out_is_sent_everything() -> None:
-    """How far the others are says nothing of it: the time of the gap is unknown, and every event is brought."""
+@pytest.mark.parametrize("dated", [True, False])
+async def test_a_sink_that_was_left_out_comes_back_alone(dated: bool) -> None:
+    """It begins where the slot is, with a command for what it lacks; the others keep their places."""
     redis, http = STORED.sinks["redis"], SinkPosition(position=Position(1, 1), end_lsn=2)
     stored = structs.replace(STORED, sinks={"redis": redis, "http": http})
-    sinks = MemorySink(name="redis"), MemorySink(name="http", max_repeats=100)
-    with pytest.raises(StreamGap, match=r"sink http was left out .* since an unknown time"):
-        await beginning(Slot(STATE), Store(stored), *sinks).take()
-    taken = await beginning(Slot(STATE), Store(stored), *sinks).take(accept_gap=True)
-    of_redis, of_http = taken.gap[1:3]
-    assert "--start 2026-01-08T07:31:52Z" in of_redis
-    assert "--start 0001-01-01" in of_http
+    sinks, store = (MemorySink(name="redis"), MemorySink(name="http", max_repeats=100)), Store(stored)
+    if dated:
+        store.tasks["left out: http"] = str(stored.committed_at - 3_600)
+    with pytest.raises(SinkLeftOut, match=r"sink http was left out after 0/2, the others went on to 0/64\."):
+        await beginning(Slot(STATE), store, *sinks).take()
+    taken = await beginning(Slot(STATE), store, *sinks).take(accept_gap=True)
+    told = "\n".join(taken.gap)
+    assert "sink http begins after 0/64" in told
+    since = "2026-01-08T06:31:52Z" if dated else "0001-01-01"
+    assert f"--start {since} --end 2026-01-08T09:21:54Z --sinks http" in told
+    assert 1 == told.count("backfill")
+    assert "redis" not in told
+    after = {"redis": redis, "http": SinkPosition(position=Position(1, 1), end_lsn=stored.end_lsn)}
+    assert (after, True) == (taken.checkpoint.sinks, taken.resumed)
+    assert (after, ["save"]) == (store.stored and store.stored.sinks, store.calls)
+    again = await beginning(Slot(STATE), store, *sinks).take()
+    assert after == again.checkpoint.sinks
+
+
+async def test_the_time_since_when_a_sink_is_left_out_is_kept() -> None:
+    """Before the others go on; once they have, it stays."""
+    store = Store(structs.replace(STORED, sinks={"redis": AT_100, "http": AT_100}, end_lsn=AT_100.end_lsn))
+    await beginning(Slot(STATE), store).take()
+    since = str(STORED.committed_at)
+    assert {"left out: http": since} == store.tasks
+    assert store.stored
+    store.stored = structs.replace(store.stored, end_lsn=AT_100.end_lsn + 1, committed_at=STORED.committed_at + 9)
+    await beginning(Slot(STATE), store).take()
+    assert {"left out: http": since} == store.tasks
+
+
+async def test_a_sink_that_was_left_out_and_lacks_nothing_goes_on() -> None:
+    """Only other transactions went by: it is as far as the others."""
+    stored = structs.replace(STORED, sinks={"redis": AT_100, "http": structs.replace(AT_100, end_lsn=99)})
+    sinks = MemorySink(name="redis"), MemorySink(name="http")
+    begin = beginning(Slot(STATE), Store(stored), *sinks)
+    assert AT_100.position.commit_lsn < 99
+    starts = begin.starts((await begin.take()).checkpoint)
+    assert stored.end_lsn == starts["http"].end_lsn
 
 
 async def test_a_slot_that_was_just_made_dates_the_checkpoint() -> None:

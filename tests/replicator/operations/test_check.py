@@ -1,0 +1,87 @@
+"""`check` as a whole: one part that breaks hides no other, and it agrees with the replicator that runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from msgspec import structs
+
+from replicator.contracts.errors import SourceUnavailable
+from replicator.contracts.events import Finding
+from replicator.contracts.settings import CoreSettings
+from replicator.operations import check, server
+from replicator.operations.status import CheckpointStatus, SlotStatus, Status
+from sinks.testing import MemorySink
+
+LIVE = Status(
+    reasons=[],
+    replicator=None,
+    slot=SlotStatus(name="engagement_slot"),
+    checkpoint=CheckpointStatus(),
+    sinks={},
+    dead_letters=None,
+)
+
+
+class Breaking(MemorySink):
+    """A sink of another package, with a bug."""
+
+    async def check(self) -> list[Finding]:
+        """Raise."""
+        raise OSError("s3cret")
+
+
+async def found(
+    monkeypatch: pytest.MonkeyPatch, live: Status | None, *sinks: MemorySink, **settings: object
+) -> list[Finding]:
+    """Everything, without PostgreSQL."""
+
+    async def away(*_: object) -> None:
+        raise SourceUnavailable(detail="away")
+
+    async def ask(_: object) -> tuple[Status | None, str]:
+        return live, ""
+
+    monkeypatch.setattr(server, "look", away)
+    monkeypatch.setattr(check, "ask_replicator", ask)
+    core = CoreSettings.model_validate({"sinks": ",".join(sink.name for sink in sinks) or "redis", **settings})
+    store: Any = SimpleNamespace(files=list)
+    return [finding async for finding in check.findings(core, cast("Any", None), sinks, store)]
+
+
+async def test_a_check_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a finding with the kind of the error, whose text may be anything; the next sink is looked at."""
+    _, broken, *_ = await found(monkeypatch, None, Breaking(name="lines"), MemorySink(name="redis"))
+    assert (False, "sink lines: its check failed in an unexpected way (OSError)") == broken[:2]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "standby", "expected"),
+    [
+        ([], "", (True, "the running replicator is ready")),
+        ([], "held by process 7", (True, "the running replicator is the standby")),
+        (["sink http answered 401"], "", (False, "the running replicator is not ready: sink http answered 401")),
+    ],
+)
+async def test_check_asks_the_running_replicator(
+    reasons: list[str], standby: str, expected: tuple[bool, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only shows while events flow: an API that refuses every POST."""
+    findings = await found(monkeypatch, structs.replace(LIVE, reasons=reasons, standby=standby))
+    assert expected == findings[-1][:2]
+
+
+async def test_a_paused_sink_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be away."""
+    findings = await found(monkeypatch, None, Breaking(name="lines"), MemorySink(name="redis"), paused_sinks="lines")
+    assert (True, "sink lines is paused (REPLICATOR_PAUSED_SINKS) and not asked") == findings[-1][:2]
+    assert not [finding for finding in findings if "its check failed" in finding.what]
+
+
+async def test_an_address_that_others_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `run` does; it is no failure."""
+    first, *_ = await found(monkeypatch, None, admin_listen="0.0.0.0:8080")
+    assert first.ok
+    assert "0.0.0.0:8080" in first.what
