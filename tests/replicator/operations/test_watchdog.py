@@ -368,8 +368,8 @@ def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pi
 def test_a_stream_that_comes_no_further_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
     """Connected again and again, and nothing moves; on an idle server there is nothing to come to."""
     cast("FakePipeline", pipeline).source.stuck = "no progress"
-    assert ["no progress"] == watchdog.look(5.0)
-    assert [] == watchdog.look(5.0, server_lsn=80)
+    assert ["no progress"] == watchdog.look(5.0, server_lsn=300)
+    assert [] == watchdog.look(5.0, server_lsn=100)
 
 
 def test_an_outage_is_no_restless_stream(watchdog: Looking, pipeline: Pipeline) -> None:

@@ -152,7 +152,7 @@ async def test_a_sink_that_was_left_out_comes_back_alone(dated: bool) -> None:
     sinks, store = (MemorySink(name="redis"), MemorySink(name="http", max_repeats=100)), Store(stored)
     if dated:
         store.tasks["left out: http"] = str(stored.committed_at - 3_600)
-    with pytest.raises(SinkLeftOut, match=r"sink http was left out after 0/2, the others went on to 0/64\."):
+    with pytest.raises(SinkLeftOut, match=r"Sink http was left out after 0/2, the others went on to 0/64\."):
         await beginning(Slot(STATE), store, *sinks).take()
     taken = await beginning(Slot(STATE), store, *sinks).take(accept_gap=True)
     told = "\n".join(taken.gap)
