@@ -13,11 +13,9 @@ from collections.abc import Sequence
 
 from replicator.contracts.events import Event
 
-ENOUGH = 20
-"""So many refusals in a row of what was refused before prove that the destination means it. One that refuses half of
-all requests at random does that once in a million times."""
-FRESH_SECONDS = 10.0
-"""Repeated refusals that are older do not count: the destination may have changed since."""
+ENOUGH = 12
+"""So many refusals in a row of one event prove that the destination means it. One that refuses half of all requests at
+random does that once in 4,096 times, and seldom without taking another event that it refused meanwhile."""
 DOUBT_SECONDS = 60.0
 """A destination that took what it had refused may do that again: for so long nothing becomes a dead letter."""
 SUSPICIOUS = 20
@@ -36,8 +34,7 @@ class Evidence:
         """Requests that were refused since one was taken."""
         self._taken = 0
         self._witnesses: deque[Event] = deque(maxlen=WITNESSES)
-        self._repeated = 0
-        self._repeated_at = self._contradicted_at = -DOUBT_SECONDS
+        self._contradicted_at = -DOUBT_SECONDS
 
     def ask(self) -> int:
         """The number of a request that begins now."""
@@ -59,24 +56,11 @@ class Evidence:
         chosen = random.sample(self._witnesses, min(2, most, len(self._witnesses)))
         return sorted({event.id: event for event in chosen}.values(), key=lambda event: event.id)
 
-    def repeat(self, asked_at: float) -> None:
-        """An event that was refused was refused again, asked at that time (time.monotonic())."""
-        if asked_at - self._repeated_at > FRESH_SECONDS:
-            self._repeated = 0
-        self._repeated += 1
-        self._repeated_at = time.monotonic()
-
     def contradict(self) -> None:
         """An event that was refused was taken."""
-        self._repeated = 0
         self._contradicted_at = time.monotonic()
 
     @property
     def doubtful(self) -> bool:
         """It took what it had refused, not long ago."""
         return time.monotonic() - self._contradicted_at < DOUBT_SECONDS
-
-    @property
-    def enough(self) -> bool:
-        """It refuses again whatever it refused before."""
-        return self._repeated >= ENOUGH and not self.doubtful

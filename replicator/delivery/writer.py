@@ -21,11 +21,12 @@ from replicator.contracts.errors import (
     SinkContradicts,
     SinkMisconfigured,
     SinkRefusesAll,
+    SinkUnavailable,
     SinkUnusable,
 )
 from replicator.contracts.events import Event, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
-from replicator.delivery.evidence import SUSPICIOUS, Evidence
+from replicator.delivery.evidence import ENOUGH, SUSPICIOUS, Evidence
 from replicator.delivery.queue import Room, Write, weigh
 from replicator.delivery.retry import (
     COMPLAINT_SECONDS,
@@ -52,6 +53,8 @@ class Suspect(NamedTuple):
 
     event: Event
     refused: BatchRefused
+    asked: int
+    """The newest request then."""
 
 
 class Writer:
@@ -78,8 +81,10 @@ class Writer:
         self._evidence = Evidence()
         self._asking = asyncio.Lock()
         self._holds = False
+        self._recovered = 0  # the newest request when it last took something again after refusing everything
         self._only_in_parts = 0
         self._said_at = -COMPLAINT_SECONDS
+        self._told: Write | None = None
         self._broken: set[type[Exception]] = set()
 
     async def open(self, start: SinkPosition | None) -> None:
@@ -115,11 +120,11 @@ class Writer:
                 refusals += await self._ask_in_turn(part, write)
             except BatchRefused as exc:
                 if len(part) == 1:
-                    suspects.append(Suspect(part[0], exc))
+                    suspects.append(Suspect(part[0], exc, self._evidence.asked))
                     continue
                 if halved is None or isinstance(exc, BatchTooLarge):
                     halved = exc
-                    self._begin_halving(exc, part)
+                    self._begin_halving(exc, part, write)
                 parts += halves(part)
         if suspects:
             refusals += await self._examine(suspects, write)
@@ -129,11 +134,11 @@ class Writer:
             self._end_halving(halved, write, len(suspects), len(refusals))
         return refusals
 
-    def _begin_halving(self, exc: BatchRefused, part: Sequence[Event]) -> None:
+    def _begin_halving(self, exc: BatchRefused, part: Sequence[Event], write: Write) -> None:
         if isinstance(exc, BatchTooLarge):
             self.room.shrink(len(part), weigh(part))
         elif time.monotonic() - self._said_at > COMPLAINT_SECONDS:
-            self._said_at = time.monotonic()
+            self._said_at, self._told = time.monotonic(), write
             message = "sink %s refuses %d events at once (%s): it gets parts of them until those at fault are found"
             log.warning(message, self._sink.name, len(part), exc.detail)
 
@@ -141,14 +146,11 @@ class Writer:
         self._only_in_parts = 0 if suspects else self._only_in_parts + 1
         if self._only_in_parts > 1 and not isinstance(exc, BatchTooLarge):  # it takes all of them, but never at once
             self.room.shrink(len(write.events), weigh(write.events))
-        taken = len(write.events) - refused
-        log.info(
-            "sink %s took %d of %d events in parts; %d are dead letters",
-            self._sink.name,
-            taken,
-            len(write.events),
-            refused,
-        )
+        if self._told is write:
+            message = "sink %s took %d of those %d events in parts; dead letters: %d"
+            total = len(write.events)
+            log.info(message, self._sink.name, total - refused, total, refused)
+            self._told = None
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -157,7 +159,10 @@ class Writer:
             if start is None and self._mode is Mode.LIVE:
                 for line in await self._sink.create():
                     log.info("%s", line)
-            await self._sink.open(start, self._mode)
+            try:
+                await self._sink.open(start, self._mode)
+            except BatchRefused as exc:  # there are no events that could be at fault
+                raise SinkUnavailable(sink=self._sink.name, detail=exc.detail) from exc
 
     async def _ask_in_turn(self, events: Sequence[Event], write: Write) -> Sequence[Refusal]:
         """The same, and wait while the sink takes nothing from anybody."""
@@ -211,20 +216,23 @@ class Writer:
     async def _examine(self, suspects: list[Suspect], write: Write) -> list[Refusal]:
         """Ask for each alone until it is taken, or it is proved that the destination will not have it."""
         refusals: list[Refusal] = []
-        since, tries, doubted = self._evidence.asked, 0, False
-        while suspects and not (tries and self._evidence.enough):
-            await self._until_taken(since)
-            suspects = [suspect for suspect in suspects if await self._refuses_again(suspect, write, refusals)]
-            tries += 1
+        since, repeats, doubted = suspects[-1].asked, 0, 0
+        while suspects and (repeats < ENOUGH or self._evidence.doubtful):
+            if not self._evidence.doubtful:
+                await self._until_taken(since)
+            again = [await self._ask_again(suspect, write, refusals) for suspect in suspects]
+            suspects = [suspect for suspect in again if suspect]
+            repeats += 1
             if suspects and self._evidence.doubtful:
+                since, repeats = self._evidence.asked, 0
                 if not doubted:
                     self._trouble.begin()
-                doubted, since = True, self._evidence.asked
                 self._trouble.say(SinkContradicts(sink=self._sink.name, detail=suspects[0].refused.detail))
-                await self._pause(backoff(tries, self._longest))
+                await self._pause(backoff(doubted, self._longest))
+                doubted += 1
         if doubted:
             self._trouble.end()
-        return refusals + [Refusal(event, refused.reason, refused.detail) for event, refused in suspects]
+        return refusals + [Refusal(event, refused.reason, refused.detail) for event, refused, _ in suspects]
 
     async def _pause(self, seconds: float) -> None:
         """Raises Stopped when a stop ends it."""
@@ -232,15 +240,15 @@ class Writer:
         if self._stopping.is_set():
             raise Stopped
 
-    async def _refuses_again(self, suspect: Suspect, write: Write, refusals: list[Refusal]) -> bool:
-        asked_at = time.monotonic()
+    async def _ask_again(self, suspect: Suspect, write: Write, refusals: list[Refusal]) -> Suspect | None:
+        """It with its newest refusal; None if it was taken."""
         try:
             refusals += await self._ask([suspect.event], write)
-        except BatchRefused:
-            self._evidence.repeat(asked_at)
-            return True
-        self._evidence.contradict()
-        return False
+        except BatchRefused as exc:
+            return Suspect(suspect.event, exc, self._evidence.asked)
+        if suspect.asked > self._recovered:  # else it was refused with everything else
+            self._evidence.contradict()
+        return None
 
     async def _until_taken(self, since: int) -> None:
         """Return once a request was taken that began after that one. One asks for all, ever more rarely."""
@@ -258,8 +266,8 @@ class Writer:
                 self._trouble.say(SinkRefusesAll(sink=self._sink.name, detail=detail))
                 await self._pause(min(PROBE_SECONDS * 2 ** min(failed, 5), OPERATOR_SECONDS, self._longest))
                 failed += 1
-            self._holds = False
             if failed:
+                self._holds, self._recovered = False, self._evidence.asked
                 self._trouble.end()
 
     async def _probe(self, failed: int) -> str:

@@ -1,7 +1,7 @@
-"""The HTTP sink: POSTs events as JSON to an API.
+"""The HTTP sink: POSTs events as JSON to an API, one request a write.
 
-Each `write` is one request. If the API refuses it, halves are sent until the bad event stands alone. `errors.py` knows
-what a status means; the lane (`replicator/delivery/lane.py`) retries.
+`transport.py` has the connections, `errors.py` knows what a status means; the lane (`replicator/delivery/`) retries,
+and sends parts of what is refused.
 
 Requests go straight to httpx's transport. `httpx.AsyncClient` around it costs 30 % more CPU a request (measured,
 without its search for cookies; 65 % with it), and all that it adds is unwanted here: cookies, redirects, proxies from
@@ -13,30 +13,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, cast
 
 import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
 from standardwebhooks import Webhook
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
 from replicator.contracts.events import Event, Finding, Refusal
 from replicator.contracts.fields import Contract
 from replicator.contracts.sink import Sink
-from sinks.http.errors import refusal, status_text
+from sinks.http.errors import judge, status_text
 from sinks.http.settings import HttpSettings
+from sinks.http.transport import clear_status, create_transport, speaks_tls
 
-KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
 DRAIN_SECONDS = 1.0  # for the rest of an answer whose status is known already
 DRAIN_BYTES = 65_536  # a longer answer costs its connection
 CHUNK_BYTES = 262_144
-HEADERS = {"content-type": "application/json", "user-agent": "engagement-replicator"}
+WORDS_BYTES = 4_096  # of an answer are looked at for the reason of a refusal
+CUT_BYTES = 1_024  # of an answer that is longer: half a secret at its end would not be recognised
+HEADERS = {
+    "content-type": "application/json",
+    "user-agent": "engagement-replicator",
+    "accept-encoding": "identity",  # the reason of a refusal is read, and nothing else
+}
 NO_OPTIONS = frozenset({405, 501})  # what servers answer to OPTIONS where only POST is served
 
 CERTIFICATE_CURE = (
@@ -44,10 +48,11 @@ CERTIFICATE_CURE = (
     " holds the authority that signed it, if that is a private one"
 )
 START_CURE = "Start the API, or correct REPLICATOR_HTTP_URL"
+TLS_CURE = "Set REPLICATOR_HTTP_URL to https://: the port speaks TLS"
+REFUSED_CURE = (
+    "See what the API says about it: it may refuse events as well. Check host and path of REPLICATOR_HTTP_URL"
+)
 NO_TIME = "its time is infinite or outside the years 1 to 9999, which RFC 3339 can't say"
-
-Work: TypeAlias = tuple[list[Sequence[Event]], list[Refusal]]
-"""Of one write: the pieces that are still to be sent, the first one last, and what was refused so far."""
 
 
 class HttpSink(Sink):
@@ -72,34 +77,26 @@ class HttpSink(Sink):
         self._origin = str(self._url.copy_with(raw_path=b"")).rstrip("/")
         self._take_secrets(settings)
         self._timeout_seconds = settings.http_timeout_seconds
-        self._connect = transport or (lambda: _aiohttp_transport(settings))
+        self._connect = transport or (lambda: create_transport(settings))
         self._transport: httpx.AsyncBaseTransport | None = None
-        self._interrupted: dict[tuple[tuple[int, int, int], ...], Work] = {}
-        """Writes that failed: they come again, and must not send again what was taken already."""
 
     async def check(self) -> list[Finding]:
         """Ask with OPTIONS, which carries no event. It shows that the API is there; only a POST shows that it takes."""
         try:
-            response = await self._exchange("OPTIONS")
+            response, _ = await self._exchange("OPTIONS")
             if response.status_code not in NO_OPTIONS:
-                refusal(response, sink=self.name, origin=self._origin)
+                judge(response, sink=self.name, origin=self._origin)
         except SinkError as exc:
-            cure = START_CURE if isinstance(exc, SinkUnavailable) else exc.cure
-            return [Finding(ok=False, what=exc.detail, cure=cure)]
+            return [Finding(ok=False, what=exc.detail, cure=await self._cure(exc))]
         answer = f"{self._origin} answers OPTIONS with {status_text(response.status_code)}"
         return [Finding(ok=True, what=f"{answer}; whether it takes events shows with the first one")]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """POST `events`. Returns those that the API refused alone, and those whose time JSON can't express."""
-        work = self._interrupted.pop(_identity(events), None) if self._interrupted else None
-        pieces, refusals = work or _begin(events)
-        try:
-            await self._finish(pieces, refusals)
-        except BaseException:
-            self._interrupted[_identity(events)] = pieces, refusals
-            if len(self._interrupted) > self.concurrency:  # more than can be under way: the oldest never came again
-                del self._interrupted[next(iter(self._interrupted))]
-            raise
+        """POST `events`. Returns those whose time JSON can't express."""
+        refusals = [Refusal(event, NO_TIME) for event in events if event.ts_us is None]
+        timed = [event for event in events if event.ts_us is not None] if refusals else events
+        if timed:
+            await self._post(timed)
         return refusals
 
     async def renew(self) -> None:
@@ -107,6 +104,7 @@ class HttpSink(Sink):
 
     def _take_secrets(self, settings: HttpSettings) -> None:
         self._headers = HEADERS | _authorization(settings)
+        self._secrets = _secrets(settings)
         secret = settings.http_webhook_secret
         self._webhook = Webhook(secret.get_secret_value()) if secret else None
 
@@ -115,25 +113,20 @@ class HttpSink(Sink):
         if transport:
             await transport.aclose()
 
-    async def _finish(self, pieces: list[Sequence[Event]], refusals: list[Refusal]) -> None:
-        """Send the pieces in order, and halves of those that are refused."""
-        while pieces:
-            reason = await self._post(pieces[-1])
-            piece = pieces.pop()
-            if reason and len(piece) == 1:
-                refusals.append(Refusal(piece[0], reason))
-            elif reason:
-                middle = len(piece) // 2
-                pieces += [piece[middle:], piece[:middle]]
+    async def _cure(self, exc: SinkError) -> str:
+        url = self._url
+        if url.scheme == "http" and await speaks_tls(url.host, url.port or 80, self._timeout_seconds):
+            return TLS_CURE
+        cures: dict[type[SinkError], str] = {SinkUnavailable: START_CURE, SinkMisconfigured: exc.cure}
+        return cures.get(type(exc), REFUSED_CURE)
 
-    async def _post(self, events: Sequence[Event]) -> str | None:
-        """Send them in one request. Why they were refused, None if they were taken."""
+    async def _post(self, events: Sequence[Event]) -> None:
         body = events[0].json if self.max_events == 1 else b"[" + b",".join([event.json for event in events]) + b"]"
         headers = self._identification(event_key(events), body)
         if len(body) > CHUNK_BYTES:
             headers["content-length"] = str(len(body))
-        response = await self._exchange("POST", headers, body if len(body) <= CHUNK_BYTES else _chunks(body))
-        return refusal(response, sink=self.name, origin=self._origin)
+        response, words = await self._exchange("POST", headers, body)
+        judge(response, sink=self.name, origin=self._origin, words=cited(words, self._secrets))
 
     def _identification(self, key: str, body: bytes) -> dict[str, str]:
         headers = {"idempotency-key": key, "webhook-id": key}
@@ -144,21 +137,42 @@ class HttpSink(Sink):
         return headers
 
     async def _exchange(
-        self, method: str, headers: Mapping[str, str] | None = None, body: bytes | AsyncIterator[bytes] | None = None
-    ) -> httpx.Response:
-        """Send one request; the answer with its status and headers. Raises SinkUnavailable or SinkMisconfigured."""
-        self._transport = self._transport or self._connect()
-        request = httpx.Request(method, self._url, headers={**self._headers, **(headers or {})}, content=body)
+        self, method: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> tuple[httpx.Response, str]:
+        """Send one request; the answer and how its body begins. Raises SinkUnavailable or SinkMisconfigured."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                response = await self._transport.handle_async_request(request)
+                response = await self._send(method, headers or {}, body)
         except TimeoutError as exc:
             detail = f"{self._origin} did not answer within {self._timeout_seconds:g} s"
             raise SinkUnavailable(sink=self.name, detail=detail) from exc
+        except aiohttp.ClientResponseError as exc:
+            if not (status := clear_status(exc)):
+                detail = f"what answers at {self._origin} does not speak HTTP{self._perhaps_tls}"
+                raise SinkUnavailable(sink=self.name, detail=detail) from exc
+            return httpx.Response(status), ""
         except (httpx.TransportError, aiohttp.ClientError, OSError) as exc:
             raise self._not_reached(exc) from exc
-        await _drain(response)
-        return response
+        return response, await _drain(response)
+
+    async def _send(self, method: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
+        """A connection that is closed in our face is nothing to talk about: a server may have ended, or was idle."""
+        self._transport = self._transport or self._connect()
+        for last in (False, True):
+            content = body if len(body) <= CHUNK_BYTES else _chunks(body)
+            request = httpx.Request(method, self._url, headers={**self._headers, **headers}, content=content)
+            try:
+                return await self._transport.handle_async_request(request)
+            except (httpx.TransportError, aiohttp.ClientError, OSError) as exc:
+                if last or not _hung_up(exc):
+                    raise
+        raise AssertionError
+
+    @property
+    def _perhaps_tls(self) -> str:
+        return (
+            " (if the port speaks TLS, REPLICATOR_HTTP_URL begins with https://)" if self._url.scheme == "http" else ""
+        )
 
     def _not_reached(self, exc: Exception) -> SinkError:
         cause = exc.__cause__
@@ -177,23 +191,29 @@ def event_key(events: Sequence[Event]) -> str:
     return f"events-{first}-{events[-1].id}-{hashlib.sha256(ids).hexdigest()[:32]}"
 
 
-def _begin(events: Sequence[Event]) -> Work:
-    refusals = [Refusal(event, NO_TIME) for event in events if event.ts_us is None]
-    timed = [event for event in events if event.ts_us is not None] if refusals else events
-    return [timed] if timed else [], refusals
-
-
-def _identity(events: Sequence[Event]) -> tuple[tuple[int, int, int], ...]:
-    # The id besides the position: events of a backfill have no position in the stream.
-    return tuple((event.commit_lsn, event.ordinal, event.id) for event in events)
-
-
 def _authorization(settings: HttpSettings) -> dict[str, str]:
     url, token = httpx.URL(settings.http_url.get_secret_value()), settings.http_bearer_token
     if token:
         return {"authorization": f"Bearer {token.get_secret_value()}"}
     credentials = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
     return {"authorization": f"Basic {credentials}"} if url.userinfo else {}
+
+
+def _secrets(settings: HttpSettings) -> list[str]:
+    """What no message may repeat, however the API writes it."""
+    url = httpx.URL(settings.http_url.get_secret_value())
+    given = [settings.http_bearer_token, settings.http_webhook_secret]
+    secrets = [secret.get_secret_value() for secret in given if secret]
+    secrets += [url.password, url.userinfo.decode(), *_authorization(settings).values()]
+    secrets += [url.path.strip("/"), url.raw_path.decode(), url.query.decode(), *url.params.values()]
+    return sorted(filter(None, {*secrets, *(secret.partition(" ")[2] for secret in secrets)}), key=len, reverse=True)
+
+
+def _hung_up(exc: Exception) -> bool:
+    """The connection was closed without an answer."""
+    cause = exc.__cause__ or exc
+    closed = isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError)
+    return closed and not isinstance(cause, aiohttp.ClientConnectorError)
 
 
 def _what_failed(exc: BaseException) -> str:
@@ -209,35 +229,16 @@ async def _chunks(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + CHUNK_BYTES]
 
 
-async def _drain(response: httpx.Response) -> None:
-    """Read the rest of the answer, so that its connection can be used again. The status has decided already."""
+async def _drain(response: httpx.Response) -> str:
+    """Read the rest of the answer, so that its connection can be used again; how it begins. The status has decided."""
     stream = cast("httpx.AsyncByteStream", response.stream)
+    begins, size = b"", 0
     with suppress(TimeoutError, httpx.TransportError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(DRAIN_SECONDS), aclosing(stream):
-            size = 0
             async for chunk in stream:
+                begins += chunk[: WORDS_BYTES - len(begins)]
                 size += len(chunk)
                 if size > DRAIN_BYTES:
                     break
-
-
-def _aiohttp_transport(settings: HttpSettings) -> httpx.AsyncBaseTransport:
-    """Aiohttp's connections: httpx's own pool manages a ninth of the requests a second."""
-    ca_file = settings.http_ca_file
-    # Without a file httpx trusts the authorities of certifi, or those in SSL_CERT_FILE and SSL_CERT_DIR.
-    context = ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context()
-
-    def session() -> aiohttp.ClientSession:
-        limit = settings.http_concurrency
-        connector = aiohttp.TCPConnector(limit=limit, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context)
-        no_cookies = aiohttp.DummyCookieJar()
-        return aiohttp.ClientSession(connector=connector, cookie_jar=no_cookies, middlewares=(_without_phrase,))
-
-    return AiohttpTransport(verify=context, client=session)
-
-
-async def _without_phrase(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """Httpx-aiohttp fails on a reason phrase that is not UTF-8. Nobody reads the phrase (RFC 9112, 4)."""
-    response = await send(request)
-    response.reason = None
-    return response
+    whole = size <= WORDS_BYTES
+    return (begins if whole else begins[:-CUT_BYTES]).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The HTTP sink against an API that is a function: bodies, keys, signatures, status classes, halving, secrets."""
+"""The HTTP sink against an API that is a function: bodies, keys, signatures, status classes, secrets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import asyncio
 import base64
 import json
 import logging
-import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,17 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from enrichment import EVENT
-from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable
+from replicator.contracts.errors import (
+    BatchRefused,
+    BatchTooLarge,
+    SettingsError,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+)
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
-from sinks.http.errors import retry_after_seconds
+from sinks.http.errors import retry_after_seconds, status_text
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import NO_TIME, HttpSink, event_key
 
@@ -179,7 +185,7 @@ class TestStatus:
         assert list(await api.sink().write(events(2))) == []
         assert len(api.requests) == 1
 
-    @pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 502, 503, 504, 511, 599])
+    @pytest.mark.parametrize("status", [408, 409, 423, 424, 425, 429, 499, 500, 501, 502, 503, 504, 511, 599])
     async def test_overload_is_unavailable(self, status: int) -> None:
         """Nothing is refused or halved; the lane tries again."""
         api = Api(answering(status))
@@ -194,7 +200,9 @@ class TestStatus:
             await Api(answering(429, retry_after="7")).sink().write(events(2))
         assert caught.value.retry_after == 7.0
 
-    @pytest.mark.parametrize("status", [301, 302, 304, 307, 308, 401, 402, 403, 404, 405, 407, 410, 415, 421, 426])
+    @pytest.mark.parametrize(
+        "status", [301, 302, 304, 307, 308, 401, 402, 403, 404, 405, 407, 410, 412, 414, 415, 421, 426, 440, 497]
+    )
     async def test_turned_away_is_misconfigured(self, status: int) -> None:
         """Nothing is refused, halved or followed; the message has a cure."""
         api = Api(answering(status, location="http://elsewhere/?secret"))
@@ -203,15 +211,23 @@ class TestStatus:
         assert len(api.requests) == 1
         assert "elsewhere" not in str(caught.value)
 
-    @pytest.mark.parametrize("status", [400, 409, 413, 418, 422, 499])
-    async def test_other_4xx_refuses_the_event(self, status: int) -> None:
-        """The reason has no word of the answer's own: it may repeat what was in the event."""
-        api = Api(lambda _: httpx.Response(status, content=b"user 42", extensions={"reason_phrase": b"user 42"}))
-        refusals = await api.sink().write(events(2))
-        assert [refusal.event.id for refusal in refusals] == [1, 2]
-        for refusal in refusals:
-            assert refusal.reason.split()[0] == str(status)
-            assert "user" not in refusal.reason
+    @pytest.mark.parametrize("status", [400, 413, 416, 418, 422, 481])
+    async def test_other_4xx_refuses_the_events(self, status: int) -> None:
+        """One request: the lane sends parts. Only the dead letter's reason has the API's words."""
+        api = Api(lambda _: httpx.Response(status, content=b"user\x1b 42", extensions={"reason_phrase": b"user 42"}))
+        with pytest.raises(BatchRefused) as caught:
+            await api.sink().write(events(2))
+        assert len(api.requests) == 1
+        assert (status == 413) == isinstance(caught.value, BatchTooLarge)
+        assert caught.value.detail.startswith(f"http://localhost:8000 answered {status}")
+        assert "user" not in str(caught.value)
+        assert caught.value.reason == f"{status_text(status)}: user 42"
+
+    async def test_the_words_of_a_refusal_are_cut(self) -> None:
+        """Five hundred characters."""
+        with pytest.raises(BatchRefused) as caught:
+            await Api(lambda _: httpx.Response(422, content=b"x" * 100_000)).sink().write(events(1))
+        assert caught.value.reason == f"422 Unprocessable Entity: {'x' * 500}…"
 
     @pytest.mark.parametrize(
         "error", [httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError, httpx.ConnectTimeout, OSError]
@@ -288,19 +304,16 @@ class TestRetryAfter:
         assert retry_after_seconds(value, NOW) == max(0.0, (then.replace(microsecond=0) - NOW).total_seconds())
 
 
-class TestHalving:
-    """Finding the refused event, and being interrupted in it."""
+def _repeating(status: int, request: httpx.Request) -> httpx.Response:
+    """An answer that says everything it was told, and what it knows of us."""
+    return httpx.Response(status, text=f"you said {request.url} {dict(request.headers)} user:hunter2")
 
-    async def test_sends_few_requests(self) -> None:
-        """One bad event in 64: the batch, then two halves on each of six levels."""
-        api = Api(bad=frozenset({23}))
-        refusals = await api.sink().write(events(64))
-        assert [(refusal.event.id, refusal.reason) for refusal in refusals] == [(23, "422 Unprocessable Entity")]
-        assert api.taken == [number for number in range(1, 65) if number != 23]
-        assert len(api.requests) == 13
+
+class TestTime:
+    """Times that JSON can't express."""
 
     async def test_an_event_without_a_time_is_not_sent(self) -> None:
-        """RFC 3339 can't say infinity: the event is refused, its neighbours go."""
+        """RFC 3339 can't say infinity: the sink knows that by itself, and the event's neighbours go."""
         api = Api()
         refusals = await api.sink().write([event(1), event(2, ts_us=None), event(3)])
         assert [(refusal.event.id, refusal.reason) for refusal in refusals] == [(2, NO_TIME)]
@@ -312,114 +325,11 @@ class TestHalving:
         assert len(await api.sink().write([event(1, ts_us=None)])) == 1
         assert api.requests == []
 
-    async def test_what_was_taken_is_not_sent_again(self) -> None:
-        """The second half meets an outage; the write that comes again sends that half alone, with the same key."""
-        statuses = iter([422, 200, 503, 200])
-        api = Api(lambda _: httpx.Response(next(statuses)))
-        sink = api.sink()
-        with pytest.raises(SinkUnavailable):
-            await sink.write(events(4))
-        assert list(await sink.write(events(4))) == []
-        assert api.taken == [1, 2, 3, 4]
-        assert api.requests[3].headers["idempotency-key"] == api.requests[2].headers["idempotency-key"]
-
-    async def test_what_was_refused_is_still_returned(self) -> None:
-        """A refusal found before an outage is part of the result of the write that comes again."""
-        statuses = iter([422, 422, 503, 200])
-        api = Api(lambda _: httpx.Response(next(statuses)))
-        sink = api.sink()
-        batch = [event(1), event(2), event(3, ts_us=None)]
-        with pytest.raises(SinkUnavailable):
-            await sink.write(batch)
-        refusals = await sink.write(batch)
-        assert {refusal.event.id for refusal in refusals} == {1, 3}
-        assert api.taken == [2]
-
-    async def test_a_cancelled_write_remembers_too(self) -> None:
-        """The lane cancels; the same events come again."""
-        reached = asyncio.Event()
-        answers = iter([422, 200])
-
-        async def answer(_: httpx.Request) -> httpx.Response:
-            status = next(answers, None)
-            if status is None and not reached.is_set():
-                reached.set()
-                await asyncio.Event().wait()
-            return httpx.Response(status or 200)
-
-        api = Api(answer)
-        sink = api.sink()
-        task = asyncio.create_task(sink.write(events(2)))
-        await reached.wait()
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        await sink.write(events(2))
-        assert api.taken == [1, 2]
-
-    @pytest.mark.parametrize("seed", range(20))
-    async def test_each_event_is_taken_once_whatever_is_refused_and_fails(self, seed: int) -> None:
-        """Random bad events, random outages, several writes at once: the good once and in order, the bad returned."""
-        print(f"seed {seed}")  # noqa: T201  shown when it fails
-        chance = random.Random(seed)  # noqa: S311  a test's
-        bad = frozenset(number for number in range(1, 201) if chance.random() < chance.choice([0.02, 0.3]))
-        api = Api(lambda _: httpx.Response(503) if chance.random() < 0.3 else None, bad=bad)
-        sink = api.sink(http_batch_size=50, http_concurrency=4)
-
-        async def write(batch: list[Event]) -> list[int]:
-            while True:
-                with suppress(SinkUnavailable):
-                    return [refusal.event.id for refusal in await sink.write(batch)]
-
-        everything = events(200)
-        refused = await asyncio.gather(*[write(everything[first : first + 50]) for first in range(0, 200, 50)])
-        assert [number for part in refused for number in part] == sorted(bad)
-        assert sorted(api.taken) == [number for number in range(1, 201) if number not in bad]
-
-    async def test_writes_that_never_come_again_are_forgotten(self) -> None:
-        """The memory for interrupted writes is bounded, oldest out first; what is dropped is sent again, not lost."""
-        api = Api(_odd_alone)
-        sink = api.sink(http_batch_size=2, http_concurrency=3)
-        pairs = [[event(number), event(number + 1)] for number in range(1, 20, 2)]
-        for pair in pairs:
-            with pytest.raises(SinkUnavailable):
-                await sink.write(pair)
-        api.taken.clear()
-        for pair in reversed(pairs):
-            with pytest.raises(SinkUnavailable):
-                await sink.write(pair)
-        assert api.taken == [13, 11, 9, 7, 5, 3, 1]
-
-    async def test_nothing_is_remembered_of_a_write_that_came_again(self) -> None:
-        """Once it has succeeded the memory is empty: a third write sends everything."""
-        statuses = iter([422, 200, 503])
-        api = Api(lambda _: httpx.Response(next(statuses, 200)))
-        sink = api.sink()
-        with pytest.raises(SinkUnavailable):
-            await sink.write(events(2))
-        await sink.write(events(2))
-        await sink.write(events(2))
-        assert api.taken == [1, 2, 1, 2]
-
-    async def test_nothing_is_remembered_of_a_write_that_succeeded(self) -> None:
-        """Written again, as after a restart of the lane, the events are sent again."""
-        api = Api(bad=frozenset({1}))
-        sink = api.sink()
-        for _ in range(2):
-            assert [refusal.event.id for refusal in await sink.write(events(2))] == [1]
-        assert api.taken == [2, 2]
-
-
-def _odd_alone(request: httpx.Request) -> httpx.Response:
-    """Refuses two events together, takes an odd one alone, is out of order for an even one."""
-    ids = [one["event_id"] for one in json.loads(request.content)]
-    return httpx.Response(422 if len(ids) > 1 else 200 if ids[0] % 2 else 503)
-
 
 class TestCheck:
     """The preflight."""
 
-    @pytest.mark.parametrize("status", [200, 204, 405, 501, 400])
+    @pytest.mark.parametrize("status", [200, 204, 405, 501])
     async def test_finds_the_way_without_an_event(self, status: int) -> None:
         """OPTIONS is answered somehow: reachable, and no more is claimed."""
         api = Api(answering(status))
@@ -429,7 +339,7 @@ class TestCheck:
         assert finding.what.startswith(f"http://localhost:8000 answers OPTIONS with {status}")
         assert [(request.method, request.content) for request in api.requests] == [("OPTIONS", b"")]
 
-    @pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 503])
+    @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429, 500, 503])
     async def test_reports_what_turns_us_away(self, status: int) -> None:
         """With the cure."""
         (finding,) = await Api(answering(status)).sink().check()
@@ -520,11 +430,13 @@ class TestSettings:
             "http_webhook_secret": "whsec_" + base64.b64encode(b"hunter2").decode(),
         }
         for more in ({}, {"http_url": "http://api/hunter2", "http_bearer_token": "hunter2"}):
-            api = Api(answering(status))
+            api = Api(partial(_repeating, status))
             sink = api.sink(**settings | more)
             shown = [repr(sink), repr(HttpSettings(**settings | more)), repr(await sink.check())]
-            try:
-                shown += [refusal.reason for refusal in await sink.write(events(1))]
-            except SinkError as exc:
-                shown += [str(exc), repr(exc), repr(exc.detail), repr(exc.__cause__)]
+            with pytest.raises(SinkError) as caught:
+                await sink.write(events(1))
+            shown += [str(caught.value), repr(caught.value), repr(caught.value.__cause__)]
+            if isinstance(caught.value, BatchRefused):
+                assert caught.value.reason.startswith("422 Unprocessable Entity: you said")
+                shown.append(caught.value.reason)
             assert [text for text in [*shown, caplog.text] if "hunter2" in text or "aHVudGVyMg" in text] == []
