@@ -84,6 +84,7 @@ class Client:
     def __init__(self, address: Address, timeout_seconds: float, ca_file: Path | None = None) -> None:
         self.server = address.server
         self.timeout_seconds = timeout_seconds
+        self._ca_file = ca_file
         self._engine = _engine(address, ca_file)
 
     async def query(
@@ -126,8 +127,8 @@ class Client:
 
     async def login_as(self, address: Address) -> None:
         """Connect anew, with the user and password of this address."""
-        self._address = address
-        await self.close()
+        await self._engine.close()
+        self._engine = _engine(address, self._ca_file)
 
     async def close(self) -> None:
         """Release the connection. Safe to call twice."""

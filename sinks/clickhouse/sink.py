@@ -175,7 +175,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def renew(self) -> None:
         settings = cast("ClickHouseSettings", self.settings)
-        await self._client.login_as(parse_url(settings.clickhouse_url.get_secret_value()))
+        address = parse_url(settings.clickhouse_url.get_secret_value())
+        self._password = address.password
+        await self._client.login_as(address)
 
     async def close(self) -> None:
         await self._client.close()
