@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import Json, Yes, confirmed, iso, letter_id, load_app, one_sink
+from replicator.cli.arguments import Json, Yes, confirmed, count, duration, iso, letter_id, load_app, one_sink
+from replicator.contracts.errors import SettingsError
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -31,12 +34,28 @@ Ids: TypeAlias = Annotated[
     list[int] | None,
     typer.Option("--id", parser=letter_id, metavar="N", help="the number of a dead letter; can be repeated"),
 ]
+Where: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--where", metavar="FIELD=VALUE", help="FIELD=VALUE, such as user_id=42; can be repeated: all hold"),
+]
+Limit: TypeAlias = Annotated[int | None, typer.Option(parser=count, metavar="N", help="the most to show, 1 to 1000000")]
+Since: TypeAlias = Annotated[
+    timedelta | None,
+    typer.Option("--last", parser=duration, metavar="SPAN", help="refused in the time until now, such as 30m or 1d"),
+]
 
 
 class _Chosen:
     """The dead letters that the arguments choose. Raises SettingsError for an unknown sink."""
 
-    def __init__(self, sink: str | None, stage: Stage | None, ids: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        sink: str | None,
+        stage: Stage | None,
+        ids: Sequence[int] | None,
+        where: Sequence[str] | None,
+        last: timedelta | None = None,
+    ) -> None:
         from sinks import known_sinks
 
         self.app = load_app()
@@ -44,6 +63,8 @@ class _Chosen:
         self._sink = sink if sink is None else one_sink(sink, known_sinks(), "--sink")
         self._stage = stage
         self._ids = ids or []
+        self._where = [_condition(text) for text in where or ()]
+        self._since = time.time() - last.total_seconds() if last else 0.0
 
     async def pages(self) -> AsyncIterator[list[DeadLetter]]:
         """Oldest first."""
@@ -52,9 +73,19 @@ class _Chosen:
             self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, after_id=after, limit=PAGE
         ):
             after = page[-1].id or 0
-            if chosen := [letter for letter in page if not self._ids or letter.id in self._ids]:
+            if chosen := [letter for letter in page if self._has(letter)]:
                 self.found.update(letter.id for letter in chosen)
                 yield chosen
+
+    def _has(self, letter: DeadLetter) -> bool:
+        if (self._ids and letter.id not in self._ids) or letter.created_at < self._since:
+            return False
+        try:
+            values = _values(letter) if self._where else {}
+        except (ValueError, KeyError, TypeError):  # none that this release has written
+            print(f"dead letter {letter.id} can't be searched: look at it with --id {letter.id}", file=sys.stderr)
+            return False
+        return all(str(values.get(field)) == value for field, value in self._where)
 
     async def drop(self, ids: Sequence[int | None]) -> int:
         """How many of these there were."""
@@ -72,23 +103,91 @@ class _Chosen:
         return int(bool(absent))
 
 
-async def show(sink: SinkName = None, stage: StageName = None, ids: Ids = None, as_json: Json = False) -> int:
+def _condition(text: str) -> tuple[str, str]:
+    field, equals, value = text.partition("=")
+    if not (field and equals):
+        raise SettingsError(name="--where", problem=f"{text!r} has no =", expected="FIELD=VALUE, such as user_id=42")
+    return field, value
+
+
+def _values(letter: DeadLetter) -> dict[str, Any]:
+    """Of the event, or of the row."""
+    found = json.loads(letter.payload)
+    if letter.stage == "row":
+        return {column["name"]: column.get("value") for column in found["columns"]}
+    return dict(found)
+
+
+async def show(
+    sink: SinkName = None,
+    stage: StageName = None,
+    ids: Ids = None,
+    where: Where = None,
+    last: Since = None,
+    limit: Limit = None,
+    summary: Annotated[bool, typer.Option("--summary", help="count them by reason instead")] = False,
+    as_json: Json = False,
+) -> int:
     """Show dead letters, each with its reason and payload.
 
     The oldest comes first.
     """
-    chosen = _Chosen(sink, stage, ids)
-    letters: list[dict[str, Any]] = []
+    chosen = _Chosen(sink, stage, ids, where, last)
     async with chosen.app.closing():
-        async for page in chosen.pages():
-            forms = [_form(letter) for letter in page]
-            if as_json:
-                letters += forms
-            else:
-                print("\n".join(map(_text, forms)))
+        if summary:
+            await _summarize(chosen, as_json=as_json)
+        else:
+            await _list(chosen, limit, as_json=as_json)
+    return chosen.report_absent()
+
+
+async def _list(chosen: _Chosen, limit: int | None, *, as_json: bool) -> None:
+    letters: list[dict[str, Any]] = []
+    left = limit or sys.maxsize
+    async for page in chosen.pages():
+        forms = [_form(letter) for letter in page[:left]]
+        left -= len(forms)
+        if as_json:
+            letters += forms
+        elif forms:
+            print("\n".join(map(_text, forms)))
+        if not left:
+            break
     if as_json:
         print(json.dumps({"dead_letters": letters}))
-    return chosen.report_absent()
+
+
+async def _summarize(chosen: _Chosen, *, as_json: bool) -> None:
+    """How many for which reason, the most frequent first."""
+    from replicator.operations.logs import printable
+
+    found: dict[tuple[str | None, str], list[DeadLetter]] = {}  # the first and the last
+    counts: Counter[tuple[str | None, str]] = Counter()
+    async for page in chosen.pages():
+        for letter in page:
+            key = letter.sink, letter.reason
+            counts[key] += 1
+            found[key] = [*found.get(key, [letter])[:1], letter]
+    lines = [
+        {
+            "count": count,
+            "sink": sink,
+            "reason": reason,
+            "first": _at(found[sink, reason][0]),
+            "last": _at(found[sink, reason][1]),
+        }
+        for (sink, reason), count in counts.most_common()
+    ]
+    if as_json:
+        print(json.dumps({"summary": lines}))
+        return
+    for line in lines:
+        whose = line["sink"] or "every sink"
+        print(f"{line['count']:>7}  {whose}  {line['first']} to {line['last']}  {printable(str(line['reason']))}")
+
+
+def _at(letter: DeadLetter) -> str:
+    return iso(datetime.fromtimestamp(int(letter.created_at), UTC))
 
 
 def _form(letter: DeadLetter) -> dict[str, Any]:
@@ -97,7 +196,7 @@ def _form(letter: DeadLetter) -> dict[str, Any]:
 
     return {
         "id": letter.id,
-        "created_at": iso(datetime.fromtimestamp(int(letter.created_at), UTC)),
+        "created_at": _at(letter),
         "sink": letter.sink,
         "stage": letter.stage,
         "origin": letter.origin,
@@ -116,14 +215,14 @@ def _text(form: dict[str, Any]) -> str:
     return f"{printable(head)}\n    {printable(form['payload'])}"
 
 
-async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None) -> int:
+async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None, where: Where = None) -> int:
     """Give dead letters to their sink again.
 
     Those that it takes are dropped. The exit code is 1 if any is left.
     """
     from replicator.operations.logs import printable
 
-    chosen = _Chosen(sink, stage, ids)
+    chosen = _Chosen(sink, stage, ids, where)
     left = 0
     async with chosen.app.closing():
         await chosen.app.enricher.open()
@@ -176,9 +275,11 @@ async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -
     return refused
 
 
-async def drop(sink: SinkName = None, stage: StageName = None, ids: Ids = None, yes: Yes = False) -> int:
+async def drop(
+    sink: SinkName = None, stage: StageName = None, ids: Ids = None, where: Where = None, yes: Yes = False
+) -> int:
     """Forget dead letters, after asking."""
-    chosen = _Chosen(sink, stage, ids)
+    chosen = _Chosen(sink, stage, ids, where)
     async with chosen.app.closing():
         doomed = [letter.id async for page in chosen.pages() for letter in page]
         if doomed and not confirmed(f"Forget {_counted(len(doomed))}?", yes=yes):

@@ -1,0 +1,106 @@
+"""`dead-letters list` and `drop`: which ones, and in which form, from a checkpoint database of the test's own."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint_store import SqlCheckpointStore
+from replicator.cli.main import main
+from replicator.contracts.events import DeadLetter, Position
+
+REASON = "422 Unprocessable Entity"
+HOSTILE = "400 \x1b[2J\r\n2026 forged"
+
+
+def letter(number: int, sink: str | None = "http", reason: str = REASON, payload: object = None) -> DeadLetter:
+    """Of user 42 if its number is even."""
+    user = 42 if number % 2 == 0 else 421
+    values = {"event_id": number, "user_id": user, "device": None}
+    row = {"columns": [{"name": name, "value": value} for name, value in values.items()]}
+    body = json.dumps(payload or (row if sink is None else values)).encode()
+    return DeadLetter(sink=sink, position=Position(number, 1), event_id=number, reason=reason, payload=body)
+
+
+@pytest.fixture(autouse=True)
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqlCheckpointStore]:
+    """Six letters: of two sinks, of a row, and one that holds what nobody expects."""
+    url = f"sqlite:///{tmp_path}/checkpoint.db"
+    monkeypatch.setenv("REPLICATOR_CHECKPOINT_URL", url)
+    monkeypatch.chdir(tmp_path)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with closing(SqlCheckpointStore(url)) as store:
+        store.create()
+        letters = [letter(1), letter(2), letter(3, "redis", HOSTILE), letter(4, None, "no type"), letter(5), letter(6)]
+        store.add_dead_letters("engagement_slot", letters)
+        yield store
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """The JSON form."""
+    assert 0 == main(["dead-letters", "list", "--json", *arguments])
+    found: dict[str, list[dict[str, Any]]] = json.loads(capsys.readouterr().out)
+    [letters] = found.values()
+    return letters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ids"),
+    [
+        ([], [1, 2, 3, 4, 5, 6]),
+        (["--where", "user_id=42"], [2, 4, 6]),
+        (["--where", "user_id=42", "--sink", "http"], [2, 6]),
+        (["--where", "user_id=42", "--where", "event_id=4"], [4]),
+        (["--where", "user_id=4"], []),
+        (["--limit", "2"], [1, 2]),
+        (["--last", "1h"], [1, 2, 3, 4, 5, 6]),
+        (["--stage", "row"], [4]),
+    ],
+)
+def test_which_are_shown(arguments: list[str], ids: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """By sink, stage, field, time; values are compared whole."""
+    assert ids == [shown["id"] for shown in listed(capsys, *arguments)]
+
+
+def test_a_summary_counts_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """The most frequent first, on one line each whatever a reason holds."""
+    summary = listed(capsys, "--summary")
+    assert [(4, "http", REASON), (1, "redis", HOSTILE), (1, None, "no type")] == [
+        (line["count"], line["sink"], line["reason"]) for line in summary
+    ]
+    assert 0 == main(["dead-letters", "list", "--summary"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 3 == len(lines)
+    assert lines[1].endswith("400 \\x1b[2J\\r\\n2026 forged")
+
+
+def test_no_letter_writes_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is two lines."""
+    assert 0 == main(["dead-letters", "list"])
+    out = capsys.readouterr().out
+    assert 12 == len(out.splitlines())
+    assert out.replace("\n", "").isprintable()
+
+
+def test_one_persons_letters_are_dropped(stored: SqlCheckpointStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every stage; one that can't be searched is named, so that nobody takes it for done."""
+    stored.add_dead_letters("engagement_slot", [letter(8, payload=["no event"])])
+    assert 0 == main(["dead-letters", "drop", "--where", "user_id=42", "--yes"])
+    out, err = capsys.readouterr()
+    assert "dropped 3 dead letters\n" == out
+    assert "dead letter 7 can't be searched: look at it with --id 7" in err
+    assert [1, 3, 5, 7] == [left.id for left in stored.dead_letters("engagement_slot")]
+
+
+def test_a_condition_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """Never taken for all of them."""
+    assert 2 == main(["dead-letters", "drop", "--where", "user_id", "--yes"])
+    assert "--where is unusable: 'user_id' has no =" in capsys.readouterr().err
