@@ -34,6 +34,8 @@ STATUS_BYTES = 1_000_000
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 
+NO_ROW = "0/0#0"
+
 T = TypeVar("T")
 
 
@@ -351,7 +353,8 @@ def _sink_text(sink: SinkStatus) -> str:
         return "no position yet"
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
     waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
-    return f"{sink.end_lsn} (row {sink.position}), {_size(sink.lag_bytes)} and {seconds} behind{waiting}"
+    row = "" if sink.position == NO_ROW else f" (row {sink.position})"
+    return f"{sink.end_lsn}{row}, {_size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:

@@ -53,6 +53,8 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     """synchronous_standby_names chooses the stream: a commit may wait until the sinks have what came before it. Whether
     it does now, only a role with pg_read_all_stats is told."""
     server_lsn: Lsn
+    segment_bytes: int = 16 * 1024**2
+    """A WAL file's size."""
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
     server_version: str
@@ -64,8 +66,11 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def retained_bytes(self) -> int:
-        """WAL on PostgreSQL's disk because of this slot."""
-        return self.server_lsn - (self.restart_lsn or self.server_lsn)
+        """The WAL files on PostgreSQL's disk from the oldest that the slot needs, as `sql/slot_lag.sql` counts them."""
+        if self.restart_lsn is None:
+            return 0
+        files = self.server_lsn // self.segment_bytes - self.restart_lsn // self.segment_bytes + 1
+        return files * self.segment_bytes
 
 
 LOOK_TIMEOUT_SECONDS = 10.0
@@ -80,6 +85,7 @@ SELECT plugin, database, current_database() AS own_database, active_pid, wal_sta
        -- on a standby the replayed position is the server's
        ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END) - '0/0')::int8
            AS server_lsn,
+       (SELECT setting::int8 FROM pg_settings WHERE name = 'wal_segment_size') AS segment_bytes,
        extract(epoch FROM clock_timestamp())::float8 AS server_time,
        split_part(current_setting('server_version'), ' ', 1) AS server_version
 FROM pg_replication_slots s WHERE slot_name = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import shutil
@@ -17,6 +18,7 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.process import free_port, wait_until
+from replicator.source import slot as slots
 
 SQL = Path(__file__).parents[2] / "sql"
 PASSWORD = "it's \\ a % secret"  # noqa: S105  everything that quoting can get wrong
@@ -278,6 +280,9 @@ def test_a_slot_that_nobody_reads(admin: psycopg.Connection, slot: str, dsn: str
     assert int(row["restart_lag_bytes"]) <= int(row["retained_wal_bytes"])
     assert int(row["retained_wal_bytes"]) % (16 * MEGABYTE) == 0
     assert row["confirmed_lag"].endswith(" MB")
+    state = asyncio.run(slots.look(dsn, slot, "test"))
+    assert state
+    assert int(row["retained_wal_bytes"]) == state.retained_bytes, "`status` and the metric say the same"
 
 
 def test_an_idle_physical_slot(admin: psycopg.Connection, dsn: str) -> None:

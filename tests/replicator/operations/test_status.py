@@ -309,7 +309,7 @@ async def test_how_long_the_wal_is_safe(
 ) -> None:
     """No number means no limit, unless the slot is lost already."""
     state = structs.replace(STATE, wal_status=wal_status, safe_wal_size=safe_wal_size)
-    assert f"WAL kept   950 bytes, {words}" in status.as_text(await collect(state, FakeStore(CHECKPOINT)))
+    assert f"WAL kept   16.8 MB, {words}" in status.as_text(await collect(state, FakeStore(CHECKPOINT)))
 
 
 @pytest.mark.parametrize(

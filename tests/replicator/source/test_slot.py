@@ -100,5 +100,8 @@ def test_a_sink_that_was_left_out(others: dict[str, SinkPosition], names: set[st
 
 
 def test_lag_counts_from_the_confirmed_position() -> None:
-    """Retained WAL counts from the restart position, which is older."""
-    assert (STATE.lag_bytes, STATE.retained_bytes) == (900, 950)
+    """Retained WAL counts whole files from the restart position on, which is older."""
+    file = 16 * 1024**2
+    assert (STATE.lag_bytes, STATE.retained_bytes) == (900, file)
+    assert 3 * file == structs.replace(STATE, restart_lsn=file - 1, server_lsn=2 * file).retained_bytes
+    assert 0 == structs.replace(STATE, restart_lsn=None).retained_bytes
