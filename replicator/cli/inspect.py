@@ -36,7 +36,7 @@ async def check(as_json: Json = False) -> int:
     found: list[dict[str, Any]] = []
     async with app.closing():
         async for finding in preflight.findings(app.settings, app.enricher, app.sinks, app.store):
-            found.append(finding._asdict())
+            found.append({"ok": finding.ok, "what": finding.what, "cure": finding.cure})
             if not as_json:
                 print(f"{'ok  ' if finding.ok else 'FAIL'}  {printable(finding.what)}")
                 if finding.cure:

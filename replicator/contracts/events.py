@@ -213,3 +213,5 @@ class Finding(NamedTuple):
     """What was looked at and what was found."""
     cure: str = ""
     """What to do, the exact command where there is one; may be empty when ok."""
+    made_by_init: bool = False
+    """It is not there, and `init` makes it: that is as it should be before the first `init`."""

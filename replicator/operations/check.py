@@ -32,6 +32,7 @@ async def findings(
     for finding in _machine(settings, store):
         yield finding
     asked = [sink for sink in sinks if sink.name not in settings.paused_sinks]
+    fresh = False  # nothing was begun: what `init` makes need not be there
     sink_checks = [(f"sink {sink.name}", sink.check) for sink in asked]
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
@@ -43,11 +44,12 @@ async def findings(
             yield finding
         if found.may_stream:
             async for finding in _beginning(settings, enricher, sinks, store):
+                fresh = fresh or finding.made_by_init
                 yield finding
         checks = [("tables", enricher.check), *sink_checks]
     for name, check in checks:
         for finding in await _checked(name, check):
-            yield finding
+            yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
     async for finding in _running(settings):
         yield finding
 
@@ -101,7 +103,9 @@ async def _beginning(
 def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:
     name = settings.slot
     if state is None:
-        return Finding(True, f"replication slot {name}: not there yet", f"{command('init')} makes it")
+        return Finding(
+            True, f"replication slot {name}: not there yet", f"{command('init')} makes it", made_by_init=True
+        )
     if danger := in_danger(state):
         cure = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
         return Finding(False, f"replication slot {name}: {danger}", cure)

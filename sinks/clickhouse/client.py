@@ -125,6 +125,10 @@ class Client:
         """Insert JSON lines. Raises SinkError, and Failed when ClickHouse answers with an error."""
         return await self._engine.insert(table, columns, data, settings, self.timeout_seconds)
 
+    async def says(self, sql: str) -> str:
+        """The text that a statement prints, which takes no FORMAT. Raises SinkError."""
+        return (await self._ask(sql, None, None)).decode(errors="replace").strip()
+
     async def login_as(self, address: Address) -> None:
         """Connect anew, with the user and password of this address."""
         await self._engine.close()

@@ -40,7 +40,7 @@ from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered, answered, not_clickhouse
 from sinks.clickhouse.http import Receipt
 from sinks.clickhouse.ledger import ClickHouseLedger
-from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified
+from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified, to_be_made
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
@@ -127,10 +127,13 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         findings = []
         if self._has_no_directory():  # opening it would make it
             cure = f"Run {command('init')}, which makes it, or correct REPLICATOR_CLICKHOUSE_URL"
-            return [Finding(False, f"ClickHouse: there is no directory of {self._server}", cure)]
+            what = f"ClickHouse: there is no directory of {self._server}"
+            return [Finding(False, what, cure, made_by_init=True)]
         try:
             [version] = await self._client.one("SELECT version()", tuple[str])
             findings.append(Finding(True, f"ClickHouse {cited(version)} at {self._server}"))
+            if missing := await to_be_made(self._client, self._database):
+                return [*findings, missing]
             seen = await self._look()
             await self._insert([])
             await self.ledger(with_content=True).digests(NO_EVENTS)  # may it read, as reconcile does?

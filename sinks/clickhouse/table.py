@@ -11,6 +11,7 @@ from string import Template
 from typing import NamedTuple
 
 from replicator.contracts.errors import SinkMisconfigured, SinkUnusable, cited, command
+from replicator.contracts.events import Finding
 from replicator.contracts.fields import Contract, Role
 from sinks.clickhouse.client import Client
 from sinks.clickhouse.errors import SINK, not_clickhouse
@@ -127,6 +128,29 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
                 raise not_clickhouse(client.server, f"{what} {name} is not there after it was created")
             made.append(f"ClickHouse: made {what} {name.replace('`', '')}")
     return made
+
+
+async def to_be_made(client: Client, database: str) -> Finding | None:
+    """What `check` says of a table that is not there, by whether this user may make it. Raises SinkError."""
+    if await _exists(client, "table", qualified(database)):
+        return None
+    what = f"ClickHouse: table {database}.{TABLE} does not exist"
+    there = await _exists(client, "database", f"`{database}`")
+    rights = f"CREATE TABLE ON `{database}`.*" if there else f"CREATE DATABASE, CREATE TABLE ON `{database}`.*"
+    if await _may(client, rights):
+        return Finding(False, what, INIT, made_by_init=True)
+    cure = f"GRANT {rights} to this user, or let another one run what {command('sql clickhouse')} prints"
+    return Finding(False, f"{what}, or this user may not see it, and it may not make it", cure)
+
+
+async def _may(client: Client, rights: str) -> bool:
+    [readonly] = await client.one("SELECT toUInt8(getSetting('readonly'))", tuple[int])
+    if readonly:
+        return False
+    try:
+        return await client.says(f"CHECK GRANT {rights}") != "0"
+    except SinkMisconfigured:  # a server from before 2024 does not know the statement: `init` shows it
+        return True
 
 
 async def _exists(client: Client, what: str, name: str) -> bool:

@@ -435,6 +435,8 @@ class TestBounds:
 SECURITY = Path("docs/reference/security.md").read_text(encoding="utf-8")
 
 RIGHTS = {
+    r"SELECT toUInt8\(getSetting\('readonly'\)\)": "",
+    r"CHECK GRANT CREATE DATABASE, CREATE TABLE ON `engagement`\.\*": "",
     r"SELECT version\(\)": "",
     r"SELECT toUnixTimestamp64Micro\(parseDateTime64\w+\('[^']+', 6, 'UTC'\)\), .*'UTC'\)\)": "",
     r"SELECT .* FROM system\.tables WHERE .*": "",
@@ -459,6 +461,11 @@ async def test_rights(clickhouse: ClickHouse, front: Front) -> None:
 
     clickhouse.query("DROP DATABASE engagement SYNC")
     async with sink_behind(front, clickhouse) as sink:
+        assert needed() == {"CREATE DATABASE", "CREATE TABLE"}
+        clickhouse.query("DROP DATABASE engagement SYNC")
+        assert [finding.made_by_init for finding in await sink.check()] == [False, True]
+        assert needed() == set()
+        await sink.create()
         assert needed() == {"CREATE DATABASE", "CREATE TABLE"}
         await sink.open()
         front.tell(lambda asked: bare(asked.pass_on()))

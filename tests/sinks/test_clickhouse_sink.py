@@ -436,6 +436,18 @@ class TestFaults:
                     await sink.open()
                 assert "Xq7Zk2" not in f"{caught.value} {await sink.check()}"
 
+    async def test_the_password_is_rotated(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """The new one is in the settings when the sink is told so; the next write has it."""
+        clickhouse.behave(password="rotated")  # noqa: S106  no secret
+        with pytest.raises(SinkMisconfigured, match="516 AUTHENTICATION_FAILED"):
+            await sink.write(events(1, 10))
+        url = clickhouse.url.replace("default@", "default:rotated@")
+        sink.settings = ClickHouseSettings.model_validate({"clickhouse_url": url})
+        await sink.renew()
+        await sink.write(events(1, 10))
+        clickhouse.behave()
+        assert ids(clickhouse) == list(range(1, 11))
+
     async def test_nobody_listens(self) -> None:
         """Tried again; check says what to look at."""
         async with sink_for("http://127.0.0.1:9/engagement") as sink:
@@ -488,8 +500,21 @@ class TestShapes:
             with pytest.raises(SinkUnusable, match="does not exist"):
                 await sink.write(events(1, 3))
             assert (await sink.check())[1] == Finding(
-                False, f"ClickHouse: table engagement.{TABLE} does not exist", INIT
+                False, f"ClickHouse: table engagement.{TABLE} does not exist", INIT, made_by_init=True
             )
+
+    @pytest.mark.parametrize("database", ["engagement", "not-there"])
+    async def test_missing_table_that_may_not_be_made(self, clickhouse: ClickHouse, database: str) -> None:
+        """`check` says so before `init` does."""
+        clickhouse.behave(read_only=True, only_inserts=False)
+        async with sink_for(clickhouse.url.replace("/engagement", f"/{database}")) as sink:
+            finding = (await sink.check())[1]
+            assert (finding.ok, finding.made_by_init) == (False, False)
+            assert (
+                f"GRANT CREATE {'TABLE' if database == 'engagement' else 'DATABASE, CREATE TABLE'} ON" in finding.cure
+            )
+            with pytest.raises(SinkMisconfigured, match="164 READONLY"):
+                await sink.create()
 
     async def test_dropped_while_we_write(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """Stops with the cure; the events are not lost, they are still in the slot."""
@@ -521,6 +546,17 @@ class TestShapes:
         what = (await sink.check())[1].what
         assert "the engine MergeTree and not ReplacingMergeTree(_lsn)" in what
         assert "the sort key (event_ts) and not (event_ts, content_id, event_id)" in what
+
+    async def test_durable(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """`init` makes the table so that an answered insert is on disk; `check` tells how to make another one so."""
+        [made] = clickhouse.query(f"SELECT engine_full FROM system.tables WHERE name = '{TABLE}'").splitlines()  # noqa: S608
+        assert "fsync_after_insert = 1, fsync_part_directory = 1" in made
+        clickhouse.query(f"ALTER TABLE {TABLE} RESET SETTING fsync_after_insert, fsync_part_directory")
+        advice = (await sink.check())[-1]
+        assert advice.ok
+        assert "may be gone after a power cut" in advice.what
+        clickhouse.query(advice.cure)
+        assert [finding.ok for finding in await sink.check()] == [True, True]
 
     async def test_more_columns_are_fine(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """The table is the user's too."""

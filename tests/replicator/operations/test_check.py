@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -85,3 +86,33 @@ async def test_an_address_that_others_reach_is_told(monkeypatch: pytest.MonkeyPa
     first, *_ = await found(monkeypatch, None, admin_listen="0.0.0.0:8080")
     assert first.ok
     assert "0.0.0.0:8080" in first.what
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_what_init_makes(monkeypatch: pytest.MonkeyPatch, *, begun: bool) -> None:
+    """It need not be there before the first `init`, and has to be afterwards."""
+
+    class Empty(MemorySink):
+        """Its table is not there."""
+
+        async def check(self) -> list[Finding]:
+            """Say so."""
+            return [Finding(False, "no table", "Run init", made_by_init=True)]
+
+    async def beginning(*_: object) -> AsyncIterator[Finding]:
+        yield Finding(True, "slot", made_by_init=not begun)
+
+    async def look(*_: object) -> object:
+        return SimpleNamespace(findings=[], may_stream=True)
+
+    async def tables() -> list[Finding]:
+        return []
+
+    sink = Empty(name="redis")
+    await found(monkeypatch, None, sink)  # replaces the rest
+    monkeypatch.setattr(server, "look", look)
+    monkeypatch.setattr(check, "_beginning", beginning)
+    core: Any = CoreSettings.model_validate({"sinks": "redis"})
+    enricher, store = SimpleNamespace(check=tables), SimpleNamespace(files=list)
+    findings = [finding async for finding in check.findings(core, cast("Any", enricher), [sink], cast("Any", store))]
+    assert (not begun, "no table", "Run init") == findings[-1][:3]
