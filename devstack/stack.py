@@ -15,6 +15,7 @@ from devstack.postgres import Postgres
 from devstack.process import DevStackError, Service, free_port
 from devstack.redis import Redis
 from devstack.replicator import Replicator
+from devstack.standby import Standby
 from devstack.watchdog import Watchdog
 
 NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
@@ -111,6 +112,14 @@ class DevStack:
         folder.mkdir()
         made = Replicator(folder, self._watchdog, {**self.environment(), "REPLICATOR_SLOT": slot, **settings})
         self._replicators.append(made)
+        return made
+
+    def standby(self) -> Standby:
+        """A standby of PostgreSQL, not started yet. It ends with the stack."""
+        if self._watchdog is None:
+            raise DevStackError("the stack isn't running: with DevStack(...) as stack")
+        made = Standby(self.folder, self._watchdog, self.postgres)
+        self._services[made.name] = made
         return made
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import PAUSED, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
-from replicator.source.server import refuses_everybody, shuts_down
+from replicator.source.server import shuts_down
 from replicator.source.slot import SlotState
 
 LOOK_SECONDS = 5.0
@@ -81,7 +81,7 @@ class Watchdog:
 
     async def _let_go(self) -> None:
         """PostgreSQL never waits for the sinks when it shuts down; at the first look they may be about to finish."""
-        if self.pipeline.source.connected and await refuses_everybody(self._dsn):
+        if await self.pipeline.source.is_refused():
             self._shutting_down += 1
             if self._shutting_down > 1:
                 log.warning("%s", shuts_down())

@@ -8,6 +8,7 @@ PostgreSQL's errors mean; `enrichment/database.py` asks for rows.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -50,8 +51,15 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     Commits each statement, prepares none (a pooler may stand between), and has the guards.
     """
     text = dsn if isinstance(dsn, str) else dsn()
-    defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-    missing = {key: value for key, value in defaults.items() if key not in parts(text)}
+    given = parts(text)
+    defaults: dict[str, int | str] = {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "keepalives_idle": 30,
+        "tcp_user_timeout": 60_000,
+    }
+    if "," in f"{given.get('host')}{given.get('hostaddr')}" and "PGTARGETSESSIONATTRS" not in os.environ:
+        defaults["target_session_attrs"] = "primary"  # of several hosts: else a standby may be the first that answers
+    missing = {key: value for key, value in defaults.items() if key not in given}
     info = conninfo.make_conninfo(text, **missing, application_name=name, client_encoding="UTF8", **parameters)
     connection = await psycopg.AsyncConnection.connect(info, autocommit=True, prepare_threshold=None)
     try:

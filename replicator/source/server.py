@@ -93,11 +93,12 @@ def shuts_down() -> SourceUnavailable:
     )
 
 
-async def refuses_everybody(dsn: Dsn) -> bool:
-    """Whether the server is there and lets nobody in: it shuts down or starts (57P03, which only a ping can tell)."""
+async def refuses_everybody(dsn: Dsn, stream: pq.abc.PGconn) -> bool:
+    """Whether the server of a stream lets nobody in: it shuts down (57P03, which only a ping can tell)."""
+    there = {name: getattr(stream, name).decode() for name in ("host", "hostaddr", "port")}
     text = dsn if isinstance(dsn, str) else dsn()
-    info = conninfo.make_conninfo(text, connect_timeout=PING_TIMEOUT_SECONDS).encode()
-    return await asyncio.to_thread(pq.PGconn.ping, info) == pq.Ping.REJECT
+    info = conninfo.make_conninfo(text, **there, connect_timeout=PING_TIMEOUT_SECONDS, target_session_attrs="any")
+    return await asyncio.to_thread(pq.PGconn.ping, info.encode()) == pq.Ping.REJECT
 
 
 def application_name(slot: str) -> str:

@@ -25,7 +25,14 @@ from replicator.source import slot as slots
 from replicator.source.breaks import Breaks, end_of_stream
 from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, Connection, Dsn, answering, connect
 from replicator.source.refusals import unconnected
-from replicator.source.server import Identity, Insistence, application_name, parse_history, shuts_down
+from replicator.source.server import (
+    Identity,
+    Insistence,
+    application_name,
+    parse_history,
+    refuses_everybody,
+    shuts_down,
+)
 from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder
 
 CHUNK_ROWS = 500
@@ -312,6 +319,10 @@ class Source:
             if length == 0:
                 await self._readable()
                 pgconn.consume_input()
+
+    async def is_refused(self) -> bool:
+        """Whether the server of the stream lets nobody else in: it shuts down."""
+        return self._pgconn is not None and await refuses_everybody(self._dsn, self._pgconn)
 
     def let_go(self) -> None:
         """End the stream although it is well. Nothing is confirmed by it; the reader connects again."""

@@ -64,7 +64,10 @@ class FakeSource:
     silent_seconds = 45.0
     starts = 0
     stuck = ""
-    connected = True
+
+    async def is_refused(self) -> bool:
+        """The server is there for others, too."""
+        return False
 
 
 class FakePipeline:
@@ -273,11 +276,7 @@ async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytes
     async def letters() -> None:
         seen.set()
 
-    async def pings(_dsn: str) -> bool:
-        return False
-
     monkeypatch.setattr(slots, "look", refuses)
-    monkeypatch.setattr("replicator.operations.watchdog.refuses_everybody", pings)
     watchdog = Watchdog(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
     monkeypatch.setattr(watchdog.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
     running = asyncio.create_task(watchdog.run())
