@@ -26,8 +26,7 @@ from devstack import DevStack
 from devstack.comparison import count
 from devstack.process import DevStackError, wait_until
 from devstack.replicator import Replicator
-from enrichment.enricher import EngagementEnricher
-from replicator.source.wal2json import OPTIONS
+from replicator.source.wal2json import OPTIONS, listed
 from sinks.redis.keys import PAGE_BITS
 
 HTTP_BATCH_SIZE = 500  # events a request; the default of 100 costs 1.7 µs more an event
@@ -55,7 +54,7 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
 def pg_recvlogical(stack: DevStack, backlog: Backlog, slot: str) -> Drained:
     """Measure PostgreSQL's own client, which writes to /dev/null."""
     dsn = conninfo_to_dict(stack.postgres.dsn)
-    options = {**OPTIONS, "add-tables": ",".join(EngagementEnricher.tables)}
+    options = {**OPTIONS, "add-tables": listed([("public", "content"), ("public", "engagement_events")])}
     command = [
         str(stack.postgres.bin_dir / "pg_recvlogical"),
         *("-h", str(dsn["host"]), "-p", str(dsn["port"]), "-U", str(dsn["user"]), "-d", str(dsn["dbname"])),

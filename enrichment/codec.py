@@ -23,9 +23,10 @@ Draft: TypeAlias = Sequence[Any]
 """A row that has been read: commit_lsn, ordinal, then the values of `OWN`, the time as a datetime or, outside Python's
 years, as text. Plain: it costs a third of anything with names."""
 
+DRAFT_ID: Final = 2 + OWN.index(IDENTITY)
 DRAFT_KEY: Final = 2 + OWN.index(KEY)
 DRAFT_TIME: Final = 2 + OWN.index(TIME)
-"""Where a draft has its content_id and its time."""
+"""Where a draft has its id, its content_id and its time."""
 
 Content: TypeAlias = tuple[Any, ...]
 """The values of `JOINED`: what an event takes over from its content."""
@@ -43,16 +44,20 @@ class RowUnusable(Exception):
     """No event can be made of a row. The text names table, column and what is expected, never a value."""
 
 
+class ShapeUnusable(RowUnusable):
+    """Nor of any other of that shape: a column is missing, or of another type."""
+
+
 def check(columns: Iterable[Column]) -> None:
     """Raise RowUnusable for the first column whose value does not fit; of two with one name both are looked at."""
     for column in columns:
         for field in OWN:
             if column.name == field.column and not field.type.fits(column.value):
-                raise _misfit(field)
+                raise _misfit(field, RowUnusable if column.value is None else ShapeUnusable)
 
 
-def _misfit(field: Field) -> RowUnusable:
-    return RowUnusable(f"{EVENTS}.{field.column} is not {field.type.words}")
+def _misfit(field: Field, kind: type[RowUnusable] = ShapeUnusable) -> RowUnusable:
+    return kind(f"{EVENTS}.{field.column} is not {field.type.words}")
 
 
 def microseconds(moment: datetime) -> int:
@@ -137,7 +142,7 @@ class RowReader:
         places = {column.name: place for place, column in enumerate(row.columns)}
         for field in OWN:
             if field.column not in places:
-                raise RowUnusable(f"{EVENTS} has no column {field.column}; expected {field.type.words}")
+                raise ShapeUnusable(f"{EVENTS} has no column {field.column}; expected {field.type.words}")
         self._places = tuple(places[field.column] for field in OWN)
         return self.read(row)
 

@@ -55,6 +55,11 @@ class Database:
         async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
             return await (await connection.execute(query, parameters)).fetchall()
 
+    async def each(self, *queries: tuple[str, Mapping[str, object]]) -> list[list[tuple[Any, ...]]]:
+        """The results of several queries, one after the other, each in a newer snapshot. Raises as `rows`."""
+        async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
+            return [await (await connection.execute(*query)).fetchall() for query in queries]
+
     async def stream(
         self, query: str, parameters: Mapping[str, object] | None = None
     ) -> AsyncIterator[tuple[Any, ...]]:

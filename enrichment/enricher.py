@@ -6,22 +6,27 @@ changes take effect in the order of the rows. Until the look-up has succeeded no
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import structs
 from pydantic import Field
 
 from enrichment import codec
-from enrichment.check import check
-from enrichment.codec import DRAFT_KEY, Content, Draft, RowUnusable
+from enrichment.codec import DRAFT_ID, DRAFT_KEY, Content, Draft, RowUnusable, ShapeUnusable
 from enrichment.content import Change, Contents, changes
 from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
-from replicator.contracts.errors import PROGRAM, SourceUnusable
-from replicator.contracts.events import DeadLetter, Event, Finding, Row
+from enrichment.tables import fit
+from enrichment.tables.check import check
+from enrichment.tables.guard import Guard, Record
+from enrichment.tables.missed import MissedHistory
+from replicator.contracts.errors import PROGRAM, SourceUnusable, command
+from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
 from replicator.contracts.settings import Settings, load
-from replicator.contracts.stream import Enriched
+from replicator.contracts.stream import Enriched, History
 from replicator.source.connection import Dsn
 
 HISTORY = """
@@ -33,8 +38,16 @@ FROM public.engagement_events
 WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+00'
 """
 
+IDS_AGAIN = (
+    "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
+    f" repeat and does not count it. If that happens, {command('rebuild-redis')} counts what is in the table now"
+)
+
 HISTORY_TIMEOUT_SECONDS = 600
 """It reads the whole table, once in the product's life, at some 10 million rows a second."""
+
+
+log = logging.getLogger(__name__)
 
 
 class EnrichmentSettings(Settings):
@@ -66,13 +79,13 @@ class _Plan:
         """Ids of contents to look up: an event needs them, or a row changes them and does not carry all of them."""
         self.refused: list[DeadLetter] = []
         self.ignored: Counter[str] = Counter()
+        self.other_shape = 0
+        """Rows from before the tables became what they are; the history brings them as they are now."""
         self.lost_track = False
         """A content changed and its row could not be read: what is known may be out of date."""
 
     def change(self, row: Row) -> None:
         """A row of the content table. Raises RowUnusable."""
-        if (table := f"{row.schema}.{row.table}") != CONTENT:
-            raise RowUnusable(f"{table} is not a table that events are made of")
         for change in changes(row):
             self.changes.append((len(self.drafts), change))
             if change.content_id is not None:
@@ -84,17 +97,43 @@ class _Plan:
 class EngagementEnricher:
     """Enriches `public.engagement_events` with `public.content`."""
 
-    tables: Sequence[str] = (CONTENT, EVENTS)
-
     def __init__(self, dsn: Dsn, settings: EnrichmentSettings) -> None:
         self._dsn = dsn
         self._database = Database(dsn)
+        self._guarding = Database(dsn)
+        self._guard = Guard(self._guarding)
         self._contents = Contents(self._database, settings.content_cache_size)
+        self._keeps_contents = True
         self._reader = codec.RowReader()
+        self._skipped = 0
         self.ignored: Counter[str] = Counter()
 
+    @property
+    def tables(self) -> Sequence[tuple[str, str]]:
+        return self._guard.tables
+
+    async def look(self, record: str | None, after: Lsn) -> History | None:
+        before = await self._guard.look(None if record is None else msgspec.json.decode(record, type=Record), after)
+        shape = self._guard.shape
+        if hidden := fit.hidden(shape):
+            log.info("%s %s: it is looked up for every event", CONTENT, hidden.what)
+        self._keeps_contents = hidden is None
+        return MissedHistory.since(self._dsn, before, shape) if before else None
+
     async def open(self) -> None:
-        await self._contents.preload()
+        if self._keeps_contents:
+            await self._contents.preload()
+        else:
+            self._contents.known.clear()
+
+    async def verify(self) -> Lsn:
+        return await self._guard.verify()
+
+    def accept(self) -> None:
+        self._guard.accept()
+
+    def record(self) -> str:
+        return msgspec.json.encode(self._guard.record).decode()
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
         plan = self._plan(rows)
@@ -103,7 +142,10 @@ class EngagementEnricher:
             self._contents.known.setdefault(content_id, content)
         events = self._carry_out(plan, found)
         self.ignored.update(plan.ignored)
-        if plan.lost_track:
+        if plan.drafts:
+            self._guard.saw(plan.drafts[-1][DRAFT_ID])
+        self._tell(plan)
+        if plan.lost_track or not self._keeps_contents:
             self._contents.known.clear()
         self._contents.trim()
         return Enriched(events, plan.refused)
@@ -141,28 +183,55 @@ class EngagementEnricher:
         return await check(self._dsn)
 
     async def close(self) -> None:
+        await self._guarding.close()
         await self._database.close()
 
     def _plan(self, rows: Sequence[Row]) -> _Plan:
         plan, read, known = _Plan(), self._reader.read, self._contents.known
         append, changed = plan.drafts.append, plan.changed
         for row in rows:
-            ours = row.table == EVENTS_TABLE and row.schema == SCHEMA
             try:
-                if ours and row.action == "I":
+                if (row.table != EVENTS_TABLE or row.schema != SCHEMA) and not self._is_event(row, plan):
+                    continue
+                if row.action == "I":
                     draft = read(row)
                     content_id = draft[DRAFT_KEY]
                     if content_id not in known and content_id not in changed:
                         plan.wanted.add(content_id)
                     append(draft)
-                elif ours:
-                    plan.ignored[row.action] += 1
                 else:
-                    plan.change(row)
+                    plan.ignored[row.action] += 1
             except RowUnusable as exc:
-                plan.refused.append(codec.dead_letter(row, str(exc)))
-                plan.lost_track |= row.table == CONTENT_TABLE
+                self._refuse(row, exc, plan)
         return plan
+
+    def _is_event(self, row: Row, plan: _Plan) -> bool:
+        """Whether a row is of a part of the events' table; from here on it is the table's. Raises RowUnusable."""
+        root = self._guard.root(row)
+        if root is None:
+            raise RowUnusable(f"{row.schema}.{row.table} is not a table that events are made of")
+        if root:
+            row.schema, row.table = SCHEMA, root
+        if root == CONTENT_TABLE:
+            if row.commit_lsn > self._guard.until:
+                plan.change(row)
+            else:  # of a table that may not be this one; what is known is newer
+                plan.lost_track = True
+        return root == EVENTS_TABLE
+
+    def _refuse(self, row: Row, exc: RowUnusable, plan: _Plan) -> None:
+        if isinstance(exc, ShapeUnusable) and row.commit_lsn <= self._guard.until:
+            plan.other_shape += 1
+            return
+        plan.refused.append(codec.dead_letter(row, str(exc)))
+        plan.lost_track |= row.table == CONTENT_TABLE
+
+    def _tell(self, plan: _Plan) -> None:
+        if plan.other_shape and not self._skipped:
+            log.info("rows from before the change of %s come as they are in the table now", EVENTS)
+        self._skipped += plan.other_shape
+        if plan.ignored["T"]:
+            log.warning("%s was truncated. %s", EVENTS, IDS_AGAIN)
 
     def _carry_out(self, plan: _Plan, found: dict[int, Content]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""

@@ -181,7 +181,7 @@ class EngagementHistory:
             return None
         wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
         found = await self._pages.rows(PAGES[here.order], wanted)
-        return _make_page(found, after, str(here.after(*_last(found)))) if found else None
+        return make_page(found, after, str(here.after(*last_event(found)))) if found else None
 
     async def close(self) -> None:
         await self._scans.close()
@@ -196,7 +196,7 @@ class PickedHistory:
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
 
     async def open(self) -> None:
-        await self._find([])
+        await self.find([])
         await self._pages.rows(WAL_END)
 
     async def begin(self) -> tuple[str, int]:
@@ -206,31 +206,31 @@ class PickedHistory:
         ids = self._ids[int(place) : int(place) + rows]
         if not ids:
             return None
-        found = await self._find(ids)
+        found = await self.find(ids)
         if not found:
             return Page(Enriched([], []), after, str(int(place) + len(ids)))
-        last_id, _ = _last(found)
+        last_id, _ = last_event(found)
         # The ids up to the page's last event are done: those between have gone, later ones may have been cut off.
-        return _make_page(found, after, str(bisect_right(self._ids, last_id)))
+        return make_page(found, after, str(bisect_right(self._ids, last_id)))
 
     async def close(self) -> None:
         await self._pages.close()
 
-    async def _find(self, ids: Sequence[int]) -> _Found:
+    async def find(self, ids: Sequence[int]) -> Found:
         return await self._pages.rows(PICKED_PAGE, {**between(BEGINNING, END), "ids": list(ids), "bytes": PAGE_BYTES})
 
 
-_Found: TypeAlias = list[tuple[Any, ...]]
+Found: TypeAlias = list[tuple[Any, ...]]
 """The rows of a page."""
 
 
-def _last(found: _Found) -> tuple[int, str]:
+def last_event(found: Found) -> tuple[int, str]:
     """Id and time of the page's last event."""
     last = dict(zip(OWN, found[-1][_OWN_VALUES], strict=True))
     return last[IDENTITY], last[TIME]
 
 
-def _make_page(found: _Found, after: Position, next_place: str) -> Page:
+def make_page(found: Found, after: Position, next_place: str) -> Page:
     """The events of a page's rows. The loop is where a backfill spends its time, beside `build_events`."""
     [wal_end, *_], *_ = found
     lsn = max(parse_lsn(wal_end), after.commit_lsn)  # after a failover the WAL may end before that

@@ -15,7 +15,15 @@ from typing import NoReturn, TypeVar
 
 from msgspec import structs
 
-from replicator.contracts.errors import CheckpointBackward, CheckpointUnavailable, Overtaken, SourceUnavailable, command
+from replicator.contracts.errors import (
+    CheckpointBackward,
+    CheckpointUnavailable,
+    Overtaken,
+    SourceUnavailable,
+    TablesChanged,
+    TablesLocked,
+    command,
+)
 from replicator.contracts.events import Checkpoint, Lsn, Row, SinkPosition, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
@@ -24,6 +32,8 @@ from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import RETRYABLE, Trouble, retry
+from replicator.delivery.tables.catch_up import CatchUp
+from replicator.delivery.tables.verification import PAUSE_SECONDS, Verification
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
 
@@ -55,6 +65,8 @@ class Pipeline:
         """Why nothing is read."""
         self.saving = Trouble()
         """Why no checkpoint is saved."""
+        catch_up = CatchUp(self.fan_out, DeadLetters(store, settings, "backfill"), settings.retry_max_seconds)
+        self.verification = Verification(enricher, store, catch_up)
         self.rows = 0
         """Read from the slot."""
         self.dead_letters = 0
@@ -67,6 +79,8 @@ class Pipeline:
         self._store = store
         self._beginning = Beginning(source, store, settings.slot, sinks, self.trouble.say)
         self._created = False
+        self._stopping = False
+        self._opened = asyncio.Event()
         self._saved_at = 0.0  # time.monotonic()
 
     # -- the rule ------------------------------------------------------------------------------------------------
@@ -74,13 +88,13 @@ class Pipeline:
     async def commit(self) -> None:
         """Sinks, then checkpoint, then PostgreSQL. Nothing else saves a position or confirms one.
 
-        confirmed ≤ checkpoint ≤ written by the slowest sink ≤ received
+        confirmed ≤ checkpoint ≤ min(written by the slowest sink, verified) ≤ received
         """
         if self.checkpoint is None:
             return
-        # 1. Sinks: what each of them holds, durably; the slowest one counts. If the slowest sink was removed from the
-        #    settings, every other sink may be ahead of `received`.
-        written = self.paused | {lane.name: lane.reached for lane in self.fan_out.lanes}
+        # 1. Sinks: what each of them holds, durably, as far as the tables were seen to be what the stream assumes. The
+        #    slowest one counts. If it was removed from the settings, every other one may be past `received`.
+        written = self.paused | {lane.name: self.verification.part(lane) for lane in self.fan_out.lanes}
         end_lsn = min(self.source.received, *(reached.end_lsn for reached in written.values()))
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
@@ -117,24 +131,48 @@ class Pipeline:
 
     def stop(self) -> None:
         """Drain: read no more, finish the writes in flight, save, confirm; `run` then returns."""
+        self._stopping = True
         self.fan_out.stop()
 
     async def run(self) -> None:
         """Replicate until `stop`. Raises errors that are not retried, after saving what is written."""
         try:
-            failure = await self.fan_out.run(self._read_forever(), self._commit_forever(), self._feedback_forever())
-            try:
-                await self._finish()
-            finally:
-                if failure:  # it comes first: what the last commit meets after it is its consequence
-                    raise failure
+            while not self._stopping:
+                await self._run()
         finally:
             self.source.close()
 
-    async def _finish(self) -> None:
+    async def _run(self) -> None:
+        """Until `stop`, or until the tables have changed: then it begins again with what is on disk."""
+        work = self._read_forever(), self._commit_forever(), self._feedback_forever(), self._catch_up()
+        failure = await self.fan_out.run(*work)
+        changed = isinstance(failure, TablesChanged)
+        try:
+            await self._finish(verify=not changed)
+        except CheckpointUnavailable as exc:
+            if not changed:
+                raise
+            log.warning("%s", exc)  # what was not saved comes again
+        finally:
+            if failure and not changed:  # it comes first: what the last commit meets after it is its consequence
+                raise failure
+        if not changed:
+            self._stopping = True
+            return
+        log.info("%s", failure)
+        self.checkpoint = None
+        self._offers.clear()
+        self._opened.clear()
+        self.fan_out.again()
+
+    async def _finish(self, *, verify: bool) -> None:
+        if verify and self.checkpoint is not None:
+            await self.verification.verify_last()
         try:
             async with asyncio.timeout(LAST_SAVE_SECONDS):
                 await self._commit_unless_overtaken()
+                if verify and self.checkpoint is not None:
+                    await self.verification.keep(now=True)
         except TimeoutError as exc:  # saved after all or not, it is not confirmed
             raise CheckpointUnavailable(detail=f"no answer for {LAST_SAVE_SECONDS:.0f} s") from exc
         await self.source.finish()
@@ -143,14 +181,21 @@ class Pipeline:
             log.info("stopped; everything up to %s is written and confirmed", confirmed, extra={"lsn": confirmed})
 
     async def _commit_forever(self) -> None:
+        await self._opened.wait()
+        longest, moved = self._settings.retry_max_seconds, False
         while True:
-            await self.fan_out.progress()
-            while not self._worth_saving():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._settings.checkpoint_interval_seconds):
-                        await self.fan_out.progress()
-            await retry(self._commit_unless_overtaken, self.saving, self._settings.retry_max_seconds)
+            moved |= await self.fan_out.progress(PAUSE_SECONDS)
+            await self.verification.verify_in_time(self.fan_out)
+            if moved and self._worth_saving():
+                await retry(self._commit_unless_overtaken, self.saving, longest)
+                moved = self.verification.behind(self.fan_out)
+            await retry(self.verification.keep, self.saving, longest)
             await self.fan_out.checkpoint_wanted(self._settings.checkpoint_interval_seconds)
+
+    async def _catch_up(self) -> None:
+        await self._opened.wait()
+        await self.verification.catch_up.run()
+        await asyncio.Event().wait()  # a task that ends would end them all
 
     def _worth_saving(self) -> bool:
         """A sink has rows that the checkpoint lacks, or nothing was saved for a feedback interval.
@@ -194,7 +239,11 @@ class Pipeline:
         end_lsn = taken.checkpoint.end_lsn
         if taken.created_slot:
             log.warning("made slot %s; %s says how to bring older rows", self._settings.slot, command("init"))
-        await self.source.start(end_lsn)
+        if self.checkpoint is None:
+            await self.verification.look(taken.checkpoint)
+        else:
+            await self._verify_again()
+        await self.source.start(end_lsn, self.enricher.tables)
         # From here on no other replicator reads the slot. The former reader may have saved once more before that.
         stored = await self._beginning.load() or taken.checkpoint
         await self._open(end_lsn, structs.replace(stored, timeline=taken.checkpoint.timeline))
@@ -219,12 +268,29 @@ class Pipeline:
         for name, at in self.paused.items():
             log.warning(PAUSED, name, format_lsn(at.end_lsn), extra={"sink": name})
         self.fan_out.open([sink for sink in self._sinks if sink.name not in self.paused], starts)
+        self.verification.open(starts, complete=not self.paused)
         self.checkpoint = stored
+        self._opened.set()
+
+    async def _verify_again(self) -> None:
+        """After a reconnect: what the lanes hold was made of the tables as they were. Raises TablesChanged."""
+        with suppress(TablesLocked):
+            await self.verification.verify()
+
+    async def _verify_past(self, lsn: Lsn) -> None:
+        """Before rows are refused: it is about them only if the tables are what the stream assumes."""
+        if self.verification.lsn < lsn:
+            await self.verification.verify()
+        if self.verification.lsn < lsn:
+            raise SourceUnavailable(detail=f"the server that is asked for the tables is behind {format_lsn(lsn)}")
 
     async def _carry_chunk(self) -> None:
         chunk = await self.source.read()
         events, refused = await self._enrich(chunk.rows)
-        if refused:  # kept before their position counts; while there is no room for them, nothing is read
+        if refused:
+            newest = chunk.mark.position.commit_lsn
+            await self._retry(lambda: self._verify_past(newest))
+            # kept before their position counts; while there is no room for them, nothing is read
             await self._retry(lambda: self.letters.keep(refused))
             self.dead_letters += len(refused)
         self.rows += len(chunk.rows)

@@ -78,8 +78,7 @@ class App(NamedTuple):
 
     def source(self) -> Source:
         """A source for the slot."""
-        settings = self.settings
-        return Source(self.dsn, settings.slot, self.enricher.tables, failover=settings.failover_slot)
+        return Source(self.dsn, self.settings.slot, failover=self.settings.failover_slot)
 
     @asynccontextmanager
     async def closing(self) -> AsyncIterator[None]:

@@ -227,6 +227,29 @@ class SourceUnusable(SourceError):
         super().__init__(f"PostgreSQL can't be replicated from: {problem}", cure, detail=problem)
 
 
+class TablesUnfit(SourceError):
+    """The tables are not what events are made of. Nothing is read; looked at again until an operator has mended it."""
+
+    def __init__(self, *, problem: str, cure: str) -> None:
+        problem = f"{problem}. Nothing is read, PostgreSQL keeps what is committed, and no event is lost"
+        super().__init__(problem, f"{cure}. Then it goes on by itself", detail=problem)
+
+
+class TablesLocked(SourceError):
+    """A transaction may be changing the tables: until it ends nothing more is confirmed."""
+
+    def __init__(self, *, table: str, holder: str, mode: str) -> None:
+        problem = f"verification waits for {holder}, which holds a {mode} on {table}"
+        super().__init__(problem, "Nothing is confirmed until that transaction has ended (pg_stat_activity)")
+
+
+class TablesChanged(SourceError):
+    """The tables are no longer what this stream assumes. The stream begins again after the checkpoint."""
+
+    def __init__(self, *, what: str) -> None:
+        super().__init__(f"{what}: the stream begins again after the checkpoint", detail=what)
+
+
 class DecodeError(SourceError):
     """A message of the stream is not what wal2json sends."""
 

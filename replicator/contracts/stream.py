@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from replicator.contracts.events import DeadLetter, Event, Finding, Position, Row
+from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Position, Row
 
 
 class Enriched(NamedTuple):
@@ -24,22 +24,44 @@ class Enriched(NamedTuple):
 class Enricher(Protocol):
     """Turns rows of the slot's tables into events. Knows the tables; nothing in `replicator` does."""
 
-    tables: Sequence[str]
-    """What the slot must carry, schema-qualified, e.g. `public.engagement_events`."""
+    @property
+    def tables(self) -> Sequence[tuple[str, str]]:
+        """What the slot must carry, as of the last `look`: schema and name of each table."""
 
     @property
     def ignored(self) -> Mapping[str, int]:
         """Rows that make no event by their nature, counted by action (`U`, `D`, `T`); only ever grows."""
 
+    async def look(self, record: str | None, after: Lsn) -> History | None:
+        """See what the tables are, before a stream begins after this position.
+
+        `record` is what `accept` gave in an earlier run. Returns what the stream can't show because the tables were
+        different meanwhile; None: nothing. Raises TablesUnfit (asked again until they fit), SourceUnavailable.
+        """
+
     async def open(self) -> None:
-        """Connect. Raises SourceUnavailable (tried again) or SourceUnusable."""
+        """Load what events need, as of now. Raises SourceUnavailable (tried again) or SourceUnusable."""
+
+    async def verify(self) -> Lsn:
+        """A position of the WAL up to which the tables were seen to be as at the last `look`; it is read first.
+
+        Raises TablesChanged when they are not, TablesLocked while a transaction may be changing them,
+        SourceUnavailable.
+        """
+
+    def accept(self) -> None:
+        """What `verify` has seen is what the next `look` compares with. Every sink has what the last one returned."""
+
+    def record(self) -> str:
+        """What was accepted last, to be kept for the `look` of another process."""
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
         """Events for the rows that make one.
 
         Called with every row of the stream once, in stream order, from one task. Rows may be repeated after a
-        reconnect and must give the same events. Raises SourceUnavailable when a look-up can't be made now: the same
-        rows are then given again; no state may have changed.
+        reconnect and must give the same events. A refused row is about the row only once its commit is verified.
+        Raises SourceUnavailable when a look-up can't be made now: the same rows are then given again; no state may have
+        changed.
         """
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 
 from replicator.contracts.events import Event, Mark, SinkPosition
 from replicator.contracts.settings import CoreSettings
@@ -60,7 +61,8 @@ class FanOut:
     ) -> None:
         self.lanes: list[Lane] = []
         """In the order of the sinks; empty until `open`."""
-        self._shared = Shared(letters, mode, limit_bytes, settings.retry_max_seconds)
+        self._share = partial(Shared, letters, mode, limit_bytes, settings.retry_max_seconds)
+        self._shared = self._share()
         self._drain_timeout_seconds = settings.drain_timeout_seconds
         self._stops = Stops()
         self._said_at = -math.inf
@@ -93,13 +95,19 @@ class FanOut:
         return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
     def open(self, sinks: Sequence[Sink], starts: Mapping[str, SinkPosition]) -> None:
-        """Begin a lane a sink, each where its sink is."""
-        self.lanes = [Lane(sink, starts[sink.name], self._shared) for sink in sinks]
+        """Begin a lane a sink, each where its sink is; what is counted goes on."""
+        stats = {lane.name: lane.stats for lane in self.lanes}
+        self._shared = self._share()
+        self.lanes = [Lane(sink, starts[sink.name], self._shared, stats.get(sink.name)) for sink in sinks]
         self._writers = [self._begin(lane.run()) for lane in self.lanes]
 
     def stop(self) -> None:
         """Let `run` end."""
         self._ending.set()
+
+    def again(self) -> None:
+        """After `run` has ended: it may run once more. What the lanes held is given up."""
+        self._ending, self._writers, self._shared = asyncio.Event(), [], self._share()
 
     async def run(self, *work: Coroutine[None, None, None]) -> BaseException | None:
         """Run `work` until any of it ends, a lane fails or `stop` is called; then end it, and drain the lanes.
@@ -128,12 +136,14 @@ class FanOut:
             await asyncio.wait(self._writers, timeout=self._drain_timeout_seconds)
             await _cancel(self._writers)
 
-    def put(self, events: list[Event], mark: Mark) -> None:
-        """Give the events to every lane."""
-        batch = Batch(events, mark, weigh(events), holders=len(self.lanes))
+    def put(self, events: list[Event], mark: Mark | None) -> Batch:
+        """Give the events to every lane; without a mark they come from beside the stream."""
+        beside = mark is None
+        batch = Batch(events, mark or Mark(), weigh(events), holders=len(self.lanes), beside=beside)
         self._shared.hold(batch.size)
         for lane in self.lanes:
             lane.put(batch)
+        return batch
 
     async def room(self) -> None:
         """Wait until the lanes hold less than the limit; the log says so while that takes much of the time."""
@@ -150,15 +160,23 @@ class FanOut:
             message = "reading has stopped: %d bytes wait for sink %s (%s)"
             log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow")
 
-    async def progress(self) -> None:
-        """Wait until a lane has moved since the last call."""
-        await self._shared.progress.wait()
-        self._shared.progress.clear()
+    async def progress(self, seconds: float | None = None) -> bool:
+        """Wait until a lane has moved since the last call, or so long; whether one has."""
+        progress = self._shared.progress
+        await wait(progress, seconds)
+        moved = progress.is_set()
+        progress.clear()
+        return moved
+
+    @property
+    def awaiting_checkpoint(self) -> bool:
+        """Some lane may not write before the next checkpoint."""
+        return any(lane.awaiting_checkpoint for lane in self.lanes)
 
     async def checkpoint_wanted(self, seconds: float) -> None:
         """Wait so long, or until a lane may not write before the next checkpoint."""
         self._shared.checkpoint_wanted.clear()
-        if not any(lane.awaiting_checkpoint for lane in self.lanes):
+        if not self.awaiting_checkpoint:
             await wait(self._shared.checkpoint_wanted, seconds)
 
     def saved(self, sinks: Mapping[str, SinkPosition]) -> None:

@@ -108,12 +108,12 @@ class RepeatBudget:
 class Lane:
     """Carries batches to one sink; independent of every other lane."""
 
-    def __init__(self, sink: Sink, start: SinkPosition, shared: Shared) -> None:
+    def __init__(self, sink: Sink, start: SinkPosition, shared: Shared, stats: LaneStats | None = None) -> None:
         self.sink = sink
         self.name = sink.name
         self.mark = Mark(start.position, start.end_lsn)
         """How far the sink is."""
-        self.stats = LaneStats()
+        self.stats = stats or LaneStats()
         self.trouble = Trouble(over=self._over, sink=sink.name)
         self.queue = Queue(self.mark)
         self._start = start if start.position > Position(0, 0) else None

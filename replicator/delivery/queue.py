@@ -68,6 +68,8 @@ class Batch(msgspec.Struct):
     """Memory it holds, bytes, estimated."""
     holders: int = 0
     """Lanes that still need it."""
+    beside: bool = False
+    """Its events are not the stream's: they have no place in its order, and no mark is reached with them."""
 
 
 class Write(msgspec.Struct):
@@ -113,7 +115,8 @@ class Queue:
         An empty batch only moves the mark of what is before it, so a dead sink does not collect them.
         """
         events, after = batch.events, self.end.position
-        if events and (events[0].commit_lsn, events[0].ordinal) <= after:  # after a restart or a reconnect
+        repeated = events and (events[0].commit_lsn, events[0].ordinal) <= after  # after a restart or a reconnect
+        if repeated and not batch.beside:
             events = [event for event in events if (event.commit_lsn, event.ordinal) > after]
         self.end = self.end.later(batch.mark)
         if events:
@@ -157,7 +160,7 @@ class Queue:
             write.events += piece
             self._head += len(piece)
             if self._head < len(entry.events):
-                if piece:
+                if piece and not entry.batch.beside:
                     last = Position(piece[-1].commit_lsn, piece[-1].ordinal)
                     write.mark = Mark(last, write.mark.end_lsn, write.mark.committed_at)
                 break

@@ -22,6 +22,8 @@ BASE_SECONDS = 0.1
 """Upper end of the first pause; it doubles up to the setting's maximum (AWS, "Exponential Backoff And Jitter")."""
 STANDBY_SECONDS = 1.0
 """How often a standby asks for the slot."""
+LOOK_SECONDS = 5.0
+"""How often tables that don't fit are looked at: a few catalog queries, and it goes on as soon as they do."""
 OPERATOR_SECONDS = 30.0
 """Pause while only an operator can help: it should not look like an attack on the destination."""
 RETRY_AFTER_MAX_SECONDS = 900.0
@@ -34,12 +36,14 @@ HELD = (errors.SinkUnusable, errors.SinkBroken)
 RETRYABLE = (
     errors.SourceUnavailable,
     errors.SlotInUse,
+    errors.TablesLocked,
+    errors.TablesUnfit,
     errors.CheckpointUnavailable,
     errors.SinkUnavailable,
     errors.SinkMisconfigured,
     errors.DeadLettersFull,
 )
-NEEDS_OPERATOR = (errors.SinkMisconfigured, errors.DeadLettersFull, errors.SinkRefusesAll, *HELD)
+NEEDS_OPERATOR = (errors.SinkMisconfigured, errors.DeadLettersFull, errors.SinkRefusesAll, errors.TablesUnfit, *HELD)
 
 T = TypeVar("T")
 
@@ -145,6 +149,8 @@ def pause_seconds(exc: Exception, attempt: int, longest: float) -> float:
     """How long to wait after this error, when the attempt (0, 1, 2 …) failed."""
     if isinstance(exc, errors.SlotInUse):
         return STANDBY_SECONDS
+    if isinstance(exc, errors.TablesUnfit):
+        return min(LOOK_SECONDS, longest)
     if isinstance(exc, NEEDS_OPERATOR):
         return min(OPERATOR_SECONDS, longest)
     # A named time is the least: 0, or a date that has passed, must not become a storm.

@@ -43,7 +43,7 @@ async def findings(
         for finding in found.findings:
             yield finding
         if found.may_stream:
-            async for finding in _beginning(settings, enricher, sinks, store):
+            async for finding in _beginning(settings, sinks, store):
                 fresh = fresh or finding.made_by_init
                 yield finding
         checks = [("tables", enricher.check), *sink_checks]
@@ -84,12 +84,10 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]])
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it")]
 
 
-async def _beginning(
-    settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
-) -> AsyncIterator[Finding]:
+async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> AsyncIterator[Finding]:
     """Slot and checkpoint, and whether the two fit together."""
     try:
-        with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot, enricher.tables)) as source:
+        with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot)) as source:
             found = await Beginning(source, store, settings.slot, sinks).look()
         found.verify()
         at = f"at {format_lsn(found.stored.end_lsn)}" if found.stored else "empty: the first start begins at the slot"

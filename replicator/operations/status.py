@@ -94,6 +94,8 @@ class ReplicatorStatus(Struct, frozen=True, kw_only=True):
     version: str
     connected: bool
     confirmed_lsn: str
+    verified_lsn: str
+    verified_seconds_ago: float
     rows: int
     refused_rows: int
     ignored_rows: dict[str, int]

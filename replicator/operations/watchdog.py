@@ -117,6 +117,8 @@ class Watchdog:
                 version=__version__,
                 connected=pipeline.source.connected,
                 confirmed_lsn=format_lsn(pipeline.source.confirmed),
+                verified_lsn=format_lsn(pipeline.verification.lsn),
+                verified_seconds_ago=round(pipeline.verification.seconds, 1),
                 rows=pipeline.rows,
                 refused_rows=pipeline.dead_letters,
                 ignored_rows={ACTIONS[action]: count for action, count in pipeline.enricher.ignored.items()},
@@ -187,6 +189,8 @@ class Watchdog:
             return reading
         if not fan_out.lanes:
             return "no sink is open"
+        if self.pipeline.verification.trouble:
+            return self.pipeline.verification.trouble.message
         if stored and stored.end_lsn < min(source.received, fan_out.slowest.mark.end_lsn):  # neither sinks nor source
             return "the checkpoint is not saved, the log says why"
         if waiting := [lane for lane in fan_out.lanes if lane.waiting]:
@@ -207,6 +211,8 @@ class Watchdog:
         if pipeline.saving.seconds() >= TROUBLE_SECONDS:
             return pipeline.saving.message
         seconds = now - self._saved_at
+        if seconds >= UNSAVED_SECONDS and pipeline.verification.trouble:
+            return pipeline.verification.trouble.message
         return f"no checkpoint has been saved for {seconds:.0f} s" if seconds >= UNSAVED_SECONDS else ""
 
     def _stale(self) -> str:
@@ -230,7 +236,8 @@ class Watchdog:
         lanes += [PAUSED % (name, format_lsn(at.end_lsn)) for name, at in self.pipeline.paused.items()]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
-        found = [reading, self.trouble, *lanes, self._unsaved(), *slot]
+        catching_up = self.pipeline.verification.catch_up.trouble.message
+        found = [reading, catching_up, self.trouble, *lanes, self._unsaved(), *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 
 

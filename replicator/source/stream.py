@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import LiteralString
 
 import psycopg
@@ -33,7 +33,7 @@ from replicator.source.server import (
     refuses_everybody,
     shuts_down,
 )
-from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder
+from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder, listed
 
 CHUNK_ROWS = 500
 """Rows read before the sinks get their turn on the loop: some 4 ms of work. At 1,000 lanes starve in a backlog."""
@@ -70,10 +70,9 @@ _NOTICE_OUR_END = "SET client_connection_check_interval = '2s'"
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
-    def __init__(self, dsn: Dsn, slot: str, tables: Sequence[str], *, failover: bool = True) -> None:
+    def __init__(self, dsn: Dsn, slot: str, *, failover: bool = True) -> None:
         self._dsn = dsn
         self._slot = slot
-        self._tables = tables
         self._failover = failover
         self._connection: Connection | None = None
         self._pgconn: pq.abc.PGconn | None = None
@@ -179,12 +178,15 @@ class Source:
                 return await cursor.fetchall() if cursor.description else []
             return []
 
-    async def start(self, end_lsn: Lsn) -> None:
-        """Begin the stream after `end_lsn`, the checkpoint's. Raises SlotInUse, SourceUnavailable, SourceUnusable."""
+    async def start(self, end_lsn: Lsn, tables: Iterable[tuple[str, str]]) -> None:
+        """Begin the stream of these tables, each its schema and its name, after `end_lsn`, the checkpoint's.
+
+        Raises SlotInUse, SourceUnavailable, SourceUnusable.
+        """
         connection = self._connected()
         pgconn = connection.pgconn
         async with answering(self._slot, connection=connection):
-            pgconn.send_query(self._start_command(end_lsn).as_bytes(connection))
+            pgconn.send_query(self._start_command(end_lsn, listed(tables)).as_bytes(connection))
             result, *_ = await connection.wait(generators.execute(pgconn))
             if result.status != pq.ExecStatus.COPY_BOTH:
                 raise errors.error_from_result(result)
@@ -196,13 +198,13 @@ class Source:
         self._flushed = end_lsn
         self._received = max(self._received, end_lsn)
 
-    def _start_command(self, lsn: Lsn) -> sql.Composed:
-        options = {**OPTIONS, "add-tables": ",".join(self._tables)}
-        listed = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+    def _start_command(self, lsn: Lsn, tables: str) -> sql.Composed:
+        options = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), _quoted(value))
+            for name, value in {**OPTIONS, "add-tables": tables}.items()
         )
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
-        return start.format(sql.Identifier(self._slot), sql.SQL(format_lsn(lsn)), listed)
+        return start.format(sql.Identifier(self._slot), sql.SQL(format_lsn(lsn)), options)
 
     async def read(self) -> DecodedChunk:
         """The next chunk of the stream; waits until there is something. Raises SourceUnavailable, DecodeError.
@@ -346,3 +348,8 @@ class Source:
         if self._pgconn is None:
             raise SourceUnavailable(detail="the connection was lost")
         return self._pgconn
+
+
+def _quoted(text: str) -> sql.SQL:
+    """As a literal of the replication protocol, which knows no `E'…'`: a backslash stands for itself."""
+    return sql.SQL("'" + text.replace("'", "''") + "'")

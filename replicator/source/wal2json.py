@@ -6,6 +6,8 @@ arrives, and rows go to the sinks before the end of their transaction is read. w
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -24,6 +26,19 @@ OPTIONS = {
     "include-types": "false",
 }
 """Plugin options of the stream; `add-tables` comes on top."""
+
+
+def listed(tables: Iterable[tuple[str, str]]) -> str:
+    """These tables, each its schema and its name, as `add-tables` takes them.
+
+    Every character that could mean something to wal2json, `*` too, has a backslash before it.
+    """
+    return ",".join(f"{_escaped(schema)}.{_escaped(name)}" for schema, name in tables)
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([^A-Za-z0-9_])", r"\\\1", name)
+
 
 ACTION_AT = len('{"action":"')
 """Where the action's letter stands in every message: peeking at it saves decoding the ones that don't matter."""

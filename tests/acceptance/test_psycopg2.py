@@ -94,9 +94,9 @@ class OurReader(Reader):
     def __init__(self, dsn: str, slot: str) -> None:
         super().__init__(dsn, slot)
         self._runner = asyncio.Runner()
-        self._source = Source(dsn, slot, [TABLE])
+        self._source = Source(dsn, slot)
         self._runner.run(self._source.connect())
-        self._runner.run(self._source.start(0))
+        self._runner.run(self._source.start(0, [("public", "engagement_events")]))
 
     def pump(self) -> None:
         """`read` waits for something: the keepalive comes."""

@@ -83,7 +83,7 @@ def program(stack: DevStack, database: str, tmp_path: Path) -> Iterator[Program]
 def test_a_new_column_is_one_line(program: Program, stack: DevStack, source: psycopg.Connection) -> None:
     """The column is checked, read, backfilled, stored, sent and compared."""
     lacking = program.run("check")
-    assert "referrer is missing" in lacking.stdout
+    assert "has no column referrer (text)" in lacking.stdout
     assert "ALTER TABLE public.engagement_events ADD COLUMN referrer text" in lacking.stdout
     source.execute("ALTER TABLE engagement_events ADD COLUMN referrer text")
     source.execute(INSERT, [1, "before the slot"])

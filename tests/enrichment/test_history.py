@@ -23,16 +23,16 @@ def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: s
 
 def test_a_page_is_after_the_one_before() -> None:
     """Even if the WAL's end went back: a server that was failed over."""
-    page = history._make_page([found(1), found(2, wanted=False), found(3)], Position(0x63, 5), "")  # noqa: SLF001  pure
+    page = history.make_page([found(1), found(2, wanted=False), found(3)], Position(0x63, 5), "")
     assert [(0x64, 6, 1), (0x64, 7, 3)] == [(e.commit_lsn, e.ordinal, e.id) for e in page.enriched.events]
     assert Position(0x64, 7) == page.position
-    later = history._make_page([found(4, lsn="0/10")], page.position, "")  # noqa: SLF001  pure
+    later = history.make_page([found(4, lsn="0/10")], page.position, "")
     assert Position(0x64, 8) == later.position
 
 
 def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None:
     """In the reader's words, with the row; a replay puts it before every commit when the letter has no position."""
-    page = history._make_page([found(1), found(2, user_id=None)], Position(0, 0), "")  # noqa: SLF001  pure
+    page = history.make_page([found(1), found(2, user_id=None)], Position(0, 0), "")
     [letter] = page.enriched.refused
     expected = (None, 2, "public.engagement_events.user_id is not a 64-bit integer")
     assert expected == (letter.sink, letter.event_id, letter.reason)
@@ -43,7 +43,7 @@ def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None
 def test_the_next_place_is_right_after_a_row() -> None:
     """Also after the largest id, where only time is left to go on."""
     here = history._Place(order="event_ts", ts="2026-01-08T09:00:00+00:00", id=0, last_id=LATEST_ID)  # noqa: SLF001  pure
-    after = here.after(*history._last([found(5)]))  # noqa: SLF001  pure
+    after = here.after(*history.last_event([found(5)]))
     assert (TS, 6) == (after.ts, after.id)
     after = here.after(LATEST_ID, TS)
     assert ("2026-01-08T09:00:00.500001+00:00", -(2**63)) == (after.ts, after.id)

@@ -35,7 +35,7 @@ from replicator.contracts.events import (
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enriched, Enricher
+from replicator.contracts.stream import Enriched, Enricher, History
 from replicator.pipeline import Pipeline
 from replicator.source.server import Identity
 from replicator.source.slot import SlotState
@@ -69,6 +69,10 @@ class World:
         self.starts: list[Lsn] = []
         self.task: asyncio.Task[None] | None = None
         self.sinks = [NotingSink(name, self) for name in sinks]
+        self.verified: Lsn = 1_000
+        """What the enricher says of the tables; it may raise `looks` first."""
+        self.looks: list[Exception] = []
+        self.missed: History | None = None
         self.look_ups: list[Exception] = []
         """What the enricher's next calls raise."""
         fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", FakeStore(self))
@@ -123,8 +127,9 @@ class FakeSource:
         """By nobody yet."""
         return False
 
-    async def start(self, end_lsn: Lsn) -> None:
+    async def start(self, end_lsn: Lsn, tables: Sequence[tuple[str, str]]) -> None:
         """Notes from where."""
+        assert tables == (("public", "t"),)
         self.world.starts.append(end_lsn)
 
     async def read(self) -> DecodedChunk:
@@ -151,11 +156,29 @@ class FakeSource:
 class FakeEnricher:
     """An event a row."""
 
-    tables = ("public.t",)
+    tables = (("public", "t"),)
 
     def __init__(self, world: World) -> None:
         self.ignored: dict[str, int] = {}
         self.world = world
+
+    async def look(self, record: str | None, after: Lsn) -> History | None:
+        """As the world says."""
+        self.world.log.append(("look", (record, after)))
+        return self.world.missed
+
+    async def verify(self) -> Lsn:
+        """As the world says."""
+        if self.world.looks:
+            raise self.world.looks.pop(0)
+        return self.world.verified
+
+    def accept(self) -> None:
+        """Nothing to do."""
+
+    def record(self) -> str:
+        """One word."""
+        return "seen"
 
     async def open(self) -> None:
         """Nothing to connect to."""
@@ -178,6 +201,7 @@ class FakeStore:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.record: str | None = None
 
     def create(self) -> list[str]:
         """Nothing to make."""
@@ -199,6 +223,16 @@ class FakeStore:
             self.world.lost_answers -= 1
             self.world.failures = [CheckpointUnavailable(detail="away")] * 100_000
             raise CheckpointUnavailable(detail="the answer was lost")
+
+    def load_progress(self, slot: str, task: str) -> str | None:
+        """What was kept last."""
+        assert (slot, task) == ("s", "tables of 7")
+        return self.record
+
+    def save_progress(self, slot: str, task: str, progress: str | None) -> None:
+        """Keep it."""
+        assert (slot, task) == ("s", "tables of 7")
+        self.record = progress
 
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
         """Notes where they were."""

@@ -70,12 +70,21 @@ class FakeSource:
         return False
 
 
+class FakeVerification:
+    """All is verified."""
+
+    def __init__(self) -> None:
+        self.trouble = Trouble()
+        self.catch_up = self
+
+
 class FakePipeline:
     """A pipeline that reads, with one sink."""
 
     def __init__(self) -> None:
         self.trouble = Trouble()
         self.saving = Trouble()
+        self.verification = FakeVerification()
         self.saves = True
         """A checkpoint is saved between two looks."""
         self.checkpoint: Checkpoint | None = Checkpoint(

@@ -44,7 +44,7 @@ class Connection:
 
 def take(*messages: bytes) -> tuple[Source, Connection]:
     """A source that has taken these messages."""
-    source, connection = Source("", "slot", ()), Connection(*messages)
+    source, connection = Source("", "slot"), Connection(*messages)
     source._pgconn = connection  # type: ignore[assignment]  # noqa: SLF001  a server never sends such messages
     source._read_available()  # noqa: SLF001
     return source, connection
@@ -88,7 +88,7 @@ def test_the_end_of_the_stream_is_retried_whatever_encoding_its_reason_has() -> 
             said = {pq.DiagnosticField.MESSAGE_PRIMARY: "Abbruch auf Anweisung für".encode("latin-1")}
             return SimpleNamespace(error_field=said.get)
 
-    source = Source("", "slot", ())
+    source = Source("", "slot")
     source._pgconn = Ended()  # type: ignore[assignment]  # noqa: SLF001  a server never sends such messages
     with pytest.raises(SourceUnavailable, match="Abbruch"):
         source._read_available()  # noqa: SLF001

@@ -15,7 +15,7 @@ from replicator.contracts.events import Lsn, Row, parse_lsn
 from replicator.source import stream
 from replicator.source.stream import Source
 
-TABLES = ("public.content", "public.engagement_events")
+TABLES = (("public", "content"), ("public", "engagement_events"))
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, %s, 'play')"
 
 
@@ -73,10 +73,10 @@ async def client(database: str) -> AsyncIterator[Client]:
 @pytest_asyncio.fixture
 async def source(client: Client) -> AsyncIterator[Source]:
     """A source whose slot was just made and whose stream runs from there."""
-    made = Source(client.dsn, client.slot, TABLES)
+    made = Source(client.dsn, client.slot)
     await made.connect()
     await made.create_slot()
-    await made.start(client.confirmed())
+    await made.start(client.confirmed(), TABLES)
     yield made
     made.close()
 
@@ -178,7 +178,7 @@ async def test_an_older_transaction_that_commits_later_is_sent_again(source: Sou
     with pytest.raises(SourceUnavailable):
         await read_users(source, 0)
     await source.connect()
-    await source.start(confirmed)
+    await source.start(confirmed, TABLES)
     await read_users(source, 1, 3)
 
 
@@ -227,16 +227,16 @@ async def test_waiting_for_an_idle_server_costs_nothing(source: Source, monkeypa
 
 async def test_a_slot_has_one_reader(source: Source, client: Client) -> None:
     """The second one is told who has it, and gets it when that one is gone."""
-    standby = Source(client.dsn, client.slot, TABLES)
+    standby = Source(client.dsn, client.slot)
     try:
         await standby.connect()
         with pytest.raises(SlotInUse, match=f"held by process {client.readers()[0]}"):
-            await standby.start(client.confirmed())
+            await standby.start(client.confirmed(), TABLES)
         with pytest.raises(SlotInUse):
             await standby.drop_slot()
         await source.finish()
         await standby.connect()
-        await standby.start(client.confirmed())
+        await standby.start(client.confirmed(), TABLES)
         assert standby.connected
     finally:
         standby.close()
@@ -244,12 +244,12 @@ async def test_a_slot_has_one_reader(source: Source, client: Client) -> None:
 
 async def test_a_slot_that_vanished_is_looked_for_again(client: Client) -> None:
     """The next look says that it is missing, with the cure; the stream alone can't know why."""
-    source = Source(client.dsn, client.slot, TABLES)
+    source = Source(client.dsn, client.slot)
     try:
         _, state = await source.connect()
         assert state is None
         with pytest.raises(SourceUnavailable, match="does not exist"):
-            await source.start(0)
+            await source.start(0, TABLES)
     finally:
         source.close()
 
@@ -257,7 +257,7 @@ async def test_a_slot_that_vanished_is_looked_for_again(client: Client) -> None:
 async def test_a_missing_plugin_names_its_package(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is not there: trying again is no cure."""
     monkeypatch.setattr(stream, "PLUGIN", "no_such_plugin")
-    source = Source(client.allowing("no_such_plugin"), client.slot, TABLES)
+    source = Source(client.allowing("no_such_plugin"), client.slot)
     try:
         await source.connect()
         with pytest.raises(SourceUnusable, match="Install wal2json"):
@@ -270,7 +270,7 @@ async def test_a_plugin_that_was_not_named_names_the_setting(client: Client) -> 
     """A PostgreSQL that loads only the plugins in output_plugin_libraries: the cure keeps those that are there."""
     if not client.plugins_named():
         pytest.skip("this PostgreSQL loads any plugin")
-    source = Source(client.allowing("pgoutput"), client.slot, TABLES)
+    source = Source(client.allowing("pgoutput"), client.slot)
     try:
         await source.connect()
         with pytest.raises(SourceUnusable, match="libraries = 'pgoutput', 'wal2json'; SELECT pg_reload"):
@@ -281,7 +281,7 @@ async def test_a_plugin_that_was_not_named_names_the_setting(client: Client) -> 
 
 async def test_a_new_slot_that_waits_can_be_given_up(client: Client) -> None:
     """It waits for the transactions that run; a stop meanwhile leaves neither slot nor connection behind."""
-    source = Source(client.dsn, client.slot, TABLES)
+    source = Source(client.dsn, client.slot)
     with psycopg.connect(client.dsn) as running:
         running.execute(INSERT, [1])
         await source.connect()
@@ -301,7 +301,7 @@ async def test_a_new_slot_that_waits_can_be_given_up(client: Client) -> None:
 
 async def test_a_connection_lost_while_the_slot_is_made_is_unavailable(client: Client) -> None:
     """PostgreSQL restarts just then: tried again, not the end of the program."""
-    source = Source(client.dsn, client.slot, TABLES)
+    source = Source(client.dsn, client.slot)
     with psycopg.connect(client.dsn) as running:
         running.execute(INSERT, [1])
         await source.connect()
@@ -318,7 +318,7 @@ async def test_a_connection_lost_while_the_slot_is_made_is_unavailable(client: C
 @pytest.mark.parametrize("wrong", [{"user": "nobody", "password": "wrong!"}, {"port": 1}, {"dbname": "no_such"}])
 async def test_a_server_that_turns_us_away_is_unavailable(client: Client, wrong: dict[str, str | int]) -> None:
     """Said in one line, without the password."""
-    source = Source(psycopg.conninfo.make_conninfo(client.dsn, **wrong), client.slot, TABLES)
+    source = Source(psycopg.conninfo.make_conninfo(client.dsn, **wrong), client.slot)
     with pytest.raises(SourceUnavailable) as caught:
         await source.connect()
     assert "\n" not in str(caught.value)

@@ -221,14 +221,18 @@ async def read(source: Source, count: int) -> list[Row]:
 
 @contextlib.asynccontextmanager
 async def reading(dsn: str) -> AsyncIterator[Source]:
-    """A source that reads every table of the database from now on."""
-    source = Source(dsn, dsn.rpartition("/")[2], ("public.*",))
+    """A source that reads every table of the database, as they are now, from now on."""
+    with psycopg.connect(dsn) as connection:
+        tables = connection.execute(
+            "SELECT schemaname, tablename FROM pg_tables WHERE schemaname = 'public'"
+        ).fetchall()
+    source = Source(dsn, dsn.rpartition("/")[2])
     try:
         await source.connect()
         state = await source.create_slot()
         assert state is not None
         assert state.confirmed_lsn is not None
-        await source.start(state.confirmed_lsn)
+        await source.start(state.confirmed_lsn, tables)
         yield source
     finally:
         source.close()

@@ -1,0 +1,155 @@
+"""The two tables as the catalog has them, with everything that holds their rows: a value that can be compared.
+
+One statement reads it as JSON, so that looking once a second costs next to nothing. Row versions (xmin) are part of
+it: a change that was taken back before the next look is a change, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
+
+NOW = """
+-- Where the WAL ends, the server's clock, and the oldest transaction that was not over yet. The snapshot is older than
+-- the position: what is committed after the position belongs to that transaction or to a later one. On a standby a
+-- commit is visible before the replayed position passes it.
+SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END - '0/0')::int8,
+       extract(epoch FROM clock_timestamp())::float8, pg_snapshot_xmin(pg_current_snapshot())::text::int8
+"""
+
+LOCKS = """
+-- A transaction that may have changed one of these tables, or the names of schemas, and is not over. One that has no
+-- transaction id (VACUUM, ANALYZE) has changed nothing yet. A weaker lock, or the one of CREATE INDEX, changes nothing
+-- that we look at.
+WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
+SELECT coalesce('process ' || l.pid, 'a prepared transaction'), l.mode, l.relation::regclass::text
+FROM held l
+WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+       AND l.relation = ANY(%(oids)s::oid[])
+       OR l.mode = 'RowExclusiveLock' AND l.relation = 'pg_catalog.pg_namespace'::regclass)
+  AND EXISTS (SELECT FROM held x
+              WHERE x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
+                AND x.virtualtransaction = l.virtualtransaction)
+LIMIT 1
+"""
+
+SHAPE = """
+-- Both tables and all their descendants (partitions, inheritance children, a hypertable's chunks), as JSON. Temporary
+-- ones are another session's own. `type` is the one under a column's domains in the contract's words: narrower integers
+-- and other kinds of text do as well, and a reader sees enums as text.
+WITH RECURSIVE family AS (
+    SELECT t.relname AS root, t.oid, 0::oid AS parent, '' AS link
+    FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace
+    WHERE n.nspname = %(schema)s AND t.relname = ANY(%(tables)s::name[])
+    UNION
+    SELECT f.root, i.inhrelid, i.inhparent, i.xmin::text FROM family f JOIN pg_inherits i ON i.inhparent = f.oid
+), members AS (
+    SELECT root, oid, bool_or(parent = 0) AS top, string_agg(link, ' ' ORDER BY parent) AS links
+    FROM family GROUP BY root, oid
+)
+SELECT coalesce(json_agg(json_build_object(
+    'root', m.root, 'top', m.top, 'oid', m.oid::int8, 'schema', n.nspname, 'name', t.relname, 'kind', t.relkind,
+    'persistence', t.relpersistence, 'file', t.relfilenode::int8, 'identity', t.relreplident,
+    'version', concat_ws(' ', n.xmin, t.xmin, m.links),
+    'columns', CASE WHEN m.top THEN (
+        WITH RECURSIVE under AS (
+            SELECT attnum, atttypid AS type FROM pg_attribute WHERE attrelid = m.oid AND attnum > 0
+            UNION ALL
+            SELECT under.attnum, d.typbasetype FROM under JOIN pg_type d ON d.oid = under.type WHERE d.typtype = 'd'
+        )
+        SELECT json_agg(json_build_object(
+            'name', a.attname, 'declared', format_type(a.atttypid, a.atttypmod),
+            'type', CASE WHEN b.typname IN ('int2', 'int4', 'int8') THEN 'bigint'
+                         WHEN b.typcategory IN ('S', 'E') THEN 'text' ELSE b.typname::text END,
+            'version', a.xmin::text) ORDER BY attnum)
+        FROM pg_attribute a JOIN under USING (attnum) JOIN pg_type b ON b.oid = under.type AND b.typtype <> 'd'
+        WHERE a.attrelid = m.oid AND NOT a.attisdropped
+    ) ELSE '[]' END,
+    'keys', CASE WHEN m.root = %(keyed)s THEN coalesce((
+        SELECT json_agg(json_build_object(
+            'primary', i.indisprimary, 'identity', i.indisreplident, 'version', concat_ws(' ', i.indexrelid, i.xmin),
+            'columns', (SELECT json_agg(a.attname) FROM pg_attribute a
+                        WHERE a.attrelid = m.oid AND a.attnum = ANY(i.indkey))) ORDER BY i.indexrelid)
+        FROM pg_index i WHERE i.indrelid = m.oid AND (i.indisprimary OR i.indisreplident)
+    ), '[]') ELSE '[]' END
+) ORDER BY m.root, m.oid), '[]')::text
+FROM members m JOIN pg_class t ON t.oid = m.oid JOIN pg_namespace n ON n.oid = t.relnamespace
+WHERE t.relpersistence <> 't'
+"""
+PARAMETERS = {"schema": SCHEMA, "tables": [EVENTS_TABLE, CONTENT_TABLE], "keyed": CONTENT_TABLE}
+
+KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+"""By pg_class.relkind: those that have no changes in the WAL."""
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column of one of the two tables."""
+
+    name: str
+    declared: str
+    type: str
+    version: str
+
+
+class Key(msgspec.Struct, frozen=True):
+    """An index that can be a replica identity."""
+
+    primary: bool
+    identity: bool
+    columns: tuple[str, ...] | None
+    version: str
+
+
+class Relation(msgspec.Struct, frozen=True):
+    """One of the two tables, or a descendant of it."""
+
+    root: str
+    """Which of the two."""
+    top: bool
+    """It is the table itself."""
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    persistence: str
+    file: int
+    identity: str
+    version: str
+    columns: tuple[Column, ...]
+    keys: tuple[Key, ...]
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def streamed(self) -> bool:
+        """Whether changes of its own rows, if it can have any, are in the WAL."""
+        return self.kind == "p" or (self.kind == "r" and self.persistence == "p")
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """Everything that was seen in one look."""
+
+    relations: tuple[Relation, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From what `SHAPE` gives."""
+        return cls(msgspec.json.decode(text, type=tuple[Relation, ...]))
+
+    def table(self, root: str) -> Relation | None:
+        """The table that the name means."""
+        return next((found for found in self.of(root) if found.top), None)
+
+    def of(self, root: str) -> Iterator[Relation]:
+        """A table and all its descendants."""
+        return (relation for relation in self.relations if relation.root == root)
+
+    @property
+    def oids(self) -> list[int]:
+        """Of all of them."""
+        return [relation.oid for relation in self.relations]

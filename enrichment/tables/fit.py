@@ -1,0 +1,107 @@
+"""Can events be made of these tables? One answer for `run`, which reads nothing while they can't, and for `check`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS_TABLE, JOINED, KEY, OWN, SCHEMA
+from enrichment.tables.catalog import KINDS, Relation, Shape
+from replicator.contracts.errors import TablesUnfit
+
+NEEDED: Mapping[str, Mapping[str, str]] = {
+    CONTENT_TABLE: {KEY.column: KEY.type.postgres, **{field.joined: field.type.postgres for field in JOINED}},
+    EVENTS_TABLE: {field.column: field.type.postgres for field in OWN},
+}
+"""Table to column to type."""
+TABLE_KINDS = {"r", "p", *KINDS}
+"""By pg_class.relkind: what can be read as a table."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a table, and the cure."""
+
+    what: str
+    cure: str
+
+
+def require(shape: Shape) -> None:
+    """Raise TablesUnfit for what is wrong."""
+    found = [(table, problem) for table in NEEDED for problem in problems(shape, table)]
+    if found:
+        what = ", and ".join(f"{SCHEMA}.{table} {problem.what}" for table, problem in found)
+        raise TablesUnfit(problem=what, cure="; ".join(problem.cure for _, problem in found))
+
+
+def problems(shape: Shape, table: str) -> Iterator[Problem]:
+    """Why no event can be made with this table."""
+    return (problem for problem in (storage(shape, table), misfits(shape, table)) if problem)
+
+
+def storage(shape: Shape, table: str) -> Problem | None:
+    """That a table is not there, or that rows of it never come through the stream."""
+    name, found = f"{SCHEMA}.{table}", shape.table(table)
+    if found is None or found.kind not in TABLE_KINDS:
+        cure = f"Rename it back, or move it back to schema {SCHEMA}; in a new database, psql -f sql/source_schema.sql"
+        return Problem("does not exist", cure)
+    if table == CONTENT_TABLE:  # `hidden` says what it lacks
+        return None
+    if found.kind in KINDS:
+        what = f"is {KINDS[found.kind]}, whose rows are not in the WAL"
+        return Problem(what, f"Give the name {name} back to the table that holds the rows")
+    for part in shape.of(table):
+        if not part.streamed:
+            return _not_in_the_wal(name, part)
+    return None
+
+
+def _not_in_the_wal(name: str, part: Relation) -> Problem:
+    of = "" if part.top else f" in {part}"
+    if part.kind == "f":
+        return Problem(f"has rows{of}, a foreign table, which are not in the WAL", f"Detach {part} from {name}")
+    return Problem(f"has rows{of} that are not in the WAL (UNLOGGED)", f"ALTER TABLE {part} SET LOGGED")
+
+
+def misfits(shape: Shape, table: str) -> Problem | None:
+    """Columns that are missing or of another type."""
+    if (found := shape.table(table)) is None or found.kind not in TABLE_KINDS:
+        return None
+    name, columns = f"{SCHEMA}.{table}", {column.name: column for column in found.columns}
+    whats, cures = [], []
+    for column, needed in NEEDED[table].items():
+        if column not in columns:
+            whats.append(f"has no column {column} ({needed})")
+            back = f"ALTER TABLE {name} RENAME COLUMN … TO {column}"
+            added = f"ALTER TABLE {name} ADD COLUMN {column} {needed}"
+            cures.append(f"Rename it back ({back}), or if there never was one, {added}")
+        elif columns[column].type != needed:
+            whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
+            cures.append(f"ALTER TABLE {name} ALTER COLUMN {column} TYPE {needed} USING {column}::{needed}")
+    return Problem(", ".join(whats), "; ".join(cures)) if whats else None
+
+
+def hidden(shape: Shape) -> Problem | None:
+    """Why the stream does not show every change of content; then it is looked up again for every event."""
+    found = shape.table(CONTENT_TABLE)
+    if found is None:
+        return None
+    if found.kind in KINDS:
+        return Problem(f"is {KINDS[found.kind]}, so its changes are not in the stream", "An ordinary table is faster")
+    for part in shape.of(CONTENT_TABLE):
+        if not part.streamed:
+            return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
+        if part.kind == "r" and not _tells(part):
+            what = f"has a replica identity that does not tell which content was changed or deleted ({part})"
+            cure = "DEFAULT" if any(_names(key.columns) for key in part.keys if key.primary) else "FULL"
+            return Problem(what, f"ALTER TABLE {CONTENT if part.top else part} REPLICA IDENTITY {cure} is faster")
+    return None
+
+
+def _tells(part: Relation) -> bool:
+    """Whether its replica identity names the content: (f)ull, (d)efault, or an (i)ndex."""
+    chosen = [key for key in part.keys if (key.primary if part.identity == "d" else key.identity)]
+    return part.identity == "f" or (part.identity in "di" and any(_names(key.columns) for key in chosen))
+
+
+def _names(columns: tuple[str, ...] | None) -> bool:
+    return KEY.column in (columns or ())

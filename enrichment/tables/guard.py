@@ -1,0 +1,172 @@
+"""The guard of the tables: what the running stream assumes of them, and whether it is still so.
+
+A position of the WAL is verified in three looks, in this order: where the WAL ends, who may be changing the tables, and
+the catalog. A change whose commit is before the position either still holds its lock at the second look, and then the
+position is not verified now, or is visible at the third one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
+from enrichment.database import Database
+from enrichment.tables import fit
+from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Relation, Shape
+from replicator.contracts.errors import TablesChanged, TablesLocked
+from replicator.contracts.events import Lsn, Row
+
+SHOWN_CHANGES = 5
+"""A change of a table with a thousand partitions is not a thousand lines."""
+
+Name: TypeAlias = tuple[str, str]
+"""Schema and table."""
+
+
+class Now(NamedTuple):
+    """A moment of the server; see `NOW`."""
+
+    lsn: Lsn
+    time: float
+    xid: int
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The tables as they were at a verified position, durable: what changes while nothing runs shows later.
+
+    An older record is always safe: more rows are looked through, and more names listened to.
+    """
+
+    time: float
+    """The server's clock, Unix seconds."""
+    xid: int
+    """Every older transaction was over."""
+    highest_id: int | None
+    """Of the events seen until then; None: none."""
+    shape: Shape
+    former: dict[str, str]
+    """Names that the stream also lists for what was committed up to `until`: as JSON, and the table they belong to."""
+    until: Lsn
+
+
+class Guard:
+    """Looks at the tables over a connection of its own: no look-up holds it up."""
+
+    def __init__(self, database: Database) -> None:
+        self.shape = Shape(())
+        """What the stream assumes."""
+        self.highest_id: int | None = None
+        """Of the events in the stream, about: for the record."""
+        self.until: Lsn = 0
+        """Up to there the tables may have been different."""
+        self.record: Record | None = None
+        """What the next look compares with."""
+        self._database = database
+        self._text = ""
+        self._names: dict[Name, str] = {(SCHEMA, EVENTS_TABLE): EVENTS_TABLE, (SCHEMA, CONTENT_TABLE): CONTENT_TABLE}
+        self._former: dict[Name, str] = {}
+        self._seen = Now(0, 0.0, 0)
+
+    @property
+    def tables(self) -> list[Name]:
+        """What the stream has to list, the newest parts first: wal2json compares a change with one after the other."""
+        return list({**self._names, **self._former})
+
+    async def look(self, record: Record | None, after: Lsn) -> Record | None:
+        """See what the tables are before a stream begins after a position; the record, if they were different then.
+
+        Raises TablesUnfit.
+        """
+        [[now], [(text,)]] = await self._database.each((NOW, {}), (SHAPE, PARAMETERS))
+        shape = Shape.parse(text)
+        fit.require(shape)
+        record = self.record or record
+        changed = record is not None and record.shape != shape
+        self.shape, self._text, self._names = shape, text, _names(shape)
+        self._former, self.until = {}, 0
+        if record and (changed or after < record.until):
+            self._former = {**_names(record.shape), **_parsed(record.former)}
+            self.until = Now(*now).lsn if changed else record.until
+        self.highest_id = record.highest_id if record else None
+        return record if changed else None
+
+    async def verify(self) -> Lsn:
+        """The position up to which the tables were seen to be as at the last `look`.
+
+        Raises TablesChanged, and TablesLocked while a transaction may be changing them.
+        """
+        locked = (LOCKS, {"oids": self.shape.oids})
+        [[now], locks, [(text,)]] = await self._database.each((NOW, {}), locked, (SHAPE, PARAMETERS))
+        if text != self._text:
+            raise TablesChanged(what=difference(self.shape, Shape.parse(text)))
+        for holder, mode, table in locks:
+            raise TablesLocked(table=table, holder=holder, mode=mode)
+        self._seen = Now(*now)
+        return self._seen.lsn
+
+    def accept(self) -> Record:
+        """The record as of the last verification."""
+        former = {msgspec.json.encode(name).decode(): root for name, root in self._former.items()}
+        self.record = Record(
+            time=self._seen.time,
+            xid=self._seen.xid,
+            highest_id=self.highest_id,
+            shape=self.shape,
+            former=former,
+            until=self.until,
+        )
+        return self.record
+
+    def saw(self, event_id: int) -> None:
+        """An event of the stream, one in each chunk."""
+        self.highest_id = max(event_id, event_id if self.highest_id is None else self.highest_id)
+
+    def root(self, row: Row) -> str | None:
+        """Which of the two tables a row belongs to; empty: to one of them until an earlier commit, None: to neither."""
+        name = (row.schema, row.table)
+        if root := self._names.get(name):
+            return root
+        former = self._former.get(name)
+        return former if former is None or row.commit_lsn <= self.until else ""
+
+
+def _names(shape: Shape) -> dict[Name, str]:
+    """Of everything whose rows the stream should show; those of content only if it shows all of its changes."""
+    shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
+    newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
+    return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
+
+
+def _parsed(former: Mapping[str, str]) -> dict[Name, str]:
+    return {msgspec.json.decode(name, type=Name): root for name, root in former.items()}
+
+
+def difference(before: Shape, after: Shape) -> str:
+    """What has changed between two looks, in words."""
+    changes = list(_changes(before, after))
+    more = f" and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+    return f"{', '.join(changes[:SHOWN_CHANGES])}{more}"
+
+
+def _changes(before: Shape, after: Shape) -> Iterator[str]:
+    was = {relation.oid: relation for relation in before.relations}
+    for relation in after.relations:
+        if (old := was.pop(relation.oid, None)) is None:
+            yield f"{relation} is new" if relation.top else f"{relation} is a new part of {relation.root}"
+        elif old != relation:
+            yield f"{old} {_change(old, relation)}"
+    for gone in was.values():
+        yield f"{gone} is gone" if gone.top else f"{gone} is no longer a part of {gone.root}"
+
+
+def _change(old: Relation, new: Relation) -> str:
+    if str(old) != str(new):
+        return f"is {new} now"
+    if added := {column.name for column in new.columns} - {column.name for column in old.columns}:
+        return f"has new columns ({', '.join(sorted(added))})"
+    if [column.name for column in old.columns] != [column.name for column in new.columns]:
+        return "has lost columns"
+    return "was rewritten" if old.file != new.file else "was altered"

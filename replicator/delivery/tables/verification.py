@@ -1,0 +1,123 @@
+"""How far the tables were seen to be what the stream assumes, and what it could not show because they were not.
+
+An `Enricher` looks. What the sinks hold counts up to the position of the last look (`pipeline.py` has the rule).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from replicator.contracts.errors import TablesChanged
+from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition
+from replicator.contracts.stores import TaskProgress
+from replicator.contracts.stream import Enricher
+from replicator.delivery.fan_out import FanOut
+from replicator.delivery.lane import Lane
+from replicator.delivery.retry import RETRYABLE, Trouble
+from replicator.delivery.tables.catch_up import CatchUp
+
+PAUSE_SECONDS = 1.0
+"""Between two looks while events come: three small queries, a thousandth of a core on either side."""
+IDLE_SECONDS = 5.0
+"""The same while nothing comes: what happened to the tables is told within seconds."""
+PATIENCE_SECONDS = 10.0
+"""A look may fail this long before it is said: most changes of a table take less."""
+LAST_SECONDS = 3.0
+"""For the look before the end; without it, what came since the last one comes again after the next start."""
+RECORD_SECONDS = 60.0
+"""Between two records while events come. An older one only makes a catch-up larger."""
+
+log = logging.getLogger(__name__)
+
+
+class Verification:
+    """Of one stream, and of the one after it."""
+
+    def __init__(self, enricher: Enricher, store: TaskProgress, catch_up: CatchUp) -> None:
+        self.lsn: Lsn = 0
+        """Verified up to here."""
+        self.trouble = Trouble()
+        """Why it has not moved for a while."""
+        self.catch_up = catch_up
+        self._enricher = enricher
+        self._store = store
+        self._looking = asyncio.Lock()  # the reader looks, too, when a row does not fit
+        self._looked_at = self._seen_at = self._recorded_at = 0.0
+        self._counted: dict[str, SinkPosition] = {}
+        self._key = ("", "")
+        self._accepted = False
+        self._recorded: dict[str, Position] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How old it is."""
+        return time.monotonic() - self._seen_at
+
+    async def look(self, checkpoint: Checkpoint) -> None:
+        """See what the tables are, before a stream begins after the checkpoint. Raises TablesUnfit."""
+        # Of this cluster: in a restored one all numbers differ, and its gap has other cures.
+        self._key = checkpoint.slot, f"tables of {checkpoint.system_identifier}"
+        record = await asyncio.to_thread(self._store.load_progress, *self._key)
+        self.catch_up.begin(await self._enricher.look(record, checkpoint.end_lsn))
+        self.lsn, self._looked_at, self._seen_at, self._recorded_at = 0, 0.0, time.monotonic(), 0.0
+        self._accepted, self._recorded = False, None
+
+    def open(self, starts: Mapping[str, SinkPosition]) -> None:
+        """Where the sinks begin."""
+        self._counted = dict(starts)
+
+    def covers(self, at: SinkPosition) -> bool:
+        """Whether a sink's position is verified."""
+        return max(at.position.commit_lsn, at.end_lsn) <= self.lsn
+
+    def part(self, lane: Lane) -> SinkPosition:
+        """How far the sink is; while that is not verified, where it was when it was."""
+        if self.covers(lane.reached):
+            self._counted[lane.name] = lane.reached
+        return self._counted[lane.name]
+
+    def behind(self, fan_out: FanOut) -> bool:
+        """Some sink has what is not verified."""
+        return not all(self.covers(lane.reached) for lane in fan_out.lanes)
+
+    async def verify(self) -> None:
+        """Look now. Raises TablesChanged when the stream has to begin again, RETRYABLE when nobody knows."""
+        async with self._looking:
+            self._looked_at = time.monotonic()
+            self.lsn = max(self.lsn, await self._enricher.verify())
+            self._seen_at = time.monotonic()
+            self.trouble.clear()
+            if self.catch_up.done:
+                self._enricher.accept()
+                self._accepted = True
+
+    async def verify_in_time(self, fan_out: FanOut) -> None:
+        """Look if some sink has what is not verified, but not more often than needed, or if it is time. As `verify`."""
+        behind = self.behind(fan_out)
+        pause = PAUSE_SECONDS * (not fan_out.awaiting_checkpoint) if behind else IDLE_SECONDS
+        if time.monotonic() - self._looked_at < pause:
+            return
+        try:
+            await self.verify()
+        except RETRYABLE as exc:
+            if self.seconds >= PATIENCE_SECONDS:
+                self.trouble.say(exc)
+
+    async def verify_last(self) -> None:
+        """Look if there is time; never raises for what it sees."""
+        try:
+            async with asyncio.timeout(LAST_SECONDS):
+                await self.verify()
+        except (TimeoutError, TablesChanged, *RETRYABLE) as exc:
+            log.info("what came last comes again after the next start: %s", exc if str(exc) else "no answer in time")
+
+    async def keep(self, *, now: bool = False) -> None:
+        """Keep the record if rows came since and it is time, or `now`: by it, changes while nothing runs are found."""
+        due = now or time.monotonic() - self._recorded_at >= RECORD_SECONDS
+        rows = {name: at.position for name, at in self._counted.items()}
+        if due and self._accepted and rows != self._recorded:
+            await asyncio.to_thread(self._store.save_progress, *self._key, self._enricher.record())
+            self._recorded, self._recorded_at = rows, time.monotonic()
