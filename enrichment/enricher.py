@@ -143,7 +143,7 @@ class EngagementEnricher:
         events = self._carry_out(plan, found)
         self.ignored.update(plan.ignored)
         if plan.drafts:
-            self._guard.saw(plan.drafts[-1][DRAFT_ID])
+            self._guard.saw_event(plan.drafts[-1][DRAFT_ID])
         self._tell(plan)
         if plan.lost_track or not self._keeps_contents:
             self._contents.known.clear()
@@ -201,12 +201,14 @@ class EngagementEnricher:
                     append(draft)
                 else:
                     plan.ignored[row.action] += 1
+                    self._guard.saw(row)
             except RowUnusable as exc:
                 self._refuse(row, exc, plan)
         return plan
 
     def _is_event(self, row: Row, plan: _Plan) -> bool:
         """Whether a row is of a part of the events' table; from here on it is the table's. Raises RowUnusable."""
+        self._guard.saw(row)
         root = self._guard.root(row)
         if root is None:
             raise RowUnusable(f"{row.schema}.{row.table} is not a table that events are made of")

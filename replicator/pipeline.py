@@ -21,7 +21,7 @@ from replicator.contracts.errors import (
     Overtaken,
     SourceUnavailable,
     TablesChanged,
-    TablesLocked,
+    TablesUnsettled,
     command,
 )
 from replicator.contracts.events import Checkpoint, Lsn, Row, SinkPosition, format_lsn
@@ -176,7 +176,7 @@ class Pipeline:
         except TimeoutError as exc:  # saved after all or not, it is not confirmed
             raise CheckpointUnavailable(detail=f"no answer for {LAST_SAVE_SECONDS:.0f} s") from exc
         await self.source.finish()
-        if self.checkpoint is not None:
+        if verify and self.checkpoint is not None:
             confirmed = format_lsn(self.source.confirmed)
             log.info("stopped; everything up to %s is written and confirmed", confirmed, extra={"lsn": confirmed})
 
@@ -274,7 +274,7 @@ class Pipeline:
 
     async def _verify_again(self) -> None:
         """After a reconnect: what the lanes hold was made of the tables as they were. Raises TablesChanged."""
-        with suppress(TablesLocked):
+        with suppress(TablesUnsettled):
             await self.verification.verify()
 
     async def _verify_past(self, lsn: Lsn) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
+from msgspec import structs
 
 from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
 
@@ -54,7 +55,7 @@ WITH RECURSIVE family AS (
 SELECT coalesce(json_agg(json_build_object(
     'root', m.root, 'top', m.top, 'oid', m.oid::int8, 'schema', n.nspname, 'name', t.relname, 'kind', t.relkind,
     'persistence', t.relpersistence, 'file', t.relfilenode::int8, 'identity', t.relreplident,
-    'version', concat_ws(' ', n.xmin, t.xmin, m.links),
+    'row', t.xmin::text, 'version', concat_ws(' ', n.xmin, m.links),
     'columns', CASE WHEN m.top THEN (
         WITH RECURSIVE under AS (
             SELECT attnum, atttypid AS type FROM pg_attribute WHERE attrelid = m.oid AND attnum > 0
@@ -118,6 +119,7 @@ class Relation(msgspec.Struct, frozen=True):
     persistence: str
     file: int
     identity: str
+    row: str
     version: str
     columns: tuple[Column, ...]
     keys: tuple[Key, ...]
@@ -148,6 +150,15 @@ class Shape(msgspec.Struct, frozen=True):
     def of(self, root: str) -> Iterator[Relation]:
         """A table and all its descendants."""
         return (relation for relation in self.relations if relation.root == root)
+
+    def emptied(self, now: Shape) -> list[Relation]:
+        """What has a new file, if nothing else has changed: truncated, perhaps. Else nothing."""
+        if [structs.replace(old, file=0, row="") for old in self.relations] != [
+            structs.replace(new, file=0, row="") for new in now.relations
+        ]:
+            return []
+        changed = [(old, new) for old, new in zip(self.relations, now.relations, strict=True) if old != new]
+        return [new for _, new in changed] if all(old.file != new.file for old, new in changed) else []
 
     @property
     def oids(self) -> list[int]:

@@ -7,6 +7,7 @@ position is not verified now, or is visible at the third one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -16,9 +17,11 @@ from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Relation, Shape
-from replicator.contracts.errors import TablesChanged, TablesLocked
+from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Lsn, Row
 
+SHOWN_SECONDS = 3.0
+"""How long the stream may take to show the TRUNCATE whose traces are in the catalog."""
 SHOWN_CHANGES = 5
 """A change of a table with a thousand partitions is not a thousand lines."""
 
@@ -69,6 +72,8 @@ class Guard:
         self._names: dict[Name, str] = {(SCHEMA, EVENTS_TABLE): EVENTS_TABLE, (SCHEMA, CONTENT_TABLE): CONTENT_TABLE}
         self._former: dict[Name, str] = {}
         self._seen = Now(0, 0.0, 0)
+        self._truncated: dict[Name, Lsn] = {}
+        self._puzzled_at = 0.0
 
     @property
     def tables(self) -> list[Name]:
@@ -96,16 +101,29 @@ class Guard:
     async def verify(self) -> Lsn:
         """The position up to which the tables were seen to be as at the last `look`.
 
-        Raises TablesChanged, and TablesLocked while a transaction may be changing them.
+        Raises TablesChanged, and TablesUnsettled while a transaction may be changing them.
         """
         locked = (LOCKS, {"oids": self.shape.oids})
         [[now], locks, [(text,)]] = await self._database.each((NOW, {}), locked, (SHAPE, PARAMETERS))
         if text != self._text:
-            raise TablesChanged(what=difference(self.shape, Shape.parse(text)))
+            self._adopt(text)
         for holder, mode, table in locks:
-            raise TablesLocked(table=table, holder=holder, mode=mode)
-        self._seen = Now(*now)
+            raise TablesUnsettled(holder=f"{holder}, which holds a {mode} on {table}")
+        self._seen, self._puzzled_at = Now(*now), 0.0
+        self._truncated = {name: lsn for name, lsn in self._truncated.items() if lsn >= self._seen.lsn}
         return self._seen.lsn
+
+    def _adopt(self, text: str) -> None:
+        """Take over what is only a TRUNCATE that the stream has shown. Raises TablesChanged, TablesUnsettled."""
+        shape, now = Shape.parse(text), time.monotonic()
+        self._puzzled_at = self._puzzled_at or now
+        emptied = self.shape.emptied(shape)
+        if not emptied or now - self._puzzled_at > SHOWN_SECONDS:
+            self._puzzled_at = 0.0
+            raise TablesChanged(what=difference(self.shape, shape))
+        if not all((part.schema, part.name) in self._truncated for part in emptied):
+            raise TablesUnsettled(holder=f"the stream to show what happened to {emptied[0]}")
+        self.shape, self._text = shape, text
 
     def accept(self) -> Record:
         """The record as of the last verification."""
@@ -120,9 +138,14 @@ class Guard:
         )
         return self.record
 
-    def saw(self, event_id: int) -> None:
+    def saw_event(self, event_id: int) -> None:
         """An event of the stream, one in each chunk."""
         self.highest_id = max(event_id, event_id if self.highest_id is None else self.highest_id)
+
+    def saw(self, row: Row) -> None:
+        """A row of the stream: after a TRUNCATE a new file of its table is no surprise."""
+        if row.action == "T":
+            self._truncated[row.schema, row.table] = row.commit_lsn
 
     def root(self, row: Row) -> str | None:
         """Which of the two tables a row belongs to; empty: to one of them until an earlier commit, None: to neither."""

@@ -235,12 +235,11 @@ class TablesUnfit(SourceError):
         super().__init__(problem, f"{cure}. Then it goes on by itself", detail=problem)
 
 
-class TablesLocked(SourceError):
-    """A transaction may be changing the tables: until it ends nothing more is confirmed."""
+class TablesUnsettled(SourceError):
+    """Something may be changing the tables: until that is known nothing more is confirmed."""
 
-    def __init__(self, *, table: str, holder: str, mode: str) -> None:
-        problem = f"verification waits for {holder}, which holds a {mode} on {table}"
-        super().__init__(problem, "Nothing is confirmed until that transaction has ended (pg_stat_activity)")
+    def __init__(self, *, holder: str) -> None:
+        super().__init__(f"verification waits for {holder}", "Nothing is confirmed until then (see pg_stat_activity)")
 
 
 class TablesChanged(SourceError):

@@ -45,8 +45,7 @@ class Enricher(Protocol):
     async def verify(self) -> Lsn:
         """A position of the WAL up to which the tables were seen to be as at the last `look`; it is read first.
 
-        Raises TablesChanged when they are not, TablesLocked while a transaction may be changing them,
-        SourceUnavailable.
+        Raises TablesChanged when they are not, TablesUnsettled while that is not known, SourceUnavailable.
         """
 
     def accept(self) -> None:

@@ -36,7 +36,7 @@ HELD = (errors.SinkUnusable, errors.SinkBroken)
 RETRYABLE = (
     errors.SourceUnavailable,
     errors.SlotInUse,
-    errors.TablesLocked,
+    errors.TablesUnsettled,
     errors.TablesUnfit,
     errors.CheckpointUnavailable,
     errors.SinkUnavailable,
