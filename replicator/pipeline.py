@@ -103,13 +103,13 @@ class Pipeline:
             self._offers.append(checkpoint)
             await asyncio.to_thread(self._store.save, checkpoint)
             self._saved(checkpoint)
+        self.fan_out.saved(self.checkpoint.sinks)
         # 3. PostgreSQL: it may forget everything up to here.
         self.source.send_feedback(flush_lsn=self.checkpoint.end_lsn)
 
     def _saved(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._offers.clear()
-        self.fan_out.saved(checkpoint.sinks)
 
     async def _commit_unless_overtaken(self) -> None:
         async with self._beginning.saving:
@@ -206,7 +206,9 @@ class Pipeline:
         idle = all(
             lane.name in saved and lane.mark.position == saved[lane.name].position for lane in self.fan_out.lanes
         )
-        return not idle or time.monotonic() - self._saved_at >= self._settings.feedback_interval_seconds
+        if self.fan_out.awaiting_checkpoint or not idle:
+            return True
+        return time.monotonic() - self._saved_at >= self._settings.feedback_interval_seconds
 
     async def _feedback_forever(self) -> None:
         while True:
@@ -257,6 +259,7 @@ class Pipeline:
             for known in (self.checkpoint, *self._offers):
                 if (known.end_lsn, known.sinks) == (stored.end_lsn, stored.sinks):
                     self._saved(structs.replace(known, timeline=stored.timeline))
+                    self.fan_out.saved(known.sinks)
                     return
             self._give_up(format_lsn(stored.end_lsn))
         if stored.end_lsn != started_at:

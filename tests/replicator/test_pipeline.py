@@ -19,6 +19,9 @@ from replicator.contracts.errors import (
     SinkUnusable,
     SourceUnavailable,
     SourceUnusable,
+    TablesChanged,
+    TablesUnfit,
+    TablesUnsettled,
 )
 from replicator.contracts.events import (
     Checkpoint,
@@ -35,7 +38,8 @@ from replicator.contracts.events import (
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enriched, Enricher, History
+from replicator.contracts.stream import Enriched, Enricher, History, Page
+from replicator.delivery.tables import verification
 from replicator.pipeline import Pipeline
 from replicator.source.server import Identity
 from replicator.source.slot import SlotState
@@ -73,6 +77,10 @@ class World:
         """What the enricher says of the tables; it may raise `looks` first."""
         self.looks: list[Exception] = []
         self.missed: History | None = None
+        self.records = 0
+        """How often what was seen was kept."""
+        self.unfit: list[Exception] = []
+        """What the enricher's first looks raise."""
         self.look_ups: list[Exception] = []
         """What the enricher's next calls raise."""
         fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", FakeStore(self))
@@ -164,7 +172,10 @@ class FakeEnricher:
 
     async def look(self, record: str | None, after: Lsn) -> History | None:
         """As the world says."""
-        self.world.log.append(("look", (record, after)))
+        assert record in {None, "seen"}
+        assert after >= START
+        if self.world.unfit:
+            raise self.world.unfit.pop(0)
         return self.world.missed
 
     async def verify(self) -> Lsn:
@@ -233,6 +244,7 @@ class FakeStore:
         """Keep it."""
         assert (slot, task) == ("s", "tables of 7")
         self.record = progress
+        self.world.records += 1
 
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
         """Notes where they were."""
@@ -529,3 +541,107 @@ async def test_a_last_save_that_gets_no_answer_does_not_hold_up_the_end(monkeypa
             await running
         answer.set()
     assert {START} >= {*world.told("confirm")}
+
+
+# -- the tables ----------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_saved_or_confirmed_past_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink has it; that counts once the tables were seen, past it, to be what the stream assumes."""
+    monkeypatch.setattr(verification, "PAUSE_SECONDS", 0.01)
+    world = World("a")
+    world.verified = 15
+    async with world.running():
+        world.commit(10)
+        world.commit(20)
+        await world.until(lambda: [[10], [20]] == world.told("write a") or [[10, 20]] == world.told("write a"))
+        await asyncio.sleep(0.1)
+        assert 21 not in {*world.told("save"), *world.told("confirm")}
+        assert world.stored is not None
+        assert at(20) != world.stored.sinks.get("a")
+        world.verified = 1_000
+        await world.until(lambda: 21 in world.told("confirm"))
+
+
+async def test_other_tables_begin_the_stream_again_after_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same process, with everything that the lanes have written since: the sink sees that again."""
+    monkeypatch.setattr(verification, "PAUSE_SECONDS", 0.01)
+    world = World("a")
+    world.verified = 15
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        world.looks = [TablesChanged(what="t is new")]
+        world.commit(20)
+        await world.until(lambda: 2 == len(world.starts))
+        world.verified = 1_000
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+    assert [START, 11] == world.starts
+    assert [[10], [20], [20]] == world.told("write a")
+
+
+async def test_unfit_tables_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read, the reason is said, and it goes on by itself."""
+    monkeypatch.setattr(verification, "PAUSE_SECONDS", 0.01)
+    world = World("a")
+    world.unfit = [TablesUnfit(problem="t is a view", cure="x")] * 3
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: "T is a view" in world.pipeline.trouble.message)
+        assert [] == world.starts
+        await world.until(lambda: 11 in world.told("confirm"))
+        assert not world.pipeline.trouble
+
+
+async def test_a_row_is_refused_only_where_the_tables_are_verified() -> None:
+    """Before that it may be their fault: here a transaction changes them, and they are no longer what they were."""
+    world = World("a")
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        await world.until(lambda: world.pipeline.verification.lsn > 0)
+        world.pipeline.verification.lsn = 0
+        world.looks = [TablesUnsettled(holder="process 7"), TablesChanged(what="t is new")]
+        world.commit(66)
+        await world.until(lambda: 2 == len(world.starts))
+        assert [] == world.told("dead letter")
+
+
+class Missed:
+    """One page of events that the stream did not show."""
+
+    async def begin(self) -> tuple[str, int]:
+        """At the only one."""
+        return "first", 0
+
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
+        """Two events, later than everything in the stream."""
+        assert rows > 1
+        assert (place, after) in {("first", Position(0, 0)), ("end", Position(900, 2))}
+        if place == "end":
+            return None
+        events = [Event(900, 1, 1, 1, 0, b"{}"), Event(900, 2, 2, 1, 0, b"{}")]
+        return Page(Enriched(events, []), Position(900, 2), "end")
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+async def test_what_the_stream_missed_comes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions stay the stream's, and it is remembered as brought only when every sink has it."""
+    monkeypatch.setattr(verification, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(verification, "RECORD_SECONDS", 0.0)
+    world = World("a", "b")
+    world.missed = cast("History", Missed())
+    gate = asyncio.Event()
+    world.sinks[0].steps = [gate]
+    world.sinks[1].max_events = world.sinks[1].max_repeats = 1  # it may repeat one: these are not counted for ever
+    async with world.running():
+        await world.until(lambda: [[1], [2]] == world.told("write b"))
+        world.commit(10)
+        await world.until(lambda: world.stored is not None and at(10) == world.stored.sinks.get("b"))
+        assert not world.records
+        gate.set()
+        await world.until(lambda: 11 in world.told("confirm") and world.records > 0)
+    assert {1, 2, 10} == {event for write in world.told("write a") for event in cast("list[int]", write)}
+    assert [[1], [2], [10]] == world.told("write b")

@@ -48,7 +48,7 @@ class Verification:
         self._looked_at = self._seen_at = self._recorded_at = 0.0
         self._counted: dict[str, SinkPosition] = {}
         self._key = ("", "")
-        self._accepted = False
+        self._accepted = self._complete = False
         self._recorded: dict[str, Position] | None = None
 
     @property
@@ -65,9 +65,10 @@ class Verification:
         self.lsn, self._looked_at, self._seen_at, self._recorded_at = 0, 0.0, time.monotonic(), 0.0
         self._accepted, self._recorded = False, None
 
-    def open(self, starts: Mapping[str, SinkPosition]) -> None:
-        """Where the sinks begin."""
+    def open(self, starts: Mapping[str, SinkPosition], *, complete: bool) -> None:
+        """Where the sinks begin; not `complete`: some are paused, and what is brought now they will not have."""
         self._counted = dict(starts)
+        self._complete = complete or self.catch_up.done
 
     def covers(self, at: SinkPosition) -> bool:
         """Whether a sink's position is verified."""
@@ -90,7 +91,7 @@ class Verification:
             self.lsn = max(self.lsn, await self._enricher.verify())
             self._seen_at = time.monotonic()
             self.trouble.clear()
-            if self.catch_up.done:
+            if self.catch_up.done and self._complete:
                 self._enricher.accept()
                 self._accepted = True
 
