@@ -19,10 +19,11 @@ from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
 from enrichment.contract import CONTENT, engagement_pct
 from enrichment.database import Database
-from replicator.contracts.errors import SettingsError, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
 from replicator.contracts.settings import load
 from replicator.source import wal2json
+from tests.support.pgbouncer import pgbouncer
 
 EXPECTED = (Path(__file__).parents[1] / "support/expected.sql").read_text(encoding="utf-8")
 SLOT = "enrichment_test"
@@ -744,6 +745,28 @@ async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     assert _failing(await enricher.check()) == []
     await enricher.open()
     await enricher.close()
+
+
+@pytest.mark.parametrize("pool_mode", ["session", "transaction", "statement"])
+async def test_rows_that_a_policy_hides_behind_a_pooler(
+    stack: DevStack, plain: Plain, stream: Stream, pool_mode: str
+) -> None:
+    """It drops the options of a connection, and may give each transaction another session: still an error."""
+    name, dsn = plain
+    stream.run(f"GRANT SELECT ON content TO {name}")
+    stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
+    stream.run(f"CREATE POLICY first ON content TO {name} USING (content_id < 2)")
+    with pgbouncer(stack, pool_mode, **{name: "plain"}) as pooler:
+        ours = Database(pooler.dsn_for(dsn))
+        with pytest.raises(SourceError, match=r"row-level security|statement pooling|not to a pooler"):
+            await ours.rows("SELECT count(*) FROM content")
+        stream.run(f"ALTER ROLE {name} BYPASSRLS")
+        if pool_mode != "statement":
+            for _ in range(10):  # more than psycopg would prepare after
+                assert [(3, "on")] == await ours.rows(
+                    "SELECT count(*), current_setting('transaction_read_only') FROM content"
+                )
+        await ours.close()
 
 
 async def test_history_names_the_command_that_brings_it(enricher: EngagementEnricher, stream: Stream) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,12 +16,12 @@ from devstack.watchdog import Watchdog
 
 
 @contextmanager
-def pgbouncer(stack: DevStack, pool_mode: str = "transaction") -> Iterator[PgBouncer]:
-    """One that runs."""
+def pgbouncer(stack: DevStack, pool_mode: str = "transaction", **users: str) -> Iterator[PgBouncer]:
+    """One that runs, and lets these `users` in with their passwords, beside the superuser."""
     folder = Path(tempfile.mkdtemp(prefix="pgbouncer-"))
     folder.chmod(0o755)  # its account is another one
     watchdog = Watchdog(folder)
-    pooler = PgBouncer(folder, watchdog, stack, pool_mode)
+    pooler = PgBouncer(folder, watchdog, stack, pool_mode, users)
     try:
         pooler.start()
         yield pooler
@@ -35,11 +35,14 @@ class PgBouncer(Service):
 
     name = "pgbouncer"
 
-    def __init__(self, folder: Path, watchdog: Watchdog, stack: DevStack, pool_mode: str) -> None:
+    def __init__(
+        self, folder: Path, watchdog: Watchdog, stack: DevStack, pool_mode: str, users: Mapping[str, str]
+    ) -> None:
         super().__init__(folder, watchdog)
         self._program = find_program("pgbouncer", "pgbouncer")
         self._behind = stack.postgres
         self._pool_mode = pool_mode
+        self._users = users
         self.user = self._behind.user  # it does not run as root
 
     @property
@@ -54,7 +57,9 @@ class PgBouncer(Service):
     def command(self) -> list[str]:
         """Write its settings; the program with them."""
         login = urlsplit(self._behind.dsn)
-        (self.folder / "users.txt").write_text(f'"{login.username}" "{login.password}"\n', encoding="utf-8")
+        users = {**self._users, str(login.username): str(login.password)}
+        lines = "".join(f'"{user}" "{password}"\n' for user, password in users.items())
+        (self.folder / "users.txt").write_text(lines, encoding="utf-8")
         (self.folder / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={self._behind.port}\n"
             f"[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={self.port}\nunix_socket_dir=\n"
