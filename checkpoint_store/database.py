@@ -117,7 +117,7 @@ def require_file(url: URL) -> None:
     if path.absolute().parent.is_dir() and not path.exists():
         problem = f"there is no file {path.absolute()}"
         cure = f"Run {command('init')}, or check that {URL_SETTING} is the path that `run` writes to"
-        raise errors.CheckpointUnusable(problem=problem, cure=cure)
+        raise errors.CheckpointAbsent(problem=problem, cure=cure)
 
 
 def files(url: URL) -> list[Path]:

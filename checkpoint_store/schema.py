@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import Column, String
 
-from replicator.contracts.errors import CheckpointUnusable, command
+from replicator.contracts.errors import CheckpointAbsent, CheckpointUnusable, command
 from replicator.contracts.events import parse_lsn
 
 VERSION = 4
@@ -106,7 +106,7 @@ def create(connection: sa.Connection) -> list[str]:
 def require(connection: sa.Connection) -> None:
     """Raise CheckpointUnusable unless the tables are there, in this program's version."""
     if not sa.inspect(connection).has_table(schema_version.name):
-        raise CheckpointUnusable(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
+        raise CheckpointAbsent(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
     found = connection.execute(sa.select(schema_version.c.version)).scalar()
     if found != VERSION:
         problem = f"its tables have schema version {found}, this program needs {VERSION}"

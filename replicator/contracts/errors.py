@@ -407,3 +407,7 @@ class CheckpointUnusable(CheckpointError):
 
     def __init__(self, *, problem: str, cure: str) -> None:
         super().__init__(f"the checkpoint database can't be used: {problem}", cure)
+
+
+class CheckpointAbsent(CheckpointUnusable):
+    """There is no checkpoint database yet, or it has no tables: `init` makes them."""

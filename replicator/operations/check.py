@@ -90,7 +90,11 @@ async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: Check
         with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot)) as source:
             found = await Beginning(source, store, settings.slot, sinks).look()
         found.verify()
-        at = f"at {format_lsn(found.stored.end_lsn)}" if found.stored else "empty: the first start begins at the slot"
+        at = (
+            f"at {format_lsn(found.stored.end_lsn)}"
+            if found.stored
+            else "nothing in it yet: the first start begins at the slot"
+        )
         yield Finding(True, f"checkpoint database: {at}")
     except (CheckpointError, SourceError) as exc:
         yield Finding(False, exc.problem, exc.cure)

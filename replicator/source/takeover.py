@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from msgspec import structs
 
 from replicator.contracts.errors import (
     PROGRAM,
+    CheckpointAbsent,
     CheckpointBackward,
     CheckpointMissing,
     ReplicatorError,
@@ -215,7 +217,9 @@ class Beginning:
 
     async def _load(self) -> Checkpoint | None:
         async with self.saving:
-            return await asyncio.to_thread(self._store.load, self._slot)
+            with suppress(CheckpointAbsent):  # nothing is stored
+                return await asyncio.to_thread(self._store.load, self._slot)
+            return None
 
     def _configured(self, stored: Checkpoint | None) -> Checkpoint | None:
         return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
@@ -13,6 +14,7 @@ from psycopg import sql
 from devstack import DevStack
 from devstack.process import free_port
 from tests.support.environment import SECRET
+from tests.support.load import insert_many
 from tests.support.program import Program, Result, assert_clean, succeed
 
 
@@ -116,6 +118,46 @@ def test_check_finds(program: Program, source: psycopg.Connection, database: str
         assert cure in lines[found[0] + 1]
     assert any(line.startswith("ok") for line in lines)
     assert not result.stderr
+
+
+def test_check_passes_before_init_and_while_it_runs(
+    program: Program, source: psycopg.Connection, tmp_path: Path
+) -> None:
+    """On a machine that is prepared nothing is missing but what `init` makes; a healthy replicator is healthy."""
+    told = succeed(program.run("check"))
+    assert "checkpoint database: nothing in it yet" in told
+    assert f"replication slot {program.slot}: not there yet" in told
+    assert not (tmp_path / "checkpoint.db").exists(), "it changes nothing"
+    succeed(program.run("init"))
+    succeed(program.run("check"))
+    program.start()
+    insert_many(source, 10)
+    program.wait_until_caught_up()
+    told = succeed(program.run("check"))
+    assert "the running replicator is ready" in told
+    assert 0 == program.stop()
+
+
+def test_check_finds_no_room(program: Program, source: psycopg.Connection, stack: DevStack) -> None:
+    """All slots are taken: before there is ours it can't be made, afterwards all is well."""
+    [count] = source.execute(
+        "SELECT current_setting('max_replication_slots')::int - count(*) FROM pg_replication_slots"
+    ).fetchone() or (0,)
+    with psycopg.connect(stack.postgres.superuser_dsn, autocommit=True) as admin:
+        names = [f"taken_{number}" for number in range(count)]
+        for name in names:
+            admin.execute("SELECT pg_create_physical_replication_slot(%s)", [name])
+        try:
+            result = program.run("check")
+            assert 1 == result.code
+            assert f"FAIL  max_replication_slots = {count}, {count} in use" in result.stdout
+            assert "Raise max_replication_slots and restart PostgreSQL" in result.stdout
+            admin.execute("SELECT pg_drop_replication_slot(%s)", [names.pop()])
+            succeed(program.run("init"))
+            succeed(program.run("check"))
+        finally:
+            for name in names:
+                admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
 
 
 def test_check_as_json(program: Program) -> None:
