@@ -34,6 +34,7 @@ from replicator.source import slot, wal2json
 from replicator.source import stream as source
 from replicator.source.stream import Source
 from replicator.source.wal2json import DecodedChunk, StreamDecoder
+from sinks.clickhouse import sink as clickhouse
 
 SINKS = ("clickhouse", "redis", "http")
 PLACES: Mapping[str, str] = {
@@ -295,14 +296,20 @@ def markers_off() -> None:
     alter(StreamDecoder, "_feed", feed)
 
 
+def written_rows_ignored() -> None:
+    """Whatever ClickHouse, or what stands before it, answers to an insert counts as written."""
+    alter(clickhouse, "_proves", lambda _: lambda *_: True)
+
+
 BREACHES: Mapping[str, Callable[[], None]] = {
     "confirm-before-checkpoint": confirm_before_checkpoint,
     "checkpoint-before-sink": checkpoint_before_sink,
     "row-lsn": row_lsn,
     "markers-off": markers_off,
     "psycopg2-keepalive": psycopg2_keepalive,
+    "written-rows-ignored": written_rows_ignored,
 }
-"""Ways to break the rule. The last one alone does not, thanks to the markers."""
+"""Ways to break the rule. `psycopg2-keepalive` alone does not, thanks to the markers."""
 
 
 def main() -> NoReturn:
