@@ -43,6 +43,8 @@ IDS_AGAIN = (
     f" repeat and does not count it. If that happens, {command('rebuild-redis')} counts what is in the table now"
 )
 
+ORIGIN = "SELECT system_identifier, current_database() FROM pg_control_system()"
+
 HISTORY_TIMEOUT_SECONDS = 600
 """It reads the whole table, once in the product's life, at some 10 million rows a second."""
 
@@ -178,6 +180,16 @@ class EngagementEnricher:
             return ""
         message = f"{EVENTS} holds {count} rows; those from before the slot do not come through it"
         return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}"
+
+    async def origin(self) -> str:
+        database = Database(self._dsn)
+        try:
+            [(cluster, name)] = await database.rows(ORIGIN)
+        except SourceUnusable:  # a service that denies the function
+            return ""
+        finally:
+            await database.close()
+        return f"cluster {cluster}, database {name}"
 
     async def check(self) -> list[Finding]:
         return await check(self._dsn)

@@ -65,10 +65,14 @@ class App(NamedTuple):
         if given("checkpoint_url") is None:
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        enricher = create_enricher(partial(_dsn, settings))
+        made = create_sinks(settings.sinks if sinks is None else sinks, EVENT)
+        for sink in made:
+            sink.origin = enricher.origin
         return cls(
             settings=settings,
-            enricher=create_enricher(partial(_dsn, settings)),
-            sinks=create_sinks(settings.sinks if sinks is None else sinks, EVENT),
+            enricher=enricher,
+            sinks=made,
             store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
         )
 

@@ -7,7 +7,7 @@ capabilities with `isinstance`, and says so where a sink lacks one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import ClassVar
 
@@ -42,6 +42,8 @@ class Sink(ABC):
     max_repeats: int | None = None
     """The most events that a crash may make it see twice, at least `max_events`: a lane writes no more than so many
     past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
+    origin: Callable[[], Awaitable[str]] | None = None
+    """Asks where the events come from (`stream.Enricher.origin`), for a sink that must not mix two sources."""
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
 

@@ -75,6 +75,12 @@ class Enricher(Protocol):
         In words for the operator; empty when there is nothing. Raises SourceUnavailable.
         """
 
+    async def origin(self) -> str:
+        """Where the events come from: cluster and database, in words for the operator; empty if that can't be known.
+
+        The same after a failover to a standby, another after a restore from a dump. Raises SourceUnavailable.
+        """
+
     async def check(self) -> list[Finding]:
         """Preflight: do the tables have what is needed? Never raises for a finding."""
 

@@ -11,18 +11,59 @@ from typing import Any, NamedTuple, cast
 
 import hiredis
 from pydantic import SecretStr
+from redis._parsers import _AsyncRESP2Parser
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.typing import EncodableT
 
-from sinks.redis.errors import is_read_only, sink_error
+from sinks.redis.errors import is_read_only, shown, sink_error
 from sinks.redis.info import Info
-from sinks.redis.keys import GENERATION, Call
+from sinks.redis.keys import GENERATION, OWNER, Call
 
 SINK = "redis"
+
+
+OPTIONS = frozenset(
+    {
+        "client_name", "db", "health_check_interval", "password", "socket_connect_timeout", "socket_keepalive",
+        "socket_timeout", "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile",
+        "ssl_check_hostname", "ssl_ciphers", "ssl_keyfile", "ssl_password", "username",
+    }
+)  # fmt: skip
+"""What a URL may set. redis-py takes others, which change what its answers are, who retries, or how it breaks."""
+ANSWER_BYTES_MAX = 4_000_000
+"""The largest answer is 64 pages of seen bits, half a megabyte."""
+ANSWER_SECONDS_MAX = 600.0
+
+
+class _Bounded(_AsyncRESP2Parser):
+    """Reads answers up to a size. In Python: hiredis makes a list of any length that a server announces."""
+
+    async def read_response(self, disable_decoding: bool = False) -> Any:
+        self._left = ANSWER_BYTES_MAX
+        try:
+            return await super().read_response(disable_decoding)
+        except (ValueError, RecursionError) as exc:  # no number, a line without an end, lists in lists in lists
+            raise InvalidResponse("the answer is no answer of Redis") from exc
+
+    async def _read(self, length: int) -> bytes:
+        self._spend(length)
+        return await super()._read(length)
+
+    async def _readline(self) -> bytes:
+        line = await super()._readline()
+        self._spend(len(line))
+        return line
+
+    def _spend(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise InvalidResponse("the answer is too large")
 
 
 class _PackedInC:
@@ -46,17 +87,27 @@ class _Login(CredentialProvider):
 
 
 def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
-    """A pool with our timeouts unless the URL sets others. Raises what redis-py raises for a URL that is wrong."""
+    """A pool with our timeouts unless the URL sets others. A URL that is wrong is a ValueError, or redis-py's error."""
     pool = ConnectionPool.from_url(
         url.get_secret_value(),
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
-        retry=Retry(NoBackoff(), 0),  # the lane retries
-        protocol=2,  # every server and proxy speaks it, and version 3 would gain us nothing
     )
+    options = pool.connection_kwargs
+    if {*parse_url(url.get_secret_value())} - OPTIONS - {"host", "port", "path", "connection_class"}:
+        raise ValueError("an option that changes what the sink relies on")
+    if not all(0 < options[name] <= ANSWER_SECONDS_MAX for name in ("socket_timeout", "socket_connect_timeout")):
+        raise ValueError("a timeout that is none")
     # Asked for at each connect: a password that is rotated is used from then on, by connections that were made before.
-    words = [str(pool.connection_kwargs.pop(key, None) or "") for key in ("username", "password")]
-    pool.connection_kwargs["credential_provider"] = _Login(*words)
+    words = [str(options.pop(key, None) or "") for key in ("username", "password")]
+    options |= {
+        "credential_provider": _Login(*words),
+        "retry": Retry(NoBackoff(), 0),  # the lane retries
+        "protocol": 2,  # every server and proxy speaks it, and version 3 would gain us nothing
+        "parser_class": _Bounded,
+        "driver_info": None,  # CLIENT SETINFO would be a right more
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),  # likewise; and they change timeouts
+    }
     pool.connection_class = type("Connection", (_PackedInC, pool.connection_class), {})
     return pool
 
@@ -77,14 +128,18 @@ def script(name: str) -> Script:
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
-    `answer_seconds` is how long an answer may take, whatever the URL says; by default `timeout_seconds`.
+    `prefix` begins every key. `answer_seconds` is how long an answer may take, whatever the URL says; by default
+    `timeout_seconds`.
     """
 
-    def __init__(self, url: SecretStr, timeout_seconds: float, answer_seconds: float | None = None) -> None:
+    def __init__(
+        self, url: SecretStr, timeout_seconds: float, prefix: str = "", answer_seconds: float | None = None
+    ) -> None:
         pool = connections(url, timeout_seconds)
         if answer_seconds:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
+        self._prefix = prefix
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
         """Where Redis is, without user and password."""
@@ -95,11 +150,12 @@ class RedisClient:
 
         Never by SCRIPT LOAD: behind a proxy that may reach another server than the call, and is a right more.
         """
+        keys = [self._prefix + key for key in call.keys] if self._prefix else call.keys
         async with self._translated():
             try:
-                return cast("list[int]", await self._redis.evalsha(script.digest, *_arguments(call)))
+                return cast("list[int]", await self._redis.evalsha(script.digest, len(keys), *keys, *call.args))
             except NoScriptError:
-                return cast("list[int]", await self._redis.eval(script.text, *_arguments(call)))
+                return cast("list[int]", await self._redis.eval(script.text, len(keys), *keys, *call.args))
 
     async def probe(self, calls: Sequence[tuple[Script, Call]]) -> None:
         """Run scripts on keys of our patterns, and remove the keys, in one transaction."""
@@ -107,12 +163,11 @@ class RedisClient:
             used: set[str] = set()
             known: set[Script] = set()
             for script, call in calls:
-                keys = [key + ":probe" for key in call.keys]
-                arguments = _arguments(Call(keys, call.args))
+                keys = [f"{self._prefix}{key}:probe" for key in call.keys]
                 if script in known:
-                    pipeline.evalsha(script.digest, *arguments)
+                    pipeline.evalsha(script.digest, len(keys), *keys, *call.args)
                 else:
-                    pipeline.eval(script.text, *arguments)
+                    pipeline.eval(script.text, len(keys), *keys, *call.args)
                 known.add(script)
                 used.update(keys)
             pipeline.delete(*used)
@@ -124,11 +179,20 @@ class RedisClient:
         Behind it stands which run of the server this is. A server that was restarted may have lost its latest writes.
         """
         async with self._translated():
-            made = await self._redis.set(GENERATION, secrets.token_hex(8), nx=True)
-            word = (cast("bytes | None", await self._redis.get(GENERATION)) or b"").decode()
+            made = await self._redis.set(self._prefix + GENERATION, secrets.token_hex(8), nx=True)
+            word = (cast("bytes | None", await self._redis.get(self._prefix + GENERATION)) or b"").decode()
             with suppress(ResponseError):  # INFO is denied or unknown: a restart goes unnoticed
                 word += f" {(await self._redis.info('server')).get('run_id', '')}"
         return bool(made), word
+
+    async def owner(self, ours: str, *, claim: bool) -> str:
+        """Whose events are counted here; `ours` if nobody's are: then they are ours from now on, with `claim`."""
+        async with self._translated():
+            owner = cast("bytes | None", await self._redis.get(self._prefix + OWNER))
+            if owner is None and claim:
+                await self._redis.set(self._prefix + OWNER, ours, nx=True)
+                owner = cast("bytes | None", await self._redis.get(self._prefix + OWNER))
+        return ours if owner is None else shown(owner.decode(errors="replace"))
 
     async def info(self) -> Info | None:
         """Redis's INFO; None where it is denied."""
@@ -141,7 +205,16 @@ class RedisClient:
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """The values of these keys."""
         async with self._translated():
-            return cast("list[bytes | None]", await self._redis.mget(keys)) if keys else []
+            named = [self._prefix + key for key in keys]
+            return cast("list[bytes | None]", await self._redis.mget(named)) if named else []
+
+    async def appendfsync(self) -> str:
+        """When Redis brings its append-only file to the disk; empty where CONFIG is denied."""
+        async with self._translated():
+            try:
+                return str((await self._redis.config_get("appendfsync")).get("appendfsync", ""))
+            except ResponseError:  # denied, renamed or unknown, as at many services
+                return ""
 
     async def login_as(self, url: SecretStr) -> None:
         """Take user and password from this URL."""
@@ -160,8 +233,4 @@ class RedisClient:
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise sink_error(SINK, exc, [self._login.password] if self._login.password else []) from exc
-
-
-def _arguments(call: Call) -> tuple[Any, ...]:
-    return (len(call.keys), *call.keys, *call.args)
+            raise sink_error(SINK, exc, filter(None, [self._login.password]), self._prefix) from exc

@@ -36,7 +36,7 @@ DATABASE_CURE = "Set the database number in REPLICATOR_REDIS_URL to one that Red
 CLUSTER_CURE = "A write changes many keys at once, which Redis Cluster can't do: use a Redis without cluster mode"
 FOREIGN_CURE = (
     "Another program uses a key content:*, top:content:* or engagement:seen:*: rename or delete it, or give the "
-    "replicator a database of its own in REPLICATOR_REDIS_URL"
+    "replicator a REPLICATOR_REDIS_PREFIX, or a database of its own in REPLICATOR_REDIS_URL"
 )
 OTHER_CURE = "It takes Redis 6.0 or newer, or a server that runs the same Lua scripts"
 
@@ -52,23 +52,33 @@ _KNOWN: tuple[tuple[str, type[SinkMisconfigured | SinkUnusable], str], ...] = (
 """A code or a wording that stays true until somebody helps."""
 
 
-def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = ()) -> SinkError:
+def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = (), prefix: str = "") -> SinkError:
     """What to raise for `exc`. What is not known to be for ever is tried again."""
     detail = _detail(exc, secrets)
     words = _words(exc)
     if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
-        return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure())
+        return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure(prefix))
     for known, error, cure in _KNOWN:
         if known in (words if known.isupper() else detail.lower()):
             return error(sink=sink, detail=detail, cure=cure)
     return SinkUnavailable(sink=sink, detail=detail)
 
 
-def turned_away_cure() -> str:
+def turned_away_cure(prefix: str = "") -> str:
     """How to let the sink in: the least rights that work."""
     return (
-        "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: "
-        f"ACL SETUSER name ~content:* ~top:content:* ~engagement:seen:* {COMMANDS}"
+        "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: ACL SETUSER name "
+        f"~{prefix}content:* ~{prefix}top:content:* ~{prefix}engagement:seen:* {COMMANDS}"
+    )
+
+
+def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
+    """The keys are another source's."""
+    return SinkUnusable(
+        sink=sink,
+        detail=f"its keys belong to {owner}, and these events come from {ours}: neither counts right beside the other",
+        cure="Give each its own REPLICATOR_REDIS_PREFIX, or its own database number in REPLICATOR_REDIS_URL. If it is "
+        f"the same database, moved (an upgrade, a restore, another name): redis-cli DEL {key}, and it is adopted",
     )
 
 
@@ -96,5 +106,10 @@ def _detail(exc: RedisError | OSError, secrets: Iterable[str]) -> str:
     text = f"{_code(exc)} {text}".strip().rstrip(".") or type(exc).__name__
     for secret in secrets:
         text = text.replace(secret, "***")
-    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:DETAIL_LENGTH])
-    return f"{shown}…" if len(text) > DETAIL_LENGTH else shown
+    return shown(text)
+
+
+def shown(text: str) -> str:
+    """As it may stand in a message: without control characters, and not at length."""
+    clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:DETAIL_LENGTH])
+    return f"{clean}…" if len(text) > DETAIL_LENGTH else clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from replicator.contracts.errors import command
 from replicator.contracts.events import Finding
 
 Info = Mapping[str, str | float]
@@ -14,8 +15,14 @@ NOEVICTION_CURE = (
 )
 
 
-def findings(info: Info | None) -> list[Finding]:
-    """A line each for version, eviction and persistence; None where INFO is denied."""
+APPENDFSYNC_CURE = (
+    f"Fine if you run {command('reconcile --start ... --end ... --repair')} after a crash of Redis; with CONFIG SET "
+    "appendfsync always (and in redis.conf) it loses nothing"
+)
+
+
+def findings(info: Info | None, appendfsync: str) -> list[Finding]:
+    """A line each for version, eviction and persistence; None where INFO is denied, empty where CONFIG is."""
     if info is None:
         return [Finding(True, "Redis: version, eviction and persistence are unknown, INFO is denied")]
     version, policy = info.get("redis_version", "unknown"), info.get("maxmemory_policy", "noeviction")
@@ -24,10 +31,20 @@ def findings(info: Info | None) -> list[Finding]:
     # Any policy but noeviction deletes seen bits, counts and buckets one by one.
     evicts = info.get("maxmemory", 0) and policy != "noeviction"
     does = f"throws keys away when its memory is full (maxmemory-policy {policy})" if evicts else "throws no keys away"
-    keeps = "an" if info.get("aof_enabled") else "no"
-    after = "" if info.get("aof_enabled") else ": after a crash of Redis, a backfill brings back what it lost"
     return [
         Finding(not old, f"Redis is version {version}", "Upgrade it to 6.0 or newer" if old else ""),
         Finding(not evicts, f"Redis {does}", NOEVICTION_CURE if evicts else ""),
-        Finding(True, f"Redis keeps {keeps} append-only file{after}"),
+        _persistence(appendfsync if info.get("aof_enabled") else None),
     ]
+
+
+def _persistence(appendfsync: str | None) -> Finding:
+    """None: there is no append-only file."""
+    if appendfsync is None:
+        lost = "after a crash of Redis, a backfill brings back what it lost"
+        return Finding(True, f"Redis keeps no append-only file: {lost}")
+    if appendfsync == "always":
+        return Finding(True, "Redis keeps an append-only file, and answers once it is on the disk")
+    when = f"appendfsync {appendfsync}" if appendfsync else "appendfsync unknown, CONFIG is denied"
+    lost = "a crash of Redis may lose its latest writes"
+    return Finding(True, f"Redis keeps an append-only file ({when}): {lost}", APPENDFSYNC_CURE)

@@ -17,6 +17,8 @@ WINDOW_STATE = "top:content:window"
 """Start of the newest bucket in the window. Without it the window is built from its buckets."""
 
 COUNT_PREFIX, SEEN_PREFIX = "content:count:", "engagement:seen:"
+OWNER = "engagement:seen:owner"
+"""Which database the counted events come from: event ids of another one would be taken for repeats."""
 GENERATION = "engagement:seen:generation"
 """A random marker. If it has changed, Redis was emptied."""
 PREFIXES = (

@@ -6,7 +6,7 @@ from pydantic import Field, SecretStr, field_validator
 from redis.exceptions import RedisError
 
 from replicator.contracts.settings import Settings
-from sinks.redis.client import connections
+from sinks.redis.client import OPTIONS, connections
 
 
 class RedisSettings(Settings):
@@ -14,7 +14,12 @@ class RedisSettings(Settings):
 
     redis_url: SecretStr = Field(
         default=SecretStr("redis://localhost:6379/0"),
-        description="a redis://, rediss:// or unix:// URL, with redis-py's query options (ssl_ca_certs and the like)",
+        description="a redis://, rediss:// or unix:// URL, with options such as ssl_ca_certs",
+    )
+    redis_prefix: str = Field(
+        default="",
+        pattern=r"^([A-Za-z0-9_.-]{1,60}:)?$",
+        description="a word and a colon that begin every key, such as shop:, for a Redis that several share",
     )
     redis_timeout_seconds: float = Field(
         default=5.0,  # a write takes some 10 ms, rebuilding the window at worst a second or so
@@ -29,5 +34,5 @@ class RedisSettings(Settings):
         try:
             connections(value, 1.0).make_connection()  # type: ignore[no-untyped-call]  # redis-py left it untyped
         except (TypeError, ValueError, RedisError) as exc:
-            raise ValueError("it is not such a URL, or has an option that redis-py does not know") from exc
+            raise ValueError(f"it is not such a URL, or has an option other than {', '.join(sorted(OPTIONS))}") from exc
         return value

@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import ClassVar, cast
 
-from replicator.contracts.errors import SinkError, SinkUnavailable, command
+from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, SourceError, command
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.client import SINK, RedisClient, script
+from sinks.redis.errors import foreign_error
 from sinks.redis.info import findings
-from sinks.redis.keys import BUCKET_SECONDS, PREFIXES, Call, pack, slide_call
+from sinks.redis.keys import BUCKET_SECONDS, OWNER, PREFIXES, Call, pack, slide_call
 from sinks.redis.ledger import RedisLedger
 from sinks.redis.settings import RedisSettings
 from sinks.redis.window import Window
@@ -53,7 +55,8 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         super().__init__(settings, contract)
         self.new_events: int = 0
         self._settings = settings
-        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds)
+        self._prefix = settings.redis_prefix
+        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix)
         self._script = script("write")
         self._clock = clock
         self.window = Window(self._redis, clock)
@@ -61,29 +64,36 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         self._resumes = False
         self._generation = ""
         self._generations: set[str] = set()
+        self._ours = ""
+        self._foreign: SinkError | None = None
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
         """Try all commands on keys of a probe, bring the window to the present, and keep it there."""
         self._resumes, self._keeps_window = start is not None, mode is Mode.LIVE
         await self._probe()
+        await self._require_ours(claim=True)
         if self._keeps_window:
             await self.window.slide()
             await self._notice_loss()
-            self.window.keep(self._notice_loss, self.refresh)
+            self.window.keep(self._look, self.refresh)
 
     async def check(self) -> list[Finding]:
         address = self._redis.address
         try:
             await self._probe()
-            info = await self._redis.info()
+            with suppress(SourceError):  # PostgreSQL's own line says so
+                await self._require_ours(claim=False)
+            info, appendfsync = await self._redis.info(), await self._redis.appendfsync()
         except SinkError as exc:
             cure = f"Start Redis, or correct {variable('redis_url')}" if isinstance(exc, SinkUnavailable) else exc.cure
             return [Finding(False, f"Redis at {address}: {exc.detail}", cure)]
-        return [Finding(True, f"Redis at {address} answers and may be written to"), *findings(info)]
+        return [Finding(True, f"Redis at {address} answers and may be written to"), *findings(info, appendfsync)]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Also raises what hinders the window, or has ended its task."""
         self.window.raise_bug()
+        if self._foreign:
+            raise self._foreign
         batch = pack(events, self._clock())
         if len(batch.refused) == len(events):
             return batch.refused
@@ -112,12 +122,27 @@ class RedisSink(Sink, HasCounter, Rebuildable):
     async def empty(self) -> int:
         """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not."""
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
-        patient = RedisClient(url, timeout_seconds, EMPTY_TIMEOUT_SECONDS)
+        patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS)
         try:
-            [deleted] = await patient.run(script("empty"), Call([], list(PREFIXES)))
+            [deleted] = await patient.run(script("empty"), Call([], [self._prefix + one for one in PREFIXES]))
         finally:
             await patient.close()
         return deleted
+
+    async def _look(self) -> None:
+        """Notice what happens to the keys between two writes."""
+        try:
+            await self._require_ours(claim=True)  # Redis may have been emptied, and another been faster
+            self._foreign = None
+        except SinkUnusable as exc:
+            self._foreign = exc
+        await self._notice_loss()
+
+    async def _require_ours(self, *, claim: bool) -> None:
+        """Raise SinkUnusable if the keys are another source's: event ids of two would be taken for repeats."""
+        self._ours = self._ours or (await self.origin() if self.origin else "")
+        if self._ours and (owner := await self._redis.owner(self._ours, claim=claim)) != self._ours:
+            raise foreign_error(SINK, owner, self._ours, self._prefix + OWNER)
 
     async def _notice_loss(self) -> None:
         """Log that keys may be gone: writing goes on as if nothing had happened."""

@@ -10,16 +10,19 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
+import redis
 
 from devstack import DevStack
 from devstack.process import wait_until
+from sinks.redis.errors import turned_away_cure
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import insert_many
-from tests.support.program import Program, assert_clean
+from tests.support.program import Program, assert_clean, succeed
 
 UNKNOWN = ("upstream failure", "ERR max daily request limit exceeded. Limit: 10000", "NOSCRIPT not here \x1b[31m")
 """Of Envoy, of a hosted service, and of something with a sense of colour."""
@@ -86,3 +89,70 @@ def test_a_line_that_nobody_knows_is_not_now(
     assert 0 == quick.stop()
     assert_clean(quick.log)
     assert_exact(database, destinations)
+
+
+OWNER = "engagement:seen:owner"
+
+
+def test_two_sources_do_not_share_keys(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Who comes second waits and says so, as do the commands; a Redis that is freed is adopted."""
+    other = "cluster 7, database other"
+    destinations.redis.set(OWNER, other)
+    quick.start()
+    insert_many(source, 10)
+    told = f"its keys belong to {other}, and these events come from cluster "
+    wait_until(lambda: told in quick.status()["sinks"]["redis"]["trouble"], "it to say so")
+    wait_until(lambda: 10 == quick.status()["sinks"]["http"]["events"], "http to go on")
+    assert told in quick.admin("/readyz")
+    for command in ("check", "backfill --last 1h --sinks redis", "rebuild-redis --from-empty --yes"):
+        result = quick.run(*command.split())
+        assert (1, True) == (result.code, told in result.stdout + result.stderr), result
+    assert other == destinations.redis.get(OWNER)
+    destinations.redis.delete(OWNER)
+    quick.wait_until_caught_up()
+    assert database.rpartition("/")[2] in str(destinations.redis.get(OWNER))
+    succeed(quick.run("check"))
+    assert 0 == quick.stop()
+    assert_clean(quick.log)
+    assert_exact(database, destinations)
+
+
+DENIED = (
+    "FLUSHALL", "FLUSHDB", "SWAPDB 0 1", "SCRIPT FLUSH", "FUNCTION FLUSH", "CONFIG GET *", "CONFIG SET maxmemory 1",
+    "KEYS *", "GET other:key", "SET other:key 1", "DEL other:key", "CLIENT KILL ID 1", "ACL LIST", "SHUTDOWN NOSAVE",
+    "MONITOR", "REPLICAOF NO ONE", "RENAME content:count:1 other:key", "MIGRATE 127.0.0.1 1 a 0 1",
+    "SAVE", "PUBLISH channel word", "SCRIPT LOAD return",
+)  # fmt: skip
+"""What the printed rights do not give."""
+
+
+def test_the_rights_that_are_printed_are_enough_and_no_more(
+    quick: Program, stack: DevStack, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Every command works under them, and nothing of other people's can be read, changed or emptied."""
+    admin: Any = destinations.redis
+    admin.set("other:key", "theirs")
+    rights = turned_away_cure().partition("ACL SETUSER name ")[2].split()
+    admin.execute_command("ACL", "SETUSER", "replicator", "on", ">secret", *rights)
+    url = f"redis://replicator:secret@127.0.0.1:{stack.redis.port}/0"
+    quick.environment["REPLICATOR_REDIS_URL"] = url
+    try:
+        quick.start()
+        insert_many(source, 10)
+        quick.wait_until_caught_up()
+        for command in ("check", "backfill --last 1d --sinks redis", "reconcile --last 1d --repair",
+                        "rebuild-redis --from-empty --yes"):  # fmt: skip
+            succeed(quick.run(*command.split()))
+        assert 0 == quick.stop()
+        assert_exact(database, destinations)
+        client: Any = redis.Redis.from_url(url)
+        for command in DENIED:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+        client.close()
+    finally:
+        admin.execute_command("ACL", "DELUSER", "replicator")
+    assert "theirs" == admin.get("other:key")
+    assert_clean(quick.log)

@@ -152,6 +152,16 @@ def test_arguments_are_not_repeated() -> None:
         "redis://:secret@localhost:port/0",
         "redis://:secret@localhost?no_such_option=1",
         "redis://:secret@localhost?db=x",
+        "redis://:secret@localhost?decode_responses=true",
+        "redis://:secret@localhost?encoding=latin-1",
+        "redis://:secret@localhost?protocol=3",
+        "redis://:secret@localhost?retry_on_timeout=true",
+        "redis://:secret@localhost?max_connections=1",
+        "redis://:secret@localhost?socket_timeout=0",
+        "redis://:secret@localhost?socket_connect_timeout=inf",
+        "redis://:secret@localhost?socket_timeout=nan",
+        "rediss://:secret@localhost?ssl_cert_reqs=perhaps",
+        "rediss://:secret@localhost?ssl_min_version=TLSv1.2",
         "",
     ],
 )
@@ -170,6 +180,7 @@ def test_unusable_urls_are_named_without_their_password(url: str, monkeypatch: p
         "rediss://user:secret@localhost:6380/1?ssl_cert_reqs=required&ssl_ca_certs=/etc/ssl/ca.pem",
         "unix:///run/redis.sock?db=2",
         "redis://localhost?socket_timeout=1.5",
+        "redis://localhost?health_check_interval=30&client_name=replicator",
     ],
 )
 def test_usable_urls(url: str) -> None:
@@ -177,12 +188,31 @@ def test_usable_urls(url: str) -> None:
     assert url == RedisSettings(redis_url=SecretStr(url)).redis_url.get_secret_value()
 
 
+@pytest.mark.parametrize("prefix", ["shop", "a b:", "x" * 61 + ":", "a:b:", ":", "ключ:", "*:"])
+def test_a_prefix_is_a_word_and_a_colon(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So none can be the beginning of another."""
+    monkeypatch.setenv("REPLICATOR_REDIS_PREFIX", prefix)
+    with pytest.raises(SettingsError, match="REPLICATOR_REDIS_PREFIX is unusable"):
+        load(RedisSettings)
+
+
+def test_findings_tell_what_redis_may_lose() -> None:
+    """Whether and when it writes to the disk, as far as it says."""
+    aof: Info = {"redis_version": "7.0.15", "aof_enabled": 1}
+    said = {when: findings(aof, when)[-1] for when in ("always", "everysec", "")}
+    assert [True] * 3 == [finding.ok for finding in said.values()]
+    assert "appendfsync everysec" in said["everysec"].what
+    assert "CONFIG is denied" in said[""].what
+    assert "" == said["always"].cure
+    assert "appendfsync always" in said["everysec"].cure
+
+
 def test_findings_tell_what_redis_forgets() -> None:
     """Old versions and eviction fail the check; eviction without a limit, and no append-only file, don't."""
     fine: Info = {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "allkeys-lru", "aof_enabled": 1}
     expected = [True, True, True]
-    assert expected == [finding.ok for finding in findings(fine)]
+    assert expected == [finding.ok for finding in findings(fine, "always")]
     bad: Info = {"redis_version": "5.0.7", "maxmemory": 1000, "maxmemory_policy": "allkeys-lru", "aof_enabled": 0}
     expected = [False, False, True]
-    assert expected == [finding.ok for finding in findings(bad)]
-    assert all(finding.cure for finding in findings(bad) if not finding.ok)
+    assert expected == [finding.ok for finding in findings(bad, "")]
+    assert all(finding.cure for finding in findings(bad, "") if not finding.ok)

@@ -91,16 +91,26 @@ def server(module_stack: DevStack) -> Iterator[Server]:
     found.client.close()
 
 
-def sink_at(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> RedisSink:
+def sink_at(
+    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str = ""
+) -> RedisSink:
     """A sink that is not open yet."""
-    settings = RedisSettings(redis_url=SecretStr(url), redis_timeout_seconds=timeout_seconds)
-    return RedisSink(settings, EVENT, clock=clock) if clock else RedisSink(settings, EVENT)
+    settings = RedisSettings(redis_url=SecretStr(url), redis_timeout_seconds=timeout_seconds, redis_prefix=prefix)
+    sink = RedisSink(settings, EVENT, clock=clock) if clock else RedisSink(settings, EVENT)
+
+    async def ask() -> str:
+        return origin
+
+    sink.origin = ask
+    return sink
 
 
 @contextlib.asynccontextmanager
-async def unopened(url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0) -> AsyncIterator[RedisSink]:
+async def unopened(
+    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str = ""
+) -> AsyncIterator[RedisSink]:
     """A sink whose window moves only when the test moves it."""
-    sink = sink_at(url, clock, timeout_seconds=timeout_seconds)
+    sink = sink_at(url, clock, timeout_seconds=timeout_seconds, prefix=prefix, origin=origin)
     try:
         yield sink
     finally:
@@ -108,9 +118,11 @@ async def unopened(url: str, clock: Clock | None = None, *, timeout_seconds: flo
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, clock: Clock | None = None) -> AsyncIterator[RedisSink]:
+async def opened(
+    url: str, clock: Clock | None = None, *, prefix: str = "", origin: str = ""
+) -> AsyncIterator[RedisSink]:
     """A sink as a lane has it."""
-    async with unopened(url, clock) as sink:
+    async with unopened(url, clock, prefix=prefix, origin=origin) as sink:
         await sink.open()
         yield sink
 
@@ -459,6 +471,73 @@ async def test_a_write_may_be_cancelled_anywhere(server: Server, random_source: 
                 await writing
             assert list(await sink.write(batch)) == []
     assert server.counts() == Counter(e.key for e in stream)
+
+
+async def test_two_sources_are_kept_apart(server: Server) -> None:
+    """Whoever comes first has the keys; another is refused at open and by `check`, and may have a prefix."""
+    url = server.service.url
+    async with opened(url, Clock(), origin="cluster 1, database a") as first:
+        await first.write([event(1)])
+        async with unopened(url, Clock(), origin="cluster 1, database b") as second:
+            with pytest.raises(SinkUnusable, match=r"belong to cluster 1, database a.*REPLICATOR_REDIS_PREFIX"):
+                await second.open()
+            [finding] = await second.check()
+            assert (False, True) == (finding.ok, "come from cluster 1, database b" in finding.what)
+        async with opened(url, Clock(), prefix="b:", origin="cluster 1, database b") as second:
+            await second.write([event(1), event(2)])
+            assert all(finding.ok for finding in await second.check())
+        async with opened(url, Clock(), origin="cluster 1, database a") as again:
+            await again.write([event(1), event(2), event(3)])
+    assert {"content:count:1": "3", "b:content:count:1": "2"} == {
+        key: server.client.get(key) for key in server.client.keys("*content:count:*")
+    }
+
+
+async def test_a_redis_without_an_owner_is_adopted(server: Server) -> None:
+    """One that an older release has filled; a `check` before does not adopt it."""
+    async with opened(server.service.url, Clock()) as older:
+        await older.write([event(1)])
+    async with unopened(server.service.url, Clock(), origin="ours") as sink:
+        assert all(finding.ok for finding in await sink.check())
+        assert server.client.get("engagement:seen:owner") is None
+        await sink.open()
+        assert "ours" == server.client.get("engagement:seen:owner")
+        await sink.write([event(1), event(2)])
+    assert {1: 2} == server.counts()
+
+
+async def test_another_source_that_came_between_is_noticed(server: Server) -> None:
+    """Redis was emptied, and the other was faster: nothing more is written until the keys are ours again."""
+    async with opened(server.service.url, Clock(), origin="ours") as sink:
+        server.client.flushall()
+        await until(lambda: server.client.get("engagement:seen:owner") == "ours", "it to take what is nobody's")
+        server.client.set("engagement:seen:owner", "theirs \x1b[31m")
+        await sink._look()  # noqa: SLF001  once a second else
+        with pytest.raises(SinkUnusable, match=r"belong to theirs .\[31m, and"):
+            await sink.write([event(1)])
+        server.client.delete("engagement:seen:owner")
+        await sink._look()  # noqa: SLF001
+        await sink.write([event(1)])
+    assert {1: 1} == server.counts()
+
+
+async def test_a_prefix_begins_every_key(server: Server) -> None:
+    """Also in scripts, of the window's members too; emptying takes those with the prefix, and no others."""
+    url = server.service.url
+    async with opened(url, Clock()) as plain, opened(url, Clock(), prefix="shop:") as sink:
+        await plain.write([event(1)])
+        own = {*server.client.keys("*")} - {*server.client.keys("shop:*")}
+        await sink.write([event(5, key=7), event(6, key=7), event(7, key=-3)])
+        assert ["7", "2", "-3", "1"] == server.cli("ZREVRANGE", f"shop:{WINDOW}", "0", "10", "WITHSCORES").split()
+        assert "2" == server.client.get("shop:content:count:7")
+        assert [2, 0] == await sink.counter().counts([7, 8])
+        assert [99] == await sink.counter().unseen([5, 6, 7, 99])
+        await sink.window.slide()
+        assert own == {key for key in server.client.keys("*") if not key.startswith("shop:")}
+        written = {*server.client.keys("shop:*")}
+        assert len(written) <= await sink.empty() <= len(written) + 3  # the window may have been slid between the two
+        assert own <= {*server.client.keys("*")}
+        assert {1: 1} == server.counts()
 
 
 FOREIGN = ["content:count:1", "content:newest:1", "content:last:1", "engagement:seen:0", WINDOW, "top:content:window"]
