@@ -22,7 +22,15 @@ from pydantic import SecretStr
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EVENT, EnrichmentSettings, create_enricher
 from replicator import __version__
-from replicator.contracts.errors import CheckpointMissing, SettingsError, SinkError, SinkUnavailable
+from replicator.contracts.errors import (
+    CheckpointMissing,
+    SettingsError,
+    SinkBroken,
+    SinkError,
+    SinkMisconfigured,
+    SinkRefusesAll,
+    SinkUnavailable,
+)
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
@@ -92,8 +100,10 @@ class App(NamedTuple):
         except CheckpointMissing as exc:
             database = masked(self.settings.checkpoint_url.get_secret_value())
             raise CheckpointMissing(**exc.facts, database=database, elsewhere=_old_checkpoint()) from exc
-        except SinkUnavailable as exc:  # only lanes try again, and they never raise it
-            raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}") from exc
+        except (SinkUnavailable, SinkMisconfigured, SinkBroken, SinkRefusesAll) as exc:
+            # Only lanes keep events and try again, as the messages say, and they never raise it.
+            cure = "" if isinstance(exc, SinkUnavailable) else exc.cure
+            raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}", cure) from exc
         finally:
             await self._close()
 

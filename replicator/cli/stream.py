@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from replicator.cli.arguments import Yes, confirmed, load_app
-from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError, command
+from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError, SinkError, command
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
+    from replicator.contracts.sink import Sink
     from replicator.delivery.lane import Lane
 
 SHOW_CURSOR = "\x1b[?25h"
@@ -140,8 +141,7 @@ async def init(
         for line in await asyncio.to_thread(app.store.create):
             print(line)
         for sink in app.sinks:
-            for line in await sink.create():
-                print(line)
+            print("".join(f"{line}\n" for line in await _created(sink)), end="")
         with closing(app.source()) as source:
             beginning = Beginning(source, app.store, app.settings.slot, app.sinks)
             taken = await beginning.take(accept_gap=accept_gap)
@@ -156,6 +156,18 @@ async def init(
         print(f"slot {slot}: replication begins after {end}")
         print("\n".join(taken.gap or [await app.enricher.history() or "no older rows: nothing to backfill"]))
     return 0
+
+
+async def _created(sink: Sink) -> list[str]:
+    """What it makes. A sink of another package may raise anything, and its text may hold a secret."""
+    try:
+        return await sink.create()
+    except (ReplicatorError, MemoryError):
+        raise
+    except Exception as exc:
+        log.debug("sink %s could not make what it needs", sink.name, exc_info=True)
+        problem = f"sink {sink.name} failed in an unexpected way ({type(exc).__name__})"
+        raise SinkError(sink.name, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it") from exc
 
 
 async def drop_slot(yes: Yes = False) -> int:

@@ -362,7 +362,7 @@ class CheckpointUnavailable(CheckpointError):
 
     def __init__(self, *, detail: str) -> None:
         super().__init__(
-            f"the checkpoint database does not take what it is given: {detail}",
+            f"the checkpoint database fails: {detail}",
             "Nothing is confirmed to PostgreSQL until it does. Check that the database in REPLICATOR_CHECKPOINT_URL is"
             " reachable, writable and has room",
         )

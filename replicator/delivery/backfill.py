@@ -95,7 +95,7 @@ class Backfill:
             if failure:
                 raise failure
         if self._done:
-            await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, None)
+            await self._keep(None)  # if it stays, `--resume` finds that nothing is left
         return self._done
 
     async def _work(self) -> None:
@@ -151,10 +151,13 @@ class Backfill:
         if self.written is self._saved:
             return
         progress = self.written
-        text = msgspec.json.encode(progress).decode()
+        if await self._keep(msgspec.json.encode(progress).decode()):
+            self._saved = progress
+
+    async def _keep(self, progress: str | None) -> bool:
         try:
-            await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, text)
+            await asyncio.to_thread(self._store.save_progress, self._settings.slot, self._task, progress)
         except CheckpointUnavailable as exc:
             log.error("%s", exc)
-        else:
-            self._saved = progress
+            return False
+        return True

@@ -30,7 +30,8 @@ def _escaped(character: str) -> str:
 
 class _Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
-        record.message = printable(record.message)
+        # A line that is indented can't be taken for one of the log.
+        record.message = "\n".join(map(printable, re.split(r"\n(?= )", record.message)))
         return super().formatMessage(record)
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802  likewise

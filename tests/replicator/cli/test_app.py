@@ -9,6 +9,8 @@ import pytest
 
 from replicator.cli.app import App
 from replicator.cli.dead_letters import _replay
+from replicator.cli.stream import _created
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkRefusesAll, SinkUnavailable
 from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.stream import Enriched
@@ -47,7 +49,11 @@ class FakeStore:
 
 
 class Breaks(MemorySink):
-    """Can't be closed."""
+    """Can't be closed, and makes nothing."""
+
+    async def create(self) -> list[str]:
+        """Fail."""
+        raise RuntimeError("s3cret")
 
     async def close(self) -> None:
         """Fail."""
@@ -76,3 +82,28 @@ async def test_a_sink_that_can_not_be_closed_hides_nothing() -> None:
     with pytest.raises(KeyError, match="its own"):
         async with app(store, Breaks()).closing():
             raise KeyError("its own")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SinkUnavailable(sink="redis", detail="away"), "Sink redis failed: away."),
+        (SinkMisconfigured(sink="redis", detail="WRONGPASS", cure="See x"), "Sink redis failed: WRONGPASS. See x."),
+        (SinkRefusesAll(sink="redis", detail="422"), "Sink redis failed: 422. Check that REPLICATOR_REDIS_URL is"),
+    ],
+)
+async def test_a_command_does_not_promise_to_try_again(error: SinkError, told: str) -> None:
+    """It asks once, and keeps no events."""
+    with pytest.raises(SinkError) as raised:
+        async with app(FakeStore()).closing():
+            raise error
+    assert str(raised.value).startswith(told)
+    assert "kept" not in str(raised.value)
+
+
+async def test_what_a_sink_can_not_make_is_one_line() -> None:
+    """Whatever a sink of another package raises, and without its words."""
+    with pytest.raises(
+        SinkError, match=r"Sink keeper failed in an unexpected way \(RuntimeError\)\. REPLICATOR_LOG_LEV"
+    ):
+        await _created(Breaks(name="keeper"))

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from replicator.contracts.errors import CheckpointUnusable, SinkUnavailable, SinkUnusable, SourceUnavailable
+from replicator.contracts.errors import (
+    CheckpointUnavailable,
+    CheckpointUnusable,
+    SinkUnavailable,
+    SinkUnusable,
+    SourceUnavailable,
+)
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Position
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.stream import Enriched, Page
@@ -119,6 +125,18 @@ async def test_everything_arrives_and_nothing_is_left_to_resume(settings: CoreSe
     assert await run.run()
     assert ([1, 2, 3, 4], [1, 2, 3, 4]) == (one.taken, other.taken)
     assert (BackfillProgress(place="5", events=4, total=4), None) == (run.written, store.progress[-1])
+
+
+async def test_a_place_that_can_not_be_forgotten_is_no_failure(settings: CoreSettings) -> None:
+    """Everything is written."""
+    store = Store()
+
+    def refuses(_slot: str, _task: str, progress: str | None) -> None:
+        if progress is None:
+            raise CheckpointUnavailable(detail="the disk is full")
+
+    store.save_progress = refuses  # type: ignore[assignment, method-assign]  # the end alone fails
+    assert await run_of(settings, FakeHistory([1, 2]), store, sink_of()).run()
 
 
 async def test_an_empty_range_is_done_at_once(settings: CoreSettings) -> None:

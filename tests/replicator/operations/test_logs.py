@@ -46,6 +46,15 @@ def test_no_server_writes_a_line_of_its_own(form: str, capsys: pytest.CaptureFix
         assert json.loads(line)["message"] == f"it said {HOSTILE}"
 
 
+def test_the_frames_of_a_sink_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """An indented line can't be taken for another one of the log."""
+    configure_logging("info", "text")
+    logging.getLogger("replicator.x").error("sink lines raised %s\n%s", "OSError", '  File "x.py", line 1\nforged')
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("sink lines raised OSError")
+    assert '  File "x.py", line 1\\nforged' == second
+
+
 def test_what_is_printed_as_it_is() -> None:
     """Letters of any script, and what a caller keeps."""
     assert "größer → 漢字 👍🏽" == printable("größer → 漢字 👍🏽")
