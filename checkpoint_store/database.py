@@ -9,6 +9,8 @@ import os
 import re
 import sqlite3
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,11 @@ SQLITE_UNUSABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLIT
 """Primary result codes of a file that only an operator can help."""
 
 
-def open_engine(url: str) -> Engine:
-    """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL."""
+def open_engine(url: str, current: Callable[[], str]) -> Engine:
+    """An engine with one connection, which is made on first use. Raises SettingsError for an unusable URL.
+
+    Each connection is made with the password that is in the `current` URL.
+    """
     parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
     engine = _engine(parsed, pre_ping=not sqlite)
@@ -64,7 +69,7 @@ def open_engine(url: str) -> Engine:
         event.listen(engine, "begin", _begin)
     if engine.dialect.name == "postgresql":
         event.listen(engine, "begin", _begin_postgres)
-    event.listen(engine, "do_connect", _connect)
+    event.listen(engine, "do_connect", partial(_connect, current))
     return engine
 
 
@@ -102,11 +107,18 @@ def _libpq_options() -> set[str]:
     return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 
 
-def _connect(dialect: Dialect, _record: object, arguments: list[Any], options: dict[str, Any]) -> DBAPIConnection:
+def _connect(
+    current: Callable[[], str], dialect: Dialect, _record: object, arguments: list[Any], options: dict[str, Any]
+) -> DBAPIConnection:
+    _, now = dialect.create_connect_args(_parse(current()))
     try:
-        return dialect.connect(*arguments, **options)
+        return dialect.connect(*arguments, **options | {key: now[key] for key in _LOGIN & now.keys()})
     except (TypeError, ValueError) as exc:
         raise _unusable(f"the driver does not take its options ({type(exc).__name__})") from None
+
+
+_LOGIN = {"user", "password"}
+"""What may be rotated, by the names that drivers have for it."""
 
 
 def require_file(url: URL) -> None:
@@ -148,6 +160,9 @@ def _parse(url: str) -> URL:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
         raise _unusable("it can't be parsed") from None
+    if parsed.get_backend_name() != "sqlite" and "@" in f"{parsed.host}{parsed.database}":
+        # The password ended too early, and errors would name its rest as a host or database.
+        raise _unusable("it has an @ too many; in user and password it is written %40, and / is %2F")
     if parsed.drivername in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")  # SQLAlchemy 2.0 would look for psycopg2
     in_memory = parsed.database in (None, "", ":memory:") or parsed.query.get("mode") == "memory"

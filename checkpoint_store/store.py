@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -35,8 +35,9 @@ VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 class SqlCheckpointStore:
     """Checkpoints, dead letters and progress in the database of a SQLAlchemy URL. Raises SettingsError for the URL."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = database.open_engine(url)
+    def __init__(self, url: str, current: Callable[[], str] | None = None) -> None:
+        """`current` gives the URL of the moment: its password may have been rotated."""
+        self._engine = database.open_engine(url, current or (lambda: url))
         self._tables_seen = False
 
     def files(self) -> list[Path]:

@@ -81,7 +81,7 @@ class App(NamedTuple):
             settings=settings,
             enricher=enricher,
             sinks=made,
-            store=SqlCheckpointStore(settings.checkpoint_url.get_secret_value()),
+            store=SqlCheckpointStore(_checkpoint_url(settings), partial(_checkpoint_url, settings)),
         )
 
     def dsn(self) -> str:
@@ -134,6 +134,10 @@ class App(NamedTuple):
 
 def _dsn(settings: CoreSettings) -> str:
     return fresh(settings).postgres_dsn.get_secret_value()
+
+
+def _checkpoint_url(settings: CoreSettings) -> str:
+    return fresh(settings).checkpoint_url.get_secret_value()
 
 
 def _old_checkpoint() -> str:

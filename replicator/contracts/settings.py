@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
@@ -188,6 +189,17 @@ def _conninfo(value: SecretStr) -> SecretStr:
     if "://" in value.get_secret_value() and "@" in f"{parts.get('host', '')}{parts.get('dbname', '')}":
         # The password ended too early, and errors would name its rest as a host or database.
         raise ValueError("it has an @ too many; in user and password it is written %40, and / is %2F")
+    return value
+
+
+def unbroken(value: SecretStr) -> SecretStr:
+    """A URL without an @ behind its host: there a password has ended too early, and errors would name parts of it."""
+    try:
+        url = urlsplit(value.get_secret_value())
+    except ValueError:
+        return value  # whoever reads it says what is wrong
+    if "@" in f"{url.path}{url.fragment}":
+        raise ValueError("it has an @ behind its host; in user and password / is written %2F, and a path's @ is %40")
     return value
 
 

@@ -9,10 +9,11 @@ from typing import Annotated, TypeAlias
 import httpx
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from replicator.contracts.settings import CaFile, EmptyIsNone, Settings
+from replicator.contracts.settings import CaFile, EmptyIsNone, Settings, unbroken
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
+    unbroken(value)
     try:
         url = httpx.URL(value.get_secret_value())
     except httpx.InvalidURL as exc:

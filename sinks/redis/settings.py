@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, SecretStr, field_validator
 from redis.exceptions import RedisError
 
-from replicator.contracts.settings import Settings
+from replicator.contracts.settings import Settings, unbroken
 from sinks.redis.client import OPTIONS, connections
 
 
@@ -31,6 +31,7 @@ class RedisSettings(Settings):
     @field_validator("redis_url")
     @classmethod
     def _usable(cls, value: SecretStr) -> SecretStr:
+        unbroken(value)
         try:
             connections(value, 1.0).make_connection()  # type: ignore[no-untyped-call]  # redis-py left it untyped
         except (TypeError, ValueError, RedisError) as exc:

@@ -186,10 +186,10 @@ UNUSABLE = {
     "SLOT": "Bad-Slot",
     "SINKS": "clickhouse,kafka",
     "CLICKHOUSE_URL": f"ftp://default:{SECRET}@localhost/engagement",
-    "REDIS_URL": f"http://:{SECRET}@localhost",
-    "HTTP_URL": f"{SECRET}:8000/events",
+    "REDIS_URL": f"redis://:12/{SECRET}@localhost",
+    "HTTP_URL": f"http://u:12/{SECRET}@127.0.0.1/events",
     "HTTP_BATCH_SIZE": "0",
-    "CHECKPOINT_URL": f"{SECRET}-checkpoint",
+    "CHECKPOINT_URL": f"postgresql://app:p@{SECRET}@127.0.0.1:1/engagement",
     "ADMIN_LISTEN": "8080",
     "MEMORY_LIMIT_MB": "1.5",
 }

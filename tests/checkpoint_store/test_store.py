@@ -652,6 +652,7 @@ def test_lsns_sort_in_the_database_as_numbers(database: Database, store: Checkpo
     [
         ("hunter2", "can't be parsed"),
         ("postgresql://app:hunter2@host:port/db", "can't be parsed"),
+        ("postgresql://app:p@hunter2@host:1/db", "an @ too many"),
         ("nonsense://app:hunter2@host/db", "no driver nonsense"),
         ("postgresql+nonsense://app:hunter2@host/db", r"no driver postgresql\+nonsense"),
         ("mssql+pyodbc://app:hunter2@host/db", "pyodbc is not installed"),
@@ -672,6 +673,22 @@ def test_an_unusable_url_names_the_setting(url: str, problem: str) -> None:
         SqlCheckpointStore(url)
     assert "It takes any SQLAlchemy URL" in str(caught.value)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_rotated_password_is_used_by_the_next_connection(stack: DevStack) -> None:
+    """The setting's file has another one by now; the connection that there is goes on."""
+    url = make_url(make_postgres_database(stack).url)
+    password = f"{url.password}"
+    store = SqlCheckpointStore(
+        url.set(password="yesterday's").render_as_string(hide_password=False),  # noqa: S106  wrong on purpose
+        lambda: url.set(password=password).render_as_string(hide_password=False),
+    )
+    store.create()
+    password = "tomorrow's"  # noqa: S105  as wrong
+    store.save(at(1000))
+    store.close()
+    with pytest.raises(CheckpointUnavailable, match="authentication failed"):
+        store.load("s")
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
