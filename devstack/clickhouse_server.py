@@ -45,6 +45,11 @@ NOT_SETTINGS = frozenset(
 )
 """URL parameters that are not settings."""
 
+SUMMARY = (
+    *("read_rows", "read_bytes", "written_rows", "written_bytes", "total_rows_to_read", "result_rows", "result_bytes"),
+    *("elapsed_ns", "memory_usage"),
+)
+
 STATUS_OF = {
     "SYNTAX_ERROR": 400,
     "INCORRECT_DATA": 400,
@@ -164,8 +169,8 @@ class ClickHouseServer:
 
 
 def _success(result: Result) -> web.Response:
-    # ClickHouse writes these numbers as strings.
-    summary = msgspec.json.encode({name: str(value) for name, value in result.summary.items()}).decode()
+    # ClickHouse writes these numbers as strings, and all of them for every statement.
+    summary = msgspec.json.encode({name: str(result.summary.get(name, 0)) for name in SUMMARY}).decode()
     headers = {"X-ClickHouse-Summary": summary, "X-ClickHouse-Timezone": "UTC"}
     if result.format:
         headers["X-ClickHouse-Format"] = result.format

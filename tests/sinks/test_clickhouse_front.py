@@ -157,8 +157,9 @@ class TestProof:
             lambda answer: but(answer, X_ClickHouse_Query_Id="chproxy-1"),
             lambda answer: summary(answer, written_rows="0"),
             lambda answer: answer._replace(body=b"\n"),
+            lambda answer: but(answer, X_Policy="x" * 9_000),
         ],
-        ids=["no headers", "ids of its own", "it did not count", "a newline"],
+        ids=["no headers", "ids of its own", "it did not count", "a newline", "a long header"],
     )
     async def test_the_table_is_asked(
         self, clickhouse: ClickHouse, front: Front, sink: ClickHouseSink, change: Callable[[Answer], Answer]
