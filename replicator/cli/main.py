@@ -221,11 +221,35 @@ class _Threads(ThreadPoolExecutor):
         return future
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Looks a name up once at a time, however many ask.
+
+    Where a name server is silent, each try would leave a thread behind for a minute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_default_executor(_Threads())
+        self._look_ups: dict[object, asyncio.Task[Any]] = {}
+
+    async def getaddrinfo(self, *name: Any, **options: Any) -> Any:
+        """Wait for the look-up that runs, or begin one; it goes on when nobody waits any more."""
+        key = (name, *sorted(options.items()))
+        if key not in self._look_ups:
+            self._look_ups[key] = self.create_task(super().getaddrinfo(*name, **options))
+            self._look_ups[key].add_done_callback(lambda task: self._forget(key, task))
+        return await asyncio.shield(self._look_ups[key])
+
+    def _forget(self, key: object, task: asyncio.Task[Any]) -> None:
+        del self._look_ups[key]
+        if not task.cancelled():
+            task.exception()  # whoever waited for it has it
+
+
 def _run(arguments: Sequence[str]) -> int:
     result = typer.main.get_command(app).main(list(arguments), prog_name="replicator", standalone_mode=False)
     if isinstance(result, Coroutine):  # a command that works on the event loop
-        with asyncio.Runner() as runner:
-            runner.get_loop().set_default_executor(_Threads())
+        with asyncio.Runner(loop_factory=_Loop) as runner:
             result = runner.run(_stoppable(result))
     sys.stdout.flush()
     return int(result or 0)
