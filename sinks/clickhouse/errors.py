@@ -15,7 +15,7 @@ from http import HTTPStatus
 
 import aiohttp
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, command
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited, command
 
 SINK = "clickhouse"
 
@@ -151,11 +151,11 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
         cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return SinkMisconfigured(sink=SINK, detail=f"the certificate of {where} is not trusted", cure=_CA_CURE)
-    if any(isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS for cause in causes):
+    if any(getattr(cause, "reason", None) in _NO_TLS for cause in causes):  # an ssl.SSLError; aiohttp's has no reason
         return SinkMisconfigured(sink=SINK, detail=f"{where} does not speak TLS", cure=_TLS_CURE)
     if isinstance(exc, aiohttp.ClientResponseError):
         return not_clickhouse(where, "that is no answer in HTTP")
     last = causes[-1]
-    reason = f": {last.strerror}" if isinstance(last, OSError) and last.strerror else ""
+    reason = f": {cited(last.strerror)}" if isinstance(last, OSError) and last.strerror else ""
     error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered
     return error(sink=SINK, detail=f"no answer from {where} ({type(last).__name__}{reason})")

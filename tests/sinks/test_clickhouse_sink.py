@@ -24,7 +24,7 @@ from devstack import DevStack
 from devstack.clickhouse import ClickHouse
 from devstack.process import wait_until
 from enrichment import EVENT
-from replicator.contracts.errors import BatchRefused, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import BatchRefused, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding
 from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
 from sinks.clickhouse.table import INIT, TABLE, columns
@@ -455,6 +455,23 @@ class TestFaults:
                 await sink.open()
             finding = (await sink.check())[0]
         assert (finding.ok, "REPLICATOR_CLICKHOUSE_URL" in finding.cure) == (False, True)
+
+    @pytest.mark.parametrize(
+        ("url", "told"),
+        [
+            ("https://127.0.0.1:PORT/engagement", "does not speak TLS"),
+            ("http://nowhere.invalid/d", "no answer from http://nowhere.invalid:8123"),
+            (f"http://{'a' * 64}.example/d", "no answer from http://aaa"),
+            ("http://a..b/d", "a..b"),
+        ],
+    )
+    async def test_wrong_addresses(self, clickhouse: ClickHouse, url: str, told: str) -> None:
+        """Each is told for what it is, in one line."""
+        async with sink_for(url.replace("PORT", str(clickhouse.port))) as sink:
+            [finding] = await sink.check()
+            assert (finding.ok, told in finding.what) == (False, True)
+            with pytest.raises(SinkError):
+                await sink.write(events(1, 3))
 
     async def test_certificates_are_checked(self, tmp_path: Path) -> None:
         """An unknown authority is our settings' fault; named, it is trusted, and the answer counts."""
