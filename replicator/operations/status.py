@@ -69,6 +69,7 @@ class SinkStatus(Struct, frozen=True, kw_only=True):
     """One sink. Without an `end_lsn` it has no position yet; the running process has the counters."""
 
     trouble: str = ""
+    trouble_seconds: float | None = None
     end_lsn: str | None = None
     position: str | None = None
     lag_bytes: int | None = None
@@ -78,6 +79,7 @@ class SinkStatus(Struct, frozen=True, kw_only=True):
     retries: int | None = None
     dead_letters: int | None = None
     waiting: int | None = None
+    write_events: int | None = None
 
 
 class DeadLetterStatus(Struct, frozen=True, kw_only=True):
@@ -317,6 +319,8 @@ def as_text(status: Status) -> str:
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
+        if sink.trouble_seconds:
+            trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
     return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
 

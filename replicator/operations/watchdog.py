@@ -136,11 +136,13 @@ class Watchdog:
         return structs.replace(
             statuses.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=lane.trouble.message,
+            trouble_seconds=round(lane.trouble.seconds(), 1),
             events=lane.stats.events,
             writes=lane.stats.writes,
             retries=lane.trouble.failures,
             dead_letters=lane.stats.dead_letters,
             waiting=lane.waiting,
+            write_events=lane.room.events,
         )
 
     def _paused(self, name: str, at: SinkPosition) -> statuses.SinkStatus:
