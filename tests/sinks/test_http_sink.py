@@ -420,6 +420,14 @@ class TestTls:
             with pytest.raises(SinkMisconfigured, match="IP address mismatch"):
                 await sink.write([event(1)])
 
+    async def test_http_to_a_port_with_tls_is_nobody_s_fault(self, certificate: Path) -> None:
+        """`check` tries TLS and names the cure; no event is refused."""
+        async with self.server(certificate) as port, opened(f"http://localhost:{port}/") as sink:
+            (finding,) = await sink.check()
+            with pytest.raises(SinkUnavailable):
+                await sink.write([event(1)])
+        assert (finding.ok, "REPLICATOR_HTTP_URL to https://" in finding.cure) == (False, True)
+
     async def test_tls_to_a_plain_port_is_an_outage(self, api: Api) -> None:
         """It may be a proxy that is starting; the message says what OpenSSL met."""
         async with opened(api.url.replace("http:", "https:")) as sink:
