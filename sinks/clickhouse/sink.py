@@ -211,7 +211,11 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._unanswered = 0
         # ClickHouse silently wraps and cuts values when a column has become narrower. Rows that went into such a column
         # do not count as written, and are inserted again once the table is repaired.
-        seen = await self._look()
+        try:
+            seen = await self._look()
+        except SinkUnusable:
+            self._run = secrets.token_bytes(16)  # else the next try passes for a repeat, and the cut rows stay
+            raise
         if not _proves(receipt, len(events), seen) and not await self.ledger(with_content=True).holds(events):
             self._run = secrets.token_bytes(16)  # else the next try could pass for a repeat, and be dropped
             if receipt.doubt:
