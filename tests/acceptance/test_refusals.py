@@ -133,3 +133,21 @@ def test_it_takes_no_large_request(
     quick.wait_until_caught_up()
     assert before == refused()
     ends_exact(quick, database, destinations)
+
+
+@pytest.mark.parametrize("altered", [(), ("--breach", "evidence-ignored")], ids=["as it is", "evidence-ignored"])
+def test_dead_letters_without_evidence(
+    small: Program, source: psycopg.Connection, api: Api, altered: tuple[str, ...]
+) -> None:
+    """An API that refuses everything: without the rule of evidence its events are dead letters at once."""
+    small.altered = altered or small.altered
+    small.environment["REPLICATOR_HTTP_BATCH_SIZE"] = "1"
+    small.start()
+    insert_many(source, 10)
+    small.wait_until_caught_up()
+    api.behave(status=400)
+    insert_many(source, 10)
+    wait_until(lambda: "answered 400 Bad Request" in small.log, "it to be refused")
+    if altered:
+        small.wait_until_caught_up()
+    assert bool(altered) == bool(letters(small))

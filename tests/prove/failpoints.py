@@ -27,8 +27,9 @@ from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
 from replicator.contracts.errors import DecodeError
-from replicator.contracts.events import Lsn, Row, SinkPosition, parse_lsn
+from replicator.contracts.events import Lsn, Refusal, Row, SinkPosition, parse_lsn
 from replicator.contracts.stream import Enriched
+from replicator.delivery.writer import Suspect, Writer
 from replicator.pipeline import Pipeline
 from replicator.source import slot, wal2json
 from replicator.source import stream as source
@@ -301,6 +302,18 @@ def written_rows_ignored() -> None:
     alter(clickhouse, "_proves", lambda _: lambda *_: True)
 
 
+def evidence_ignored() -> None:
+    """What is refused once is a dead letter, whatever else the destination takes or refuses."""
+
+    def make(_: object) -> Callable[..., Any]:
+        async def examine(_writer: Writer, suspects: list[Suspect], _write: object) -> list[Refusal]:
+            return [Refusal(suspect.event, suspect.refused.reason, suspect.refused.detail) for suspect in suspects]
+
+        return examine
+
+    alter(Writer, "_examine", make)
+
+
 BREACHES: Mapping[str, Callable[[], None]] = {
     "confirm-before-checkpoint": confirm_before_checkpoint,
     "checkpoint-before-sink": checkpoint_before_sink,
@@ -308,6 +321,7 @@ BREACHES: Mapping[str, Callable[[], None]] = {
     "markers-off": markers_off,
     "psycopg2-keepalive": psycopg2_keepalive,
     "written-rows-ignored": written_rows_ignored,
+    "evidence-ignored": evidence_ignored,
 }
 """Ways to break the rule. `psycopg2-keepalive` alone does not, thanks to the markers."""
 
