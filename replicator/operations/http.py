@@ -33,6 +33,8 @@ BACKLOG = 16
 REQUEST_SECONDS = 5.0
 """For a whole request and its answer."""
 HEAD_BYTES = 8_192
+METRICS_SECONDS = 0.1
+"""How old an answer of /metrics may be: it takes a millisecond, which a flood of requests would take from the sinks."""
 COMPLAINT_SECONDS = 60.0
 """A line in the log at most so often, whatever is asked."""
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
@@ -63,7 +65,8 @@ class Admin:
         }
         self._server: asyncio.Server | None = None
         self._serving: dict[asyncio.StreamWriter, None] = {}  # the oldest first
-        self._complained_at = -math.inf
+        self._complained_at = self._measured_at = -math.inf
+        self._measured = b""
 
     async def start(self) -> None:
         """Listen; nothing to do when the setting is empty. Raises SettingsError when the address can't be had."""
@@ -161,7 +164,9 @@ class Admin:
         return HTTPStatus.OK, JSON, msgspec.json.encode(self._watchdog.status())
 
     def _metrics(self) -> Page:
-        return HTTPStatus.OK, exposition.CONTENT_TYPE_LATEST, exposition.generate_latest(self._registry)
+        if time.monotonic() - self._measured_at >= METRICS_SECONDS:
+            self._measured_at, self._measured = time.monotonic(), exposition.generate_latest(self._registry)
+        return HTTPStatus.OK, exposition.CONTENT_TYPE_LATEST, self._measured
 
 
 def exposed(listen: str) -> str:
