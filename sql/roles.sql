@@ -1,5 +1,6 @@
--- The role that the replicator logs in as, with the fewest rights that it can work with. Run it as a superuser, in the
--- database with the tables, after sql/source_schema.sql. Running it again changes nothing.
+-- The role that the replicator logs in as, with the fewest rights that it can work with. Run it as a superuser (on a
+-- managed service, as its administrator), in the database with the tables, after sql/source_schema.sql. Running it again
+-- changes nothing.
 --
 --     psql -d engagement -f sql/roles.sql
 --     psql -d engagement -f sql/roles.sql -v role=replicator -v password='...'
@@ -22,9 +23,27 @@ WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = :'role')
 \gexec
 
 -- LOGIN: to connect. REPLICATION: to create and drop its slot, and to stream from it. Such a role can read every table
--- of the database through the WAL, whatever is granted below, so guard its password like a superuser's. (On Amazon RDS,
--- where this attribute can't be given: `GRANT rds_replication TO replicator`.)
-ALTER ROLE :"role" LOGIN REPLICATION;
+-- of the database through the WAL, whatever is granted below, so guard its password like a superuser's.
+ALTER ROLE :"role" LOGIN;
+
+-- Managed services have no superuser, and each its own way: on Amazon RDS REPLICATION is a role to be granted, elsewhere
+-- their administrator may give the attribute. Where this login may do neither, a warning says so, and the rest is done.
+SELECT set_config('replicator.role', :'role', true) AS given \gset
+DO $$
+DECLARE
+    name text := current_setting('replicator.role');
+BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'rds_replication') THEN
+        EXECUTE format('GRANT rds_replication TO %I', name);
+    ELSIF NOT (SELECT rolreplication FROM pg_catalog.pg_roles WHERE rolname = name) THEN
+        EXECUTE format('ALTER ROLE %I REPLICATION', name);
+    END IF;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'role % may not replicate yet', name
+        USING HINT = format('Run this as a superuser, or as the administrator that the service gave you: ALTER ROLE %I'
+                            ' REPLICATION', name);
+END
+$$;
 
 \if :{?password}
     ALTER ROLE :"role" PASSWORD :'password';

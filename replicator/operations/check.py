@@ -16,6 +16,7 @@ from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
 from replicator.operations import server
+from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed
 from replicator.operations.status import ask_replicator, in_danger
 from replicator.source import slot as slots
@@ -29,7 +30,7 @@ async def findings(
     settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
     """Everything, one after the other; never raises for what it finds."""
-    for finding in _machine(settings, store):
+    for finding in (*_machine(settings, store), *secrets_in_clear(settings, sinks)):
         yield finding
     asked = [sink for sink in sinks if sink.name not in settings.paused_sinks]
     fresh = False  # nothing was begun: what `init` makes need not be there

@@ -13,7 +13,8 @@ import psycopg
 from psycopg import sql
 
 from replicator.contracts.events import Finding
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, variable
+from replicator.operations.exposure import unverified
 from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.refusals import explained, replication_cure
 from replicator.source.server import chooses
@@ -61,7 +62,11 @@ async def look(dsn: Dsn, settings: CoreSettings) -> Server:
         values: dict[str, str] = dict(await (await connection.execute(_SETTINGS)).fetchall())
         counted = await connection.execute(sql.SQL(_COUNTS).format(sql.Literal(settings.slot)))
         room = _Room(*(await counted.fetchone() or ("?", 0, 0, None)))
-        found = list(_of_settings(connection.info.server_version, values, settings))
+        given = {
+            option.keyword: (option.val or b"").decode() for option in connection.pgconn.info
+        }  # environment and all
+        found = [*unverified("PostgreSQL", connection.info.host, given[b"sslmode"], variable("postgres_dsn"))]
+        found += _of_settings(connection.info.server_version, values, settings)
         found += _of_room(values, room)
         may_stream = room.senders < int(values["max_wal_senders"])
         if values["wal_level"] == "logical" and room.slots < int(values["max_replication_slots"]):

@@ -42,10 +42,19 @@ SAMPLE_CONTENT = [(1, "video", 300), (2, "video", 120), (3, "article", None)]
 
 def run_psql(dsn: str, file: str, *arguments: str) -> str:
     """Output of `psql -f sql/FILE`. A failed statement fails the test."""
+    return _psql(dsn, file, *arguments).stdout
+
+
+def run_psql_told(dsn: str, file: str, *arguments: str) -> str:
+    """What it warns of."""
+    return _psql(dsn, file, *arguments).stderr
+
+
+def _psql(dsn: str, file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["psql", "-X", dsn, "-v", "ON_ERROR_STOP=1", *arguments, "-f", str(SQL / file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
 def slot_lag(dsn: str) -> dict[str, dict[str, str]]:
@@ -257,6 +266,41 @@ def test_a_role_of_any_name_without_a_password_cannot_log_in(stack: DevStack, ad
             psycopg.connect(dsn_of(stack, name, "replicator"))
     finally:
         admin.execute(sql.SQL("DROP OWNED BY {name}; DROP ROLE {name}").format(name=sql.Identifier(name)))
+
+
+@pytest.fixture
+def administrator(stack: DevStack, admin: psycopg.Connection) -> Iterator[str]:
+    """DSN of what a managed service has instead of a superuser: it makes roles, and owns the database."""
+    run_psql(stack.postgres.dsn, "source_schema.sql")
+    admin.execute("CREATE ROLE master LOGIN CREATEROLE PASSWORD 'master'")
+    tables = ("DATABASE engagement", "SCHEMA public", "TABLE content", "TABLE engagement_events")
+    for table in tables:
+        admin.execute(sql.SQL(f"ALTER {table} OWNER TO master"))
+    yield dsn_of(stack, "master", "master")
+    for table in tables:
+        admin.execute(sql.SQL(f"ALTER {table} OWNER TO app"))
+    admin.execute("DROP OWNED BY served; DROP ROLE served; DROP OWNED BY master; DROP ROLE master")
+
+
+def test_a_service_s_administrator_who_can_not_give_replication(admin: psycopg.Connection, administrator: str) -> None:
+    """It says so, with the statement, and does all the rest."""
+    told = run_psql_told(administrator, "roles.sql", "-v", "role=served")
+    assert "role served may not replicate yet" in told
+    assert "ALTER ROLE served REPLICATION" in told
+    assert attributes(admin, "served") == (True, False, False, False, False, False)
+    readable = "SELECT has_table_privilege('served', 'content', 'SELECT')"
+    assert admin.execute(readable).fetchone() == (True,)
+
+
+def test_on_amazon_rds_the_right_is_a_role(admin: psycopg.Connection, administrator: str) -> None:
+    """Its master may grant that, and no attribute."""
+    admin.execute("CREATE ROLE rds_replication")
+    try:
+        assert "may not replicate" not in run_psql_told(administrator, "roles.sql", "-v", "role=served")
+        member = "SELECT pg_has_role('served', 'rds_replication', 'MEMBER')"
+        assert admin.execute(member).fetchone() == (True,)
+    finally:
+        admin.execute("DROP ROLE rds_replication")
 
 
 # --- slot_lag.sql
