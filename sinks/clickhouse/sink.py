@@ -34,7 +34,7 @@ from replicator.contracts.errors import (
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Slice
-from replicator.contracts.settings import CaFile, Settings, number
+from replicator.contracts.settings import CaFile, Settings, number, open_to_all
 from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered, answered, not_clickhouse
@@ -132,6 +132,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         try:
             [version] = await self._client.one("SELECT version()", tuple[str])
             findings.append(Finding(True, f"ClickHouse {cited(version)} at {self._server}"))
+            findings += open_to_all([Path(self._server.removeprefix("chdb://"))])  # of a server there is no such file
             if missing := await to_be_made(self._client, self._database):
                 return [*findings, missing]
             seen = await self._look()

@@ -143,6 +143,10 @@ class RedisClient:
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
         """Where Redis is, without user and password."""
+        self.unverified = options.get("ssl_cert_reqs", "required") != "required" or not options.get(
+            "ssl_check_hostname", True
+        )
+        """The URL says so."""
         self._login: _Login = options["credential_provider"]
 
     async def run(self, script: Script, call: Call) -> list[int]:

@@ -35,6 +35,9 @@ RESTARTED = (
     "Redis at %s was restarted, or another one answers now: unless it keeps an append-only file with appendfsync"
     " always, it may have lost its latest writes. %s over the last hours finds and repairs that"
 )
+VERIFY_CURE = (
+    "Anybody in between gets the password: remove ssl_cert_reqs and ssl_check_hostname from REPLICATOR_REDIS_URL"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         self._resumes = False
         self._generation = ""
         self._generations: set[str] = set()
-        self._ours = ""
+        self._ours: str | None = None  # empty: it can't be known
         self._foreign: SinkError | None = None
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
@@ -87,7 +90,14 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         except SinkError as exc:
             cure = f"Start Redis, or correct {variable('redis_url')}" if isinstance(exc, SinkUnavailable) else exc.cure
             return [Finding(False, f"Redis at {address}: {exc.detail}", cure)]
-        return [Finding(True, f"Redis at {address} answers and may be written to"), *findings(info, appendfsync)]
+        unverified = (
+            [Finding(True, f"Redis at {address} is not verified", VERIFY_CURE)] if self._redis.unverified else []
+        )
+        return [
+            Finding(True, f"Redis at {address} answers and may be written to"),
+            *unverified,
+            *findings(info, appendfsync),
+        ]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Also raises what hinders the window, or has ended its task."""
@@ -140,7 +150,8 @@ class RedisSink(Sink, HasCounter, Rebuildable):
 
     async def _require_ours(self, *, claim: bool) -> None:
         """Raise SinkUnusable if the keys are another source's: event ids of two would be taken for repeats."""
-        self._ours = self._ours or (await self.origin() if self.origin else "")
+        if self._ours is None:
+            self._ours = await self.origin() if self.origin else ""
         if self._ours and (owner := await self._redis.owner(self._ours, claim=claim)) != self._ours:
             raise foreign_error(SINK, owner, self._ours, self._prefix + OWNER)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,4 +103,18 @@ def test_files_are_ours_alone(quick: Program, source: psycopg.Connection, api: A
     finally:
         for folder in folders:
             folder.chmod(folder.stat().st_mode & ~stat.S_IXOTH)
-    quick.process.send_signal(signal.SIGKILL)
+    quick.end()
+
+
+def test_the_embedded_engine_s_files_are_ours_alone(quick: Program, tmp_path: Path) -> None:
+    """Event rows are in them; `check` names the directory when others can read it."""
+    (tmp_path / "data").mkdir(mode=0o755)
+    quick.environment["REPLICATOR_CLICKHOUSE_URL"] = f"chdb://{tmp_path}/data/ours/engagement"
+    before = os.umask(0o022)
+    try:
+        succeed(quick.run("init"))
+    finally:
+        os.umask(before)
+    made = [tmp_path / "data" / "ours", *(tmp_path / "data" / "ours").rglob("*")]
+    assert len(made) > 5
+    assert not [path for path in made if not path.is_symlink() and path.stat().st_mode & 0o077]

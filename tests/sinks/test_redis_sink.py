@@ -506,6 +506,22 @@ async def test_a_redis_without_an_owner_is_adopted(server: Server) -> None:
     assert {1: 2} == server.counts()
 
 
+async def test_where_events_come_from_is_asked_once(server: Server) -> None:
+    """Also where it can't be known: not each second anew."""
+    asked = []
+
+    async def ask() -> str:
+        asked.append(1)
+        return ""
+
+    async with unopened(server.service.url, Clock()) as sink:
+        sink.origin = ask
+        await sink.open()
+        await sink._look()  # noqa: SLF001  once a second else
+        await sink._look()  # noqa: SLF001
+    assert [1] == asked
+
+
 async def test_another_source_that_came_between_is_noticed(server: Server) -> None:
     """Redis was emptied, and the other was faster: nothing more is written until the keys are ours again."""
     async with opened(server.service.url, Clock(), origin="ours") as sink:
@@ -764,6 +780,10 @@ async def test_tls_and_its_options(server: Server, certificate: tuple[Path, Path
     try:
         async with opened(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={cert}", Clock()) as sink:
             await sink.write([event(1)])
+            assert not [finding for finding in await sink.check() if "not verified" in finding.what]
+        async with unopened(f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=none&ssl_check_hostname=false") as sink:
+            [finding] = [finding for finding in await sink.check() if "not verified" in finding.what]
+            assert (True, True) == (finding.ok, "remove ssl_cert_reqs" in finding.cure)
         async with unopened(f"rediss://127.0.0.1:{port}/0") as sink:
             with pytest.raises(SinkMisconfigured, match="ssl_ca_certs"):
                 await sink.open()
