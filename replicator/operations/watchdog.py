@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 
+import msgspec
 from msgspec import structs
 
 from replicator import __version__
@@ -169,6 +170,8 @@ class Watchdog:
         self._starts.append((time.monotonic(), self.pipeline.source.starts, self.pipeline.trouble.failures))
         while time.monotonic() - self._starts[0][0] > STALL_SECONDS:
             self._starts.popleft()
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", msgspec.json.encode(self.status()).decode())
         for trouble, message in ((self._stall, self._stalled()), (self._sync, statuses.in_the_way(self.slot))):
             if message:
                 trouble.say(message)
@@ -238,8 +241,8 @@ class Watchdog:
         lanes += [PAUSED % (name, format_lsn(at.end_lsn)) for name, at in self.pipeline.paused.items()]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
-        catching_up = self.pipeline.verification.catch_up.trouble.message
-        found = [reading, catching_up, self.trouble, *lanes, self._unsaved(), *slot]
+        tables = self.pipeline.verification.trouble.message, self.pipeline.verification.catch_up.trouble.message
+        found = [reading, *tables, self.trouble, *lanes, self._unsaved(), *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 
 

@@ -14,7 +14,7 @@ from replicator.contracts.errors import SlotInUse, SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position, SinkPosition
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations.status import STALL_SECONDS
+from replicator.operations.status import STALL_SECONDS, CheckpointStatus, SlotStatus, Status
 from replicator.operations.watchdog import TROUBLE_SECONDS, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
@@ -399,3 +399,25 @@ def test_a_paused_sink_is_a_reason_and_no_stall(watchdog: Looking, pipeline: Pip
     watchdog.look(1, server_lsn=300)
     [reason] = watchdog.look(2 * STALL_SECONDS)
     assert "sink clickhouse is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after 0/10 for it" == reason
+
+
+def test_tables_that_can_not_be_seen_are_a_reason(watchdog: Looking, pipeline: Pipeline) -> None:
+    """The sinks go on, and nothing is confirmed: it is told before anything stands still."""
+    pipeline.verification.trouble.say("the tables are locked")
+    assert ["the tables are locked"] == watchdog.look()
+
+
+def test_the_debug_log_has_the_status(watchdog: Looking, caplog: pytest.LogCaptureFixture) -> None:
+    """Once a look."""
+    caplog.set_level("DEBUG", "replicator.operations.watchdog")
+    shown = Status(
+        reasons=[],
+        replicator=None,
+        slot=SlotStatus(name="s"),
+        checkpoint=CheckpointStatus(),
+        sinks={},
+        dead_letters=None,
+    )
+    watchdog.status = lambda: shown  # type: ignore[method-assign]  # the fake pipeline has less than it shows
+    watchdog.look()
+    assert '"reasons":[]' in caplog.text
