@@ -36,6 +36,7 @@ PAGE_SETTINGS = {
     # The planner can't know that the next page follows and would, for one page, read the whole table and sort it.
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
+    "jit": "off",  # without an index, the price of a forbidden scan would call for seconds of compiling
 }
 
 PAGE_BYTES = 8_000_000

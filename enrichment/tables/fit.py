@@ -29,7 +29,7 @@ def require(shape: Shape) -> None:
     """Raise TablesUnfit for what is wrong."""
     found = [(table, problem) for table in NEEDED for problem in problems(shape, table)]
     if found:
-        what = ", and ".join(f"{SCHEMA}.{table} {problem.what}" for table, problem in found)
+        what = ", and ".join(f"table {SCHEMA}.{table} {problem.what}" for table, problem in found)
         raise TablesUnfit(problem=what, cure="; ".join(problem.cure for _, problem in found))
 
 

@@ -96,6 +96,9 @@ class Guard:
             self._former = {**_names(record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn if changed else record.until
         self.highest_id = record.highest_id if record else None
+        self._seen, self.record = Now(*now), record
+        if record is None:  # the first start: what the stream assumes from now on
+            self.accept()
         return record if changed else None
 
     async def verify(self) -> Lsn:

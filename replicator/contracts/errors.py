@@ -246,7 +246,7 @@ class TablesChanged(SourceError):
     """The tables are no longer what this stream assumes. The stream begins again after the checkpoint."""
 
     def __init__(self, *, what: str) -> None:
-        super().__init__(f"{what}: the stream begins again after the checkpoint", detail=what)
+        super().__init__(f"the tables have changed ({what}). The stream begins again after the checkpoint", detail=what)
 
 
 class DecodeError(SourceError):

@@ -48,15 +48,21 @@ class CatchUp:
         if (history := self._history) is None:
             return
         log.info("looking in the tables for rows that the stream could not show")
+        try:
+            events = await self._bring(history)
+        finally:
+            await history.close()
+        self._history = None
+        log.info("%d such rows were found; what a sink had of them it sees again", events)
+
+    async def _bring(self, history: History) -> int:
         place, _ = await history.begin()
         after, events = Position(0, 0), 0
         while page := await self._read(history, place, after):
             place, after = page.place, page.position
             events += len(page.enriched.events)
             await self._put(page)
-        await history.close()
-        self._history = None
-        log.info("%d such rows were found; what a sink had of them it sees again", events)
+        return events
 
     async def _read(self, history: History, place: str, after: Position) -> Page | None:
         await self._fan_out.room()

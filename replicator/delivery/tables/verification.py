@@ -62,6 +62,8 @@ class Verification:
         self._key = checkpoint.slot, f"tables of {checkpoint.system_identifier}"
         record = await asyncio.to_thread(self._store.load_progress, *self._key)
         self.catch_up.begin(await self._enricher.look(record, checkpoint.end_lsn))
+        if record is None:
+            await asyncio.to_thread(self._store.save_progress, *self._key, self._enricher.record())
         self.lsn, self._looked_at, self._seen_at, self._recorded_at = 0, 0.0, time.monotonic(), 0.0
         self._accepted, self._recorded = False, None
 
@@ -97,7 +99,7 @@ class Verification:
 
     async def verify_in_time(self, fan_out: FanOut) -> None:
         """Look if some sink has what is not verified, but not more often than needed, or if it is time. As `verify`."""
-        behind = self.behind(fan_out)
+        behind = self.behind(fan_out) or (self.catch_up.done and self._complete and not self._accepted)
         pause = PAUSE_SECONDS * (not fan_out.awaiting_checkpoint) if behind else IDLE_SECONDS
         if time.monotonic() - self._looked_at < pause:
             return
