@@ -17,6 +17,7 @@ import typer
 
 from replicator.cli.main import app
 from replicator.contracts.settings import Settings, variable
+from tests.prove.world import tables, world
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
@@ -27,12 +28,15 @@ SETTINGS = ROOT / "docs/reference/settings.md"
 COMMANDS = ROOT / "docs/reference/commands.md"
 METRICS = ROOT / "docs/reference/metrics.md"
 FAULTS = ROOT / "docs/reference/faults.md"
+TABLES = ROOT / "docs/reference/tables.md"
 OF_SERVERS = (
     "ClickHouse error [0-9]|answered [0-9]|READONLY |OOM |MISCONF |WRONGPASS|NOREPLICAS|Timeout reading|Error"
     "|terminating connection|query would be affected"
 )
 """What begins like this is the words of a server or of a driver."""
 SHORT = 6  # characters: a part as short as that says nothing
+
+assert tables, "it has the faults that are DDL"
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -171,6 +175,14 @@ def test_faults_name_real_tests() -> None:
     tests = {f"`{name}`" for source in sources for name in re.findall(r"def (test_\w+)", source)}
     assert named
     assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
+def test_what_ddl_does_is_played() -> None:
+    """Each row on what DDL does names the faults of the environment matrix that do it, and none of them is left out."""
+    cells = re.findall(r"^\|.*\|([^|]*)\|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
+    named = [name for cell in cells for name in QUOTED.findall(cell)]
+    assert sorted(named) == sorted(fault.name for fault in world.FAULTS if fault.victim in {"events", "content"})
+    assert ["play", "none", "play"] == [text for cell in cells if re.fullmatch(r"\w+", text := cell.strip())]
 
 
 def _texts(node: ast.AST) -> Iterator[str]:
