@@ -9,6 +9,7 @@ skipped, refused or forgotten stays the oldest overdue event for ever, so a ligh
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 import urllib.error
@@ -62,9 +63,9 @@ class Observer:
         """Ask /readyz."""
         code, text = self._readyz()
         self.looks["ready" if code == 200 else "not ready" if code else "no answer"] += 1
-        if text != self._last:
+        if (kind := re.sub(r"\d+", "…", text)) != self._last:
             self._note(f"/readyz: {code} {text}")
-            self._last = text
+            self._last = kind
         if code != 200:
             self._ready_since = None
         elif self._ready_since is None:
