@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import psycopg
 
-from tests.prove.world.world import World, fault
+from tests.prove.world.world import FAULTS, World, fault
 from tests.prove.world.writers import write
 from tests.support.environment import ROLE
 
@@ -447,3 +447,7 @@ def the_right_to_read_content_is_taken_and_given(world: World, chance: random.Ra
     world.change_content(LONGER, grant=False)
     yield
     world.alter(f"GRANT SELECT ON content TO {ROLE}")
+
+
+PLAYS = sorted(one.name for one in FAULTS if one.victim in {"events", "content"})
+"""What is played; docs/reference/tables.md says what the program does then."""
