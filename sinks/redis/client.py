@@ -21,6 +21,7 @@ from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, 
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.typing import EncodableT
 
+from replicator.contracts.errors import SinkUnavailable
 from sinks.redis.errors import is_read_only, shown, sink_error
 from sinks.redis.info import Info
 from sinks.redis.keys import GENERATION, OWNER, Call
@@ -39,6 +40,7 @@ OPTIONS = frozenset(
 ANSWER_BYTES_MAX = 4_000_000
 """The largest answer is 64 pages of seen bits, half a megabyte."""
 ANSWER_SECONDS_MAX = 600.0
+NO_ANSWER = "the answer is not Redis's"
 
 
 class _Bounded(_AsyncRESP2Parser):
@@ -49,7 +51,7 @@ class _Bounded(_AsyncRESP2Parser):
         try:
             return await super().read_response(disable_decoding)
         except (ValueError, RecursionError) as exc:  # no number, a line without an end, lists in lists in lists
-            raise InvalidResponse("the answer is no answer of Redis") from exc
+            raise InvalidResponse(NO_ANSWER) from exc
 
     async def _read(self, length: int) -> bytes:
         self._spend(length)
@@ -149,17 +151,22 @@ class RedisClient:
         """The URL says so."""
         self._login: _Login = options["credential_provider"]
 
-    async def run(self, script: Script, call: Call) -> list[int]:
-        """What the script returns. Redis has it by digest; it gets the text when it has forgotten it.
+    async def run(self, script: Script, call: Call, returns: int = 0) -> list[int]:
+        """The numbers that the script returns, so many; any other answer, such as OK, proves nothing.
 
-        Never by SCRIPT LOAD: behind a proxy that may reach another server than the call, and is a right more.
+        Redis has the script by digest; it gets the text when it has forgotten it. Never by SCRIPT LOAD: behind a proxy
+        that may reach another server than the call, and is a right more.
         """
         keys = [self._prefix + key for key in call.keys] if self._prefix else call.keys
         async with self._translated():
             try:
-                return cast("list[int]", await self._redis.evalsha(script.digest, len(keys), *keys, *call.args))
+                answer = await self._redis.evalsha(script.digest, len(keys), *keys, *call.args)
             except NoScriptError:
-                return cast("list[int]", await self._redis.eval(script.text, len(keys), *keys, *call.args))
+                answer = await self._redis.eval(script.text, len(keys), *keys, *call.args)
+            numbers: object = [] if answer is None else answer
+            if not isinstance(numbers, list) or [type(number) for number in numbers] != [int] * returns:
+                raise InvalidResponse(NO_ANSWER)
+            return numbers
 
     async def probe(self, calls: Sequence[tuple[Script, Call]]) -> None:
         """Run scripts on keys of our patterns, and remove the keys, in one transaction."""
@@ -234,6 +241,8 @@ class RedisClient:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
+        except (AttributeError, TypeError, ValueError) as exc:  # redis-py, or we, looked for something else in it
+            raise SinkUnavailable(sink=SINK, detail=NO_ANSWER) from exc
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)

@@ -107,7 +107,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         batch = pack(events, self._clock())
         if len(batch.refused) == len(events):
             return batch.refused
-        complete, new = await self._redis.run(self._script, batch.call)
+        complete, new = await self._redis.run(self._script, batch.call, returns=2)
         self.new_events += new
         if self._keeps_window and (self.window.failed or (batch.ranked and not complete)):
             await self.window.slide()
@@ -134,7 +134,9 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
         patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS)
         try:
-            [deleted] = await patient.run(script("empty"), Call([], [self._prefix + one for one in PREFIXES]))
+            [deleted] = await patient.run(
+                script("empty"), Call([], [self._prefix + one for one in PREFIXES]), returns=1
+            )
         finally:
             await patient.close()
         return deleted

@@ -37,6 +37,10 @@ ANSWERS: dict[str, Callable[[], Iterator[bytes]]] = {
     "never silent, never done": lambda: chain([b"-ERR "], _slowly()),
     "lists in lists": lambda: iter([b"*1\r\n" * 200_000]),
     "no number": lambda: iter([b"*many\r\n"]),
+    "OK to everything": lambda: repeat(b"+OK\r\n", 20),
+    "one number": lambda: iter([b":1\r\n"]),
+    "nothing": lambda: iter([b"$-1\r\n"]),
+    "two words": lambda: iter([b"*2\r\n+a\r\n+b\r\n"]),
     "a web page": lambda: iter([b"HTTP/1.1 400 Bad Request\r\n\r\n"]),
 }
 
@@ -70,6 +74,8 @@ async def test_an_answer_is_bounded(answer: str) -> None:
         sink = RedisSink(RedisSettings(redis_url=url, redis_timeout_seconds=PATIENCE_SECONDS), EVENT)
         with pytest.raises(SinkUnavailable) as caught:
             await sink.write([EVENT_1])
+        with pytest.raises(SinkUnavailable):
+            await sink.open()
         await sink.close()
         assert time.monotonic() - began < 5 * PATIENCE_SECONDS
     assert len(str(caught.value)) < 500
