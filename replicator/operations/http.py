@@ -17,12 +17,12 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
 from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
+from replicator.operations.status import as_json
 from replicator.operations.watchdog import Watchdog
 
 CONNECTIONS = 32
@@ -161,7 +161,7 @@ class Admin:
         return _light(reasons or ["standby" if self._watchdog.standby else "ready"], ok=not reasons)
 
     def _status(self) -> Page:
-        return HTTPStatus.OK, JSON, msgspec.json.encode(self._watchdog.status())
+        return HTTPStatus.OK, JSON, as_json(self._watchdog.status()).encode()
 
     def _metrics(self) -> Page:
         if time.monotonic() - self._measured_at >= METRICS_SECONDS:

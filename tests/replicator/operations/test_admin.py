@@ -147,6 +147,15 @@ async def test_a_standby_has_a_light_of_its_own(served: Served) -> None:
         assert standby.encode() in await served.get("/readyz")
 
 
+async def test_what_servers_say_is_escaped(served: Served) -> None:
+    """An operator asks with curl, on a terminal."""
+    served.watchdog.wrong = ["FATAL\x1b[2J\n\x9b0m\u202egnp"]
+    for path in ("/readyz", "/standbyz", "/status"):
+        _, _, body = (await served.get(path)).decode().partition("\r\n\r\n")
+        assert body.replace("\n", "").isprintable()
+    assert 2 == len((await served.get("/readyz")).partition(b"\r\n\r\n")[2].split(b"\n"))
+
+
 async def test_whoever_says_nothing_is_closed_and_holds_up_nobody(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -221,7 +221,7 @@ async def test_every_reason_has_a_line(collect: Collect) -> None:
     text = status.as_text(found)
     assert [1, 1] == [text.count(words) for words in ("is not reachable: down", "disk full")]
     assert text.startswith("replicator   NOT READY: PostgreSQL is not reachable: down")
-    assert "\n             The checkpoint database does not take" in text
+    assert "\n             The checkpoint database fails: disk full" in text
     assert "\nslot         s: unknown\ncheckpoint   unknown\n" in text
 
 
