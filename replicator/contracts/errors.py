@@ -118,8 +118,7 @@ class StreamStuck(SourceUnavailable):
 
     def __init__(self, *, lsn: str, times: int, seconds: float, last: SourceUnavailable) -> None:
         problem = f"no progress for {seconds:.0f} s: the stream has ended {times} times at {lsn}, the last time with"
-        detail = f"{last.problem[:1].lower()}{last.problem[1:]}" if isinstance(last, SlotUndecodable) else last.problem
-        super().__init__(problem=problem, detail=detail, cure=last.cure)
+        super().__init__(problem=problem, detail=last.problem, cure=last.cure)
 
 
 class SlotUndecodable(SourceUnavailable):

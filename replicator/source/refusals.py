@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 
@@ -54,14 +55,14 @@ _PASSING = {
 class _Facts(NamedTuple):
     """What the server says of itself."""
 
-    wal_level: str
-    standby: bool
-    plugins: str
-    """output_plugin_libraries, where this PostgreSQL has it: 15.19, 16.15, 17.11, 18.6 and later (CVE-2026-6471)."""
+    wal_level: str = "logical"
+    standby: bool = False
 
 
-_FACTS = """SELECT current_setting('wal_level'), pg_is_in_recovery(),
-    coalesce(current_setting('output_plugin_libraries', true), '')"""
+_FACTS = "SELECT current_setting('wal_level'), pg_is_in_recovery()"
+# PostgreSQL 15.19, 16.15, 17.11, 18.6 and later (CVE-2026-6471). It takes pg_read_all_settings to look.
+_PLUGINS = "SELECT current_setting('output_plugin_libraries', true)"
+_PLUGINS_BY_DEFAULT = "pgoutput, test_decoding"
 _FACTS_SECONDS = 5.0
 
 
@@ -69,12 +70,22 @@ async def explained(
     exc: psycopg.Error, slot: str = "", connection: psycopg.AsyncConnection[Any] | None = None
 ) -> SourceError:
     """What a refusal means. One SQLSTATE has several reasons, so the server is asked which one it is."""
-    sqlstate, facts = exc.sqlstate or "", None
-    if connection is not None and sqlstate in (*_STATE, _RIGHTS):
-        with suppress(psycopg.Error, TimeoutError):
-            async with asyncio.timeout(_FACTS_SECONDS):
-                facts = await (await connection.execute(_FACTS)).fetchone()
+    message = exc.diag.message_primary or ""
+    if exc.sqlstate == _RIGHTS and PLUGIN in message:
+        [plugins] = await _asked(connection, _PLUGINS) or [""]
+        return SourceUnusable(problem=message, cure=allow_plugin(plugins or ""))
+    facts = await _asked(connection, _FACTS) if exc.sqlstate in _STATE else None
     return translated(exc, slot, _Facts(*facts) if facts else None)
+
+
+async def _asked(connection: psycopg.AsyncConnection[Any] | None, query: LiteralString) -> Sequence[Any] | None:
+    """A row; None: it can't be had."""
+    if connection is None:
+        return None
+    with suppress(psycopg.Error, TimeoutError):
+        async with asyncio.timeout(_FACTS_SECONDS):
+            return await (await connection.execute(query)).fetchone()
+    return None
 
 
 def translated(exc: psycopg.Error, slot: str = "", facts: _Facts | None = None) -> SourceError:
@@ -99,8 +110,6 @@ def _cure(sqlstate: str, facts: _Facts | None) -> str:
     """What an operator has to do; empty where a retry may do."""
     if sqlstate in _STATE:  # with the level right, the slot was lost a moment ago, which the next look finds
         return LEVEL_CURE if facts and facts.wal_level != "logical" else ""
-    if sqlstate == _RIGHTS and facts and facts.plugins and PLUGIN not in _names(facts.plugins):
-        return allow_plugin(facts.plugins)
     if sqlstate == _RIGHTS:
         return replication_cure()
     if sqlstate.startswith(_REFUSED) and sqlstate != _VANISHED:
@@ -112,15 +121,18 @@ def replication_cure(role: str = "…") -> str:
     """Managed services have no superuser, and each its own way."""
     name = f'"{role}"'
     return (
-        f"Let the role replicate: `ALTER ROLE {name} REPLICATION` (Amazon RDS: `GRANT rds_replication TO {name}`;"
+        f"let the role replicate: `ALTER ROLE {name} REPLICATION` (Amazon RDS: `GRANT rds_replication TO {name}`;"
         f" Google Cloud SQL and Azure: the same ALTER ROLE as the administrator that the service gave you)"
     )
 
 
-def allow_plugin(current: str) -> str:
+def allow_plugin(current: str = "") -> str:
     """The statement that adds ours to the list: without the others, other replication would end."""
-    names = ", ".join(f"'{name}'" for name in dict.fromkeys([*_names(current), PLUGIN]))
-    return f"`ALTER SYSTEM SET output_plugin_libraries = {names}; SELECT pg_reload_conf();` adds it to the list"
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys([*_names(current or _PLUGINS_BY_DEFAULT), PLUGIN]))
+    statement = f"`ALTER SYSTEM SET output_plugin_libraries = {names}; SELECT pg_reload_conf();`"
+    if current:
+        return f"{statement} adds it to the list"
+    return f"{statement} adds it to the default; put in what else a superuser sees in `SHOW output_plugin_libraries`"
 
 
 def _names(listed: str) -> list[str]:
@@ -155,7 +167,9 @@ def _cure_of(text: str, exc: psycopg.Error) -> str:
         return "Check the database's name in REPLICATOR_POSTGRES_DSN, and that the role may connect to it"
     if named:
         return "Check user, password and database in REPLICATOR_POSTGRES_DSN, and that the role may log in"
-    return f"It starts up, shuts down or is full: {_RETRIES}. Otherwise: {replication_cure()}"
+    replicates = given and any(option.keyword == b"replication" and option.val for option in given.info)
+    right = f". Otherwise connect to it directly, not through a pooler, and {replication_cure(user)}"
+    return f"If it starts up, shuts down or is full, {_RETRIES}{right if replicates else ''}"
 
 
 def _stands(name: str, text: str) -> bool:

@@ -184,7 +184,7 @@ def test_who_speaks_is_seen_in_every_language(text: str, said: str) -> None:
     [
         ("pgoutput, test_decoding", "'pgoutput', 'test_decoding', 'wal2json'"),
         ('"pgoutput, test_decoding, wal2json"', "'pgoutput', 'test_decoding', 'wal2json'"),
-        ("", "'wal2json'"),
+        ("", "'pgoutput', 'test_decoding', 'wal2json'"),
     ],
 )
 def test_the_list_of_plugins_is_extended(current: str, wanted: str) -> None:

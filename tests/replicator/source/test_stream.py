@@ -10,10 +10,12 @@ import psycopg
 import pytest
 import pytest_asyncio
 
+from devstack import DevStack
 from replicator.contracts.errors import SlotInUse, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Lsn, Row, parse_lsn
 from replicator.source import stream
 from replicator.source.stream import Source
+from tests.support import environment as ground
 
 TABLES = (("public", "content"), ("public", "engagement_events"))
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, %s, 'play')"
@@ -277,6 +279,23 @@ async def test_a_plugin_that_was_not_named_names_the_setting(client: Client) -> 
             await source.create_slot()
     finally:
         source.close()
+
+
+async def test_a_list_of_plugins_that_may_not_be_looked_at(stack: DevStack, client: Client) -> None:
+    """A plain role sees none of it: the cure begins with the default, and says to look."""
+    if not client.plugins_named():
+        pytest.skip("this PostgreSQL loads any plugin")
+    client.connection.execute("ALTER SYSTEM SET output_plugin_libraries = 'pgoutput'")
+    client.connection.execute("SELECT pg_reload_conf()")
+    source = Source(ground.plain_role(stack, client.dsn), client.slot)
+    try:
+        await source.connect()
+        with pytest.raises(SourceUnusable, match=r"'pgoutput', 'test_decoding', 'wal2json'; .*a superuser sees in"):
+            await source.create_slot()
+    finally:
+        source.close()
+        client.connection.execute("ALTER SYSTEM RESET output_plugin_libraries")
+        client.connection.execute("SELECT pg_reload_conf()")
 
 
 async def test_a_new_slot_that_waits_can_be_given_up(client: Client) -> None:
