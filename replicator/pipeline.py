@@ -175,10 +175,11 @@ class Pipeline:
                     await self.verification.keep(now=True)
         except TimeoutError as exc:  # saved after all or not, it is not confirmed
             raise CheckpointUnavailable(detail=f"no answer for {LAST_SAVE_SECONDS:.0f} s") from exc
-        await self.source.finish()
+        told = await self.source.finish()
         if verify and self.checkpoint is not None:
-            confirmed = format_lsn(self.source.confirmed)
-            log.info("stopped; everything up to %s is written and confirmed", confirmed, extra={"lsn": confirmed})
+            saved = format_lsn(self.checkpoint.end_lsn)
+            end = "is written and confirmed" if told else "is written and saved; PostgreSQL could not be told"
+            log.info("stopped; everything up to %s %s", saved, end, extra={"lsn": saved})
 
     async def _commit_forever(self) -> None:
         await self._opened.wait()

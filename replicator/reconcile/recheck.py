@@ -13,6 +13,7 @@ from replicator.contracts.ledger import EventCounter, EventDigest, Ledger, Sourc
 from replicator.reconcile.compare import CHUNK, QUERY_EVENTS, Candidates
 from replicator.reconcile.report import WrongCount
 from replicator.source import slot as slots
+from replicator.source.connection import Connection, answering, connect
 
 POLL_SECONDS = 0.2
 
@@ -42,21 +43,27 @@ class Underway:
 
     async def delivered(self, lsn: Lsn) -> None:
         """Return when every sink has everything committed before `lsn`, or when `gave_up` says why not."""
+        if self.gave_up:
+            return
         deadline = time.monotonic() + self._patience_seconds
-        while not self.gave_up:
-            state = await slots.look(self._dsn, self._slot, "replicator reconcile")
-            confirmed = (state.confirmed_lsn or 0) if state else 0
-            if confirmed >= lsn:
-                return
-            behind = f"slot {self._slot} has come to {format_lsn(confirmed)} and not to {format_lsn(lsn)}"
-            if state is None:
-                self.gave_up = f"there is no slot {self._slot}"
-            elif state.active_pid is None:
-                self.gave_up = f"no replicator runs, {behind}"
-            elif time.monotonic() > deadline:
-                self.gave_up = f"{behind} in {self._patience_seconds:.0f} s"
-            else:
+        async with answering(self._slot, None), await connect(self._dsn, "replicator reconcile") as connection:
+            passed = await self._passed(connection, lsn, deadline)
+            while not (passed or self.gave_up):
                 await asyncio.sleep(POLL_SECONDS)
+                passed = await self._passed(connection, lsn, deadline)
+
+    async def _passed(self, connection: Connection, lsn: Lsn, deadline: float) -> bool:
+        async with answering(self._slot, slots.LOOK_TIMEOUT_SECONDS):
+            state = await slots.inspect(connection, self._slot)
+        confirmed = (state.confirmed_lsn or 0) if state else 0
+        behind = f"slot {self._slot} has come to {format_lsn(confirmed)} and not to {format_lsn(lsn)}"
+        if state is None:
+            self.gave_up = f"there is no slot {self._slot}"
+        elif confirmed < lsn and state.active_pid is None:
+            self.gave_up = f"no replicator runs, {behind}"
+        elif confirmed < lsn and time.monotonic() > deadline:
+            self.gave_up = f"{behind} in {self._patience_seconds:.0f} s"
+        return confirmed >= lsn
 
     async def visible(self, source: SourceLedger) -> None:
         """Return when all transactions have ended that are open now, or when `certain` is false."""

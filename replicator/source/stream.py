@@ -302,14 +302,15 @@ class Source:
             # The reader meets and reports it. It has to be woken: libpq has closed the socket that it may wait for.
             self._wake.set()
 
-    async def finish(self) -> None:
-        """End the stream in order; on return PostgreSQL has read the last feedback, or it took too long."""
-        if self._pgconn is None:
-            return
+    async def finish(self) -> bool:
+        """End the stream in order; whether PostgreSQL has read the last feedback. Otherwise it is away, or too slow."""
+        told = False
         with contextlib.suppress(TimeoutError, psycopg.OperationalError, SourceUnavailable):
             async with asyncio.timeout(GOODBYE_TIMEOUT_SECONDS):
-                await self._say_goodbye(self._pgconn)
+                await self._say_goodbye(self._running())
+                told = True
         self.close()
+        return told
 
     async def _say_goodbye(self, pgconn: pq.abc.PGconn) -> None:
         pgconn.put_copy_end()

@@ -126,6 +126,7 @@ class FakeSource:
         self.connected = False
         self.confirmed = START
         self.received = START
+        self.hears = True
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Always there."""
@@ -153,9 +154,10 @@ class FakeSource:
         assert flush_lsn is not None, ask
         self.world.log.append(("confirm", flush_lsn))
 
-    async def finish(self) -> None:
+    async def finish(self) -> bool:
         """Notes the goodbye."""
         self.world.log.append(("goodbye", None))
+        return self.hears
 
     def close(self) -> None:
         """Nothing to release."""
@@ -366,6 +368,19 @@ async def test_a_drain_finishes_what_is_in_flight_and_begins_nothing() -> None:
         await writing.wait()
     assert [[10]] == world.told("write a")
     assert [("save", 11), ("confirm", 11), ("goodbye", None)] == world.log[-3:]
+
+
+@pytest.mark.parametrize("hears", [True, False])
+async def test_the_last_line_says_whether_postgresql_knows(caplog: pytest.LogCaptureFixture, *, hears: bool) -> None:
+    """While it is away, everything is saved and nothing confirmed: it sends that again."""
+    caplog.set_level("INFO")
+    world = World("a")
+    cast("FakeSource", world.pipeline.source).hears = hears
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: [11] == world.told("confirm")[-1:])
+    end = "is written and confirmed" if hears else "is written and saved; PostgreSQL could not be told"
+    assert caplog.messages[-1] == f"stopped; everything up to 0/B {end}"
 
 
 async def test_a_write_that_hangs_does_not_hold_the_drain_for_ever() -> None:
