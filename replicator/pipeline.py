@@ -22,6 +22,7 @@ from replicator.contracts.errors import (
     SourceUnavailable,
     TablesChanged,
     TablesUnsettled,
+    TimelineChanged,
     command,
 )
 from replicator.contracts.events import Checkpoint, Lsn, Row, SinkPosition, format_lsn
@@ -35,7 +36,7 @@ from replicator.delivery.retry import RETRYABLE, Trouble, retry
 from replicator.delivery.tables.catch_up import CatchUp
 from replicator.delivery.tables.verification import PAUSE_SECONDS, Verification
 from replicator.source.stream import Source
-from replicator.source.takeover import Beginning
+from replicator.source.takeover import Beginning, Takeover
 
 LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
@@ -143,10 +144,10 @@ class Pipeline:
             self.source.close()
 
     async def _run(self) -> None:
-        """Until `stop`, or until the tables have changed: then it begins again with what is on disk."""
+        """Until `stop`, or until tables or timeline have changed: then it begins again with what is on disk."""
         work = self._read_forever(), self._commit_forever(), self._feedback_forever(), self._catch_up()
         failure = await self.fan_out.run(*work)
-        changed = isinstance(failure, TablesChanged)
+        changed = isinstance(failure, (TablesChanged, TimelineChanged))
         try:
             await self._finish(verify=not changed)
         except CheckpointUnavailable as exc:
@@ -245,6 +246,7 @@ class Pipeline:
         if self.checkpoint is None:
             await self.verification.look(taken.checkpoint)
         else:
+            self._stay_on_timeline(self.checkpoint, taken)
             await self._verify_again()
         await self.source.start(end_lsn, self.enricher.tables)
         # From here on no other replicator reads the slot. The former reader may have saved once more before that.
@@ -275,6 +277,14 @@ class Pipeline:
         self.verification.open(starts, complete=not self.paused)
         self.checkpoint = stored
         self._opened.set()
+
+    def _stay_on_timeline(self, mine: Checkpoint, taken: Takeover) -> None:
+        """After a reconnect: the lanes hold what a promoted standby may lack. Raises StreamGap, TimelineChanged."""
+        if taken.checkpoint.timeline == mine.timeline:
+            return
+        held = structs.replace(mine, sinks=mine.sinks | {lane.name: lane.reached for lane in self.fan_out.lanes})
+        structs.replace(taken.found, checkpoint=held).verify()
+        raise TimelineChanged(timeline=taken.checkpoint.timeline)
 
     async def _verify_again(self) -> None:
         """After a reconnect: what the lanes hold was made of the tables as they were. Raises TablesChanged."""

@@ -248,6 +248,13 @@ class TablesChanged(SourceError):
         super().__init__(f"the tables have changed ({what}). The stream begins again after the checkpoint", detail=what)
 
 
+class TimelineChanged(SourceError):
+    """PostgreSQL was failed over. What came past the checkpoint may not be there any more, so it is given up."""
+
+    def __init__(self, *, timeline: int) -> None:
+        super().__init__(f"PostgreSQL is on timeline {timeline} now: the stream begins again after the checkpoint")
+
+
 class DecodeError(SourceError):
     """A message of the stream is not what wal2json sends."""
 

@@ -55,17 +55,25 @@ def parted(identity: Identity, checkpoint: Checkpoint) -> str:
         return f"the server is on timeline {new}, which does not continue the checkpoint's, {old} (a restore)"
     if not lost_by_failover(identity, checkpoint):
         return ""
-    branch, end = format_lsn(identity.branches[old]), format_lsn(checkpoint.end_lsn)
     return (
-        f"the server's timeline {new} left the checkpoint's, {old}, at {branch}, before the checkpoint's {end}: what"
-        " was committed between the two is in the sinks and no longer in PostgreSQL (a failover to a standby that had"
-        " not received it, or a restore)"
+        f"the server's timeline {new} left the checkpoint's, {old}, at {format_lsn(identity.branches[old])}, before the"
+        f" {format_lsn(furthest(checkpoint))} that sinks have come to: what was committed between the two is in the"
+        " sinks and no longer in PostgreSQL (a failover to a standby that had not received it, or a restore)"
     )
 
 
 def lost_by_failover(identity: Identity, checkpoint: Checkpoint) -> bool:
-    """Whether the sinks may have commits that the server lost: it left the checkpoint's timeline before its end."""
-    return checkpoint.end_lsn > identity.branches.get(checkpoint.timeline, checkpoint.end_lsn)
+    """Whether sinks may have commits that the server lost: it left the checkpoint's timeline before the last of them.
+
+    Then even a checkpoint before that can't be continued: a sink would take what is new there for what it has.
+    """
+    return furthest(checkpoint) > identity.branches.get(checkpoint.timeline, furthest(checkpoint))
+
+
+def furthest(checkpoint: Checkpoint) -> Lsn:
+    """Up to where the fastest sink has come."""
+    commits = (at.position.commit_lsn + 1 for at in checkpoint.sinks.values())  # its record begins there
+    return max(checkpoint.end_lsn, *commits, *(at.end_lsn for at in checkpoint.sinks.values()), 0)
 
 
 class Insistence:

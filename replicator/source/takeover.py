@@ -94,6 +94,8 @@ class Takeover(NamedTuple):
 
     checkpoint: Checkpoint
     """On disk; the slot has everything after it."""
+    found: Found
+    """What was there before."""
     resumed: bool = False
     """It was there before."""
     created_slot: bool = False
@@ -155,7 +157,7 @@ class Beginning:
         found.verify()
         if found.stored is not None and found.checkpoint is not None:
             await self._date_absences(found.stored)
-            return Takeover(self._on_timeline(found.checkpoint, found.identity), resumed=True)
+            return Takeover(self._on_timeline(found.checkpoint, found.identity), found, resumed=True)
         state = found.state or await self._source.create_slot(self._waits)
         first = slots.first_checkpoint(self._slot, state, found.identity)
         if found.state is None and state:  # what was committed before is not this slot's to bring
@@ -167,7 +169,7 @@ class Beginning:
                 problem="another replicator took the slot first", detail=str(exc.stored), cure="`run` looks again"
             ) from exc
         lines = list(describe(found, first, state, self._sinks)) if gap and state else []
-        return Takeover(first, created_slot=found.state is None, gap=lines)
+        return Takeover(first, found, created_slot=found.state is None, gap=lines)
 
     async def _rejoin(self, found: Found) -> Takeover:
         """Sinks that were left out begin where the slot is; the others lack nothing, and nothing changes for them."""
@@ -187,7 +189,7 @@ class Beginning:
             for sink in back
         ]
         until = datetime.fromtimestamp(found.state.server_time, UTC)
-        return Takeover(checkpoint, resumed=True, gap=[*lines, "To bring it:", *_backfills(since, until, back)])
+        return Takeover(checkpoint, found, resumed=True, gap=[*lines, "To bring it:", *_backfills(since, until, back)])
 
     async def _date_absences(self, stored: Checkpoint) -> None:
         """Keep since when a sink is left out, before the others go on: the checkpoint's own time goes with them."""

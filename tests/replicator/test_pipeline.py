@@ -19,6 +19,7 @@ from replicator.contracts.errors import (
     SinkUnusable,
     SourceUnavailable,
     SourceUnusable,
+    StreamGap,
     TablesChanged,
     TablesUnfit,
     TablesUnsettled,
@@ -66,6 +67,9 @@ class World:
         self.log: list[tuple[str, object]] = []
         self.chunks: asyncio.Queue[DecodedChunk | Exception] = asyncio.Queue()
         self.stored: Checkpoint | None = None
+        self.timeline = 1
+        self.branch: Lsn = 0
+        """Where the second timeline left the first."""
         self.failures: list[Exception] = []
         """What the store's next saves raise."""
         self.lost_answers = 0
@@ -130,7 +134,11 @@ class FakeSource:
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Always there."""
-        return Identity(system_identifier="7", timeline=1), FRESH
+        return Identity(system_identifier="7", timeline=self.world.timeline), FRESH
+
+    async def branches(self, _timeline: int) -> dict[int, Lsn]:
+        """The standby had received so much."""
+        return {1: self.world.branch}
 
     async def was_read(self) -> bool:
         """By nobody yet."""
@@ -594,6 +602,45 @@ async def test_other_tables_begin_the_stream_again_after_the_checkpoint(monkeypa
         await world.until(lambda: 21 in world.told("confirm"))
     assert [START, 11] == world.starts
     assert [[10], [20], [20]] == world.told("write a")
+
+
+async def test_after_a_failover_nothing_of_the_old_timeline_is_taken_for_the_new_one() -> None:
+    """The sink has more than was saved. Other events may stand there on the new timeline: they are not skipped."""
+    world = World("a")
+    world.verified = 15  # nothing past it is saved
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        world.commit(20)
+        await world.until(lambda: [20] in world.told("write a"))
+        world.timeline, world.branch, world.looks = 2, 21, [TablesUnsettled(holder="process 7")] * 100
+        world.chunks.put_nowait(SourceUnavailable(detail="failed over"))
+        await world.until(lambda: 2 == len(world.starts))
+        world.verified, world.looks = 1_000, []
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+    assert [START, 11] == world.starts
+    assert [[10], [20], [20]] == world.told("write a")
+    assert world.stored
+    assert 2 == world.stored.timeline
+
+
+@pytest.mark.parametrize("branch", [10, 20])
+async def test_a_failover_that_lost_what_a_sink_has_is_a_gap(branch: Lsn) -> None:
+    """Whether that was saved or not: an operator has to know, and a restart finds the same."""
+    world = World("a")
+    world.verified = 15
+    task = asyncio.create_task(world.pipeline.run())
+    world.commit(10)
+    await world.until(lambda: 11 in world.told("confirm"))
+    world.commit(20)
+    await world.until(lambda: [20] in world.told("write a"))
+    world.timeline, world.branch, world.verified = 2, branch, 1_000
+    world.chunks.put_nowait(SourceUnavailable(detail="failed over"))
+    with pytest.raises(StreamGap, match="no longer in PostgreSQL"):
+        await asyncio.wait_for(task, 10)
+    assert world.stored
+    assert (1, 20) == (world.stored.timeline, world.stored.sinks["a"].position.commit_lsn)
 
 
 async def test_unfit_tables_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
