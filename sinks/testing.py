@@ -154,6 +154,10 @@ class Destination(ABC):
     def outage(self) -> AbstractContextManager[None]:
         """Makes it unreachable until the end."""
 
+    def refusal(self, event: Event) -> AbstractContextManager[None] | None:  # noqa: ARG002  for subclasses
+        """Makes it refuse writes with this event until the end; None: it never refuses an event."""
+        return None
+
     @asynccontextmanager
     async def opened(self, mode: Mode = Mode.LIVE, start: SinkPosition | None = None) -> AsyncIterator[Sink]:
         """A sink as a lane has it."""
@@ -211,6 +215,23 @@ class SinkConformance:
                 refusals = await sink.write([*events[:5], refused, *events[5:]])
                 assert [refusal.event for refusal in refusals] == [refused]
         destination.assert_holds(events)
+
+    async def test_what_it_refuses_is_raised(self, destination: Destination) -> None:
+        """The whole write, and the event alone; the parts without it are taken, and all of it when it is mended."""
+        first, bad, *others = destination.samples
+        refusal = destination.refusal(bad)
+        if refusal is None:
+            pytest.skip("this destination refuses no event")
+        async with destination.opened() as sink:
+            with refusal:
+                for events in (destination.samples, [bad]):
+                    with pytest.raises(BatchRefused) as caught:
+                        await sink.write(events)
+                    assert caught.value.detail
+                for events in ([first], others):
+                    assert not await sink.write(events)
+            assert not await sink.write([bad])
+        destination.assert_holds(destination.samples)
 
     @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
     async def test_a_write_may_be_cancelled_anywhere(self, destination: Destination, turns: int) -> None:

@@ -103,6 +103,12 @@ class TestHttp(SinkConformance):
             def read(self) -> Iterable[dict[str, Any]]:
                 return self.destinations.api()
 
+            @contextmanager
+            def refusal(self, event: Event) -> Iterator[None]:
+                stack.api.behave(refuse_event_ids=[event.id])
+                yield
+                stack.api.behave()
+
         stack.api.reset()
         with Proxy(stack.api.port) as proxy:
             yield TheApi(stack, stack.api, proxy)
@@ -166,6 +172,15 @@ class Memory(Destination):
     def read(self) -> Iterable[dict[str, Any]]:
         """One of each."""
         return [decode(event.json) for event in self.events.values()]
+
+    @contextmanager
+    def refusal(self, event: Event) -> Iterator[None]:
+        """By all of them."""
+        for sink in self.sinks:
+            sink.refused.add(event.id)
+        yield
+        for sink in self.sinks:
+            sink.refused.clear()
 
     @contextmanager
     def outage(self) -> Iterator[None]:
