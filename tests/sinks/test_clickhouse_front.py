@@ -254,7 +254,7 @@ class TestErrors:
             Answer(200, {}, b"[NaN]\n"),
             Answer(200, {}, b"\xff\xfe"),
             Answer(200, {}, b"[1,2]\n[3"),
-            Answer(200, {"Content-Encoding": "gzip"}, gzip.compress(PAGE)),
+            Answer(200, {"Content-Encoding": "gzip"}, gzip.compress(PAGE, mtime=0)),
             Answer(400, {}, b"The plain HTTP request was sent to HTTPS port"),
             Answer(401),
             Answer(403, {}, PAGE),
