@@ -11,7 +11,7 @@ from devstack import DevStack
 from enrichment.database import Database
 from replicator.contracts.errors import SourceError, SourceUnavailable, SourceUnusable
 from replicator.source import connection as connections
-from replicator.source.connection import SESSION, answering, connect
+from replicator.source.connection import SESSION, SINCE, answering, connect
 from replicator.source.refusals import allow_plugin, translated
 
 FOREIGN = {
@@ -39,7 +39,8 @@ async def _session(dsn: str, **parameters: str) -> dict[str, str]:
 async def test_what_the_role_is_set_to_does_not_matter(database: str, replication: dict[str, str]) -> None:
     """Each guard is as ours, on the replication connection, too."""
     with psycopg.connect(database, autocommit=True) as admin:
-        for name, value in FOREIGN.items():
+        newer = {"transaction_timeout": "5s"} if admin.info.server_version >= SINCE["transaction_timeout"] else {}
+        for name, value in (FOREIGN | newer).items():
             statement = sql.SQL("ALTER DATABASE {} SET {} = {}")
             admin.execute(statement.format(sql.Identifier(admin.info.dbname), sql.Identifier(name), sql.Literal(value)))
     found = await _session(database, **replication)
