@@ -36,6 +36,8 @@ MISSING: Content = (None,) * len(JOINED)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+_INTEGERS = {field.column for field in OWN if field.type.python is int}
+_integer = re.compile(r"-?\d{1,19}", re.ASCII).fullmatch
 _BEYOND_PYTHON = re.compile(r"-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?\+00( BC)?", re.ASCII)
 """Timestamps that PostgreSQL holds and Python does not."""
 
@@ -54,6 +56,15 @@ def check(columns: Iterable[Column]) -> None:
         for field in OWN:
             if column.name == field.column and not field.type.fits(column.value):
                 raise _misfit(field, RowUnusable if column.value is None else ShapeUnusable)
+
+
+def unquote(columns: Iterable[Column]) -> bool:
+    """Integers of a domain type, which wal2json quotes, become integers; whether there were any."""
+    found = False
+    for column in columns:
+        if column.name in _INTEGERS and type(column.value) is str and _integer(column.value):
+            column.value, found = int(column.value), True
+    return found
 
 
 def _misfit(field: Field, kind: type[RowUnusable] = ShapeUnusable) -> RowUnusable:
@@ -99,6 +110,8 @@ def read(self, row):
     {values}
     # None negative and their bits together a signed 64-bit integer: so is each. Others are looked at one by one.
     if not ({typed} and 0 <= {bits} <= {most}):
+        if unquote(columns):
+            return self.read(row)
         check(columns)
     try:
         moment = fromisoformat({time})
@@ -201,7 +214,8 @@ def _kept(columns: Iterable[Column]) -> list[Column]:
 def dead_letter(row: Row, reason: str) -> DeadLetter:
     """Keeps the row that no event can be made of, with the columns that events are made from."""
     kept = structs.replace(row, columns=_kept(row.columns), identity=_kept(row.identity))
-    event_id = next((column.value for column in row.columns if column.name == IDENTITY.column), None)
+    unquote(kept.columns)
+    event_id = next((column.value for column in kept.columns if column.name == IDENTITY.column), None)
     return DeadLetter(
         sink=None,
         position=Position(row.commit_lsn, row.ordinal),

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
-from enrichment.codec import MISSING, Content, RowUnusable
+from enrichment.codec import MISSING, Content, RowUnusable, unquote
 from enrichment.contract import CONTENT, JOINED
 from enrichment.database import Database
 from replicator.contracts.events import Column, Row
@@ -101,6 +101,8 @@ def changes(row: Row) -> list[Change]:
 
 
 def _id(columns: Iterable[Column], where: str) -> int:
+    columns = list(columns)
+    unquote(columns)
     for column in columns:
         if column.name == CONTENT_ID and BIGINT.fits(column.value):
             return int(column.value)

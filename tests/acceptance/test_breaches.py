@@ -39,6 +39,34 @@ def test_the_crash_matrix_finds(stack: DevStack, breach: str, name: str, trouble
     assert trouble or outcome.lost["http"], "told by what is lost"
 
 
+SWAP = """
+CREATE TABLE green (LIKE content INCLUDING ALL);
+INSERT INTO green SELECT content_id, 'other', 600 FROM content;
+GRANT SELECT ON green TO replicator;
+BEGIN; ALTER TABLE content RENAME TO blue; ALTER TABLE green RENAME TO content; COMMIT
+"""
+
+
+@pytest.mark.parametrize("altered", [(), ("--breach", "verified-ignored")], ids=["as it is", "verified-ignored"])
+def test_a_content_is_swapped(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, altered: tuple[str, ...]
+) -> None:
+    """What was sent with the old one comes again, unless that counted before anybody had looked."""
+    source.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    quick.altered = altered or quick.altered
+    quick.start()
+    wait_until(lambda: "0/0" != quick.status()["replicator"]["verified_lsn"], "the first look")
+    source.execute(SWAP.encode())
+    insert_many(source, 3)
+    quick.wait_for_log("The tables have changed")
+    wait_until(lambda: 2 == quick.log.count("reading slot"), "the stream to begin again")
+    insert_many(source, 1)
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    wrong = compare(expected(database), destinations.clickhouse()).wrong
+    assert (3 if altered else 0) == len(wrong)
+
+
 TRAP = [((), 0), (("--breach", "psycopg2-keepalive"), 0), (("--breach", "markers-off"), 20)]
 
 

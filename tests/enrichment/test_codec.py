@@ -251,7 +251,7 @@ def test_a_dropped_or_renamed_column_is_refused(name: str) -> None:
     ("name", "value"),
     [
         ("id", None),
-        ("id", "12"),
+        ("id", "12.0"),
         ("id", True),
         ("id", Decimal("12.5")),
         ("id", INT64_MAX + 1),

@@ -482,6 +482,30 @@ async def test_updates_deletes_and_truncates_of_events_are_counted(
     assert dict(enricher.ignored) == {"U": 2, "D": 1, "T": 1}
 
 
+async def test_integers_of_a_domain(enricher: EngagementEnricher, stream: Stream) -> None:
+    """wal2json quotes them; in the events, in the contents, in a dead letter that is replayed, and NULL."""
+    stream.run("CREATE DOMAIN ms AS int CHECK (VALUE >= 0)")
+    stream.run("CREATE DOMAIN big AS bigint")
+    for column, domain in (("id", "big"), ("content_id", "big"), ("user_id", "big"), ("duration_ms", "ms")):
+        stream.run(f"ALTER TABLE engagement_events ALTER {column} TYPE {domain}")
+    stream.run("ALTER TABLE content ALTER content_id TYPE big, ALTER length_seconds TYPE ms")
+    for duration in (0, 2**31 - 1, None):
+        stream.insert_event(-1 if duration is None else 1, duration_ms=duration)
+    stream.run("UPDATE content SET length_seconds = 60 WHERE content_id = 1")
+    stream.insert_event(1, duration_ms=6000)
+    stream.run("DELETE FROM content WHERE content_id = 2")
+    made = await enricher.enrich(stream.rows())
+    assert [] == made.refused
+    assert _contents(made.events) == [("video", 300), ("video", 300), (None, None), ("video", 60)]
+    stream.run("ALTER TABLE engagement_events RENAME device TO gadget")
+    lacking = stream.insert_event(1)
+    [letter] = (await enricher.enrich(stream.rows())).refused
+    assert lacking == letter.event_id
+    mended = letter.payload.replace(b'],"identity"', b',{"name":"device"}],"identity"')
+    again = await enricher.restore([DeadLetter(**_facts(letter) | {"payload": mended})])
+    assert [lacking] == [event.id for event in again.events]
+
+
 async def test_a_content_change_without_its_key(enricher: EngagementEnricher) -> None:
     """What is known is given up, and the operator finds a letter: nothing stale goes on unnoticed."""
     row = Row("D", "public", "content", [], [Column("content_type", "video")], commit_lsn=7, ordinal=1)
