@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import structs
@@ -23,7 +24,7 @@ from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.guard import Guard, Record
 from enrichment.tables.missed import MissedHistory
-from replicator.contracts.errors import PROGRAM, SourceUnusable, command
+from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
 from replicator.contracts.settings import Settings, load
 from replicator.contracts.stream import Enriched, History
@@ -50,6 +51,8 @@ HISTORY_TIMEOUT_SECONDS = 600
 
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class EnrichmentSettings(Settings):
@@ -123,10 +126,9 @@ class EngagementEnricher:
         return MissedHistory.since(self._dsn, before, shape) if before else None
 
     async def open(self) -> None:
+        self._contents.known.clear()
         if self._keeps_contents:
-            await self._contents.preload()
-        else:
-            self._contents.known.clear()
+            await _asked(self._contents.preload())
 
     async def verify(self) -> Lsn:
         return await self._guard.verify()
@@ -139,7 +141,7 @@ class EngagementEnricher:
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
         plan = self._plan(rows)
-        found = await self._contents.look_up(plan.wanted)
+        found = await _asked(self._contents.look_up(plan.wanted))
         for content_id, content in found.items():
             self._contents.known.setdefault(content_id, content)
         events = self._carry_out(plan, found)
@@ -257,3 +259,11 @@ class EngagementEnricher:
             done = count
         codec.build_events(plan.drafts[done:], self._contents.known, events)
         return events
+
+
+async def _asked(answer: Awaitable[T]) -> T:
+    """Of the content: that it may not be read is a state of the tables, which an operator ends. Raises TablesUnfit."""
+    try:
+        return await answer
+    except SourceUnusable as exc:
+        raise TablesUnfit(problem=f"{CONTENT} can't be read: {exc.detail}", cure=exc.cure) from exc

@@ -161,6 +161,7 @@ class Pipeline:
             self._stopping = True
             return
         log.info("%s", failure)
+        self.trouble.message = str(failure)
         self.checkpoint = None
         self._offers.clear()
         self._opened.clear()

@@ -241,7 +241,7 @@ class Watchdog:
         lanes += [PAUSED % (name, format_lsn(at.end_lsn)) for name, at in self.pipeline.paused.items()]
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
-        tables = self.pipeline.verification.trouble.message, self.pipeline.verification.catch_up.trouble.message
+        tables = self.pipeline.verification.trouble.message, self.pipeline.verification.catch_up.reason
         found = [reading, *tables, self.trouble, *lanes, self._unsaved(), *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 

@@ -19,7 +19,7 @@ from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
 from enrichment.contract import CONTENT, engagement_pct
 from enrichment.database import Database
-from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable
+from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
 from replicator.contracts.settings import load
 from replicator.source import wal2json
@@ -584,10 +584,10 @@ async def test_the_connection_can_only_read(database: str) -> None:
     await ours.close()
 
 
-async def test_a_missing_table_stops_with_a_cure(stream: Stream, enricher: EngagementEnricher) -> None:
-    """Nothing that waiting would mend."""
+async def test_a_missing_table_is_waited_for(stream: Stream, enricher: EngagementEnricher) -> None:
+    """It says which, with a cure."""
     stream.run("ALTER TABLE content RENAME TO contents")
-    with pytest.raises(SourceUnusable, match=r'relation "public.content" does not exist.*python -m replicator check'):
+    with pytest.raises(TablesUnfit, match=r'relation "public.content" does not exist.*python -m replicator check'):
         await enricher.open()
 
 
@@ -733,7 +733,7 @@ async def test_check_tells_a_plain_role_what_it_lacks(plain: Plain, stream: Stre
     """Without rights, with rights on some columns only, with all."""
     name, dsn = plain
     enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
-    with pytest.raises(SourceUnusable, match="permission denied for table content"):
+    with pytest.raises(TablesUnfit, match="permission denied for table content"):
         await enricher.open()
     assert "could not be counted" in await enricher.history()
     lacking = [finding.what.partition(":")[0] for finding in _failing(await enricher.check())]
@@ -753,7 +753,7 @@ async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
     stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
     enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
-    with pytest.raises(SourceUnusable, match='affected by row-level security policy for table "content"'):
+    with pytest.raises(TablesUnfit, match='affected by row-level security policy for table "content"'):
         await enricher.open()
     [finding] = _failing(await enricher.check())
     assert finding.what.startswith("table public.content: row-level security applies to us")
@@ -763,7 +763,7 @@ async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     assert _failing(await harmless.check()) == []
     await harmless.open()
     await harmless.close()
-    with pytest.raises(SourceUnusable):
+    with pytest.raises(TablesUnfit):
         await enricher.open()
     stream.run(f"ALTER ROLE {name} BYPASSRLS")
     assert _failing(await enricher.check()) == []

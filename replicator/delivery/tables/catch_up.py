@@ -43,6 +43,11 @@ class CatchUp:
         """Every sink has all of it."""
         return self._history is None and (self._last is None or not self._last.holders)
 
+    @property
+    def reason(self) -> str:
+        """Why sinks lack events that are older than the stream; empty when they don't."""
+        return self.trouble.message or ("" if self.done else "rows that the stream could not show are being brought")
+
     async def run(self) -> None:
         """Bring it; the lanes are open."""
         if (history := self._history) is None:

@@ -76,6 +76,7 @@ class FakeVerification:
     def __init__(self) -> None:
         self.trouble = Trouble()
         self.catch_up = self
+        self.reason = ""
 
 
 class FakePipeline:
