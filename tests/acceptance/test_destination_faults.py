@@ -320,6 +320,7 @@ def test_the_password_is_changed(
         hands.password(sink, RIGHT)
     hands.password("http", RIGHT)
     quick.wait_for_log("reading slot")
+    wait_until(lambda: not any(trouble(quick, sink) for sink in SINKS), "all of them to be let in")
     for sink in SINKS:
         told = f"Sink {sink} turns the replicator away"
         mend = partial(hands.password, sink, RIGHT)
