@@ -159,7 +159,7 @@ def test_a_first_start_waits_for_its_sinks(stack: DevStack, environment: Environ
     stack.redis.stop()
     try:
         with environment.running(log) as process:
-            wait_until(lambda: "sink redis" in log.read_text(encoding="utf-8").lower(), "the first try to fail")
+            wait_until(lambda: "Sink redis" in log.read_text(encoding="utf-8"), "the first try to fail")
             assert process.poll() is None
             stack.redis.start()
             told = "takes events again", "reading slot"
