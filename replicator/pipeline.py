@@ -67,7 +67,7 @@ class Pipeline:
         self.saving = Trouble()
         """Why no checkpoint is saved."""
         catch_up = CatchUp(self.fan_out, DeadLetters(store, settings, "backfill"), settings.retry_max_seconds)
-        self.verification = Verification(enricher, store, catch_up)
+        self.verification = Verification(enricher, store, self.fan_out, catch_up)
         self.rows = 0
         """Read from the slot."""
         self.dead_letters = 0
@@ -188,10 +188,10 @@ class Pipeline:
         longest, moved = self._settings.retry_max_seconds, False
         while True:
             moved |= await self.fan_out.progress(PAUSE_SECONDS)
-            await self.verification.verify_in_time(self.fan_out)
+            await self.verification.verify_in_time()
             if moved and self._worth_saving():
                 await retry(self._commit_unless_overtaken, self.saving, longest)
-                moved = self.verification.behind(self.fan_out)
+                moved = self.verification.behind()
             await retry(self.verification.keep, self.saving, longest)
             await self.fan_out.checkpoint_wanted(self._settings.checkpoint_interval_seconds)
 

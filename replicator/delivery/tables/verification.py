@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Verification:
     """Of one stream, and of the one after it."""
 
-    def __init__(self, enricher: Enricher, store: TaskProgress, catch_up: CatchUp) -> None:
+    def __init__(self, enricher: Enricher, store: TaskProgress, fan_out: FanOut, catch_up: CatchUp) -> None:
         self.lsn: Lsn = 0
         """Verified up to here."""
         self.trouble = Trouble()
@@ -44,6 +44,7 @@ class Verification:
         self.catch_up = catch_up
         self._enricher = enricher
         self._store = store
+        self._fan_out = fan_out
         self._looking = asyncio.Lock()  # the reader looks, too, when a row does not fit
         self._looked_at = self._seen_at = self._recorded_at = 0.0
         self._counted: dict[str, SinkPosition] = {}
@@ -82,25 +83,28 @@ class Verification:
             self._counted[lane.name] = lane.reached
         return self._counted[lane.name]
 
-    def behind(self, fan_out: FanOut) -> bool:
+    def behind(self) -> bool:
         """Some sink has what is not verified."""
-        return not all(self.covers(lane.reached) for lane in fan_out.lanes)
+        return not all(self.covers(lane.reached) for lane in self._fan_out.lanes)
 
     async def verify(self) -> None:
         """Look now. Raises TablesChanged when the stream has to begin again, RETRYABLE when nobody knows."""
         async with self._looking:
             self._looked_at = time.monotonic()
+            # What the sinks have now was in the WAL before the look: under load they are past it when the look is over.
+            reached = {lane.name: lane.reached for lane in self._fan_out.lanes}
             self.lsn = max(self.lsn, await self._enricher.verify())
+            self._counted.update((name, at) for name, at in reached.items() if self.covers(at))
             self._seen_at = time.monotonic()
             self.trouble.clear()
             if self.catch_up.done and self._complete:
                 self._enricher.accept()
                 self._accepted = True
 
-    async def verify_in_time(self, fan_out: FanOut) -> None:
+    async def verify_in_time(self) -> None:
         """Look if some sink has what is not verified, but not more often than needed, or if it is time. As `verify`."""
-        behind = self.behind(fan_out) or (self.catch_up.done and self._complete and not self._accepted)
-        pause = PAUSE_SECONDS * (not fan_out.awaiting_checkpoint) if behind else IDLE_SECONDS
+        behind = self.behind() or (self.catch_up.done and self._complete and not self._accepted)
+        pause = PAUSE_SECONDS * (not self._fan_out.awaiting_checkpoint) if behind else IDLE_SECONDS
         if time.monotonic() - self._looked_at < pause:
             return
         try:
