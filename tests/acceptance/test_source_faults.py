@@ -136,6 +136,23 @@ def test_silent_for_longer_than_wal_sender_timeout(
     assert 0 == assert_exact(database, destinations)
 
 
+def test_a_transaction_timeout_of_the_role_ends_no_stream(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """From PostgreSQL 17 on a DBA may set one. A large transaction is decoded in one, and would never arrive."""
+    if source.info.server_version < 170_000:
+        pytest.skip("PostgreSQL before 17 has no transaction_timeout")
+    source.execute("ALTER ROLE replicator SET transaction_timeout = '300ms'")
+    try:
+        quick.start()
+        insert_many(source, 50_000)
+        caught_up_and_stopped(quick)
+    finally:
+        source.execute("ALTER ROLE replicator RESET transaction_timeout")
+    assert 1 == quick.log.count(f"reading slot {quick.slot} from"), "and not once more after each timeout"
+    assert 0 == assert_exact(database, destinations)
+
+
 def test_the_table_is_made_again_under_its_name(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
 ) -> None:
