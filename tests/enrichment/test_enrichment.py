@@ -482,6 +482,19 @@ async def test_updates_deletes_and_truncates_of_events_are_counted(
     assert dict(enricher.ignored) == {"U": 2, "D": 1, "T": 1}
 
 
+async def test_a_truncate_is_told(
+    enricher: EngagementEnricher, stream: Stream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With RESTART IDENTITY ids are given a second time, and Redis counts an id once: the cure is named."""
+    stream.insert_event(1)
+    await enricher.enrich(stream.rows())
+    stream.run("TRUNCATE engagement_events RESTART IDENTITY")
+    await enricher.enrich(stream.rows())
+    [told] = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
+    assert "Ids must never be given again" in told
+    assert "rebuild-redis" in told
+
+
 async def test_integers_of_a_domain(enricher: EngagementEnricher, stream: Stream) -> None:
     """wal2json quotes them; in the events, in the contents, in a dead letter that is replayed, and NULL."""
     stream.run("CREATE DOMAIN ms AS int CHECK (VALUE >= 0)")
