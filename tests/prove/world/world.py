@@ -23,8 +23,8 @@ from tests.prove.world.writers import Place
 from tests.support import environment as ground
 from tests.support.program import Program
 
-LOCK_TIMEOUT_MS = 700
-"""DDL that waits for a lock gives up and tries again; otherwise every writer would queue behind it."""
+LOCK_TIMEOUT_MS = 3_000
+"""DDL that waits for a lock gives up and tries again: nobody may wait for it for ever."""
 DDL_SECONDS = 60.0
 """For one change, with all its tries."""
 
@@ -109,7 +109,6 @@ class World:
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute(writers.SETUP.encode())
         self.program = Program(self._settings(), dsn, folder / "log")
-        self.program.altered = ()
         cleanup.callback(self.program.end)
 
     def _settings(self) -> dict[str, str]:
