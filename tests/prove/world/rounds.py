@@ -94,10 +94,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n{''.join(rows)}"
 
 
-def deal(seed: int, number: int) -> list[Fault]:
+def deal(seed: int, number: int, cards: int = CARDS) -> list[Fault]:
     """The cards of a round; no card comes again before all have been played."""
-    first = (number - 1) * CARDS
-    return [_shuffled(seed, at // len(FAULTS))[at % len(FAULTS)] for at in range(first, first + CARDS)]
+    first = (number - 1) * cards
+    return [_shuffled(seed, at // len(FAULTS))[at % len(FAULTS)] for at in range(first, first + cards)]
 
 
 def _shuffled(seed: int, game: int) -> list[Fault]:
@@ -254,7 +254,13 @@ def _repeat(look: Callable[[], None], stop: threading.Event) -> None:
 
 
 def run(
-    minutes: float, seed: int, *, first_round: int = 1, round_seconds: float = ROUND_SECONDS, only: str = ""
+    minutes: float,
+    seed: int,
+    *,
+    first_round: int = 1,
+    round_seconds: float = ROUND_SECONDS,
+    cards: int = CARDS,
+    only: str = "",
 ) -> Result:
     """Play whole rounds for so long, at least one. Raises WrongError with what was found."""
     started = time.monotonic()
@@ -262,8 +268,8 @@ def run(
     with DevStack(*DevStack.SERVICES, postgres_settings=POSTGRES, redis_settings=DURABLE_REDIS) as stack:
         while not rounds or time.monotonic() - started < minutes * 60:
             number = first_round + len(rounds)
-            cards = [card for card in FAULTS if card.full_name == only] or deal(seed, number)
-            this = play(stack, seed, number, cards, round_seconds)
+            dealt = [card for card in FAULTS if card.full_name == only] or deal(seed, number, cards)
+            this = play(stack, seed, number, dealt, round_seconds)
             rounds.append(this)
             sys.stderr.write(
                 f"environment: round {number}: {this.events} events, {sum(this.played.values())} faults,"
