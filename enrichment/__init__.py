@@ -3,8 +3,8 @@
 `replicator` drives the enricher, the histories and the ledger by the protocols in `replicator/contracts/`.
 """
 
-from enrichment.contract import EVENT
-from enrichment.enricher import EngagementEnricher, EnrichmentSettings, create_enricher
+from enrichment.contract import EVENT, EnrichmentSettings
+from enrichment.enricher import EngagementEnricher, create_enricher
 from enrichment.history import BEGINNING, END, EngagementHistory
 from enrichment.ledger import EngagementLedger
 

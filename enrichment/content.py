@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from enrichment.codec import MISSING, Content, RowUnusable, unquote
-from enrichment.contract import CONTENT, JOINED
+from enrichment.contract import CONTENT, CONTENT_TABLE, JOINED, rows_of
 from enrichment.database import Database
 from replicator.contracts.events import Column, Row
 from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
@@ -27,13 +27,13 @@ _COLUMNS = ", ".join(f"{field.joined}::{field.type.postgres}" for field in JOINE
 
 PRELOAD = f"""
 -- The newest contents up to an id, newest first: they are the ones that people engage with.
-SELECT content_id, {_COLUMNS} FROM public.content
+SELECT content_id, {_COLUMNS} FROM {rows_of(CONTENT_TABLE)} AS c
 WHERE content_id <= %(highest)s::bigint ORDER BY content_id DESC LIMIT %(count)s
 """  # noqa: S608  names in the contract
 
 LOOK_UP = f"""
 -- The contents with these ids. An id without a row has no content.
-SELECT content_id, {_COLUMNS} FROM public.content WHERE content_id = ANY(%(ids)s::bigint[])
+SELECT content_id, {_COLUMNS} FROM {rows_of(CONTENT_TABLE)} AS c WHERE content_id = ANY(%(ids)s::bigint[])
 """  # noqa: S608  names in the contract
 
 

@@ -6,11 +6,18 @@ made from `EVENT`. A new column of `engagement_events` is one more line here.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Final
 
 import msgspec
+from annotated_types import MinLen
+from pydantic import BeforeValidator
+from pydantic import Field as PydanticField
 
+from replicator.contracts.errors import SettingsError
 from replicator.contracts.fields import BIGINT, TEXT, TIMESTAMPTZ, Contract, Derived, Field, Role, decimal
+from replicator.contracts.settings import Settings, load, split
 
 SCHEMA: Final = "public"
 EVENTS_TABLE: Final = "engagement_events"
@@ -82,3 +89,67 @@ JOINED = tuple(field for field in EVENT.fields if field.joined)
 """The fields that are columns of `content`, which an event finds by its `KEY`."""
 
 IDENTITY, KEY, TIME = (EVENT.field(role) for role in (Role.IDENTITY, Role.KEY, Role.TIME))
+
+NEEDED: Final[Mapping[str, Mapping[str, str]]] = {
+    CONTENT_TABLE: {KEY.column: KEY.type.postgres, **{field.joined: field.type.postgres for field in JOINED}},
+    EVENTS_TABLE: {field.column: field.type.postgres for field in OWN},
+}
+"""Table to column to type."""
+
+
+def _renamed(value: object) -> object:
+    """`device=dev, content.length_seconds=length`: table to column to its name there."""
+    if not isinstance(value, str):
+        return value
+    found: dict[str, dict[str, str]] = {}
+    for pair in split(value):
+        ours, _, theirs = pair.partition("=")
+        table, _, column = ours.rpartition(".")
+        table = table or EVENTS_TABLE
+        if column not in NEEDED.get(table, {}):
+            raise ValueError(f"{ours} is no column that events are made of")
+        found.setdefault(table, {})[column] = theirs
+    return found
+
+
+class EnrichmentSettings(Settings):
+    """Options of the enrichment."""
+
+    content_cache_size: int = PydanticField(
+        100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
+        ge=1,
+        le=100_000_000,
+        description="how many contents are kept in memory, 1 to 100000000; some 200 bytes each",
+    )
+    columns: Annotated[dict[str, dict[str, Annotated[str, MinLen(1)]]], BeforeValidator(_renamed)] = PydanticField(
+        {}, description="names of renamed columns: device=dev, content.length_seconds=length, separated by commas"
+    )
+
+
+def _configured() -> Mapping[str, Mapping[str, str]]:
+    with suppress(SettingsError):  # whoever makes the enricher gets it
+        return load(EnrichmentSettings).columns
+    return {}
+
+
+RENAMED: Final = _configured()
+"""Table to column to the name that it has there, where that is another one. Read once: SQL is made of it."""
+
+
+def named(table: str, column: str) -> str:
+    """What a column is called in its table."""
+    return RENAMED.get(table, {}).get(column, column)
+
+
+def rows_of(table: str, source: str = "") -> str:
+    """SQL for a table, or for a part of it, with its columns under our names."""
+    source = source or f"{SCHEMA}.{table}"
+    if table not in RENAMED:
+        return source
+    listed = (f'"{_escaped(named(table, column))}" AS {column}' for column in NEEDED[table])
+    hidden = "xmin, tableoid, " if table == EVENTS_TABLE else ""  # content may be a view, which has none
+    return f"(SELECT {hidden}{', '.join(listed)} FROM {source})"  # noqa: S608  quoted names
+
+
+def _escaped(name: str) -> str:
+    return name.replace('"', '""').replace("%", "%%")

@@ -13,12 +13,20 @@ from typing import TypeVar
 
 import msgspec
 from msgspec import structs
-from pydantic import Field
 
 from enrichment import codec
 from enrichment.codec import DRAFT_ID, DRAFT_KEY, Content, Draft, RowUnusable, ShapeUnusable
 from enrichment.content import Change, Contents, changes
-from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS, EVENTS_TABLE, SCHEMA
+from enrichment.contract import (
+    CONTENT,
+    CONTENT_TABLE,
+    EVENTS,
+    EVENTS_TABLE,
+    RENAMED,
+    SCHEMA,
+    EnrichmentSettings,
+    rows_of,
+)
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.check import check
@@ -26,18 +34,18 @@ from enrichment.tables.guard import Guard, Record
 from enrichment.tables.missed import MissedHistory
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
-from replicator.contracts.settings import Settings, load
+from replicator.contracts.settings import load
 from replicator.contracts.stream import Enriched, History
 from replicator.source.connection import Dsn
 
-HISTORY = """
+HISTORY = f"""
 -- The number of events, and the shortest range of whole seconds, end excluded, that holds them all. Events at infinity
 -- and outside the years 1 to 9999 can't be backfilled.
 SELECT count(*), to_char(min(event_ts) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
        to_char(max(event_ts) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
-FROM public.engagement_events
+FROM {rows_of(EVENTS_TABLE)} AS e
 WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+00'
-"""
+"""  # noqa: S608  names in the contract
 
 IDS_AGAIN = (
     "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
@@ -53,17 +61,6 @@ HISTORY_TIMEOUT_SECONDS = 600
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class EnrichmentSettings(Settings):
-    """Options of the enrichment."""
-
-    content_cache_size: int = Field(
-        100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
-        ge=1,
-        le=100_000_000,
-        description="how many contents are kept in memory, 1 to 100000000; some 200 bytes each",
-    )
 
 
 def create_enricher(dsn: Dsn) -> EngagementEnricher:
@@ -140,6 +137,8 @@ class EngagementEnricher:
         return msgspec.json.encode(self._guard.record).decode()
 
     async def enrich(self, rows: Sequence[Row]) -> Enriched:
+        if RENAMED:
+            self._rename(rows)
         plan = self._plan(rows)
         found = await _asked(self._contents.look_up(plan.wanted))
         for content_id, content in found.items():
@@ -219,6 +218,15 @@ class EngagementEnricher:
             except RowUnusable as exc:
                 self._refuse(row, exc, plan)
         return plan
+
+    def _rename(self, rows: Sequence[Row]) -> None:
+        """Give columns the names that we know them by. Rows may have been given before."""
+        for row in rows:
+            for ours, theirs in RENAMED.get(self._guard.root(row) or "", {}).items():
+                for columns in (row.columns, row.identity):
+                    if any(column.name == theirs for column in columns):
+                        for column in columns:
+                            column.name = {theirs: ours, ours: ""}.get(column.name, column.name)
 
     def _is_event(self, row: Row, plan: _Plan) -> bool:
         """Whether a row is of a part of the events' table; from here on it is the table's. Raises RowUnusable."""

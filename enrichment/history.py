@@ -20,7 +20,7 @@ import msgspec
 from msgspec import structs
 
 from enrichment.codec import DRAFT_KEY, DRAFT_TIME, Content, Draft, RowUnusable, build_events, check, dead_letter
-from enrichment.contract import EVENTS_TABLE, IDENTITY, JOINED, OWN, SCHEMA, TIME
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, IDENTITY, JOINED, OWN, SCHEMA, TIME, named, rows_of
 from enrichment.database import Database
 from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -50,27 +50,27 @@ END = datetime.max.replace(tzinfo=UTC)
 INDEX = "CREATE INDEX CONCURRENTLY engagement_events_event_ts_id ON public.engagement_events (event_ts, id)"
 """Makes a backfill of a short range fast on a long table."""
 
-INDEXED = """
+INDEXED = f"""
 -- Whether an index gives events in the order of event_ts.
 SELECT EXISTS (
     SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = 'public.engagement_events'::regclass AND a.attname = 'event_ts'
+    WHERE i.indrelid = 'public.engagement_events'::regclass AND a.attname = {named(EVENTS_TABLE, TIME.column)!r}
       AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
-"""
+"""  # noqa: S608  names in the contract
 
-SPAN = """
+SPAN = f"""
 -- The number of events in a range, their first id and their last.
-SELECT count(*), min(id)::bigint, max(id)::bigint FROM public.engagement_events
+SELECT count(*), min(id)::bigint, max(id)::bigint FROM {rows_of(EVENTS_TABLE)} AS e
 WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
-"""
+"""  # noqa: S608  names in the contract
 
-HOURS = """
+HOURS = f"""
 -- The number of events in each hour of a range, by the hour's start in seconds since 1970.
-SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM public.engagement_events
+SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM {rows_of(EVENTS_TABLE)} AS e
 WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
 GROUP BY 1 ORDER BY 1
-"""
+"""  # noqa: S608  names in the contract
 
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 
@@ -93,14 +93,14 @@ def _page(rows: str, order: str) -> str:
 -- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
 WITH found AS MATERIALIZED (
     SELECT p.*, {" + ".join(["1", *_TEXTS])} AS size
-    FROM (SELECT {", ".join(field.column for field in OWN)} FROM public.engagement_events WHERE {rows}) p
+    FROM (SELECT {", ".join(field.column for field in OWN)} FROM {rows_of(EVENTS_TABLE)} AS e WHERE {rows}) p
 ), measured AS (
     SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
 SELECT ({WAL_END}), p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz, {_USABLE},
        {_OWN},
        {_JOINED}
-FROM page p LEFT JOIN public.content c ON c.content_id = p.content_id
+FROM page p LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = p.content_id
 WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz
       OR p.size_up_to = (SELECT max(size_up_to) FROM page)
 ORDER BY p.size_up_to

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from enrichment.contract import EVENT, JOINED, OWN, TIME
+from enrichment.contract import CONTENT_TABLE, EVENT, EVENTS_TABLE, JOINED, OWN, TIME, rows_of
 from enrichment.database import Database
 from enrichment.history import BEGINNING, END, INDEXED, WAL_END, PickedHistory, between
 from replicator.contracts.events import Lsn, parse_lsn
@@ -34,11 +34,11 @@ _SQL = {field.name: f"e.{field.column}" for field in OWN} | {field.name: f"c.{fi
 _US = TIME.type.postgres_line.format(_SQL[TIME.name])
 _REQUIRED = " AND ".join(f"{_SQL[field.name]} IS NOT NULL" for field in OWN if not field.type.optional)
 
-EVENTS = f"""FROM public.engagement_events e {{join}}
+EVENTS = f"""FROM {rows_of(EVENTS_TABLE)} AS e {{join}}
 WHERE e.event_ts >= %(start)s::timestamptz AND e.event_ts < %(end)s::timestamptz AND {_REQUIRED}"""
 """Those that an event can be made of."""
 
-JOIN = "LEFT JOIN public.content c ON c.content_id = e.content_id"
+JOIN = f"LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = e.content_id"
 HASH = "('x' || left(md5(convert_to(concat_ws('|', {line}), 'UTF8')), 15))::bit(60)::bigint"
 BUCKET = f"({_US} - %(origin)s::bigint) / %(width)s::bigint"
 REMAINDER = "mod(mod(e.id, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"

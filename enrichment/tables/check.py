@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import PARAMETERS, SHAPE, Shape
-from enrichment.tables.fit import NEEDED, Problem
+from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Finding
 from replicator.source.connection import Dsn
@@ -57,7 +57,7 @@ async def _findings(database: Database) -> AsyncIterator[Finding]:
         if shape.table(table) is None:
             continue
         yield _finding(table, fit.misfits(shape, table), "has the columns it needs")
-        names = {"schema": SCHEMA, "table": table, "columns": list(NEEDED[table])}
+        names = {"schema": SCHEMA, "table": table, "columns": [named(table, column) for column in NEEDED[table]]}
         yield _finding(table, _rights(table, await database.rows(RIGHTS, names)), f"may be read ({PURPOSE[table]})")
     if hidden := fit.hidden(shape):
         what = f"table {SCHEMA}.{CONTENT_TABLE}: {hidden.what}; it is looked up again for every event"

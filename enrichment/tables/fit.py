@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS_TABLE, JOINED, KEY, OWN, SCHEMA
+from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS_TABLE, KEY, NEEDED, SCHEMA, named
 from enrichment.tables.catalog import KINDS, Relation, Shape
 from replicator.contracts.errors import TablesUnfit
+from replicator.contracts.settings import variable
 
-NEEDED: Mapping[str, Mapping[str, str]] = {
-    CONTENT_TABLE: {KEY.column: KEY.type.postgres, **{field.joined: field.type.postgres for field in JOINED}},
-    EVENTS_TABLE: {field.column: field.type.postgres for field in OWN},
-}
-"""Table to column to type."""
 TABLE_KINDS = {"r", "p", *KINDS}
 """By pg_class.relkind: what can be read as a table."""
 
@@ -68,12 +64,14 @@ def misfits(shape: Shape, table: str) -> Problem | None:
         return None
     name, columns = f"{SCHEMA}.{table}", {column.name: column for column in found.columns}
     whats, cures = [], []
-    for column, needed in NEEDED[table].items():
+    for ours, needed in NEEDED[table].items():
+        column = named(table, ours)
         if column not in columns:
             whats.append(f"has no column {column} ({needed})")
             back = f"ALTER TABLE {name} RENAME COLUMN … TO {column}"
             added = f"ALTER TABLE {name} ADD COLUMN {column} {needed}"
-            cures.append(f"Rename it back ({back}), or if there never was one, {added}")
+            setting = f"{variable('columns')}={'' if table == EVENTS_TABLE else f'{table}.'}{ours}=…"
+            cures.append(f"Rename it back ({back}), or name it in {setting}, or if there never was one, {added}")
         elif columns[column].type != needed:
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
             cures.append(f"ALTER TABLE {name} ALTER COLUMN {column} TYPE {needed} USING {column}::{needed}")
@@ -104,4 +102,4 @@ def _tells(part: Relation) -> bool:
 
 
 def _names(columns: tuple[str, ...] | None) -> bool:
-    return KEY.column in (columns or ())
+    return named(CONTENT_TABLE, KEY.column) in (columns or ())

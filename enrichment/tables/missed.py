@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from enrichment.contract import EVENTS_TABLE, SCHEMA
+from enrichment.contract import EVENTS_TABLE, SCHEMA, rows_of
 from enrichment.database import Database
 from enrichment.history import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
@@ -46,7 +46,7 @@ WRITTEN_SINCE = """(pg_snapshot_xmax(pg_current_snapshot())::text::int8 - %(xid)
  OR age(xmin) <= age(mod(%(xid)s::int8, 4294967296)::text::xid))"""
 """Transaction ids wrap: beyond two billion their order is not known."""
 
-FIND = "SELECT id FROM {} WHERE id >= %(id)s::bigint AND {} ORDER BY id LIMIT %(count)s"
+FIND = "SELECT id FROM {} AS e WHERE id >= %(id)s::bigint AND {} ORDER BY id LIMIT %(count)s"
 
 
 class _Part(NamedTuple):
@@ -123,7 +123,7 @@ class MissedHistory:
 
 
 def _composed(source: sql.Composed, condition: str) -> str:
-    return FIND.format(source.as_string().replace("%", "%%"), condition)
+    return FIND.format(rows_of(EVENTS_TABLE, source.as_string().replace("%", "%%")), condition)
 
 
 def _changed(before: Shape, after: Shape) -> Iterator[_Part]:

@@ -197,6 +197,37 @@ def test_mended_while_it_is_down(
     assert 0 == quick.stop()
 
 
+def test_mapped(program: Program, database: str, source: psycopg.Connection, destinations: Destinations) -> None:
+    """Renamed for good, and named in the setting: stream, look-ups, backfill, reconcile and check follow."""
+    program.start()
+    insert_many(source, 10)
+    wait_until_right(program, database, destinations)
+    source.execute("ALTER TABLE engagement_events RENAME device TO dev")
+    source.execute("ALTER TABLE engagement_events RENAME event_ts TO at")
+    source.execute("ALTER TABLE engagement_events ADD device int")  # another one
+    source.execute("ALTER TABLE content RENAME content_id TO number")
+    insert = (
+        "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms, dev) VALUES (1, 1, 'new', 1, 'x')"
+    )
+    source.execute(insert)
+    wait_until(lambda: "REPLICATOR_COLUMNS=event_ts=…" in program.admin("/readyz"), "it to say how to name it")
+    assert 0 == program.stop()
+    program.environment["REPLICATOR_COLUMNS"] = "device=dev, event_ts=at, content.content_id=number"
+    checked = program.run("check")
+    assert "table public.engagement_events: has the columns it needs" in checked.stdout
+    program.start()
+    source.execute(insert)
+    source.execute("UPDATE content SET length_seconds = 10 WHERE number = 2")
+    source.execute(insert.replace("(1, 1", "(2, 1"))
+    program.wait_until_caught_up()
+    wait_until(lambda: 13 == sum(destinations.counts().values()), "all of them")
+    last = destinations.clickhouse()[-1]
+    assert (2, "x", 10) == (last["content_id"], last["device"], last["length_seconds"])
+    succeed(program.run("reconcile", "--last", "1h"))
+    assert "13 events" in succeed(program.run("backfill", "--last", "1h"))
+    assert 0 == program.stop()
+
+
 # -- the content ---------------------------------------------------------------------------------------------------
 
 CONTENT = {

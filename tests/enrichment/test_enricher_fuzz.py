@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from enrichment import EngagementEnricher
-from enrichment.contract import OWN
-from enrichment.enricher import EnrichmentSettings
+from enrichment.contract import OWN, EnrichmentSettings
 from replicator.contracts.events import Column, Position, Row
 
 GOOD: dict[str, Any] = {
@@ -75,7 +74,7 @@ class Database:
 
 def enricher() -> EngagementEnricher:
     """On a database of one content."""
-    made = EngagementEnricher("", EnrichmentSettings(content_cache_size=100))
+    made = EngagementEnricher("", EnrichmentSettings.model_validate({"content_cache_size": 100}))
     made._contents._database = Database()  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made
 

@@ -340,7 +340,7 @@ class CountingDatabase(Database):
 
 
 async def _counting(dsn: str, size: int) -> tuple[EngagementEnricher, CountingDatabase]:
-    enricher = EngagementEnricher(dsn, EnrichmentSettings(content_cache_size=size))
+    enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
     database = CountingDatabase(dsn)
     enricher._database = database  # noqa: SLF001  the only way to count what goes over the wire
     enricher._contents = Contents(database, size)  # noqa: SLF001
