@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from enrichment.contract import EVENTS_TABLE, SCHEMA, rows_of
+from enrichment.contract import EVENTS_TABLE, RENAMED, SCHEMA, rows_of
 from enrichment.database import Database
 from enrichment.history import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
@@ -117,7 +117,7 @@ class MissedHistory:
         if readable:
             name = sql.Identifier(part.relation.schema, part.relation.name)
             return _composed(sql.SQL("ONLY {}").format(name), part.condition)
-        escaped = constraint.replace("%", "%%")
+        escaped = "true" if EVENTS_TABLE in RENAMED else constraint.replace("%", "%%")  # it has the table's own names
         name = sql.Identifier(SCHEMA, EVENTS_TABLE)
         return _composed(sql.SQL("{}").format(name), f"tableoid = {oid} AND {escaped} AND {part.condition}")
 

@@ -1,0 +1,155 @@
+"""The guard of the tables on real PostgreSQL: what it notices, what leaves it alone, and what it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import psycopg
+import pytest
+
+from enrichment.database import Database
+from enrichment.tables import guard as guards
+from enrichment.tables.guard import Guard, difference
+from enrichment.tables.missed import MissedHistory
+from replicator.contracts.errors import TablesChanged, TablesUnsettled
+from replicator.contracts.events import Position, Row, parse_lsn
+from replicator.contracts.fields import INT64_MIN
+
+INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'x')"
+
+
+@pytest.fixture
+def admin(database: str) -> Iterator[psycopg.Connection]:
+    """The owner's connection, each statement a transaction."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE TABLE part () INHERITS (engagement_events)")
+        yield connection
+
+
+@pytest.fixture
+async def guard(database: str, admin: psycopg.Connection) -> AsyncIterator[Guard]:
+    """It has seen the tables once."""
+    assert not admin.closed
+    connection = Database(database)
+    guard = Guard(connection)
+    await guard.look(None, 0)
+    yield guard
+    await connection.close()
+
+
+async def test_what_does_not_matter(guard: Guard, admin: psycopg.Connection) -> None:
+    """Statistics, indexes, comments, other tables, rows: the position moves on, and no transaction id is taken."""
+    for statement in (
+        INSERT,
+        "ANALYZE",
+        "VACUUM FREEZE engagement_events",
+        "CREATE INDEX ON engagement_events (event_ts)",
+        "CREATE INDEX CONCURRENTLY ON part (event_ts)",
+        "REINDEX TABLE engagement_events",
+        "COMMENT ON TABLE content IS 'x'",
+        "CREATE TABLE other (LIKE content)",
+        "CREATE TEMP TABLE mine () INHERITS (engagement_events)",
+        "VACUUM FULL pg_class",
+        "UPDATE content SET length_seconds = 1",
+    ):
+        admin.execute(statement.encode())
+        before = _now(admin)
+        assert await guard.verify() >= before[0], statement
+        assert before[1] == _now(admin)[1], "no transaction id"
+
+
+def _now(admin: psycopg.Connection) -> tuple[int, str]:
+    query = "SELECT pg_current_wal_insert_lsn()::text, pg_snapshot_xmax(pg_current_snapshot())::text"
+    [lsn, xid] = admin.execute(query).fetchone() or ("", "")
+    return parse_lsn(lsn), xid
+
+
+THERE_AND_BACK = [
+    ("ALTER TABLE content RENAME TO x", "ALTER TABLE x RENAME TO content"),
+    ("ALTER SCHEMA public RENAME TO x", "ALTER SCHEMA x RENAME TO public"),
+    ("ALTER TABLE part NO INHERIT engagement_events", "ALTER TABLE part INHERIT engagement_events"),
+    ("ALTER TABLE part SET UNLOGGED", "ALTER TABLE part SET LOGGED"),
+    ("ALTER TABLE content RENAME content_type TO x", "ALTER TABLE content RENAME x TO content_type"),
+    ("ALTER TABLE content REPLICA IDENTITY FULL", "ALTER TABLE content REPLICA IDENTITY DEFAULT"),
+]
+
+
+@pytest.mark.parametrize(("there", "back"), THERE_AND_BACK)
+async def test_there_and_back_between_two_looks(
+    guard: Guard, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, there: str, back: str
+) -> None:
+    """Everything looks as before, and is not taken for it."""
+    monkeypatch.setattr(guards, "SHOWN_SECONDS", -1.0)
+    await guard.verify()
+    for statement in (there, back):
+        admin.execute(statement.encode())
+    with pytest.raises(TablesChanged):
+        await guard.verify()
+
+
+async def test_it_waits_for_whoever_may_be_changing_them(
+    guard: Guard, database: str, admin: psycopg.Connection
+) -> None:
+    """A transaction that is not over, prepared or not; what only reads or writes rows is none."""
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE content IN EXCLUSIVE MODE")
+        await guard.verify()  # it has changed nothing yet
+        other.execute("ALTER TABLE content ADD note text")
+        with pytest.raises(TablesUnsettled, match=f"process {other.info.backend_pid}, which holds a .*Lock on content"):
+            await guard.verify()
+        other.rollback()
+        other.execute(INSERT)
+        await guard.verify()
+        other.execute("ALTER SCHEMA public RENAME TO x")
+        with pytest.raises(TablesUnsettled, match="pg_namespace"):
+            await guard.verify()
+        other.rollback()
+        other.execute("ALTER TABLE part ADD note text")
+        other.execute("PREPARE TRANSACTION 'x'")
+        with pytest.raises(TablesUnsettled, match="a prepared transaction"):
+            await guard.verify()
+        other.rollback()
+    admin.execute("ROLLBACK PREPARED 'x'")
+    await guard.verify()
+
+
+async def test_a_truncate_is_no_surprise_once_it_was_shown(guard: Guard, admin: psycopg.Connection) -> None:
+    """Until then it may be something else."""
+    await guard.verify()
+    admin.execute("TRUNCATE part, content CASCADE")
+    with pytest.raises(TablesUnsettled, match="the stream to show what happened to public"):
+        await guard.verify()
+    for table in ("part", "content", "engagement_events"):
+        guard.saw(Row("T", "public", table, commit_lsn=1))
+    await guard.verify()
+    await guard.verify()
+    assert guard.until == 0
+
+
+async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Connection) -> None:
+    """In a part that was changed what was written since the last look; in a new one everything; else nothing."""
+    for _ in range(3):
+        admin.execute(INSERT)
+    admin.execute(INSERT.replace("engagement_events", "part"))
+    await guard.verify()
+    guard.saw_event(4)
+    record = guard.accept()
+    admin.execute("CREATE TABLE filled (LIKE engagement_events INCLUDING ALL)")
+    for table in ("filled", "filled", "part", "engagement_events"):
+        admin.execute(INSERT.replace("engagement_events", table).encode())
+    admin.execute("ALTER TABLE filled INHERIT engagement_events")
+    admin.execute("GRANT SELECT ON part TO PUBLIC")
+    assert record == await guard.look(None, 0)
+    history = MissedHistory.since(database, record, guard.shape)
+    assert history
+    assert [5, 6, 7] == sorted(await _all(history))
+    assert "public.filled is a new part of engagement_events" in difference(record.shape, guard.shape)
+
+
+async def _all(history: MissedHistory) -> list[int]:
+    place, after, ids = f"0 {INT64_MIN}", Position(0, 0), []
+    while page := await history.read(place, after, 1):
+        place, after = page.place, page.position
+        ids += [event.id for event in page.enriched.events]
+    await history.close()
+    return ids
