@@ -25,7 +25,7 @@ test: setup ## the whole suite, on two cores; arguments: make test ARGS="-k lane
 
 check: lint types test ## lint, types and test
 
-prove: setup ## the promise: crash matrix and 30 minutes of chaos; writes docs/reliability.md
+prove: setup ## the promise: crash matrix, chaos, environment matrix; more than an hour; writes docs/reliability.md
 	@$(BIN)/python -m tests.prove $(ARGS)
 
 demo: setup ## watch it work, without Docker, until Ctrl-C; make demo SECONDS=20 ends by itself

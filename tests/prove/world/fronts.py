@@ -142,7 +142,8 @@ class HttpFront(Front):
         reader, writer = await asyncio.open_connection("127.0.0.1", self._target_port)
         try:
             first, _, rest = request.head.partition(b"\r\n")
-            rest = re.sub(rb"(?im)^connection:.*\r\n", b"", rest)
+            ours = b"connection|authorization|x-clickhouse-key"  # who may come in is for this front to say
+            rest = re.sub(rb"(?im)^(%b):.*\r\n" % ours, b"", rest)
             writer.write(first + b"\r\nConnection: close\r\n" + rest + request.body)
             found = await reader.read()
             if not found:
