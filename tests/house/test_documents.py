@@ -17,6 +17,7 @@ import typer
 
 from replicator.cli.main import app
 from replicator.contracts.settings import Settings, variable
+from tests.prove.failpoints import BREACHES
 from tests.prove.world.tables import PLAYS
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ COMMANDS = ROOT / "docs/reference/commands.md"
 METRICS = ROOT / "docs/reference/metrics.md"
 FAULTS = ROOT / "docs/reference/faults.md"
 TABLES = ROOT / "docs/reference/tables.md"
+RELIABILITY = ROOT / "docs/reliability.md"
 OF_SERVERS = (
     "ClickHouse error [0-9]|answered [0-9]|READONLY |OOM |MISCONF |WRONGPASS|NOREPLICAS|Timeout reading|Error"
     "|terminating connection|query would be affected"
@@ -173,6 +175,12 @@ def test_faults_name_real_tests() -> None:
     tests = {f"`{name}`" for source in sources for name in re.findall(r"def (test_\w+)", source)}
     assert named
     assert not [cell for cell in named if not set(cell.split(", ")) <= tests]
+
+
+def test_every_breach_has_its_row() -> None:
+    """What breaks the rule on purpose, and what finds it."""
+    section = RELIABILITY.read_text(encoding="utf-8").partition("## Breaking the rule on purpose")[2]
+    assert set(BREACHES) == set(re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE))
 
 
 def test_what_ddl_does_is_played() -> None:
