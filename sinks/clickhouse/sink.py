@@ -54,6 +54,8 @@ _VIEW_CURE = (
     " kept meanwhile"
 )
 
+EXPIRES_CURE = f"Fine if that is meant. {command('reconcile')} calls what it has deleted missing"
+
 NO_EVENTS = Slice(origin_us=0, width_us=1, buckets=(0,))
 
 UNANSWERED_TRIES = 3
@@ -147,6 +149,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         if not seen.durable:
             what = f"ClickHouse table {self._table}: rows of the last seconds may be gone after a power cut"
             findings.append(Finding(True, what, f"ALTER TABLE {self._table} MODIFY SETTING {FSYNC}"))
+        if seen.expires:
+            what = f"ClickHouse table {self._table} has a TTL: ClickHouse deletes what is older by itself"
+            findings.append(Finding(True, what, EXPIRES_CURE))
         return findings
 
     def _has_no_directory(self) -> bool:

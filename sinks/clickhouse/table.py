@@ -50,10 +50,12 @@ _DIFFERENT = ", ".join(
 
 _TABLE_SQL = f"""
     SELECT engine, engine_full, sorting_key, total_rows,
-        (SELECT [groupArray(name), groupArray(type)] FROM system.columns
+        (SELECT [groupArray(name), groupArray(if(default_kind IN ('', 'DEFAULT'), type, concat(type, ' ', default_kind)))]
+         FROM system.columns
          WHERE database = %(database)s AND table = %(table)s) AS columns,
         arrayMap((place, name) -> concat(place, '.', name), dependencies_database, dependencies_table) AS views,
-        arrayFilter(text -> text != '', [{_DIFFERENT}]) AS different
+        arrayFilter(text -> text != '', [{_DIFFERENT}]) AS different,
+        position(create_table_query, ' TTL ') > 0 AS expires
     FROM system.tables WHERE database = %(database)s AND name = %(table)s"""  # noqa: S608  our own names
 
 
@@ -66,6 +68,8 @@ class Look(NamedTuple):
     """The materialized views that get each insert, too."""
     durable: bool
     """An insert is on disk when it is answered, or on other replicas as well."""
+    expires: bool
+    """A TTL deletes rows, or values of a column, perhaps as they are inserted."""
 
 
 class _Row(NamedTuple):
@@ -76,6 +80,7 @@ class _Row(NamedTuple):
     columns: tuple[list[str], list[str]]
     views: list[str]
     different: list[str]
+    expires: int
 
 
 _INIT = f"{command('init')}, which makes it and prints the backfill command that brings what it should hold"
@@ -184,4 +189,4 @@ async def look(client: Client, database: str, contract: Contract) -> Look:
         detail = f"settings that are sent with each insert do not arrive at {client.server}: {', '.join(row.different)}"
         raise SinkMisconfigured(sink=SINK, detail=cited(detail), cure=_SETTINGS_CURE)
     durable = row.engine != "ReplacingMergeTree" or "fsync_after_insert = 1" in row.definition
-    return Look(row.rows == 0, row.views, durable)
+    return Look(row.rows == 0, row.views, durable, bool(row.expires))

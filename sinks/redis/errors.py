@@ -102,7 +102,9 @@ def _detail(exc: RedisError | OSError, secrets: Iterable[str]) -> str:
     Whatever stands between here and Redis may have written it: no control characters, no secret of ours, not too long.
     """
     text = str(exc).partition(" script: ")[0].partition(", with args beginning")[0]
-    text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
+    begun = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
+    if begun != text:
+        text = re.sub(r"[\"'],?\)$", "", begun)  # redis-py puts the message in as a tuple
     text = f"{_code(exc)} {text}".strip().rstrip(".") or type(exc).__name__
     for secret in secrets:
         text = text.replace(secret, "***")

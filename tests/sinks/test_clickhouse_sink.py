@@ -544,6 +544,7 @@ class TestShapes:
         [
             ("DROP COLUMN device", "no column device LowCardinality(Nullable(String))"),
             ("MODIFY COLUMN duration_ms Nullable(Int32)", "column duration_ms as Nullable(Int32)"),
+            ("MODIFY COLUMN duration_ms Nullable(Int64) EPHEMERAL", "column duration_ms as Nullable(Int64) EPHEMERAL"),
         ],
     )
     async def test_wrong_columns(self, clickhouse: ClickHouse, sink: ClickHouseSink, change: str, problem: str) -> None:
@@ -574,6 +575,20 @@ class TestShapes:
         assert "may be gone after a power cut" in advice.what
         clickhouse.query(advice.cure)
         assert [finding.ok for finding in await sink.check()] == [True, True]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "MODIFY TTL toDateTime(event_ts) + INTERVAL 1 SECOND",
+            "MODIFY COLUMN device LowCardinality(Nullable(String)) TTL toDateTime(event_ts) + INTERVAL 1 SECOND",
+        ],
+    )
+    async def test_a_ttl_is_named(self, clickhouse: ClickHouse, sink: ClickHouseSink, change: str) -> None:
+        """It takes rows, or values, that were written: `check` says so, as it may be meant."""
+        assert [finding.ok for finding in await sink.check()] == [True, True]
+        clickhouse.query(f"ALTER TABLE {TABLE} {change}")
+        advice = (await sink.check())[-1]
+        assert (advice.ok, "has a TTL" in advice.what) == (True, True)
 
     async def test_more_columns_are_fine(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """The table is the user's too."""

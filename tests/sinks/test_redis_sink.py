@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+import re
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -597,6 +598,8 @@ async def test_a_replica_is_tried_again(server: Server) -> None:
         try:
             with pytest.raises(SinkUnavailable, match="READONLY"):
                 await sink.write([event(2)])
+            [finding] = await sink.check()
+            assert re.search("READONLY [^()]* read only replica$", finding.what)
         finally:
             server.client.replicaof("NO", "ONE")
         await sink.write([event(2)])
