@@ -186,6 +186,8 @@ def _conninfo(value: SecretStr) -> SecretStr:
         parts = conninfo_to_dict(value.get_secret_value())
     except ProgrammingError:
         raise ValueError("it can't be parsed") from None  # libpq's message would quote it, password and all
+    if not parts:
+        raise ValueError("it is empty")  # libpq would connect to wherever it does by default
     if "://" in value.get_secret_value() and "@" in f"{parts.get('host', '')}{parts.get('dbname', '')}":
         # The password ended too early, and errors would name its rest as a host or database.
         raise ValueError("it has an @ too many; in user and password it is written %40, and / is %2F")

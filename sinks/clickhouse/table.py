@@ -50,9 +50,9 @@ _DIFFERENT = ", ".join(
 
 _TABLE_SQL = f"""
     SELECT engine, engine_full, sorting_key, total_rows,
-        (SELECT [groupArray(name), groupArray(if(default_kind IN ('', 'DEFAULT'), type, concat(type, ' ', default_kind)))]
-         FROM system.columns
-         WHERE database = %(database)s AND table = %(table)s) AS columns,
+        (SELECT [groupArray(name),
+                 groupArray(if(default_kind IN ('', 'DEFAULT'), type, concat(type, ' ', default_kind)))]
+         FROM system.columns WHERE database = %(database)s AND table = %(table)s) AS columns,
         arrayMap((place, name) -> concat(place, '.', name), dependencies_database, dependencies_table) AS views,
         arrayFilter(text -> text != '', [{_DIFFERENT}]) AS different,
         position(create_table_query, ' TTL ') > 0 AS expires

@@ -171,9 +171,9 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         """Run both scripts to every command in them. A missing right shows here, not between two changes of a batch."""
         now = self._clock()
         slide = self.window.script
-        writes = [(self._script, pack([_probe_event(event_id, now)], now).call) for event_id in (1, 2)]
+        writes = [(self._script, pack([_probe_event(event_id, now)], now).call) for event_id in (1, 2, 2)]
         slides = [(slide, slide_call(at)) for at in (now, now + BUCKET_SECONDS)]
-        await self._redis.probe([writes[0], slides[0], writes[1], slides[1]])
+        await self._redis.probe([writes[0], slides[0], writes[1], slides[1], writes[2]])
 
 
 def _probe_event(event_id: int, now: float) -> Event:

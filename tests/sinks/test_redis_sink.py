@@ -689,7 +689,9 @@ async def test_the_rights_that_the_cure_names_suffice(server: Server) -> None:
     assert server.counts() == {1: 1}
 
 
-@pytest.mark.parametrize("missing", ["-evalsha", "-zincrby", "-expire", "-zunionstore", "-zremrangebyscore", "-setex"])
+@pytest.mark.parametrize(
+    "missing", ["-evalsha", "-zincrby", "-expire", "-zunionstore", "-zremrangebyscore", "-setex", "-set"]
+)
 async def test_a_missing_right_shows_before_the_first_event(server: Server, missing: str) -> None:
     """At open, with the rights that are needed; nothing is left behind."""
     with acl_user(server, *RIGHTS.split(), missing) as url:
@@ -699,6 +701,23 @@ async def test_a_missing_right_shows_before_the_first_event(server: Server, miss
             (finding,) = await sink.check()
             assert not finding.ok
     assert server.client.keys("*") == []
+
+
+@pytest.mark.parametrize("lost", ["-setrange", "-mset", "-setex", "-zincrby", "-expire", "-get", "-zcard"])
+async def test_a_right_that_is_lost_while_it_writes(server: Server, lost: str) -> None:
+    """A batch is counted and ranked whole, once the right is back."""
+    clock = Clock()
+    with acl_user(server, *RIGHTS.split()) as url:
+        async with unopened(url, clock) as sink:
+            await sink.write([event(1)])
+            await sink.window.slide()
+            server.cli("ACL", "SETUSER", "writer", lost)
+            with pytest.raises(SinkMisconfigured):
+                await sink.write([event(2), event(3, key=2)])
+            assert server.counts() == {1: 1}
+            server.cli("ACL", "SETUSER", "writer", lost.replace("-", "+"))
+            await sink.write([event(2), event(3, key=2)])
+            assert (server.counts(), server.window()) == ({1: 2, 2: 1}, {1: 2, 2: 1})
 
 
 async def test_keys_out_of_reach_are_a_missing_right(server: Server) -> None:

@@ -10,8 +10,9 @@
 -- Returns two numbers: 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it;
 -- and how many of the events are new.
 --
--- All reads come first, so that another program's key is an error before anything has changed. And Redis refuses a
--- script that it has no memory, disk or right for at its first write. So a batch is written whole or not at all.
+-- All reads come first, so that another program's key is an error before anything has changed. Redis refuses a script
+-- that it has no memory or disk for at its first write, and we use every right before we count. So a batch is counted
+-- whole or not at all.
 
 local N_PAGES, N_BUCKETS, SPAN, KEEP_LAST = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local EVENTS = ARGV[5]
@@ -71,8 +72,8 @@ end
 local state = tonumber(redis.call('GET', KEYS[2]) or '')
 local complete = redis.call('ZCARD', KEYS[1]) > 0 and state ~= nil
 
--- 2. Mark the events as seen; the old bit tells which are new. Bytes that change are written once, however many of
---    their bits do: ids that come together are neighbours. Bits are numbered as SETBIT does, from the left.
+-- 2. Which events are new: the old bit tells. Bytes that change are written once, however many of their bits do: ids
+--    that come together are neighbours. Bits are numbered as SETBIT does, from the left.
 local band, floor, byte = bit.band, math.floor, string.byte
 local marked, new, n_new, ranks = {}, {}, 0, {}
 for i = 1, N_PAGES do
@@ -95,47 +96,59 @@ for at = 1, #EVENTS, 16 do
     end
   end
 end
-for page, mark in ipairs(marked) do
-  for place, value in pairs(mark) do
-    redis.call('SETRANGE', KEYS[PAGE + page], place, string.char(value))
-  end
-end
 
--- 3. Count them, and keep what is newest.
-local pairs_to_set = {}
-local function put(key, value)
-  local n = #pairs_to_set
-  pairs_to_set[n + 1], pairs_to_set[n + 2] = key, value
-end
+-- 3. Keep what is newest. Again it changes nothing.
+local moments, totals = {}, {}
 for content = 1, N_CONTENTS do
-  if new[content] then
-    put(KEYS[COUNT + content], counts[content] + new[content])
-  end
   local moment = ARGV[MOMENT + content]
   if not newest[content] or newest[content] <= moment then
-    put(KEYS[NEWEST + content], moment)
+    moments[#moments + 1] = KEYS[NEWEST + content]
+    moments[#moments + 1] = moment
     if newest[content] and string.sub(newest[content], 1, MOMENT_WIDTH) == string.sub(moment, 1, MOMENT_WIDTH) then
       redis.call('SET', KEYS[LAST + content], ARGV[EVENT + content], 'XX', 'KEEPTTL') -- another version of the same event
     else
       redis.call('SETEX', KEYS[LAST + content], KEEP_LAST, ARGV[EVENT + content])
     end
   end
+  if new[content] then
+    totals[#totals + 1] = KEYS[COUNT + content]
+    totals[#totals + 1] = counts[content] + new[content]
+  end
 end
-set(pairs_to_set)
+set(moments)
 
--- 4. Rank them: in their bucket, and in the window if it holds that bucket.
+-- 4. Use each right that comes after the first mark, to no effect: without it, events would be marked and not counted.
+local function id(content)
+  return string.sub(KEYS[COUNT + content], ID_FROM)
+end
+local any = next(new)
+if any then
+  redis.call('MSET', KEYS[COUNT + any], counts[any])
+end
+for i, rank in ipairs(ranks) do
+  if next(rank) then
+    redis.call('ZINCRBY', KEYS[BUCKET + i], 0, id(next(rank)))
+    redis.call('EXPIRE', KEYS[BUCKET + i], ARGV[KEEP_BUCKET + i])
+  end
+end
+
+-- 5. Mark the new events as seen, and count them.
+for page, mark in ipairs(marked) do
+  for place, value in pairs(mark) do
+    redis.call('SETRANGE', KEYS[PAGE + page], place, string.char(value))
+  end
+end
+set(totals)
+
+-- 6. Rank them: in their bucket, and in the window if it holds that bucket.
 for i, rank in ipairs(ranks) do
   local start = tonumber(ARGV[START + i])
   local in_window = complete and start <= state and start >= state - SPAN
   for content, n in pairs(rank) do
-    local id = string.sub(KEYS[COUNT + content], ID_FROM)
-    redis.call('ZINCRBY', KEYS[BUCKET + i], n, id)
+    redis.call('ZINCRBY', KEYS[BUCKET + i], n, id(content))
     if in_window then
-      redis.call('ZINCRBY', KEYS[1], n, id)
+      redis.call('ZINCRBY', KEYS[1], n, id(content))
     end
-  end
-  if next(rank) then
-    redis.call('EXPIRE', KEYS[BUCKET + i], ARGV[KEEP_BUCKET + i])
   end
 end
 return {complete and 1 or 0, n_new}

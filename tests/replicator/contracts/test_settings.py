@@ -82,6 +82,7 @@ def test_an_env_file_that_can_not_be_read_is_named(empty_directory: Path) -> Non
     ("name", "value", "takes"),
     [
         ("POSTGRES_DSN", "postgresql://app:hunter2@[half", "postgresql:// URL"),
+        ("POSTGRES_DSN", " ", "it is empty. It takes a postgresql:// URL"),
         ("SLOT", "Engagement-Slot", "lower-case letters"),
         ("SLOT", "", "lower-case letters"),
         (
@@ -148,8 +149,8 @@ def test_a_secret_in_a_file_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     file.write_text("host=after")
     found = fresh(settings)
     assert ("host=after", settings.slot) == (found.postgres_dsn.get_secret_value(), found.slot)
-    for unusable in ("postgresql://half@of@it", None):
-        if unusable:
+    for unusable in ("postgresql://half@of@it", "", None):
+        if unusable is not None:
             file.write_text(unusable)
         else:
             file.unlink()
