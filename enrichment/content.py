@@ -41,9 +41,13 @@ class Change(NamedTuple):
     """What a row of the stream changes."""
 
     content_id: int | None
-    """None: every content."""
+    """None: every content that is known."""
     content: Content | None
     """None: the row does not carry all of it, so it has to be looked up."""
+
+
+FORGET: Final = Change(None, None)
+"""Nobody knows which contents are gone: a part of the table was emptied."""
 
 
 class Contents:
@@ -76,7 +80,10 @@ class Contents:
 
     def apply(self, change: Change, found: Mapping[int, Content]) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
-        if change.content_id is None:
+        if change == FORGET:
+            self.known.clear()
+            self.known.update(found)
+        elif change.content_id is None:
             self.known.update(dict.fromkeys(self.known, MISSING))
         else:
             self.known[change.content_id] = found[change.content_id] if change.content is None else change.content
@@ -87,10 +94,10 @@ class Contents:
             del self.known[content_id]
 
 
-def changes(row: Row) -> list[Change]:
-    """What a row of the table changes. Raises RowUnusable when it does not say which content it is about."""
+def changes(row: Row, *, part: bool) -> list[Change]:
+    """What a row of the table changes; `part`: it has others. Raises RowUnusable when it does not name its content."""
     if row.action == "T":
-        return [Change(None, MISSING)]
+        return [FORGET if part else Change(None, MISSING)]
     if row.action == "D":
         return [Change(_id(row.identity, "identity"), MISSING)]
     content_id = _id(row.columns, "columns")

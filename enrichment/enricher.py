@@ -16,7 +16,7 @@ from msgspec import structs
 
 from enrichment import codec
 from enrichment.codec import DRAFT_ID, DRAFT_KEY, Content, Draft, RowUnusable, ShapeUnusable
-from enrichment.content import Change, Contents, changes
+from enrichment.content import FORGET, Change, Contents, changes
 from enrichment.contract import (
     CONTENT,
     CONTENT_TABLE,
@@ -83,14 +83,19 @@ class _Plan:
         self.ignored: Counter[str] = Counter()
         self.other_shape = 0
         """Rows from before the tables became what they are; the history brings them as they are now."""
+        self.forgotten = False
+        """Contents that the events from here on need are looked up, known or not."""
         self.lost_track = False
         """A content changed and its row could not be read: what is known may be out of date."""
 
-    def change(self, row: Row) -> None:
-        """A row of the content table. Raises RowUnusable."""
-        for change in changes(row):
+    def change(self, row: Row, *, part: bool) -> None:
+        """A row of the content table, or of a part of it. Raises RowUnusable."""
+        for change in changes(row, part=part):
             self.changes.append((len(self.drafts), change))
-            if change.content_id is not None:
+            if change == FORGET:
+                self.forgotten = True
+                self.changed.clear()
+            elif change.content_id is not None:
                 self.changed.add(change.content_id)
                 if change.content is None:
                     self.wanted.add(change.content_id)
@@ -120,7 +125,11 @@ class EngagementEnricher:
         if hidden := fit.hidden(shape):
             log.info("%s %s: it is looked up for every event", CONTENT, hidden.what)
         self._keeps_contents = hidden is None
-        return MissedHistory.since(self._dsn, before, shape) if before else None
+        if before is None:
+            return None
+        if fit.replaced(before.shape, shape):
+            log.warning("%s is another table than before. %s", EVENTS, IDS_AGAIN)
+        return MissedHistory.since(self._dsn, before, shape)
 
     async def open(self) -> None:
         self._contents.known.clear()
@@ -205,6 +214,7 @@ class EngagementEnricher:
         for row in rows:
             try:
                 if (row.table != EVENTS_TABLE or row.schema != SCHEMA) and not self._is_event(row, plan):
+                    known = {} if plan.forgotten else known
                     continue
                 if row.action == "I":
                     draft = read(row)
@@ -238,7 +248,7 @@ class EngagementEnricher:
             row.schema, row.table = SCHEMA, root
         if root == CONTENT_TABLE:
             if row.commit_lsn > self._guard.until:
-                plan.change(row)
+                plan.change(row, part=self._guard.shape.parted(CONTENT_TABLE))
             else:  # of a table that may not be this one; what is known is newer
                 plan.lost_track = True
         return root == EVENTS_TABLE

@@ -22,11 +22,13 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_curr
 """
 
 LOCKS = """
--- A transaction that may have changed one of these tables, or the names of schemas, and is not over. One that has no
+-- Transactions that may have changed one of these tables, or the names of schemas, and are not over. One that has no
 -- transaction id (VACUUM, ANALYZE) has changed nothing yet. A weaker lock, or the one of CREATE INDEX, changes nothing
 -- that we look at.
 WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
-SELECT coalesce('process ' || l.pid, 'a prepared transaction'), l.mode, l.relation::regclass::text
+SELECT DISTINCT ON (1) l.virtualtransaction,
+       concat_ws(' ', coalesce('process ' || l.pid, 'a prepared transaction') || ', which holds', l.mode,
+                 'on', l.relation::regclass)
 FROM held l
 WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
@@ -35,7 +37,6 @@ WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHER
   AND EXISTS (SELECT FROM held x
               WHERE x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
                 AND x.virtualtransaction = l.virtualtransaction)
-LIMIT 1
 """
 
 SHAPE = """
@@ -72,7 +73,8 @@ SELECT coalesce(json_agg(json_build_object(
     ) ELSE '[]' END,
     'keys', CASE WHEN m.root = %(keyed)s THEN coalesce((
         SELECT json_agg(json_build_object(
-            'primary', i.indisprimary, 'identity', i.indisreplident, 'version', concat_ws(' ', i.indexrelid, i.xmin),
+            'primary', i.indisprimary AND i.indimmediate, 'identity', i.indisreplident,
+            'version', concat_ws(' ', i.indexrelid, i.xmin),
             'columns', (SELECT json_agg(a.attname) FROM pg_attribute a
                         WHERE a.attrelid = m.oid AND a.attnum = ANY(i.indkey))) ORDER BY i.indexrelid)
         FROM pg_index i WHERE i.indrelid = m.oid AND (i.indisprimary OR i.indisreplident)
@@ -100,6 +102,7 @@ class Key(msgspec.Struct, frozen=True):
     """An index that can be a replica identity."""
 
     primary: bool
+    """One that is not deferrable: PostgreSQL does not use the others."""
     identity: bool
     columns: tuple[str, ...] | None
     version: str
@@ -150,6 +153,10 @@ class Shape(msgspec.Struct, frozen=True):
     def of(self, root: str) -> Iterator[Relation]:
         """A table and all its descendants."""
         return (relation for relation in self.relations if relation.root == root)
+
+    def parted(self, root: str) -> bool:
+        """Whether a table's rows are in several relations."""
+        return len(list(self.of(root))) > 1
 
     def emptied(self, now: Shape) -> list[Relation]:
         """What has a new file, if nothing else has changed: truncated, perhaps. Else nothing."""

@@ -78,6 +78,12 @@ def misfits(shape: Shape, table: str) -> Problem | None:
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
 
 
+def replaced(before: Shape, now: Shape) -> bool:
+    """Whether the events are in another table than before, not only in other parts of it."""
+    old, new = before.table(EVENTS_TABLE), now.table(EVENTS_TABLE)
+    return old is not None and new is not None and new.kind == "r" and old.oid != new.oid
+
+
 def hidden(shape: Shape) -> Problem | None:
     """Why the stream does not show every change of content; then it is looked up again for every event."""
     found = shape.table(CONTENT_TABLE)

@@ -1,8 +1,9 @@
 """The guard of the tables: what the running stream assumes of them, and whether it is still so.
 
 A position of the WAL is verified in three looks, in this order: where the WAL ends, who may be changing the tables, and
-the catalog. A change whose commit is before the position either still holds its lock at the second look, and then the
-position is not verified now, or is visible at the third one.
+the catalog. A change whose commit is before the position either still holds its lock at the second look, or is visible
+at the third one. If somebody holds a lock, the position is verified by a later look, when all of them are over; others
+may have come meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 import msgspec
+from msgspec import structs
 
 from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
 from enrichment.database import Database
@@ -72,6 +74,7 @@ class Guard:
         self._names: dict[Name, str] = {(SCHEMA, EVENTS_TABLE): EVENTS_TABLE, (SCHEMA, CONTENT_TABLE): CONTENT_TABLE}
         self._former: dict[Name, str] = {}
         self._seen = Now(0, 0.0, 0)
+        self._waiting: tuple[Now, set[str]] | None = None  # a position, and the transactions that it waits for
         self._truncated: dict[Name, Lsn] = {}
         self._puzzled_at = 0.0
 
@@ -94,9 +97,11 @@ class Guard:
         self._former, self.until = {}, 0
         if record and (changed or after < record.until):
             self._former = {**_names(record.shape), **_parsed(record.former)}
-            self.until = Now(*now).lsn if changed else record.until
+            self.until = Now(*now).lsn
+            # A part that is here now may be gone before the next record, and leave no other trace.
+            record = structs.replace(record, former=_packed({**self._former, **self._names}), until=self.until)
         self.highest_id = record.highest_id if record else None
-        self._seen, self.record = Now(*now), record
+        self._seen, self._waiting, self.record = Now(*now), None, record
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
         return record if changed else None
@@ -110,11 +115,21 @@ class Guard:
         [[now], locks, [(text,)]] = await self._database.each((NOW, {}), locked, (SHAPE, PARAMETERS))
         if text != self._text:
             self._adopt(text)
-        for holder, mode, table in locks:
-            raise TablesUnsettled(holder=f"{holder}, which holds a {mode} on {table}")
-        self._seen, self._puzzled_at = Now(*now), 0.0
+        self._seen, self._puzzled_at = self._settled(Now(*now), dict(locks)), 0.0
         self._truncated = {name: lsn for name, lsn in self._truncated.items() if lsn >= self._seen.lsn}
         return self._seen.lsn
+
+    def _settled(self, now: Now, holders: Mapping[str, str]) -> Now:
+        """The newest moment for which nobody holds a lock any more. Raises TablesUnsettled."""
+        before, self._waiting = self._waiting, (now, set(holders)) if holders else None
+        if not holders:
+            return now
+        if before and (still := before[1] & holders.keys()):
+            self._waiting = before[0], still
+            raise TablesUnsettled(holder=holders[min(still)])
+        if before:
+            return before[0]
+        raise TablesUnsettled(holder=next(iter(holders.values())))
 
     def _adopt(self, text: str) -> None:
         """Take over what is only a TRUNCATE that the stream has shown. Raises TablesChanged, TablesUnsettled."""
@@ -130,13 +145,12 @@ class Guard:
 
     def accept(self) -> Record:
         """The record as of the last verification."""
-        former = {msgspec.json.encode(name).decode(): root for name, root in self._former.items()}
         self.record = Record(
             time=self._seen.time,
             xid=self._seen.xid,
             highest_id=self.highest_id,
             shape=self.shape,
-            former=former,
+            former=_packed(self._former),
             until=self.until,
         )
         return self.record
@@ -164,6 +178,10 @@ def _names(shape: Shape) -> dict[Name, str]:
     shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
     newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
     return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
+
+
+def _packed(names: Mapping[Name, str]) -> dict[str, str]:
+    return {msgspec.json.encode(name).decode(): root for name, root in names.items()}
 
 
 def _parsed(former: Mapping[str, str]) -> dict[Name, str]:

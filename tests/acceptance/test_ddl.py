@@ -238,7 +238,10 @@ CONTENT = {
     "a column made again": "ALTER TABLE content DROP length_seconds, ADD length_seconds int DEFAULT 700",
     "key made again": """
         ALTER TABLE content DROP CONSTRAINT IF EXISTS content_pkey, DROP CONSTRAINT IF EXISTS green_pkey;
-        UPDATE content SET length_seconds = 800; ALTER TABLE content ADD PRIMARY KEY (content_id)""",
+        UPDATE content SET length_seconds = 800; ALTER TABLE content ADD CONSTRAINT key PRIMARY KEY (content_id)""",
+    "key deferrable": "ALTER TABLE content DROP CONSTRAINT key, ADD CONSTRAINT key PRIMARY KEY (content_id) DEFERRABLE",
+    "updated with it": "UPDATE content SET length_seconds = 850",
+    "key as it was": "ALTER TABLE content DROP CONSTRAINT key, ADD CONSTRAINT key PRIMARY KEY (content_id)",
     "unlogged and back": """
         ALTER TABLE content SET UNLOGGED; UPDATE content SET length_seconds = 900; ALTER TABLE content SET LOGGED""",
     "partitioned": """
@@ -246,6 +249,10 @@ CONTENT = {
         CREATE TABLE content (LIKE part INCLUDING DEFAULTS) PARTITION BY RANGE (content_id);
         ALTER TABLE content ATTACH PARTITION part DEFAULT; GRANT SELECT ON content TO replicator; COMMIT;
         UPDATE content SET length_seconds = 1000""",
+    "a part is made": """
+        CREATE TABLE few (LIKE content, PRIMARY KEY (content_id));
+        ALTER TABLE content ATTACH PARTITION few FOR VALUES FROM (100) TO (200)""",
+    "a part is emptied": "TRUNCATE few",
     "identity nothing": "ALTER TABLE part REPLICA IDENTITY NOTHING; UPDATE content SET length_seconds = 1100",
     "a view": """
         ALTER TABLE content RENAME TO below; CREATE VIEW content AS SELECT * FROM below;

@@ -531,7 +531,7 @@ async def test_a_content_change_without_its_key(enricher: EngagementEnricher) ->
 def test_a_content_row_of_the_wrong_type_is_looked_up() -> None:
     """Its own words are not believed; the database says what it is."""
     columns = [Column("content_id", 1), Column("content_type", "video"), Column("length_seconds", "five minutes")]
-    [change] = changes(Row("I", "public", "content", columns))
+    [change] = changes(Row("I", "public", "content", columns), part=False)
     assert change == (1, None)
 
 

@@ -48,6 +48,8 @@ class Verification:
         self._looking = asyncio.Lock()  # the reader looks, too, when a row does not fit
         self._looked_at = self._seen_at = self._recorded_at = 0.0
         self._counted: dict[str, SinkPosition] = {}
+        self._waiting: dict[str, SinkPosition] = {}
+        """What a sink had when a look began that has not verified it."""
         self._key = ("", "")
         self._accepted = self._complete = False
         self._recorded: dict[str, Position] | None = None
@@ -63,14 +65,14 @@ class Verification:
         self._key = checkpoint.slot, f"tables of {checkpoint.system_identifier}"
         record = await asyncio.to_thread(self._store.load_progress, *self._key)
         self.catch_up.begin(await self._enricher.look(record, checkpoint.end_lsn))
-        if record is None:
-            await asyncio.to_thread(self._store.save_progress, *self._key, self._enricher.record())
+        if record != (seen := self._enricher.record()):
+            await asyncio.to_thread(self._store.save_progress, *self._key, seen)
         self.lsn, self._looked_at, self._seen_at, self._recorded_at = 0, 0.0, time.monotonic(), 0.0
         self._accepted, self._recorded = False, None
 
     def open(self, starts: Mapping[str, SinkPosition], *, complete: bool) -> None:
         """Where the sinks begin; not `complete`: some are paused, and what is brought now they will not have."""
-        self._counted = dict(starts)
+        self._counted, self._waiting = dict(starts), {}
         self._complete = complete or self.catch_up.done
 
     def covers(self, at: SinkPosition) -> bool:
@@ -79,9 +81,13 @@ class Verification:
 
     def part(self, lane: Lane) -> SinkPosition:
         """How far the sink is; while that is not verified, where it was when it was."""
-        if self.covers(lane.reached):
-            self._counted[lane.name] = lane.reached
+        self._count(lane.name, lane.reached)
         return self._counted[lane.name]
+
+    def _count(self, name: str, at: SinkPosition) -> None:
+        known = self._counted[name]
+        if self.covers(at) and (at.position, at.end_lsn) >= (known.position, known.end_lsn):
+            self._counted[name] = at
 
     def behind(self) -> bool:
         """Some sink has what is not verified."""
@@ -91,10 +97,15 @@ class Verification:
         """Look now. Raises TablesChanged when the stream has to begin again, RETRYABLE when nobody knows."""
         async with self._looking:
             self._looked_at = time.monotonic()
-            # What the sinks have now was in the WAL before the look: under load they are past it when the look is over.
+            # What the sinks have now was in the WAL before the look: under load they are past it when the look is over,
+            # or when a later look verifies this one's position.
             reached = {lane.name: lane.reached for lane in self._fan_out.lanes}
+            self._waiting = reached | {name: at for name, at in self._waiting.items() if not self.covers(at)}
             self.lsn = max(self.lsn, await self._enricher.verify())
-            self._counted.update((name, at) for name, at in reached.items() if self.covers(at))
+            for name, now in reached.items():
+                if self.covers(before := self._waiting[name]):
+                    self._count(name, now if self.covers(now) else before)
+                    self._waiting[name] = now
             self._seen_at = time.monotonic()
             self.trouble.clear()
             if self.catch_up.done and self._complete:
