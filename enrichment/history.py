@@ -74,6 +74,7 @@ GROUP BY 1 ORDER BY 1
 
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 
+IN_RANGE = "p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz"
 BY_TIME = """
 (event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
 AND id <= %(last_id)s::bigint ORDER BY event_ts, id LIMIT %(rows)s"""
@@ -86,7 +87,7 @@ _JOINED = ", ".join(f"c.{field.joined}::{field.type.postgres}" for field in JOIN
 _USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
 
 
-def _page(rows: str, order: str) -> str:
+def _page(rows: str, order: str, wanted: str = IN_RANGE) -> str:
     return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
@@ -97,12 +98,11 @@ WITH found AS MATERIALIZED (
 ), measured AS (
     SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
-SELECT ({WAL_END}), p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz, {_USABLE},
+SELECT ({WAL_END}), {wanted}, {_USABLE},
        {_OWN},
        {_JOINED}
 FROM page p LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = p.content_id
-WHERE p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz
-      OR p.size_up_to = (SELECT max(size_up_to) FROM page)
+WHERE {wanted} OR p.size_up_to = (SELECT max(size_up_to) FROM page)
 ORDER BY p.size_up_to
 """  # noqa: S608  names in the contract
 
@@ -110,7 +110,7 @@ ORDER BY p.size_up_to
 Order: TypeAlias = Literal["event_ts", "id"]
 
 PAGES: Mapping[Order, str] = {"event_ts": _page(BY_TIME, "p.event_ts, p.id"), "id": _page(BY_ID, "p.id")}
-PICKED_PAGE = _page(BY_IDS, "p.id")
+PICKED_PAGE = _page(BY_IDS, "p.id", "true")
 
 _OWN_VALUES = slice(3, 3 + len(OWN))
 _JOINED_VALUES = slice(_OWN_VALUES.stop, None)
@@ -190,7 +190,10 @@ class EngagementHistory:
 
 
 class PickedHistory:
-    """Some events by id, whenever they were. Ids that are gone are left out; a place is a number of ids."""
+    """Some events by id, whenever they were, also at infinity. Ids that are gone are left out.
+
+    A place is a number of ids.
+    """
 
     def __init__(self, dsn: Dsn, ids: Sequence[int]) -> None:
         self._ids = sorted(ids)
@@ -218,7 +221,7 @@ class PickedHistory:
         await self._pages.close()
 
     async def find(self, ids: Sequence[int]) -> Found:
-        return await self._pages.rows(PICKED_PAGE, {**between(BEGINNING, END), "ids": list(ids), "bytes": PAGE_BYTES})
+        return await self._pages.rows(PICKED_PAGE, {"ids": list(ids), "bytes": PAGE_BYTES})
 
 
 Found: TypeAlias = list[tuple[Any, ...]]
@@ -248,12 +251,20 @@ def make_page(found: Found, after: Position, next_place: str) -> Page:
         if not usable:
             refused.append(_refused(row[_OWN_VALUES], lsn, ordinal))
             continue
-        draft[DRAFT_TIME] = datetime.fromisoformat(draft[DRAFT_TIME])
+        draft[DRAFT_TIME] = _moment(draft[DRAFT_TIME])
         drafts.append(draft)
         contents[draft[DRAFT_KEY]] = row[_JOINED_VALUES]
     events: list[Event] = []
     build_events(drafts, contents, events)
     return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
+
+
+def _moment(text: str) -> datetime | str:
+    """What Python's calendar does not have stays text, as in the stream: each sink says what becomes of it."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return text
 
 
 def _refused(values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
 
 from enrichment import history
 from enrichment.codec import stored_row
@@ -16,9 +17,11 @@ LATEST_ID = 2**63 - 1
 TS = "2026-01-08 09:00:00.5+00"
 
 
-def found(event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: str = "0/64") -> tuple[object, ...]:
+def found(
+    event_id: int, *, user_id: int | None = 1, wanted: bool = True, lsn: str = "0/64", ts: str = TS
+) -> tuple[object, ...]:
     """A row as the page's query gives it."""
-    return (lsn, wanted, user_id is not None, event_id, 1, user_id, "play", TS, 7000, "web", "video", 300)
+    return (lsn, wanted, user_id is not None, event_id, 1, user_id, "play", ts, 7000, "web", "video", 300)
 
 
 def test_a_page_is_after_the_one_before() -> None:
@@ -38,6 +41,14 @@ def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None
     assert expected == (letter.sink, letter.event_id, letter.reason)
     row = stored_row(msgspec.structs.replace(letter, position=None, id=12))
     assert (0, 12) == (row.commit_lsn, row.ordinal)
+
+
+@pytest.mark.parametrize("ts", ["infinity", "-infinity", "12026-01-08 14:21:52.5+00", "0044-03-15 12:00:00+00 BC"])
+def test_an_event_at_a_time_that_no_calendar_has(ts: str) -> None:
+    """It is not left out: as in the stream, each sink says what becomes of it."""
+    [event] = history.make_page([found(1, ts=ts)], Position(0, 0), "").enriched.events
+    assert event.ts_us is None
+    assert ts == msgspec.json.decode(event.json)["event_ts"]
 
 
 def test_the_next_place_is_right_after_a_row() -> None:
