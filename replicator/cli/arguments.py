@@ -73,7 +73,14 @@ Rate: TypeAlias = Annotated[
     int | None, typer.Option(parser=count, metavar="N", help="events a second at most, 1 to 1000000")
 ]
 Resume: TypeAlias = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
-Sinks: TypeAlias = Annotated[str, typer.Option(metavar="NAMES", help="names of sinks, separated by commas")]
+USUAL_SINKS = ("clickhouse", "redis")  # the HTTP API belongs to others, who see a repeated event
+Sinks: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="names of sinks, separated by commas; without it those of clickhouse and redis that REPLICATOR_SINKS has",
+    ),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", help="don't ask")]
 
@@ -106,12 +113,24 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
     return TimeRange(start, end)
 
 
-def sinks_of(text: str, known: Iterable[str], name: str = "--sinks") -> list[str]:
-    """The names in an option. Raises SettingsError for one that is not known."""
+def sinks_of(text: str | None, known: Iterable[str], name: str = "--sinks") -> list[str]:
+    """The names in an option, or the usual ones. Raises SettingsError for one that is not known."""
+    if text is None:
+        return _usual_sinks(name)
     names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
     if not names or set(names) - set(known):
         expected = f"one or more of {', '.join(known)}, separated by commas"
         raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
+    return names
+
+
+def _usual_sinks(name: str) -> list[str]:
+    """Never one that the replicator does not write to: its address may be the default, and somebody else's."""
+    from replicator.contracts.settings import CoreSettings, load
+
+    if not (names := [sink for sink in USUAL_SINKS if sink in load(CoreSettings).sinks]):
+        problem = f"REPLICATOR_SINKS has none of {', '.join(USUAL_SINKS)}"
+        raise SettingsError(name=name, problem=problem, expected="the name of a sink")
     return names
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from replicator.delivery.backfill import Backfill, BackfillProgress
     from replicator.delivery.lane import Lane
 
-DEFAULT_SINKS = "clickhouse,redis"  # the HTTP API belongs to others, who see a repeated event
 BAR_SECONDS = 0.5  # a bar that moves
 LINE_SECONDS = 10.0  # a log that can be read
 
@@ -65,7 +64,7 @@ async def backfill(
     start: arg.Start = None,
     end: arg.End = None,
     last: arg.Last = None,
-    sinks: arg.Sinks = DEFAULT_SINKS,
+    sinks: arg.Sinks = None,
     batch_size: arg.BatchSize = arg.PAGE_ROWS,
     rate: arg.Rate = None,
     resume: arg.Resume = False,
@@ -79,7 +78,8 @@ async def backfill(
     from sinks import known_sinks
 
     when = arg.time_range(start, end, last)
-    app = load_app(arg.sinks_of(sinks, known_sinks()))
+    chosen = arg.sinks_of(sinks, known_sinks())
+    app = load_app(chosen)
     names = ",".join(sorted(sink.name for sink in app.sinks))
     options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
     run = Run(
@@ -89,7 +89,7 @@ async def backfill(
         batch_size=batch_size,
         rate=rate,
         resume=resume,
-        again=command(f"backfill {when} --sinks {shlex.quote(sinks)}{options} --resume"),
+        again=command(f"backfill {when} --sinks {shlex.quote(','.join(chosen))}{options} --resume"),
         as_json=as_json,
     )
     async with once(app, run.history):

@@ -13,7 +13,6 @@ import typer
 from replicator.cli import arguments as arg
 from replicator.contracts.errors import SettingsError, command
 
-COMPARABLE = "clickhouse,redis"
 WAIT_SECONDS = 60
 """How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
 
@@ -51,7 +50,7 @@ async def reconcile(
     start: arg.Start = None,
     end: arg.End = None,
     last: arg.Last = None,
-    sinks: arg.Sinks = COMPARABLE,
+    sinks: arg.Sinks = None,
     with_content: WithContent = False,
     repair: Repair = False,
     delete_extra: DeleteExtra = False,
@@ -68,7 +67,7 @@ async def reconcile(
     when = arg.time_range(start, end, last)
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
-    app = arg.load_app(arg.sinks_of(sinks, COMPARABLE.split(",")))
+    app = arg.load_app(arg.sinks_of(sinks, arg.USUAL_SINKS))
     ledger = EngagementLedger(app.dsn, with_content=with_content)
     work = Reconcile(
         app.settings,

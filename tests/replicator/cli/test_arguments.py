@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from replicator.cli.arguments import duration, letter_id, moment, time_range
+from replicator.cli.arguments import USUAL_SINKS, duration, letter_id, moment, sinks_of, time_range
 from replicator.cli.backfill import progress
 from replicator.cli.main import main
 from replicator.delivery.backfill import BackfillProgress
@@ -39,6 +39,28 @@ def test_the_last_span_ends_now(text: str, seconds: int) -> None:
     assert timedelta(seconds=seconds) == when.end - when.start
     assert before < when.end <= datetime.now(UTC) + timedelta(seconds=1)
     assert when.end.microsecond == 0
+
+
+@pytest.mark.parametrize(
+    ("configured", "chosen"),
+    [("clickhouse,redis,http", ["clickhouse", "redis"]), ("http,redis", ["redis"]), ("clickhouse", ["clickhouse"])],
+)
+def test_the_usual_sinks_are_those_that_the_replicator_has(
+    configured: str, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was left out has its default address, where somebody else's may be."""
+    monkeypatch.setenv("REPLICATOR_SINKS", configured)
+    assert chosen == sinks_of(None, USUAL_SINKS)
+
+
+@pytest.mark.parametrize("command", ["backfill", "reconcile"])
+def test_without_a_usual_sink_one_has_to_be_named(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An API gets a backfill only if it is named."""
+    monkeypatch.setenv("REPLICATOR_SINKS", "http")
+    assert 2 == main([command, "--last", "1h"])
+    assert "--sinks is unusable: REPLICATOR_SINKS has none of clickhouse, redis" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
