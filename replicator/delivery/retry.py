@@ -94,11 +94,11 @@ class Trouble:
         """One more caller fails."""
         self._callers += 1
 
-    def end(self) -> None:
-        """One of the callers has succeeded: it is over when all have."""
+    def end(self, *, well: bool = True) -> None:
+        """One of the callers has succeeded, or has another problem: it is over when all have."""
         self._callers -= 1
         if self._callers <= 0:
-            if self._over:
+            if self._over and well:
                 log.info("%s", self._over(self.seconds()), extra=self._extra)
             self.clear()
 
@@ -139,6 +139,10 @@ async def retry(
                 raise Stopped from exc
             failed = True
             attempt += not isinstance(exc, errors.SlotInUse)  # a standby that waited long takes over as soon as others
+        except Exception:
+            if failed:
+                trouble.end(well=False)
+            raise
         else:
             if failed:
                 trouble.end()

@@ -87,7 +87,7 @@ def test_an_encoding_without_our_signs(tmp_path: Path) -> None:
     """They are escaped; JSON is ASCII anyway."""
     checked = shell("$P check", tmp_path, PYTHONIOENCODING="latin-1")
     assert (1, "") == (checked.returncode, checked.stderr)
-    assert "\\u2192 Check REPLICATOR_POSTGRES_DSN" in checked.stdout
+    assert "\\u2192 `run` retries until it answers" in checked.stdout
     name = "caf\u00e9 \u2192"
     status = shell(
         "$P status --json", tmp_path, PYTHONIOENCODING="ascii", REPLICATOR_CHECKPOINT_URL=f"sqlite:///{name}"

@@ -338,3 +338,19 @@ async def test_a_single_event_that_is_too_large_is_a_dead_letter() -> None:
     async with world.running():
         await world.until_done()
     world.assert_exact(5)
+
+
+async def test_a_refusal_after_a_failure_leaves_no_trouble_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """A gateway answers 502 during a deploy and then 400: once the events are taken, nothing is red any more."""
+    caplog.set_level(logging.INFO)
+    world = World(MemorySink())
+
+    async def away(_: Sequence[Event]) -> Sequence[Refusal]:
+        raise SinkUnavailable(sink="memory", detail="502")
+
+    world.sink.steps = [away, refuse, away, refuse, refuse]
+    world.put(100)
+    async with world.running():
+        await world.until_done()
+    world.assert_exact()
+    assert not world.lane.trouble
