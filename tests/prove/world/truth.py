@@ -45,7 +45,9 @@ class Truth:
             self.events = {event["event_id"]: event for event in events}
             found = connection.execute(EPOCHS.encode()).fetchall()
             self._epochs = {event_id: epoch for event_id, epoch, _ in found}
-            self.odd = {event_id for event_id, _, kind in found if kind == "odd"}
+            self.kinds = {event_id: kind for event_id, _, kind in found}
+            """Which writer it is from, or which partition it is for."""
+            self.odd = {event_id for event_id, kind in self.kinds.items() if kind == "odd"}
             self._versions = defaultdict[int, list[Version]](list)
             for (text,) in connection.execute(VERSIONS.encode()):
                 content, *version = _decode(text)
@@ -94,7 +96,8 @@ def differences(truth: Truth, destinations: Destinations) -> tuple[list[str], in
 
 def _rows(where: str, truth: Truth, wanted: dict[int, Event], got: list[Event], *, double: bool) -> Iterable[str]:
     ids = Counter(event["event_id"] for event in got)
-    yield from _some(f"{where} lacks", sorted(wanted.keys() - ids.keys()))
+    lost = sorted(wanted.keys() - ids.keys())
+    yield from _some(f"{where} lacks, of {sorted({truth.kinds[key] for key in lost})}", lost)
     yield from _some(f"{where} has too much", sorted(ids.keys() - wanted.keys()))
     if double:
         yield from _some(f"{where} has twice", sorted(key for key, count in ids.items() if count > 1))
