@@ -128,9 +128,12 @@ def _composed(source: sql.Composed, condition: str) -> str:
 
 def _changed(before: Shape, after: Shape) -> Iterator[_Part]:
     known = {relation.oid: relation for relation in before.relations}
+    tables = [shape.table(EVENTS_TABLE) for shape in (before, after)]
+    # A column that is renamed is another one in every part, and the catalog shows it in the table alone.
+    [columns_before, columns] = [table.columns if table else () for table in tables]
     for part in after.of(EVENTS_TABLE):
         old = known.get(part.oid)
-        if part.kind != "r" or old == part:
+        if part.kind != "r" or (old == part and columns_before == columns):
             continue
         if old is not None:
             yield _Part(part, f"{RECENT} AND {WRITTEN_SINCE}")

@@ -146,6 +146,23 @@ async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Conne
     assert "public.filled is a new part of engagement_events" in difference(record.shape, guard.shape)
 
 
+async def test_a_column_of_the_table_is_one_of_its_parts(
+    guard: Guard, database: str, admin: psycopg.Connection
+) -> None:
+    """Renamed and back between two looks: rows of every part may have had another shape."""
+    await guard.verify()
+    guard.accept()
+    admin.execute("ALTER TABLE engagement_events RENAME device TO dev")
+    for table in ("part", "engagement_events"):
+        admin.execute(INSERT.replace("engagement_events", table).encode())
+    admin.execute("ALTER TABLE engagement_events RENAME dev TO device")
+    record = await guard.look(None, 0)
+    assert record
+    history = MissedHistory.since(database, record, guard.shape)
+    assert history
+    assert [1, 2] == sorted(await _all(history))
+
+
 async def _all(history: MissedHistory) -> list[int]:
     place, after, ids = f"0 {INT64_MIN}", Position(0, 0), []
     while page := await history.read(place, after, 1):
