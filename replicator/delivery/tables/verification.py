@@ -21,6 +21,8 @@ from replicator.delivery.tables.catch_up import CatchUp
 
 PAUSE_SECONDS = 1.0
 """Between two looks while events come: three small queries, a thousandth of a core on either side."""
+SHARE = 20
+"""A look takes at most one part in so many of the time: with a thousand partitions it takes 0.1 s of PostgreSQL's."""
 IDLE_SECONDS = 5.0
 """The same while nothing comes: what happened to the tables is told within seconds."""
 PATIENCE_SECONDS = 10.0
@@ -46,7 +48,7 @@ class Verification:
         self._store = store
         self._fan_out = fan_out
         self._looking = asyncio.Lock()  # the reader looks, too, when a row does not fit
-        self._looked_at = self._seen_at = self._recorded_at = 0.0
+        self._looked_at = self._seen_at = self._recorded_at = self._took_seconds = 0.0
         self._counted: dict[str, SinkPosition] = {}
         self._waiting: dict[str, SinkPosition] = {}
         """What a sink had when a look began that has not verified it."""
@@ -107,6 +109,7 @@ class Verification:
                     self._count(name, now if self.covers(now) else before)
                     self._waiting[name] = now
             self._seen_at = time.monotonic()
+            self._took_seconds = self._seen_at - self._looked_at
             self.trouble.clear()
             if self.catch_up.done and self._complete:
                 self._enricher.accept()
@@ -115,7 +118,9 @@ class Verification:
     async def verify_in_time(self) -> None:
         """Look if some sink has what is not verified, but not more often than needed, or if it is time. As `verify`."""
         behind = self.behind() or (self.catch_up.done and self._complete and not self._accepted)
-        pause = PAUSE_SECONDS * (not self._fan_out.awaiting_checkpoint) if behind else IDLE_SECONDS
+        pause = max(PAUSE_SECONDS, SHARE * self._took_seconds) if behind else IDLE_SECONDS
+        if behind and self._fan_out.awaiting_checkpoint:
+            pause = self._took_seconds
         if time.monotonic() - self._looked_at < pause:
             return
         try:
