@@ -26,7 +26,7 @@ def require(shape: Shape) -> None:
     found = [(table, problem) for table in NEEDED for problem in problems(shape, table)]
     if found:
         what = ", and ".join(f"table {SCHEMA}.{table} {problem.what}" for table, problem in found)
-        raise TablesUnfit(problem=what, cure="; ".join(problem.cure for _, problem in found))
+        raise TablesUnfit(problem=what, cure="; ".join(dict.fromkeys(problem.cure for _, problem in found)))
 
 
 def problems(shape: Shape, table: str) -> Iterator[Problem]:

@@ -58,7 +58,7 @@ class MissedHistory:
     """Rows that the stream could not show. A place is the number of a part and an id in it."""
 
     def __init__(self, dsn: Dsn, record: Record, parts: list[_Part]) -> None:
-        highest = INT64_MAX if record.highest_id is None else record.highest_id - MARGIN_IDS
+        highest = INT64_MIN if record.highest_id is None else record.highest_id - MARGIN_IDS  # none seen: any is new
         self._parameters: Mapping[str, object] = {
             "time": record.time - MARGIN_SECONDS,
             "highest_id": max(highest, INT64_MIN),

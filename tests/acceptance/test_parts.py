@@ -93,3 +93,18 @@ def test_another_table_takes_the_name(quick: Program, source: psycopg.Connection
     quick.wait_for_log("public.engagement_events is another table than before. Ids must never be given again")
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
+
+
+def test_a_bulk_load_of_old_events_while_unlogged(
+    quick: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Not one event was seen before: neither the ids nor the times of these say that they are new, and they are."""
+    quick.start()
+    source.execute("ALTER TABLE engagement_events SET UNLOGGED")
+    source.execute("INSERT INTO engagement_events VALUES (7, 1, 1, 'old', '2020-01-01')")
+    source.execute("ALTER TABLE engagement_events SET LOGGED")
+    wait_until(lambda: [7] == [event["event_id"] for event in destinations.api()], "the event")
+    source.execute("ALTER TABLE engagement_events RENAME TO x; ALTER TABLE content RENAME TO y")
+    quick.wait_for_log("public.content does not exist, and table public.engagement_events does not exist")
+    assert 1 == quick.admin("/readyz").count("Rename it back")
+    assert 0 == quick.stop()
