@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_u
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError, ProgrammingError, SAWarning
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from replicator.contracts import errors
 from replicator.contracts.errors import command
@@ -175,14 +176,24 @@ def _unusable(problem: str) -> errors.SettingsError:
     return errors.SettingsError(name=URL_SETTING, problem=problem, expected=URL_TAKES)
 
 
-def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
+def _set_pragmas(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # sqlite3 would begin transactions by itself, and too late; see _begin
     cursor = connection.cursor()
     _switch_to_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode anything less loses commits in a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA secure_delete = ON")  # a dead letter that was dropped is gone from the file, too
+    [(_, _, path)] = cursor.execute("PRAGMA database_list")
     cursor.close()
+    record.info.update(path=path, file=_identity(path))
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _switch_to_wal(cursor: DBAPICursor) -> None:
@@ -202,6 +213,12 @@ def _switch_to_wal(cursor: DBAPICursor) -> None:
 
 
 def _begin(connection: Connection) -> None:
+    # SQLite goes on writing to a file that was removed: what is confirmed then, and dead letters, would be gone.
+    if _identity(connection.info["path"]) != connection.info["file"]:
+        raise errors.CheckpointUnavailable(
+            detail=f"{connection.info['path']} was removed or replaced while it was in use: put it back, or stop this"
+            " program and start it again"
+        )
     # A writer takes the write lock before it reads, so that what it compares with can't move; readers take none.
     mode = "IMMEDIATE" if connection.get_execution_options().get("writes") else "DEFERRED"
     connection.exec_driver_sql(f"BEGIN {mode}")

@@ -782,6 +782,20 @@ def test_a_directory_in_the_file_s_place_is_refused(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_file_that_is_removed_under_us_takes_nothing(sqlite_path: Path) -> None:
+    """SQLite would go on in the file that nobody finds again; the file in its old place is as good as before."""
+    store = SqlCheckpointStore(f"sqlite:///{sqlite_path}")
+    store.save(at(1010))
+    away = sqlite_path.rename(sqlite_path.with_name("away"))
+    for _ in range(2):
+        with pytest.raises(CheckpointUnavailable, match="was removed or replaced while it was in use"):
+            store.save(at(1020))
+        assert not sqlite_path.exists()
+    away.rename(sqlite_path)
+    store.save(at(1030))
+    store.close()
+
+
 def test_a_read_only_file_says_so(sqlite_path: Path) -> None:
     """Reading works, saving says why not."""
     store = SqlCheckpointStore(f"sqlite:///file:{sqlite_path}?mode=ro&uri=true")
