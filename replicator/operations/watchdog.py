@@ -227,9 +227,9 @@ class Watchdog:
     def _restless(self) -> str:
         """That the stream breaks as soon as it runs: between two breaks it looks healthy."""
         _, starts, failures = self._starts[0]
-        starts, failures = self.pipeline.source.starts - starts, self.pipeline.trouble.failures - failures
-        often = min(starts, failures) >= RESTLESS
-        return f"the stream broke {failures} times in a minute, the log says why" if often else ""
+        # A failure without a start is no break: a server that is away, tables that are not fit.
+        breaks = min(self.pipeline.source.starts - starts, self.pipeline.trouble.failures - failures)
+        return f"the stream broke {breaks} times in a minute, the log says why" if breaks >= RESTLESS else ""
 
     def _stuck(self) -> str:
         """That each stream ends where the one before did, while there is something to read; else empty."""
