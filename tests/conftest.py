@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -35,6 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tell those that start replicators."""
     if breach := config.getoption("--breach"):
         program.ALTERED = ("--breach", breach)
+
+
+@pytest.fixture(autouse=True)
+def _file_rights() -> Iterator[None]:
+    """The program keeps its files to itself; run within a test, it must not do so for the servers of later tests."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture(scope="session")

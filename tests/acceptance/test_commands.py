@@ -76,12 +76,7 @@ TROUBLES = [
     ),
     Trouble("no rights", {"content: may not be read": "GRANT SELECT"}, "REVOKE SELECT ON content FROM replicator"),
     Trouble("no table", {"engagement_events: does not exist": "source_schema.sql"}, "DROP TABLE engagement_events"),
-    Trouble("no column", {"length_seconds is missing": "ADD COLUMN"}, "ALTER TABLE content DROP length_seconds"),
-    Trouble(
-        "no replica identity",
-        {"replica identity NOTHING": "REPLICA IDENTITY DEFAULT"},
-        "ALTER TABLE content REPLICA IDENTITY NOTHING",
-    ),
+    Trouble("no column", {"has no column length_seconds": "Rename it back"}, "ALTER TABLE content DROP length_seconds"),
     Trouble(
         "no plugin", {"wal2json: ": "wal2json"}, "ALTER DATABASE {database} SET dynamic_library_path = '/nonexistent'"
     ),

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+import redis
 
 from devstack import DevStack
 from devstack.api import Api
@@ -148,6 +149,8 @@ def roles(stack: DevStack, database: str) -> dict[str, str]:
 def guarded_program(program: Program, guarded: DevStack, roles: dict[str, str], api: Api) -> Program:
     """With a secret in every place."""
     guarded.clickhouse.reset()
+    with redis.Redis.from_url(guarded.redis.url) as client:
+        client.flushall()
     api.behave(token=SECRETS["bearer"])
     program.environment |= {
         "REPLICATOR_POSTGRES_DSN": roles["postgres"],
@@ -275,14 +278,19 @@ def troubles(roles: dict[str, str], guarded: DevStack, repeaters: Repeaters) -> 
         ),
         *(
             Trouble(f"{setting} {what}", (said,), {setting: url})
-            for setting, dsn, said in (
-                ("REPLICATOR_POSTGRES_DSN", roles["postgres"], "postgresql is not reachable"),
-                ("REPLICATOR_CHECKPOINT_URL", roles["checkpoint"], "checkpoint database"),
+            for setting, dsn, refused, broken in (
+                (
+                    "REPLICATOR_POSTGRES_DSN",
+                    roles["postgres"],
+                    "postgresql refuses the connection",
+                    "postgresql is not reachable",
+                ),
+                ("REPLICATOR_CHECKPOINT_URL", roles["checkpoint"], "checkpoint database", "checkpoint database"),
             )
-            for what, url in (
-                ("refuses", dsn.replace("hush-", "wrong-hush-")),
-                ("down", dsn.replace(f":{_port(dsn)}/", f":{closed}/")),
-                ("garbage", dsn.replace(f":{_port(dsn)}/", f":{repeaters.redis}/")),
+            for what, url, said in (
+                ("refuses", dsn.replace("hush-", "wrong-hush-"), refused),
+                ("down", dsn.replace(f":{_port(dsn)}/", f":{closed}/"), broken),
+                ("garbage", dsn.replace(f":{_port(dsn)}/", f":{repeaters.redis}/"), broken),
             )
         ),
     ]

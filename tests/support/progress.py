@@ -14,7 +14,7 @@ from replicator.delivery.backfill import BackfillProgress
 def saved_progress(checkpoint: Path) -> BackfillProgress | None:
     """What an interrupted backfill has saved; None when there is none."""
     with closing(sqlite3.connect(checkpoint)) as connection:
-        row = connection.execute("SELECT progress FROM replicator_tasks").fetchone()
+        row = connection.execute("SELECT progress FROM replicator_tasks WHERE task LIKE 'backfill %'").fetchone()
     return row and msgspec.json.decode(row[0], type=BackfillProgress)
 
 
