@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
+from msgspec import structs
 
 from enrichment.database import Database
 from enrichment.tables import guard as guards
@@ -95,7 +96,7 @@ async def test_it_waits_for_whoever_may_be_changing_them(
         other.execute("LOCK TABLE content IN EXCLUSIVE MODE")
         await guard.verify()  # it has changed nothing yet
         other.execute("ALTER TABLE content ADD note text")
-        with pytest.raises(TablesUnsettled, match=f"process {other.info.backend_pid}, which holds a .*Lock on content"):
+        with pytest.raises(TablesUnsettled, match=f"process {other.info.backend_pid}, which holds .*Lock on content"):
             await guard.verify()
         other.rollback()
         other.execute(INSERT)
@@ -104,6 +105,7 @@ async def test_it_waits_for_whoever_may_be_changing_them(
         with pytest.raises(TablesUnsettled, match="pg_namespace"):
             await guard.verify()
         other.rollback()
+        await guard.verify()
         other.execute("ALTER TABLE part ADD note text")
         other.execute("PREPARE TRANSACTION 'x'")
         with pytest.raises(TablesUnsettled, match="a prepared transaction"):
@@ -139,7 +141,10 @@ async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Conne
         admin.execute(INSERT.replace("engagement_events", table).encode())
     admin.execute("ALTER TABLE filled INHERIT engagement_events")
     admin.execute("GRANT SELECT ON part TO PUBLIC")
-    assert record == await guard.look(None, 0)
+    seen = await guard.look(None, 0)
+    assert seen
+    assert record == structs.replace(seen, former={}, until=0)
+    assert "engagement_events" == seen.former['["public","filled"]'], "its rows of that time are events"
     history = MissedHistory.since(database, record, guard.shape)
     assert history
     assert [5, 6, 7] == sorted(await _all(history))
