@@ -54,6 +54,7 @@ async def run() -> int:
 
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
+    from replicator.delivery.retry import cancel
     from replicator.operations.http import Admin
     from replicator.operations.watchdog import Watchdog
     from replicator.pipeline import Pipeline
@@ -76,11 +77,10 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     try:
         await pipeline.run()
     finally:
-        watching.cancel()
-        [ended] = await asyncio.gather(watching, return_exceptions=True)
+        await cancel([watching])
         await admin.stop()
-    if isinstance(ended, Exception):
-        raise ended
+    if not watching.cancelled() and (failure := watching.exception()):
+        raise failure
 
 
 def _raise_descriptor_limit() -> None:

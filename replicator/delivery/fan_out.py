@@ -18,7 +18,7 @@ from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.lane import Lane, Shared
 from replicator.delivery.queue import Batch, weigh
-from replicator.delivery.retry import COMPLAINT_SECONDS, wait
+from replicator.delivery.retry import COMPLAINT_SECONDS, cancel, wait
 
 LOOK_SECONDS = 1.0
 """While reading stands still, how often it is judged whether that is worth a line in the log."""
@@ -118,7 +118,7 @@ class FanOut:
         try:
             await self._ending.wait()
         finally:
-            await _cancel(tasks)
+            await cancel(tasks)
             await self._drain()
         failures = (task.exception() for task in (*self._writers, *tasks) if not task.cancelled())
         return next((_first(failure) for failure in failures if failure), None)
@@ -134,7 +134,7 @@ class FanOut:
             lane.stop()
         if self._writers:
             await asyncio.wait(self._writers, timeout=self._drain_timeout_seconds)
-            await _cancel(self._writers)
+            await cancel(self._writers)
 
     def put(self, events: list[Event], mark: Mark | None) -> Batch:
         """Give the events to every lane; without a mark they come from beside the stream."""
@@ -184,12 +184,6 @@ class FanOut:
         for lane in self.lanes:
             if (at := sinks.get(lane.name)) is not None:  # one that is new has no position yet
                 lane.saved(at.position)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _first(failure: BaseException) -> BaseException:

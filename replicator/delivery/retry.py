@@ -11,8 +11,8 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
 
 from replicator.contracts import errors
 
@@ -28,6 +28,8 @@ OPERATOR_SECONDS = 30.0
 """Pause while only an operator can help: it should not look like an attack on the destination."""
 RETRY_AFTER_MAX_SECONDS = 900.0
 """A destination may name a time, but a broken one must not silence its lane for days."""
+CANCEL_SECONDS = 0.5
+"""How long a task that is cancelled may take before it is cancelled again."""
 COMPLAINT_SECONDS = 30.0
 """Trouble is logged when it begins, and then once in this time."""
 
@@ -165,6 +167,22 @@ def pause_seconds(exc: Exception, attempt: int, longest: float) -> float:
 def backoff(attempt: int, longest: float) -> float:
     """Full jitter: anything between 0 and a limit that doubles with each attempt, seconds."""
     return random.uniform(0, min(longest, BASE_SECONDS * 2 ** min(attempt, 30)))  # noqa: S311  not a secret
+
+
+async def cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel them, and wait until they have ended; their errors are theirs.
+
+    One that has not ended soon is cancelled once more: the first time psycopg asks the server, for up to 10 s, to end
+    the query, and a server that is silent ends nothing.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        ended, left = await asyncio.wait(left, timeout=CANCEL_SECONDS)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # else asyncio says that nobody asked
 
 
 async def wait(event: asyncio.Event, seconds: float | None) -> None:

@@ -373,7 +373,7 @@ def test_the_rule_holds_at_every_moment(
         line.split() for line in stack.clickhouse.query("SELECT event_id, _lsn FROM events_enriched FINAL").splitlines()
     ]
     commits = [(int(event_id), int(lsn)) for event_id, lsn in rows]
-    assert len({sample.checkpoint.end_lsn for sample in samples}) > 5, "the checkpoint hardly moved"
+    assert len({sample.checkpoint.end_lsn for sample in samples}) > 2, "the checkpoint hardly moved"
     for sample in samples:
         _assert_rule(sample, commits)
 

@@ -211,7 +211,7 @@ def test_a_source_that_can_not_be_trusted(
     assert 1 == result.code
     assert any(line.startswith("FAIL") and said in line for line in result.stdout.splitlines()), result.stdout
     program.spawn()
-    program.wait_for_log("PostgreSQL is not reachable: connection failed: connection to server at")
+    program.wait_for_log("PostgreSQL is not reachable: connection to server at")
     assert said in program.log
     assert program.running
     assert_clean(program.log)

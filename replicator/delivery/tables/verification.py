@@ -16,7 +16,7 @@ from replicator.contracts.stores import TaskProgress
 from replicator.contracts.stream import Enricher
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import Lane
-from replicator.delivery.retry import RETRYABLE, Trouble
+from replicator.delivery.retry import RETRYABLE, Trouble, cancel
 from replicator.delivery.tables.catch_up import CatchUp
 
 PAUSE_SECONDS = 1.0
@@ -27,7 +27,7 @@ IDLE_SECONDS = 5.0
 """The same while nothing comes: what happened to the tables is told within seconds."""
 PATIENCE_SECONDS = 10.0
 """A look may fail this long before it is said: most changes of a table take less."""
-LAST_SECONDS = 3.0
+LAST_SECONDS = 2.0
 """For the look before the end; without it, what came since the last one comes again after the next start."""
 RECORD_SECONDS = 60.0
 """Between two records while events come. An older one only makes a catch-up larger."""
@@ -130,12 +130,16 @@ class Verification:
                 self.trouble.say(exc)
 
     async def verify_last(self) -> None:
-        """Look if there is time; never raises for what it sees."""
+        """Look if some sink has what is not verified, and there is time; never raises for what it sees."""
+        if not self.behind():
+            return
+        looking = asyncio.create_task(self.verify())
+        await asyncio.wait({looking}, timeout=LAST_SECONDS)
+        await cancel([looking])
         try:
-            async with asyncio.timeout(LAST_SECONDS):
-                await self.verify()
-        except (TimeoutError, TablesChanged, *RETRYABLE) as exc:
-            log.info("what came last comes again after the next start: %s", exc if str(exc) else "no answer in time")
+            looking.result()
+        except (asyncio.CancelledError, TablesChanged, *RETRYABLE) as exc:
+            log.info("what came last comes again after the next start: %s", str(exc) or "no answer in time")
 
     async def keep(self, *, now: bool = False) -> None:
         """Keep the record if rows came since and it is time, or `now`: by it, changes while nothing runs are found."""
