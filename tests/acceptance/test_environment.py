@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import random
-
 from tests.prove.world.rounds import deal, run
 from tests.prove.world.world import FAULTS
 
 SECONDS = 20.0
 CARDS = 6
+SEED = 2026
+"""The same cards every time: chance is for `make prove`, which plays all of them."""
 
 
 def test_environment() -> None:
     """Tables change, destinations answer wrong, secrets are rotated: every sink exact, no green light over a loss."""
-    seed = random.randrange(10**6)  # noqa: S311  not a secret
-    again = f"from tests.prove.world.rounds import run; run(0, {seed}, round_seconds={SECONDS}, cards={CARDS})"
-    print(f"python -c '{again}'")  # noqa: T201  shown when the test has failed
-    result = run(0, seed, round_seconds=SECONDS, cards=CARDS)
+    result = run(0, SEED, round_seconds=SECONDS, cards=CARDS)
     print(result.line())  # noqa: T201  as above
     assert CARDS == sum(result.faults.values())
     assert result.events > 0
