@@ -63,7 +63,7 @@ class Watchdog:
         self._sync = Trouble()
         self._holder = ""
         self._shutting_down = 0  # looks in a row that found it so
-        self._starts: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
+        self._breaks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     async def run(self) -> None:
         """Look until cancelled; never raises for what it sees."""
@@ -167,9 +167,9 @@ class Watchdog:
             self._moved_at = time.monotonic()
         self._at = at
         self._unsaved()
-        self._starts.append((time.monotonic(), self.pipeline.source.starts, self.pipeline.trouble.failures))
-        while time.monotonic() - self._starts[0][0] > STALL_SECONDS:
-            self._starts.popleft()
+        self._breaks.append((time.monotonic(), self.pipeline.source.breaks))
+        while time.monotonic() - self._breaks[0][0] > STALL_SECONDS:
+            self._breaks.popleft()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", msgspec.json.encode(self.status()).decode())
         for trouble, message in ((self._stall, self._stalled()), (self._sync, statuses.in_the_way(self.slot))):
@@ -226,9 +226,7 @@ class Watchdog:
 
     def _restless(self) -> str:
         """That the stream breaks as soon as it runs: between two breaks it looks healthy."""
-        _, starts, failures = self._starts[0]
-        # A failure without a start is no break: a server that is away, tables that are not fit.
-        breaks = min(self.pipeline.source.starts - starts, self.pipeline.trouble.failures - failures)
+        breaks = self.pipeline.source.breaks - self._breaks[0][1]
         return f"the stream broke {breaks} times in a minute, the log says why" if breaks >= RESTLESS else ""
 
     def _stuck(self) -> str:

@@ -21,6 +21,8 @@ class Breaks:
     """The ends of one source's streams."""
 
     def __init__(self) -> None:
+        self.count = 0
+        """How many broke since the program began."""
         self.stuck = ""
         """That and why they come no further; empty while they do."""
         self._furthest = Mark()
@@ -35,6 +37,7 @@ class Breaks:
 
     def broke(self, error: SourceUnavailable) -> SourceUnavailable:
         """Count it. Returns the error to raise: the same one, or that there is no progress."""
+        self.count += 1
         self._times += 1
         if self._times == 1:
             self._since = time.monotonic()

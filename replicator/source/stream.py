@@ -83,14 +83,17 @@ class Source:
         self._heard_at = 0.0  # time.monotonic()
         self._insistence = Insistence()
         self._wake = asyncio.Event()
-        self.starts = 0
-        """How often the stream began."""
         self._watched: int | None = None  # the file descriptor that the loop watches for us
 
     @property
     def connected(self) -> bool:
         """Whether the stream is running."""
         return self._pgconn is not None
+
+    @property
+    def breaks(self) -> int:
+        """How many streams broke since the program began."""
+        return self._breaks.count
 
     @property
     def confirmed(self) -> Lsn:
@@ -194,7 +197,6 @@ class Source:
         self._decoder = StreamDecoder()
         self._pgconn = pgconn
         self._heard_at = time.monotonic()
-        self.starts += 1
         self._flushed = end_lsn
         self._received = max(self._received, end_lsn)
 

@@ -62,7 +62,7 @@ class FakeSource:
 
     received = 80
     silent_seconds = 45.0
-    starts = 0
+    breaks = 0
     stuck = ""
 
     async def is_refused(self) -> bool:
@@ -369,7 +369,7 @@ def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pi
     source = cast("FakeSource", pipeline.source)
     for breaks in range(3):
         assert [] == watchdog.look(5)
-        source.starts, pipeline.trouble.failures = breaks + 1, breaks + 1
+        source.breaks = breaks + 1
     assert ["the stream broke 3 times in a minute, the log says why"] == watchdog.look(5)
     assert [] == watchdog.look(STALL_SECONDS)
 
@@ -382,9 +382,9 @@ def test_a_stream_that_comes_no_further_is_not_ready(watchdog: Looking, pipeline
 
 
 def test_an_outage_is_no_restless_stream(watchdog: Looking, pipeline: Pipeline) -> None:
-    """However often it was tried: it began once."""
+    """However often it was tried: it broke once."""
     pipeline.trouble.failures = 40
-    cast("FakeSource", pipeline.source).starts = 1
+    cast("FakeSource", pipeline.source).breaks = 1
     assert [] == watchdog.look(5)
 
 
