@@ -64,7 +64,7 @@ INSERT = """
 INSERT INTO {table} (content_id, user_id, event_type, event_ts, duration_ms, device)
 SELECT 1 + (n * 7) %% 40, n, %(kind)s, {time}, nullif(n::bigint * 7919 %% 400000, 0),
        (ARRAY['web', 'ios', NULL, 'tv "4k"'])[1 + n %% 4]
-FROM generate_series(%(first)s, %(first)s + %(rows)s - 1) AS n
+FROM generate_series(%(first)s::bigint, %(first)s::bigint + %(rows)s - 1) AS n
 """
 TIMES = ("now()", "now() - interval '3 h'", "'1950-03-01 00:00+00'", "'2199-12-31 23:59:59.999999+00'")
 AWAY = (
