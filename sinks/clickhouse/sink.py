@@ -120,6 +120,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
         self._unanswered = 0  # inserts, one after the other
+        self._was_wrong = False  # the table, at the last look
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.contract)
@@ -203,6 +204,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         return await look(self._client, self._database, self.contract)
 
     async def _insert(self, events: Sequence[Event]) -> None:
+        if self._was_wrong:  # it may be repaired between an insert, whose rows it cuts, and the look after that
+            await self._look()
+            self._was_wrong = False
         try:
             receipt = await self._send(events)
         except Failed as failure:
@@ -220,6 +224,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         try:
             seen = await self._look()
         except SinkUnusable:
+            self._was_wrong = True
             self._run = secrets.token_bytes(16)  # else the next try passes for a repeat, and the cut rows stay
             raise
         if not _proves(receipt, len(events), seen) and not await self.ledger(with_content=True).holds(events):

@@ -18,7 +18,14 @@ from msgspec import structs
 from devstack import DevStack
 from devstack.clickhouse import ClickHouse
 from enrichment import EVENT
-from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkError, SinkMisconfigured, SinkUnavailable
+from replicator.contracts.errors import (
+    BatchRefused,
+    BatchTooLarge,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SinkUnusable,
+)
 from replicator.contracts.events import Event
 from replicator.contracts.ledger import EventDigest, Slice
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
@@ -183,6 +190,19 @@ class TestProof:
         assert not await sink.write(corrected)
         found = clickhouse.query(f"SELECT DISTINCT content_type FROM {TABLE} FINAL")  # noqa: S608
         assert found == "article\n"
+
+    async def test_nothing_goes_into_a_table_that_is_wrong(
+        self, clickhouse: ClickHouse, front: Front, sink: ClickHouseSink
+    ) -> None:
+        """One insert finds it out. Repaired between a later one and the look after it, its cut rows would count."""
+        clickhouse.query(f"ALTER TABLE {TABLE} MODIFY COLUMN user_id Int32")
+        for _ in range(3):
+            with pytest.raises(SinkUnusable, match="user_id as Int32"):
+                await sink.write(events(1, 10))
+        assert len([asked for asked in front.asked if asked.inserts]) == 1
+        clickhouse.query(f"ALTER TABLE {TABLE} MODIFY COLUMN user_id Int64")
+        assert not await sink.write(events(1, 10))
+        assert ids(clickhouse) == [*range(1, 11)]
 
     async def test_rows_of_views_are_counted_too(
         self, clickhouse: ClickHouse, front: Front, sink: ClickHouseSink
