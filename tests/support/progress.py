@@ -10,11 +10,14 @@ import msgspec
 
 from replicator.delivery.backfill import BackfillProgress
 
+HISTORY = "SELECT progress FROM replicator_tasks WHERE task NOT LIKE 'tables of %' AND task NOT LIKE 'left out%'"
+"""Of a backfill or a rebuild: the stream keeps its own notes beside it."""
+
 
 def saved_progress(checkpoint: Path) -> BackfillProgress | None:
     """What an interrupted backfill has saved; None when there is none."""
     with closing(sqlite3.connect(checkpoint)) as connection:
-        row = connection.execute("SELECT progress FROM replicator_tasks WHERE task LIKE 'backfill %'").fetchone()
+        row = connection.execute(HISTORY).fetchone()
     return row and msgspec.json.decode(row[0], type=BackfillProgress)
 
 
