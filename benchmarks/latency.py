@@ -136,7 +136,7 @@ def _watching(stack: DevStack, last_before: int) -> Iterator[dict[str, list[Sigh
                 return sum(pipeline.execute())
 
         def in_clickhouse() -> int:
-            return int(stack.clickhouse.query("SELECT count() FROM events_enriched"))
+            return stack.clickhouse.count()
 
         watchers: list[Future[None]] = [
             threads.submit(_look, in_redis, sightings["redis"], REDIS_LOOK_SECONDS, ended),

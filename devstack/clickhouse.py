@@ -35,6 +35,11 @@ class ClickHouse(Service):
         password = f":{self._password}" if self._password else ""
         return f"http://default{password}@127.0.0.1:{self.port}/{DATABASE}"
 
+    def count(self) -> int:
+        """Rows of the events' table, 0 before there is one: the replicator's lane makes it."""
+        there = self.query("EXISTS TABLE events_enriched").strip() == "1"
+        return int(self.query("SELECT count() FROM events_enriched")) if there else 0
+
     def query(self, sql: str) -> str:
         """Run a statement in database `engagement`. Returns what ClickHouse prints (TabSeparated by default)."""
         return self._post(sql, DATABASE)

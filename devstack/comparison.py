@@ -139,7 +139,7 @@ def count(stack: DevStack) -> Counts:
     """Counts of all, the sinks first, so that none is ahead of PostgreSQL."""
     with redis.Redis.from_url(stack.redis.url) as client:
         in_redis = sum(int(value) for _, value in _values(client, COUNT_KEY))
-    in_clickhouse = int(stack.clickhouse.query("SELECT count() FROM events_enriched"))
+    in_clickhouse = stack.clickhouse.count()
     in_api = stack.api.stats().events
     with psycopg.connect(stack.postgres.dsn) as connection:
         found = connection.execute("SELECT count(*) FROM public.engagement_events").fetchone()

@@ -66,7 +66,6 @@ def _run(seconds: float | None, seed: int) -> int:
         dsn = _prepare(stack)
         replicator = stack.replicator(REPLICATOR_POSTGRES_DSN=dsn)
         replicator.start()
-        wait_until(lambda: stack.clickhouse.query("EXISTS TABLE events_enriched").strip() == "1", "ClickHouse's table")
         console.print(look_around(stack, replicator))
         traffic = Traffic(stack.postgres.dsn, seed)
         with _inserting(traffic) as inserting:
