@@ -6,6 +6,7 @@ import re
 import time
 
 from psycopg import pq
+from psycopg.errors import Diagnostic
 
 from replicator.contracts.errors import SlotUndecodable, SourceUnavailable, StreamEnded, StreamStuck
 from replicator.contracts.events import Mark, format_lsn
@@ -13,7 +14,6 @@ from replicator.contracts.events import Mark, format_lsn
 STUCK_TIMES = 3
 """Once is an accident and twice can be a restart. What PostgreSQL says it can't decode is sure the second time."""
 
-_Field = pq.DiagnosticField
 _INTERVENTION = "57"  # class operator_intervention: a query that was cancelled, a shutdown
 
 
@@ -54,18 +54,10 @@ def end_of_stream(result: pq.abc.PGresult | None, slot: str, received: str) -> S
     """Why PostgreSQL ended it: an ERROR is about what it decodes, anything else about the connection."""
     if result is None:
         return StreamEnded(detail="without a reason")
-    severity, sqlstate, message, detail, context = (
-        (result.error_field(field) or b"").decode(errors="replace")
-        for field in (
-            _Field.SEVERITY_NONLOCALIZED,
-            _Field.SQLSTATE,
-            _Field.MESSAGE_PRIMARY,
-            _Field.MESSAGE_DETAIL,
-            _Field.CONTEXT,
-        )
-    )
-    if severity != "ERROR" or sqlstate.startswith(_INTERVENTION):
-        return StreamEnded(detail=message or "without a reason")
-    places = re.findall(r"\b[0-9A-F]{1,8}/[0-9A-F]{1,8}\b", context)  # "…, associated LSN 0/1B89F68"
-    told = f"{', '.join(filter(None, (message, detail)))} (SQLSTATE {sqlstate})"
-    return SlotUndecodable(slot=slot, lsn=places[-1] if places else f"{received} or later", detail=told)
+    said = Diagnostic(result)
+    sqlstate, message = said.sqlstate or "", said.message_primary or "without a reason"
+    if said.severity_nonlocalized != "ERROR" or sqlstate.startswith(_INTERVENTION):
+        return StreamEnded(detail=message)
+    places = re.findall(r"\b[0-9A-F]{1,8}/[0-9A-F]{1,8}\b", said.context or "")  # "…, associated LSN 0/1B89F68"
+    detail = f"{', '.join(filter(None, (message, said.message_detail)))} (SQLSTATE {sqlstate})"
+    return SlotUndecodable(slot=slot, lsn=places[-1] if places else f"{received} or later", detail=detail)

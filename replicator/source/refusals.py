@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, LiteralString, NamedTuple
+from typing import Any, LiteralString
 
 import psycopg
 
@@ -23,21 +23,19 @@ from replicator.contracts.errors import (
 )
 from replicator.source.wal2json import PLUGIN
 
-LEVEL_CURE = "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
 _RETRIES = "`run` retries by itself"
 
 _IN_USE = "55006"  # object_in_use
 _STATE = ("55000", "0A000")  # object_not_in_prerequisite_state, feature_not_supported
 _RIGHTS = "42501"  # insufficient_privilege
 _VANISHED = "42704"  # undefined_object: the slot was dropped a moment ago, which the next look finds
-_REFUSED = "42"  # class: syntax error or access rule violation, as from a pooler
 
 _CURES = {
+    "42": "Connect to PostgreSQL itself, not to a pooler, in version 14 or newer",  # class: syntax or access rule
     "58P01": "Install wal2json for this version of PostgreSQL (Debian: postgresql-NN-wal2json)",  # undefined_file
     "53400": "Raise max_replication_slots and restart PostgreSQL, or drop a slot that is not in use",
 }
-"""What only an operator can change, so that the program stops."""
-
+"""What only an operator can change, so that the program stops, by SQLSTATE or its class."""
 _REFUSALS = {
     "28": "Check user and password in REPLICATOR_POSTGRES_DSN, and pg_hba.conf",
     "3D": "Check the database's name in REPLICATOR_POSTGRES_DSN",
@@ -49,15 +47,7 @@ _PASSING = {
     "55P03": "PostgreSQL waits for a lock",
     "25": "PostgreSQL ended the transaction",
 }
-"""What a retry may find changed, by SQLSTATE or its class: the cure of those, the problem of these."""
-
-
-class _Facts(NamedTuple):
-    """What the server says of itself."""
-
-    wal_level: str = "logical"
-    standby: bool = False
-
+"""What a retry may find changed: the cure of those, the problem of these."""
 
 _FACTS = "SELECT current_setting('wal_level'), pg_is_in_recovery()"
 # PostgreSQL 15.19, 16.15, 17.11, 18.6 and later (CVE-2026-6471). It takes pg_read_all_settings to look.
@@ -74,8 +64,14 @@ async def explained(
     if exc.sqlstate == _RIGHTS and PLUGIN in message:
         [plugins] = await _asked(connection, _PLUGINS) or [""]
         return SourceUnusable(problem=message, cure=allow_plugin(plugins or ""))
-    facts = await _asked(connection, _FACTS) if exc.sqlstate in _STATE else None
-    return translated(exc, slot, _Facts(*facts) if facts else None)
+    if exc.sqlstate in _STATE:  # neither: the slot was lost a moment ago, which the next look finds
+        wal_level, standby = await _asked(connection, _FACTS) or ("logical", False)
+        if standby:
+            return SourceStandby()
+        if wal_level != "logical":
+            cure = "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"
+            return SourceUnusable(problem=message, cure=cure)
+    return translated(exc, slot)
 
 
 async def _asked(connection: psycopg.AsyncConnection[Any] | None, query: LiteralString) -> Sequence[Any] | None:
@@ -88,7 +84,7 @@ async def _asked(connection: psycopg.AsyncConnection[Any] | None, query: Literal
     return None
 
 
-def translated(exc: psycopg.Error, slot: str = "", facts: _Facts | None = None) -> SourceError:
+def translated(exc: psycopg.Error, slot: str = "") -> SourceError:
     """The same, as far as it can be known without asking. What is not known is retried."""
     sqlstate, message = exc.sqlstate or "", exc.diag.message_primary or ""
     if not sqlstate:
@@ -96,25 +92,18 @@ def translated(exc: psycopg.Error, slot: str = "", facts: _Facts | None = None) 
     if sqlstate == _IN_USE:
         numbers = re.findall(r"\d+", message.replace(slot, ""))
         return SlotInUse(slot=slot, pid=numbers[-1] if numbers else "?")
-    if facts and facts.standby and sqlstate in _STATE:
-        return SourceStandby()
-    if cure := _cure(sqlstate, facts):
+    if sqlstate == _RIGHTS:
+        return SourceUnusable(problem=message, cure=replication_cure())
+    if sqlstate != _VANISHED and (cure := _found(_CURES, sqlstate)):
         return SourceUnusable(problem=message, cure=cure)
-    if way_in := _REFUSALS.get(sqlstate) or _REFUSALS.get(sqlstate[:2]):
+    if way_in := _found(_REFUSALS, sqlstate):
         return SourceRefuses(detail=message, cure=way_in)
-    problem = _PASSING.get(sqlstate) or _PASSING.get(sqlstate[:2]) or "PostgreSQL does not do what it is asked to"
+    problem = _found(_PASSING, sqlstate) or "PostgreSQL does not do what it is asked to"
     return SourceUnavailable(problem=problem, detail=message, cure=_RETRIES)
 
 
-def _cure(sqlstate: str, facts: _Facts | None) -> str:
-    """What an operator has to do; empty where a retry may do."""
-    if sqlstate in _STATE:  # with the level right, the slot was lost a moment ago, which the next look finds
-        return LEVEL_CURE if facts and facts.wal_level != "logical" else ""
-    if sqlstate == _RIGHTS:
-        return replication_cure()
-    if sqlstate.startswith(_REFUSED) and sqlstate != _VANISHED:
-        return "Connect to PostgreSQL itself, not to a pooler, in version 14 or newer"
-    return _CURES.get(sqlstate, "")
+def _found(texts: Mapping[str, str], sqlstate: str) -> str:
+    return texts.get(sqlstate) or texts.get(sqlstate[:2], "")
 
 
 def replication_cure(role: str = "…") -> str:
@@ -128,23 +117,20 @@ def replication_cure(role: str = "…") -> str:
 
 def allow_plugin(current: str = "") -> str:
     """The statement that adds ours to the list: without the others, other replication would end."""
-    names = ", ".join(f"'{name}'" for name in dict.fromkeys([*_names(current or _PLUGINS_BY_DEFAULT), PLUGIN]))
+    # Commas end a name even inside quotes: a whole list in quotes is a common mistake.
+    listed = [name for name in re.split(r'[",\s]+', current or _PLUGINS_BY_DEFAULT) if name]
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys([*listed, PLUGIN]))
     statement = f"`ALTER SYSTEM SET output_plugin_libraries = {names}; SELECT pg_reload_conf();`"
     if current:
         return f"{statement} adds it to the list"
     return f"{statement} adds it to the default; put in what else a superuser sees in `SHOW output_plugin_libraries`"
 
 
-def _names(listed: str) -> list[str]:
-    """Of a list of libraries. Commas end a name even inside quotes: a whole list in quotes is a common mistake."""
-    return [name for name in re.split(r'[",\s]+', listed) if name]
-
-
 def unconnected(exc: psycopg.Error) -> SourceUnavailable:
     """No connection, or no more. libpq keeps no SQLSTATE then, but it shows who speaks and which names they say."""
     first, _, rest = str(exc).strip().partition("\n")
     several = re.findall(r"^- .*?: (connection .*)$", rest, re.MULTILINE)
-    texts = [_shorter(text) for text in several] or [_shorter(first)]
+    texts = [re.sub(r"^(connection (failed|is bad): )+", "", text) for text in several or [first]]
     answers = [answer[1] for text in texts if (answer := re.search(r"[^\s:]+:  (.*)", text))]  # "FATAL:  message"
     if not answers:
         return SourceUnavailable(detail="; ".join(dict.fromkeys(texts)))
@@ -152,15 +138,12 @@ def unconnected(exc: psycopg.Error) -> SourceUnavailable:
     return SourceRefuses(detail=detail, cure=_cure_of(detail, exc))
 
 
-def _shorter(text: str) -> str:
-    return text.removeprefix("connection failed: ").removeprefix("connection is bad: ")
-
-
 def _cure_of(text: str, exc: psycopg.Error) -> str:
     """By the names that stand in it, which are the same in every language."""
     given = exc.pgconn
     user, database = ((name or b"").decode(errors="replace") for name in (given.user, given.db)) if given else ("", "")
-    named = {what for what, name in (("user", user), ("database", database)) if name and _stands(name, text)}
+    names = (("user", user), ("database", database))
+    named = {what for what, name in names if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)}
     if "pg_hba.conf" in text:
         return "Allow it in pg_hba.conf (a replication connection needs the database's line, too), then reload"
     if named == {"database"} and user != database:
@@ -170,7 +153,3 @@ def _cure_of(text: str, exc: psycopg.Error) -> str:
     replicates = given and any(option.keyword == b"replication" and option.val for option in given.info)
     right = f". Otherwise connect to it directly, not through a pooler, and {replication_cure(user)}"
     return f"If it starts up, shuts down or is full, {_RETRIES}{right if replicates else ''}"
-
-
-def _stands(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
