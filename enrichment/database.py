@@ -52,10 +52,10 @@ class Database:
 
     async def rows(self, query: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
         """The result of one query. Raises SourceUnavailable (try again) or SourceUnusable (an operator is needed)."""
-        async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
-            return await (await connection.execute(query, parameters)).fetchall()
+        [found] = await self.each((query, parameters))
+        return found
 
-    async def each(self, *queries: tuple[str, Mapping[str, object]]) -> list[list[tuple[Any, ...]]]:
+    async def each(self, *queries: tuple[str, Mapping[str, object] | None]) -> list[list[tuple[Any, ...]]]:
         """The results of several queries, one after the other, each in a newer snapshot. Raises as `rows`."""
         async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
             return [await (await connection.execute(*query)).fetchall() for query in queries]
@@ -96,11 +96,10 @@ class Database:
 
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            text = self._dsn if isinstance(self._dsn, str) else self._dsn()
-            connection = self._connection = await connect(text, "replicator enrichment")
+            connection = self._connection = await connect(self._dsn, "replicator enrichment")
             await connection.set_read_only(True)
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)  # each statement sees what is committed
-            security = "on" if POLICIES.search(str(parts(text).get("options", ""))) else "off"
+            security = "on" if POLICIES.search(str(parts(self._dsn).get("options", ""))) else "off"
             settings = {**self._settings, "row_security": security}
             self._guards = guards(settings, connection.info.server_version, local=True)
         return self._connection

@@ -50,8 +50,7 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
 
     Commits each statement, prepares none (a pooler may stand between), and has the guards.
     """
-    text = dsn if isinstance(dsn, str) else dsn()
-    given = parts(text)
+    given = parts(dsn)
     defaults: dict[str, int | str] = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "keepalives_idle": 30,
@@ -59,8 +58,8 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     }
     if "," in f"{given.get('host')}{given.get('hostaddr')}" and "PGTARGETSESSIONATTRS" not in os.environ:
         defaults["target_session_attrs"] = "primary"  # of several hosts: else a standby may be the first that answers
-    missing = {key: value for key, value in defaults.items() if key not in given}
-    info = conninfo.make_conninfo(text, **missing, application_name=name, client_encoding="UTF8", **parameters)
+    ours = {"application_name": name, "client_encoding": "UTF8", **parameters}
+    info = conninfo.make_conninfo(**(defaults | given | ours))
     connection = await psycopg.AsyncConnection.connect(info, autocommit=True, prepare_threshold=None)
     try:
         await _guard(connection)
@@ -70,10 +69,10 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     return connection
 
 
-def parts(dsn: str) -> dict[str, Any]:
-    """The DSN's keywords. Raises SettingsError."""
+def parts(dsn: Dsn) -> dict[str, Any]:
+    """The DSN's keywords, as of this moment. Raises SettingsError."""
     try:
-        return conninfo.conninfo_to_dict(dsn)
+        return conninfo.conninfo_to_dict(dsn if isinstance(dsn, str) else dsn())
     except psycopg.Error:
         # libpq's message quotes the DSN, and with it the password
         expected = "a postgresql:// URL or libpq keywords (sslmode and the like included)"

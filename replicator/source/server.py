@@ -16,7 +16,7 @@ from psycopg import conninfo, pq
 
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn, parse_lsn
-from replicator.source.connection import Dsn
+from replicator.source.connection import Dsn, parts
 
 PATIENCE_SECONDS = 2.0
 """Sinks that are well take the rest, and the checkpoint is saved: then PostgreSQL has all that it asks for."""
@@ -104,8 +104,8 @@ def shuts_down() -> SourceUnavailable:
 async def refuses_everybody(dsn: Dsn, stream: pq.abc.PGconn) -> bool:
     """Whether the server of a stream lets nobody in: it shuts down (57P03, which only a ping can tell)."""
     there = {name: getattr(stream, name).decode() for name in ("host", "hostaddr", "port")}
-    text = dsn if isinstance(dsn, str) else dsn()
-    info = conninfo.make_conninfo(text, **there, connect_timeout=PING_TIMEOUT_SECONDS, target_session_attrs="any")
+    ours = {"connect_timeout": PING_TIMEOUT_SECONDS, "target_session_attrs": "any"}
+    info = conninfo.make_conninfo(**(parts(dsn) | there | ours))
     return await asyncio.to_thread(pq.PGconn.ping, info.encode()) == pq.Ping.REJECT
 
 
