@@ -12,7 +12,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
-from msgspec import structs
 from psycopg import rows, sql
 
 from replicator.contracts.errors import (
@@ -148,7 +147,8 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
     Without a checkpoint any healthy slot that was made for these sinks is right: it begins where the slot was last
     confirmed, which can repeat events but lose none. `Found.was_read` says when that is in doubt.
     """
-    since = _when(checkpoint)
+    # Every sink has what was committed before. One that was left out was not dated.
+    since = when(checkpoint.committed_at if checkpoint and not behind(checkpoint) else 0.0)
     if checkpoint is not None and (problem := parted(identity, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
     if state is None:
@@ -166,24 +166,6 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
         raise SlotLost(slot=slot, reason=state.invalidation_reason, checkpoint=read, since=since)
     if checkpoint is not None and (problem := _gap(state, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
-
-
-def first_checkpoint(slot: str, state: SlotState | None, identity: Identity) -> Checkpoint:
-    """Where to begin without a checkpoint: where the slot was confirmed last. Can repeat events, loses none."""
-    if state is None or state.confirmed_lsn is None:
-        raise SlotInvalid(slot=slot, problem="it vanished while it was being taken")
-    return Checkpoint(
-        slot=slot,
-        system_identifier=identity.system_identifier,
-        timeline=identity.timeline,
-        end_lsn=state.confirmed_lsn,
-        sinks={},
-    )
-
-
-def of_sinks(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
-    """The checkpoint with the positions of these sinks only: one that is not configured holds nothing up."""
-    return structs.replace(checkpoint, sinks={name: at for name, at in checkpoint.sinks.items() if name in names})
 
 
 def _misfit(state: SlotState) -> str:
@@ -223,13 +205,6 @@ def left_out(stored: Checkpoint, names: Collection[str]) -> list[str]:
     return [name for name in behind(stored) if name in names and newest >= stored.sinks[name].end_lsn]
 
 
-def _when(checkpoint: Checkpoint | None) -> str:
-    """Every sink of the checkpoint has what was committed before. A sink that was left out was not dated."""
-    if checkpoint is None or not checkpoint.committed_at or behind(checkpoint):
-        return "an unknown time"
-    return iso(datetime.fromtimestamp(checkpoint.committed_at, UTC))
-
-
-def iso(moment: datetime) -> str:
-    """A time in UTC, to the second, as it can be typed."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+def when(moment: float) -> str:
+    """A Unix time in UTC, to the second, as it can be typed; 0.0: it is not known."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if moment else "an unknown time"

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import msgspec
@@ -23,6 +22,7 @@ from replicator.contracts.errors import (
     ReplicatorError,
     SinkLeftOut,
     SlotInUse,
+    SlotInvalid,
     SlotMissing,
     SlotWaits,
     SourceUnavailable,
@@ -37,7 +37,7 @@ from replicator.source.stream import Source
 
 log = logging.getLogger(__name__)
 
-MARGIN = timedelta(hours=1)
+MARGIN_SECONDS = 3600
 """How much earlier than the gap a backfill begins: longer than nearly every transaction, and repeating costs little."""
 EVERYTHING = "0001-01-01"
 """Where a backfill of all times begins."""
@@ -159,16 +159,24 @@ class Beginning:
             await self._date_absences(found.stored)
             return Takeover(self._on_timeline(found.checkpoint, found.identity), found, resumed=True)
         state = found.state or await self._source.create_slot(self._waits)
-        first = slots.first_checkpoint(self._slot, state, found.identity)
-        if found.state is None and state:  # what was committed before is not this slot's to bring
-            first = structs.replace(first, committed_at=state.server_time)
+        if state is None or state.confirmed_lsn is None:
+            raise SlotInvalid(slot=self._slot, problem="it vanished while it was being taken")
+        first = Checkpoint(  # can repeat events, loses none
+            slot=self._slot,
+            system_identifier=found.identity.system_identifier,
+            timeline=found.identity.timeline,
+            end_lsn=state.confirmed_lsn,
+            sinks={},
+            # What was committed before a new slot was made is not this slot's to bring.
+            committed_at=0.0 if found.state else state.server_time,
+        )
         try:
             await asyncio.to_thread(self._store.replace if gap else self._store.save, first)
         except CheckpointBackward as exc:  # two that start together on a new slot: the other one is on its way
             raise SourceUnavailable(
                 problem="another replicator took the slot first", detail=str(exc.stored), cure="`run` looks again"
             ) from exc
-        lines = list(describe(found, first, state, self._sinks)) if gap and state else []
+        lines = list(describe(found, first, state, self._sinks)) if gap else []
         return Takeover(first, found, created_slot=found.state is None, gap=lines)
 
     async def _rejoin(self, found: Found) -> Takeover:
@@ -179,17 +187,17 @@ class Beginning:
         for name in found.left_out():
             sinks[name] = structs.replace(sinks[name], end_lsn=end_lsn)
             at = await asyncio.to_thread(self._store.load_progress, self._slot, _absence(name))
-            since[name] = datetime.fromtimestamp(float(at), UTC) if at else None
+            since[name] = float(at or 0)
         checkpoint = structs.replace(found.checkpoint, sinks=sinks)
         await asyncio.to_thread(self._store.save, checkpoint)
         back = [sink for sink in self._sinks if sink.name in since]
         lines = [
             f"sink {sink.name} begins after {format_lsn(end_lsn)}; what was committed since"
-            f" {_time(since[sink.name])} may be missing there, the other sinks lack nothing"
+            f" {slots.when(since[sink.name])} may be missing there, the other sinks lack nothing"
             for sink in back
         ]
-        until = datetime.fromtimestamp(found.state.server_time, UTC)
-        return Takeover(checkpoint, found, resumed=True, gap=[*lines, "To bring it:", *_backfills(since, until, back)])
+        lines += ["To bring it:", *_backfills(since, found.state.server_time, back)]
+        return Takeover(checkpoint, found, resumed=True, gap=lines)
 
     async def _date_absences(self, stored: Checkpoint) -> None:
         """Keep since when a sink is left out, before the others go on: the checkpoint's own time goes with them."""
@@ -224,7 +232,9 @@ class Beginning:
             return None
 
     def _configured(self, stored: Checkpoint | None) -> Checkpoint | None:
-        return stored and slots.of_sinks(stored, {sink.name for sink in self._sinks})
+        configured = {sink.name for sink in self._sinks}
+        sinks = {name: at for name, at in stored.sinks.items() if name in configured} if stored else {}
+        return stored and structs.replace(stored, sinks=sinks)
 
 
 def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:
@@ -233,8 +243,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     if stored is None:
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
-    until = datetime.fromtimestamp(state.server_time, UTC)
-    since = datetime.fromtimestamp(stored.committed_at, UTC) if stored.committed_at else None
+    since, until = stored.committed_at, state.server_time
     dated = set(stored.sinks).difference(slots.behind(stored)) if since else set()
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
     if since and lost_by_failover(found.identity, stored):
@@ -244,22 +253,23 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
             yield "Everything else comes through the slot: nothing has to be brought."
             return
-    yield (f"{accepted}; what was committed from {_time(since)} to {slots.iso(until)} may be missing. To bring it:")
+    missing = f"what was committed from {slots.when(since)} to {slots.when(until)} may be missing"
+    yield f"{accepted}; {missing}. To bring it:"
     yield from _backfills(dict.fromkeys(dated, since), until, sinks)
 
 
-def _backfills(since: Mapping[str, datetime | None], until: datetime, sinks: Sequence[Sink]) -> Iterator[str]:
+def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) -> Iterator[str]:
     """The commands that bring what sinks lack, each from its own time on."""
-    groups: dict[tuple[bool, bool, datetime | None], list[str]] = {}
+    groups: dict[tuple[bool, bool, float], list[str]] = {}
     for sink in sinks:
-        begin = since.get(sink.name)
-        groups.setdefault((begin is None, sink.max_repeats is not None, begin), []).append(sink.name)
-    for (unknown, repeats, begin), names in sorted(groups.items(), key=lambda group: group[0][:2]):
+        begin = since.get(sink.name, 0.0)
+        groups.setdefault((not begin, sink.max_repeats is not None, begin), []).append(sink.name)
+    for (unknown, repeats, begin), names in sorted(groups.items()):
         notes = [NOT_DATED] * unknown + [REPEATS] * repeats
         command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}"
         yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
-        f"(It begins {MARGIN.total_seconds() / 3600:.0f} h earlier, because event_ts is older than the commit. Where"
+        f"(It begins {MARGIN_SECONDS // 3600} h earlier, because event_ts is older than the commit. Where"
         " transactions last longer, or applications set event_ts themselves, begin still earlier.)"
     )
 
@@ -269,13 +279,9 @@ def _absence(sink: str) -> str:
     return f"left out: {sink}"
 
 
-def _time(since: datetime | None) -> str:
-    return slots.iso(since) if since else "an unknown time"
-
-
-def _range(since: datetime | None, until: datetime) -> str:
-    start = slots.iso(since - MARGIN) if since else EVERYTHING
-    return f"--start {start} --end {slots.iso(until + timedelta(seconds=2))}"
+def _range(since: float, until: float) -> str:
+    start = slots.when(since - MARGIN_SECONDS) if since else EVERYTHING
+    return f"--start {start} --end {slots.when(until + 2)}"
 
 
 def _place(checkpoint: Checkpoint) -> str:
