@@ -49,6 +49,7 @@ CERTIFICATE_CURE = (
 )
 START_CURE = "Start the API, or correct REPLICATOR_HTTP_URL"
 TLS_CURE = "Set REPLICATOR_HTTP_URL to https://: the port speaks TLS"
+PERHAPS_TLS = " (if the port speaks TLS, REPLICATOR_HTTP_URL begins with https://)"
 REFUSED_CURE = (
     "See what the API says about it: it may refuse events as well. Check host and path of REPLICATOR_HTTP_URL"
 )
@@ -122,19 +123,16 @@ class HttpSink(Sink):
 
     async def _post(self, events: Sequence[Event]) -> None:
         body = events[0].json if self.max_events == 1 else b"[" + b",".join([event.json for event in events]) + b"]"
-        headers = self._identification(event_key(events), body)
-        if len(body) > CHUNK_BYTES:
-            headers["content-length"] = str(len(body))
-        response, words = await self._exchange("POST", headers, body)
-        judge(response, sink=self.name, origin=self._origin, words=cited(words, self._secrets))
-
-    def _identification(self, key: str, body: bytes) -> dict[str, str]:
+        key = event_key(events)
         headers = {"idempotency-key": key, "webhook-id": key}
         if self._webhook:
             now = datetime.now(UTC)
             headers["webhook-timestamp"] = str(int(now.timestamp()))
             headers["webhook-signature"] = self._webhook.sign(key, now, body.decode())
-        return headers
+        if len(body) > CHUNK_BYTES:
+            headers["content-length"] = str(len(body))
+        response, words = await self._exchange("POST", headers, body)
+        judge(response, sink=self.name, origin=self._origin, words=cited(words, self._secrets))
 
     async def _exchange(
         self, method: str, headers: Mapping[str, str] | None = None, body: bytes = b""
@@ -148,7 +146,8 @@ class HttpSink(Sink):
             raise SinkUnavailable(sink=self.name, detail=detail) from exc
         except aiohttp.ClientResponseError as exc:
             if not (status := clear_status(exc)):
-                detail = f"what answers at {self._origin} does not speak HTTP{self._perhaps_tls}"
+                hint = PERHAPS_TLS if self._url.scheme == "http" else ""
+                detail = f"what answers at {self._origin} does not speak HTTP{hint}"
                 raise SinkUnavailable(sink=self.name, detail=detail) from exc
             return httpx.Response(status), ""
         except (httpx.TransportError, aiohttp.ClientError, OSError) as exc:
@@ -167,12 +166,6 @@ class HttpSink(Sink):
                 if last or not _hung_up(exc):
                     raise
         raise AssertionError
-
-    @property
-    def _perhaps_tls(self) -> str:
-        return (
-            " (if the port speaks TLS, REPLICATOR_HTTP_URL begins with https://)" if self._url.scheme == "http" else ""
-        )
 
     def _not_reached(self, exc: Exception) -> SinkError:
         cause = exc.__cause__
