@@ -56,10 +56,11 @@ async def run() -> int:
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.delivery.retry import cancel
     from replicator.operations.http import Admin
-    from replicator.operations.watchdog import Watchdog
+    from replicator.operations.watchdog import Answers, Watchdog
     from replicator.pipeline import Pipeline
 
-    pipeline = Pipeline(app.settings, app.source(), app.enricher, app.sinks, app.store)
+    answers = Answers(app.store)
+    pipeline = Pipeline(app.settings, app.source(), app.enricher, app.sinks, answers.store)
 
     def stop() -> None:
         stopping.set()
@@ -69,7 +70,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     stop_on_signals(stop)
     if stopping.is_set():
         return
-    watchdog = Watchdog(pipeline, app.dsn, app.settings.slot)
+    watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
     admin = Admin(watchdog, app.settings.admin_listen)
     await admin.start()
     watching = asyncio.create_task(watchdog.run())

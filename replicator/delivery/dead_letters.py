@@ -17,6 +17,7 @@ from replicator.contracts.errors import CheckpointError
 from replicator.contracts.events import DeadLetter, LetterCounts, Origin, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import DeadLetterBox
+from replicator.delivery.retry import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class DeadLetters:
     def __init__(self, store: DeadLetterBox, settings: CoreSettings, origin: Origin = "stream") -> None:
         self.stored = LetterCounts()
         """How many are on disk, as of the last look."""
+        self.trouble = Trouble()
+        """Why that look failed: an idle replicator asks the checkpoint database nothing else."""
         self.limit = settings.dead_letters_max
         """The most that are kept of one sink, and of rows."""
         self._store = store
@@ -54,7 +57,9 @@ class DeadLetters:
         try:
             self.stored = await asyncio.to_thread(self._store.count_dead_letters, self._slot)
         except CheckpointError as exc:
-            log.debug("%s", exc)  # who saves the checkpoint says it
+            self.trouble.say(exc)
+        else:
+            self.trouble.clear()
 
 
 def place(letter: DeadLetter) -> str:

@@ -10,6 +10,8 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import cast
 
 import msgspec
 from msgspec import structs
@@ -17,6 +19,8 @@ from msgspec import structs
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError
 from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition, format_lsn
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
@@ -33,10 +37,11 @@ LOOK_AGAIN_SECONDS = 1.0
 """While there is nothing to see: a slot that was just made, a server that comes up."""
 LOOK_OLD_SECONDS = 30.0
 """A look, the checkpoint database's part included, takes 20 s at most: an older one means that it hangs."""
-UNSAVED_SECONDS = 90.0
-"""Past the longest REPLICATOR_CHECKPOINT_INTERVAL_SECONDS by what a slow disk takes: a save that hangs logs nothing."""
 TROUBLE_SECONDS = 10.0
-"""A sink may take nothing this long before it is a reason; one that turns us away is one at once."""
+"""A sink may take nothing this long before it is a reason; one that turns us away is one at once. The checkpoint
+database may be silent as long: it gives up a lock after 5 s, and a slow disk takes less."""
+UNSAVED_SECONDS = 20.0
+"""More than the pauses between two checkpoints: a look at the tables, which comes before, may be slow."""
 RESTLESS = 3
 """Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
 
@@ -45,17 +50,51 @@ log = logging.getLogger(__name__)
 ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
 
+class Answers:
+    """Passes a store's calls on, and knows how long the oldest has waited: one that hangs raises nothing."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = cast("CheckpointStore", self)
+        """What to call instead."""
+        self._store = store
+        self._asked: dict[object, float] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        call = getattr(self._store, name)
+
+        def ask(*arguments: object) -> object:
+            key = object()
+            self._asked[key] = time.monotonic()
+            try:
+                return call(*arguments)
+            finally:
+                del self._asked[key]
+
+        return ask
+
+    def awaited(self) -> str:
+        """That the database is silent; empty while it is not."""
+        asked = [*self._asked.values()]
+        seconds = time.monotonic() - min(asked) if asked else 0.0
+        silent = f"the checkpoint database has not answered for {seconds:.0f} s; nothing is confirmed meanwhile"
+        return silent if seconds >= TROUBLE_SECONDS else ""
+
+
 class Watchdog:
     """What is known of the slot and of the pipeline, together."""
 
-    def __init__(self, pipeline: Pipeline, dsn: Dsn, slot: str) -> None:
+    def __init__(self, pipeline: Pipeline, dsn: Dsn, settings: CoreSettings, answers: Answers) -> None:
         self.pipeline = pipeline
         self.slot: SlotState | None = None
         """As of the last look."""
         self.trouble = "PostgreSQL has not been asked for the slot yet"
         """Why the slot can't be seen; empty when it can."""
         self._dsn = dsn
-        self._name = slot
+        self._name = settings.slot
+        self._answers = answers
+        self._unsaved_seconds = (
+            settings.checkpoint_interval_seconds + settings.feedback_interval_seconds + UNSAVED_SECONDS
+        )
         self._at: tuple[Lsn | None, Position | None] = (None, None)
         self._moved_at = self._looked_at = self._saved_at = time.monotonic()
         self._saved: Checkpoint | None = None
@@ -216,9 +255,9 @@ class Watchdog:
         if pipeline.saving.seconds() >= TROUBLE_SECONDS:
             return pipeline.saving.message
         seconds = now - self._saved_at
-        if seconds >= UNSAVED_SECONDS and pipeline.verification.trouble:
-            return pipeline.verification.trouble.message
-        return f"no checkpoint has been saved for {seconds:.0f} s" if seconds >= UNSAVED_SECONDS else ""
+        if seconds < self._unsaved_seconds:
+            return ""
+        return pipeline.verification.trouble.message or f"no checkpoint has been saved for {seconds:.0f} s"
 
     def _stale(self) -> str:
         seconds = time.monotonic() - self._looked_at
@@ -240,7 +279,9 @@ class Watchdog:
         slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
         reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
         tables = self.pipeline.verification.trouble.message, self.pipeline.verification.catch_up.reason
-        found = [reading, *tables, self.trouble, *lanes, self._unsaved(), *slot]
+        letters = self.pipeline.letters.trouble
+        store = [self._answers.awaited(), letters.message if letters.seconds() >= TROUBLE_SECONDS else ""]
+        found = [reading, *tables, self.trouble, *lanes, self._unsaved(), *store, *slot]
         return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
 
 

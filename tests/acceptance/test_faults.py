@@ -130,6 +130,8 @@ def test_stopped_while_the_checkpoint_s_database_is_silent(
         pooler.pause()
         stack.api.behave()
         wait_until(lambda: "takes events again" in quick.log, "something to save")
+        silent = "the checkpoint database has not answered for"
+        wait_until(lambda: silent in quick.admin("/readyz"), "the save that hangs to be told")
         began = time.monotonic()
         quick.process.send_signal(signal.SIGTERM)
         code = quick.process.wait(60)

@@ -21,7 +21,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.operations import watchdog as watchdogs
 from replicator.operations.http import Admin
-from replicator.operations.watchdog import Watchdog
+from replicator.operations.watchdog import Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source.stream import Source
 from sinks import create_sinks
@@ -30,9 +30,10 @@ from sinks import create_sinks
 class Running:
     """A pipeline with its watchdog and its endpoints."""
 
-    def __init__(self, settings: CoreSettings, pipeline: Pipeline) -> None:
+    def __init__(self, settings: CoreSettings, pipeline: Pipeline, watchdog: Watchdog) -> None:
         self.settings = settings
         self.pipeline = pipeline
+        self.watchdog = watchdog
         self.client = httpx.AsyncClient(base_url=f"http://{settings.admin_listen}", trust_env=False)
 
     async def get(self, path: str) -> tuple[int, str]:
@@ -67,12 +68,13 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
     enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({}))
     sinks = create_sinks(settings.sinks, EVENT)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
-    pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, store)
-    watchdog = Watchdog(pipeline, dsn, settings.slot)
+    answers = Answers(store)
+    pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, answers.store)
+    watchdog = Watchdog(pipeline, dsn, settings, answers)
     admin = Admin(watchdog, settings.admin_listen)
     await admin.start()
     work = [asyncio.create_task(watchdog.run()), asyncio.create_task(pipeline.run())]
-    made = Running(settings, pipeline)
+    made = Running(settings, pipeline, watchdog)
     try:
         yield made
     finally:
@@ -173,6 +175,6 @@ async def test_an_address_that_is_taken_is_a_setting_to_change(
 ) -> None:
     """Exit code 2, with the setting's name."""
     async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
-        second = Admin(Watchdog(replicator.pipeline, database, "s"), replicator.settings.admin_listen)
+        second = Admin(replicator.watchdog, replicator.settings.admin_listen)
         with pytest.raises(SettingsError, match="REPLICATOR_ADMIN_LISTEN"):
             await second.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from types import SimpleNamespace
 from typing import cast
@@ -12,10 +13,12 @@ from msgspec import structs
 
 from replicator.contracts.errors import SlotInUse, SourceUnusable
 from replicator.contracts.events import Checkpoint, Mark, Position, SinkPosition
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations.status import STALL_SECONDS, CheckpointStatus, SlotStatus, Status
-from replicator.operations.watchdog import TROUBLE_SECONDS, Watchdog
+from replicator.operations.watchdog import TROUBLE_SECONDS, Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -86,6 +89,7 @@ class FakePipeline:
         self.trouble = Trouble()
         self.saving = Trouble()
         self.verification = FakeVerification()
+        self.letters = SimpleNamespace(trouble=Trouble())
         self.saves = True
         """A checkpoint is saved between two looks."""
         self.checkpoint: Checkpoint | None = Checkpoint(
@@ -107,13 +111,27 @@ class FakePipeline:
         return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
 
+class FakeStore:
+    """A database whose answer comes when the test says."""
+
+    def __init__(self) -> None:
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def save(self, _: Checkpoint) -> None:
+        """Hangs."""
+        self.asked.set()
+        self.answers.wait()
+
+
 class Looking(Watchdog):
     """A watchdog that looks when the test says, at a slot and a clock of the test's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        super().__init__(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
+        self.database = FakeStore()
+        self.answers = Answers(cast("CheckpointStore", self.database))
+        super().__init__(cast("Pipeline", FakePipeline()), "", CoreSettings.model_validate({"slot": "s"}), self.answers)
         self.trouble = ""
 
     def look(self, seconds_later: float = 0.0, **changes: object) -> list[str]:
@@ -287,8 +305,8 @@ async def test_nothing_that_the_slot_answers_ends_the_monitor(monkeypatch: pytes
         seen.set()
 
     monkeypatch.setattr(slots, "look", refuses)
-    watchdog = Watchdog(FakePipeline(), "", "s")  # type: ignore[arg-type]  # as much of a pipeline as it needs
-    monkeypatch.setattr(watchdog.pipeline, "letters", SimpleNamespace(look=letters), raising=False)
+    watchdog = Looking(monkeypatch)
+    monkeypatch.setattr(watchdog.pipeline, "letters", SimpleNamespace(look=letters, trouble=Trouble()))
     running = asyncio.create_task(watchdog.run())
     await seen.wait()
     await asyncio.sleep(0)
@@ -305,15 +323,36 @@ def test_a_checkpoint_that_fails_is_not_ready(watchdog: Looking, pipeline: Pipel
     assert ["the disk is full"] == watchdog.look(5.0)
 
 
-def test_a_checkpoint_that_hangs_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
-    """No error is logged, and the sinks' movement hides it from the stall: no checkpoint was saved."""
+async def test_a_save_that_hangs_is_not_ready(watchdog: Looking) -> None:
+    """No error is logged, and nothing else need stand still: longer than a lock may take."""
+    saving = asyncio.create_task(asyncio.to_thread(watchdog.answers.store.save, CHECKPOINT))
+    await asyncio.to_thread(watchdog.database.asked.wait)
+    assert [] == watchdog.look(9.0)
+    assert ["the checkpoint database has not answered for 11 s; nothing is confirmed meanwhile"] == watchdog.look(2.0)
+    watchdog.database.answers.set()
+    await saving
+    assert [] == watchdog.look(5.0)
+
+
+def test_a_checkpoint_database_that_fails_while_nothing_comes_is_not_ready(
+    watchdog: Looking, pipeline: Pipeline
+) -> None:
+    """Nothing is saved then, and it would show only with the next event."""
+    pipeline.letters.trouble = FakeTrouble("no such table", lasting=9.0)
+    assert [] == watchdog.look(5.0)
+    pipeline.letters.trouble = FakeTrouble("no such table", lasting=10.0)
+    assert ["no such table"] == watchdog.look(5.0)
+
+
+def test_sinks_that_move_on_unsaved_are_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
+    """Whatever holds the save up, the sinks' movement hides it from the stall."""
     lane, fake = pipeline.fan_out.lanes[0], cast("FakePipeline", pipeline)
     fake.saves = False
-    for number in range(18):
+    for number in range(7):
         lane.mark = Mark(Position(91 + number, 1), 81 + number)
         assert [] == watchdog.look(5.0 if number else 0.0, server_lsn=200)
     lane.mark = Mark(Position(200, 1), 190)
-    assert ["no checkpoint has been saved for 90 s"] == watchdog.look(5.0)
+    assert ["no checkpoint has been saved for 35 s"] == watchdog.look(5.0)
     fake.saves = True
     assert [] == watchdog.look(5.0)
 
