@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from replicator.cli.arguments import Json, load_app
-from replicator.contracts.errors import SettingsError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -113,30 +112,12 @@ def config_check() -> int:
     Nothing is connected to. A variable that begins with REPLICATOR_ and is not a setting is a mistake, too.
     """
     from replicator.cli.app import all_settings, unknown_settings, unusable_parts
+    from replicator.contracts.settings import examine
 
-    mistakes = [str(error) for settings_class in all_settings() for error in _mistakes(settings_class)]
-    mistakes = [*dict.fromkeys([*mistakes, *map(str, unusable_parts()), *unknown_settings()])]
+    found = [error for settings_class in all_settings() for error in examine(settings_class)[1]]
+    mistakes = [*dict.fromkeys([*map(str, [*found, *unusable_parts()]), *unknown_settings()])]
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
-
-
-def _mistakes(settings_class: type[Settings]) -> Iterator[SettingsError]:
-    """Everything that is wrong, one field at a time: each is left at its default once it was named."""
-    from replicator.contracts.settings import load, variable
-
-    fields = settings_class.model_fields
-    known: dict[str, Any] = {}
-    while True:
-        try:
-            load(settings_class, **known)
-        except SettingsError as error:
-            yield error
-            wrong = [name for name in fields if error.name in (variable(name), f"{variable(name)}_FILE")]
-            if not wrong or wrong[0] in known:
-                return
-            known[wrong[0]] = fields[wrong[0]].get_default(call_default_factory=True)
-        else:
-            return
 
 
 def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:

@@ -105,23 +105,39 @@ def given(field_name: str) -> Given | None:
 
 def load(settings_class: type[T], **known: Any) -> T:
     """Read and check all settings of a class, except `known` ones. Raises SettingsError for the first unusable one."""
-    fields = settings_class.model_fields
-    found = {name: value.text for name in fields if name not in known and (value := given(name)) is not None}
+    made, mistakes = examine(settings_class, **known)
+    if made is None or mistakes:
+        raise mistakes[0]
+    return made
+
+
+def examine(settings_class: type[T], **known: Any) -> tuple[T | None, list[SettingsError]]:
+    """As `load`, with everything that is wrong. A setting whose file can't be read is checked at its default."""
+    values, mistakes, made = dict(known), [], None
+    for name in settings_class.model_fields:
+        try:
+            if name not in known and (value := given(name)):
+                values[name] = value.text
+        except SettingsError as error:
+            mistakes.append(error)
     try:
-        return settings_class(**found, **known)
+        made = settings_class(**values)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        problem = _PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
-        if not first["loc"]:  # of several fields together
-            raise SettingsError(
-                name=settings_class.__name__, problem=problem, expected="settings that go together"
-            ) from None
-        field_name = str(first["loc"][0])
-        expected = fields[field_name].description or "another value"
-        raise SettingsError(name=variable(field_name), problem=problem, expected=expected) from None
-    except Exception as exc:  # of another package's sink; its own words may hold a secret
+        found = exc.errors(include_url=False, include_input=False, include_context=False)
+        mistakes += [_mistake(settings_class, error["loc"], error["type"], error["msg"]) for error in found]
+    except Exception as exc:  # noqa: BLE001  of another package's sink; its own words may hold a secret
         problem = f"their validation failed ({type(exc).__name__})"
-        raise SettingsError(name=settings_class.__name__, problem=problem, expected="a corrected package") from exc
+        mistakes.append(SettingsError(name=settings_class.__name__, problem=problem, expected="a corrected package"))
+    return made, mistakes
+
+
+def _mistake(settings_class: type[Settings], at: tuple[int | str, ...], kind: str, words: str) -> SettingsError:
+    problem = _PLAINLY.get(kind, words.removeprefix("Value error, "))
+    if not at:  # of several fields together
+        return SettingsError(name=settings_class.__name__, problem=problem, expected="settings that go together")
+    field_name = str(at[0])
+    expected = settings_class.model_fields[field_name].description or "another value"
+    return SettingsError(name=variable(field_name), problem=problem, expected=expected)
 
 
 def secret_files() -> list[Path]:

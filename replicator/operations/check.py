@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import closing
 
-from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, command
+from replicator.contracts.errors import ReplicatorError, SourceError, command
 from replicator.contracts.events import Finding, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
@@ -30,36 +30,29 @@ async def findings(
     settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
     """Everything, one after the other; never raises for what it finds."""
-    for finding in (*_machine(settings, store), *secrets_in_clear(settings, sinks)):
+    reached = [Finding(True, warning) for warning in filter(None, [exposed(settings.admin_listen)])]
+    readable = open_to_all([*secret_files(), *store.files()])
+    for finding in (*reached, *readable, *secrets_in_clear(settings, sinks)):
         yield finding
-    asked = [sink for sink in sinks if sink.name not in settings.paused_sinks]
     fresh = False  # nothing was begun: what `init` makes need not be there
-    sink_checks = [(f"sink {sink.name}", sink.check) for sink in asked]
+    checks = [(f"sink {sink.name}", sink.check) for sink in sinks if sink.name not in settings.paused_sinks]
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
     except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at
         yield Finding(False, exc.problem, exc.cure)
-        checks = sink_checks
     else:
         for finding in found.findings:
             yield finding
         if found.may_stream:
-            async for finding in _beginning(settings, sinks, store):
+            for finding in await _checked("checkpoint", lambda: _beginning(settings, sinks, store)):
                 fresh = fresh or finding.made_by_init
                 yield finding
-        checks = [("tables", enricher.check), *sink_checks]
+        checks.insert(0, ("tables", enricher.check))
     for name, check in checks:
         for finding in await _checked(name, check):
             yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
     async for finding in _running(settings):
         yield finding
-
-
-def _machine(settings: CoreSettings, store: CheckpointStore) -> Iterator[Finding]:
-    """Who else reaches what is here."""
-    if warning := exposed(settings.admin_listen):
-        yield Finding(True, warning)
-    yield from open_to_all([*secret_files(), *store.files()])
 
 
 async def _running(settings: CoreSettings) -> AsyncIterator[Finding]:
@@ -85,22 +78,14 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]])
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it")]
 
 
-async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> AsyncIterator[Finding]:
-    """Slot and checkpoint, and whether the two fit together."""
-    try:
-        with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot)) as source:
-            found = await Beginning(source, store, settings.slot, sinks).look()
-        found.verify()
-        at = (
-            f"at {format_lsn(found.stored.end_lsn)}"
-            if found.stored
-            else "nothing in it yet: the first start begins at the slot"
-        )
-        yield Finding(True, f"checkpoint database: {at}")
-    except (CheckpointError, SourceError) as exc:
-        yield Finding(False, exc.problem, exc.cure)
-    else:
-        yield _slot(settings, found.state)
+async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> list[Finding]:
+    """Slot and checkpoint. Raises when the two don't fit together."""
+    with closing(Source(settings.postgres_dsn.get_secret_value(), settings.slot)) as source:
+        found = await Beginning(source, store, settings.slot, sinks).look()
+    found.verify()
+    stored = found.stored
+    at = f"at {format_lsn(stored.end_lsn)}" if stored else "nothing in it yet: the first start begins at the slot"
+    return [Finding(True, f"checkpoint database: {at}"), _slot(settings, found.state)]
 
 
 def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:

@@ -112,7 +112,8 @@ class Admin:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        method, status, kind, body = self._page(head.decode("latin-1").split("\r\n"))
+        asked = head.decode("latin-1").split("\r\n")
+        status, kind, body = self._page(asked)
         lines = (
             f"HTTP/1.1 {status.value} {status.phrase}",
             f"Content-Type: {kind}",
@@ -120,20 +121,20 @@ class Admin:
             "Cache-Control: no-store",
             "Connection: close",
         )
-        return "\r\n".join([*lines, "", ""]).encode() + (b"" if method == "HEAD" else body)
+        return "\r\n".join([*lines, "", ""]).encode() + (b"" if asked[0].startswith("HEAD ") else body)
 
-    def _page(self, lines: Sequence[str]) -> tuple[str, HTTPStatus, str, bytes]:
+    def _page(self, lines: Sequence[str]) -> Page:
         method, _, rest = lines[0].partition(" ")
         path, _, version = rest.partition(" ")
         page = self._pages.get(path.partition("?")[0])
         if not version.startswith("HTTP/1."):
             self._complain("what was sent is not HTTP")
-            return method, *_error(HTTPStatus.BAD_REQUEST)
+            return _error(HTTPStatus.BAD_REQUEST)
         if _is_loopback(self._host) and not all(name == self._host or _is_loopback(name) for name in _hosts(lines)):
-            return method, *_error(HTTPStatus.MISDIRECTED_REQUEST)  # a web page that has bound its name to this machine
+            return _error(HTTPStatus.MISDIRECTED_REQUEST)  # a web page that has bound its name to this machine
         if method not in ("GET", "HEAD"):
-            return method, *_error(HTTPStatus.METHOD_NOT_ALLOWED)
-        return method, *(page() if page else _error(HTTPStatus.NOT_FOUND))
+            return _error(HTTPStatus.METHOD_NOT_ALLOWED)
+        return page() if page else _error(HTTPStatus.NOT_FOUND)
 
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """No descriptors are left for a connection: asyncio tries again each second, and would say so each time."""

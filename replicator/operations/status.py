@@ -211,9 +211,13 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         trouble = f"replication slot {name} does not exist{but}; {command(cure)} makes it"
     slot = of_slot(name, state, trouble)
     reasons = [*(live.reasons if live else ()), live_trouble, slot.trouble, store_trouble]
-    if state:
-        reasons += [_unread(name, state, live), "" if store_trouble else _unfit(name, state, stored, live)]
-    reasons += [_left_out(sink) for sink in sinks if live and live.sinks and sink not in live.sinks]
+    if state and not (live or state.active_pid):
+        reasons.append(f"no process reads replication slot {name}")
+    if state and not store_trouble:
+        reasons.append(_unfit(name, state, stored, live))
+    if live and live.sinks:
+        left_out = "the running replicator does not write to sink {}: REPLICATOR_SINKS is not the same there".format
+        reasons += [left_out(sink) for sink in sinks if sink not in live.sinks]
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
         reasons=reasons,
@@ -224,10 +228,6 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )
-
-
-def _unread(name: str, state: SlotState, live: Status | None) -> str:
-    return "" if live or state.active_pid else f"no process reads replication slot {name}"
 
 
 def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status | None) -> str:
@@ -242,10 +242,6 @@ def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status 
     if live or not waiting or seconds < STALL_SECONDS:  # a replicator that can be asked knows better
         return ""
     return f"the checkpoint was saved {seconds:.0f} s ago, while {waiting} bytes wait"
-
-
-def _left_out(sink: str) -> str:
-    return f"the running replicator does not write to sink {sink}: REPLICATOR_SINKS is not the same there"
 
 
 async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:
@@ -274,14 +270,12 @@ async def ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
 
 async def _fetch(url: str) -> bytes:
     """The beginning of the body: another program may answer there, and without an end."""
-    body = b""
     timeout = aiohttp.ClientTimeout(ADMIN_TIMEOUT_SECONDS)
     async with aiohttp.request("GET", url, timeout=timeout, allow_redirects=False) as response:
-        async for piece in response.content.iter_any():
-            body += piece
-            if len(body) > STATUS_BYTES:
-                break
-    return body
+        try:
+            return await response.content.readexactly(STATUS_BYTES)
+        except asyncio.IncompleteReadError as all_of_it:
+            return all_of_it.partial
 
 
 def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:
@@ -291,12 +285,10 @@ def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: S
     if not stored or name not in stored.sinks:
         return SinkStatus()
     found = of_sink(stored.sinks[name], state)
-    if found.lag_bytes is None:
-        return found
-    if found.lag_bytes and not stored.committed_at:
-        return found
-    # The most that it can be: what a sink lacks was committed after the newest that all of them have.
-    return structs.replace(found, lag_seconds=_ago(stored.committed_at) if found.lag_bytes else 0.0)
+    if found.lag_bytes and stored.committed_at:
+        # The most that it can be: what a sink lacks was committed after the newest that all of them have.
+        return structs.replace(found, lag_seconds=_ago(stored.committed_at))
+    return structs.replace(found, lag_seconds=0.0 if found.lag_bytes == 0 else None)
 
 
 def _ago(at: float) -> float:

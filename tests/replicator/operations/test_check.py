@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -99,8 +98,8 @@ async def test_what_init_makes(monkeypatch: pytest.MonkeyPatch, *, begun: bool) 
             """Say so."""
             return [Finding(False, "no table", "Run init", made_by_init=True)]
 
-    async def beginning(*_: object) -> AsyncIterator[Finding]:
-        yield Finding(True, "slot", made_by_init=not begun)
+    async def beginning(*_: object) -> list[Finding]:
+        return [Finding(True, "slot", made_by_init=not begun)]
 
     async def look(*_: object) -> object:
         return SimpleNamespace(findings=[], may_stream=True)
