@@ -6,7 +6,7 @@ Every key is made here: a script that makes up its keys escapes access rules.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
 """Events further ahead are counted but never ranked. Their buckets would have to be kept until their time comes, and a
 device whose clock is years ahead would fill Redis with them."""
+CALL_KEYS = 1_500
+"""A call ends at so many contents and runs of events: some 10 ms, and Redis serves nobody else meanwhile."""
 SLIDE_SECONDS_MAX = 60  # a window further behind (or ahead, after a clock was set back) is built from its buckets
 
 _US = 1_000_000
@@ -60,12 +62,11 @@ class Call(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A batch for `lua/write.lua`."""
+    """Events for one call of `lua/write.lua`."""
 
     call: Call
     ranked: bool
     """Whether any event belongs in a bucket."""
-    refused: list[Refusal]
 
 
 def bucket_of(now: float) -> int:
@@ -86,40 +87,49 @@ def moment(event: Event) -> str:
     return f"{(event.ts_us or 0) + _TS_BIAS}{event.id + _ID_BIAS:020}{event.commit_lsn:020}"
 
 
-def pack(events: Iterable[Event], now: float) -> Write:
-    """A batch as one call. Events are indices into the lists of keys, from 1 (bucket 0: none), so big ids stay text.
+def refusals(events: Iterable[Event]) -> list[Refusal]:
+    """What Redis can't hold."""
+    return [Refusal(event, _UNORDERED) for event in events if event.ts_us is None]
+
+
+def pack(events: Iterable[Event], now: float) -> Iterator[Write]:
+    """Events, none of them refused, as calls; each is made when it is asked for.
+
+    A call's contents cost Redis some 5 µs each, its events 0.4 µs: so a call is large in events, bounded in contents.
+    """
+    left = iter(events)
+    while part := _part(left, now):
+        yield part
+
+
+def _part(events: Iterator[Event], now: float) -> Write | None:
+    """Take events for one call. In it, they are indices into the lists of keys, from 1 (bucket 0: none).
 
     One loop over plain ints and dictionaries, because it runs for every event on the reader's loop (0.3 µs each).
     """
     earliest_us, latest_us = _rankable_us(now)
-    pages: dict[int, int] = {}
-    buckets: dict[int, int] = {}
     contents: dict[int, int] = {}
     newest: list[Event] = []
-    indices: list[int] = []
-    refused: list[Refusal] = []
+    runs: dict[tuple[int, int | None], list[int]] = {}
+    last: tuple[int, int | None] | None = None
+    run: list[int] = []
     for event in events:
-        ts_us, event_id, key = event.ts_us, event.id, event.key
-        if ts_us is None:
-            refused.append(Refusal(event, _UNORDERED))
-            continue
-        content = contents.get(key, 0)
-        if not content:
+        ts_us, event_id, key = event.ts_us or 0, event.id, event.key
+        content = contents.get(key)
+        if content is None:
             newest.append(event)
             content = contents[key] = len(newest)
-        elif _is_newer(ts_us, event_id, newest[content - 1]):
-            newest[content - 1] = event
-        page = pages.setdefault(event_id >> PAGE_BITS, len(pages) + 1)
-        rankable = earliest_us <= ts_us < latest_us
-        bucket = buckets.setdefault(ts_us // _BUCKET_US, len(buckets) + 1) if rankable else 0
-        indices += (page, event_id & BIT_MASK, content, bucket)
-    starts = [bucket * BUCKET_SECONDS for bucket in buckets]
-    return Write(_write_call(pages, starts, newest, indices, now), bool(starts), refused)
-
-
-def _is_newer(ts_us: int, event_id: int, other: Event) -> bool:
-    other_us = other.ts_us or 0  # never None: those are refused
-    return ts_us > other_us or (ts_us == other_us and event_id > other.id)
+        else:
+            other = newest[content - 1]
+            if ts_us > (other_us := other.ts_us or 0) or (ts_us == other_us and event_id > other.id):
+                newest[content - 1] = event
+        place = event_id >> PAGE_BITS, ts_us // _BUCKET_US if earliest_us <= ts_us < latest_us else None
+        if place != last:
+            run, last = runs.setdefault(place, []), place
+        run += (event_id & BIT_MASK, content)
+        if len(newest) + len(runs) >= CALL_KEYS:
+            break
+    return _write(runs, newest, now) if newest else None
 
 
 def _rankable_us(now: float) -> tuple[int, int]:
@@ -128,17 +138,32 @@ def _rankable_us(now: float) -> tuple[int, int]:
     return earliest * _US, int((now + FUTURE_SECONDS_MAX) * _US)
 
 
+def _write(runs: Mapping[tuple[int, int | None], list[int]], newest: Sequence[Event], now: float) -> Write:
+    pages = _numbered(page for page, _ in runs)
+    buckets = _numbered(bucket for _, bucket in runs if bucket is not None)
+    numbers: list[int] = []
+    for (page, bucket), run in runs.items():
+        numbers += (pages[page], 0 if bucket is None else buckets[bucket], len(run) // 2)
+        numbers += run
+    packed = struct.pack(f"<{len(numbers)}H", *numbers)
+    starts = [bucket * BUCKET_SECONDS for bucket in buckets]
+    return Write(_write_call(list(pages), starts, newest, packed, now), bool(starts))
+
+
+def _numbered(things: Iterable[int]) -> dict[int, int]:
+    """Each of them once, numbered from 1."""
+    return {thing: number for number, thing in enumerate(dict.fromkeys(things), 1)}
+
+
 def _write_call(
-    pages: Iterable[int], buckets: Sequence[int], newest: Sequence[Event], indices: Sequence[int], now: float
+    pages: Sequence[int], buckets: Sequence[int], newest: Sequence[Event], packed: bytes, now: float
 ) -> Call:
     contents = [str(event.key) for event in newest]
-    seen = [f"{SEEN_PREFIX}{page}" for page in pages]
-    keys = [WINDOW, WINDOW_STATE, *seen, *map(bucket_key, buckets)]
+    keys = [WINDOW, WINDOW_STATE, *(f"{SEEN_PREFIX}{page}" for page in pages), *map(bucket_key, buckets)]
     keys += [COUNT_PREFIX + content for content in contents]
     keys += ["content:newest:" + content for content in contents]
     keys += ["content:last:" + content for content in contents]
-    args: list[str | int | bytes] = [len(seen), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS]
-    args.append(struct.pack(f"<{len(indices)}i", *indices))
+    args: list[str | int | bytes] = [len(pages), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS, packed]
     args += buckets
     # A duration by our clock, so that Redis's clock doesn't matter. Never a shorter one: our clock may be set back,
     # and a bucket that expires before it has left the window would stay counted in it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ from replicator.contracts.events import Event
 from replicator.contracts.settings import load
 from sinks.redis.errors import sink_error
 from sinks.redis.info import Info, findings
-from sinks.redis.keys import bucket_of, moment, pack, slide_call
+from sinks.redis.keys import CALL_KEYS, Write, bucket_of, moment, pack, refusals, slide_call
 from sinks.redis.settings import RedisSettings
 
 NOW = 1_767_882_112.5
@@ -37,6 +39,12 @@ ids = st.integers(-(2**63), 2**63 - 1)
 def event(event_id: int, ts_us: int | None, key: int = 1) -> Event:
     """An event with these."""
     return Event(commit_lsn=1, ordinal=1, id=event_id, key=key, ts_us=ts_us, json=b"{}")
+
+
+def only(events: Sequence[Event], now: float) -> Write:
+    """The one call that they are."""
+    [write] = pack(events, now)
+    return write
 
 
 @given(times_us, ids, times_us, ids)
@@ -61,13 +69,32 @@ def test_the_later_view_of_an_event_is_the_newer() -> None:
 
 
 def test_an_event_without_a_time_is_refused() -> None:
-    """It is left out of the call; the reason names the column, no value."""
+    """The reason names the column, no value."""
     lost, kept = event(1, None), event(2, int(NOW * 1e6), key=7)
-    write = pack([lost, kept], NOW)
-    assert [lost] == [refusal.event for refusal in write.refused]
-    assert "event_ts" in write.refused[0].reason
-    expected = ["content:count:7"]
-    assert expected == [key for key in write.call.keys if key.startswith("content:count:")]
+    [refusal] = refusals([lost, kept])
+    assert lost == refusal.event
+    assert "event_ts" in refusal.reason
+
+
+def counts(write: Write) -> list[str]:
+    """The contents that a call counts."""
+    return [key for key in write.call.keys if key.startswith("content:count:")]
+
+
+def test_a_call_is_bounded_by_contents() -> None:
+    """As many events as there are of a few contents; of many contents, so many at a time, none left out or twice."""
+    [few] = pack([event(number, int(NOW * 1e6), key=number % 7) for number in range(16_000)], NOW)
+    assert 7 == len(counts(few))
+    many = list(pack([event(number, int(NOW * 1e6), key=number) for number in range(16_000)], NOW))
+    assert all(len(counts(write)) <= CALL_KEYS for write in many)
+    assert [f"content:count:{number}" for number in range(16_000)] == [key for write in many for key in counts(write)]
+
+
+def test_a_call_is_bounded_by_pages() -> None:
+    """Each page of seen bits is read: ids that are far apart make more calls."""
+    far = list(pack([event(number << 16, int(NOW * 1e6)) for number in range(16_000)], NOW))
+    assert all(sum(key.startswith("engagement:seen:") for key in write.call.keys) <= CALL_KEYS for write in far)
+    assert [] == list(pack([], NOW))
 
 
 @pytest.mark.parametrize(
@@ -76,17 +103,17 @@ def test_an_event_without_a_time_is_refused() -> None:
 )
 def test_what_gets_a_bucket(age_seconds: int, ranked: bool) -> None:
     """Events whose bucket would have expired don't, nor those more than a day ahead; an event 3 hours ahead does."""
-    assert ranked == pack([event(1, int((NOW - age_seconds) * 1e6))], NOW).ranked
+    assert ranked == only([event(1, int((NOW - age_seconds) * 1e6))], NOW).ranked
 
 
 @pytest.mark.parametrize("ahead_seconds", [0, 400, 850])
 def test_a_bucket_outlives_the_window_whatever_our_clock_says(ahead_seconds: int) -> None:
     """It has to be there when it leaves the window, or what it holds stays in it: from its last write on for 15 min."""
-    call = pack([event(1, int(NOW * 1e6))], NOW + ahead_seconds).call
+    call = only([event(1, int(NOW * 1e6))], NOW + ahead_seconds).call
     [start, keep] = call.args[5:7]
     assert bucket_of(NOW) == start
     assert 900 == keep
-    [later, keep] = pack([event(1, int((NOW + 3_600) * 1e6))], NOW).call.args[5:7]
+    [later, keep] = only([event(1, int((NOW + 3_600) * 1e6))], NOW).call.args[5:7]
     assert bucket_of(NOW + 3_600) - NOW + 900 <= int(keep)
     assert later == bucket_of(NOW + 3_600)
 

@@ -4,8 +4,8 @@
 -- KEYS: the window, its state; then for each page its seen bits; for each bucket its sorted set; for each content
 --       its count, after these its newest moment, after these its last event.
 -- ARGV: how many pages; how many buckets; seconds from the window's oldest bucket to its newest; seconds to keep a
---       last event; the events: little-endian int32s, four an event: page, bit, content, bucket (0: none);
---       then for each bucket its start; for each bucket the seconds to keep it; for each content the moment of
+--       last event; the events, as little-endian uint16s: for each run of events of one page and one bucket (0: none)
+--       page, bucket and how many, then for each event bit and content; then for each bucket its start; for each bucket the seconds to keep it; for each content the moment of
 --       its newest event; for each content that event.
 -- Returns two numbers: 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it;
 -- and how many of the events are new.
@@ -20,6 +20,7 @@ local N_CONTENTS = (#KEYS - 2 - N_PAGES - N_BUCKETS) / 3
 local MOMENT_WIDTH = 38 -- of (event_ts, event_id); the commit's LSN follows
 local SLICE = 1500 -- Lua passes at most some 8,000 arguments to a command
 local MASKS = {[0] = 128, 64, 32, 16, 8, 4, 2, 1}
+local char, byte, unpacked = string.char, string.byte, struct.unpack
 
 -- KEYS and ARGV after these are the first page's, the first bucket's ...
 local PAGE, BUCKET = 2, 2 + N_PAGES
@@ -72,28 +73,42 @@ end
 local state = tonumber(redis.call('GET', KEYS[2]) or '')
 local complete = redis.call('ZCARD', KEYS[1]) > 0 and state ~= nil
 
--- 2. Which events are new: the old bit tells. Bytes that change are written once, however many of their bits do: ids
---    that come together are neighbours. Bits are numbered as SETBIT does, from the left.
-local band, floor, byte = bit.band, math.floor, string.byte
-local marked, new, n_new, ranks = {}, {}, 0, {}
+-- 2. Which events are new: the old bit tells. Bits are numbered as SETBIT does, from the left. `marked` has the bytes
+--    that change, `places` where they are, `ranks` how many new events each content has in each bucket.
+--    This loop runs for every event: no call but one, as a call of Lua's costs as much as the rest of it.
+local marked, places, ranks = {}, {}, {}
 for i = 1, N_PAGES do
-  marked[i] = {}
+  marked[i], places[i] = {}, {}
 end
-for i = 1, N_BUCKETS do
+for i = 0, N_BUCKETS do
   ranks[i] = {}
 end
-for at = 1, #EVENTS, 16 do
-  local page, number, content, bucket = struct.unpack('<i4i4i4i4', EVENTS, at)
-  local mark, place = marked[page], floor(number / 8)
-  local value = mark[place] or byte(bits[page], place + 1) or 0
-  local mask = MASKS[number % 8]
-  if band(value, mask) == 0 then
-    mark[place] = value + mask
-    new[content], n_new = (new[content] or 0) + 1, n_new + 1
-    local rank = ranks[bucket]
-    if rank then
+local at = 1
+while at < #EVENTS do
+  local page, bucket, n = unpacked('<I2I2I2', EVENTS, at)
+  local old, mark, found, rank = bits[page], marked[page], places[page], ranks[bucket]
+  for event = at + 6, at + 6 + 4 * (n - 1), 4 do
+    local bit, high, content, content_high = byte(EVENTS, event, event + 3)
+    local mask, place = MASKS[bit % 8], high * 32 + (bit - bit % 8) / 8
+    local value = mark[place]
+    if not value then
+      value = byte(old, place + 1) or 0
+      if value % (2 * mask) < mask then
+        found[#found + 1] = place
+      end
+    end
+    if value % (2 * mask) < mask then
+      mark[place] = value + mask
+      content = content + content_high * 256
       rank[content] = (rank[content] or 0) + 1
     end
+  end
+  at = at + 6 + 4 * n
+end
+local new, n_new = {}, 0
+for i = 0, N_BUCKETS do
+  for content, n in pairs(ranks[i]) do
+    new[content], n_new = (new[content] or 0) + n, n_new + n
   end
 end
 
@@ -133,9 +148,19 @@ for i, rank in ipairs(ranks) do
 end
 
 -- 5. Mark the new events as seen, and count them.
-for page, mark in ipairs(marked) do
-  for place, value in pairs(mark) do
-    redis.call('SETRANGE', KEYS[PAGE + page], place, string.char(value))
+--    Neighbours are written as one, as ids that come together are mostly neighbours.
+for page, found in ipairs(places) do
+  local mark, from = marked[page], 1
+  table.sort(found)
+  for i, place in ipairs(found) do
+    if found[i + 1] ~= place + 1 then
+      local changed = {}
+      for j = from, i do
+        changed[#changed + 1] = char(mark[found[j]])
+      end
+      redis.call('SETRANGE', KEYS[PAGE + page], found[from], table.concat(changed))
+      from = i + 1
+    end
   end
 end
 set(totals)
