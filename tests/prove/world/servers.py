@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import psycopg
@@ -21,20 +22,8 @@ READS = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE
 ALL_OF_ROLE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s"
 
 
-def _rotate(world: World, chance: random.Random, name: str) -> Iterator[None]:
-    """At the server first, or in the file first."""
-    world.passwords[name] = f"{SECRET}-{name}-{chance.getrandbits(40)}"
-    file_first = chance.random() < 0.3
-    if file_first:
-        world.write_secret(name)
-        world.wait(chance.uniform(0, 2))
-    _ROTATE[name](world)
-    yield
-    if not file_first:
-        world.write_secret(name)
-
-
 def _rotate_postgres(world: World) -> None:
+    """And end its connections, as for Redis. The others are asked for theirs with every request."""
     world.alter(f"ALTER ROLE {ROLE} PASSWORD '{world.passwords['postgres']}'")
     with world.postgres_is_ours, psycopg.connect(world.dsn, autocommit=True) as connection:
         connection.execute(ALL_OF_ROLE, [ROLE])
@@ -56,36 +45,26 @@ def _rotate_api(world: World) -> None:
     world.api.secret = world.passwords["api"]
 
 
-_ROTATE = {
-    "postgres": _rotate_postgres,
-    "redis": _rotate_redis,
-    "clickhouse": _rotate_clickhouse,
-    "api": _rotate_api,
-}
+def _rotation(name: str, server: str, rotate: Callable[[World], None]) -> None:
+    """Register a fault: a new secret, at the server first, or in the file first."""
+
+    @fault("secrets", name)
+    def script(world: World, chance: random.Random) -> Iterator[None]:
+        world.passwords[server] = f"{SECRET}-{server}-{chance.getrandbits(40)}"
+        file_first = chance.random() < 0.3
+        if file_first:
+            world.write_secret(server)
+            world.wait(chance.uniform(0, 2))
+        rotate(world)
+        yield
+        if not file_first:
+            world.write_secret(server)
 
 
-@fault("secrets")
-def postgresql_s_is_rotated(world: World, chance: random.Random) -> Iterator[None]:
-    """And its connections are ended."""
-    yield from _rotate(world, chance, "postgres")
-
-
-@fault("secrets")
-def redis_s_is_rotated(world: World, chance: random.Random) -> Iterator[None]:
-    """And its connections are ended."""
-    yield from _rotate(world, chance, "redis")
-
-
-@fault("secrets")
-def clickhouse_s_is_rotated(world: World, chance: random.Random) -> Iterator[None]:
-    """It is asked with every request."""
-    yield from _rotate(world, chance, "clickhouse")
-
-
-@fault("secrets")
-def the_api_s_is_rotated(world: World, chance: random.Random) -> Iterator[None]:
-    """It is asked with every request."""
-    yield from _rotate(world, chance, "api")
+_rotation("postgresql s is rotated", "postgres", _rotate_postgres)
+_rotation("redis s is rotated", "redis", _rotate_redis)
+_rotation("clickhouse s is rotated", "clickhouse", _rotate_clickhouse)
+_rotation("the api s is rotated", "api", _rotate_api)
 
 
 # -- PostgreSQL ----------------------------------------------------------------------------------------------------
@@ -168,16 +147,9 @@ def _while_it_is_down(world: World, chance: random.Random, table: Literal["event
             pass
 
 
-@fault("replicator")
-def events_change_while_it_is_down(world: World, chance: random.Random) -> Iterator[None]:
-    """Any of the faults of that table."""
-    yield from _while_it_is_down(world, chance, "events")
-
-
-@fault("replicator")
-def content_changes_while_it_is_down(world: World, chance: random.Random) -> Iterator[None]:
-    """Any of the faults of that table."""
-    yield from _while_it_is_down(world, chance, "content")
+# Any of the faults of that table.
+fault("replicator", "events change while it is down")(partial(_while_it_is_down, table="events"))
+fault("replicator", "content changes while it is down")(partial(_while_it_is_down, table="content"))
 
 
 def _end(world: World, chance: random.Random, *, kill: bool = False) -> None:

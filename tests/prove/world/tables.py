@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import psycopg
 
-from tests.prove.world.world import FAULTS, World, fault
+from tests.prove.world.world import FAULTS, Victim, World, fault
 from tests.prove.world.writers import write
 from tests.support.environment import ROLE
 
@@ -55,6 +56,35 @@ def _make_partitioned(world: World) -> bool:
     return world.partitioned
 
 
+Step: TypeAlias = Callable[[World, random.Random], object]
+
+
+def _play(victim: Victim, name: str, begin: Sequence[Step], end: Sequence[Step] = ()) -> None:
+    """Register a fault that takes the same steps every time."""
+
+    @fault(victim, name)
+    def script(world: World, chance: random.Random) -> Iterator[None]:
+        for step in begin:
+            step(world, chance)
+        yield
+        for step in end:
+            step(world, chance)
+
+
+def _alter(*statements: str) -> Step:
+    return lambda world, _: world.alter(*statements)
+
+
+def _change(*statements: str, grant: bool = True) -> Step:
+    """Of content."""
+    return lambda world, _: world.change_content(*statements, grant=grant)
+
+
+def _some(world: World, chance: random.Random) -> None:
+    """Events that the application writes into the table at its place by contract."""
+    _insert(world, chance, EVENTS, "some")
+
+
 # -- engagement_events ---------------------------------------------------------------------------------------------
 
 
@@ -62,7 +92,7 @@ def _make_partitioned(world: World) -> bool:
 def swapped_for_a_partitioned_one(world: World, chance: random.Random) -> Iterator[None]:
     """At three in the morning, by the book: rename, create, attach."""
     if not _make_partitioned(world):
-        _insert(world, chance, EVENTS, "some")
+        _some(world, chance)
     yield
 
 
@@ -122,7 +152,7 @@ def a_partition_is_detached_and_attached_again(world: World, chance: random.Rand
 def a_child_by_inheritance(world: World, chance: random.Random) -> Iterator[None]:
     """As partitions were made before PostgreSQL 10, and as hypertables are."""
     if world.partitioned:
-        _insert(world, chance, EVENTS, "some")
+        _some(world, chance)
         yield
         return
     world.has_children = True
@@ -137,7 +167,7 @@ def a_child_by_inheritance(world: World, chance: random.Random) -> Iterator[None
 def a_filled_child_inherits(world: World, chance: random.Random) -> Iterator[None]:
     """A table with rows becomes a child, stops being one, and becomes one again."""
     if world.partitioned:
-        _insert(world, chance, EVENTS, "some")
+        _some(world, chance)
         yield
         return
     world.has_children = True
@@ -153,43 +183,40 @@ def a_filled_child_inherits(world: World, chance: random.Random) -> Iterator[Non
     world.alter(f"ALTER TABLE {name} INHERIT engagement_events")
 
 
-def _elsewhere(
-    world: World, chance: random.Random, there: tuple[str, ...], back: tuple[str, ...], table: str
-) -> Iterator[None]:
-    """The table is somewhere else for a while; the application follows it, or meets nothing."""
-    world.alter(*there)
-    if chance.random() < 0.6:
-        world.place.table = table
-    yield
-    world.alter(*back)
-    world.place.table = EVENTS
+def _away(name: str, there: tuple[str, ...], back: tuple[str, ...], table: str) -> None:
+    """Register a fault that has the table somewhere else for a while; the application follows it, or meets nothing."""
+
+    @fault("events", name)
+    def script(world: World, chance: random.Random) -> Iterator[None]:
+        world.alter(*there)
+        if chance.random() < 0.6:
+            world.place.table = table
+        yield
+        world.alter(*back)
+        world.place.table = EVENTS
 
 
-@fault("events")
-def renamed_and_back(world: World, chance: random.Random) -> Iterator[None]:
-    """By mistake, or by a migration that is rolled back."""
-    there = ("ALTER TABLE engagement_events RENAME TO engagement_events_v2",)
-    back = ("ALTER TABLE engagement_events_v2 RENAME TO engagement_events",)
-    yield from _elsewhere(world, chance, there, back, "public.engagement_events_v2")
-
-
-@fault("events")
-def a_view_takes_its_name(world: World, chance: random.Random) -> Iterator[None]:
-    """Expand and contract: the application goes on through the view."""
-    there = (
+_away(
+    "renamed and back",  # by mistake, or by a migration that is rolled back
+    there=("ALTER TABLE engagement_events RENAME TO engagement_events_v2",),
+    back=("ALTER TABLE engagement_events_v2 RENAME TO engagement_events",),
+    table="public.engagement_events_v2",
+)
+_away(
+    "a view takes its name",  # expand and contract: the application goes on through the view
+    there=(
         "ALTER TABLE engagement_events RENAME TO engagement_events_v2",
         "CREATE VIEW engagement_events AS SELECT * FROM engagement_events_v2",
-    )
-    back = ("DROP VIEW engagement_events", "ALTER TABLE engagement_events_v2 RENAME TO engagement_events")
-    yield from _elsewhere(world, chance, there, back, EVENTS)
-
-
-@fault("events")
-def moved_to_another_schema_and_back(world: World, chance: random.Random) -> Iterator[None]:
-    """The application's search_path follows."""
-    there = ("CREATE SCHEMA IF NOT EXISTS tracking", "ALTER TABLE engagement_events SET SCHEMA tracking")
-    back = ("ALTER TABLE tracking.engagement_events SET SCHEMA public",)
-    yield from _elsewhere(world, chance, there, back, "tracking.engagement_events")
+    ),
+    back=("DROP VIEW engagement_events", "ALTER TABLE engagement_events_v2 RENAME TO engagement_events"),
+    table=EVENTS,
+)
+_away(
+    "moved to another schema and back",  # the application's search_path follows
+    there=("CREATE SCHEMA IF NOT EXISTS tracking", "ALTER TABLE engagement_events SET SCHEMA tracking"),
+    back=("ALTER TABLE tracking.engagement_events SET SCHEMA public",),
+    table="tracking.engagement_events",
+)
 
 
 @fault("events")
@@ -205,7 +232,7 @@ def swapped_for_a_copy(world: World, chance: random.Random) -> Iterator[None]:
             "ALTER TABLE engagement_events_new RENAME TO engagement_events",
             f"GRANT SELECT ON engagement_events TO {ROLE}",
         )
-    _insert(world, chance, EVENTS, "some")
+    _some(world, chance)
     yield
 
 
@@ -214,7 +241,7 @@ def unlogged_and_back(world: World, chance: random.Random) -> Iterator[None]:
     """Rows that are written meanwhile are never in the WAL."""
     table = "engagement_events_old" if world.partitioned else "engagement_events"
     world.alter(f"ALTER TABLE {table} SET UNLOGGED")
-    _insert(world, chance, EVENTS, "some")
+    _some(world, chance)
     yield
     world.alter(f"ALTER TABLE {table} SET LOGGED")
 
@@ -241,40 +268,36 @@ def a_needed_column_is_retyped_and_back(world: World, chance: random.Random) -> 
     column, was = chance.choice((("duration_ms", "int"), ("user_id", "bigint"), ("content_id", "bigint")))
     other = chance.choice(("text", "numeric", "varchar(40)", "bigint"))
     world.alter(f"ALTER TABLE engagement_events ALTER {column} TYPE {other} USING {column}::{other}")
-    _insert(world, chance, EVENTS, "some")
+    _some(world, chance)
     yield
     world.alter(f"ALTER TABLE engagement_events ALTER {column} TYPE {was} USING {column}::{was}")
 
 
-@fault("events")
-def a_column_is_added_and_dropped(world: World, chance: random.Random) -> Iterator[None]:
-    """Nobody needs it."""
-    world.alter("ALTER TABLE engagement_events ADD COLUMN IF NOT EXISTS note text DEFAULT 'none'")
-    _insert(world, chance, EVENTS, "some")
-    yield
-    world.alter("ALTER TABLE engagement_events DROP COLUMN note")
-
-
-@fault("events")
-def harmless_changes(world: World, chance: random.Random) -> Iterator[None]:
-    """Rights, an index, a trigger, statistics."""
-    world.alter("GRANT SELECT ON engagement_events TO PUBLIC", "COMMENT ON TABLE engagement_events IS 'events'")
-    world.alter("CREATE INDEX IF NOT EXISTS by_user ON engagement_events (user_id)")
-    world.alter(
-        "CREATE FUNCTION chaos.nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
-        "CREATE TRIGGER nothing AFTER INSERT ON engagement_events FOR EACH ROW EXECUTE FUNCTION chaos.nothing()",
-    )
-    yield
-    world.alter("DROP FUNCTION chaos.nothing() CASCADE", "DROP INDEX by_user", "ANALYZE engagement_events")
-
-
-@fault("events")
-def rewritten(world: World, chance: random.Random) -> Iterator[None]:
-    """Every row in another file, no row changed."""
-    world.alter("ALTER TABLE engagement_events ADD COLUMN stamp timestamptz DEFAULT clock_timestamp()")
-    _insert(world, chance, EVENTS, "some")
-    yield
-    world.alter("ALTER TABLE engagement_events DROP COLUMN stamp")
+_play(
+    "events",
+    "a column is added and dropped",  # nobody needs it
+    [_alter("ALTER TABLE engagement_events ADD COLUMN IF NOT EXISTS note text DEFAULT 'none'"), _some],
+    [_alter("ALTER TABLE engagement_events DROP COLUMN note")],
+)
+_play(
+    "events",
+    "harmless changes",  # rights, an index, a trigger, statistics
+    [
+        _alter("GRANT SELECT ON engagement_events TO PUBLIC", "COMMENT ON TABLE engagement_events IS 'events'"),
+        _alter("CREATE INDEX IF NOT EXISTS by_user ON engagement_events (user_id)"),
+        _alter(
+            "CREATE FUNCTION chaos.nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+            "CREATE TRIGGER nothing AFTER INSERT ON engagement_events FOR EACH ROW EXECUTE FUNCTION chaos.nothing()",
+        ),
+    ],
+    [_alter("DROP FUNCTION chaos.nothing() CASCADE", "DROP INDEX by_user", "ANALYZE engagement_events")],
+)
+_play(
+    "events",
+    "rewritten",  # every row in another file, no row changed
+    [_alter("ALTER TABLE engagement_events ADD COLUMN stamp timestamptz DEFAULT clock_timestamp()"), _some],
+    [_alter("ALTER TABLE engagement_events DROP COLUMN stamp")],
+)
 
 
 # -- content -------------------------------------------------------------------------------------------------------
@@ -311,19 +334,17 @@ def swapped_by_rename(world: World, chance: random.Random) -> Iterator[None]:
     world.change_content(LONGER)
 
 
-@fault("content")
-def its_length_is_rewritten(world: World, chance: random.Random) -> Iterator[None]:
-    """A rewrite is not in the stream."""
-    world.change_content("ALTER TABLE content ALTER length_seconds TYPE int USING length_seconds + 7")
-    yield
-
-
-@fault("content")
-def its_length_is_dropped_and_added(world: World, chance: random.Random) -> Iterator[None]:
-    """With a default, which is in no row."""
-    world.change_content("ALTER TABLE content DROP length_seconds, ADD length_seconds int DEFAULT 600")
-    yield
-    world.change_content(LONGER)
+_play(
+    "content",
+    "its length is rewritten",  # a rewrite is not in the stream
+    [_change("ALTER TABLE content ALTER length_seconds TYPE int USING length_seconds + 7")],
+)
+_play(
+    "content",
+    "its length is dropped and added",  # with a default, which is in no row
+    [_change("ALTER TABLE content DROP length_seconds, ADD length_seconds int DEFAULT 600")],
+    [_change(LONGER)],
+)
 
 
 @fault("content")
@@ -370,30 +391,24 @@ def without_identity_and_back(world: World, chance: random.Random) -> Iterator[N
     world.change_content(*(f"ALTER TABLE {table} REPLICA IDENTITY DEFAULT" for table in tables))
 
 
-@fault("content")
-def its_primary_key_is_made_again(world: World, chance: random.Random) -> Iterator[None]:
-    """With an update in between."""
-    world.change_content(_WITHOUT_KEY.format(table="content"))
-    world.change_content(LONGER)
-    yield
-    world.change_content(LONGER)
-    world.change_content("ALTER TABLE content ADD PRIMARY KEY (content_id)")
-
-
-@fault("content")
-def content_renamed_and_back(world: World, chance: random.Random) -> Iterator[None]:
-    """Events wait until it is back."""
-    world.alter("ALTER TABLE content RENAME TO content_v2")
-    yield
-    world.alter("ALTER TABLE content_v2 RENAME TO content")
-
-
-@fault("content")
-def content_moved_and_back(world: World, chance: random.Random) -> Iterator[None]:
-    """To another schema."""
-    world.alter("CREATE SCHEMA IF NOT EXISTS tracking", "ALTER TABLE content SET SCHEMA tracking")
-    yield
-    world.alter("ALTER TABLE tracking.content SET SCHEMA public")
+_play(
+    "content",
+    "its primary key is made again",  # with an update in between
+    [_change(_WITHOUT_KEY.format(table="content")), _change(LONGER)],
+    [_change(LONGER), _change("ALTER TABLE content ADD PRIMARY KEY (content_id)")],
+)
+_play(
+    "content",
+    "content renamed and back",  # events wait until it is back
+    [_alter("ALTER TABLE content RENAME TO content_v2")],
+    [_alter("ALTER TABLE content_v2 RENAME TO content")],
+)
+_play(
+    "content",
+    "content moved and back",
+    [_alter("CREATE SCHEMA IF NOT EXISTS tracking", "ALTER TABLE content SET SCHEMA tracking")],
+    [_alter("ALTER TABLE tracking.content SET SCHEMA public")],
+)
 
 
 @fault("content")
@@ -420,33 +435,30 @@ def a_needed_column_of_content_is_renamed_and_back(world: World, chance: random.
         world.alter("ALTER TABLE content ALTER length_seconds TYPE int USING length_seconds::int")
 
 
-@fault("content")
-def content_is_emptied_and_filled(world: World, chance: random.Random) -> Iterator[None]:
-    """TRUNCATE and a load, in one transaction."""
-    world.change_content(
-        "CREATE TABLE content_kept AS SELECT content_id, content_type, length_seconds FROM content",
-        "TRUNCATE content",
-        f"INSERT INTO content ({OF_CONTENT}) SELECT content_id, content_type, length_seconds + 3 FROM content_kept",
-        "DROP TABLE content_kept",
-    )
-    yield
-
-
-@fault("content")
-def harmless_changes_of_content(world: World, chance: random.Random) -> Iterator[None]:
-    """A column that nobody needs, rights, an index."""
-    world.alter("ALTER TABLE content ADD COLUMN title text DEFAULT 'none'", "GRANT SELECT ON content TO PUBLIC")
-    yield
-    world.alter("ALTER TABLE content DROP COLUMN title", "ANALYZE content")
-
-
-@fault("content")
-def the_right_to_read_content_is_taken_and_given(world: World, chance: random.Random) -> Iterator[None]:
-    """Look-ups fail meanwhile."""
-    world.alter(f"REVOKE SELECT ON content FROM {ROLE}, PUBLIC")
-    world.change_content(LONGER, grant=False)
-    yield
-    world.alter(f"GRANT SELECT ON content TO {ROLE}")
+_play(
+    "content",
+    "content is emptied and filled",  # TRUNCATE and a load, in one transaction
+    [
+        _change(
+            "CREATE TABLE content_kept AS SELECT content_id, content_type, length_seconds FROM content",
+            "TRUNCATE content",
+            f"INSERT INTO content ({OF_CONTENT}) SELECT content_id, content_type, length_seconds + 3 FROM content_kept",
+            "DROP TABLE content_kept",
+        )
+    ],
+)
+_play(
+    "content",
+    "harmless changes of content",  # a column that nobody needs, rights, statistics
+    [_alter("ALTER TABLE content ADD COLUMN title text DEFAULT 'none'", "GRANT SELECT ON content TO PUBLIC")],
+    [_alter("ALTER TABLE content DROP COLUMN title", "ANALYZE content")],
+)
+_play(
+    "content",
+    "the right to read content is taken and given",  # look-ups fail meanwhile
+    [_alter(f"REVOKE SELECT ON content FROM {ROLE}, PUBLIC"), _change(LONGER, grant=False)],
+    [_alter(f"GRANT SELECT ON content TO {ROLE}")],
+)
 
 
 PLAYS = sorted(one.name for one in FAULTS if one.victim in {"events", "content"})
