@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SAVE_INTERVAL_SECONDS = 1.0
 """How much is written again after a kill, at most, beside what was in flight."""
-HELD_MB = 24
+HELD_MB = 44
 """What events waiting for sinks may hold: two of the largest writes. The table keeps the rest better than we do."""
 
 

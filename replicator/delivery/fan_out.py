@@ -141,6 +141,7 @@ class FanOut:
         beside = mark is None
         batch = Batch(events, mark or Mark(), weigh(events), holders=len(self.lanes), beside=beside)
         self._shared.hold(batch.size)
+        self._shared.flow.add(len(events))
         for lane in self.lanes:
             lane.put(batch)
         return batch

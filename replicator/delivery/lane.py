@@ -15,12 +15,17 @@ from contextlib import suppress
 from replicator.contracts.events import DeadLetter, Event, Mark, Position, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.dead_letters import DeadLetters
-from replicator.delivery.queue import Batch, Queue, Room, Write
+from replicator.delivery.queue import WRITE_MAX_BYTES, Batch, Flow, Queue, Room, Write
 from replicator.delivery.retry import Stopped, Trouble, wait
 from replicator.delivery.writer import Writer
 
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 """Upper ends of the latency histogram: from Redis at its best to an hour's backlog."""
+
+GATHER_SECONDS = 0.2
+"""In a backlog a lane waits so long for a full write. An event costs Redis 5.9 µs in a call of 500, 2.3 in 4,000."""
+QUIET_SECONDS = 0.05
+"""When nothing came for so long, the backlog is over. On a busy machine the reader itself may pause for 0.02 s."""
 
 
 class Shared:
@@ -36,6 +41,9 @@ class Shared:
         """Some lane may not write before the next checkpoint."""
         self.room = asyncio.Event()
         """Batches hold less than the limit."""
+        self.flow = Flow()
+        # One in flight and one that gathers have room: reader and lane never wait for each other.
+        self.write_max_bytes = min(WRITE_MAX_BYTES, limit_bytes // 2)
         self.held_bytes = 0
         self._limit_bytes = limit_bytes
         self.hold(0)
@@ -121,10 +129,12 @@ class Lane:
         # A backfill saves no position of a sink: no checkpoint would ever renew the budget.
         self._budget = RepeatBudget(sink.max_repeats if shared.mode is Mode.LIVE else None, sink.max_events)
         self._in_flight: deque[Write] = deque()
+        self._was_full = False  # the newest write: what waits is the rest of a backlog, or more of it
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._writer = Writer(
             sink,
+            Room(sink.name, sink.max_events, shared.write_max_bytes),
             self.trouble,
             self._stopping,
             mode=shared.mode,
@@ -174,8 +184,11 @@ class Lane:
 
     def put(self, batch: Batch) -> None:
         """Queue a batch; what the sink has, after a restart or a reconnect, is left out by its position."""
+        waiting = self.queue.events
         if self.queue.put(batch):
-            self._changed.set()
+            # The first one sets the alarm; a later one wakes the lane only if a write is due. To wake it costs 20 µs.
+            if not waiting or self._patience() == 0:
+                self._changed.set()
             return
         self._shared.release(batch)
         # Nothing to write: the mark moves with what is queued (`queue.put` has done that), in flight, or at once.
@@ -194,6 +207,7 @@ class Lane:
             await self._writer.open(self._start)
             async with asyncio.TaskGroup() as writes:
                 while await self._ready():
+                    self._was_full = self.queue.full(self.room)
                     write = self.queue.take(self.room)
                     self._in_flight.append(write)
                     self._budget.begin(len(write.events))
@@ -211,7 +225,7 @@ class Lane:
         while not self._stopping.is_set():
             self._changed.clear()
             patience = self._patience()
-            if patience is not None and patience <= 0:
+            if patience == 0:
                 return True
             await wait(self._changed, patience)
         return False
@@ -222,7 +236,13 @@ class Lane:
             return None
         if self.queue.full(self.room):
             return 0.0
-        return self.sink.linger_seconds - self.queue.waited_seconds()
+        waited, quiet = self.queue.waited_seconds(), self._shared.flow.quiet_seconds()
+        patience = self.sink.linger_seconds - waited
+        if self._shared.flow.backlog():
+            patience = max(patience, min(GATHER_SECONDS - waited, QUIET_SECONDS - quiet))
+        if self._was_full:  # at most one small write for each full one
+            patience = min(patience, QUIET_SECONDS - quiet)
+        return max(patience, 0.0)
 
     async def _carry(self, write: Write) -> None:
         with suppress(Stopped):

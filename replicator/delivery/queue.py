@@ -1,8 +1,9 @@
-"""What waits for one sink, and what its next write takes. `lane.py` decides when to write."""
+"""What waits for one sink, what its next write takes, and how fast more comes. `lane.py` decides when to write."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -14,9 +15,12 @@ from replicator.contracts.events import Event, Mark, Position
 
 EVENT_OVERHEAD_BYTES = 250
 """What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
-WRITE_MAX_BYTES = 16_000_000
-"""The most that one write weighs, unless a single event is more: 20,000 events of 3 MB would be one insert of 60 GB."""
+WRITE_MAX_BYTES = 22_000_000
+"""The most that one write weighs, unless a single event is more: 40,000 ordinary events, but not 40,000 of 3 MB."""
 
+BACKLOG_EVENTS = 2_000
+"""So many within `FLOW_SECONDS` are a backlog: 10,000 a second, while one is drained at 50,000 and more."""
+FLOW_SECONDS = 0.2
 
 GROW_SECONDS = 60.0
 """A smaller size is kept at least this long, and longer after each time that the larger one was too large again."""
@@ -28,9 +32,9 @@ log = logging.getLogger(__name__)
 class Room:
     """How large one write may be at present: the sink's limits, or less where the destination found that too large."""
 
-    def __init__(self, sink: str, max_events: int) -> None:
+    def __init__(self, sink: str, max_events: int, max_bytes: int) -> None:
         self.events = self._most = max_events
-        self.bytes = WRITE_MAX_BYTES
+        self.bytes = self._most_bytes = max_bytes
         self._sink = sink
         self._patience_seconds = GROW_SECONDS
         self._changed_at = self._said_at = -GROW_MAX_SECONDS
@@ -51,12 +55,38 @@ class Room:
 
     def grow(self) -> None:
         """A write was taken."""
-        if self.events >= self._most and self.bytes >= WRITE_MAX_BYTES:
+        if self.events >= self._most and self.bytes >= self._most_bytes:
             return
         now = time.monotonic()
         if now - self._changed_at >= self._patience_seconds:
-            self.events, self.bytes = min(2 * self.events, self._most), min(2 * self.bytes, WRITE_MAX_BYTES)
+            self.events, self.bytes = min(2 * self.events, self._most), min(2 * self.bytes, self._most_bytes)
             self._changed_at = now
+
+
+class Flow:
+    """How fast events come in. It compares no clocks: the commit times are another machine's."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[tuple[float, int]] = deque()
+        self._events = 0
+        self._last = -math.inf
+
+    def add(self, events: int) -> None:
+        """So many have come."""
+        self._last = time.monotonic()
+        self._arrived.append((self._last, events))
+        self._events += events
+
+    def backlog(self) -> bool:
+        """The stream has more than it can have live."""
+        since = time.monotonic() - FLOW_SECONDS
+        while self._arrived and self._arrived[0][0] < since:
+            self._events -= self._arrived.popleft()[1]
+        return self._events >= BACKLOG_EVENTS
+
+    def quiet_seconds(self) -> float:
+        """How long nothing has come."""
+        return time.monotonic() - self._last
 
 
 class Batch(msgspec.Struct):

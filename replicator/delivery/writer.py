@@ -63,6 +63,7 @@ class Writer:
     def __init__(
         self,
         sink: Sink,
+        room: Room,
         trouble: Trouble,
         stopping: asyncio.Event,
         *,
@@ -71,7 +72,7 @@ class Writer:
         scout: Callable[[], Sequence[Event]],
     ) -> None:
         """`scout` gives an event that waits, to be asked while nothing is taken."""
-        self.room = Room(sink.name, sink.max_events)
+        self.room = room
         self._sink = sink
         self._trouble = trouble
         self._stopping = stopping

@@ -26,10 +26,10 @@ from replicator.contracts.events import DeadLetter, Event, LetterCounts, Mark, P
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode
 from replicator.contracts.stores import DeadLetterBox
-from replicator.delivery import fan_out, lane, retry, writer
+from replicator.delivery import fan_out, lane, queue, retry, writer
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import STOPPED_SHARE, FanOut, Stops
-from replicator.delivery.queue import EVENT_OVERHEAD_BYTES, WRITE_MAX_BYTES
+from replicator.delivery.queue import BACKLOG_EVENTS, EVENT_OVERHEAD_BYTES, FLOW_SECONDS, WRITE_MAX_BYTES
 from replicator.delivery.retry import Trouble, backoff
 from sinks.testing import MemorySink
 
@@ -561,7 +561,7 @@ async def test_a_write_is_bounded_in_bytes() -> None:
     """Large events go in several writes, one that is larger than the bound alone; no position is skipped."""
     third = WRITE_MAX_BYTES // 3 - EVENT_OVERHEAD_BYTES
     sink = MemorySink()
-    harness = Harness(sink)
+    harness = Harness(sink, limit_bytes=2 * WRITE_MAX_BYTES)
     harness.put_heavy(10, third, third)
     harness.put_heavy(20, third, third, 9)
     harness.put_heavy(30, 2 * WRITE_MAX_BYTES)
@@ -576,11 +576,87 @@ async def test_enough_bytes_end_the_wait_for_more() -> None:
     """What fills a write does not linger."""
     sink = MemorySink()
     sink.linger_seconds = 60
-    harness = Harness(sink)
-    harness.put_heavy(10, WRITE_MAX_BYTES - EVENT_OVERHEAD_BYTES)
+    harness = Harness(sink, limit_bytes=1_000_000)
+    harness.put_heavy(10, 499_999 - 2 * EVENT_OVERHEAD_BYTES, 1)
     async with harness.running():
         await harness.until(15)
-    assert [[1001]] == sink.writes
+    assert [[1001, 1002]] == sink.writes, "half of the memory limit is enough: the reader may wait for room"
+
+
+# -- backlogs --------------------------------------------------------------------------------------------------------
+
+
+async def test_in_a_backlog_a_lane_gathers_a_full_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what happens to be there; a full one goes at once, and a part when it has waited long enough."""
+    clock = Clock(monkeypatch, queue)
+    sink = MemorySink(max_events=BACKLOG_EVENTS + 10)
+    harness = Harness(sink, limit_bytes=10_000_000)
+    harness.put(10, BACKLOG_EVENTS)
+    async with harness.running():
+        await asyncio.sleep(2 * lane.QUIET_SECONDS)
+        assert [] == sink.writes
+        harness.put(100, 10)
+        await harness.until(105)
+        assert [BACKLOG_EVENTS + 10] == [len(write) for write in sink.writes]
+        harness.put(200, 1)
+        clock.now += lane.GATHER_SECONDS
+        await harness.until(205)
+
+
+async def test_live_events_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fewer than a backlog, however often, as long as some time lies between them."""
+    clock = Clock(monkeypatch, queue)
+    harness = Harness(MemorySink(max_events=10 * BACKLOG_EVENTS), limit_bytes=10_000_000)
+    async with harness.running():
+        for number in range(1, 4):
+            harness.put(10 * number, BACKLOG_EVENTS - 1)
+            await harness.until(10 * number + 5)
+            clock.now += FLOW_SECONDS + 0.001
+
+
+async def test_a_backlog_ends_when_nothing_comes() -> None:
+    """Then what was gathered is written before its time is up."""
+    sink = MemorySink(max_events=10 * BACKLOG_EVENTS)
+    harness = Harness(sink, limit_bytes=10_000_000)
+    async with harness.running():
+        began = time.monotonic()
+        harness.put(10, BACKLOG_EVENTS)
+        await harness.until(15)
+    assert lane.QUIET_SECONDS <= time.monotonic() - began < lane.GATHER_SECONDS
+
+
+async def test_the_rest_of_a_backlog_does_not_linger() -> None:
+    """It goes when nothing more comes, once for each full write: the next events linger again."""
+    sink = MemorySink(max_events=3)
+    sink.linger_seconds = 60
+    harness = Harness(sink)
+    async with harness.running():
+        harness.put(10, 4)
+        await harness.until(15)
+        harness.put(20, 1)
+        await asyncio.sleep(2 * lane.QUIET_SECONDS)
+    assert [[1001, 1002, 1003], [1004]] == sink.writes
+
+
+async def test_what_comes_meanwhile_wakes_no_lane_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first event sets the alarm, and the one that fills the write rings it: a wake-up costs 20 µs."""
+    sink = MemorySink(max_events=100)
+    sink.linger_seconds = 60
+    harness = Harness(sink)
+    looks: list[float | None] = []
+
+    async def counted(event: asyncio.Event, seconds: float | None) -> None:
+        looks.append(seconds)
+        await retry.wait(event, seconds)
+
+    monkeypatch.setattr(lane, "wait", counted)
+    async with harness.running():
+        for number in range(1, 101):
+            harness.put(10 * number, 1)
+            await asyncio.sleep(0)
+        await harness.until(1005)
+    assert [100] == [len(write) for write in sink.writes]
+    assert len(looks) < 10
 
 
 async def test_a_lane_waits_for_room_for_its_dead_letters(caplog: pytest.LogCaptureFixture) -> None:
