@@ -1,8 +1,8 @@
 """Rows to events, and back from dead letters. Pure: nothing is looked up.
 
 A `RowReader` makes a draft of an inserted row, `build_events` adds its content and encodes it; in between `enricher.py`
-sees to it that the content is known. Both are Python source made from the contract and compiled, as dataclasses are:
-they are the hot path, and run for every event.
+sees to it that the content is known. `shortcut.py` does all of it at once for ordinary inserts. All are Python source
+made from the contract and compiled, as dataclasses are: they are the hot path, and run for every event.
 """
 
 from __future__ import annotations
@@ -160,11 +160,7 @@ class RowReader:
         return self.read(row)
 
 
-_BUILD = """
-def build_events(drafts, contents, events):
-    append = events.append
-    for commit_lsn, ordinal, {own} in drafts:
-        [{joined}] = contents[{key}]
+FINISH = """
         {derived}
         if type({time}) is datetime:
             since = {time} - EPOCH
@@ -174,8 +170,9 @@ def build_events(drafts, contents, events):
                 {time} = {time}.isoformat()[:19] + ".000000Z"
         else:
             ts_us = None
-        append(Event(commit_lsn, ordinal, {identity}, {key}, ts_us, encode(Enriched({every}))))
+        event = Event(commit_lsn, ordinal, {identity}, {key}, ts_us, encode(Enriched({every})))
 """
+"""From the values of `OWN` and `JOINED`, and a position, to the event."""
 
 
 def _computed(name: str, derived: Derived) -> str:
@@ -183,22 +180,37 @@ def _computed(name: str, derived: Derived) -> str:
     return f"{name} = None if {null} else {derived.shortcut} else compute_{name}({', '.join(derived.of)})"
 
 
-build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], None] = _made(
-    _BUILD,
-    "build_events",
-    {
-        "encode": msgspec.json.Encoder().encode,
-        "Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in EVENT.fields], gc=False),
-        **{f"compute_{field.name}": field.derived.function for field in EVENT.fields if field.derived},
-    },
-    own=_each("{0}"),
-    joined=_each("{0}", fields=JOINED),
-    key=KEY.name,
-    identity=IDENTITY.name,
-    time=TIME.name,
-    derived="; ".join(_computed(field.name, field.derived) for field in EVENT.fields if field.derived),
-    every=_each("{0}", fields=EVENT.fields),
-)
+def finishing(source: str, name: str, names: Mapping[str, object] | None = None) -> Any:
+    """The function of that name, compiled from source that has `FINISH` in it."""
+    return _made(
+        source,
+        name,
+        {
+            "encode": msgspec.json.Encoder().encode,
+            "Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in EVENT.fields], gc=False),
+            **{f"compute_{field.name}": field.derived.function for field in EVENT.fields if field.derived},
+            **(names or {}),
+        },
+        own=_each("{0}"),
+        values=_each("{0} = columns.{0}.value", "; "),
+        joined=_each("{0}", fields=JOINED),
+        key=KEY.name,
+        identity=IDENTITY.name,
+        time=TIME.name,
+        derived="; ".join(_computed(field.name, field.derived) for field in EVENT.fields if field.derived),
+        every=_each("{0}", fields=EVENT.fields),
+    )
+
+
+_BUILD = f"""
+def build_events(drafts, contents, events):
+    append = events.append
+    for commit_lsn, ordinal, {{own}} in drafts:
+        [{{joined}}] = contents[{{key}}]{FINISH}
+        append(event)
+"""
+
+build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], None] = finishing(_BUILD, "build_events")
 """Append the events of drafts. Every content must be known, if only as MISSING."""
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode

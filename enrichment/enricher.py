@@ -1,7 +1,8 @@
 """The engagement enricher: rows in stream order to events; the `contracts.stream.Enricher`.
 
 Three steps: `codec.py` reads the rows, `content.py` looks up what is not known, and then events are made and content
-changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed.
+changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed. Events that
+`shortcut.py` has made of ordinary inserts come before these rows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from enrichment.contract import (
     rows_of,
 )
 from enrichment.database import Database
+from enrichment.shortcut import Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.guard import Guard, Record
@@ -35,7 +37,7 @@ from enrichment.tables.missed import MissedHistory
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
 from replicator.contracts.settings import load
-from replicator.contracts.stream import Enriched, History
+from replicator.contracts.stream import Enriched, History, Shortcut
 from replicator.source.connection import Dsn
 
 HISTORY = f"""
@@ -111,6 +113,8 @@ class EngagementEnricher:
         self._guard = Guard(self._guarding)
         self._contents = Contents(self._database, settings.content_cache_size)
         self._keeps_contents = True
+        self._shortcuts = Shortcuts(self._contents.known)
+        self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
         self._reader = codec.RowReader()
         self._skipped = 0
         self.ignored: Counter[str] = Counter()
@@ -125,6 +129,7 @@ class EngagementEnricher:
         if hidden := fit.hidden(shape):
             log.info("%s %s: it is looked up for every event", CONTENT, hidden.what)
         self._keeps_contents = hidden is None
+        self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
         if before is None:
             return None
         if fit.replaced(before.shape, shape):
@@ -145,7 +150,24 @@ class EngagementEnricher:
     def record(self) -> str:
         return msgspec.json.encode(self._guard.record).decode()
 
-    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+    def shortcut(self) -> Shortcut | None:
+        return self._shortcuts.current if self._keeps_contents else None
+
+    async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
+        last = self._last_insert(rows)
+        stood = tuple(column.name for column in last.columns) if last else ()
+        events, refused = await self._enrich(rows) if rows else Enriched([], [])
+        if last:
+            self._shortcuts.learn(stood, [column.name for column in last.columns])
+        if before:
+            self._guard.saw_event(before[-1].id)
+        return Enriched([*before, *events], refused)
+
+    def _last_insert(self, rows: Sequence[Row]) -> Row | None:
+        inserts = (row for row in reversed(rows) if row.action == "I")
+        return next((row for row in inserts if self._guard.root(row) == EVENTS_TABLE), None)
+
+    async def _enrich(self, rows: Sequence[Row]) -> Enriched:
         if RENAMED:
             self._rename(rows)
         plan = self._plan(rows)
@@ -169,7 +191,7 @@ class EngagementEnricher:
         for letter in letters:
             try:
                 if letter.stage == "row":
-                    again = await self.enrich([codec.stored_row(letter)])
+                    again = await self._enrich([codec.stored_row(letter)])
                     events += again.events
                     refused += again.refused
                 else:

@@ -25,7 +25,7 @@ from replicator.contracts.errors import (
     TimelineChanged,
     command,
 )
-from replicator.contracts.events import Checkpoint, Lsn, Row, SinkPosition, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
@@ -37,6 +37,7 @@ from replicator.delivery.tables.catch_up import CatchUp
 from replicator.delivery.tables.verification import PAUSE_SECONDS, Verification
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning, Takeover
+from replicator.source.wal2json import DecodedChunk
 
 LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
@@ -249,7 +250,7 @@ class Pipeline:
         else:
             self._stay_on_timeline(self.checkpoint, taken)
             await self._verify_again()
-        await self.source.start(end_lsn, self.enricher.tables)
+        await self.source.start(end_lsn, self.enricher.tables, self.enricher.shortcut)
         # From here on no other replicator reads the slot. The former reader may have saved once more before that.
         stored = await self._beginning.load() or taken.checkpoint
         await self._open(end_lsn, structs.replace(stored, timeline=taken.checkpoint.timeline))
@@ -301,19 +302,21 @@ class Pipeline:
 
     async def _carry_chunk(self) -> None:
         chunk = await self.source.read()
-        events, refused = await self._enrich(chunk.rows)
+        events, refused = await self._enrich(chunk)
         if refused:
             newest = chunk.mark.position.commit_lsn
             await self._retry(lambda: self._verify_past(newest))
             # kept before their position counts; while there is no room for them, nothing is read
             await self._retry(lambda: self.letters.keep(refused))
             self.dead_letters += len(refused)
-        self.rows += len(chunk.rows)
+        self.rows += len(chunk.events) + len(chunk.rows)
         self.fan_out.put(events, chunk.mark)
         await asyncio.sleep(0)  # the lanes' turn: nothing above has to wait while there is plenty to read
 
-    async def _enrich(self, rows: Sequence[Row]) -> Enriched:
-        return await self._retry(lambda: self.enricher.enrich(rows)) if rows else Enriched([], [])
+    async def _enrich(self, chunk: DecodedChunk) -> Enriched:
+        if not chunk.events and not chunk.rows:
+            return Enriched([], [])
+        return await self._retry(lambda: self.enricher.enrich(chunk.rows, chunk.events))
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
         return await retry(call, self.trouble, self._settings.retry_max_seconds)

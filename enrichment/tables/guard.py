@@ -83,6 +83,10 @@ class Guard:
         """What the stream has to list, the newest parts first: wal2json compares a change with one after the other."""
         return list({**self._names, **self._former})
 
+    def names(self, root: str) -> list[Name]:
+        """The present names of one of the two tables and of its parts."""
+        return [name for name, its in self._names.items() if its == root]
+
     async def look(self, record: Record | None, after: Lsn) -> Record | None:
         """See what the tables are before a stream begins after a position; the record, if they were different then.
 

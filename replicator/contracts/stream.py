@@ -6,10 +6,14 @@ other; `enrichment` implements both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Position, Row
+
+Shortcut: TypeAlias = Callable[[memoryview | bytes, Lsn, int], Event | None]
+"""From an insert's message, its commit LSN and its ordinal to the very event that `Enricher.enrich` would make of its
+row. None: the row has to go there. It changes nothing and raises nothing."""
 
 
 class Enriched(NamedTuple):
@@ -54,10 +58,17 @@ class Enricher(Protocol):
     def record(self) -> str:
         """What was accepted last, to be kept for the `look` of another process."""
 
-    async def enrich(self, rows: Sequence[Row]) -> Enriched:
-        """Events for the rows that make one.
+    def shortcut(self) -> Shortcut | None:
+        """The quick way for ordinary inserts, until any other method is called; None while there is none.
 
-        Called with every row of the stream once, in stream order, from one task. Rows may be repeated after a
+        A row may take it only while `enrich` has had all earlier ones, or they took it too: it knows the contents as
+        `enrich` left them.
+        """
+
+    async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
+        """Events for the rows that make one, behind those that the shortcut made `before` them.
+
+        Called with every row and event of the stream once, in stream order, from one task. Rows may be repeated after a
         reconnect and must give the same events. A refused row is about the row only once its commit is verified.
         Raises SourceUnavailable when a look-up can't be made now: the same rows are then given again; no state may have
         changed.

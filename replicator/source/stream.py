@@ -21,6 +21,7 @@ from psycopg.rows import TupleRow
 
 from replicator.contracts.errors import DecodeError, SlotWaits, SourceStandby, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
+from replicator.contracts.stream import Shortcut
 from replicator.source import slot as slots
 from replicator.source.breaks import Breaks, end_of_stream
 from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, Connection, Dsn, answering, connect
@@ -67,6 +68,10 @@ _NOTICE_OUR_END = "SET client_connection_check_interval = '2s'"
 """While it waits, PostgreSQL would not see that its client was killed, and an orphan would hold the unfinished slot."""
 
 
+def _no_shortcut() -> None:
+    """Every row stays a row."""
+
+
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
@@ -77,6 +82,7 @@ class Source:
         self._connection: Connection | None = None
         self._pgconn: pq.abc.PGconn | None = None
         self._decoder = StreamDecoder()
+        self._shortcut: Callable[[], Shortcut | None] = _no_shortcut
         self._breaks = Breaks()
         self._received: Lsn = 0
         self._flushed: Lsn = 0
@@ -181,9 +187,15 @@ class Source:
                 return await cursor.fetchall() if cursor.description else []
             return []
 
-    async def start(self, end_lsn: Lsn, tables: Iterable[tuple[str, str]]) -> None:
+    async def start(
+        self,
+        end_lsn: Lsn,
+        tables: Iterable[tuple[str, str]],
+        shortcut: Callable[[], Shortcut | None] = _no_shortcut,
+    ) -> None:
         """Begin the stream of these tables, each its schema and its name, after `end_lsn`, the checkpoint's.
 
+        `shortcut` is asked for at the beginning of each stretch: the one before it has been enriched by then.
         Raises SlotInUse, SourceUnavailable, SourceUnusable.
         """
         connection = self._connected()
@@ -195,6 +207,7 @@ class Source:
                 raise errors.error_from_result(result)
         pgconn.nonblocking = 1
         self._decoder = StreamDecoder()
+        self._shortcut = shortcut
         self._pgconn = pgconn
         self._heard_at = time.monotonic()
         self._flushed = end_lsn
@@ -235,9 +248,10 @@ class Source:
     def _read_available(self) -> int:
         """Take what libpq and the socket hold, up to a chunk's bounds; how many messages it was."""
         pgconn, decoder = self._running(), self._decoder
-        get, feed, rows = pgconn.get_copy_data, decoder.feed, decoder.rows
+        decoder.shortcut = self._shortcut()
+        get, feed, events, rows = pgconn.get_copy_data, decoder.feed, decoder.events, decoder.rows
         messages = 0
-        while messages < CHUNK_MESSAGES and len(rows) < CHUNK_ROWS and decoder.size < CHUNK_BYTES:
+        while messages < CHUNK_MESSAGES and len(events) + len(rows) < CHUNK_ROWS and decoder.size < CHUNK_BYTES:
             length, data = get(1)
             if length == 0:
                 pgconn.consume_input()

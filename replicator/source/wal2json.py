@@ -1,7 +1,11 @@
-"""wal2json format-version 2: messages → rows with positions, and transaction ends. Pure; `stream.py` feeds it.
+"""wal2json format-version 2: messages → events or rows, and transaction ends. Pure; `stream.py` feeds it.
 
 A transaction comes as `B`, its rows, `C`. `B` already has the commit's LSN, so a row's position is known when it
 arrives, and rows go to the sinks before the end of their transaction is read. wal2json sends committed rows only.
+
+An insert becomes an event at once where the enricher has a `Shortcut`: decoded rows that wait for each other cost twice
+as much (`enrichment/shortcut.py` has the figures). What can't take it waits as a `Row`, and so does all that follows
+in the stretch, so that rows always come after events.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from typing import NamedTuple
 import msgspec
 
 from replicator.contracts.errors import DecodeError
-from replicator.contracts.events import Lsn, Mark, Position, Row, decode_row, format_lsn, parse_lsn
+from replicator.contracts.events import Event, Lsn, Mark, Position, Row, decode_row, format_lsn, parse_lsn
+from replicator.contracts.stream import Shortcut
 
 PLUGIN = "wal2json"
 
@@ -73,7 +78,10 @@ class _Message(msgspec.Struct, gc=False):
 class DecodedChunk(NamedTuple):
     """A piece of the stream, decoded."""
 
+    events: list[Event]
+    """Of the inserts that took the shortcut."""
     rows: list[Row]
+    """What came after them."""
     mark: Mark
     """How far the stream was read with them."""
 
@@ -87,6 +95,9 @@ class StreamDecoder:
     """Follows one stream from its start, message by message."""
 
     def __init__(self) -> None:
+        self.shortcut: Shortcut | None = None
+        """For the inserts of this stretch."""
+        self.events: list[Event] = []
         self.rows: list[Row] = []
         self.size = 0
         self.in_transaction = False
@@ -108,7 +119,7 @@ class StreamDecoder:
     def _feed(self, payload: memoryview | bytes) -> None:
         action = payload[ACTION_AT]
         if action in _ROWS and self.in_transaction:
-            self._feed_row(payload)
+            self._feed_row(payload, action)
         elif action == _BEGIN and not self.in_transaction:
             self._begin = bytes(payload)
             self.in_transaction = True
@@ -121,17 +132,22 @@ class StreamDecoder:
         else:
             raise _MalformedError(f"action {chr(action)!r} in the wrong place")
 
-    def _feed_row(self, payload: memoryview | bytes) -> None:
+    def _feed_row(self, payload: memoryview | bytes, action: int) -> None:
         if self._begin is not None:
             self._open(_decode_marker(self._begin))
-        row = decode_row(payload)
-        if row.action != chr(payload[ACTION_AT]):
-            raise _MalformedError("the action is in the wrong place")
         self._ordinal += 1
+        self.size += len(payload)
+        if action == _INSERT and self.shortcut is not None and not self.rows:
+            event = self.shortcut(payload, self._commit_lsn, self._ordinal)
+            if event is not None:
+                self.events.append(event)
+                return
+        row = decode_row(payload)
+        if row.action != chr(action):
+            raise _MalformedError("the action is in the wrong place")
         row.commit_lsn = self._commit_lsn
         row.ordinal = self._ordinal
         self.rows.append(row)
-        self.size += len(payload)
 
     def _open(self, begin: _Marker) -> None:
         commit_lsn = parse_lsn(begin.lsn)
@@ -156,8 +172,8 @@ class StreamDecoder:
         except ValueError as exc:
             raise self._error(exc) from None
         mark = Mark(Position(self._commit_lsn, self._ordinal), self._end_lsn, committed_at)
-        chunk = DecodedChunk(self.rows, mark)
-        self.rows, self.size = [], 0
+        chunk = DecodedChunk(self.events, self.rows, mark)
+        self.events, self.rows, self.size = [], [], 0
         return chunk
 
     def _settle(self) -> None:

@@ -96,16 +96,17 @@ class Death:
     def _read(self, original: Callable[[Source], Any]) -> Callable[[Source], Any]:
         async def read(source: Source) -> DecodedChunk:
             chunk: DecodedChunk = await original(source)
-            self._rows += len(chunk.rows)
-            if chunk.rows:
+            rows = len(chunk.events) + len(chunk.rows)
+            self._rows += rows
+            if rows:
                 self._pass("received")
             return chunk
 
         return read
 
-    def _enrich(self, original: Callable[[Pipeline, list[Row]], Any]) -> Callable[[Pipeline, list[Row]], Any]:
-        async def enrich(pipeline: Pipeline, rows: list[Row]) -> Enriched:
-            enriched: Enriched = await original(pipeline, rows)
+    def _enrich(self, original: Callable[[Pipeline, DecodedChunk], Any]) -> Callable[[Pipeline, DecodedChunk], Any]:
+        async def enrich(pipeline: Pipeline, chunk: DecodedChunk) -> Enriched:
+            enriched: Enriched = await original(pipeline, chunk)
             if enriched.events:
                 self._pass("enriched")
             return enriched
@@ -212,22 +213,23 @@ def row_lsn() -> None:
     newest = 0
 
     def feed(original: Callable[..., None]) -> Callable[..., None]:
-        def feed_row(decoder: StreamDecoder, payload: memoryview | bytes) -> None:
-            original(decoder, payload)
+        def feed_row(decoder: StreamDecoder, payload: memoryview | bytes, action: int) -> None:
+            decoder.shortcut = None
+            original(decoder, payload, action)
             lsns[id(decoder.rows[-1])] = own_lsn(payload)
 
         return feed_row
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def enrich(pipeline: Pipeline, rows: list[Row]) -> Enriched:
+        async def enrich(pipeline: Pipeline, chunk: DecodedChunk) -> Enriched:
             nonlocal newest
             fresh = []
-            for row in rows:
+            for row in chunk.rows:
                 lsn = lsns.pop(id(row))
                 if lsn > newest:
                     fresh.append(row)
                     newest = lsn
-            enriched: Enriched = await original(pipeline, fresh)
+            enriched: Enriched = await original(pipeline, chunk._replace(rows=fresh))
             return enriched
 
         return enrich

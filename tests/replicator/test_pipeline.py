@@ -96,7 +96,13 @@ class World:
     def commit(self, commit_lsn: Lsn) -> None:
         """A transaction with one row."""
         row = Row("I", "public", "t", commit_lsn=commit_lsn, ordinal=1)
-        self.chunks.put_nowait(DecodedChunk([row], Mark(Position(commit_lsn, 1), commit_lsn + 1)))
+        self.chunks.put_nowait(DecodedChunk([], [row], Mark(Position(commit_lsn, 1), commit_lsn + 1)))
+
+    def commit_both(self, commit_lsn: Lsn, *, refused: bool = False) -> None:
+        """A transaction of an event that is made already, and a row behind it."""
+        event = Event(commit_lsn, 1, commit_lsn, 1, 0, b"{}")
+        row = Row("I", "public", "t", commit_lsn=66 if refused else commit_lsn + 1, ordinal=2)
+        self.chunks.put_nowait(DecodedChunk([event], [row], Mark(Position(commit_lsn + 1, 2), commit_lsn + 2)))
 
     def told(self, what: str) -> list[object]:
         """Everything of one kind that has happened."""
@@ -146,9 +152,10 @@ class FakeSource:
         """By nobody yet."""
         return False
 
-    async def start(self, end_lsn: Lsn, tables: Sequence[tuple[str, str]]) -> None:
+    async def start(self, end_lsn: Lsn, tables: Sequence[tuple[str, str]], shortcut: object) -> None:
         """Notes from where."""
         assert tables == (("public", "t"),)
+        assert shortcut == self.world.pipeline.enricher.shortcut
         self.world.starts.append(end_lsn)
 
     async def read(self) -> DecodedChunk:
@@ -211,7 +218,10 @@ class FakeEnricher:
     async def open(self) -> None:
         """Nothing to connect to."""
 
-    async def enrich(self, rows: Sequence[Row]) -> Enriched:
+    def shortcut(self) -> None:
+        """There is none: the world says what is read."""
+
+    async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         """Rows of commit LSN 66 make no event."""
         if self.world.look_ups:
             raise self.world.look_ups.pop(0)
@@ -221,7 +231,7 @@ class FakeEnricher:
             for row in rows
             if row.commit_lsn == 66
         ]
-        return Enriched(good, bad)
+        return Enriched([*before, *good], bad)
 
 
 class FakeStore:
@@ -508,14 +518,14 @@ async def test_a_stretch_without_rows_is_saved_at_the_feedback_interval() -> Non
         world.commit(10)
         await world.until(lambda: 11 in world.told("confirm"))
         for end_lsn in range(12, 40):
-            world.chunks.put_nowait(DecodedChunk([], Mark(Position(10, 1), end_lsn)))
+            world.chunks.put_nowait(DecodedChunk([], [], Mark(Position(10, 1), end_lsn)))
             await asyncio.sleep(0.005)
         assert [START, 11] == world.told("save")
         world.commit(50)
         await world.until(lambda: 51 in world.told("confirm"))
         assert [START, 11, 51] == world.told("save")
         world.pipeline._saved_at -= 60  # noqa: SLF001  the feedback interval
-        world.chunks.put_nowait(DecodedChunk([], Mark(Position(50, 1), 60)))
+        world.chunks.put_nowait(DecodedChunk([], [], Mark(Position(50, 1), 60)))
         await world.until(lambda: 60 in world.told("confirm"))
 
 
@@ -684,6 +694,47 @@ async def test_a_row_is_refused_only_where_the_tables_are_verified() -> None:
         world.commit(66)
         await world.until(lambda: 2 == len(world.starts))
         assert [] == world.told("dead letter")
+
+
+async def test_finished_events_come_before_rows_and_count_as_they_do() -> None:
+    """A look-up that fails is made again: the events wait for it, and come once."""
+    world = World("a")
+    async with world.running():
+        world.look_ups = [SourceUnavailable(detail="away")] * 3
+        world.commit_both(10)
+        await world.until(lambda: 12 in world.told("confirm"))
+        world.chunks.put_nowait(DecodedChunk([Event(20, 1, 20, 1, 0, b"{}")], [], Mark(Position(20, 1), 21)))
+        await world.until(lambda: 21 in world.told("confirm"))
+    assert [10, 11, 20] == [event for write in world.told("write a") for event in cast("list[int]", write)]
+    assert 3 == world.pipeline.rows
+
+
+async def test_finished_events_wait_for_the_dead_letter_behind_them() -> None:
+    """Tables that have changed meanwhile: neither is kept nor written, and the stream begins again."""
+    world = World("a")
+    async with world.running():
+        await world.until(lambda: world.pipeline.verification.lsn > 0)
+        world.pipeline.verification.lsn = 0
+        world.looks = [TablesUnsettled(holder="process 7"), TablesChanged(what="t is new")]
+        world.commit_both(10, refused=True)
+        await world.until(lambda: 2 == len(world.starts))
+        assert ([], []) == (world.told("dead letter"), world.told("write a"))
+        world.commit_both(10)
+        await world.until(lambda: 12 in world.told("confirm"))
+    assert [10, 11] == [event for write in world.told("write a") for event in cast("list[int]", write)]
+
+
+async def test_finished_events_of_a_stretch_that_was_given_up_come_again() -> None:
+    """Stopped during a look-up: their position does not count, so that the next run reads them."""
+    world = World("a")
+    world.look_ups = [SourceUnavailable(detail="away")] * 10_000
+    async with world.running():
+        await world.until(lambda: world.pipeline.checkpoint is not None)
+        world.commit_both(10)
+        await world.until(lambda: "away" in world.pipeline.trouble.message)
+    assert [] == world.told("write a")
+    assert world.stored
+    assert START == world.stored.end_lsn == world.stored.sinks["a"].end_lsn
 
 
 class Missed:

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from psycopg import pq
 
 from replicator.contracts.errors import DecodeError, SourceUnavailable
+from replicator.contracts.events import Event
+from replicator.contracts.stream import Shortcut
+from replicator.source import stream
 from replicator.source.stream import Source
 
 HEADER = b"w" + struct.pack("!QQq", 1, 2, 3)
 KEEPALIVE = b"k" + struct.pack("!QqB", 0x50, 3, 0)
 BEGIN = b'{"action":"B","timestamp":"2026-01-08 14:21:52+00","lsn":"0/10","nextlsn":"0/18"}'
+ROW = b'{"action":"I","schema":"public","table":"t","columns":[]}'
 COMMIT = BEGIN.replace(b'"B"', b'"C"')
 
 
@@ -62,6 +66,27 @@ def test_whole_messages_are_taken() -> None:
     assert [b"r"] == [sent[:1] for sent in connection.sent]
 
 
+@pytest.mark.parametrize(("bound", "most"), [("CHUNK_ROWS", 4), ("CHUNK_BYTES", 4 * len(ROW)), ("CHUNK_MESSAGES", 5)])
+def test_a_stretch_ends_at_its_bounds(monkeypatch: pytest.MonkeyPatch, bound: str, most: int) -> None:
+    """Finished events count as rows do; what is behind the bound is for the next stretch, with a new shortcut."""
+    monkeypatch.setattr(stream, bound, most)
+    asked: list[int] = []
+
+    def shortcut() -> Shortcut:
+        asked.append(1)
+        return lambda _, commit_lsn, ordinal: Event(commit_lsn, ordinal, 1, 1, 0, b"") if ordinal < 3 else None
+
+    source = Source("", "slot")
+    source._pgconn = Connection(*(HEADER + payload for payload in (BEGIN, *[ROW] * 6, COMMIT)))  # type: ignore[assignment]  # noqa: SLF001
+    source._shortcut = shortcut  # noqa: SLF001
+    stretches = []
+    while source._read_available():  # noqa: SLF001
+        events, rows, _ = source._decoder.take()  # noqa: SLF001
+        stretches.append(([event.ordinal for event in events], [row.ordinal for row in rows]))
+    assert [([1, 2], [3, 4]), ([], [5, 6])] == stretches
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("size", range(1, len(KEEPALIVE)))
 def test_a_keepalive_that_is_cut_off(size: int) -> None:
     """It says how much there was."""
@@ -72,9 +97,8 @@ def test_a_keepalive_that_is_cut_off(size: int) -> None:
 @pytest.mark.parametrize("size", range(1, len(HEADER + BEGIN)))
 def test_wal_data_that_is_cut_off(size: int) -> None:
     """In the header or in the payload; an undecoded `B` is decoded by its first row."""
-    row = b'{"action":"I","schema":"public","table":"t","columns":[]}'
     with pytest.raises(DecodeError):
-        take((HEADER + BEGIN)[:size], HEADER + row)
+        take((HEADER + BEGIN)[:size], HEADER + ROW)
 
 
 def test_the_end_of_the_stream_is_retried_whatever_encoding_its_reason_has() -> None:

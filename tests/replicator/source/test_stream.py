@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -12,7 +13,8 @@ import pytest_asyncio
 
 from devstack import DevStack
 from replicator.contracts.errors import SlotInUse, SourceUnavailable, SourceUnusable
-from replicator.contracts.events import Lsn, Row, parse_lsn
+from replicator.contracts.events import Event, Lsn, Row, parse_lsn
+from replicator.contracts.stream import Shortcut
 from replicator.source import stream
 from replicator.source.stream import Source
 from tests.support import environment as ground
@@ -194,6 +196,49 @@ async def test_a_stream_that_is_cut_off_is_unavailable(source: Source, client: C
         await asyncio.wait_for(reading, 10)
     assert not source.connected
     source.send_feedback()
+
+
+class Breaking:
+    """A connection of libpq that breaks after so many messages that are no keepalives."""
+
+    def __init__(self, pgconn: Any, messages: int) -> None:
+        self._pgconn = pgconn
+        self._left = messages
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pgconn, name)
+
+    def get_copy_data(self, wait: int) -> tuple[int, memoryview]:
+        """The next message."""
+        if not self._left:
+            raise psycopg.OperationalError("the connection broke")
+        length, data = self._pgconn.get_copy_data(wait)
+        self._left -= data[:1] == b"w"
+        return length, data
+
+
+async def test_events_of_a_stretch_that_breaks_come_again(source: Source, client: Client) -> None:
+    """What was made of its first rows is given up with them: each comes once, with the same position."""
+
+    def shortcut() -> Shortcut:
+        return lambda payload, commit_lsn, ordinal: Event(commit_lsn, ordinal, len(payload), 1, 0, b"")
+
+    confirmed = client.confirmed()
+    client.connection.execute(f"{INSERT}, (1, 2, 'play'), (1, 3, 'play')", [1])
+    source._pgconn = cast("Any", Breaking(source._pgconn, 3))  # noqa: SLF001  `B` and two rows: no server breaks so exactly
+    source._shortcut = shortcut  # noqa: SLF001
+    with pytest.raises(SourceUnavailable, match="the connection broke"):
+        await asyncio.wait_for(_read_for_ever(source), 10)
+    assert [1, 2] == [event.ordinal for event in source._decoder.events]  # noqa: SLF001
+    await source.connect()
+    await source.start(confirmed, TABLES, shortcut)
+    events: list[Event] = []
+    async with asyncio.timeout(10):
+        while len(events) < 3:
+            chunk = await source.read()
+            assert [] == chunk.rows
+            events += chunk.events
+    assert [1, 2, 3] == [event.ordinal for event in events]
 
 
 async def test_a_socket_that_libpq_has_closed_wakes_the_reader(source: Source) -> None:

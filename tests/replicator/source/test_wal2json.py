@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.contracts.errors import DecodeError
-from replicator.contracts.events import Position, parse_lsn
+from replicator.contracts.events import Event, Lsn, Position, parse_lsn
 from replicator.source.wal2json import StreamDecoder
 
 COMMITTED = "2026-01-08 14:21:52.5+00"
@@ -106,6 +106,52 @@ def test_logical_messages_are_passed_over() -> None:
     message = b'{"action":"M","timestamp":null,"lsn":"0/5","transactional":false,"prefix":"x","content":"hello"}'
     chunk = fed(message, begin("0/10", "0/18"), message, row(), commit("0/10", "0/18")).take()
     assert [r.ordinal for r in chunk.rows] == [1]
+
+
+def shortcut(payload: memoryview | bytes, commit_lsn: Lsn, ordinal: int) -> Event | None:
+    """Takes everything that is not too large for it."""
+    return Event(commit_lsn, ordinal, 1, 1, 0, b"{}") if len(payload) <= len(row()) else None
+
+
+def test_inserts_take_the_shortcut_until_one_does_not() -> None:
+    """From there on all wait as rows, whatever they are: order is kept. The next stretch takes it again."""
+    decoder = StreamDecoder()
+    decoder.shortcut = shortcut
+    for payload in (begin("0/10", "0/18"), row(), row(), row(value=1000), row(), commit("0/10", "0/18")):
+        decoder.feed(payload)
+    assert decoder.size == 4 * len(row()) + 3
+    chunk = decoder.take()
+    assert [(0x10, 1), (0x10, 2)] == [(event.commit_lsn, event.ordinal) for event in chunk.events]
+    assert [3, 4] == [row.ordinal for row in chunk.rows]
+    assert Position(0x10, 4) == chunk.mark.position
+    for payload in (begin("0/20", "0/28"), row(), row("U")):
+        decoder.feed(payload)
+    chunk = decoder.take()
+    assert [(0x20, 1)] == [(event.commit_lsn, event.ordinal) for event in chunk.events]
+    assert [("U", 2)] == [(row.action, row.ordinal) for row in chunk.rows]
+    assert ([], [], 0) == (decoder.events, decoder.rows, decoder.size)
+
+
+@pytest.mark.parametrize("action", ["U", "D", "T"])
+def test_nothing_but_an_insert_takes_the_shortcut(action: str) -> None:
+    """By the letter in its place, whatever the shortcut would say."""
+    decoder = StreamDecoder()
+    decoder.shortcut = shortcut
+    decoder.feed(begin("0/10", "0/18"))
+    decoder.feed(row(action))
+    chunk = decoder.take()
+    assert ([], [action]) == (chunk.events, [row.action for row in chunk.rows])
+
+
+def test_no_shortcut_outside_a_transaction() -> None:
+    """Its position would not be known."""
+    decoder = StreamDecoder()
+    decoder.shortcut = shortcut
+    for payloads in ((row(),), (begin("0/10", "0/18"), commit("0/10", "0/18"), row())):
+        with pytest.raises(DecodeError):  # noqa: PT012  the last one is refused
+            for payload in payloads:
+                decoder.feed(payload)
+    assert [] == decoder.events
 
 
 @pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**53 + 1, 10**30])

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Column, Position, Row, decode_row, parse_lsn
 from replicator.source.wal2json import ACTION_AT, StreamDecoder
+from tests.support.damage import mutate
 
 SEEDS = (Path(__file__).parent / "wal2json_seeds.jsonl").read_bytes().splitlines()
 ROWS = [seed for seed in SEEDS if seed[ACTION_AT] in b"IUDT"]
@@ -29,37 +30,6 @@ COMMIT = BEGIN.replace(b'"B"', b'"C"')
 
 FUZZ_SECONDS = float(os.environ.get("REPLICATOR_FUZZ_SECONDS", "5"))
 LONGEST_INT = 4_300
-
-BITES = [b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"1e5", b"-", b"0", b"\x00", b"\xff",
-         b"\\ud800", b"\\u0000", b"9" * 25, b"9" * 4_301, b"1e99999999999999999999", b'"action":"C",', b"\xe2\x80\xa8",
-         b'"columns":[],', b'"value":1,', b"[" * 2_000, b" "]  # fmt: skip
-
-
-def mutate(chance: random.Random, message: bytes) -> bytes:
-    """One to three times: a bit or byte changed, a piece cut out, put in, said twice, or of another message."""
-    changed = bytearray(message)
-    for _ in range(chance.randint(1, 3)):
-        at, end = sorted((chance.randrange(len(changed) + 1), chance.randrange(len(changed) + 1)))
-        piece = changed[at : min(end, at + 40)]
-        match chance.choice(("bit", "byte", "cut", "short", "insert", "twice", "splice", "number")):
-            case "bit" if at < len(changed):
-                changed[at] ^= 1 << chance.randrange(8)
-            case "byte" if at < len(changed):
-                changed[at] = chance.randrange(256)
-            case "cut":
-                del changed[at : at + chance.randint(1, 12)]
-            case "short":
-                del changed[chance.choice((at, end)) :]
-            case "insert":
-                changed[at:at] = chance.choice(BITES)
-            case "twice":
-                changed[at:at] = piece
-            case "splice":
-                other = chance.choice(SEEDS)
-                changed[at:end] = other[chance.randrange(len(other)) :]
-            case "number":
-                changed = bytearray(changed.replace(b'"value":', b'"value":' + chance.choice(BITES), 1))
-    return bytes(changed)
 
 
 def independent(message: bytes) -> Row:
@@ -125,7 +95,7 @@ def test_a_damaged_message_is_never_a_wrong_value() -> None:
     end = time.monotonic() + FUZZ_SECONDS
     while time.monotonic() < end:
         for _ in range(100):
-            right += assert_right(mutate(chance, chance.choice(SEEDS)))
+            right += assert_right(mutate(chance, chance.choice(SEEDS), SEEDS))
             tried += 1
     print(f"{tried} messages, {right} of them still rows")  # noqa: T201
     assert right
