@@ -51,7 +51,7 @@ class HttpSettings(Settings):
         description="an http:// or https:// URL, with user:password@ where the API wants basic authentication",
     )
     http_batch_size: int = Field(
-        100,  # 2 µs of CPU an event (measured); 500 would be 0.5, where the API takes such arrays
+        500,  # 140 kB. With 100 an event costs 1 µs more of our CPU and as much of the API's (measured)
         ge=1,
         le=10_000,
         description="events a request, 1 to 10000: a JSON array; with 1 a single JSON object",

@@ -378,7 +378,7 @@ class TestSettings:
         sink = HttpSink(settings, EVENT)
         assert settings.http_url.get_secret_value() == "http://localhost:8000/events"
         assert (settings.http_bearer_token, settings.http_webhook_secret, settings.http_ca_file) == (None, None, None)
-        assert (sink.name, sink.max_events, sink.linger_seconds, sink.concurrency) == ("http", 100, 0.0, 16)
+        assert (sink.name, sink.max_events, sink.linger_seconds, sink.concurrency) == ("http", 500, 0.0, 16)
 
     @pytest.mark.parametrize(
         ("name", "value"),
