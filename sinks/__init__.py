@@ -7,7 +7,7 @@ entry point group `replicator.sinks`, name → "module:Class".
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeGuard
@@ -47,15 +47,13 @@ def known_sinks() -> Mapping[str, EntryPoint]:
     return found
 
 
-def settings_classes() -> list[type[Settings]]:
-    """The settings of all sinks, configured or not. A sink that can't be loaded is named in the log and left out."""
-    found = []
-    for name in known_sinks():
+def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
+    """The settings of all sinks, of these first. A sink that can't be loaded is named in the log and left out."""
+    for name in sorted(known_sinks(), key=lambda name: name not in first):
         try:
-            found.append(sink_class(name).settings_class)
+            yield sink_class(name).settings_class
         except SettingsError as exc:
             _log.warning("%s", exc)
-    return found
 
 
 def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:

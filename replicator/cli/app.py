@@ -7,7 +7,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
@@ -64,11 +64,11 @@ class App(NamedTuple):
     store: CheckpointStore
 
     @classmethod
-    def load(cls, sinks: Iterable[str] | None = None) -> App:
+    def load(cls, sinks: Sequence[str] | None = None) -> App:
         """Made from the settings, with these sinks or the configured ones. Raises SettingsError."""
         settings = load(CoreSettings)
         configure_logging(settings.log_level, settings.log_format, settings.slot)
-        for message in unknown_settings():
+        for message in unknown_settings(settings.sinks if sinks is None else sinks):
             log.warning("%s", message)
         if given("checkpoint_url") is None:
             with suppress(OSError):  # opening the database fails, too, and says where
@@ -152,21 +152,25 @@ def _address(sink: Sink) -> str:
     return " ".join([sink.name, *map(masked, secrets)])
 
 
-def all_settings() -> list[type[Settings]]:
-    """Every settings class, those of sinks that are not configured included."""
-    return [CoreSettings, EnrichmentSettings, *settings_classes()]
+def all_settings(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
+    """Every settings class, those of sinks that are not configured included. A sink is imported when it is its turn."""
+    yield from (CoreSettings, EnrichmentSettings)
+    yield from settings_classes(first)
 
 
-def unknown_settings() -> Iterator[str]:
-    """A message for each variable with our prefix that nothing reads."""
-    names = sorted({name for name in variables() if name.startswith(variable(""))} - NOT_A_SETTING - set(_kubernetes()))
-    known = {variable(field) for field in CoreSettings.model_fields}
-    if {*names} - known:  # the sinks' modules are slow to import
-        known = {variable(field) for settings_class in all_settings() for field in settings_class.model_fields}
-    for name in names:
-        if name not in known and name.removesuffix("_FILE") not in known:
-            close = get_close_matches(name, known, n=1)
-            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''}"
+def unknown_settings(sinks: Sequence[str] = ()) -> Iterator[str]:
+    """A message for each variable with our prefix that nothing reads; sinks that are not named are asked last."""
+    names = {name for name in variables() if name.startswith(variable(""))} - NOT_A_SETTING - set(_kubernetes())
+    known: set[str] = set()
+    for settings_class in all_settings(sinks):
+        fields = {variable(field) for field in settings_class.model_fields}
+        names -= fields | {f"{name}_FILE" for name in fields}
+        if not names:  # the others need not be imported, which is slow
+            return
+        known |= fields
+    for name in sorted(names):
+        close = get_close_matches(name, known, n=1)
+        yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def _kubernetes() -> Iterator[str]:

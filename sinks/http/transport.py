@@ -65,8 +65,12 @@ def clear_status(exc: aiohttp.ClientResponseError) -> int:
 def create_transport(settings: HttpSettings) -> httpx.AsyncBaseTransport:
     """Aiohttp's connections: httpx's own pool manages a ninth of the requests a second."""
     ca_file = settings.http_ca_file
-    # Without a file httpx trusts the authorities of certifi, or those in SSL_CERT_FILE and SSL_CERT_DIR.
-    context = ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context()
+    if not settings.http_url.get_secret_value().lower().startswith("https:"):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; it trusts nobody, and need not read whom
+    elif ca_file:
+        context = ssl.create_default_context(cafile=ca_file)
+    else:  # the authorities of certifi, or those in SSL_CERT_FILE and SSL_CERT_DIR
+        context = httpx.create_ssl_context()
 
     def session() -> aiohttp.ClientSession:
         limit = settings.http_concurrency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,25 @@ def test_help_imports_no_library_of_the_work(arguments: list[str]) -> None:
     imported = set(done.stdout.splitlines()[-1].split())
     assert "typer" in imported
     assert not imported & (SLOW if arguments[0].startswith("--") else SLOW - {"pydantic"})
+
+
+def test_only_configured_sinks_are_imported(tmp_path: Path) -> None:
+    """Each brings a client library. Settings of the configured one are known without looking at the others."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "XDG_STATE_HOME": str(tmp_path),
+        "REPLICATOR_SINKS": "redis",
+        "REPLICATOR_REDIS_PREFIX": "shop:",
+        "REPLICATOR_REDIS_URL_FILE": str(tmp_path / "url"),
+    }
+    (tmp_path / "url").write_text("redis://localhost:1", encoding="utf-8")
+    script = "import sys; from replicator.cli.app import App; App.load(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    imported = {name.partition(".")[2].partition(".")[0] for name in done.stdout.split() if name.startswith("sinks.")}
+    assert (imported, done.stderr) == ({"redis"}, "")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
