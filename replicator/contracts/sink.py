@@ -94,6 +94,12 @@ class Sink(ABC):
             SinkUnusable: it can't work like this (table missing, wrong shape). Retried slowly, loudly.
         """
 
+    def look(self) -> None:  # noqa: B027  a sink that only writes has nothing to say
+        """Raise what is wrong although nothing is written, of a sink that keeps something right by the clock.
+
+        From what it knows, without asking the destination: the lane calls this at least every few seconds.
+        """
+
     async def refresh(self) -> None:
         """Take over what NAME_FILE files hold now: the destination turned the replicator away.
 

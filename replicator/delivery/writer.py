@@ -19,6 +19,7 @@ from replicator.contracts.errors import (
     BatchTooLarge,
     SinkBroken,
     SinkContradicts,
+    SinkError,
     SinkMisconfigured,
     SinkRefusesAll,
     SinkUnavailable,
@@ -82,6 +83,7 @@ class Writer:
         self._evidence = Evidence()
         self._asking = asyncio.Lock()
         self._holds = False
+        self._unwell = False  # what `look` found
         self._recovered = 0  # the newest request when it last took something again after refusing everything
         self._only_in_parts = 0
         self._said_at = -COMPLAINT_SECONDS
@@ -91,6 +93,21 @@ class Writer:
     async def open(self, start: SinkPosition | None) -> None:
         """Open the sink; one that never wrote anything is made first."""
         await self.retry(lambda: self._open(start))
+
+    def look(self) -> None:
+        """Tell what the sink has to say of itself, although nothing is written, and when it is over."""
+        try:
+            with self._known():
+                self._sink.look()
+        except SinkError as exc:
+            if not self._unwell:
+                self._trouble.begin()
+            self._unwell = True
+            self._trouble.say(exc)
+        else:
+            if self._unwell:
+                self._trouble.end()
+            self._unwell = False
 
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call until it succeeds. A command that runs once ends with what only an operator can mend."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from replicator.contracts.errors import SinkUnusable
 from sinks.redis.client import SINK, RedisClient
@@ -15,10 +15,13 @@ PAGES = 64  # half a megabyte an answer
 class RedisLedger:
     """The counts in `redis`."""
 
-    def __init__(self, redis: RedisClient) -> None:
+    def __init__(self, redis: RedisClient, require_ours: Callable[[], Awaitable[None]]) -> None:
+        """`require_ours` raises SinkUnusable if what is counted here are another source's events."""
         self._redis = redis
+        self._require_ours = require_ours
 
     async def counts(self, keys: Sequence[int]) -> list[int]:
+        await self._require_ours()
         found = await self._redis.values([f"{COUNT_PREFIX}{key}" for key in keys])
         try:
             return [int(value or b"0") for value in found]
@@ -27,6 +30,7 @@ class RedisLedger:
             raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
 
     async def unseen(self, ids: Sequence[int]) -> list[int]:
+        await self._require_ours()
         pages = sorted({event_id >> PAGE_BITS for event_id in ids})
         unseen: list[int] = []
         for start in range(0, len(pages), PAGES):

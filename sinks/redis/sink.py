@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar, cast
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, SourceError, command
@@ -102,17 +103,21 @@ class RedisSink(Sink, HasCounter, Rebuildable):
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Also raises what hinders the window, or has ended its task."""
-        self.window.raise_bug()
-        if self._foreign:
-            raise self._foreign
+        self._raise_what_lasts()
         refused = refusals(events)
         kept = [event for event in events if event.ts_us is not None] if refused else events
         for part in pack(kept, self._clock()):
             complete, new = await self._redis.run(self._script, part.call, returns=2)
             self.new_events += new
-            if self._keeps_window and (self.window.failed or (part.ranked and not complete)):
+            if self._keeps_window and (self.window.failure or (part.ranked and not complete)):
                 await self.window.slide()
         return refused
+
+    def look(self) -> None:
+        """Keys that have become another source's, and a window that is not kept right."""
+        self._raise_what_lasts()
+        if self.window.failure:
+            raise self.window.failure
 
     async def renew(self) -> None:
         self._settings = cast("RedisSettings", self.settings)
@@ -125,7 +130,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
             await self._redis.close()
 
     def counter(self) -> RedisLedger:
-        return RedisLedger(self._redis)
+        return RedisLedger(self._redis, partial(self._require_ours, claim=False))
 
     async def generation(self) -> str:
         return (await self._redis.generation())[1]
@@ -141,6 +146,11 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         finally:
             await patient.close()
         return deleted
+
+    def _raise_what_lasts(self) -> None:
+        self.window.raise_bug()
+        if self._foreign:
+            raise self._foreign
 
     async def _look(self) -> None:
         """Notice what happens to the keys between two writes."""

@@ -23,8 +23,8 @@ class Window:
     """The window in `redis`, at the time of `clock` (Unix seconds)."""
 
     def __init__(self, redis: RedisClient, clock: Callable[[], float]) -> None:
-        self.failed = False
-        """Whether the last slide failed."""
+        self.failure: SinkError | None = None
+        """Why the last slide failed."""
         self._redis = redis
         self._clock = clock
         self.script = script("slide")
@@ -34,10 +34,10 @@ class Window:
         """Bring the window to the present."""
         try:
             await self._redis.run(self.script, slide_call(self._clock()))
-        except SinkError:
-            self.failed = True
+        except SinkError as exc:
+            self.failure = exc
             raise
-        self.failed = False
+        self.failure = None
 
     def keep(self, after_slide: Callable[[], Awaitable[None]], turned_away: Callable[[], Awaitable[None]]) -> None:
         """Slide once a second from now on, and call `after_slide` each time, `turned_away` when Redis refuses us."""
@@ -63,7 +63,7 @@ class Window:
     ) -> None:
         """A failure is logged when it begins; the next write meets it as well."""
         # `stop` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
-        logged = False  # not `failed`: a write slides, too, and may be the first to see it right again
+        logged = False  # not `failure`: a write slides, too, and may be the first to see it right again
         while self._task is not None:
             await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
             try:

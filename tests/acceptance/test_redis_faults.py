@@ -94,6 +94,19 @@ def test_a_line_that_nobody_knows_is_not_now(
 OWNER = "engagement:seen:owner"
 
 
+def test_an_idle_sink_whose_keys_become_another_s_is_not_ready(quick: Program, destinations: Destinations) -> None:
+    """Nothing goes through: it shows all the same, and is over by itself."""
+    quick.start()
+    wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be ready")
+    ours = str(destinations.redis.get(OWNER))
+    destinations.redis.set(OWNER, "cluster 7, database other")
+    wait_until(lambda: "its keys belong to cluster 7" in quick.admin("/readyz"), "it to say so")
+    assert quick.status()["sinks"]["redis"]["trouble"]
+    assert 3 == quick.run("status").code
+    destinations.redis.set(OWNER, ours)
+    wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be ready again")
+
+
 def test_two_sources_do_not_share_keys(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
 ) -> None:
@@ -106,7 +119,12 @@ def test_two_sources_do_not_share_keys(
     wait_until(lambda: told in quick.status()["sinks"]["redis"]["trouble"], "it to say so")
     wait_until(lambda: 10 == quick.status()["sinks"]["http"]["events"], "http to go on")
     assert told in quick.admin("/readyz")
-    for command in ("check", "backfill --last 1h --sinks redis", "rebuild-redis --from-empty --yes"):
+    for command in (
+        "check",
+        "backfill --last 1h --sinks redis",
+        "rebuild-redis --from-empty --yes",
+        "reconcile --last 1h --sinks redis",
+    ):
         result = quick.run(*command.split())
         assert (1, True) == (result.code, told in result.stdout + result.stderr), result
     assert other == destinations.redis.get(OWNER)

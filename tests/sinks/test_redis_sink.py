@@ -530,10 +530,17 @@ async def test_another_source_that_came_between_is_noticed(server: Server) -> No
         await until(lambda: server.client.get("engagement:seen:owner") == "ours", "it to take what is nobody's")
         server.client.set("engagement:seen:owner", "theirs \x1b[31m")
         await sink._look()  # noqa: SLF001  once a second else
+        with pytest.raises(SinkUnusable, match="belong to theirs"):
+            sink.look()
+        with pytest.raises(SinkUnusable, match="belong to theirs"):
+            await sink.counter().counts([1])
+        with pytest.raises(SinkUnusable, match="belong to theirs"):
+            await sink.counter().unseen([1])
         with pytest.raises(SinkUnusable, match=r"belong to theirs .\[31m, and"):
             await sink.write([event(1)])
         server.client.delete("engagement:seen:owner")
         await sink._look()  # noqa: SLF001
+        sink.look()
         await sink.write([event(1)])
     assert {1: 1} == server.counts()
 

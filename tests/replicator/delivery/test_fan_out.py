@@ -261,6 +261,35 @@ async def test_trouble_lasts_until_no_write_is_turned_away() -> None:
     assert not harness.lane.trouble
 
 
+async def test_a_sink_that_is_unwell_though_nothing_is_written_is_in_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told without an event, and over without one; a write that goes well does not end it."""
+    monkeypatch.setattr(lane, "LOOK_SECONDS", 0.01)
+    sink = Unwell()
+    harness = Harness(sink)
+    async with harness.running():
+        while not harness.lane.trouble:  # noqa: ASYNC110  it has no event
+            await asyncio.sleep(0.01)
+        assert "its keys belong to another" in harness.lane.trouble.message
+        assert harness.lane.trouble.needs_operator
+        harness.put(10, 1)
+        await harness.until(15)
+        assert harness.lane.trouble
+        sink.wrong = False
+        while harness.lane.trouble:  # noqa: ASYNC110  likewise
+            await asyncio.sleep(0.01)
+
+
+class Unwell(MemorySink):
+    """One that looks at itself."""
+
+    wrong = True
+
+    def look(self) -> None:
+        """As long as the test says."""
+        if self.wrong:
+            raise SinkUnusable(sink="memory", detail="its keys belong to another", cure="Give each its own")
+
+
 async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None:
     """Queued or in flight; how long nothing happened before that does not count."""
     sink = MemorySink(max_events=1)
