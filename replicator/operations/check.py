@@ -17,7 +17,7 @@ from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
-from replicator.operations.http import exposed
+from replicator.operations.http import exposed, unavailable
 from replicator.operations.status import ask_replicator, in_danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
@@ -59,7 +59,9 @@ async def _running(settings: CoreSettings) -> AsyncIterator[Finding]:
     """What it may not do, and what the replicator of this slot says of itself if it runs here."""
     for name in settings.paused_sinks:
         yield Finding(True, f"sink {name} is paused (REPLICATOR_PAUSED_SINKS) and not asked")
-    live, _ = await ask_replicator(settings)
+    live, why = await ask_replicator(settings)
+    if live is None and settings.admin_listen and (taken := await unavailable(settings.admin_listen)):
+        yield Finding(False, f"{taken.problem}; {why}", taken.cure)  # `run` would end with it
     if live and not live.reasons:
         yield Finding(True, f"the running replicator is {'the standby' if live.standby else 'ready'}")
     for reason in live.reasons if live else ():

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
@@ -75,12 +75,7 @@ class Admin:
         if warning := exposed(self._listen):
             log.warning("%s", warning)
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
-        port = int(self._listen.rpartition(":")[2])
-        try:
-            self._server = await asyncio.start_server(self._serve, self._host, port, limit=HEAD_BYTES, backlog=BACKLOG)
-        except (OSError, OverflowError) as exc:
-            problem = f"{self._listen} can't be listened on ({exc})"
-            raise SettingsError(name="REPLICATOR_ADMIN_LISTEN", problem=problem, expected="a free host:port") from exc
+        self._server = await listen(self._listen, self._serve)
 
     async def stop(self) -> None:
         """Stop listening. Safe to call at any time."""
@@ -168,6 +163,31 @@ class Admin:
         if time.monotonic() - self._measured_at >= METRICS_SECONDS:
             self._measured_at, self._measured = time.monotonic(), exposition.generate_latest(self._registry)
         return HTTPStatus.OK, exposition.CONTENT_TYPE_LATEST, self._measured
+
+
+async def listen(
+    address: str, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+) -> asyncio.Server:
+    """Raises SettingsError when the address can't be had."""
+    host, _, port = address.rpartition(":")
+    try:
+        return await asyncio.start_server(serve, host.strip("[]"), int(port), limit=HEAD_BYTES, backlog=BACKLOG)
+    except (OSError, OverflowError) as exc:
+        problem = f"{address} can't be listened on ({exc})"
+        raise SettingsError(name="REPLICATOR_ADMIN_LISTEN", problem=problem, expected="a free host:port") from exc
+
+
+async def unavailable(address: str) -> SettingsError | None:
+    """Why `run` could not listen there now."""
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    try:
+        (await listen(address, serve)).close()
+    except SettingsError as exc:
+        return exc
+    return None
 
 
 def exposed(listen: str) -> str:

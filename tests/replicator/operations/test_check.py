@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -46,7 +47,8 @@ async def found(
 
     monkeypatch.setattr(server, "look", away)
     monkeypatch.setattr(check, "ask_replicator", ask)
-    core = CoreSettings.model_validate({"sinks": ",".join(sink.name for sink in sinks) or "redis", **settings})
+    settings = {"sinks": ",".join(sink.name for sink in sinks) or "redis", "admin_listen": "127.0.0.1:0", **settings}
+    core = CoreSettings.model_validate(settings)
     store: Any = SimpleNamespace(files=list)
     return [finding async for finding in check.findings(core, cast("Any", None), sinks, store)]
 
@@ -71,6 +73,17 @@ async def test_check_asks_the_running_replicator(
     """What only shows while events flow: an API that refuses every POST."""
     findings = await found(monkeypatch, structs.replace(LIVE, reasons=reasons, standby=standby))
     assert expected == findings[-1][:2]
+
+
+async def test_an_address_that_run_could_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program has it; while our own replicator has it, and says so, all is well."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        last = (await found(monkeypatch, None, admin_listen=address))[-1]
+        assert (False, True) == (last.ok, f"{address} can't be listened on" in last.what)
+        assert "host:port" in last.cure
+        assert (await found(monkeypatch, LIVE, admin_listen=address))[-1].ok
+    assert not [finding for finding in await found(monkeypatch, None, admin_listen=address) if address in finding.what]
 
 
 async def test_a_paused_sink_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
