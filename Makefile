@@ -20,8 +20,8 @@ lint: setup ## style, import rules, shell scripts, Dockerfiles
 types: setup ## mypy --strict
 	$(BIN)/mypy
 
-test: setup ## the whole suite, on two cores; arguments: make test ARGS="-k lane -n 0"
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: setup ## the whole suite; arguments: make test ARGS="-k lane -n 0"
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
 
 check: lint types test ## lint, types and test
 
