@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +12,10 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.process import free_port
+from replicator.cli.main import main
 from tests.support.environment import SECRET
 from tests.support.load import insert_many
-from tests.support.program import Program, Result, assert_clean, succeed
+from tests.support.program import Program, assert_clean, succeed
 
 
 def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program, source: psycopg.Connection) -> None:
@@ -190,23 +190,25 @@ UNUSABLE = {
 }
 
 
-def test_unusable_settings(program: Program) -> None:
+@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.usefixtures("empty_directory")
+def test_unusable_settings(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 2 before anything is done; the message names the variable and what it takes, never a secret."""
+    monkeypatch.setenv(f"REPLICATOR_{name}", UNUSABLE[name])
+    assert 2 == main([])
+    out, err = capsys.readouterr()
+    assert err.startswith(f"replicator: REPLICATOR_{name} is unusable: ")
+    assert "It takes " in err
+    assert not out
+    assert_clean(err)
 
-    def try_it(name: str) -> Result:
-        variables = {name.lower(): UNUSABLE[name]}
-        if name.endswith("_FILE"):
-            variables[name.removesuffix("_FILE").lower()] = ""
-        return program.run(**variables)
 
-    with ThreadPoolExecutor(2) as threads:
-        results = dict(zip(UNUSABLE, threads.map(try_it, UNUSABLE), strict=True))
-    for name, result in results.items():
-        assert 2 == result.code, result
-        assert result.stderr.startswith(f"replicator: REPLICATOR_{name} is unusable: "), result
-        assert "It takes " in result.stderr
-        assert not result.stdout
-        assert_clean(result.stderr)
+def test_an_unusable_setting_ends_the_program(program: Program) -> None:
+    """The same from outside."""
+    result = program.run(slot=UNUSABLE["SLOT"])
+    assert (2, "") == (result.code, result.stdout)
+    assert result.stderr.startswith("replicator: REPLICATOR_SLOT is unusable: ")
+    assert_clean(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +223,13 @@ def test_unusable_settings(program: Program) -> None:
     ],
     ids=["help", "command", "option", "action", "number", "sink"],
 )
-def test_arguments(program: Program, arguments: list[str], code: int, told: str) -> None:
+def test_arguments(arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Help is no failure; what can't be understood is 2."""
-    result = program.run(*arguments)
-    assert code == result.code
-    assert told in result.stdout + result.stderr
-    assert result.stderr.count("\n") == int(code > 0), "one line"
-    assert_clean(result.stdout + result.stderr)
+    assert code == main(arguments)
+    out, err = capsys.readouterr()
+    assert told in out + err
+    assert err.count("\n") == int(code > 0), "one line"
+    assert_clean(out + err)
 
 
 def test_drop_slot(program: Program, source: psycopg.Connection) -> None:

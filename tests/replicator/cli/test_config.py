@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,7 @@ from replicator.cli.app import App, all_settings, masked, unknown_settings
 from replicator.cli.main import main
 from replicator.contracts.settings import CoreSettings, load, state_directory, variable
 
-
-@pytest.fixture(autouse=True)
-def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory without a `.env`, a home, and an environment without settings of ours."""
-    monkeypatch.chdir(tmp_path)
-    for name in list(os.environ):
-        if name.startswith("REPLICATOR_") or name in {"STATE_DIRECTORY", "XDG_STATE_HOME"}:
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("empty_directory")
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:

@@ -12,14 +12,7 @@ from replicator.contracts.settings import CoreSettings, fresh, load
 SECRET = "postgresql://app:hunter2@localhost/engagement"  # noqa: S105  what must not be shown
 
 
-@pytest.fixture(autouse=True)
-def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory without a `.env`, and an environment without settings of ours."""
-    monkeypatch.chdir(tmp_path)
-    for name in CoreSettings.model_fields:
-        monkeypatch.delenv(f"REPLICATOR_{name.upper()}", raising=False)
-        monkeypatch.delenv(f"REPLICATOR_{name.upper()}_FILE", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("empty_directory")
 
 
 def refused(name: str) -> str:
