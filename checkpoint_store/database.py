@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleErr
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from replicator.contracts import errors
-from replicator.contracts.errors import command
+from replicator.contracts.errors import cited, command
 
 URL_SETTING = "REPLICATOR_CHECKPOINT_URL"
 URL_TAKES = (
@@ -98,14 +98,11 @@ def _engine(url: URL, *, pre_ping: bool) -> Engine:
 
 def _arguments(url: URL) -> dict[str, Any]:
     driver = url.get_driver_name()
-    if driver == "psycopg" and (unknown := sorted({*url.query} - _libpq_options())):
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    if driver == "psycopg" and (unknown := sorted({*url.query} - known)):
         raise _unusable(f"libpq has no option {', '.join(unknown)}")
     limits = LIMITS.get(driver, {})
     return {name: value for name, value in limits.items() if name not in url.query} | FORCED.get(driver, {})
-
-
-def _libpq_options() -> set[str]:
-    return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 
 
 def _connect(
@@ -145,9 +142,7 @@ def explain(exc: Exception, dialect: Dialect, url: URL) -> errors.CheckpointErro
         return _explain_sqlite(orig, Path(url.database or ""))
     diagnosis = getattr(orig, "diag", None)  # psycopg's: the server's message without the detail, which has values
     message = getattr(diagnosis, "message_primary", None) or str(orig)
-    first_line = next(iter(message.splitlines()), "")
-    if url.password:
-        first_line = first_line.replace(str(url.password), "***")
+    first_line = cited(message.partition("\n")[0], [str(url.password or "")])
     problem = f"{dialect.name}: {type(orig).__name__}: {first_line}"
     sqlstate = getattr(orig, "sqlstate", None)
     lasts = FOR_EVER.fullmatch(sqlstate) if sqlstate else isinstance(exc, (ProgrammingError, DataError))

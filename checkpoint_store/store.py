@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from msgspec import structs
-from sqlalchemy import Connection, RowMapping, Select, String, Table, Update, bindparam, cast, func, literal, select
+from sqlalchemy import Connection, RowMapping, String, Table, cast, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import database, schema
@@ -141,33 +140,22 @@ class SqlCheckpointStore:
             raise database.explain(exc, self._engine.dialect, self._engine.url) from exc
 
 
-# Statements are built once: building costs SQLAlchemy three times what running does, and `save` is called often.
-
-
-@cache
-def _select(table: Table, *, lock: bool) -> Select[Any]:
-    of_slot = select(table).where(table.c.slot == bindparam("of_slot"))
-    return of_slot.with_for_update() if lock else of_slot  # SQLite has no row locks: see database._begin
-
-
-@cache
-def _update(table: Table) -> Update:
-    return table.update().where(*(column == bindparam(f"of_{column.name}") for column in table.primary_key))
-
-
 def _put(connection: Connection, table: Table, row: dict[str, Any]) -> None:
     """Update the row that has this primary key, or insert it."""
-    key = {f"of_{column.name}": row[column.name] for column in table.primary_key}
-    if not connection.execute(_update(table), row | key).rowcount:
+    key = [column == row[column.name] for column in table.primary_key]
+    if not connection.execute(table.update().where(*key), row).rowcount:
         connection.execute(table.insert(), row)
 
 
 def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoint | None:
     # The checkpoint is locked first, on behalf of its sinks: the second statement sees what the last holder did.
-    row = connection.execute(_select(checkpoints, lock=lock), {"of_slot": slot}).mappings().first()
+    queries = [select(table).where(table.c.slot == slot) for table in (checkpoints, sink_positions)]
+    if lock:  # SQLite has no row locks: see database._begin
+        queries = [query.with_for_update() for query in queries]
+    row = connection.execute(queries[0]).mappings().first()
     if row is None:
         return None
-    found = connection.execute(_select(sink_positions, lock=lock), {"of_slot": slot})
+    found = connection.execute(queries[1])
     positions = {
         at.sink: SinkPosition(position=Position(at.commit_lsn, at.ordinal), end_lsn=at.end_lsn) for at in found
     }

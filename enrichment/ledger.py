@@ -40,7 +40,7 @@ WHERE e.event_ts >= %(start)s::timestamptz AND e.event_ts < %(end)s::timestamptz
 
 JOIN = f"LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = e.content_id"
 HASH = "('x' || left(md5(convert_to(concat_ws('|', {line}), 'UTF8')), 15))::bit(60)::bigint"
-BUCKET = f"({_US} - %(origin)s::bigint) / %(width)s::bigint"
+BUCKET = f"({_US} - %(origin_us)s::bigint) / %(width_us)s::bigint"
 REMAINDER = "mod(mod(e.id, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
 IN_SLICE = f"AND {BUCKET} = ANY(%(buckets)s::bigint[]) AND {REMAINDER} = ANY(%(remainders)s::bigint[])"
 
@@ -149,11 +149,5 @@ def _moment(us: int) -> str:
 
 
 def _of(part: Slice) -> dict[str, object]:
-    return {
-        **_between(part.start_us, part.end_us),
-        "origin": part.origin_us,
-        "width": part.width_us,
-        "buckets": list(part.buckets),
-        "modulus": part.modulus,
-        "remainders": list(part.remainders),
-    }
+    arrays = {"buckets": list(part.buckets), "remainders": list(part.remainders)}  # psycopg makes a row of a tuple
+    return {**part._asdict(), **_between(part.start_us, part.end_us), **arrays}
