@@ -206,7 +206,7 @@ class Watchdog:
             self._moved_at = time.monotonic()
         self._at = at
         self._unsaved()
-        self._breaks.append((time.monotonic(), self.pipeline.source.breaks))
+        self._breaks.append((time.monotonic(), self.pipeline.source.breaks.count))
         while time.monotonic() - self._breaks[0][0] > STALL_SECONDS:
             self._breaks.popleft()
         if log.isEnabledFor(logging.DEBUG):
@@ -229,7 +229,7 @@ class Watchdog:
 
     def _why(self) -> str:
         source, fan_out, stored = self.pipeline.source, self.pipeline.fan_out, self.pipeline.checkpoint
-        if reading := self.pipeline.trouble.message or source.stuck:
+        if reading := self.pipeline.trouble.message or source.breaks.stuck:
             return reading
         if not fan_out.lanes:
             return "no sink is open"
@@ -265,12 +265,12 @@ class Watchdog:
 
     def _restless(self) -> str:
         """That the stream breaks as soon as it runs: between two breaks it looks healthy."""
-        breaks = self.pipeline.source.breaks - self._breaks[0][1]
+        breaks = self.pipeline.source.breaks.count - self._breaks[0][1]
         return f"the stream broke {breaks} times in a minute, the log says why" if breaks >= RESTLESS else ""
 
     def _stuck(self) -> str:
         """That each stream ends where the one before did, while there is something to read; else empty."""
-        return self.pipeline.source.stuck if self._lag_bytes() else ""
+        return self.pipeline.source.breaks.stuck if self._lag_bytes() else ""
 
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""

@@ -83,7 +83,7 @@ class Source:
         self._pgconn: pq.abc.PGconn | None = None
         self._decoder = StreamDecoder()
         self._shortcut: Callable[[], Shortcut | None] = _no_shortcut
-        self._breaks = Breaks()
+        self.breaks = Breaks()
         self._received: Lsn = 0
         self._flushed: Lsn = 0
         self._heard_at = 0.0  # time.monotonic()
@@ -95,11 +95,6 @@ class Source:
     def connected(self) -> bool:
         """Whether the stream is running."""
         return self._pgconn is not None
-
-    @property
-    def breaks(self) -> int:
-        """How many streams broke since the program began."""
-        return self._breaks.count
 
     @property
     def confirmed(self) -> Lsn:
@@ -115,11 +110,6 @@ class Source:
     def silent_seconds(self) -> float:
         """How long ago a message of the stream, a keepalive included, was last read; 0.0 while not connected."""
         return time.monotonic() - self._heard_at if self.connected else 0.0
-
-    @property
-    def stuck(self) -> str:
-        """That the stream ends again and again at the same place, and why; else empty."""
-        return self._breaks.stuck
 
     async def connect(self) -> tuple[Identity, slots.SlotState | None]:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
@@ -233,15 +223,12 @@ class Source:
                     await self._readable()
                 await asyncio.sleep(NAP_SECONDS)
                 napped = True
-        except psycopg.OperationalError as exc:
+        except (psycopg.OperationalError, SourceUnavailable) as exc:
             self.close()
-            raise self._breaks.broke(unconnected(exc)) from exc
-        except SourceUnavailable as exc:
-            self.close()
-            raise self._breaks.broke(exc) from exc
+            raise self.breaks.broke(unconnected(exc) if isinstance(exc, psycopg.Error) else exc) from exc
         self._heard_at = time.monotonic()
         chunk = self._decoder.take()
-        self._breaks.moved(chunk.mark)
+        self.breaks.moved(chunk.mark)
         self._received = max(self._received, chunk.mark.end_lsn)
         return chunk
 

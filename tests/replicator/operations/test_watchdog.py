@@ -21,6 +21,7 @@ from replicator.operations.status import STALL_SECONDS, CheckpointStatus, SlotSt
 from replicator.operations.watchdog import TROUBLE_SECONDS, Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
+from replicator.source.breaks import Breaks
 from replicator.source.slot import SlotState
 from tests.support.fakes import CHECKPOINT, STATE
 
@@ -65,8 +66,9 @@ class FakeSource:
 
     received = 80
     silent_seconds = 45.0
-    breaks = 0
-    stuck = ""
+
+    def __init__(self) -> None:
+        self.breaks = Breaks()
 
     async def is_refused(self) -> bool:
         """The server is there for others, too."""
@@ -408,14 +410,14 @@ def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pi
     source = cast("FakeSource", pipeline.source)
     for breaks in range(3):
         assert [] == watchdog.look(5)
-        source.breaks = breaks + 1
+        source.breaks.count = breaks + 1
     assert ["the stream broke 3 times in a minute, the log says why"] == watchdog.look(5)
     assert [] == watchdog.look(STALL_SECONDS)
 
 
 def test_a_stream_that_comes_no_further_is_not_ready(watchdog: Looking, pipeline: Pipeline) -> None:
     """Connected again and again, and nothing moves; on an idle server there is nothing to come to."""
-    cast("FakePipeline", pipeline).source.stuck = "no progress"
+    pipeline.source.breaks.stuck = "no progress"
     assert ["no progress"] == watchdog.look(5.0, server_lsn=300)
     assert [] == watchdog.look(5.0, server_lsn=100)
 
@@ -423,7 +425,7 @@ def test_a_stream_that_comes_no_further_is_not_ready(watchdog: Looking, pipeline
 def test_an_outage_is_no_restless_stream(watchdog: Looking, pipeline: Pipeline) -> None:
     """However often it was tried: it broke once."""
     pipeline.trouble.failures = 40
-    cast("FakeSource", pipeline.source).breaks = 1
+    pipeline.source.breaks.count = 1
     assert [] == watchdog.look(5)
 
 
