@@ -68,7 +68,7 @@ class _Engine(Protocol):
     async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes: ...
 
     async def insert(
-        self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object], seconds: float
+        self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
     ) -> Receipt: ...
 
     async def close(self) -> None: ...
@@ -121,8 +121,10 @@ class Client:
         if found := CODE.search(body):
             raise answered(failed(int(found[1]), body))
 
-    async def insert(self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object]) -> Receipt:
-        """Insert JSON lines. Raises SinkError, and Failed when ClickHouse answers with an error."""
+    async def insert(
+        self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object]
+    ) -> Receipt:
+        """Insert JSON lines, in pieces. Raises SinkError, and Failed when ClickHouse answers with an error."""
         return await self._engine.insert(table, columns, data, settings, self.timeout_seconds)
 
     async def says(self, sql: str) -> str:

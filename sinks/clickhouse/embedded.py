@@ -37,12 +37,12 @@ class EmbeddedEngine:
         return bytes(await self._run(lambda: self._open().raw_query(statement, settings=dict(settings)), seconds))
 
     async def insert(
-        self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object], seconds: float
+        self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
     ) -> Receipt:
-        """Insert JSON lines."""
+        """Insert JSON lines, in pieces."""
 
         def insert() -> int:
-            summary = self._open().raw_insert(table, list(columns), data, dict(settings), "JSONEachRow")
+            summary = self._open().raw_insert(table, list(columns), b"".join(data), dict(settings), "JSONEachRow")
             return int(summary.written_rows)
 
         return Receipt(await self._run(insert, seconds))

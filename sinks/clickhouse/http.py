@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import re
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -58,16 +57,16 @@ class HttpServer:
 
     async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes:
         """Run a statement; what it prints."""
-        async with self._answer(statement.encode(), settings, seconds, uuid.uuid4().hex) as answer:
+        async with self._answer([statement.encode()], settings, seconds, uuid.uuid4().hex) as answer:
             return await _text(answer, ANSWER_BYTES, self._server)
 
     async def insert(
-        self, table: str, columns: Sequence[str], data: bytes, settings: Mapping[str, object], seconds: float
+        self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
     ) -> Receipt:
-        """Insert JSON lines."""
+        """Insert JSON lines, in pieces."""
         statement = f"INSERT INTO {table} ({', '.join(columns)}) FORMAT JSONEachRow\n".encode()
         query_id = uuid.uuid4().hex
-        async with self._answer(statement + data, settings, seconds, query_id) as answer:
+        async with self._answer([statement, *data], settings, seconds, query_id) as answer:
             text = await _text(answer, SHORT_BYTES, self._server, cut=True)
             if found := CODE.search(text):  # it was sent after the status line: the insert failed meanwhile
                 raise failed(int(found[1]), text)
@@ -81,17 +80,18 @@ class HttpServer:
 
     @asynccontextmanager
     async def _answer(
-        self, body: bytes, settings: Mapping[str, object], seconds: float, query_id: str
+        self, body: Sequence[bytes], settings: Mapping[str, object], seconds: float, query_id: str
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer of ClickHouse, unless it is an error. `seconds` are for all of it, from connecting to the end."""
         parameters = {name: str(value) for name, value in settings.items()}
         # An error after the first row of a result becomes the status, too.
         parameters |= {"wait_end_of_query": "1", "query_id": query_id}
+        length = {"Content-Length": str(sum(map(len, body)))}
         with translated(self._server):
             async with (
                 asyncio.timeout(seconds),
                 self._connected().post(
-                    f"{self._server}/", params=parameters, data=io.BytesIO(body), allow_redirects=False
+                    f"{self._server}/", params=parameters, headers=length, data=_sent(body), allow_redirects=False
                 ) as answer,
             ):
                 await _require_good(answer, self._server)
@@ -120,6 +120,13 @@ class HttpServer:
             except OSError as exc:  # an SSLError too
                 raise unreadable_ca(exc) from None
         return context
+
+
+async def _sent(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """One after the other: as one text a large insert would be in memory once more."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)  # the loop's other work
 
 
 async def _require_good(answer: aiohttp.ClientResponse, server: str) -> None:
