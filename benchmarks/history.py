@@ -27,7 +27,7 @@ from sinks.clickhouse.table import columns
 SIZES = (10_000, 100_000, 1_000_000, 5_000_000)
 BEGIN = datetime(2026, 1, 8, tzinfo=UTC)
 STEP = timedelta(milliseconds=1)  # between two events, so that a time range has a known number of rows
-INSERT_ROWS = 20_000  # REPLICATOR_CLICKHOUSE_MAX_EVENTS
+INSERT_ROWS = 40_000  # REPLICATOR_CLICKHOUSE_MAX_EVENTS
 
 FILL = """
 TRUNCATE public.engagement_events;

@@ -97,7 +97,7 @@ class TestSettings:
     def test_have_defaults(self) -> None:
         """That lead to the server of the compose file."""
         sink = ClickHouseSink(load(ClickHouseSettings), EVENT)
-        assert (sink.name, sink.concurrency, sink.max_events, sink.linger_seconds) == ("clickhouse", 1, 20_000, 0.8)
+        assert (sink.name, sink.concurrency, sink.max_events, sink.linger_seconds) == ("clickhouse", 1, 40_000, 0.8)
 
     def test_ca_file_must_exist(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A typo is found before a connection is tried."""

@@ -290,9 +290,9 @@ class TestRepeats:
     async def test_one_write_is_one_part(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """And so one block: atomic, and known by one token."""
         clickhouse.query(f"SYSTEM STOP MERGES {TABLE}")
-        await sink.write(events(1, 20_000))
+        await sink.write(events(1, sink.max_events))
         parts = clickhouse.query(f"SELECT count(), sum(rows) FROM system.parts WHERE active AND table = '{TABLE}'")  # noqa: S608
-        assert parts == "1\t20000\n"
+        assert parts == f"1\t{sink.max_events}\n"
 
     async def test_overlapping_batches_count_once_under_final(
         self, clickhouse: ClickHouse, sink: ClickHouseSink
