@@ -7,7 +7,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
@@ -20,7 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EVENT, EnrichmentSettings, create_enricher
+from enrichment import EVENT, EngagementHistory, EngagementLedger, EnrichmentSettings, create_enricher
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -30,6 +30,8 @@ from replicator.contracts.errors import (
     SinkMisconfigured,
     SinkRefusesAll,
     SinkUnavailable,
+    SourceError,
+    SourceUnavailable,
 )
 from replicator.contracts.settings import (
     CoreSettings,
@@ -93,8 +95,8 @@ class App(NamedTuple):
         return Source(self.dsn, self.settings.slot, failover=self.settings.failover_slot)
 
     @asynccontextmanager
-    async def closing(self) -> AsyncIterator[None]:
-        """Release all connections at the end."""
+    async def closing(self, *readers: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:
+        """Release all connections at the end, those of readers of the tables, too: they don't try again."""
         try:
             yield
         except CheckpointMissing as exc:
@@ -104,13 +106,19 @@ class App(NamedTuple):
             # Only lanes keep events and try again, as the messages say, and they never raise it.
             cure = "" if isinstance(exc, SinkUnavailable) else exc.cure
             raise SinkError(exc.sink, f"sink {exc.sink} failed: {exc.detail}", cure) from exc
+        except SourceUnavailable as exc:
+            if not readers:
+                raise
+            raise SourceError(f"reading from PostgreSQL failed: {exc.detail}") from exc
         finally:
-            await self._close()
+            await self._close(*readers)
 
-    async def _close(self) -> None:
+    async def _close(self, *readers: EngagementHistory | EngagementLedger) -> None:
         """Close everything. A failure is raised, unless the command has ended with one: then it is logged."""
         failure = sys.exception()
-        for close in (self.enricher.close, *(sink.close for sink in self.sinks), self._close_store):
+        closing: list[Callable[[], Awaitable[None]]] = [opened.close for opened in (*readers, *self.sinks)]
+        closing += [self.enricher.close, partial(asyncio.to_thread, self.store.close)]
+        for close in closing:
             try:
                 await close()
             except Exception as exc:
@@ -118,9 +126,6 @@ class App(NamedTuple):
                 failure = failure or exc
         if failure and not sys.exception():
             raise failure
-
-    async def _close_store(self) -> None:
-        await asyncio.to_thread(self.store.close)
 
     def introduce(self) -> Iterator[str]:
         """The first lines of the log: what runs, from where to where. No secrets."""
@@ -183,18 +188,16 @@ def _kubernetes() -> Iterator[str]:
 
 def unusable_parts() -> Iterator[SettingsError]:
     """What only the parts can tell: whether there are such sinks, and a driver for the checkpoint database."""
-    uses: dict[str, Callable[[str], object]] = {"sinks": _find_sinks, "checkpoint_url": SqlCheckpointStore}
+    uses: dict[str, Callable[[str], object]] = {
+        "sinks": lambda names: [*map(sink_class, split(names))],
+        "checkpoint_url": SqlCheckpointStore,
+    }
     for name, use in uses.items():
         try:
             if value := given(name):
                 use(value.text)
         except SettingsError as error:
             yield error
-
-
-def _find_sinks(names: str) -> None:
-    for name in split(names):
-        sink_class(name)
 
 
 def masked(secret: str) -> str:

@@ -103,44 +103,41 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
             raise SettingsError(name="--last", problem="--start or --end is given too", expected="either, not both")
         end = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)  # the second that runs belongs to it
         return TimeRange(end - last, end)
-    for name, value in (("--start", start), ("--end", end)):
-        if value is None:
-            raise SettingsError(name=name, problem="it is missing", expected=f"a time {_TIME}; or use --last 2h")
-    assert start  # noqa: S101  for mypy
-    assert end  # noqa: S101
+    if start is None or end is None:
+        name = "--end" if start else "--start"
+        raise SettingsError(name=name, problem="it is missing", expected=f"a time {_TIME}; or use --last 2h")
     if start >= end:
         problem = f"{iso(start)} is not before --end {iso(end)}"
         raise SettingsError(name="--start", problem=problem, expected="an earlier time")
     return TimeRange(start, end)
 
 
-def sinks_of(text: str | None, known: Iterable[str], name: str = "--sinks") -> list[str]:
+def sinks_of(text: str | None, known: Iterable[str]) -> list[str]:
     """The names in an option, or the usual ones. Raises SettingsError for one that is not known."""
     if text is None:
-        return _usual_sinks(name)
+        return _usual_sinks()
     names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
     if not names or set(names) - set(known):
         expected = f"one or more of {', '.join(known)}, separated by commas"
-        raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
+        raise SettingsError(name="--sinks", problem=f"{text!r} is not the name of a sink", expected=expected)
     return names
 
 
-def _usual_sinks(name: str) -> list[str]:
+def _usual_sinks() -> list[str]:
     """Never one that the replicator does not write to: its address may be the default, and somebody else's."""
     from replicator.contracts.settings import CoreSettings, load
 
     if not (names := [sink for sink in USUAL_SINKS if sink in load(CoreSettings).sinks]):
         problem = f"REPLICATOR_SINKS has none of {', '.join(USUAL_SINKS)}"
-        raise SettingsError(name=name, problem=problem, expected="the name of a sink")
+        raise SettingsError(name="--sinks", problem=problem, expected="the name of a sink")
     return names
 
 
-def one_sink(text: str, known: Iterable[str], name: str) -> str:
+def one_sink(text: str, known: Iterable[str]) -> str:
     """The one name in an option. Raises SettingsError for several, none, and one that is not known."""
-    known = list(known)
-    if text not in known:
+    if text not in (known := list(known)):
         expected = f"one of {', '.join(known)}"
-        raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
+        raise SettingsError(name="--sink", problem=f"{text!r} is not the name of a sink", expected=expected)
     return text
 
 

@@ -12,8 +12,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -23,12 +23,10 @@ import typer
 from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
 from replicator.cli.stream import say_what_stops, stop_on_signals
-from replicator.contracts.errors import SinkUnavailable, SourceError, SourceUnavailable, command
+from replicator.contracts.errors import SinkUnavailable, command
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from enrichment import EngagementHistory, EngagementLedger
+    from enrichment import EngagementHistory
     from replicator.cli.app import App
     from replicator.contracts.settings import CoreSettings
     from replicator.delivery.backfill import Backfill, BackfillProgress
@@ -92,7 +90,7 @@ async def backfill(
         again=command(f"backfill {when} --sinks {shlex.quote(','.join(chosen))}{options} --resume"),
         as_json=as_json,
     )
-    async with once(app, run.history):
+    async with app.closing(run.history):
         return await (_dry_run(run, when) if dry_run else deliver(run))
 
 
@@ -109,18 +107,6 @@ class Run(NamedTuple):
     again: str
     """The command that continues it."""
     as_json: bool = False
-
-
-@asynccontextmanager
-async def once(app: App, history: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:
-    """Around a run that is not retried: an outage is an error, and all connections are closed."""
-    try:
-        async with app.closing():
-            yield
-    except SourceUnavailable as exc:
-        raise SourceError(f"reading from PostgreSQL failed: {exc.detail}") from exc
-    finally:
-        await history.close()
 
 
 async def deliver(run: Run) -> int:
@@ -207,18 +193,18 @@ async def _show_bar(work: Backfill, settings: CoreSettings) -> None:
     columns = (TextColumn("backfill"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         configure_logging(settings.log_level, settings.log_format, settings.slot)  # its lines go above the bar
-        task = bar.add_task("", total=first.total, completed=first.events, rate=0.0)
+        task = bar.add_task("", total=first.total, rate=0.0)
+
+        def move() -> None:
+            events = work.written.events
+            bar.update(task, completed=events, rate=(events - first.events) / (time.monotonic() - started))
+
         try:
             while True:
+                move()
                 await asyncio.sleep(BAR_SECONDS)
-                _move_bar(bar, task, work, first, started)
         finally:
-            _move_bar(bar, task, work, first, started)
-
-
-def _move_bar(bar: Progress, task: TaskID, work: Backfill, first: BackfillProgress, started: float) -> None:
-    events = work.written.events
-    bar.update(task, completed=events, rate=(events - first.events) / (time.monotonic() - started))
+            move()
 
 
 def progress(first: BackfillProgress, now: BackfillProgress, seconds: float) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ import typer
 
 from replicator.cli.arguments import Json, Yes, confirmed, count, duration, iso, letter_id, load_app, one_sink
 from replicator.contracts.errors import SettingsError
+from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -60,7 +60,7 @@ class _Chosen:
 
         self.app = load_app()
         self.found: set[int | None] = set()
-        self._sink = sink if sink is None else one_sink(sink, known_sinks(), "--sink")
+        self._sink = sink if sink is None else one_sink(sink, known_sinks())
         self._stage = stage
         self._ids = ids or []
         self._where = [_condition(text) for text in where or ()]
@@ -159,31 +159,19 @@ async def _list(chosen: _Chosen, limit: int | None, *, as_json: bool) -> None:
 
 async def _summarize(chosen: _Chosen, *, as_json: bool) -> None:
     """How many for which reason, the most frequent first."""
-    from replicator.operations.logs import printable
-
-    found: dict[tuple[str | None, str], list[DeadLetter]] = {}  # the first and the last
-    counts: Counter[tuple[str | None, str]] = Counter()
+    found: dict[tuple[str | None, str], dict[str, Any]] = {}
     async for page in chosen.pages():
         for letter in page:
-            key = letter.sink, letter.reason
-            counts[key] += 1
-            found[key] = [*found.get(key, [letter])[:1], letter]
-    lines = [
-        {
-            "count": count,
-            "sink": sink,
-            "reason": reason,
-            "first": _at(found[sink, reason][0]),
-            "last": _at(found[sink, reason][1]),
-        }
-        for (sink, reason), count in counts.most_common()
-    ]
+            new = {"count": 0, "sink": letter.sink, "reason": letter.reason, "first": _at(letter)}
+            line = found.setdefault((letter.sink, letter.reason), new)
+            line |= {"count": line["count"] + 1, "last": _at(letter)}
+    lines = sorted(found.values(), key=lambda line: line["count"], reverse=True)
     if as_json:
         print(json.dumps({"summary": lines}))
         return
     for line in lines:
         whose = line["sink"] or "every sink"
-        print(f"{line['count']:>7}  {whose}  {line['first']} to {line['last']}  {printable(str(line['reason']))}")
+        print(f"{line['count']:>7}  {whose}  {line['first']} to {line['last']}  {printable(line['reason'])}")
 
 
 def _at(letter: DeadLetter) -> str:
@@ -208,8 +196,6 @@ def _form(letter: DeadLetter) -> dict[str, Any]:
 
 
 def _text(form: dict[str, Any]) -> str:
-    from replicator.operations.logs import printable
-
     whose, where = form["sink"] or "every sink", form["position"] or form["origin"]
     head = f"{form['id']}  {form['created_at']}  {whose}  event {form['event_id']}  {where}  {form['reason']}"
     return f"{printable(head)}\n    {printable(form['payload'])}"
@@ -220,8 +206,6 @@ async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None
 
     Those that it takes are dropped. The exit code is 1 if any is left.
     """
-    from replicator.operations.logs import printable
-
     chosen = _Chosen(sink, stage, ids, where)
     left = 0
     async with chosen.app.closing():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from replicator.cli.arguments import Json, load_app
+from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -29,7 +30,6 @@ async def check(as_json: Json = False) -> int:
     line.
     """
     from replicator.operations import check as preflight
-    from replicator.operations.logs import printable
 
     app = load_app()
     found: list[dict[str, Any]] = []

@@ -1,17 +1,21 @@
 """`reconcile` and `rebuild-redis`: is everything in the sinks, and make Redis again.
 
-`replicator/reconcile` compares and repairs; a rebuild is a backfill of all times into Redis alone.
+`replicator/reconcile` compares and repairs. A rebuild is a backfill of all times into Redis alone. It is exact because
+Redis counts an event once, whether the stream or the backfill brings it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Annotated, TypeAlias
+import asyncio
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from replicator.cli import arguments as arg
-from replicator.contracts.errors import SettingsError, command
+from replicator.contracts.errors import SettingsError, SinkError, command
+
+if TYPE_CHECKING:
+    from replicator.cli.backfill import Run
 
 WAIT_SECONDS = 60
 """How long the replicator may take to deliver what was committed before; one that keeps up takes a second."""
@@ -61,7 +65,6 @@ async def reconcile(
     import msgspec
 
     from enrichment import EngagementLedger
-    from replicator.cli.backfill import once
     from replicator.reconcile.run import Reconcile
 
     when = arg.time_range(start, end, last)
@@ -81,15 +84,11 @@ async def reconcile(
         delete_extra=delete_extra,
         wait_seconds=wait,
     )
-    async with once(app, ledger):
-        report = await work.run(_quiet if as_json else print)
+    async with app.closing(ledger):
+        report = await work.run((lambda _line: None) if as_json else print)
     if as_json:
         print(msgspec.json.encode(report).decode())
     return report.exit_code
-
-
-def _quiet(_line: str) -> None:
-    """The report comes at the end, as JSON."""
 
 
 REBUILD = """\
@@ -120,8 +119,7 @@ async def rebuild_redis(
 ) -> int:
     """Make all of Redis's keys again from PostgreSQL."""
     from enrichment import BEGINNING, END, EngagementHistory
-    from replicator.cli.backfill import Run, deliver, once
-    from replicator.reconcile.run import rebuild
+    from replicator.cli.backfill import Run
 
     if resume and from_empty:
         raise SettingsError(name="--resume", problem="--from-empty starts over", expected="one of the two")
@@ -138,13 +136,30 @@ async def rebuild_redis(
     run = Run(
         app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again
     )
-
-    def fill(generation: str) -> Awaitable[int]:
-        return deliver(run._replace(task=f"rebuild-redis {generation}"))
-
-    async with once(app, history):
-        return await rebuild(app.sinks[0], history, app.store, fill, _show_deleted if from_empty else None)
+    async with app.closing(history):
+        return await _rebuild(run, from_empty=from_empty)
 
 
-def _show_deleted(keys: int) -> None:
-    print(f"deleted     {keys} keys", flush=True)
+async def _rebuild(run: Run, *, from_empty: bool) -> int:
+    """Fill Redis. An interrupted run is resumed only while Redis has the same data. Raises SinkError if it loses them.
+
+    Nothing is deleted before all is known to be readable and writable.
+    """
+    from replicator.cli.backfill import deliver
+    from replicator.contracts.sink import Mode, Rebuildable
+
+    [sink] = run.app.sinks
+    assert isinstance(sink, Rebuildable)  # noqa: S101  for mypy
+    await run.history.open()
+    await sink.open(None, Mode.BACKFILL)
+    generation = await sink.generation()
+    if from_empty:
+        await asyncio.to_thread(run.app.store.create)
+        print(f"deleted     {await sink.empty()} keys", flush=True)
+        generation = await sink.generation()
+    code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
+    if await sink.generation() != generation:
+        detail = "it was emptied, restarted or replaced while it was filled"
+        cure = f"Run {command('rebuild-redis')} again"
+        raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
+    return code

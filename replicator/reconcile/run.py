@@ -1,4 +1,4 @@
-"""`reconcile` compares PostgreSQL with each sink that can be asked, and repairs what differs; `rebuild` fills a sink.
+"""`reconcile` compares PostgreSQL with each sink that can be asked, and repairs what differs.
 
 For every sink: compare, check again, repair, check what is left. A sink takes part through its capabilities
 (`contracts/sink.py`); neither sinks nor tables are known here by name.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from replicator.contracts.errors import SinkError, command
+from replicator.contracts.errors import command
 from replicator.contracts.events import Lsn
 from replicator.contracts.ledger import EventCounter, SinkLedger, SourceLedger
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import HasCounter, HasLedger, Mode, Rebuildable, Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import History
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.reconcile.compare import Comparison
 from replicator.reconcile.recheck import Underway, Verdict, recheck, unseen, wrong_counts
@@ -165,32 +164,3 @@ class Reconcile:
             await run.run()
         finally:
             await history.close()
-
-
-async def rebuild(
-    sink: Sink,
-    history: History,
-    store: CheckpointStore,
-    fill: Callable[[str], Awaitable[int]],
-    empty: Callable[[int], None] | None = None,
-) -> int:
-    """Fill a `Rebuildable` sink; what `fill` returns, which gets the sink's generation: a run is resumed only in it.
-
-    It is exact because the sink counts an event once, whether the stream or the backfill brings it first, if the sink
-    lost its data before. With `empty` the sink's data are deleted first, once all is known to be readable and writable;
-    it gets the number of keys. Raises SinkError if the sink loses its data while it is filled.
-    """
-    assert isinstance(sink, Rebuildable)  # noqa: S101  for mypy
-    await history.open()
-    await sink.open(None, Mode.BACKFILL)
-    generation = await sink.generation()
-    if empty is not None:
-        await asyncio.to_thread(store.create)
-        empty(await sink.empty())
-        generation = await sink.generation()
-    result = await fill(generation)
-    if await sink.generation() != generation:
-        detail = "it was emptied, restarted or replaced while it was filled"
-        cure = f"Run {command(f'rebuild-{sink.name}')} again"
-        raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
-    return result
