@@ -36,8 +36,10 @@ from replicator.source.server import (
 )
 from replicator.source.wal2json import OPTIONS, PLUGIN, DecodedChunk, StreamDecoder, listed
 
+CHUNK_EVENTS = 2_000
+"""Events finished before the sinks get their turn on the loop: some 6 ms of work."""
 CHUNK_ROWS = 500
-"""Rows read before the sinks get their turn on the loop: some 4 ms of work. At 1,000 lanes starve in a backlog."""
+"""Decoded rows wait in memory for each other, and cost more the more of them there are: some 4 ms of work."""
 CHUNK_BYTES = 1_000_000
 """The same bound for wide rows; one row may be larger."""
 CHUNK_MESSAGES = 5_000
@@ -238,7 +240,12 @@ class Source:
         decoder.shortcut = self._shortcut()
         get, feed, events, rows = pgconn.get_copy_data, decoder.feed, decoder.events, decoder.rows
         messages = 0
-        while messages < CHUNK_MESSAGES and len(events) + len(rows) < CHUNK_ROWS and decoder.size < CHUNK_BYTES:
+        while (
+            messages < CHUNK_MESSAGES
+            and len(events) < CHUNK_EVENTS
+            and len(rows) < CHUNK_ROWS
+            and decoder.size < CHUNK_BYTES
+        ):
             length, data = get(1)
             if length == 0:
                 pgconn.consume_input()
