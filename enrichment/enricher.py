@@ -33,7 +33,7 @@ from enrichment.shortcut import Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.guard import Guard, Record
-from enrichment.tables.missed import MissedHistory
+from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
 from replicator.contracts.settings import load
@@ -157,7 +157,7 @@ class EngagementEnricher:
         last = self._last_insert(rows)
         stood = tuple(column.name for column in last.columns) if last else ()
         events, refused = await self._enrich(rows) if rows else Enriched([], [])
-        if last:
+        if last and last.commit_lsn >= self._guard.reshaped:
             self._shortcuts.learn(stood, [column.name for column in last.columns])
         if before:
             self._guard.saw_event(before[-1].id)
@@ -170,6 +170,8 @@ class EngagementEnricher:
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
         if RENAMED:
             self._rename(rows)
+        if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
+            await self._look_again(rows)
         plan = self._plan(rows)
         found = await _asked(self._contents.look_up(plan.wanted))
         for content_id, content in found.items():
@@ -183,6 +185,15 @@ class EngagementEnricher:
             self._contents.known.clear()
         self._contents.trim()
         return Enriched(events, plan.refused)
+
+    async def _look_again(self, rows: Sequence[Row]) -> None:
+        """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
+        reshaped = self._guard.reshaped
+        inserts = [row for row in rows if row.action == "I" and row.commit_lsn < reshaped]
+        try:
+            await as_now(self._database, [row for row in inserts if self._guard.root(row) == EVENTS_TABLE])
+        except SourceUnusable as exc:
+            raise TablesUnfit(problem=f"{EVENTS} can't be read: {exc.detail}", cure=exc.cure) from exc
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
         """A row is enriched with today's content."""

@@ -15,10 +15,10 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
-from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Relation, Shape
+from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Column, Relation, Shape
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Lsn, Row
 
@@ -55,6 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     former: dict[str, str]
     """Names that the stream also lists for what was committed up to `until`: as JSON, and the table they belong to."""
     until: Lsn
+    reshaped: Lsn = 0
+    """Up to there the events' columns may have been others."""
 
 
 class Guard:
@@ -67,6 +69,8 @@ class Guard:
         """Of the events in the stream, about: for the record."""
         self.until: Lsn = 0
         """Up to there the tables may have been different."""
+        self.reshaped: Lsn = 0
+        """Up to there columns of the events may have been: what a name meant then is another column's now."""
         self.record: Record | None = None
         """What the next look compares with."""
         self._database = database
@@ -102,9 +106,13 @@ class Guard:
         if record and (changed or after < record.until):
             self._former = {**_names(record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn
+            reshaped = self.until if _columns(record.shape) != _columns(shape) else record.reshaped
             # A part that is here now may be gone before the next record, and leave no other trace.
-            record = structs.replace(record, former=_packed({**self._former, **self._names}), until=self.until)
+            record = structs.replace(
+                record, former=_packed({**self._former, **self._names}), until=self.until, reshaped=reshaped
+            )
         self.highest_id = record.highest_id if record else None
+        self.reshaped = record.reshaped if record else 0
         self._seen, self._waiting, self.record = Now(*now), None, record
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
@@ -156,6 +164,7 @@ class Guard:
             shape=self.shape,
             former=_packed(self._former),
             until=self.until,
+            reshaped=self.reshaped,
         )
         return self.record
 
@@ -182,6 +191,13 @@ def _names(shape: Shape) -> dict[Name, str]:
     shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
     newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
     return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
+
+
+def _columns(shape: Shape) -> list[Column]:
+    """Those that events are made of, with their versions."""
+    needed = {named(EVENTS_TABLE, column) for column in NEEDED[EVENTS_TABLE]}
+    table = shape.table(EVENTS_TABLE)
+    return [column for column in table.columns if column.name in needed] if table else []
 
 
 def _packed(names: Mapping[Name, str]) -> dict[str, str]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from psycopg import sql
 
-from enrichment.contract import EVENTS_TABLE, RENAMED, SCHEMA, rows_of
+from enrichment.codec import unquote
+from enrichment.contract import EVENTS_TABLE, IDENTITY, OWN, RENAMED, SCHEMA, TIME, rows_of
 from enrichment.database import Database
 from enrichment.history import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.guard import Record
 from replicator.contracts.errors import SourceUnusable, TablesUnfit
-from replicator.contracts.events import Position
-from replicator.contracts.fields import INT64_MAX, INT64_MIN
+from replicator.contracts.events import Column, Position, Row
+from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
 
@@ -47,6 +48,29 @@ WRITTEN_SINCE = """(pg_snapshot_xmax(pg_current_snapshot())::text::int8 - %(xid)
 """Transaction ids wrap: beyond two billion their order is not known."""
 
 FIND = "SELECT id FROM {} AS e WHERE id >= %(id)s::bigint AND {} ORDER BY id LIMIT %(count)s"
+
+
+AS_NOW = f"""
+-- Events by id, in the form of the stream's rows.
+SELECT {", ".join(f"e.{field.column}::{field.type.postgres}{'::text' * (field is TIME)}" for field in OWN)}
+FROM {rows_of(EVENTS_TABLE)} AS e WHERE id = ANY(%(ids)s::bigint[])
+"""  # noqa: S608  names in the contract
+
+
+async def as_now(database: Database, rows: Sequence[Row]) -> None:
+    """Give inserted rows of the stream the values that they have in the table now.
+
+    They were committed while its columns may have been others: a type that is no longer there, or a name that was
+    another column's. A row that is no longer in the table stays as it is.
+    """
+    for row in rows:
+        unquote(row.columns)
+    by_id = {column.value: row for row in rows for column in row.columns if column.name == IDENTITY.column}
+    ids = [event_id for event_id in by_id if BIGINT.fits(event_id)]
+    names = [field.column for field in OWN]
+    for values in await database.rows(AS_NOW, {"ids": ids}) if ids else ():
+        row = by_id[values[names.index(IDENTITY.column)]]
+        row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
 
 
 class _Part(NamedTuple):

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import suppress
 
 import psycopg
+import pytest
 
 from devstack.process import DevStackError, wait_until
 from tests.support.destinations import Destinations, expected
@@ -293,3 +294,40 @@ def wrong(dsn: str, destinations: Destinations) -> list[object]:
     clickhouse = {event["event_id"]: event for event in destinations.clickhouse()}
     api = {event["event_id"]: event for event in destinations.api()}
     return [key for key, event in events.items() if not event == clickhouse.get(key) == api.get(key)]
+
+
+SWAP = """
+ALTER TABLE engagement_events RENAME COLUMN device TO x;
+ALTER TABLE engagement_events RENAME COLUMN event_type TO device;
+ALTER TABLE engagement_events RENAME COLUMN x TO event_type
+"""
+THERE_AND_BACK = {
+    "swapped": (SWAP, SWAP),
+    "retyped": (
+        "ALTER TABLE engagement_events ALTER duration_ms TYPE text",
+        "ALTER TABLE engagement_events ALTER duration_ms TYPE int USING duration_ms::int + 1",
+    ),
+    "made again": ("", "ALTER TABLE engagement_events DROP device; ALTER TABLE engagement_events ADD device text"),
+}
+OLD = """
+INSERT INTO engagement_events (id, content_id, user_id, event_type, event_ts, duration_ms, device)
+VALUES ({}, 1, 1, 'play', '{}', '3000', 'web')
+"""
+
+
+@pytest.mark.parametrize("change", THERE_AND_BACK)
+def test_columns_that_were_different_for_a_moment(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations, change: str
+) -> None:
+    """Rows of that moment are as the table has them now, also those whose ids and times are old."""
+    there, back = THERE_AND_BACK[change]
+    quick.start()
+    source.execute(OLD.format(1_000_000, "now").replace("'web'", "NULL"))
+    quick.wait_until_caught_up()
+    source.execute(there)
+    source.execute(OLD.format(1_000_001, "now"))
+    source.execute(OLD.format(7, "2020-01-01"))
+    source.execute(back)
+    source.execute(OLD.format(9, "2020-01-02"))
+    wait_until_right(quick, database, destinations)
+    assert 0 == quick.stop()

@@ -11,9 +11,9 @@ from msgspec import structs
 from enrichment.database import Database
 from enrichment.tables import guard as guards
 from enrichment.tables.guard import Guard, difference
-from enrichment.tables.missed import MissedHistory
+from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
-from replicator.contracts.events import Position, Row, parse_lsn
+from replicator.contracts.events import Column, Position, Row, parse_lsn
 from replicator.contracts.fields import INT64_MIN
 
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'x')"
@@ -166,6 +166,41 @@ async def test_a_column_of_the_table_is_one_of_its_parts(
     history = MissedHistory.since(database, record, guard.shape)
     assert history
     assert [1, 2] == sorted(await _all(history))
+
+
+async def test_up_to_where_columns_were_others_is_kept(guard: Guard, admin: psycopg.Connection) -> None:
+    """A stream that begins again before that still shows rows of the time; a column that no event needs is none."""
+    await guard.verify()
+    guard.accept()
+    admin.execute("ALTER TABLE engagement_events ADD other text; CREATE TABLE later () INHERITS (engagement_events)")
+    await guard.look(None, 0)
+    assert (True, 0) == (guard.until > 0, guard.reshaped)
+    admin.execute("ALTER TABLE engagement_events RENAME device TO dev")
+    admin.execute("ALTER TABLE engagement_events RENAME dev TO device")
+    await guard.look(None, 0)
+    await guard.verify()
+    assert guard.until == guard.reshaped
+    await guard.look(guard.accept(), guard.reshaped - 1)
+    assert guard.reshaped
+
+
+async def test_rows_as_they_are_now(database: str, admin: psycopg.Connection) -> None:
+    """By their ids, also quoted ones; what is gone, or has no id that can be looked up, stays as it is."""
+    admin.execute(INSERT)
+    connection = Database(database)
+    rows = [Row("I", "public", "part", [Column("id", value), Column("device", "old")]) for value in (1, "1", 2, "x")]
+    try:
+        await as_now(connection, rows[1:])
+        await as_now(connection, rows[:1])
+    finally:
+        await connection.close()
+    old = [Column("device", "old")]
+    assert [True, True, False, False] == [("event_type", "x") in _values(row) for row in rows]
+    assert old == rows[2].columns[1:] == rows[3].columns[1:]
+
+
+def _values(row: Row) -> list[tuple[str, object]]:
+    return [(column.name, column.value) for column in row.columns]
 
 
 async def _all(history: MissedHistory) -> list[int]:
