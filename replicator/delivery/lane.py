@@ -169,6 +169,11 @@ class Lane:
         """It may not write before `saved` has moved on."""
         return self._budget.spent
 
+    @property
+    def _occupied(self) -> bool:
+        """It may not begin a write, however much waits."""
+        return len(self._in_flight) >= self.sink.concurrency or self._budget.spent
+
     def unanswered_seconds(self) -> float:
         """How long the oldest write in flight has gone without an answer; 0.0 when there is none."""
         asked = [write.asked_at for write in self._in_flight if write.asked_at]
@@ -188,8 +193,8 @@ class Lane:
         """Queue a batch; what the sink has, after a restart or a reconnect, is left out by its position."""
         waiting = self.queue.events
         if self.queue.put(batch):
-            # The first one sets the alarm; a later one wakes the lane only if a write is due. To wake it costs 20 µs.
-            if not waiting or self._patience() == 0:
+            # The first one sets the alarm, and the one that fills a write rings it: to wake the lane costs 20 µs.
+            if not waiting or (self.queue.full(self.room) and not self._occupied):
                 self._changed.set()
             return
         self._shared.release(batch)
@@ -235,7 +240,7 @@ class Lane:
 
     def _patience(self) -> float | None:
         """Seconds until a write is due; None while only a change can make one due."""
-        if not self.queue.events or len(self._in_flight) >= self.sink.concurrency or self.awaiting_checkpoint:
+        if not self.queue.events or self._occupied:
             return None
         if self.queue.full(self.room):
             return 0.0

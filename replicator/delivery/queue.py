@@ -206,7 +206,7 @@ class Queue:
 
 def weigh(events: Sequence[Event]) -> int:
     """The memory that events hold, bytes, estimated."""
-    return sum(len(event.json) + EVENT_OVERHEAD_BYTES for event in events)
+    return sum([len(event.json) for event in events]) + EVENT_OVERHEAD_BYTES * len(events)
 
 
 def _fitting(events: list[Event], room_bytes: int) -> list[Event]:
