@@ -163,6 +163,7 @@ class Pipeline:
             return
         log.info("%s", failure)
         self.trouble.message = str(failure)
+        self.saving.clear()  # whoever met it was cancelled
         self.checkpoint = None
         self._offers.clear()
         self._opened.clear()

@@ -757,6 +757,32 @@ class Missed:
         """Nothing to release."""
 
 
+class Away(Missed):
+    """It can't be read."""
+
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
+        """Never."""
+        raise SourceUnavailable(detail=f"{rows} rows at {place} after {after}")
+
+
+async def test_trouble_ends_with_the_stream_that_had_it() -> None:
+    """Whoever met it was cancelled when the stream began again, and could not say that it is over."""
+    world = World("a")
+    world.missed = cast("History", Away())
+    async with world.running():
+        await world.until(lambda: bool(world.pipeline.verification.catch_up.trouble))
+        world.failures = [CheckpointUnavailable(detail="away")] * 100_000
+        world.commit(10)
+        await world.until(lambda: bool(world.pipeline.saving))
+        world.missed, world.timeline, world.branch = None, 2, 1_000
+        world.chunks.put_nowait(SourceUnavailable(detail="failed over"))
+        await world.until(lambda: 2 == len(world.starts))
+        world.failures = []
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+        assert ("", "") == (world.pipeline.saving.message, world.pipeline.verification.catch_up.reason)
+
+
 async def test_what_the_stream_missed_comes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions stay the stream's, and it is remembered as brought only when every sink has it."""
     monkeypatch.setattr(verification, "PAUSE_SECONDS", 0.01)

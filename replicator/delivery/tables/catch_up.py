@@ -37,6 +37,7 @@ class CatchUp:
     def begin(self, history: History | None) -> None:
         """This is to be brought; None: nothing."""
         self._history, self._last = history, None
+        self.trouble.clear()  # that of the stream before, whose task was cancelled
 
     @property
     def done(self) -> bool:
