@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -101,7 +100,7 @@ class App(NamedTuple):
             yield
         except CheckpointMissing as exc:
             database = masked(self.settings.checkpoint_url.get_secret_value())
-            raise CheckpointMissing(**exc.facts, database=database, elsewhere=_old_checkpoint()) from exc
+            raise CheckpointMissing(**exc.facts, database=database) from exc
         except (SinkUnavailable, SinkMisconfigured, SinkBroken, SinkRefusesAll) as exc:
             # Only lanes keep events and try again, as the messages say, and they never raise it.
             cure = "" if isinstance(exc, SinkUnavailable) else exc.cure
@@ -143,12 +142,6 @@ def _dsn(settings: CoreSettings) -> str:
 
 def _checkpoint_url(settings: CoreSettings) -> str:
     return fresh(settings).checkpoint_url.get_secret_value()
-
-
-def _old_checkpoint() -> str:
-    """The default before it was the state directory: the working directory."""
-    here = Path("checkpoint.db")
-    return f" (sqlite:///{here.resolve()} may be it)" if here.is_file() else ""
 
 
 def _address(sink: Sink) -> str:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from threading import Thread
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
 from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
+from replicator.operations.logs import configure_logging, printable
 
 EPILOG = """\b
 first time:  replicator config check  are the settings usable?
@@ -126,7 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # of a command without an event loop, or at a question
         return 1
     except UnwrittenError as exc:
-        return _unwritten(exc)
+        _give_up_output()
+        if exc.error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
+            _complain(f"Standard output can't be written: {exc.error.strerror}.")
+        return 1
     finally:
         logging.shutdown()
 
@@ -134,7 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(problem: ReplicatorError | str) -> None:
     """The last line on standard error, in the log's form."""
     from replicator.contracts.settings import given
-    from replicator.operations.logs import configure_logging, printable
 
     with suppress(SettingsError):
         if (form := given("log_format")) and form.text.lower() == "json":
@@ -153,7 +156,7 @@ def _prepare_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stdout, _Output):
-        sys.stdout = _Output(sys.stdout)
+        sys.stdout = cast("TextIO", _Output(sys.stdout))
 
 
 class UnwrittenError(Exception):
@@ -164,20 +167,16 @@ class UnwrittenError(Exception):
         self.error = error
 
 
-class _Output(io.TextIOBase):
+class _Output:
     """Standard output without control characters, whoever they come from."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.isatty, self.fileno = stream.isatty, stream.fileno  # type: ignore[method-assign]  # the stream's own
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]  # likewise
-        return self._stream.encoding
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        from replicator.operations.logs import printable
-
         try:
             return self._stream.write(printable(text, keep="\n\t"))
         except OSError as exc:
@@ -188,14 +187,6 @@ class _Output(io.TextIOBase):
             self._stream.flush()
         except OSError as exc:
             raise UnwrittenError(exc) from exc
-
-
-def _unwritten(problem: UnwrittenError) -> int:
-    """Standard output can't be written: the exit code."""
-    _give_up_output()
-    if problem.error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
-        _complain(f"Standard output can't be written: {problem.error.strerror}.")
-    return 1
 
 
 def _give_up_output() -> None:

@@ -377,14 +377,14 @@ class CheckpointUnavailable(CheckpointError):
 class CheckpointMissing(CheckpointError):
     """There is no checkpoint, but the slot was read before."""
 
-    def __init__(self, *, slot: str, confirmed: str, database: str = "", elsewhere: str = "") -> None:
+    def __init__(self, *, slot: str, confirmed: str, database: str = "") -> None:
         self.facts = {"slot": slot, "confirmed": confirmed}
         super().__init__(
             f"the checkpoint database{database and f' {database}'} has nothing of replication slot {slot}, but the slot"
             f" was read before, up to {confirmed}",
-            "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back"
-            f"{elsewhere}. If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these"
-            " sinks lack nothing if it was read for them",
+            "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back."
+            f" If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these sinks lack"
+            " nothing if it was read for them",
         )
 
 
