@@ -24,7 +24,8 @@ from devstack.watchdog import Watchdog, send, tree
 
 START_TIMEOUT_SECONDS = 60.0  # for a cold disk on a busy machine; a server that fails is noticed at once
 STOP_TIMEOUT_SECONDS = 10.0  # PostgreSQL waits for its replication clients; killed after that
-POLL_SECONDS = 0.01  # between two checks of a server that is starting
+POLL_SECONDS = 0.01  # between two checks of what is waited for, at first
+POLL_MAX_SECONDS = 0.1  # later: checks cost the processor what the servers and the program need
 LOG_LINES_SHOWN = 20
 PORTS = range(10_000, 32_000)  # below the kernel's ephemeral range, see free_port
 PORT_TRIES = 100
@@ -64,11 +65,12 @@ def python(module: str) -> list[str]:
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
     """Return as soon as `condition` holds; raise DevStackError after `timeout_seconds`."""
-    deadline = time.monotonic() + timeout_seconds
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout_seconds:
             raise DevStackError(f"waited {timeout_seconds:g} s for {what}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(max(POLL_SECONDS, waited / 10), POLL_MAX_SECONDS))
 
 
 class Service(ABC):
