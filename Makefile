@@ -21,7 +21,7 @@ types: setup ## mypy --strict
 	$(BIN)/mypy
 
 test: setup ## the whole suite; arguments: make test ARGS="-k lane -n 0"
-	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=10 $(ARGS)
 
 check: lint types test ## lint, types and test
 

@@ -20,6 +20,9 @@ from tests.support import program
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
+# Programs that tests start would compile all of their modules at every start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Started in the background of a script, SIGINT is ignored, and so it would be in every program that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
