@@ -110,6 +110,7 @@ class Backfill:
                 due = max(due, began) + (self._reached.events - before) / self._rate
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
             began, before = time.monotonic(), self._reached.events
+        self.fan_out.end()
         while self._pages:
             await self.fan_out.progress()
             self._settle()

@@ -146,6 +146,11 @@ class FanOut:
             lane.put(batch)
         return batch
 
+    def end(self) -> None:
+        """Nothing more comes: no lane waits for it."""
+        for lane in self.lanes:
+            lane.end()
+
     async def room(self) -> None:
         """Wait until the lanes hold less than the limit; the log says so while that takes much of the time."""
         while self.full:

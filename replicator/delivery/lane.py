@@ -132,6 +132,7 @@ class Lane:
         self._budget = RepeatBudget(sink.max_repeats if shared.mode is Mode.LIVE else None, sink.max_events)
         self._in_flight: deque[Write] = deque()
         self._was_full = False  # the newest write: what waits is the rest of a backlog, or more of it
+        self._ended = False
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._writer = Writer(
@@ -222,6 +223,11 @@ class Lane:
                         self._shared.checkpoint_wanted.set()
                     writes.create_task(self._carry(write))
 
+    def end(self) -> None:
+        """Nothing more comes: wait for nothing."""
+        self._ended = True
+        self._changed.set()
+
     def stop(self) -> None:
         """Begin no further writes; `run` returns when those in flight are done."""
         self._stopping.set()
@@ -242,7 +248,7 @@ class Lane:
         """Seconds until a write is due; None while only a change can make one due."""
         if not self.queue.events or self._occupied:
             return None
-        if self.queue.full(self.room):
+        if self._ended or self.queue.full(self.room):
             return 0.0
         waited, quiet = self.queue.waited_seconds(), self._shared.flow.quiet_seconds()
         patience = self.sink.linger_seconds - waited

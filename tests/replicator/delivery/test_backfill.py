@@ -127,6 +127,14 @@ async def test_everything_arrives_and_nothing_is_left_to_resume(settings: CoreSe
     assert (BackfillProgress(place="5", events=4, total=4), None) == (run.written, store.progress[-1])
 
 
+async def test_its_end_does_not_linger(settings: CoreSettings) -> None:
+    """No more events come that a write could gather."""
+    sink = sink_of()
+    sink.linger_seconds = 60
+    assert await asyncio.wait_for(run_of(settings, FakeHistory([1]), Store(), sink).run(), 10)
+    assert [1] == sink.taken
+
+
 async def test_a_place_that_can_not_be_forgotten_is_no_failure(settings: CoreSettings) -> None:
     """Everything is written."""
     store = Store()
