@@ -51,7 +51,8 @@ WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+0
 
 IDS_AGAIN = (
     "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
-    f" repeat and does not count it. If that happens, {command('rebuild-redis')} counts what is in the table now"
+    f" repeat and does not count it. If that happens, {command('rebuild-redis --from-empty')} counts what is"
+    " in the table now, and nothing else"
 )
 
 ORIGIN = "SELECT system_identifier, current_database() FROM pg_control_system()"

@@ -98,6 +98,25 @@ def test_from_empty_under_traffic(
     assert_rebuilt(quick, source, database, destinations)
 
 
+def test_ids_that_were_given_again(quick: Program, source: psycopg.Connection, destinations: Destinations) -> None:
+    """Told at once with the command that counts them, typed as it is printed; nothing less does."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    source.execute("TRUNCATE engagement_events RESTART IDENTITY")
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    [command] = re.findall(r"was truncated.*?(python -m replicator [^`]*)` counts what is in the table", quick.log)
+    succeed(quick.run("rebuild-redis"))
+    assert 10 == sum(destinations.counts().values()), "ids that are seen are not counted again"
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+    quick.wait_until_caught_up()
+    succeed(quick.follow(f"{command} --yes"))
+    quick.wait_until_caught_up()
+    assert 11 == sum(destinations.counts().values())
+    assert 0 == quick.stop()
+
+
 def spawn(program: Program, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     """The command, left running."""
     return subprocess.Popen(

@@ -27,8 +27,9 @@ from tests.support import environment as ground
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import Load, insert_many
-from tests.support.program import Program, Result, assert_clean, succeed
+from tests.support.program import ROOT, Program, Result, assert_clean, succeed
 
+FAULTS = ROOT / "docs/reference/faults.md"
 TERMINATE = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
 DROP = "SELECT pg_drop_replication_slot(%s)"
 
@@ -333,6 +334,41 @@ def test_the_slot_was_moved_on_by_somebody_else(
     insert_many(source, 1_000)
     source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [quick.slot])
     refused(quick, "is not continuous with the checkpoint", "or another program read it", "init --accept-gap")
+    mend(quick)
+    assert_mended(quick, source, database, destinations)
+
+
+UNDECODABLE = """
+CREATE TYPE odd;
+CREATE FUNCTION odd_in(cstring) RETURNS odd LANGUAGE internal IMMUTABLE STRICT AS 'int4in';
+CREATE FUNCTION odd_out(odd) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'enum_out';
+CREATE TYPE odd (INPUT = odd_in, OUTPUT = odd_out, LIKE = int4);
+ALTER TABLE engagement_events ADD COLUMN odd odd
+"""
+"""Values of this type can be stored, and nobody can print them: wal2json fails, always at the same place."""
+
+
+def test_what_can_not_be_decoded_is_passed_by_the_steps_of_the_page(
+    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Typed as docs/reference/faults.md has them: everything arrives, the row that could not be decoded as well."""
+    [row] = [line for line in FAULTS.read_text(encoding="utf-8").splitlines() if "can't decode slot" in line]
+    advance, gap = re.findall(r"`([^`]*)`", row.split(" | ")[3])
+    assert "GAP" == gap
+    quick.start()
+    insert_many(source, 10)
+    source.execute(UNDECODABLE)
+    quick.wait_until_caught_up()
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type, odd) VALUES (1, 1, 'play', '7')")
+    insert_many(source, 10)
+    wait_until(lambda: "can't decode slot" in quick.admin("/readyz"), "it to say so")
+    told = quick.admin("/readyz")
+    assert re.search(r"at LSN [0-9A-F]+/[0-9A-F]+", told)
+    assert "invalid internal value for enum" in told
+    insert_many(source, 10)
+    assert 0 == quick.stop()
+    source.execute(advance.replace("…", quick.slot).encode())
+    source.execute("ALTER TABLE engagement_events DROP COLUMN odd")
     mend(quick)
     assert_mended(quick, source, database, destinations)
 

@@ -492,7 +492,7 @@ async def test_a_truncate_is_told(
     await enricher.enrich(stream.rows())
     [told] = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
     assert "Ids must never be given again" in told
-    assert "rebuild-redis" in told
+    assert "rebuild-redis --from-empty" in told
 
 
 async def test_integers_of_a_domain(enricher: EngagementEnricher, stream: Stream) -> None:
