@@ -1,44 +1,63 @@
 """`python -m benchmarks`: throughput and latency of the real programs on private servers, beside yardsticks.
 
-`drain` measures throughput, `latency` latency, `history` backfills. This module runs them and prints the figures.
+`drain` measures throughput, `latency` latency, `history` backfills, `tables` prints. This module runs them.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import backlog, drain, history, latency, machine
-from benchmarks.drain import Drained
-from benchmarks.history import Backfilled
-from benchmarks.latency import Latencies
+from benchmarks import backlog, drain, history, latency, machine, tables
+from benchmarks.backlog import CONTENTS, MANY_CONTENTS
 from devstack import DevStack, DevStackError
 from devstack.process import ROOT
 
-PARTS = ("bulk", "single", "latency", "backfill")
-BULK_TRANSACTION_ROWS = 1_000
-WIDTH = 100  # the tables need some 80 columns, and a log has no width
-SINGLE_SHARE = 5  # the backlog of single-row transactions has a fifth of --rows
 
-Pairs = list[tuple[Drained, Drained]]
+class Scenario(NamedTuple):
+    """A backlog, and how it is drained."""
+
+    title: str
+    rows: float = 1
+    """A share of --rows."""
+    transaction_rows: int | None = 1_000
+    """None: all in one."""
+    contents: int = CONTENTS
+    skew: int = 3
+    """1: all contents are as popular."""
+    http_batch_size: int = drain.HTTP_BATCH_SIZE
+
+
+SCENARIOS = {
+    "bulk": Scenario("transactions of 1,000"),
+    "single": Scenario("transactions of one row", rows=0.2, transaction_rows=1),
+    "small-requests": Scenario("transactions of 1,000, HTTP requests of 100", http_batch_size=100),
+    "contents": Scenario(f"transactions of 1,000, {MANY_CONTENTS:,} contents", contents=MANY_CONTENTS, skew=1),
+    "huge": Scenario("one transaction", transaction_rows=None),
+}
+PARTS = (*SCENARIOS, "latency", "backfill")
 
 
 def main() -> int:
     """Run the chosen parts. Returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="run this part (all)")
-    parser.add_argument("--rows", type=int, default=500_000, help="of the bulk backlog; single has a fifth (500000)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of a backlog; single has a fifth (1000000)")
     parser.add_argument("--runs", type=int, default=3, help="of each reader, in turn (3)")
+    parser.add_argument("--compare", metavar="REF", help="run the replicator of this commit, too")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with psycopg2 and pydbzengine: run them, too")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine (60)")
     parser.add_argument("--rate", type=int, default=1_000, help="commits/s of the latency part (1000)")
     parser.add_argument("--seconds", type=int, default=15, help="of the latency part, after its warm-up (15)")
     sizes = ",".join(map(str, history.SIZES))
@@ -47,13 +66,14 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = run(args, args.only or PARTS)
+        with _checkout(args.compare) as earlier:
+            result = run(args, args.only or PARTS, earlier)
     except DevStackError as exc:
         sys.stderr.write(f"{exc}\n")
         return 1
     except KeyboardInterrupt:
         return 1
-    print(msgspec.json.format(msgspec.json.encode(result)).decode()) if args.json else show(result)
+    print(msgspec.json.format(msgspec.json.encode(result)).decode() if args.json else "\n".join(_shown(result)))
     return 0
 
 
@@ -61,120 +81,87 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
+@contextmanager
+def _checkout(ref: str | None) -> Iterator[tuple[str, Path] | None]:
+    """A worktree of this commit, while it is needed."""
+    if ref is None:
+        yield None
+        return
+    with TemporaryDirectory(prefix="bench-") as folder:
+        code = Path(folder) / "code"
+        done = subprocess.run(
+            ["git", "worktree", "add", "--detach", str(code), ref],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise DevStackError(f"git has no worktree of {ref}: {done.stderr.strip()}")
+        try:
+            yield ref, code
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(code)], cwd=ROOT, check=True)
+
+
+def run(args: argparse.Namespace, parts: Sequence[str], earlier: tuple[str, Path] | None) -> dict[str, Any]:
     """Run every part on one stack."""
     settings = {"track_commit_timestamp": "on"}  # for the latency part
     with DevStack(*DevStack.SERVICES, postgres_settings=settings) as stack:
         with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
             connection.execute((ROOT / "sql" / "source_schema.sql").read_bytes())
             backlog.prepare(connection)
-        result: dict[str, Any] = {
-            "machine": machine.facts(stack.postgres.dsn),
-            "http_batch_size": drain.HTTP_BATCH_SIZE,
-        }
-        if "bulk" in parts:
-            result["bulk"] = _drain(stack, "bulk", args.rows // BULK_TRANSACTION_ROWS, BULK_TRANSACTION_ROWS, args.runs)
-        if "single" in parts:
-            result["single"] = _drain(stack, "single", args.rows // SINGLE_SHARE, 1, args.runs)
+        result: dict[str, Any] = {"machine": machine.facts(stack.postgres.dsn)}
+        for name, scenario in SCENARIOS.items():
+            if name in parts:
+                result[name] = _drain(stack, name, scenario, args, earlier)
         if "latency" in parts:
             _say(f"latency at {args.rate} commits/s for {args.seconds} s")
+            machine.wait_until_quiet(args.patience)
             result["latency"] = latency.measure(stack, rate=args.rate, seconds=args.seconds)
         if "backfill" in parts:
             _say(f"backfills of {args.backfill_rows} rows, {args.runs} runs each")
+            machine.wait_until_quiet(args.patience)
             result["backfill"] = history.measure(stack, [*map(int, args.backfill_rows.split(","))], args.runs)
         return result
 
 
-def _drain(stack: DevStack, name: str, transactions: int, size: int, runs: int) -> Pairs:
-    _say(f"{name}: {transactions} transactions of {size}, {runs} runs each")
+def _drain(
+    stack: DevStack, name: str, scenario: Scenario, args: argparse.Namespace, earlier: tuple[str, Path] | None
+) -> list[dict[str, drain.Drained]]:
+    rows = int(args.rows * scenario.rows)
+    size = scenario.transaction_rows or rows
+    _say(f"{name}: {rows:,} rows, {args.runs} runs of each reader")
+    readers = drain.yardsticks(args.peers) | drain.contenders(earlier, scenario.http_batch_size)
     with psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
-        made = backlog.make(connection, f"bench_{name}", transactions=transactions, size=size)
-        pairs = drain.alternate(stack, made, runs)
-        backlog.drop(connection, made.slot)
-    return pairs
+        slot = f"bench_{name.replace('-', '_')}"
+        made = backlog.make(
+            connection,
+            slot,
+            transactions=max(1, rows // size),
+            size=size,
+            contents=scenario.contents,
+            skew=scenario.skew,
+        )
+        found = drain.in_turn(stack, made, readers, runs=args.runs, patience_seconds=args.patience)
+        backlog.drop(connection, slot)
+    return found
 
 
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console(width=WIDTH, soft_wrap=True, highlight=False)
-    for part, title in (("bulk", "transactions of 1,000 rows"), ("single", "single-row transactions")):
-        if part in result:
-            console.print(_throughput(title, result[part]))
+def _shown(result: dict[str, Any]) -> Iterator[str]:
+    """The tables."""
+    for name, scenario in SCENARIOS.items():
+        if name in result:
+            yield from tables.throughput(scenario.title, result[name])
     if "latency" in result:
-        console.print(_latency(result["latency"]))
+        yield from tables.latency(result["latency"])
     if "backfill" in result:
-        console.print(_backfill(result["backfill"]))
-    console.print(
-        f"{result['machine']}; HTTP batch size {result['http_batch_size']}; medians; everything on one machine"
-    )
-
-
-def _throughput(title: str, pairs: Pairs) -> Table:
-    rows = pairs[0][0].rows
-    table = Table(title=f"{rows:,} rows, {title}", title_justify="left")
-    table.add_column("")
-    for heading in ("rows/s", "of pg_recvlogical", "CPU µs a row", "peak MB"):
-        table.add_column(heading, justify="right")
-    plain, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    table.add_row("pg_recvlogical", *_rates(plain, "pg_recvlogical"), _cost(plain, "pg_recvlogical"))
-    for sink in ours[0].seconds:
-        table.add_row(f"  until {sink} has all", *_rates(ours, sink, plain))
-    ratios = [our.rows_per_second / their.rows_per_second for their, our in pairs]
-    speed = median(our.rows_per_second for our in ours)
-    peak = max(our.peak_memory_mb or 0 for our in ours)
-    share = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    table.add_row("replicator, all sinks", f"{speed:,.0f}", share, _cost(ours, "replicator"), f"{peak:.0f}")
-    for name in list(ours[0].cpu_us)[1:]:
-        table.add_row(f"  {name} meanwhile", "", "", _cost(ours, name))
-    return table
-
-
-def _rates(results: list[Drained], name: str, plain: list[Drained] | None = None) -> tuple[str, str]:
-    rates = [result.rows / result.seconds[name] for result in results]
-    if plain is None:
-        return f"{median(rates):,.0f}", ""
-    ratios = [rate / their.rows_per_second for rate, their in zip(rates, plain, strict=True)]
-    return f"{median(rates):,.0f}", f"{median(ratios):.2f}"
-
-
-def _cost(results: list[Drained], process: str) -> str:
-    return f"{median(result.cpu_us[process] for result in results):.1f}"
-
-
-def _latency(found: Latencies) -> Table:
-    title = f"commit to visible at {found.commits_per_second:,.0f} commits/s, {found.commits:,} commits"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in ("p50 ms", "p99 ms", "max ms"):
-        table.add_column(heading, justify="right")
-    for sink, lag in found.sinks.items():
-        table.add_row(sink, f"{lag.p50_ms:.1f}", f"{lag.p99_ms:.1f}", f"{lag.max_ms:.1f}")
-    table.caption = f"replicator: {found.cpu_us:.0f} µs of CPU a row, {found.peak_memory_mb:.0f} MB at most"
-    return table
-
-
-def _backfill(found: list[list[Backfilled]]) -> Table:
-    table = Table(title="backfill.py into ClickHouse and Redis", title_justify="left")
-    for heading in ("rows", "seconds", "rows/s", "of COPY", "of ClickHouse", "CPU µs a row", "peak MB", "reconcile s"):
-        table.add_column(heading, justify="right")
-    for runs in found:
-        seconds = median(run.seconds for run in runs)
-        table.add_row(
-            f"{runs[0].rows:,}",
-            f"{seconds:.1f}",
-            f"{runs[0].rows / seconds:,.0f}",
-            f"{median(run.copy_seconds / run.seconds for run in runs):.2f}",
-            f"{median(run.ingest_seconds / run.seconds for run in runs):.2f}",
-            f"{median(run.cpu_us for run in runs):.1f}",
-            f"{max(run.peak_memory_mb for run in runs):.0f}",
-            f"{median(run.reconcile_seconds for run in runs):.1f}",
-        )
-    table.caption = "beside PostgreSQL's COPY of the rows, and ClickHouse's insert of the JSON, each alone"
-    return table
+        yield from tables.backfill(result["backfill"])
+    yield f"{result['machine']}; medians; everything on one machine."
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ class Statement(NamedTuple):
     """What a request asks for."""
 
     sql: bytes
-    """Includes the data of an INSERT."""
+    """Includes the data of an INSERT, unless that came apart from it."""
+    data: bytes
+    """What follows it in the next line."""
     database: str
     settings: Mapping[str, str]
     parameters: Mapping[str, str]
@@ -113,8 +115,9 @@ def _prepare(connection: Any, statement: Statement) -> None:
 def _run(connection: Any, statement: Statement) -> Result:
     insert = INSERT_WITH_DATA.match(statement.sql, 0, HEAD_BYTES)
     if insert and not OTHER_SOURCE.search(insert[1]):
-        return _insert(connection, insert, statement.sql[insert.end() :])
-    result = connection.query(statement.sql, statement.default_format, params=dict(statement.parameters))
+        return _insert(connection, insert, memoryview(statement.sql)[insert.end() :], statement.data)
+    sql = b"\n".join(filter(None, [statement.sql, statement.data]))
+    result = connection.query(sql, statement.default_format, params=dict(statement.parameters))
     summary = {
         "read_rows": result.rows_read(),
         "read_bytes": result.bytes_read(),
@@ -123,14 +126,14 @@ def _run(connection: Any, statement: Statement) -> Result:
     return Result(result.bytes(), _format(statement), summary)
 
 
-def _insert(connection: Any, insert: re.Match[bytes], data: bytes) -> Result:
+def _insert(connection: Any, insert: re.Match[bytes], *data: bytes | memoryview) -> Result:
     """Insert from a file: twice as fast as one string with the data in it, and it returns the number of rows.
 
     chdb's own streaming insert is as fast, but reports success even if rows could not be written (full disk,
     constraint).
     """
     with tempfile.NamedTemporaryFile(dir=MEMORY, prefix="insert-") as file:
-        file.write(data)
+        file.writelines(data)
         file.flush()
         source = f" FROM INFILE {_literal(file.name)} FORMAT ".encode()
         result = connection.query(insert[1] + source + insert[2])

@@ -151,7 +151,8 @@ class ClickHouseServer:
             body = _decompress(await request.read(), request.headers.get("Content-Encoding", "identity"))
         query = parameters.get("query", "").encode()
         return Statement(
-            sql=query + b"\n" + body if query else body,
+            sql=query or body,
+            data=body if query else b"",
             database=_parameter(request, "database", "X-ClickHouse-Database", "default"),
             settings={name: value for name, value in parameters.items() if _is_setting(name)},
             parameters={name[6:]: value for name, value in parameters.items() if name.startswith("param_")},

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from devstack.control import fetch
-from devstack.process import Service, python
+from devstack.process import ROOT, Service, python
 from devstack.watchdog import Watchdog
 
 PREFIX = "REPLICATOR_"
@@ -26,6 +26,8 @@ class Replicator(Service):
         checkpoint = {"REPLICATOR_CHECKPOINT_URL": f"sqlite:///{self.folder}/checkpoint.db"}
         self.settings = {**checkpoint, **settings, "REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{self.port}"}
         """Read at every start."""
+        self.code = ROOT
+        """The checkout that it runs."""
 
     @property
     def url(self) -> str:
@@ -38,7 +40,8 @@ class Replicator(Service):
 
     def command(self) -> list[str]:
         """The program."""
-        return python("replicator")
+        path = [] if self.code == ROOT else ["env", f"PYTHONPATH={self.code}"]
+        return [*path, *python("replicator")]
 
     def variables(self) -> dict[str, str]:
         """The environment of its process."""

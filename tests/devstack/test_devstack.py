@@ -223,6 +223,18 @@ def test_clickhouse_takes_json_rows(clickhouse: Client) -> None:
     assert [(2**53 + 1, moment, None)] == [(event_id, ts.replace(tzinfo=UTC), device) for event_id, ts, device in rows]
 
 
+def test_clickhouse_takes_the_query_apart_from_the_rows(
+    stack: DevStack, clickhouse: Client, http: httpx.Client
+) -> None:
+    """In the URL, as it is or cut anywhere between its words."""
+    for query, body in (("INSERT INTO t FORMAT JSONEachRow", ""), ("INSERT INTO t", "FORMAT JSONEachRow\n")):
+        rows = f'{body}{{"event_id": 1}}\n{{"event_id": 2}}'
+        url = f"http://127.0.0.1:{stack.clickhouse.port}/"
+        answer = http.post(url, params={"query": query, "database": "engagement"}, content=rows)
+        assert (answer.status_code, answer.text) == (200, "")
+    assert clickhouse.query("SELECT count() FROM t").result_rows == [(4,)]
+
+
 def test_clickhouse_deduplicates(clickhouse: Client) -> None:
     """One token is one insert; without it the ReplacingMergeTree still makes one row of two under FINAL."""
     for token in ("a", "a", "b"):
@@ -420,6 +432,14 @@ def test_api_rules(api: Api, http: httpx.Client) -> None:
     ]
     assert statuses == [422, 413, 401, 200]
     assert api.event_ids() == [1]
+
+
+def test_api_trusts(api: Api, http: httpx.Client) -> None:
+    """For benchmarks: it counts what the replicator sends, reads no further and keeps no bodies."""
+    api.behave(trusting=True)
+    body = rb'[{"event_id":1,"content_id":7,"device":"\"event_id\":9"},{"event_id":2}]'
+    assert http.post(api.url, content=body).json() == {"taken": 2}
+    assert (api.event_ids(), api.stats().events, api.events()) == ([1, 2], 2, [])
 
 
 def test_unknown_behaviour(api: Api) -> None:
