@@ -29,7 +29,7 @@ from enrichment.contract import (
     rows_of,
 )
 from enrichment.database import Database
-from enrichment.shortcut import Shortcuts
+from enrichment.shortcut import Layout, Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.guard import Guard, Record
@@ -156,10 +156,10 @@ class EngagementEnricher:
 
     async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         last = self._last_insert(rows)
-        stood = tuple(column.name for column in last.columns) if last else ()
+        layout = Layout.of(last) if last else None
         events, refused = await self._enrich(rows) if rows else Enriched([], [])
-        if last and last.commit_lsn >= self._guard.reshaped:
-            self._shortcuts.learn(stood, [column.name for column in last.columns])
+        if last and layout and last.commit_lsn >= self._guard.reshaped:
+            self._shortcuts.learn(layout, [column.name for column in last.columns])
         if before:
             self._guard.saw_event(before[-1].id)
         return Enriched([*before, *events], refused)

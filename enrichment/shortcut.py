@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from enrichment.codec import FINISH, Content, finishing
 from enrichment.contract import OWN
+from replicator.contracts.events import Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
 from replicator.contracts.stream import Shortcut
 
@@ -53,39 +53,48 @@ _make = finishing(
 _BY_COLUMN = {field.column: field for field in OWN}
 
 
+class Layout(NamedTuple):
+    """How the rows of some tables stand."""
+
+    schema: str
+    columns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: Row) -> Layout:
+        """As in a row of wal2json's."""
+        return cls(row.schema, tuple(column.name for column in row.columns))
+
+
 class Shortcuts:
-    """Makes the shortcut for the table's columns as they stood in the last row that went the general way."""
+    """Makes the shortcut for the layout of the last row that went the general way, in any table of its schema."""
 
     def __init__(self, contents: Mapping[int, Content]) -> None:
         self.current: Shortcut | None = None
         self._contents = contents
-        self._schema = ""
-        self._tables: list[str] = []
-        self._made: dict[tuple[str, ...], Shortcut | None] = {}
+        self._tables: dict[str, list[str]] = {}
+        self._made: dict[Layout, Shortcut | None] = {}
 
     def begin(self, tables: Iterable[tuple[str, str]]) -> None:
-        """Forget all layouts: from here on the rows of events come from these tables, each its schema and its name.
-
-        Those that are not in the schema with most of them go the general way.
-        """
-        by_schema = {schema: [name for _, name in found] for schema, found in groupby(sorted(tables), lambda t: t[0])}
-        self._schema, self._tables = max(by_schema.items(), key=lambda found: len(found[1]), default=("", []))
+        """Forget all layouts: from here on the rows of events come from these tables, each its schema and its name."""
+        self._tables = {}
+        for schema, table in tables:
+            self._tables.setdefault(schema, []).append(table)
         self._made, self.current = {}, None
 
-    def learn(self, stood: tuple[str, ...], known: Sequence[str]) -> None:
-        """A row's columns stood like this; `known`: the same under the names that we know them by."""
-        if stood not in self._made:
+    def learn(self, layout: Layout, known: Sequence[str]) -> None:
+        """A row stood like this; `known`: its columns under the names that we know them by."""
+        if layout not in self._made:
             if len(self._made) >= MOST_LAYOUTS:
                 return
-            self._made[stood] = self._new(stood, known) if self._tables else None
-        self.current = self._made[stood]
+            self._made[layout] = self._new(layout, known)
+        self.current = self._made[layout]
 
-    def _new(self, stood: Sequence[str], known: Sequence[str]) -> Shortcut | None:
-        if not _BY_COLUMN.keys() <= set(known) or len(set(known)) < len(known):
+    def _new(self, layout: Layout, known: Sequence[str]) -> Shortcut | None:
+        if layout.schema not in self._tables or not _BY_COLUMN.keys() <= set(known) or len(set(known)) < len(known):
             return None
         columns = (
             _column(name, _BY_COLUMN.get(column), number)
-            for number, (name, column) in enumerate(zip(stood, known, strict=True))
+            for number, (name, column) in enumerate(zip(layout.columns, known, strict=True))
         )
         # Longer and shorter rows do not fit: an array-like type that forbids unknown fields has a fixed length.
         row = msgspec.defstruct("Columns", columns, array_like=True, forbid_unknown_fields=True, gc=False)
@@ -93,8 +102,8 @@ class Shortcuts:
             "Message",
             [
                 ("action", _literal("I")),
-                ("schema", _literal(self._schema)),
-                ("table", _literal(*self._tables)),
+                ("schema", _literal(layout.schema)),
+                ("table", _literal(*self._tables[layout.schema])),
                 ("columns", row),
                 ("identity", tuple[()], ()),  # an insert has none
             ],

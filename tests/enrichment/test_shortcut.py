@@ -235,7 +235,7 @@ async def test_renamed_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_parts_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that the guard knows, in the schema that has most of them; nothing of another table."""
+    """All that the guard knows in the schema of the last row; nothing of another table."""
     made = enricher()
     parts = [("public", "engagement_events"), ("parts", "p1"), ("parts", "p2")]
     monkeypatch.setattr(made._guard, "_names", dict.fromkeys(parts, "engagement_events") | {("parts", "c"): "content"})  # noqa: SLF001
@@ -244,12 +244,17 @@ async def test_parts_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(schema: str, table: str) -> Row:
         return Row("I", schema, table, columns_of([*GOOD.items()]))
 
-    await taught(of("parts", "p1"), made=made)
+    async def taking(schema: str, table: str) -> list[tuple[str, str]]:
+        await taught(of(schema, table), made=made)
+        shortcut = made.shortcut()
+        assert shortcut
+        return [name for name in (*parts, ("parts", "c"), ("public", "p1")) if shortcut(message(of(*name)), 5, 1)]
+
+    assert [("parts", "p1"), ("parts", "p2")] == await taking("parts", "p1")
     shortcut = made.shortcut()
     assert shortcut
-    took = [name for name in (*parts, ("parts", "c"), ("public", "p1")) if shortcut(message(of(*name)), 5, 1)]
-    assert [("parts", "p1"), ("parts", "p2")] == took
     assert general(ordinary()) == shortcut(message(of("parts", "p2")), 5, 1)
+    assert [("public", "engagement_events")] == await taking("public", "engagement_events")
 
 
 async def test_tables_that_are_looked_at_again_begin_without() -> None:
