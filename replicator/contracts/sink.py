@@ -36,7 +36,7 @@ class Sink(ABC):
     max_events: int
     """The most events one `write` gets."""
     linger_seconds: float = 0.0
-    """How long a lane may wait for `max_events` to gather; 0: write what is there."""
+    """How long a lane may wait for `max_events` to gather; 0: write what is there, except in a backlog."""
     concurrency: int = 1
     """How many `write` calls may run at once. Above 1 their order is not kept."""
     max_repeats: int | None = None
