@@ -55,7 +55,13 @@ IDS_AGAIN = (
     " in the table now, and nothing else"
 )
 
-ORIGIN = "SELECT system_identifier, current_database() FROM pg_control_system()"
+ORIGIN = """
+-- A promoted copy has the same cluster and a later timeline. The control file has the new one only after a checkpoint.
+SELECT system_identifier, current_database(),
+       CASE WHEN NOT pg_is_in_recovery()
+            THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int END
+FROM pg_control_system()
+"""
 
 HISTORY_TIMEOUT_SECONDS = 600
 """It reads the whole table, once in the product's life, at some 10 million rows a second."""
@@ -228,12 +234,12 @@ class EngagementEnricher:
     async def origin(self) -> str:
         database = Database(self._dsn)
         try:
-            [(cluster, name)] = await database.rows(ORIGIN)
+            [(cluster, name, timeline)] = await database.rows(ORIGIN)
         except SourceUnusable:  # a service that denies the function
             return ""
         finally:
             await database.close()
-        return f"cluster {cluster}, database {name}"
+        return f"cluster {cluster}, database {name}, timeline {timeline}" if timeline else ""
 
     async def check(self) -> list[Finding]:
         return await check(self._dsn)

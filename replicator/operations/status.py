@@ -314,6 +314,9 @@ def as_text(status: Status) -> str:
         if sink.trouble_seconds:
             trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
+        if sink.end_lsn is not None:
+            row = "" if sink.position == NO_ROW else f" (row {sink.position})"
+            lines.append(f"  at         {sink.end_lsn}{row}")
     return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
 
 
@@ -351,8 +354,7 @@ def _sink_text(sink: SinkStatus) -> str:
         return "no position yet"
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
     waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
-    row = "" if sink.position == NO_ROW else f" (row {sink.position})"
-    return f"{sink.end_lsn}{row}, {_size(sink.lag_bytes)} and {seconds} behind{waiting}"
+    return f"{_size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:

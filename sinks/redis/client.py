@@ -205,6 +205,11 @@ class RedisClient:
                 owner = cast("bytes | None", await self._redis.get(self._prefix + OWNER))
         return ours if owner is None else shown(owner.decode(errors="replace"))
 
+    async def adopt(self, ours: str) -> None:
+        """From now on the keys are ours, whoever had them."""
+        async with self._translated():
+            await self._redis.set(self._prefix + OWNER, ours)
+
     async def info(self) -> Info | None:
         """Redis's INFO; None where it is denied."""
         async with self._translated():

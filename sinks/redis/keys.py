@@ -54,6 +54,15 @@ _ID_BIAS = 2**63  # makes every signed 64-bit id positive, in at most 20 digits
 _UNORDERED = "event_ts is infinite or outside the years 1 to 9999; Redis orders and ranks by it"
 
 
+def continues(ours: str, owner: str) -> bool:
+    """Whether we are the keys' owner, or what became of it: a failover begins a later timeline of the same database.
+
+    An earlier one is not: what it has counted, a promoted copy has counted, too, and both go on.
+    """
+    (name, _, timeline), (known, _, at) = (source.partition(", timeline ") for source in (ours, owner))
+    return name == known and (at or "0").isdecimal() and int(at or 0) <= int(timeline or 0)
+
+
 class Call(NamedTuple):
     """The keys and arguments of a script."""
 

@@ -22,7 +22,7 @@ from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.client import SINK, RedisClient, script
 from sinks.redis.errors import foreign_error
 from sinks.redis.info import findings
-from sinks.redis.keys import BUCKET_SECONDS, OWNER, PREFIXES, Call, pack, refusals, slide_call
+from sinks.redis.keys import BUCKET_SECONDS, OWNER, PREFIXES, Call, continues, pack, refusals, slide_call
 from sinks.redis.ledger import RedisLedger
 from sinks.redis.settings import RedisSettings
 from sinks.redis.window import Window
@@ -70,6 +70,7 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         self._generation = ""
         self._generations: set[str] = set()
         self._ours: str | None = None  # empty: it can't be known
+        self._rival = ""  # the owner for which we last asked who we are
         self._foreign: SinkError | None = None
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
@@ -165,8 +166,14 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         """Raise SinkUnusable if the keys are another source's: event ids of two would be taken for repeats."""
         if self._ours is None:
             self._ours = await self.origin() if self.origin else ""
-        if self._ours and (owner := await self._redis.owner(self._ours, claim=claim)) != self._ours:
+        if not self._ours or (owner := await self._redis.owner(self._ours, claim=claim)) == self._ours:
+            return
+        if owner != self._rival and self.origin:  # we may have followed a failover meanwhile
+            self._rival, self._ours = owner, await self.origin()
+        if not continues(self._ours, owner):
             raise foreign_error(SINK, owner, self._ours, self._prefix + OWNER)
+        if claim:
+            await self._redis.adopt(self._ours)
 
     async def _notice_loss(self) -> None:
         """Log that keys may be gone: writing goes on as if nothing had happened."""

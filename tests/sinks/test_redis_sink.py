@@ -494,6 +494,38 @@ async def test_two_sources_are_kept_apart(server: Server) -> None:
     }
 
 
+async def test_a_copy_of_the_source_is_another_source(server: Server) -> None:
+    """A failover goes on with the keys; whoever is left on the timeline before finds that another one has them."""
+    url, key = server.service.url, "engagement:seen:owner"
+    server.client.set(key, "cluster 1, database a")  # of an older release
+    async with opened(url, Clock(), origin="cluster 1, database a, timeline 9") as original:
+        assert "cluster 1, database a, timeline 9" == server.client.get(key)
+        async with opened(url, Clock(), origin="cluster 1, database a, timeline 10"):
+            assert "cluster 1, database a, timeline 10" == server.client.get(key)
+        await original._look()  # noqa: SLF001  once a second else
+        with pytest.raises(SinkUnusable, match=r"belong to .* timeline 10, and these events come from .* timeline 9"):
+            original.look()
+    async with unopened(url, Clock(), origin="cluster 1, database ab, timeline 11") as other:
+        with pytest.raises(SinkUnusable, match="belong to"):
+            await other.open()
+
+
+async def test_a_failover_that_a_running_sink_has_followed(server: Server) -> None:
+    """A command that began afterwards has taken the keys over: the sink asks who it is now."""
+    timelines = iter([1, 2])
+
+    async def ask() -> str:
+        return f"cluster 1, database a, timeline {next(timelines)}"
+
+    async with unopened(server.service.url, Clock()) as sink:
+        sink.origin = ask
+        await sink.open()
+        server.client.set("engagement:seen:owner", "cluster 1, database a, timeline 2")
+        await sink._look()  # noqa: SLF001  once a second else
+        await sink._look()  # noqa: SLF001
+        sink.look()
+
+
 async def test_a_redis_without_an_owner_is_adopted(server: Server) -> None:
     """One that an older release has filled; a `check` before does not adopt it."""
     async with opened(server.service.url, Clock()) as older:
