@@ -91,7 +91,13 @@ class App(NamedTuple):
 
     def source(self) -> Source:
         """A source for the slot."""
-        return Source(self.dsn, self.settings.slot, failover=self.settings.failover_slot)
+        settings = self.settings
+        return Source(
+            self.dsn,
+            settings.slot,
+            failover=settings.failover_slot,
+            decoding_memory_mb=settings.decoding_memory_mb,
+        )
 
     @asynccontextmanager
     async def closing(self, *readers: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:

@@ -66,6 +66,7 @@ _CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
 _CREATE_FAILOVER = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, failover => true)"
 _ALTER_FAILOVER = "ALTER_REPLICATION_SLOT {name} (FAILOVER true)"
 _DROP = "SELECT pg_drop_replication_slot({slot})"
+_DECODING_MEMORY = sql.SQL("SET logical_decoding_work_mem = {}")
 _NOTICE_OUR_END = "SET client_connection_check_interval = '2s'"
 """While it waits, PostgreSQL would not see that its client was killed, and an orphan would hold the unfinished slot."""
 
@@ -77,8 +78,9 @@ def _no_shortcut() -> None:
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
-    def __init__(self, dsn: Dsn, slot: str, *, failover: bool = True) -> None:
+    def __init__(self, dsn: Dsn, slot: str, *, failover: bool = True, decoding_memory_mb: int | None = None) -> None:
         self._dsn = dsn
+        self._decoding_memory_mb = decoding_memory_mb
         self._slot = slot
         self._failover = failover
         self._connection: Connection | None = None
@@ -118,6 +120,8 @@ class Source:
         self.close()
         async with answering(self._slot, None):  # the connection has its own time-out
             self._connection = await connect(self._dsn, application_name(self._slot), replication="database")
+            if self._decoding_memory_mb is not None:
+                await self._connection.execute(_DECODING_MEMORY.format(sql.Literal(f"{self._decoding_memory_mb}MB")))
         [row] = await self._ask("IDENTIFY_SYSTEM")
         [(is_standby,)] = await self._ask("SELECT pg_is_in_recovery()")
         if is_standby:  # it may lack the slot, or have it and not give it away: neither says anything of a gap

@@ -85,6 +85,16 @@ async def source(client: Client) -> AsyncIterator[Source]:
     made.close()
 
 
+async def test_postgresql_gets_memory_for_decoding(client: Client) -> None:
+    """The session that decodes has what the setting says, in place of the server's own."""
+    source = Source(client.dsn, client.slot, decoding_memory_mb=256)
+    await source.connect()
+    try:
+        assert await source._ask("SHOW logical_decoding_work_mem") == [("256MB",)]  # noqa: SLF001  only it sees its session
+    finally:
+        source.close()
+
+
 async def read_users(source: Source, *wanted: int) -> Lsn:
     """Read until the events of these users, in this order, have come; the end of the last one's transaction."""
     users: list[int] = []
