@@ -79,7 +79,7 @@ def measure(stack: DevStack, *, rate: int, seconds: int) -> Latencies:
     program = stack.replicator("bench_latency", REPLICATOR_HTTP_BATCH_SIZE=str(HTTP_BATCH_SIZE))
     program.start()
     before = cpu_seconds(program.pid)
-    with _watching(stack, last_before) as sightings:
+    with _watching(stack, last_before, rate * (seconds + WARM_UP_SECONDS)) as sightings:
         _commit_steadily(stack, rate, seconds + WARM_UP_SECONDS)
         commits = _commits(stack, last_before)
         wait_until(lambda: _has_all(stack, sightings, len(commits)), "the sinks", SETTLE_TIMEOUT_SECONDS)
@@ -121,12 +121,12 @@ def _commits(stack: DevStack, last_before: int) -> list[_Commit]:
 
 
 @contextmanager
-def _watching(stack: DevStack, last_before: int) -> Iterator[dict[str, list[Sighting]]]:
+def _watching(stack: DevStack, last_before: int, rows: int) -> Iterator[dict[str, list[Sighting]]]:
     """Poll Redis and ClickHouse until the block ends."""
     ended = threading.Event()
     sightings: dict[str, list[Sighting]] = {"redis": [], "clickhouse": []}
-    first = last_before >> PAGE_BITS
-    pages = [f"engagement:seen:{page}" for page in range(first, first + 3)]  # enough for more than 65,536 rows
+    last = (last_before + 2 * rows) >> PAGE_BITS  # pgbench may make more of them
+    pages = [f"engagement:seen:{page}" for page in range(last_before >> PAGE_BITS, last + 1)]
     with redis.Redis.from_url(stack.redis.url) as client, ThreadPoolExecutor(2) as threads:
 
         def in_redis() -> int:
