@@ -165,6 +165,7 @@ def test_the_table_is_made_again_under_its_name(
         ALTER TABLE engagement_events RENAME TO engagement_events_old;
         CREATE TABLE engagement_events (LIKE engagement_events_old INCLUDING ALL);
         INSERT INTO engagement_events SELECT * FROM engagement_events_old;
+        GRANT SELECT ON engagement_events TO replicator;
         COMMIT
     """)
     insert_many(source, 10)
