@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tests.support.program import Program
 
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
 MANY = 1_100
+TOGETHER = 20
+"""So many are opened at once: a queue that is full makes each of them wait for a second or more."""
 
 
 @contextmanager
@@ -29,10 +32,14 @@ def silent_connections(address: str, count: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * count), hard))
     opened = []
+
+    def open_one(_: int) -> None:
+        opened.append(connection := socket.create_connection((host, int(port)), timeout=10))
+        connection.sendall(b"GET /status HTTP/1.1\r\nX-Slow: ")
+
     try:
-        for _ in range(count):
-            opened.append(socket.create_connection((host, int(port)), timeout=10))
-            opened[-1].sendall(b"GET /status HTTP/1.1\r\nX-Slow: ")
+        with ThreadPoolExecutor(TOGETHER) as threads:
+            list(threads.map(open_one, range(count)))
         yield
     finally:
         for connection in opened:
