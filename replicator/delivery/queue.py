@@ -76,17 +76,21 @@ class Flow:
         self._last = time.monotonic()
         self._arrived.append((self._last, events))
         self._events += events
+        self._forget()  # perhaps nobody asks: stretches without events wake no lane
 
     def backlog(self) -> bool:
         """The stream has more than it can have live."""
-        since = time.monotonic() - FLOW_SECONDS
-        while self._arrived and self._arrived[0][0] < since:
-            self._events -= self._arrived.popleft()[1]
+        self._forget()
         return self._events >= BACKLOG_EVENTS
 
     def quiet_seconds(self) -> float:
         """How long nothing has come."""
         return time.monotonic() - self._last
+
+    def _forget(self) -> None:
+        since = time.monotonic() - FLOW_SECONDS
+        while self._arrived and self._arrived[0][0] < since:
+            self._events -= self._arrived.popleft()[1]
 
 
 class Batch(msgspec.Struct):

@@ -834,3 +834,13 @@ async def test_a_standby_takes_over_soon_however_long_it_has_waited(monkeypatch:
 
     await retry.retry(call, Trouble(), 30.0)
     assert [0] * 10 + [1] == attempts
+
+
+def test_stretches_without_events_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy database whose events' table rests: there are hundreds a second, and no lane has a reason to look."""
+    seconds = iter(number / 100 for number in range(10_000))
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    flow = queue.Flow()
+    for _ in range(1_000):
+        flow.add(0)
+    assert len(flow._arrived) <= FLOW_SECONDS / 0.01 + 1  # noqa: SLF001
