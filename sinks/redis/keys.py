@@ -130,7 +130,9 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
             content = contents[key] = len(newest)
         else:
             other = newest[content - 1]
-            if ts_us > (other_us := other.ts_us or 0) or (ts_us == other_us and event_id > other.id):
+            if ts_us > (other_us := other.ts_us or 0) or (
+                ts_us == other_us and (event_id, event.commit_lsn) > (other.id, other.commit_lsn)
+            ):
                 newest[content - 1] = event
         place = event_id >> PAGE_BITS, ts_us // _BUCKET_US if earliest_us <= ts_us < latest_us else None
         if place != last:

@@ -53,6 +53,13 @@ def test_moments_sort_as_the_pairs_do(ts_a: int, id_a: int, ts_b: int, id_b: int
     assert ((ts_a, id_a) < (ts_b, id_b)) == (moment(event(id_a, ts_a)) < moment(event(id_b, ts_b)))
 
 
+def test_of_two_views_in_one_call_the_later_is_kept() -> None:
+    """As if each had come in a call of its own: they meet in a write when a catch-up brings what the stream brings."""
+    views = [Event(commit_lsn=lsn, ordinal=1, id=7, key=1, ts_us=5, json=b"%d" % lsn) for lsn in (10, 9)]
+    for order in (views, views[::-1]):
+        assert only(order, NOW).call.args[-1] == b"10"
+
+
 def test_moments_have_one_width() -> None:
     """The extremes are as wide as everything between them."""
     extremes = [event(-(2**63), YEAR_1_US), event(2**63 - 1, YEAR_9999_END_US), event(0, 0)]

@@ -190,6 +190,43 @@ async def test_replays_and_overlaps_count_once(server: Server, random_source: ra
     assert server.window() == Counter(e.key for e in stream)
 
 
+def odd(random_source: random.Random) -> Event:
+    """An event of any id, content and time, or another view of one that was there before."""
+    ends = [-(2**63), -65_537, -1, 0, 65_535, 65_536, 2**63 - 1]
+    number = random_source.choice([*ends, *random_source.choices(range(100_000, 102_000), k=40)])
+    its = random.Random(number)  # noqa: S311  not a secret
+    key = its.choice([-7, 2**63 - 1, *range(2_000)])
+    at = its.choice(
+        [-62_135_596_800, -1, 253_402_300_799, *(NOON + ago for ago in range(-900, 700, 90)), NOON + 86_405]
+    )
+    lsn = random_source.choice([0, 1, 9, 10, 2**63])
+    body = json.dumps({"event_id": number, "content_id": key, "lsn": lsn}).encode()
+    return Event(commit_lsn=lsn, ordinal=1, id=number, key=key, ts_us=int(at) * 1_000_000, json=body)
+
+
+async def test_a_write_leaves_what_its_events_leave_one_by_one(server: Server, random_source: random.Random) -> None:
+    """Several calls of many pages, buckets and contents, ids and times at their ends, views of one event."""
+    stream = [odd(random_source) for _ in range(2_000)]
+    async with opened(server.service.url, Clock(), prefix="a:") as whole:
+        await whole.write(stream)
+    async with opened(server.service.url, Clock(), prefix="b:") as single:
+        for one in stream:
+            await single.write([one])
+
+    def held(prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in server.client.keys(f"{prefix}*"):
+            if server.client.type(key) == "zset":
+                found[key.removeprefix(prefix)] = server.client.zrange(key, 0, -1, withscores=True)
+            elif "seen" in key:
+                found[key.removeprefix(prefix)] = server.client.bitcount(key)
+            else:
+                found[key.removeprefix(prefix)] = server.client.get(key)
+        return {key: value for key, value in found.items() if "generation" not in key}
+
+    assert held("b:") == held("a:")
+
+
 async def test_another_sink_does_not_count_again(server: Server, random_source: random.Random) -> None:
     """A restarted replicator and a backfill see the same bits."""
     stream = events(random_source, 1, 500)
