@@ -106,7 +106,7 @@ class Guard:
         if record and (changed or after < record.until):
             self._former = {**_names(record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn
-            reshaped = self.until if _columns(record.shape) != _columns(shape) else record.reshaped
+            reshaped = self.until if _reshaped(record.shape, shape) else record.reshaped
             # A part that is here now may be gone before the next record, and leave no other trace.
             record = structs.replace(
                 record, former=_packed({**self._former, **self._names}), until=self.until, reshaped=reshaped
@@ -191,6 +191,11 @@ def _names(shape: Shape) -> dict[Name, str]:
     shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
     newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
     return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
+
+
+def _reshaped(before: Shape, now: Shape) -> bool:
+    """Whether rows from before have to be read again by their ids. In another table, an id may be another row's."""
+    return _columns(before) != _columns(now) and not fit.replaced(before, now)
 
 
 def _columns(shape: Shape) -> list[Column]:

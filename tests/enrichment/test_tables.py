@@ -184,6 +184,16 @@ async def test_up_to_where_columns_were_others_is_kept(guard: Guard, admin: psyc
     assert guard.reshaped
 
 
+async def test_another_table_has_other_rows_under_the_same_ids(guard: Guard, admin: psycopg.Connection) -> None:
+    """What the stream says of the former table's rows stays as it is."""
+    await guard.verify()
+    guard.accept()
+    admin.execute("DROP TABLE part; ALTER TABLE engagement_events RENAME TO former")
+    admin.execute("CREATE TABLE engagement_events (LIKE former INCLUDING ALL)")
+    await guard.look(None, 0)
+    assert (True, 0) == (guard.until > 0, guard.reshaped)
+
+
 async def test_rows_as_they_are_now(database: str, admin: psycopg.Connection) -> None:
     """By their ids, also quoted ones; what is gone, or has no id that can be looked up, stays as it is."""
     admin.execute(INSERT)
