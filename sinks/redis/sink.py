@@ -169,7 +169,9 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         if not self._ours or (owner := await self._redis.owner(self._ours, claim=claim)) == self._ours:
             return
         if owner != self._rival and self.origin:  # we may have followed a failover meanwhile
-            self._rival, self._ours = owner, await self.origin()
+            with suppress(SourceError):  # no answer: asked again at the next look, and until then the keys are not ours
+                if known := await self.origin():
+                    self._ours, self._rival = known, owner
         if not continues(self._ours, owner):
             raise foreign_error(SINK, owner, self._ours, self._prefix + OWNER)
         if claim:

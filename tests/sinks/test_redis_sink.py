@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from devstack import DevStack
 from enrichment import EVENT
-from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import Event, Position, SinkPosition
 from sinks.redis.errors import turned_away_cure
 from sinks.redis.settings import RedisSettings
@@ -559,6 +559,31 @@ async def test_a_failover_that_a_running_sink_has_followed(server: Server) -> No
         await sink.open()
         server.client.set("engagement:seen:owner", "cluster 1, database a, timeline 2")
         await sink._look()  # noqa: SLF001  once a second else
+        await sink._look()  # noqa: SLF001
+        sink.look()
+
+
+async def test_the_source_is_silent_while_the_keys_become_another_s(server: Server) -> None:
+    """Who we are can't be asked, or is not told: the keys are not ours until it is known."""
+    ours, later = "cluster 1, database a, timeline 1", "cluster 1, database a, timeline 2"
+    answers: list[str | SourceUnavailable] = [ours]
+
+    async def ask() -> str:
+        if isinstance(answers[-1], SourceUnavailable):
+            raise answers[-1]
+        return answers[-1]
+
+    async with unopened(server.service.url, Clock()) as sink:
+        sink.origin = ask
+        await sink.open()
+        server.client.set("engagement:seen:owner", later)
+        for silence in (SourceUnavailable(detail="no route to host"), ""):
+            answers.append(silence)
+            for _ in range(2):
+                await sink._look()  # noqa: SLF001  once a second else
+                with pytest.raises(SinkUnusable, match="belong to"):
+                    sink.look()
+        answers.append(later)
         await sink._look()  # noqa: SLF001
         sink.look()
 

@@ -5,8 +5,8 @@
 --       its count, after these its newest moment, after these its last event.
 -- ARGV: how many pages; how many buckets; seconds from the window's oldest bucket to its newest; seconds to keep a
 --       last event; the events, as little-endian uint16s: for each run of events of one page and one bucket (0: none)
---       page, bucket and how many, then for each event bit and content; then for each bucket its start; for each bucket the seconds to keep it; for each content the moment of
---       its newest event; for each content that event.
+--       page, bucket and how many, then for each event bit and content; then for each bucket its start; for each
+--       bucket the seconds to keep it; for each content the moment of its newest event; for each content that event.
 -- Returns two numbers: 1 when the window has what belongs to it, 0 when there is no complete window: slide builds it;
 -- and how many of the events are new.
 --
