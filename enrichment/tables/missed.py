@@ -65,12 +65,16 @@ async def as_now(database: Database, rows: Sequence[Row]) -> None:
     """
     for row in rows:
         unquote(row.columns)
-    by_id = {column.value: row for row in rows for column in row.columns if column.name == IDENTITY.column}
+    by_id: dict[object, list[Row]] = {}  # several, of one that was moved to another partition
+    for row in rows:
+        for column in row.columns:
+            if column.name == IDENTITY.column:
+                by_id.setdefault(column.value, []).append(row)
     ids = [event_id for event_id in by_id if BIGINT.fits(event_id)]
     names = [field.column for field in OWN]
     for values in await database.rows(AS_NOW, {"ids": ids}) if ids else ():
-        row = by_id[values[names.index(IDENTITY.column)]]
-        row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
+        for row in by_id[values[names.index(IDENTITY.column)]]:
+            row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
 
 
 class _Part(NamedTuple):
