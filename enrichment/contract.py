@@ -6,6 +6,7 @@ made from `EVENT`. A new column of `engagement_events` is one more line here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Final
@@ -108,7 +109,12 @@ def _renamed(value: object) -> object:
         table = table or EVENTS_TABLE
         if column not in NEEDED.get(table, {}):
             raise ValueError(f"{ours} is no column that events are made of")
-        found.setdefault(table, {})[column] = theirs
+        if found.setdefault(table, {}).setdefault(column, theirs) != theirs:
+            raise ValueError(f"{ours} has two names, {found[table][column]} and {theirs}")
+    for table, names in found.items():
+        for theirs, count in Counter(names.get(column, column) for column in NEEDED[table]).items():
+            if count > 1:
+                raise ValueError(f"{theirs} of {table} would be {count} columns at once; a swap is two pairs: a=b,b=a")
     return found
 
 

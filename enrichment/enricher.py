@@ -35,7 +35,7 @@ from enrichment.tables.check import check
 from enrichment.tables.guard import Guard, Record
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
-from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Row
+from replicator.contracts.events import Column, DeadLetter, Event, Finding, Lsn, Row
 from replicator.contracts.settings import load
 from replicator.contracts.stream import Enriched, History, Shortcut
 from replicator.source.connection import Dsn
@@ -163,6 +163,9 @@ class EngagementEnricher:
     async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         last = self._last_insert(rows)
         layout = Layout.of(last) if last else None
+        if RENAMED:
+            rows = [self._renamed(row) for row in rows]
+            last = self._last_insert(rows)
         events, refused = await self._enrich(rows) if rows else Enriched([], [])
         if last and layout and last.commit_lsn >= self._guard.reshaped:
             self._shortcuts.learn(layout, [column.name for column in last.columns])
@@ -175,8 +178,6 @@ class EngagementEnricher:
         return next((row for row in inserts if self._guard.root(row) == EVENTS_TABLE), None)
 
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
-        if RENAMED:
-            self._rename(rows)
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
         plan = self._plan(rows)
@@ -269,14 +270,10 @@ class EngagementEnricher:
                 self._refuse(row, exc, plan)
         return plan
 
-    def _rename(self, rows: Sequence[Row]) -> None:
-        """Give columns the names that we know them by. Rows may have been given before."""
-        for row in rows:
-            for ours, theirs in RENAMED.get(self._guard.root(row) or "", {}).items():
-                for columns in (row.columns, row.identity):
-                    if any(column.name == theirs for column in columns):
-                        for column in columns:
-                            column.name = {theirs: ours, ours: ""}.get(column.name, column.name)
+    def _renamed(self, row: Row) -> Row:
+        """The row with the names that we know its columns by; the given one stays, as it may be given again."""
+        names = {theirs: ours for ours, theirs in RENAMED.get(self._guard.root(row) or "", {}).items()}
+        return structs.replace(row, columns=_named(row.columns, names), identity=_named(row.identity, names))
 
     def _is_event(self, row: Row, plan: _Plan) -> bool:
         """Whether a row is of a part of the events' table; from here on it is the table's. Raises RowUnusable."""
@@ -325,3 +322,10 @@ async def _asked(answer: Awaitable[T]) -> T:
         return await answer
     except SourceUnusable as exc:
         raise TablesUnfit(problem=f"{CONTENT} can't be read: {exc.detail}", cure=exc.cure) from exc
+
+
+def _named(columns: Sequence[Column], names: dict[str, str]) -> list[Column]:
+    """All at once, as names may be swapped. In a row from before a column was renamed, it has our name already."""
+    ours = {names[column.name] for column in columns if column.name in names}
+    known = {name: f"other {name}" for name in ours} | names  # other: a column that events are not made of
+    return [Column(known.get(column.name, column.name), column.value) for column in columns]

@@ -72,11 +72,13 @@ class Flow:
         self._last = -math.inf
 
     def add(self, events: int) -> None:
-        """So many have come."""
+        """So many have come; a stretch without any is silence, too."""
+        if not events:
+            return
         self._last = time.monotonic()
         self._arrived.append((self._last, events))
         self._events += events
-        self._forget()  # perhaps nobody asks: stretches without events wake no lane
+        self._forget()  # perhaps nobody asks
 
     def backlog(self) -> bool:
         """The stream has more than it can have live."""

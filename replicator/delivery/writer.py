@@ -99,7 +99,7 @@ class Writer:
         try:
             with self._known():
                 self._sink.look()
-        except SinkError as exc:
+        except (*RETRYABLE, SinkError) as exc:
             if not self._unwell:
                 self._trouble.begin()
             self._unwell = True

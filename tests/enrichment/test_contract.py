@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import psycopg
 import pytest
 
 from devstack import DevStack
-from enrichment import EVENT
+from enrichment import EVENT, EnrichmentSettings
 from replicator.contracts.fields import Role
 from tests.support import environment as ground
 from tests.support.destinations import Destinations
@@ -115,3 +116,29 @@ def test_a_new_column_is_one_line(program: Program, stack: DevStack, source: psy
 def test_the_table_is_printed_with_it(program: Program) -> None:
     """For people who create it themselves."""
     assert "    referrer LowCardinality(Nullable(String)),\n" in succeed(program.run("sql", "clickhouse"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "problem"),
+    [
+        (
+            "device=event_type",
+            "event_type of engagement_events would be 2 columns at once; a swap is two pairs",
+        ),
+        ("device=x,user_id=x", "x of engagement_events would be 2 columns at once"),
+        ("device=a,device=b", "device has two names, a and b"),
+        ("content.length_seconds=content_type", "content_type of content would be 2 columns at once"),
+        ("colour=x", "colour is no column that events are made of"),
+    ],
+)
+def test_names_that_can_not_be(pairs: str, problem: str) -> None:
+    """REPLICATOR_COLUMNS gives each column one name, and no two of them the same."""
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        EnrichmentSettings.model_validate({"columns": pairs})
+
+
+def test_swapped_names() -> None:
+    """Two columns may have each other's."""
+    swapped = {"device": "event_type", "event_type": "device"}
+    settings = EnrichmentSettings.model_validate({"columns": "device=event_type, event_type=device"})
+    assert settings.columns == {"engagement_events": swapped}

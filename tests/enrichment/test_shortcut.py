@@ -223,15 +223,28 @@ async def test_every_truncation() -> None:
     assert not any(shortcut(ordinary()[:size], 5, 1) for size in range(len(ordinary())))
 
 
-async def test_renamed_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """REPLICATOR_COLUMNS: they take it under their names; a column with our name for another is not ours."""
-    monkeypatch.setattr(enrichers, "RENAMED", {"engagement_events": {"device": "dev", "user_id": "who"}})
-    renamed = {"device": "dev", "user_id": "who"}
-    pairs = [*((renamed.get(name, name), value) for name, value in GOOD.items()), ("device", "not this one")]
-    row = Row("I", "public", "engagement_events", columns_of(pairs))
-    payload = message(row)
-    event = (await shortcut_after(row))(payload, 5, 1)
-    assert event == general(ordinary())
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        {"device": "dev", "user_id": "who"},
+        {"device": "event_type", "event_type": "device"},
+        {"device": "dev", "event_type": "device"},
+        {"event_type": "device", "device": "dev"},
+    ],
+    ids=["renamed", "swapped", "chain", "chain in the other order"],
+)
+async def test_renamed_columns(renamed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """REPLICATOR_COLUMNS: both ways take them under their names, given once or again; a former name is not ours."""
+    monkeypatch.setattr(enrichers, "RENAMED", {"engagement_events": renamed})
+    pairs = [*((renamed.get(name, name), value) for name, value in GOOD.items())]
+    pairs += [(name, "not this one") for name in renamed.keys() - set(renamed.values())]
+    row = Row("I", "public", "engagement_events", columns_of(pairs), commit_lsn=5, ordinal=1)
+    expected = general(ordinary())
+    made = await taught(row)
+    shortcut = made.shortcut()
+    assert shortcut
+    assert [expected] == (await made.enrich([row])).events
+    assert expected == shortcut(message(row), 5, 1)
 
 
 async def test_parts_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
