@@ -23,8 +23,10 @@ settings.load_profile("busy machine")
 # Programs that tests start would compile all of their modules at every start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Started in the background of a script, SIGINT is ignored, and so it would be in every program that tests interrupt.
+# Started in the background of a script, or by `nohup`, these are ignored, and so they would be in every program that
+# tests signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

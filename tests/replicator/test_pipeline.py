@@ -317,6 +317,7 @@ async def test_the_slowest_sink_counts() -> None:
     async with world.running():
         world.commit(10)
         await world.until(lambda: world.stored is not None and world.stored.sinks.get("fast") == at(10))
+        await world.until(lambda: bool(world.told("confirm")))
         assert {START} == set(world.told("save")) == set(world.told("confirm"))
         gate.set()
         await world.until(lambda: 11 in world.told("confirm"))
