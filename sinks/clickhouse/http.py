@@ -158,7 +158,7 @@ async def _text(answer: aiohttp.ClientResponse, most: int, server: str, *, cut: 
 def _receipt(headers: Mapping[str, str], text: bytes, query_id: str) -> Receipt:
     try:
         rows = int(json.loads(headers[_SUMMARY_HEADER])["written_rows"])
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return Receipt(0, "its answer has no summary of ClickHouse's")
     if text:
         return Receipt(rows, "its answer has a text in it, and that of an insert has none")

@@ -23,8 +23,9 @@ from sinks.http.settings import HttpSettings
 KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
 HEADER_BYTES = 65_536  # of one header, and of the status line; proxies add headers of more than aiohttp's 8,190
 HEADERS_MAX = 1_000
-STATUS_LINE_BYTES = 13  # up to the character after the code
 CLEAR = "the status is clear, the rest of the answer is not"
+before = re.compile(rb"\A(?:\r?\n|HTTP/\d\.\d 1\d\d(?=[ \r\n]).*?\n\r?\n)+", re.DOTALL)
+"""What may come before it: empty lines, and whole interim answers (100 Continue, 103 Early Hints)."""
 status_line = re.compile(rb"HTTP/\d\.\d ([2-5]\d\d)[ \r\n]").match
 
 
@@ -32,15 +33,19 @@ class Answers(ResponseHandler):
     """One connection. Remembers how the answer begins."""
 
     _head = b""
+    _status = 0
+    """0: unknown."""
 
     def set_response_params(self, **params: Any) -> None:
         """A new request is sent on it."""
-        self._head = b""
+        self._head, self._status = b"", 0
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        if len(self._head) < STATUS_LINE_BYTES:
-            self._head = (self._head + data[:STATUS_LINE_BYTES])[:STATUS_LINE_BYTES]
+        if not self._status:
+            self._head = before.sub(b"", self._head + data)[:HEADER_BYTES]
+            if begun := status_line(self._head):
+                self._head, self._status = b"", int(begun[1])
             if self._status // 100 == 4:  # noqa: PLR2004  another connection may lead to another server, which takes it
                 self.force_close()
         super().data_received(data)
@@ -49,12 +54,6 @@ class Answers(ResponseHandler):
         """The answer can't be read to its end. Its status is passed on if there was one."""
         clear = HttpProcessingError(code=self._status, message=CLEAR)
         super().set_exception(clear if self._status else exc, *cause)
-
-    @property
-    def _status(self) -> int:
-        """0: unknown."""
-        begun = status_line(self._head)
-        return int(begun[1]) if begun else 0
 
 
 def clear_status(exc: aiohttp.ClientResponseError) -> int:

@@ -122,6 +122,7 @@ NOT_INSERTED: dict[str, Lie] = {
     "fewer rows": some,
     "a summary that is none": lambda _: Answer(200, {"X-ClickHouse-Summary": "[" * 5000}),
     "a summary of another kind": lambda _: Answer(200, {"X-ClickHouse-Summary": '{"written_rows":{"a":1}}'}),
+    "a summary without bounds": lambda _: Answer(200, {"X-ClickHouse-Summary": '{"written_rows":1e999}'}),
 }
 
 

@@ -241,6 +241,7 @@ def _answer(text: bytes) -> Handler:
 
 OK = b"HTTP/1.1 200 OK\r\n"
 END = b"Content-Length: 0\r\n\r\n"
+HINT = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
 ODD_2XX = {
     "a large header": OK + b"X: " + b"x" * 9_000 + b"\r\n" + END,
     "a huge header": OK + b"X: " + b"x" * 200_000 + b"\r\n" + END,
@@ -260,7 +261,9 @@ ODD_2XX = {
     "more than it announced": OK + b"Content-Length: 4\r\n\r\ndone and done",
     "only a status line": b"HTTP/1.1 200 OK\r\n",
     "headers without an end": OK + b"X: y\r\n",
-    "an early hint": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK + END,
+    "an early hint": HINT + OK + END,
+    "a huge header after it": HINT + OK + b"X: " + b"x" * 200_000 + b"\r\n" + END,
+    "a length that is none after line feeds": b"\r\nHTTP/1.1 100\n\n" + HINT + OK + b"Content-Length: x\r\n\r\ndone",
 }
 
 
