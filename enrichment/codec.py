@@ -55,7 +55,9 @@ def check(columns: Iterable[Column]) -> None:
     for column in columns:
         for field in OWN:
             if column.name == field.column and not field.type.fits(column.value):
-                raise _misfit(field, RowUnusable if column.value is None else ShapeUnusable)
+                if column.value is None:
+                    raise RowUnusable(f"{EVENTS}.{field.column} is NULL, not {field.type.words}")
+                raise _misfit(field)
 
 
 def unquote(columns: Iterable[Column]) -> bool:
@@ -67,8 +69,8 @@ def unquote(columns: Iterable[Column]) -> bool:
     return found
 
 
-def _misfit(field: Field, kind: type[RowUnusable] = ShapeUnusable) -> RowUnusable:
-    return kind(f"{EVENTS}.{field.column} is not {field.type.words}")
+def _misfit(field: Field) -> RowUnusable:
+    return ShapeUnusable(f"{EVENTS}.{field.column} is not {field.type.words}")
 
 
 def microseconds(moment: datetime) -> int:

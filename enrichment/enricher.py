@@ -32,7 +32,7 @@ from enrichment.database import Database
 from enrichment.shortcut import Layout, Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
-from enrichment.tables.guard import Guard, Record
+from enrichment.tables.guard import Guard, Record, swaps
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Lsn, Row
@@ -141,6 +141,8 @@ class EngagementEnricher:
             return None
         if fit.replaced(before.shape, shape):
             log.warning("%s is another table than before. %s", EVENTS, IDS_AGAIN)
+        for told in swaps(before.shape, shape):
+            log.warning("%s", told)
         return MissedHistory.since(self._dsn, before, shape)
 
     async def open(self) -> None:
@@ -219,7 +221,7 @@ class EngagementEnricher:
                 refused.append(structs.replace(letter, reason=str(exc)))
         return Enriched(events, refused)
 
-    async def history(self) -> str:
+    async def history(self, emptied: Sequence[str] = ()) -> str:
         database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
         try:
             [(count, start, end)] = await database.rows(HISTORY)
@@ -229,8 +231,12 @@ class EngagementEnricher:
             await database.close()
         if not count:
             return ""
-        message = f"{EVENTS} holds {count} rows; those from before the slot do not come through it"
-        return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}"
+        why, chosen = "those from before the slot do not come through it", ""
+        if emptied:
+            why = f"what {' and '.join(emptied)} needs was only made now, and lacks those from before"
+            chosen = f" --sinks {','.join(emptied)}"
+        message = f"{EVENTS} holds {count} rows; {why}"
+        return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}{chosen}"
 
     async def origin(self) -> str:
         database = Database(self._dsn)

@@ -20,15 +20,19 @@ from replicator.source.connection import Dsn
 ENCODING = "SELECT current_setting('server_encoding')"
 
 RIGHTS = """
--- Whether a policy hides rows of a table from us, and whether we may read these columns of it.
-SELECT row_security_active(t.oid) AND NOT current_setting('row_security')::bool,
+-- Our role, whether a policy hides rows of a table from us, and whether we may read these columns of it.
+SELECT quote_ident(current_user),
+       row_security_active(t.oid) AND NOT current_setting('row_security')::bool,
        has_schema_privilege(t.relnamespace, 'USAGE') AND bool_and(has_column_privilege(t.oid, a.attnum, 'SELECT'))
 FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace JOIN pg_attribute a ON a.attrelid = t.oid
 WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND a.attname = ANY(%(columns)s::name[])
 GROUP BY t.oid, t.relnamespace
 """
 
-PURPOSE = {CONTENT_TABLE: "content is looked up in it", EVENTS_TABLE: "backfill reads it"}
+PURPOSE = {
+    CONTENT_TABLE: "content is looked up in it",
+    EVENTS_TABLE: "backfill reads it, and `run` when it has changed",
+}
 
 
 async def check(dsn: Dsn) -> list[Finding]:
@@ -71,13 +75,13 @@ def _finding(table: str, problem: Problem | None, fine: str) -> Finding:
     return Finding(problem is None, f"table {SCHEMA}.{table}: {what}", cure)
 
 
-def _rights(table: str, rows: list[tuple[bool, bool]]) -> Problem | None:
-    [(hides_rows, readable)] = rows or [(False, True)]  # without any of the columns there is nothing to read
+def _rights(table: str, rows: list[tuple[str, bool, bool]]) -> Problem | None:
+    [(role, hides_rows, readable)] = rows or [("", False, True)]  # without any of the columns there is nothing to read
     if hides_rows:
         cure = "if no policy hides rows from us, `-c row_security=on` in the DSN's options"
         what = f"row-level security applies to us ({PURPOSE[table]})"
-        return Problem(what, f"ALTER ROLE our role BYPASSRLS; {cure}")
+        return Problem(what, f"ALTER ROLE {role} BYPASSRLS; {cure}")
     if readable:
         return None
-    cure = f"GRANT USAGE ON SCHEMA {SCHEMA} TO our role; GRANT SELECT ON {SCHEMA}.{table} TO our role (sql/roles.sql)"
+    cure = f"GRANT USAGE ON SCHEMA {SCHEMA} TO {role}; GRANT SELECT ON {SCHEMA}.{table} TO {role}"
     return Problem(f"may not be read ({PURPOSE[table]})", cure)

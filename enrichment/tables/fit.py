@@ -68,14 +68,22 @@ def misfits(shape: Shape, table: str) -> Problem | None:
         column = named(table, ours)
         if column not in columns:
             whats.append(f"has no column {column} ({needed})")
-            back = f"ALTER TABLE {name} RENAME COLUMN … TO {column}"
-            added = f"ALTER TABLE {name} ADD COLUMN {column} {needed}"
-            setting = f"{variable('columns')}={'' if table == EVENTS_TABLE else f'{table}.'}{ours}=…"
-            cures.append(f"Rename it back ({back}), or name it in {setting}, or if there never was one, {added}")
+            cures.append(_absent(table, ours, column, there=ours in columns))
         elif columns[column].type != needed:
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
             cures.append(f"ALTER TABLE {name} ALTER COLUMN {column} TYPE {needed} USING {column}::{needed}")
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
+
+
+def _absent(table: str, ours: str, column: str, *, there: bool) -> str:
+    """The cure for a column that is missing; `there`: but the one that has our name is not."""
+    name, needed = f"{SCHEMA}.{table}", NEEDED[table][ours]
+    setting = f"{'' if table == EVENTS_TABLE else f'{table}.'}{ours}"
+    back = f"Rename it back (ALTER TABLE {name} RENAME COLUMN … TO {column})"
+    if there and column != ours:
+        return f"{back}, or take {setting}={column} out of {variable('columns')} and restart the replicator"
+    added = f"if there never was one, ALTER TABLE {name} ADD COLUMN {column} {needed}"
+    return f"{back}, or {added}, or name it in {variable('columns')}={setting}=… and restart the replicator"
 
 
 def replaced(before: Shape, now: Shape) -> bool:

@@ -15,12 +15,13 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, SCHEMA, named
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, RENAMED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Column, Relation, Shape
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Lsn, Row
+from replicator.contracts.settings import variable
 
 SHOWN_SECONDS = 3.0
 """How long the stream may take to show the TRUNCATE whose traces are in the catalog."""
@@ -186,6 +187,31 @@ class Guard:
         return former if former is None or row.commit_lsn <= self.until else ""
 
 
+def exchanged(old: Relation, new: Relation) -> list[str]:
+    """The names that other columns have now, as after a swap, when no name has come or gone."""
+    places = [[column.name for column in its.columns] for its in (old, new)]
+    if places[0] == places[1] or sorted(places[0]) != sorted(places[1]):
+        return []
+    before = {column.name: column for column in old.columns}
+    return sorted(column.name for column in new.columns if before[column.name] != column)
+
+
+def swaps(before: Shape, now: Shape) -> Iterator[str]:
+    """What to tell when columns that events are made of seem to have swapped their names, and no setting says so."""
+    for table in NEEDED:
+        old, new = before.table(table), now.table(table)
+        others = exchanged(old, new) if old and new else []
+        names = [name for name in others if name in NEEDED[table]]
+        if len(names) > 1 and RENAMED.get(table, {}).keys().isdisjoint(names):
+            prefix = "" if table == EVENTS_TABLE else f"{table}."
+            pair = f"{prefix}{names[0]}={names[1]},{prefix}{names[1]}={names[0]}"
+            yield (
+                f"{SCHEMA}.{table} has other columns under the names {', '.join(names)} than before. If names were"
+                f" swapped, events have the values under the wrong names now: swap them back, or set"
+                f" {variable('columns')}={pair} or whatever is so, and restart the replicator"
+            )
+
+
 def _names(shape: Shape) -> dict[Name, str]:
     """Of everything whose rows the stream should show; those of content only if it shows all of its changes."""
     shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
@@ -234,8 +260,10 @@ def _changes(before: Shape, after: Shape) -> Iterator[str]:
 def _change(old: Relation, new: Relation) -> str:
     if str(old) != str(new):
         return f"is {new} now"
-    if added := {column.name for column in new.columns} - {column.name for column in old.columns}:
-        return f"has new columns ({', '.join(sorted(added))})"
-    if [column.name for column in old.columns] != [column.name for column in new.columns]:
-        return "has lost columns"
+    names, before = ({column.name for column in its.columns} for its in (new, old))
+    words = [("has new columns", names - before), ("has lost columns", before - names)]
+    if told := [f"{word} ({', '.join(sorted(which))})" for word, which in words if which]:
+        return " and ".join(told)
+    if others := exchanged(old, new):
+        return f"has other columns under the names {', '.join(others)}"
     return "was rewritten" if old.file != new.file else "was altered"

@@ -141,8 +141,11 @@ async def init(
     async with app.closing():
         for line in await asyncio.to_thread(app.store.create):
             print(line)
+        emptied = []
         for sink in app.sinks:
-            print("".join(f"{line}\n" for line in await _created(sink)), end="")
+            if lines := await _created(sink):
+                print("\n".join(lines))
+                emptied.append(sink.name)
         with closing(app.source()) as source:
             beginning = Beginning(source, app.store, app.settings.slot, app.sinks)
             taken = await beginning.take(accept_gap=accept_gap)
@@ -155,7 +158,8 @@ async def init(
         if accept_gap and taken.resumed and not taken.gap:
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")
-        print("\n".join(taken.gap or [await app.enricher.history() or "no older rows: nothing to backfill"]))
+        lacking = () if taken.created_slot else emptied
+        print("\n".join(taken.gap or [await app.enricher.history(lacking) or "no older rows: nothing to backfill"]))
     return 0
 
 

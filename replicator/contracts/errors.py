@@ -8,6 +8,7 @@ sink; they never hold row values or secrets.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -42,8 +43,12 @@ def command(words: str) -> str:
     return f"`{PROGRAM} {words}`"
 
 
+_WORD = re.compile(r"[a-z][a-z'-]*[,:;.]?(\s|$)")
+
+
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+    first = text[:1].upper() if _WORD.match(text) else text[:1]  # not of a name, such as public.content or wal_level
+    return f"{first}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
 def cited(text: str, secrets: Iterable[str] = (), most: int = CITED_CHARACTERS) -> str:

@@ -80,10 +80,11 @@ class Enricher(Protocol):
         Order is kept; `refused` are those that still make no event. Raises SourceUnavailable.
         """
 
-    async def history(self) -> str:
+    async def history(self, emptied: Sequence[str] = ()) -> str:
         """What stands in the tables already and so never comes through a new slot, with the command that brings it.
 
-        In words for the operator; empty when there is nothing. Raises SourceUnavailable.
+        `emptied` are the sinks that lack it though the slot is an old one: what they keep it in was made now. In words
+        for the operator; empty when there is nothing. Raises SourceUnavailable.
         """
 
     async def origin(self) -> str:

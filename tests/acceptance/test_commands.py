@@ -18,7 +18,9 @@ from tests.support.load import insert_many
 from tests.support.program import Program, assert_clean, succeed
 
 
-def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program, source: psycopg.Connection) -> None:
+def test_init_twice_is_harmless_and_says_what_a_backfill_brings(
+    program: Program, source: psycopg.Connection, stack: DevStack
+) -> None:
     """Old rows are counted; the second time nothing is made and nothing lost."""
     source.execute(
         """INSERT INTO engagement_events (content_id, user_id, event_type, event_ts) VALUES
@@ -38,6 +40,10 @@ def test_init_twice_is_harmless_and_says_what_a_backfill_brings(program: Program
     assert succeed(second).endswith(hint)
     assert "made" not in second.stdout + second.stderr
     assert before == source.execute(position, [program.slot]).fetchone()
+    stack.clickhouse.query("DROP TABLE events_enriched SYNC")
+    told = succeed(program.run("init"))
+    assert "3 rows; what clickhouse needs was only made now" in told
+    assert told.endswith("--end 2026-01-08T10:00:00 --sinks clickhouse\n")
 
 
 def test_what_was_done_before_a_failure_is_said(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +80,11 @@ TROUBLES = [
         {"role replicator may not replicate": 'ALTER ROLE "replicator" REPLICATION'},
         "ALTER ROLE replicator NOREPLICATION",
     ),
-    Trouble("no rights", {"content: may not be read": "GRANT SELECT"}, "REVOKE SELECT ON content FROM replicator"),
+    Trouble(
+        "no rights",
+        {"content: may not be read": "GRANT SELECT ON public.content TO replicator"},
+        "REVOKE SELECT ON content FROM replicator",
+    ),
     Trouble("no table", {"engagement_events: does not exist": "source_schema.sql"}, "DROP TABLE engagement_events"),
     Trouble("no column", {"has no column length_seconds": "Rename it back"}, "ALTER TABLE content DROP length_seconds"),
     Trouble(

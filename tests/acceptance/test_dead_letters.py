@@ -106,7 +106,7 @@ def test_a_row_that_no_event_can_be_made_of(
     assert {1: 18, 2: 5} == destinations.counts()
     said = [line for line in program.log.splitlines() if "dead letter of a row at " in line]
     assert ["(event 10)", "(event 11)"] == [line[line.index("(event") : line.index(")") + 1] for line in said]
-    assert all("ERROR" in line and "engagement_events.user_id is not a 64-bit integer" in line for line in said)
+    assert all("ERROR" in line and "engagement_events.user_id is NULL, not a 64-bit integer" in line for line in said)
     assert ["#10", "#11"] == [line[line.index("#") : line.index(" (event")] for line in said]
     assert "replicator_enrichment_dead_letters_total 2.0" in program.admin("/metrics")
     letters = listed(program, "--stage", "row")
@@ -114,7 +114,7 @@ def test_a_row_that_no_event_can_be_made_of(
     assert first.pop("created_at").endswith("Z")
     assert first.pop("position").endswith("#10")
     assert '"user_id","value":null}' in first.pop("payload")
-    reason = "public.engagement_events.user_id is not a 64-bit integer"
+    reason = "public.engagement_events.user_id is NULL, not a 64-bit integer"
     expected_form = {"sink": None, "stage": "row", "origin": "stream", "event_id": 10, "reason": reason}
     assert expected_form == {name: first[name] for name in first if name != "id"}
     types = [line.partition('"event_type","value":')[2].partition("}")[0] for line in letters[1::2]]

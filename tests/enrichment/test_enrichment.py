@@ -818,3 +818,6 @@ async def test_history_names_the_command_that_brings_it(enricher: EngagementEnri
         "To bring all of them: python -m replicator backfill --start 2026-01-08T09:00:00 --end 2026-01-08T10:00:00"
     )
     assert expected == await enricher.history()
+    told = await enricher.history(["clickhouse", "http"])
+    assert "2 rows; what clickhouse and http needs was only made now, and lacks those from before. To bring" in told
+    assert told.endswith("--end 2026-01-08T10:00:00 --sinks clickhouse,http")

@@ -37,7 +37,7 @@ def test_a_row_without_what_an_event_needs_is_refused_as_in_the_stream() -> None
     """In the reader's words, with the row; a replay puts it before every commit when the letter has no position."""
     page = history.make_page([found(1), found(2, user_id=None)], Position(0, 0), "")
     [letter] = page.enriched.refused
-    expected = (None, 2, "public.engagement_events.user_id is not a 64-bit integer")
+    expected = (None, 2, "public.engagement_events.user_id is NULL, not a 64-bit integer")
     assert expected == (letter.sink, letter.event_id, letter.reason)
     row = stored_row(msgspec.structs.replace(letter, position=None, id=12))
     assert (0, 12) == (row.commit_lsn, row.ordinal)

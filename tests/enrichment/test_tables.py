@@ -8,9 +8,12 @@ import psycopg
 import pytest
 from msgspec import structs
 
+from enrichment import contract
 from enrichment.database import Database
+from enrichment.tables import fit
 from enrichment.tables import guard as guards
-from enrichment.tables.guard import Guard, difference
+from enrichment.tables.catalog import PARAMETERS, SHAPE, Shape
+from enrichment.tables.guard import Guard, difference, swaps
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Column, Position, Row, parse_lsn
@@ -182,6 +185,43 @@ async def test_up_to_where_columns_were_others_is_kept(guard: Guard, admin: psyc
     assert guard.until == guard.reshaped
     await guard.look(guard.accept(), guard.reshaped - 1)
     assert guard.reshaped
+
+
+async def test_columns_that_came_went_or_swapped_names(guard: Guard, admin: psycopg.Connection) -> None:
+    """They are named; a swap of two that events are made of comes with the setting."""
+    before = guard.shape
+    admin.execute("ALTER TABLE engagement_events RENAME device TO dev")
+    renamed = await _shape(guard)
+    table = "public.engagement_events"
+    assert f"{table} has new columns (dev) and has lost columns (device)" == difference(before, renamed)
+    assert not list(swaps(before, renamed))
+    admin.execute("ALTER TABLE engagement_events RENAME event_type TO device")
+    admin.execute("ALTER TABLE engagement_events RENAME dev TO event_type")
+    swapped = await _shape(guard)
+    assert f"{table} has other columns under the names device, event_type" == difference(before, swapped)
+    [told] = swaps(before, swapped)
+    assert "set REPLICATOR_COLUMNS=device=event_type,event_type=device" in told
+    admin.execute("ALTER TABLE content ADD again int, DROP length_seconds, ADD length_seconds int")
+    again = await _shape(guard)
+    assert not list(swaps(swapped, again)), "one alone was made again"
+
+
+async def test_a_column_that_is_missing(
+    guard: Guard, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting takes effect with a restart; one that is no longer true is to be taken out."""
+    monkeypatch.setattr(contract, "RENAMED", {"engagement_events": {"device": "dev"}})
+    [[what, cure]] = fit.problems(guard.shape, "engagement_events")
+    assert "has no column dev (text)" == what
+    assert cure.endswith("or take device=dev out of REPLICATOR_COLUMNS and restart the replicator")
+    admin.execute("ALTER TABLE engagement_events RENAME device TO other")
+    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    assert cure.endswith("or name it in REPLICATOR_COLUMNS=device=… and restart the replicator")
+
+
+async def _shape(guard: Guard) -> Shape:
+    [(text,)] = await guard._database.rows(SHAPE, PARAMETERS)  # noqa: SLF001  its connection
+    return Shape.parse(text)
 
 
 async def test_another_table_has_other_rows_under_the_same_ids(guard: Guard, admin: psycopg.Connection) -> None:

@@ -47,19 +47,19 @@ class CatchUp:
     @property
     def reason(self) -> str:
         """Why sinks lack events that are older than the stream; empty when they don't."""
-        return self.trouble.message or ("" if self.done else "rows that the stream could not show are being brought")
+        return self.trouble.message or ("" if self.done else "rows that the stream may have missed are being brought")
 
     async def run(self) -> None:
         """Bring it; the lanes are open."""
         if (history := self._history) is None:
             return
-        log.info("looking in the tables for rows that the stream could not show")
+        log.info("looking in the tables for rows that the stream may have missed")
         try:
             events = await self._bring(history)
         finally:
             await history.close()
         self._history = None
-        log.info("%d such rows were found; what a sink had of them it sees again", events)
+        log.info("%d rows of the tables were looked at again; what a sink had of them it sees again", events)
 
     async def _bring(self, history: History) -> int:
         place, _ = await history.begin()

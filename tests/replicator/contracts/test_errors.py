@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from replicator.contracts.errors import ReplicatorError
+
 ROOT = Path(__file__).parents[3]
 PYTHON = str(Path(sys.executable))
 SCRIPT = f"""#!{PYTHON}
@@ -34,6 +36,20 @@ def show():
     print(command("init"))
 atexit.register(show)
 """
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("the slot is gone", "The slot is gone."),
+        ("public.content can't be read", "public.content can't be read."),
+        ("wal_level = replica", "wal_level = replica."),
+        ("stop", "Stop."),
+    ],
+)
+def test_a_name_keeps_its_letters(problem: str, told: str) -> None:
+    """A sentence begins with a capital letter, unless it begins with a name."""
+    assert told == str(ReplicatorError(problem))
 
 
 def test_from_a_checkout(tmp_path: Path) -> None:
