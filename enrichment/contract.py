@@ -7,7 +7,7 @@ made from `EVENT`. A new column of `engagement_events` is one more line here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Final
 
@@ -98,6 +98,12 @@ NEEDED: Final[Mapping[str, Mapping[str, str]]] = {
 """Table to column to type."""
 
 
+def _columns() -> Iterator[str]:
+    """As REPLICATOR_COLUMNS names them."""
+    for table in (EVENTS_TABLE, CONTENT_TABLE):
+        yield from (column if table == EVENTS_TABLE else f"{table}.{column}" for column in NEEDED[table])
+
+
 def _renamed(value: object) -> object:
     """`device=dev, content.length_seconds=length`: table to column to its name there."""
     if not isinstance(value, str):
@@ -108,7 +114,7 @@ def _renamed(value: object) -> object:
         table, _, column = ours.rpartition(".")
         table = table or EVENTS_TABLE
         if column not in NEEDED.get(table, {}):
-            raise ValueError(f"{ours} is no column that events are made of")
+            raise ValueError(f"{ours} is no column that events are made of; they are {', '.join(_columns())}")
         if found.setdefault(table, {}).setdefault(column, theirs) != theirs:
             raise ValueError(f"{ours} has two names, {found[table][column]} and {theirs}")
     for table, names in found.items():

@@ -119,8 +119,17 @@ def sinks_of(text: str | None, known: Iterable[str]) -> list[str]:
     names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
     if not names or set(names) - set(known):
         expected = f"one or more of {', '.join(known)}, separated by commas"
-        raise SettingsError(name="--sinks", problem=f"{text!r} is not the name of a sink", expected=expected)
+        raise SettingsError(name="--sinks", problem=_not_of(text, set(names) - set(known)), expected=expected)
     return names
+
+
+def _not_of(text: str, others: set[str]) -> str:
+    """What is wrong with these names: there may be such sinks, but the command has no use for them."""
+    from sinks import known_sinks
+
+    if others and others <= known_sinks().keys():
+        return f"what sink {min(others)} has can't be compared: nobody can ask it"
+    return f"{text!r} is not the name of a sink"
 
 
 def _usual_sinks() -> list[str]:

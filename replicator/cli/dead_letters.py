@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
@@ -60,6 +61,8 @@ class _Chosen:
 
         self.app = load_app()
         self.found: set[int | None] = set()
+        self._looked_at = 0
+        self._fields: set[str] = set()  # that letters have
         self._sink = sink if sink is None else one_sink(sink, known_sinks())
         self._stage = stage
         self._ids = ids or []
@@ -67,15 +70,32 @@ class _Chosen:
         self._since = time.time() - last.total_seconds() if last else 0.0
 
     async def pages(self) -> AsyncIterator[list[DeadLetter]]:
-        """Oldest first."""
+        """Oldest first. Raises SettingsError at the end for a condition on a field that there is not: none had it."""
         after, slot = 0, self.app.settings.slot
         while page := await asyncio.to_thread(
             self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, after_id=after, limit=PAGE
         ):
             after = page[-1].id or 0
+            self._looked_at += len(page)
             if chosen := [letter for letter in page if self._has(letter)]:
                 self.found.update(letter.id for letter in chosen)
                 yield chosen
+        self._refuse_unknown_fields()
+
+    def _refuse_unknown_fields(self) -> None:
+        """A misspelt name would look as if there were no such letters."""
+        from enrichment import EVENT
+
+        known = [field.name for field in EVENT.fields]
+        for field, _ in self._where:
+            if field not in self._fields.union(known):
+                close = get_close_matches(field, known, n=1)
+                expected = f"one of {', '.join(known)}, or a column of a refused row, then = and the value"
+                raise SettingsError(
+                    name="--where",
+                    problem=f"no dead letter has a field {field!r}",
+                    expected=f"{expected}; perhaps you mean {close[0]}" if close else expected,
+                )
 
     def _has(self, letter: DeadLetter) -> bool:
         if (self._ids and letter.id not in self._ids) or letter.created_at < self._since:
@@ -85,6 +105,7 @@ class _Chosen:
         except (ValueError, KeyError, TypeError):  # none that this release has written
             print(f"dead letter {letter.id} can't be searched: look at it with --id {letter.id}", file=sys.stderr)
             return False
+        self._fields.update(values)
         return all(str(values.get(field)) == value for field, value in self._where)
 
     async def drop(self, ids: Sequence[int | None]) -> int:
@@ -99,7 +120,8 @@ class _Chosen:
         for number in absent:
             print(f"there is no dead letter {number}{of_sink}", file=sys.stderr)
         if not self.found and not absent:
-            print(f"no dead letters{of_sink}", file=sys.stderr)
+            none = f"none of {_counted(self._looked_at)}{of_sink} matches" if self._looked_at else None
+            print(none or f"no dead letters{of_sink}", file=sys.stderr)
         return int(bool(absent))
 
 
@@ -111,11 +133,15 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _values(letter: DeadLetter) -> dict[str, Any]:
-    """Of the event, or of the row."""
+    """Of the event, or of the row: by its columns' names in the table, and by the event's."""
+    from enrichment.contract import EVENTS_TABLE, OWN, named
+
     found = json.loads(letter.payload)
-    if letter.stage == "row":
-        return {column["name"]: column.get("value") for column in found["columns"]}
-    return dict(found)
+    if letter.stage == "event":
+        return dict(found)
+    row = {column["name"]: column.get("value") for column in found["columns"]}
+    theirs = {field.name: named(EVENTS_TABLE, field.column) for field in OWN}
+    return row | {ours: row[column] for ours, column in theirs.items() if column in row}
 
 
 async def show(

@@ -99,7 +99,7 @@ def config_show(as_json: Json = False) -> int:
         print(json.dumps({"settings": shown, "unknown": unknown}))
         return 0
     for setting in shown:
-        unit = f" {setting['unit']}" if setting["unit"] else ""
+        unit = f" {setting['unit']}" if setting["unit"] and setting["value"] else ""
         default = "" if setting["source"] == "default" else f"; default: {setting['default']}"
         print(f"{setting['name']} = {setting['value'] or ''}{unit}  ({setting['source']}{default})")
     print("".join(f"{message}\n" for message in unknown), end="")
@@ -147,4 +147,8 @@ def _default(field: FieldInfo) -> str | None:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, SecretStr):
         return value.get_secret_value()
-    return ",".join(value) if isinstance(value, tuple) else None if value is None else str(value)
+    if isinstance(value, tuple | dict):
+        return ",".join(value)  # the one dict is empty
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)

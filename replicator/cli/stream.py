@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from replicator.cli.arguments import Yes, confirmed, load_app
-from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError, SinkError, command
+from replicator.contracts.errors import (
+    Overtaken,
+    ReplicatorError,
+    SettingsError,
+    SinkError,
+    SlotInUse,
+    SourceError,
+    command,
+)
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -190,6 +198,9 @@ async def drop_slot(yes: Yes = False) -> int:
                 return 0
             if not confirmed(f"Drop replication slot {slot}? PostgreSQL keeps no more WAL for it.", yes=yes):
                 return 1
-            await source.drop_slot()
+            try:
+                await source.drop_slot()
+            except SlotInUse as exc:  # its own cure is for a standby
+                raise SourceError(exc.problem, "To drop the slot, stop that process first") from exc
     print(f"dropped replication slot {slot}; {command('init --accept-gap')} makes a new one")
     return 0

@@ -38,7 +38,18 @@ from replicator.contracts.events import Finding
 PREFIX = "REPLICATOR_"
 _SECRET_FILE = f"{PREFIX}.+(?<!_CA)_FILE"
 _DOTENV_TAKES = "lines of NAME=value in UTF-8"
-_PLAINLY = {"too_short": "it names none", "string_pattern_mismatch": "it is not of that form"}
+_PLAINLY = {
+    "too_short": "it names none",
+    "string_too_short": "a name is empty",
+    "string_pattern_mismatch": "its form is wrong",
+    "int_parsing": "it is not a whole number",
+    "int_parsing_size": "it is out of range",
+    "float_parsing": "it is not a number",
+    "bool_parsing": "it is neither true nor false",
+    "literal_error": "there is no such value",
+    "greater_than_equal": "it is out of range",
+    "less_than_equal": "it is out of range",
+}
 """By pydantic's type of the error, where its own words are about Python."""
 
 T = TypeVar("T", bound="Settings")

@@ -18,7 +18,7 @@ from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable
-from replicator.operations.status import ask_replicator, in_danger
+from replicator.operations.status import ask_replicator, danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning
@@ -96,9 +96,9 @@ def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:
         return Finding(
             True, f"replication slot {name}: not there yet", f"{command('init')} makes it", made_by_init=True
         )
-    if danger := in_danger(state):
-        cure = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
-        return Finding(False, f"replication slot {name}: {danger}", cure)
+    if found := danger(state):
+        problem, cure = found
+        return Finding(False, f"replication slot {name}: {problem}", cure)
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
     what = f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind"
     if state.failover is False and settings.failover_slot:

@@ -144,12 +144,23 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
 
 
 def in_danger(state: SlotState | None) -> str:
-    """That PostgreSQL removes WAL which the slot needs; else empty."""
-    if state is None or state.wal_status not in ("unreserved", "lost"):
-        return ""
+    """That PostgreSQL removes WAL which the slot needs, with the cure; else empty."""
+    return ". ".join(danger(state) if state else ())
+
+
+def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
+    """The same in two: problem and cure."""
+    if state.wal_status not in ("unreserved", "lost"):
+        return ()
+    is_lost = state.wal_status == "lost"
+    again = f"run {command('drop-slot')}, then {command('init --accept-gap')}, which prints the backfill command"
     if state.invalidation_reason not in (None, "wal_removed"):
-        return f"the slot's WAL is {state.wal_status}: PostgreSQL gave the slot up ({state.invalidation_reason})"
-    return f"the slot's WAL is {state.wal_status}: PostgreSQL removes what it still needs (max_slot_wal_keep_size)"
+        problem = f"the slot's WAL is {state.wal_status}: PostgreSQL gave the slot up ({state.invalidation_reason})"
+        return problem, f"Correct what it names, then {again}"
+    does = "has removed what it still needed" if is_lost else "removes what it still needs"
+    problem = f"the slot's WAL is {state.wal_status}: PostgreSQL {does} (max_slot_wal_keep_size)"
+    catch_up = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
+    return problem, f"Raise that setting, then {again}" if is_lost else catch_up
 
 
 def _unfinished(state: SlotState) -> str:

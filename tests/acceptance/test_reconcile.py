@@ -325,7 +325,7 @@ def test_nothing_in_the_range(settings: Program) -> None:
             {},
             "",
             2,
-            "'http' is not the name of a sink. It takes one or more of clickhouse, redis",
+            "what sink http has can't be compared: nobody can ask it. It takes one or more of clickhouse, redis",
         ),
         ((*HOUR, "--delete-extra"), {}, "", 2, "--delete-extra is unusable: --repair is missing"),
         ((*HOUR, "--repair"), {"postgres_dsn": "postgresql://app@127.0.0.1:1/x"}, "", 1, "PostgreSQL failed"),

@@ -84,7 +84,7 @@ def test_without_a_usual_sink_one_has_to_be_named(
         ([*BACKFILL, "--rate", "fast"], "--rate is unusable: 'fast' is not a whole number from 1"),
         ([*BACKFILL, "--res"], "No such option: --res. Did you mean --resume"),
         ([*BACKFILL, "2026"], "Got unexpected extra argument(s) (2026). See replicator backfill --help"),
-        (["reconcile", "--last", "1d", "--sinks", "http"], "--sinks is unusable: 'http' is not the name of a sink"),
+        (["reconcile", "--last", "1d", "--sinks", "http"], "--sinks is unusable: what sink http has can't be"),
         (["reconcile", "--last", "1d", "--delete-extra"], "--delete-extra is unusable: --repair is missing"),
         (["rebuild-redis", "--resume", "--from-empty"], "--resume is unusable: --from-empty starts over"),
         (["replicate"], "No such command 'replicate'. See replicator --help"),

@@ -111,6 +111,7 @@ def test_a_slot_that_is_read_is_not_dropped(environment: Environment, tmp_path: 
         wait_until(lambda: "reading slot" in log.read_text(encoding="utf-8"), "the stream to run")
         code, said = environment.run("drop-slot", "--yes")
         assert (1, True) == (code, "stop that process first" in said)
+        assert "standby" not in said
         assert 0 == _ended(process, log)
     assert environment.run("drop-slot", "--yes")[0] == 0
     assert "there is no replication slot" in environment.run("drop-slot", "--yes")[1]

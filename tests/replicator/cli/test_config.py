@@ -36,7 +36,10 @@ def test_every_setting_is_shown_with_its_default(capsys: pytest.CaptureFixture[s
         "default": "30.0",
         "takes": "seconds between two tries of a sink or of PostgreSQL, at most, 0.01 to 3600",
     } == found["REPLICATOR_RETRY_MAX_SECONDS"]
-    assert "clickhouse,redis,http" == found["REPLICATOR_SINKS"]["value"]
+    values = {name: found[f"REPLICATOR_{name}"]["value"] for name in ("SINKS", "FAILOVER_SLOT", "COLUMNS")}
+    assert {"SINKS": "clickhouse,redis,http", "FAILOVER_SLOT": "true", "COLUMNS": ""} == values
+    assert 0 == main(["config", "show"])
+    assert "REPLICATOR_DECODING_MEMORY_MB =   (default)" in capsys.readouterr().out
 
 
 def test_where_a_value_comes_from(

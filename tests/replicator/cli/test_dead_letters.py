@@ -104,3 +104,33 @@ def test_a_condition_without_a_value(capsys: pytest.CaptureFixture[str]) -> None
     """Never taken for all of them."""
     assert 2 == main(["dead-letters", "drop", "--where", "user_id", "--yes"])
     assert "--where is unusable: 'user_id' has no =" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["drop", "--yes"]])
+def test_a_field_that_there_is_not(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It would look as if nobody's letters were there."""
+    assert 2 == main(["dead-letters", *command, "--where", "user=42"])
+    out, err = capsys.readouterr()
+    assert not out
+    assert "--where is unusable: no dead letter has a field 'user'. It takes one of event_id, content_id, " in err
+    assert "perhaps you mean user_id" in err
+
+
+def test_none_matches(stored: SqlCheckpointStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is not the same as none."""
+    assert 0 == main(["dead-letters", "list", "--where", "user_id=4"])
+    assert "none of 6 dead letters matches\n" == capsys.readouterr().err
+    stored.drop_dead_letters("engagement_slot", range(1, 7))
+    assert 0 == main(["dead-letters", "list", "--where", "user_id=4"])
+    assert "no dead letters\n" == capsys.readouterr().err
+
+
+def test_a_row_is_found_by_the_events_names(
+    stored: SqlCheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its columns may have other names: of the one that `event_id` is made of, or those in REPLICATOR_COLUMNS."""
+    monkeypatch.setattr("enrichment.contract.RENAMED", {"engagement_events": {"user_id": "uid"}})
+    row = {"columns": [{"name": "id", "value": 9}, {"name": "uid", "value": 7}]}
+    stored.add_dead_letters("engagement_slot", [letter(9, None, payload=row)])
+    for condition in ("user_id=7", "uid=7", "event_id=9", "id=9"):
+        assert [7] == [shown["id"] for shown in listed(capsys, "--where", condition)]

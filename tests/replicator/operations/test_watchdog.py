@@ -266,6 +266,7 @@ def test_a_slot_in_danger_is_not_ready(watchdog: Looking, wal_status: str) -> No
     """PostgreSQL is about to throw away what the slot needs, or has."""
     [reason] = watchdog.look(wal_status=wal_status)
     assert f"the slot's WAL is {wal_status}" in reason
+    assert ("drop-slot" in reason) == (wal_status == "lost")
 
 
 def test_a_synchronous_standby_is_not_ready(watchdog: Looking, caplog: pytest.LogCaptureFixture) -> None:
