@@ -200,7 +200,7 @@ def swaps(before: Shape, now: Shape) -> Iterator[str]:
     """What to tell when columns that events are made of seem to have swapped their names, and no setting says so."""
     for table in NEEDED:
         old, new = before.table(table), now.table(table)
-        others = exchanged(old, new) if old and new else []
+        others = exchanged(old, new) if old and new and old.oid == new.oid else []
         names = [name for name in others if name in NEEDED[table]]
         if len(names) > 1 and RENAMED.get(table, {}).keys().isdisjoint(names):
             prefix = "" if table == EVENTS_TABLE else f"{table}."
