@@ -87,9 +87,9 @@ def _absent(table: str, ours: str, column: str, *, there: bool) -> str:
 
 
 def replaced(before: Shape, now: Shape) -> bool:
-    """Whether the events are in another table than before, not only in other parts of it."""
-    old, new = before.table(EVENTS_TABLE), now.table(EVENTS_TABLE)
-    return old is not None and new is not None and new.kind == "r" and old.oid != new.oid
+    """Whether the events are in another table than before: it has nothing of the former one, not even as a part."""
+    old, new = ({part.oid for part in shape.of(EVENTS_TABLE)} for shape in (before, now))
+    return bool(old and new) and old.isdisjoint(new)
 
 
 def hidden(shape: Shape) -> Problem | None:

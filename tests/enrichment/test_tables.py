@@ -229,12 +229,21 @@ async def _shape(guard: Guard) -> Shape:
     return Shape.parse(text)
 
 
-async def test_another_table_has_other_rows_under_the_same_ids(guard: Guard, admin: psycopg.Connection) -> None:
+PARTITIONED = """
+CREATE TABLE engagement_events (LIKE former INCLUDING DEFAULTS) PARTITION BY RANGE (user_id);
+CREATE TABLE rest PARTITION OF engagement_events DEFAULT
+"""
+
+
+@pytest.mark.parametrize("new", ["CREATE TABLE engagement_events (LIKE former INCLUDING ALL)", PARTITIONED])
+async def test_another_table_has_other_rows_under_the_same_ids(
+    guard: Guard, admin: psycopg.Connection, new: str
+) -> None:
     """What the stream says of the former table's rows stays as it is."""
     await guard.verify()
     guard.accept()
     admin.execute("DROP TABLE part; ALTER TABLE engagement_events RENAME TO former")
-    admin.execute("CREATE TABLE engagement_events (LIKE former INCLUDING ALL)")
+    admin.execute(new.encode())
     await guard.look(None, 0)
     assert (True, 0) == (guard.until > 0, guard.reshaped)
 
