@@ -162,4 +162,6 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
         detail = "it was emptied, restarted or replaced while it was filled"
         cure = f"Run {command('rebuild-redis')} again"
         raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
+    if code == 0:
+        await sink.filled(generation)
     return code

@@ -322,6 +322,13 @@ class SinkUnusable(SinkError):
         super().__init__(sink, f"sink {sink} can't be written to: {detail}", cure, detail=detail)
 
 
+class SinkEmptied(SinkUnusable):
+    """What was written is gone. Only `look` raises it: events are written all the same."""
+
+    def __init__(self, *, sink: str, detail: str, cure: str) -> None:
+        SinkError.__init__(self, sink, f"sink {sink} has lost what it had: {detail}", cure, detail=detail)
+
+
 class SinkBroken(SinkError):
     """A sink raised what its code does not know (a bug, no file descriptor left). A lane retries slowly and loudly."""
 

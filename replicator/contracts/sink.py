@@ -150,5 +150,9 @@ class Rebuildable(ABC):
         """A word that changes when the destination loses its data, is emptied, or may have gone back in time."""
 
     @abstractmethod
+    async def filled(self, generation: str) -> None:
+        """All is there again, if this is still the generation: what the sink says of lost data is over."""
+
+    @abstractmethod
     async def empty(self) -> int:
         """Delete all of the replicator's data there, atomically; how many keys that were."""

@@ -127,6 +127,18 @@ def script(name: str) -> Script:
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
+class Generation(NamedTuple):
+    """A word that is lost with everything else in Redis."""
+
+    made: bool
+    """There was none before."""
+    word: str
+    state: str
+    """Whether keys are missing: see `keys.py`."""
+    run: str
+    """Which run of the server this is. One that was restarted may have lost its latest writes."""
+
+
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
@@ -142,6 +154,7 @@ class RedisClient:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
         self._prefix = prefix
+        self._mark = script("mark")
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
         """Where Redis is, without user and password."""
@@ -184,17 +197,21 @@ class RedisClient:
             pipeline.delete(*used)
             await pipeline.execute()
 
-    async def generation(self) -> tuple[bool, str]:
-        """A word that is lost with everything else, and whether it had to be made: Redis is new, or was emptied.
-
-        Behind it stands which run of the server this is. A server that was restarted may have lost its latest writes.
-        """
+    async def generation(self, new: str = "") -> Generation:
+        """What it is; made with the state `new` if there is none: Redis is new, or was emptied."""
+        run = ""
         async with self._translated():
-            made = await self._redis.set(self._prefix + GENERATION, secrets.token_hex(8), nx=True)
-            word = (cast("bytes | None", await self._redis.get(self._prefix + GENERATION)) or b"").decode()
+            made = await self._redis.set(self._prefix + GENERATION, f"{secrets.token_hex(8)} {new}".strip(), nx=True)
+            value = (cast("bytes | None", await self._redis.get(self._prefix + GENERATION)) or b"").decode()
             with suppress(ResponseError):  # INFO is denied or unknown: a restart goes unnoticed
-                word += f" {(await self._redis.info('server')).get('run_id', '')}"
-        return bool(made), word
+                run = str((await self._redis.info("server")).get("run_id", ""))
+        word, _, state = value.partition(" ")
+        return Generation(bool(made), word, state, run)
+
+    async def mark(self, word: str, state: str, *others: str) -> None:
+        """Give this generation a state, unless it has gone or has none of the others any more."""
+        values = [f"{word} {one}".strip() for one in (state, *others)]
+        await self.run(self._mark, Call([GENERATION], [*values]), returns=1)
 
     async def owner(self, ours: str, *, claim: bool) -> str:
         """Whose events are counted here; `ours` if nobody's are: then they are ours from now on, with `claim`."""

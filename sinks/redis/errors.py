@@ -8,7 +8,14 @@ from collections.abc import Iterable
 from redis import exceptions
 from redis.exceptions import RedisError
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import (
+    SinkEmptied,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SinkUnusable,
+    command,
+)
 
 TURNED_AWAY = frozenset({"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"})
 TURNED_AWAY_WORDINGS = ("The user executing the script can't", "unauthenticated")
@@ -79,6 +86,17 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
         detail=f"its keys belong to {owner}, and these events come from {ours}: neither counts right beside the other",
         cure="Give each its own REPLICATOR_REDIS_PREFIX, or its own database number in REPLICATOR_REDIS_URL. If it is "
         f"the same database, moved (an upgrade, a restore, another name): redis-cli DEL {key}, and it is adopted",
+    )
+
+
+def lost_error(sink: str, address: str) -> SinkError:
+    """Keys are gone."""
+    return SinkEmptied(
+        sink=sink,
+        detail=f"Redis at {address} was emptied, or came back without its keys: counts began again at 0, and what was "
+        "counted before is missing",
+        cure=f"Run {command('rebuild-redis')} while the replicator runs: it makes it all again (nothing to do if that "
+        "is already running)",
     )
 
 

@@ -20,7 +20,13 @@ COUNT_PREFIX, SEEN_PREFIX = "content:count:", "engagement:seen:"
 OWNER = "engagement:seen:owner"
 """Which database the counted events come from: event ids of another one would be taken for repeats."""
 GENERATION = "engagement:seen:generation"
-"""A random marker. If it has changed, Redis was emptied."""
+"""A random marker, and behind it one of these states, or none. If the marker has changed, Redis was emptied."""
+LOST = "lost"
+"""Keys are missing: Redis was emptied, and has not been filled again."""
+FILLING = "filling"
+"""A rebuild found nothing, and has not finished."""
+WHOLE = "whole"
+"""A rebuild has finished."""
 PREFIXES = (
     COUNT_PREFIX,
     "content:newest:",

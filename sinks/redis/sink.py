@@ -20,19 +20,27 @@ from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
 from sinks.redis.client import SINK, RedisClient, script
-from sinks.redis.errors import foreign_error
+from sinks.redis.errors import foreign_error, lost_error
 from sinks.redis.info import findings
-from sinks.redis.keys import BUCKET_SECONDS, OWNER, PREFIXES, Call, continues, pack, refusals, slide_call
+from sinks.redis.keys import (
+    BUCKET_SECONDS,
+    FILLING,
+    LOST,
+    OWNER,
+    PREFIXES,
+    WHOLE,
+    Call,
+    continues,
+    pack,
+    refusals,
+    slide_call,
+)
 from sinks.redis.ledger import RedisLedger
 from sinks.redis.settings import RedisSettings
 from sinks.redis.window import Window
 
 EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
 
-EMPTIED = (
-    "Redis at %s was emptied, or came back without its keys: counts began again at 0, and what was counted before is"
-    " missing. %s makes it all again while the replicator runs (nothing to do if that is already running)"
-)
 RESTARTED = (
     "Redis at %s was restarted, or another one answers now: unless it keeps an append-only file with appendfsync"
     " always, it may have lost its latest writes. %s over the last hours finds and repairs that"
@@ -68,7 +76,8 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         self._keeps_window = True
         self._resumes = False
         self._generation = ""
-        self._generations: set[str] = set()
+        self._runs: set[str] = set()
+        self._lost: SinkError | None = None
         self._ours: str | None = None  # empty: it can't be known
         self._rival = ""  # the owner for which we last asked who we are
         self._foreign: SinkError | None = None
@@ -115,10 +124,10 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         return refused
 
     def look(self) -> None:
-        """Keys that have become another source's, and a window that is not kept right."""
+        """Keys that have become another source's or are gone, and a window that is not kept right."""
         self._raise_what_lasts()
-        if self.window.failure:
-            raise self.window.failure
+        if found := self.window.failure or self._lost:
+            raise found
 
     async def renew(self) -> None:
         self._settings = cast("RedisSettings", self.settings)
@@ -134,7 +143,11 @@ class RedisSink(Sink, HasCounter, Rebuildable):
         return RedisLedger(self._redis, partial(self._require_ours, claim=False))
 
     async def generation(self) -> str:
-        return (await self._redis.generation())[1]
+        found = await self._redis.generation(FILLING)
+        return f"{found.word} {found.run}".strip()
+
+    async def filled(self, generation: str) -> None:
+        await self._redis.mark(generation.partition(" ")[0], WHOLE, FILLING, LOST, "")
 
     async def empty(self) -> int:
         """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not."""
@@ -178,14 +191,21 @@ class RedisSink(Sink, HasCounter, Rebuildable):
             await self._redis.adopt(self._ours)
 
     async def _notice_loss(self) -> None:
-        """Log that keys may be gone: writing goes on as if nothing had happened."""
-        made, word = await self._redis.generation()
-        before, self._generation = self._generation, word
-        if before.split()[:1] != word.split()[:1] and (before or (made and self._resumes)):
-            _log.error(EMPTIED, self._redis.address, command("rebuild-redis"))
-        elif before and word not in self._generations:  # behind some proxies there are several servers, in turn
-            _log.error(RESTARTED, self._redis.address, command("reconcile --start ... --end ... --repair"))
-        self._generations.add(word)
+        """Say that keys are gone, until they are made again, or may be: writing goes on as if nothing had happened."""
+        before = self._generation
+        found = await self._redis.generation(LOST if before or self._resumes else "")
+        changed = bool(before) and before != found.word
+        lost = found.state == LOST or (found.state == FILLING and (changed or self._resumes))
+        if lost or (changed and found.state != WHOLE):
+            if found.state != LOST:
+                await self._redis.mark(found.word, LOST, found.state)
+            self._lost = lost_error(SINK, self._redis.address)
+        else:
+            self._lost = None
+            if before and not changed and found.run not in self._runs:  # behind some proxies several answer in turn
+                _log.error(RESTARTED, self._redis.address, command("reconcile --start ... --end ... --repair"))
+        self._generation = found.word
+        self._runs.add(found.run)
 
     async def _probe(self) -> None:
         """Run both scripts to every command in them. A missing right shows here, not between two changes of a batch."""

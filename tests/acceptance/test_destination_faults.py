@@ -563,7 +563,12 @@ def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     assert have(stack, destinations, sink, 10)
     if sink == "redis":
         quick.wait_for_log("was emptied, or came back without its keys: counts began again at 0")
-        assert "`python -m replicator rebuild-redis`" in quick.log
+        holds(quick, source, "redis", "`python -m replicator rebuild-redis`")
+        assert 0 == quick.stop()
+        quick.start()
+        wait_until(lambda: "was emptied" in quick.admin("/readyz"), "it to be told after a restart, too")
+        succeed(quick.run("rebuild-redis"))
+        wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be over")
     if sink == "clickhouse":
         lose[sink]()
         assert 0 == quick.stop()

@@ -29,7 +29,7 @@ SETUPTOOLS = "setuptools>=77"  # as in pyproject.toml, [build-system]
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
 DATA = {
     *(f"replicator/sql/{name}.sql" for name in ("roles", "slot_lag", "source_schema")),
-    *(f"sinks/redis/lua/{name}.lua" for name in ("empty", "slide", "write")),
+    *(f"sinks/redis/lua/{name}.lua" for name in ("empty", "mark", "slide", "write")),
     "sinks/clickhouse/table.sql",
     *(f"{package}/py.typed" for package in ("replicator", "enrichment", "sinks", "checkpoint_store")),
 }

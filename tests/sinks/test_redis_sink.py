@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from devstack import DevStack
 from enrichment import EVENT
-from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
+from replicator.contracts.errors import SinkEmptied, SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import Event, Position, SinkPosition
 from sinks.redis.errors import turned_away_cure
 from sinks.redis.settings import RedisSettings
@@ -389,22 +389,58 @@ async def test_the_window_ends_with_the_replicator(server: Server) -> None:
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-async def test_what_is_gone_is_said(server: Server, caplog: pytest.LogCaptureFixture, *, resumes: bool) -> None:
-    """When it opens, and a second after it happened; not of a Redis that is new, nor of one that has it all."""
-    sink = sink_at(server.service.url)
-    await sink.open(WRITTEN if resumes else None)
-    assert resumes == ("was emptied" in caplog.text)
-    await sink.close()
-    caplog.clear()
-    again = sink_at(server.service.url)
-    await again.open(WRITTEN)
-    try:
-        await again.write([event(1)])
-        assert "was emptied" not in caplog.text
+async def test_what_is_gone_is_said(server: Server, *, resumes: bool) -> None:
+    """From when it opens until all is made again, by any process; not of a new Redis, nor of one that has it all."""
+    async with unopened(server.service.url) as sink:
+        await sink.open(WRITTEN if resumes else None)
+        assert resumes == says_lost(sink)
+        await sink.write([event(1)])
+    async with unopened(server.service.url) as again, unopened(server.service.url) as rebuild:
+        await again.open(WRITTEN)
+        assert resumes == says_lost(again)
+        await rebuild.filled("another")
+        await again._look()  # noqa: SLF001  once a second else
+        assert resumes == says_lost(again)
+        await rebuild.filled(await rebuild.generation())
+        await again._look()  # noqa: SLF001
+        assert not says_lost(again)
         server.client.flushall()
-        await until(lambda: "was emptied, or came back without its keys" in caplog.text, "it to be noticed")
-    finally:
-        await again.close()
+        await again._look()  # noqa: SLF001
+        await again.write([event(2)])
+        assert says_lost(again)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("finished", [True, False])
+async def test_a_rebuild_that_was_faster(server: Server, *, runs: bool, finished: bool) -> None:
+    """It found nothing, and nobody knows of the loss yet: whether it has finished is what counts."""
+    async with unopened(server.service.url) as sink, unopened(server.service.url) as rebuild:
+        if runs:
+            await sink.open(WRITTEN)
+            await rebuild.filled(await rebuild.generation())
+            server.client.flushall()
+        generation = await rebuild.generation()
+        if finished:
+            await rebuild.filled(generation)
+        if runs:
+            await sink._look()  # noqa: SLF001  once a second else
+        else:
+            await sink.open(WRITTEN)
+        assert finished != says_lost(sink)
+    async with unopened(server.service.url) as first:  # a sink that is new in the settings, beside its first rebuild
+        server.client.flushall()
+        await first.generation()
+        await first.open(None)
+        assert not says_lost(first)
+
+
+def says_lost(sink: RedisSink) -> bool:
+    """Whether it has lost keys, and names the cure."""
+    try:
+        sink.look()
+    except SinkEmptied as exc:
+        return "was emptied, or came back without its keys" in str(exc) and "rebuild-redis" in exc.cure
+    return False
 
 
 async def test_a_restart_is_said_once(
@@ -634,7 +670,8 @@ async def test_another_source_that_came_between_is_noticed(server: Server) -> No
             await sink.write([event(1)])
         server.client.delete("engagement:seen:owner")
         await sink._look()  # noqa: SLF001
-        sink.look()
+        with pytest.raises(SinkEmptied):  # what is left is that it was emptied
+            sink.look()
         await sink.write([event(1)])
     assert {1: 1} == server.counts()
 
