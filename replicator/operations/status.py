@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
@@ -34,6 +35,14 @@ STATUS_BYTES = 1_000_000
 STALL_SECONDS = 60.0
 """The slot may stand still this long while there is something to read; a sink's hiccup is shorter."""
 
+FORECAST_SECONDS = 120.0
+"""What the forecast looks back to. PostgreSQL lets the WAL of a busy slot go in steps, every 15 s or so: half of this
+is some of them."""
+FORECAST_BEGINS_SECONDS = 30.0
+"""With less, a step is taken for growth."""
+LOOKS_APART_SECONDS = 1.0
+"""`status` looks twice when no process runs that has looked for minutes."""
+
 NO_ROW = "0/0#0"
 
 T = TypeVar("T")
@@ -52,6 +61,18 @@ class SlotStatus(Struct, frozen=True, kw_only=True):
     lag_bytes: int | None = None
     retained_bytes: int | None = None
     safe_wal_bytes: int | None = None
+
+
+class WalStatus(Struct, frozen=True, kw_only=True):
+    """What PostgreSQL keeps for the slot, and how long that goes well. None: unknown, or there is no limit."""
+
+    kept_bytes: int | None = None
+    limit_bytes: int | None = None
+    written_bytes_per_second: float | None = None
+    """Of the whole server: what is kept grows so fast while the slot does not move."""
+    growth_bytes_per_second: float | None = None
+    """Negative while the slot catches up."""
+    lost_in_seconds: float | None = None
 
 
 class CheckpointStatus(Struct, frozen=True, kw_only=True):
@@ -117,6 +138,7 @@ class Status(Struct, frozen=True, kw_only=True):
     """That it waits for its turn, and for whom. `/readyz` is not ready then, although nothing is wrong."""
     replicator: ReplicatorStatus | None
     slot: SlotStatus
+    wal: WalStatus = WalStatus()
     checkpoint: CheckpointStatus
     sinks: dict[str, SinkStatus]
     dead_letters: DeadLetterStatus | None
@@ -141,6 +163,69 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
         retained_bytes=state.retained_bytes,
         safe_wal_bytes=state.safe_wal_size,
     )
+
+
+class WalForecast:
+    """How the WAL that is kept has grown over the last minutes, by the server's clock."""
+
+    def __init__(self) -> None:
+        self._seen: deque[SlotState] = deque()
+
+    def see(self, state: SlotState | None) -> WalStatus:
+        """What follows from this look and those before; one that is shown again changes nothing."""
+        if state is None or state.restart_lsn is None:
+            self._seen.clear()
+            return WalStatus(lost_in_seconds=0.0 if state and state.wal_status == "lost" else None)
+        self._remember(state)
+        growth = self._growth()
+        return WalStatus(
+            kept_bytes=state.retained_bytes,
+            limit_bytes=state.limit_bytes,
+            written_bytes_per_second=_written(self._seen[0], self._seen[-1]),
+            growth_bytes_per_second=growth,
+            lost_in_seconds=_lost_in_seconds(state, growth),
+        )
+
+    def _remember(self, state: SlotState) -> None:
+        last = self._seen[-1] if self._seen else None
+        if last and (state.server_time < last.server_time or state.server_lsn < last.server_lsn):
+            self._seen.clear()  # another server, or its clock was set
+        if not self._seen or state.server_time > self._seen[-1].server_time:
+            self._seen.append(state)
+        while state.server_time - self._seen[0].server_time > FORECAST_SECONDS:
+            self._seen.popleft()
+
+    def _growth(self) -> float | None:
+        """Between the least of the older half and of the newer: the steps in between are no growth."""
+        first, last = self._seen[0], self._seen[-1]
+        if not any(state.active_pid for state in self._seen):
+            return _written(first, last)  # nobody lets any of it go
+        seconds = last.server_time - first.server_time
+        if seconds < FORECAST_BEGINS_SECONDS:
+            return None
+        middle = first.server_time + seconds / 2
+        older = min(_needed_bytes(state) for state in self._seen if state.server_time < middle)
+        newer = min(_needed_bytes(state) for state in self._seen if state.server_time >= middle)
+        return round((newer - older) / (seconds / 2), 1)
+
+
+def _needed_bytes(state: SlotState) -> int:
+    return state.server_lsn - (state.restart_lsn or state.server_lsn)
+
+
+def _written(first: SlotState, last: SlotState) -> float | None:
+    """Bytes of WAL a second; None: there was only one look."""
+    seconds = last.server_time - first.server_time
+    return round((last.server_lsn - first.server_lsn) / seconds, 1) if seconds else None
+
+
+def _lost_in_seconds(state: SlotState, growth: float | None) -> float | None:
+    """The next checkpoint after that removes what the slot needs."""
+    if state.safe_wal_size is None:
+        return 0.0 if state.wal_status == "lost" else None
+    if state.safe_wal_size <= 0:
+        return 0.0
+    return round(state.safe_wal_size / growth) if growth and growth > 0 else None
 
 
 def in_danger(state: SlotState | None) -> str:
@@ -235,10 +320,22 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         standby=live.standby if live else "",
         replicator=live.replicator if live else None,
         slot=slot,
+        wal=live.wal if live else await _wal(settings, state),
         checkpoint=of_checkpoint(stored, state, store_trouble, _ago(stored.updated_at) if stored else None),
         sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )
+
+
+async def _wal(settings: CoreSettings, state: SlotState | None) -> WalStatus:
+    """The forecast without a replicator that has looked for minutes. Where nobody reads, two looks are enough."""
+    forecast = WalForecast()
+    found = forecast.see(state)
+    if state is None or state.active_pid:
+        return found
+    await asyncio.sleep(LOOKS_APART_SECONDS)
+    again, _ = await _seen(slots.look(settings.postgres_dsn.get_secret_value(), settings.slot, "replicator status"))
+    return forecast.see(again) if again else found
 
 
 def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status | None) -> str:
@@ -318,7 +415,7 @@ def as_text(status: Status) -> str:
     if status.reasons:
         state = "NOT READY: " + "\n             ".join(map(printable, status.reasons))
     lines = [f"replicator   {state}", *_stopped_text(status)]
-    lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}")
+    lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
@@ -354,6 +451,13 @@ def _slot_text(slot: SlotStatus) -> str:
     )
 
 
+def _wal_text(wal: WalStatus) -> str:
+    if wal.lost_in_seconds:
+        rate = _size(round(wal.growth_bytes_per_second or 0))
+        return f"\n  lost in    {_time(wal.lost_in_seconds)}, if it goes on growing by {rate} a second"
+    return ""
+
+
 def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
     if checkpoint.end_lsn is None:
         return "unknown" if checkpoint.trouble else "none yet"
@@ -385,3 +489,10 @@ def _size(count: int | None) -> str:
         return "an unknown amount"
     power = min(len(str(abs(count))) - 1, 12) // 3  # of 1,000
     return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

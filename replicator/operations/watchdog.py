@@ -102,6 +102,7 @@ class Watchdog:
         self._sync = Trouble()
         self._holder = ""
         self._shutting_down = 0  # looks in a row that found it so
+        self._forecast = statuses.WalForecast()
         self._breaks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     async def run(self) -> None:
@@ -166,6 +167,7 @@ class Watchdog:
                 reading_stopped=pipeline.fan_out.reading_stopped,
             ),
             slot=statuses.of_slot(self._name, self.slot, self.trouble),
+            wal=self._forecast.see(self.slot),
             checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
             sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes}
             | {name: self._paused(name, at) for name, at in pipeline.paused.items()},
@@ -199,6 +201,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         self._looked_at = time.monotonic()
+        self._forecast.see(self.slot)
         # Inside a long transaction the slot can't move, but the slowest sink does.
         fan_out = self.pipeline.fan_out
         at = (self.slot.confirmed_lsn if self.slot else None, fan_out.slowest.mark.position if fan_out.lanes else None)

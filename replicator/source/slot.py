@@ -71,6 +71,13 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
         files = self.server_lsn // self.segment_bytes - self.restart_lsn // self.segment_bytes + 1
         return files * self.segment_bytes
 
+    @property
+    def limit_bytes(self) -> int | None:
+        """As much as that may become before the slot is in danger; None: there is no limit but the disk."""
+        if self.restart_lsn is None or self.safe_wal_size is None:
+            return None
+        return self.server_lsn + self.safe_wal_size - self.restart_lsn // self.segment_bytes * self.segment_bytes
+
 
 LOOK_TIMEOUT_SECONDS = 10.0
 """For `look`, connecting included."""

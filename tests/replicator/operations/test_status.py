@@ -23,6 +23,8 @@ from replicator.operations.status import (
     ReplicatorStatus,
     SinkStatus,
     Status,
+    WalForecast,
+    WalStatus,
     of_checkpoint,
     of_sink,
     of_slot,
@@ -80,6 +82,7 @@ def collect(monkeypatch: pytest.MonkeyPatch) -> Collect:
             return state
 
         monkeypatch.setattr(slots, "look", look)
+        monkeypatch.setattr(status, "LOOKS_APART_SECONDS", 0)
         settings = CoreSettings.model_validate({"slot": "s", "admin_listen": address})
         return await status.collect(settings, ["redis"], store)  # type: ignore[arg-type]  # as much of one as it needs
 
@@ -327,6 +330,110 @@ async def test_dead_letters(collect: Collect, store: FakeStore, words: str) -> N
     found = await collect(READ, store)
     assert status.as_text(found).endswith(f"\ndead letters {words}")
     assert ("unknown" in words) == (found.dead_letters is None)
+
+
+# --- the forecast
+
+
+def forecast(
+    server: Callable[[float], int],
+    restart: Callable[[float], int],
+    last: float = 120,
+    *,
+    limit: int | None = 10**9,
+    **others: object,
+) -> WalStatus:
+    """What is said after looks every 5 s, the server and what the slot needs being there."""
+    sees, found = WalForecast(), WalStatus()
+    for at in range(0, int(last) + 1, 5):
+        safe = None if limit is None else limit - server(at) + restart(at)
+        positions = {"server_lsn": server(at), "restart_lsn": restart(at), "safe_wal_size": safe}
+        found = sees.see(structs.replace(READ, server_time=1_000.0 + at, **positions, **others))
+    return found
+
+
+def test_wal_that_grows_is_lost_in_a_time() -> None:
+    """The slot stands still: as fast as the server writes."""
+    found = forecast(lambda at: 10**6 + int(1_000 * at), lambda _: 10**6)
+    assert (1_000.0, 1_000.0) == (found.written_bytes_per_second, found.growth_bytes_per_second)
+    assert (10**9 - 120_000) / 1_000 == found.lost_in_seconds
+    assert found.limit_bytes
+    assert 10**9 <= found.limit_bytes <= 10**9 + STATE.segment_bytes
+
+
+def test_a_slow_reader_loses_what_it_does_not_read() -> None:
+    """Growth is what is written less what is let go."""
+    found = forecast(lambda at: 10**6 + int(1_000 * at), lambda at: 10**6 + int(750 * at))
+    assert (1_000.0, 250.0) == (found.written_bytes_per_second, found.growth_bytes_per_second)
+
+
+def test_steps_are_no_growth() -> None:
+    """WAL is let go every 15 s, and between two steps what is kept grows as fast as the server writes."""
+    for last in range(35, 300, 5):
+        found = forecast(lambda at: 10**6 + int(1_000 * at), lambda at: 10**6 + int(at // 15 * 15_000), last)
+        assert (0, None) == (found.growth_bytes_per_second, found.lost_in_seconds), last
+
+
+def test_catching_up_loses_nothing() -> None:
+    """What is kept shrinks."""
+    found = forecast(lambda at: 10**6 + int(1_000 * at), lambda at: 10**5 + int(3_000 * at))
+    assert found.growth_bytes_per_second == pytest.approx(-2_000, rel=0.1)
+    assert found.lost_in_seconds is None
+
+
+def test_a_slot_that_nobody_reads_needs_two_looks() -> None:
+    """Nothing lets its WAL go; a slot that is read needs some steps first."""
+    grows = lambda at: 10**6 + int(1_000 * at)  # noqa: E731  a curve
+    assert 1_000.0 == forecast(grows, lambda _: 10**6, 5, active_pid=None).growth_bytes_per_second
+    assert forecast(grows, lambda _: 10**6, 25).growth_bytes_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("wal_status", "limit", "seconds"), [("reserved", None, None), ("unreserved", 0, 0.0), ("lost", None, 0.0)]
+)
+def test_without_a_limit_and_past_it(wal_status: str, limit: int | None, seconds: float | None) -> None:
+    """Without a limit nobody knows; past it, it is now."""
+    found = forecast(lambda at: 10**6 + int(1_000 * at), lambda _: 10**6, limit=limit, wal_status=wal_status)
+    assert seconds == found.lost_in_seconds
+    assert (limit is None) == (found.limit_bytes is None)
+    lost = structs.replace(READ, restart_lsn=None, wal_status="lost")
+    assert WalStatus(lost_in_seconds=0.0) == WalForecast().see(lost)
+
+
+def test_another_server_begins_a_new_forecast() -> None:
+    """Its positions have nothing to do with those before."""
+    sees = WalForecast()
+    sees.see(structs.replace(STATE, server_time=10.0))
+    found = sees.see(structs.replace(STATE, server_time=20.0, server_lsn=900))
+    assert (None, None) == (found.written_bytes_per_second, found.growth_bytes_per_second)
+    assert WalStatus() == sees.see(None)
+
+
+async def test_status_looks_twice_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The WAL runs out while no replicator runs: `status` says when. One that runs knows better."""
+    looks = iter(range(3))
+
+    async def look(*_: object) -> slots.SlotState:
+        seconds = next(looks)
+        return structs.replace(
+            STATE, server_time=100.0 + seconds, server_lsn=10**6 * (1 + seconds), safe_wal_size=10**10 - 10**6 * seconds
+        )
+
+    monkeypatch.setattr(slots, "look", look)
+    settings = CoreSettings.model_validate({"slot": "s", "admin_listen": ""})
+    monkeypatch.setattr(status, "LOOKS_APART_SECONDS", 0)
+    found = await status.collect(settings, ["redis"], FakeStore(CHECKPOINT))  # type: ignore[arg-type]
+    assert 10**6 == found.wal.growth_bytes_per_second
+    assert "lost in    3 hours, if it goes on growing by 1.0 MB a second\n" in status.as_text(found)
+
+
+async def test_a_replicator_that_runs_has_the_forecast(collect: Collect) -> None:
+    """It has looked for minutes."""
+    wal = WalStatus(kept_bytes=5, limit_bytes=9, lost_in_seconds=400.0, growth_bytes_per_second=0.01)
+    server = await answering(msgspec.json.encode(structs.replace(live(), wal=wal)))
+    found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    assert wal == found.wal
 
 
 # --- the form
