@@ -1,8 +1,8 @@
-"""`/healthz`, `/readyz`, `/standbyz`, `/status` and `/metrics` on REPLICATOR_ADMIN_LISTEN. They change nothing.
+"""`/healthz`, `/readyz`, `/standbyz`, `/status`, `/history` and `/metrics` on REPLICATOR_ADMIN_LISTEN.
 
-Anybody who reaches the port can ask, so all that a request may take has a bound: connections, bytes, time, log lines.
-That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py` and `status.py` give it its
-forms.
+They change nothing. Anybody who reaches the port can ask, so all that a request may take has a bound: connections,
+bytes, time, log lines. That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py`,
+`status.py` and `page/` give it its forms.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
 from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
+from replicator.operations.page.history import STEP_SECONDS, History
 from replicator.operations.status import as_json
 from replicator.operations.watchdog import Watchdog
 
@@ -50,6 +52,8 @@ class Admin:
 
     def __init__(self, watchdog: Watchdog, listen: str) -> None:
         self._watchdog = watchdog
+        self.history = History(watchdog)
+        """An hour of every sink."""
         self._listen = listen
         self._host = listen.rpartition(":")[0].strip("[]")
         self._registry = CollectorRegistry()
@@ -61,6 +65,7 @@ class Admin:
             "/readyz": self._readyz,
             "/standbyz": self._standbyz,
             "/status": self._status,
+            "/history": self._hour,
             "/metrics": self._metrics,
         }
         self._server: asyncio.Server | None = None
@@ -76,9 +81,11 @@ class Admin:
             log.warning("%s", warning)
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
         self._server = await listen(self._listen, self._serve)
+        self.history.start()
 
     async def stop(self) -> None:
         """Stop listening. Safe to call at any time."""
+        self.history.stop()
         if self._server is not None:
             self._server.close()
         for writer in [*self._serving]:
@@ -158,6 +165,11 @@ class Admin:
 
     def _status(self) -> Page:
         return HTTPStatus.OK, JSON, as_json(self._watchdog.status()).encode()
+
+    def _hour(self) -> Page:
+        hours = self.history.hours().items()
+        sinks = {name: {"events_per_second": rates, "lag_seconds": lags} for name, (rates, lags) in hours}
+        return HTTPStatus.OK, JSON, msgspec.json.encode({"step_seconds": STEP_SECONDS, "sinks": sinks})
 
     def _metrics(self) -> Page:
         if time.monotonic() - self._measured_at >= METRICS_SECONDS:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import types
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from msgspec import structs
 
@@ -31,6 +33,8 @@ class FakeWatchdog:
     def __init__(self) -> None:
         self.standby = ""
         self.wrong: list[str] = []
+        self.lanes: list[object] = []
+        self.pipeline = types.SimpleNamespace(fan_out=types.SimpleNamespace(lanes=self.lanes))
 
     def reasons(self) -> list[str]:
         """What is wrong."""
@@ -39,6 +43,10 @@ class FakeWatchdog:
     def status(self) -> Status:
         """The same, as a form."""
         return structs.replace(STATUS, reasons=self.wrong)
+
+    def lag_seconds(self, _: object) -> float:
+        """Of any lane."""
+        return 1.5
 
 
 class Served:
@@ -97,6 +105,15 @@ async def test_it_answers_as_a_client_expects(served: Served) -> None:
     assert b"Content-Length: 3\r\n" in head
     assert head.endswith(b"\r\n\r\n")
     assert b"200 OK" in await served.get("/status?pretty")
+
+
+async def test_the_hour_of_each_sink(served: Served) -> None:
+    """A value a step; a sink that has just begun has none yet."""
+    served.watchdog.lanes.append(types.SimpleNamespace(name="redis", stats=types.SimpleNamespace(events=3)))
+    served.admin.history.look()
+    found = msgspec.json.decode((await served.get("/history")).partition(b"\r\n\r\n")[2])
+    assert 10 == found["step_seconds"]
+    assert {"events_per_second": [None] * 359, "lag_seconds": [None] * 359} == found["sinks"]["redis"]
 
 
 @pytest.mark.parametrize(
