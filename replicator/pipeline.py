@@ -42,6 +42,7 @@ from replicator.source.wal2json import DecodedChunk
 LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
 
+STARTING = "starting"
 PAUSED = "sink %s is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after %s for it"
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Pipeline:
         """What is on disk; None until the slot is taken for the first time, and once another replicator has it."""
         self.paused: dict[str, SinkPosition] = {}
         """Sinks that get nothing, each where it is: nothing past it is confirmed."""
-        self.trouble = Trouble(message="starting")
+        self.trouble = Trouble(message=STARTING)
         """Why nothing is read."""
         self.saving = Trouble()
         """Why no checkpoint is saved."""
@@ -161,7 +162,7 @@ class Pipeline:
         if not changed:
             self._stopping = True
             return
-        log.info("%s", failure)
+        log.warning("%s", failure)
         self.trouble.message = str(failure)
         self.saving.clear()  # whoever met it was cancelled
         self.checkpoint = None

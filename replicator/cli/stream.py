@@ -79,17 +79,20 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     if stopping.is_set():
         return
     watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
+    logging.getLogger().addHandler(watchdog.notices.handler)
     admin = Admin(watchdog, app.settings.admin_listen)
     await admin.start()
-    watching = asyncio.create_task(watchdog.run())
-    watching.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
+    watching = [asyncio.create_task(work) for work in (watchdog.run(), watchdog.notice())]
+    for task in watching:
+        task.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
     try:
         await pipeline.run()
     finally:
-        await cancel([watching])
+        await cancel(watching)
         await admin.stop()
-    if not watching.cancelled() and (failure := watching.exception()):
-        raise failure
+    for task in watching:
+        if not task.cancelled() and (failure := task.exception()):
+            raise failure
 
 
 def _raise_descriptor_limit() -> None:

@@ -74,6 +74,11 @@ class ReplicatorError(Exception):
         self.detail = detail
         """What happened, without where."""
 
+    @property
+    def advice(self) -> str:
+        """The cure as the sentence that ends the message."""
+        return _sentence(self.cure) if self.cure else ""
+
 
 class SettingsError(ReplicatorError):
     """A setting, or an argument, can't be used."""

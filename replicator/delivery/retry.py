@@ -61,6 +61,8 @@ class Trouble:
         """`over` makes what is logged when it ends, of the seconds that it lasted; `sink` is whose trouble it is."""
         self.message = message
         """The newest problem with its cure; empty while there is none."""
+        self.cure = ""
+        """The end of the message; empty where the problem has none."""
         self.needs_operator = False
         """Retrying alone does not end it."""
         self.standby = False
@@ -90,6 +92,7 @@ class Trouble:
             log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem, extra=self._extra)
             self._logged[kind] = now
         self.message = str(problem)
+        self.cure = problem.advice if isinstance(problem, errors.ReplicatorError) else ""
         self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
 
     def begin(self) -> None:
@@ -106,7 +109,7 @@ class Trouble:
 
     def clear(self) -> None:
         """All is well."""
-        self.message, self.needs_operator, self.standby, self._callers = "", False, False, 0
+        self.message, self.cure, self.needs_operator, self.standby, self._callers = "", "", False, False, 0
         self._logged.clear()
 
 

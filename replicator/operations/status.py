@@ -233,6 +233,11 @@ def in_danger(state: SlotState | None) -> str:
     return ". ".join(danger(state) if state else ())
 
 
+def cure_of(state: SlotState | None) -> str:
+    """The end of what `in_danger` says."""
+    return "".join(danger(state)[1:] if state else ())
+
+
 def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
     """The same in two: problem and cure."""
     if state.wal_status not in ("unreserved", "lost"):

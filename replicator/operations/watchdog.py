@@ -10,22 +10,23 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import msgspec
 from msgspec import structs
 
 from replicator import __version__
-from replicator.contracts.errors import CheckpointError, SourceError
+from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
+from replicator.operations.notices.ring import Notices, Reason
 from replicator.operations.status import STALL_SECONDS
-from replicator.pipeline import PAUSED, Pipeline
+from replicator.pipeline import PAUSED, STARTING, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
 from replicator.source.server import shuts_down
@@ -42,6 +43,13 @@ TROUBLE_SECONDS = 10.0
 database may be silent as long: it gives up a lock after 5 s, and a slow disk takes less."""
 UNSAVED_SECONDS = 20.0
 """More than the pauses between two checkpoints: a look at the tables, which comes before, may be slow."""
+NOTICE_SECONDS = 1.0
+"""What begins and ends is noticed within it. A look at what is in memory takes some 20 us."""
+UNASKED = "PostgreSQL has not been asked for the slot yet"
+BEGINNING = frozenset({STARTING, UNASKED})
+"""Not ready, and nothing is wrong."""
+NEARLY = 0.8
+"""Of the bound on dead letters: what is left is time to act."""
 RESTLESS = 3
 """Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
 
@@ -87,8 +95,11 @@ class Watchdog:
         self.pipeline = pipeline
         self.slot: SlotState | None = None
         """As of the last look."""
-        self.trouble = "PostgreSQL has not been asked for the slot yet"
+        self.trouble = UNASKED
         """Why the slot can't be seen; empty when it can."""
+        self.notices = Notices()
+        """What was wrong lately."""
+        self._cure = ""
         self._dsn = dsn
         self._name = settings.slot
         self._answers = answers
@@ -111,9 +122,9 @@ class Watchdog:
             try:
                 self.slot = await slots.look(self._dsn, self._name, "replicator watchdog")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
-                self._shutting_down = 0
+                self._cure, self._shutting_down = "", 0
             except SourceError as exc:
-                self.trouble = str(exc)
+                self.trouble, self._cure = str(exc), exc.advice
                 await self._let_go()
             await self.pipeline.letters.look()
             self._holder = await self.foreign_holder() if self.standby else ""
@@ -277,15 +288,62 @@ class Watchdog:
 
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""
-        lanes = [_trouble(lane) for lane in self.pipeline.fan_out.lanes]
-        lanes += [PAUSED % (name, format_lsn(at.end_lsn)) for name, at in self.pipeline.paused.items()]
-        slot = [self._stalled(), self._stale(), statuses.in_danger(self.slot), statuses.in_the_way(self.slot)]
-        reading = self._holder if self.standby else self.pipeline.trouble.message or self._stuck() or self._restless()
-        tables = self.pipeline.verification.trouble.message, self.pipeline.verification.catch_up.reason
+        return [reason.text for reason in self.found()]
+
+    def found(self) -> list[Reason]:
+        """The same, with what each is about. The stream and the look meet the same trouble: it is told once."""
+        found: dict[str, Reason] = {}
+        for reason in (*self._of_stream(), *self._of_sinks(), *self._of_checkpoint(), *self._of_slot()):
+            if reason.text:
+                found.setdefault(reason.text, reason if reason.text.endswith(reason.cure) else reason._replace(cure=""))
+        return [*found.values()]
+
+    def _of_stream(self) -> Iterator[Reason]:
+        name, pipeline = self._name, self.pipeline
+        if self.standby:
+            yield Reason("standby", name, self._holder)
+        else:
+            reading = pipeline.trouble
+            yield Reason("stream", name, reading.message or self._stuck() or self._restless(), reading.cure)
+        tables, catch_up = pipeline.verification.trouble, pipeline.verification.catch_up
+        yield Reason("tables", name, tables.message, tables.cure)
+        yield Reason("catch-up", name, catch_up.reason, catch_up.trouble.cure)
+        yield Reason("slot", name, self.trouble, self._cure)
+
+    def _of_sinks(self) -> Iterator[Reason]:
+        for lane in self.pipeline.fan_out.lanes:
+            yield Reason("sink", lane.name, _trouble(lane), lane.trouble.cure)
+        for name, at in self.pipeline.paused.items():
+            yield Reason("pause", name, PAUSED % (name, format_lsn(at.end_lsn)))
+
+    def _of_checkpoint(self) -> Iterator[Reason]:
         letters = self.pipeline.letters.trouble
-        store = [self._answers.awaited(), letters.message if letters.seconds() >= TROUBLE_SECONDS else ""]
-        found = [reading, *tables, self.trouble, *lanes, self._unsaved(), *store, *slot]
-        return [*dict.fromkeys(reason for reason in found if reason)]  # the stream and the look meet the same trouble
+        yield Reason("checkpoint", self._name, self._unsaved(), self.pipeline.saving.cure)
+        yield Reason("database", self._name, self._answers.awaited())
+        shown = letters.message if letters.seconds() >= TROUBLE_SECONDS else ""
+        yield Reason("database", self._name, shown, letters.cure)
+
+    def _of_slot(self) -> Iterator[Reason]:
+        yield Reason("stall", self._name, self._stalled())
+        yield Reason("look", self._name, self._stale())
+        yield Reason("wal", self._name, statuses.in_danger(self.slot), statuses.cure_of(self.slot))
+        yield Reason("commits", self._name, statuses.in_the_way(self.slot))
+
+    def warnings(self) -> Iterator[Reason]:
+        """What will be wrong if nobody does anything. It is no reason not to be ready."""
+        stored, limit = self.pipeline.letters.stored, self.pipeline.letters.limit
+        for name, count in (*stored.sinks.items(), ("", stored.rows)):
+            if count >= NEARLY * limit:
+                owner, which = (f"sink {name}", f"--sink {name}") if name else ("the stream", "--stage row")
+                problem = f"{count} dead letters: at {limit} {owner} waits until some are replayed or dropped."
+                cure = f"{command(f'dead-letters list {which}')} says why they were refused."
+                yield Reason("dead letters", name or self._name, f"{problem} {cure}", cure)
+
+    async def notice(self) -> None:
+        """Keep the notices as things are, until cancelled."""
+        while True:
+            self.notices.see([*(reason for reason in self.found() if reason.text not in BEGINNING), *self.warnings()])
+            await asyncio.sleep(NOTICE_SECONDS)
 
 
 def _trouble(lane: Lane) -> str:

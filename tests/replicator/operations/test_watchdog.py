@@ -6,13 +6,13 @@ import asyncio
 import threading
 import time
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from msgspec import structs
 
-from replicator.contracts.errors import SlotInUse, SourceUnusable
-from replicator.contracts.events import Checkpoint, Mark, Position, SinkPosition
+from replicator.contracts.errors import SinkMisconfigured, SlotInUse, SourceUnavailable, SourceUnusable
+from replicator.contracts.events import Checkpoint, LetterCounts, Mark, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
@@ -448,6 +448,55 @@ def test_tables_that_can_not_be_seen_are_a_reason(watchdog: Looking, pipeline: P
     """The sinks go on, and nothing is confirmed: it is told before anything stands still."""
     pipeline.verification.trouble.say("the tables are locked")
     assert ["the tables are locked"] == watchdog.look()
+
+
+def test_each_reason_says_what_it_is_about(watchdog: Looking, pipeline: Pipeline) -> None:
+    """So that a trouble is known again whatever its words, and its cure has a place of its own."""
+    pipeline.fan_out.lanes[0].trouble.say(SinkMisconfigured(sink="http", detail="it answered 401", cure="check it"))
+    pipeline.trouble.say(SourceUnavailable(detail="no route"))
+    watchdog.slot = structs.replace(SLOT, wal_status="lost")
+    stream, sink, wal = watchdog.found()
+    assert ("stream", "s", True) == (stream.kind, stream.subject, stream.problem.endswith("no route."))
+    assert "retries until it answers" in stream.cure
+    assert ("sink", "http", "Check it.") == (sink.kind, sink.subject, sink.cure)
+    assert ("wal", "s", True) == (wal.kind, wal.subject, wal.cure.startswith("Raise that setting"))
+    assert [stream.text, sink.text, wal.text] == watchdog.reasons()
+
+
+def test_dead_letters_near_their_bound_are_a_warning(watchdog: Looking, pipeline: Pipeline) -> None:
+    """There is time left, so it is ready."""
+    letters = cast("Any", pipeline.letters)
+    letters.limit, letters.stored = 10, LetterCounts(sinks={"redis": 7, "http": 8})
+    [warning] = watchdog.warnings()
+    assert ("dead letters", "http") == (warning.kind, warning.subject)
+    assert "8 dead letters: at 10 sink http waits until some are replayed or dropped." == warning.problem
+    assert "dead-letters list --sink http" in warning.cure
+    letters.stored = LetterCounts(rows=9)
+    [warning] = watchdog.warnings()
+    assert "dead-letters list --stage row" in warning.cure
+    assert [] == watchdog.reasons()
+
+
+async def test_notices_follow_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trouble that begins and ends; that it starts is no trouble."""
+    watchdog = Looking(monkeypatch)
+    cast("Any", watchdog.pipeline.letters).stored = LetterCounts()
+    cast("Any", watchdog.pipeline.letters).limit = 10
+    watchdog.pipeline.trouble.message = "starting"
+    monkeypatch.setattr("replicator.operations.watchdog.NOTICE_SECONDS", 0.0)
+    noticing = asyncio.create_task(watchdog.notice())
+    await asyncio.sleep(0)
+    assert ["starting"] == watchdog.reasons()
+    assert not watchdog.notices.ring
+    watchdog.pipeline.trouble.clear()
+    watchdog.trouble = "no such slot"
+    await asyncio.sleep(0.001)
+    [notice] = watchdog.notices.ring
+    assert ("slot", "no such slot", None) == (notice.kind, notice.text, notice.ended_at)
+    watchdog.trouble = ""
+    await asyncio.sleep(0.001)
+    assert notice.ended_at
+    noticing.cancel()
 
 
 def test_the_debug_log_has_the_status(watchdog: Looking, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,101 @@
+"""The last notices: what was wrong, from when until when, and the cure. `watchdog.py` knows what is wrong now.
+
+A notice without a length is a warning of the log: something happened that an operator should know of.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from msgspec import Struct
+
+KEPT = 50
+"""Enough to see a bad night, few enough for one page."""
+OURS = frozenset({"replicator", "enrichment", "sinks", "checkpoint_store"})
+TOLD_OTHERWISE = frozenset({"replicator.delivery.retry", "replicator.delivery.dead_letters"})
+"""Their warnings are reasons with a beginning and an end, or are counted."""
+
+
+class Reason(NamedTuple):
+    """Something that is wrong now, or soon will be."""
+
+    kind: str
+    """`stream`, `tables`, `slot`, `wal`, `sink`, `checkpoint` …: with the subject it tells one trouble from another."""
+    subject: str
+    """The sink's name, or the slot's."""
+    text: str
+    """Problem and cure, as /readyz says them."""
+    cure: str = ""
+    """The end of the text; empty where that has none of its own."""
+
+    @property
+    def problem(self) -> str:
+        """The text without the cure."""
+        return self.text.removesuffix(self.cure).rstrip()
+
+
+class Notice(Struct, kw_only=True):
+    """One thing that was wrong, or still is."""
+
+    kind: str
+    subject: str
+    text: str
+    """The problem, as it was put last."""
+    cure: str
+    began_at: float
+    """Unix time, seconds."""
+    ended_at: float | None = None
+    """None while it lasts; for a warning when it was given."""
+
+
+class Notices:
+    """The newest, the latest last. Whoever knows what is wrong says all of it again and again to `see`."""
+
+    def __init__(self) -> None:
+        self.ring: deque[Notice] = deque(maxlen=KEPT)
+        self.lasting: dict[tuple[str, str], Notice] = {}
+        """By kind and subject."""
+        self.handler = _Warnings(self)
+        """For the root logger."""
+
+    def see(self, reasons: Iterable[Reason]) -> None:
+        """These are wrong now, and nothing else is."""
+        now = time.time()
+        found = {(reason.kind, reason.subject): reason for reason in reasons}
+        for key in self.lasting.keys() - found.keys():
+            self.lasting.pop(key).ended_at = now
+        for key, reason in found.items():
+            if key not in self.lasting:
+                kind, subject = key
+                self.lasting[key] = Notice(kind=kind, subject=subject, text="", cure="", began_at=now)
+                self.ring.append(self.lasting[key])
+            self.lasting[key].text, self.lasting[key].cure = reason.problem, reason.cure
+
+    def note(self, kind: str, subject: str, text: str) -> None:
+        """It happened. What was said last is not said again."""
+        now, last = time.time(), self.ring[-1] if self.ring else None
+        if last and (last.kind, last.text) == (kind, text):
+            last.ended_at = now
+        else:
+            self.ring.append(Notice(kind=kind, subject=subject, text=text, cure="", began_at=now, ended_at=now))
+
+
+class _Warnings(logging.Handler):
+    """Makes notices of the log's warnings: a truncated table, a new slot, a ClickHouse table that was emptied."""
+
+    def __init__(self, notices: Notices) -> None:
+        super().__init__(logging.WARNING)
+        self._notices = notices
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Ours, and not told otherwise."""
+        return record.name.partition(".")[0] in OURS and record.name not in TOLD_OTHERWISE
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A traceback and frames stay in the log."""
+        text = record.getMessage().partition("\n")[0]
+        self._notices.note("warning", getattr(record, "sink", None) or record.name.partition(".")[0], text)

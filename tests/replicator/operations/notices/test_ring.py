@@ -1,0 +1,67 @@
+"""The ring of notices: a trouble is one notice from its beginning to its end, and no flood of them grows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from msgspec import structs
+
+from replicator.operations.notices.ring import KEPT, Notices, Reason
+
+AWAY = Reason("sink", "http", "sink http did not take the batch: it is away. Start it.", "Start it.")
+
+
+@pytest.fixture
+def notices() -> Iterator[Notices]:
+    """They hear the log."""
+    notices = Notices()
+    logging.getLogger().addHandler(notices.handler)
+    yield notices
+    logging.getLogger().removeHandler(notices.handler)
+
+
+def test_a_trouble_is_one_notice(notices: Notices) -> None:
+    """However often it is said, in whatever words; it ends when it is said no more."""
+    notices.see([AWAY])
+    notices.see([AWAY._replace(text="sink http has not answered for 12 s", cure="")])
+    [notice] = notices.ring
+    assert ("sink", "http", "sink http has not answered for 12 s", "") == structs.astuple(notice)[:4]
+
+
+def test_problem_and_cure_are_told_apart(notices: Notices) -> None:
+    """Each has its place on the page."""
+    notices.see([AWAY])
+    [notice] = notices.ring
+    assert ("sink http did not take the batch: it is away.", "Start it.") == (notice.text, notice.cure)
+    assert notice.ended_at is None
+    notices.see([])
+    assert notice.ended_at is not None
+    notices.see([AWAY])
+    assert [notice.ended_at is None for notice in notices.ring] == [False, True]
+
+
+def test_the_ring_has_a_bound(notices: Notices) -> None:
+    """The newest stay, and what lasts can still end."""
+    notices.see([AWAY])
+    for number in range(KEPT):
+        notices.note("warning", "replicator", f"warning {number}")
+    assert [f"warning {number}" for number in range(KEPT)] == [notice.text for notice in notices.ring]
+    notices.see([])
+    assert not notices.lasting
+
+
+def test_warnings_of_the_log_are_notices(notices: Notices) -> None:
+    """What just happened has no other place; what is told otherwise is not told twice."""
+    logging.getLogger("enrichment.enricher").warning("%s was truncated", "public.engagement_events")
+    logging.getLogger("enrichment.enricher").warning("%s was truncated", "public.engagement_events")
+    logging.getLogger("sinks.redis.sink").error("it was emptied\nTraceback", extra={"sink": "redis"})
+    logging.getLogger("replicator.delivery.retry").error("sink http is away")
+    logging.getLogger("replicator.delivery.dead_letters").error("dead letter")
+    logging.getLogger("replicator.pipeline").info("reading")
+    logging.getLogger("urllib3").warning("somebody else's")
+    assert [("enrichment", "public.engagement_events was truncated"), ("redis", "it was emptied")] == [
+        (notice.subject, notice.text) for notice in notices.ring
+    ]
+    assert all(notice.ended_at for notice in notices.ring)
