@@ -226,7 +226,7 @@ def _times(name: str, probe: _Probe, rows: int) -> list[float]:
 def _batches(program: Replicator) -> dict[str, float]:
     """Events a write, as the replicator counts them."""
     text = fetch(f"{program.url}/metrics").decode()
-    found = re.findall(r'^replicator_sink_(events|writes)_total{sink="(\w+)"} (\S+)$', text, re.MULTILINE)
+    found = re.findall(r'^replicator_sink_(events|writes)_total{sink="(\w+)".*} (\S+)$', text, re.MULTILINE)
     totals = {(what, sink): float(value) for what, sink, value in found}
     return {
         sink: totals["events", sink] / max(writes, 1) for (what, sink), writes in totals.items() if what == "writes"

@@ -102,7 +102,8 @@ class Pipeline:
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
             committed_at = max(self.checkpoint.committed_at, 0.0 if self.paused else self.fan_out.committed_at)
-            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, committed_at=committed_at)
+            moment = {"committed_at": committed_at, "updated_at": time.time()}
+            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, **moment)
             self._offers.append(checkpoint)
             await asyncio.to_thread(self._store.save, checkpoint)
             self._saved(checkpoint)

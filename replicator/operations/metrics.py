@@ -1,7 +1,11 @@
-"""A running replicator's status as Prometheus metrics. Nothing on the way of an event knows of Prometheus."""
+"""A running replicator's status as Prometheus metrics. Nothing on the way of an event knows of Prometheus.
+
+The names, types and meanings here make the table in docs/reference/metrics.md.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
@@ -9,41 +13,102 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from replicator.contracts.events import parse_lsn
+from replicator import __version__
+from replicator.contracts.events import Lsn, parse_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
-from replicator.operations.status import Status
-from replicator.operations.watchdog import ACTIONS, Watchdog
+from replicator.operations.status import ReplicatorStatus, SinkStatus, Status
+from replicator.operations.watchdog import Watchdog
 
 Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 
-OF_PROCESS: dict[str, tuple[Family, str, Callable[[Watchdog, Status], float | None]]] = {
-    "ready": (GAUGE, "0 while anything is wrong", lambda _, now: now.ready),
-    "standby": (GAUGE, "1 while another process reads the slot", lambda _, now: bool(now.standby)),
-    "lag_bytes": (GAUGE, "WAL written and not confirmed", lambda _, now: now.slot.lag_bytes),
-    "retained_wal_bytes": (GAUGE, "WAL kept for the slot", lambda _, now: now.slot.retained_bytes),
-    "safe_wal_bytes": (GAUGE, "WAL until the slot is in danger", lambda _, now: now.slot.safe_wal_bytes),
-    "checkpoint_lsn": (GAUGE, "Durable position, a number", lambda _, now: parse_lsn(now.checkpoint.end_lsn or "0/0")),
-    "confirmed_lsn": (GAUGE, "Confirmed to PostgreSQL, a number", lambda it, _: it.pipeline.source.confirmed),
-    "connected": (GAUGE, "1 while the stream runs", lambda it, _: it.pipeline.source.connected),
-    "held_bytes": (GAUGE, "Memory of events that wait", lambda it, _: it.pipeline.fan_out.held_bytes),
+
+def _position(lsn: str | None) -> Lsn | None:
+    return None if lsn is None else parse_lsn(lsn)
+
+
+def _moment(seconds_ago: float | None) -> float | None:
+    return None if seconds_ago is None else time.time() - seconds_ago
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+# A value that is None is unknown: the metric is absent then.
+OF_STATUS: dict[str, tuple[Family, str, Callable[[Status], float | None]]] = {
+    "ready": (GAUGE, "0 while anything is wrong; a standby for which all is well has 1", lambda now: now.ready),
+    "unready_reasons": (GAUGE, "how many things are wrong: the lines of /readyz", lambda now: len(now.reasons)),
+    "standby": (GAUGE, "1 while it waits because another process reads the slot", lambda now: bool(now.standby)),
+    "lag_bytes": (GAUGE, "WAL that is written and not confirmed", lambda now: now.slot.lag_bytes),
+    "wal_kept_bytes": (GAUGE, "WAL that PostgreSQL keeps for the slot, in whole files", lambda now: now.wal.kept_bytes),
+    "wal_limit_bytes": (
+        GAUGE,
+        "as much as that may become before the slot is in danger; absent without max_slot_wal_keep_size",
+        lambda now: now.wal.limit_bytes,
+    ),
+    "wal_kept_ratio": (
+        GAUGE,
+        "kept divided by the limit; absent without a limit",
+        lambda now: _share(now.wal.kept_bytes, now.wal.limit_bytes),
+    ),
+    "wal_lost_in_seconds": (
+        GAUGE,
+        "until the slot is in danger if what is kept grows on like this; 0 if it is, absent while it does not grow",
+        lambda now: now.wal.lost_in_seconds,
+    ),
+    "server_position_bytes": (GAUGE, "the end of PostgreSQL's WAL", lambda now: _position(now.slot.server_lsn)),
+    "checkpoint_position_bytes": (
+        GAUGE,
+        "every sink has everything up to here, and that is saved",
+        lambda now: _position(now.checkpoint.end_lsn),
+    ),
+    "checkpoint_saved_timestamp_seconds": (
+        GAUGE,
+        "when the checkpoint was saved last",
+        lambda now: _moment(now.checkpoint.saved_seconds_ago),
+    ),
+    "dead_letters_limit": (
+        GAUGE,
+        "the most dead letters that are kept of one sink, and of rows",
+        lambda now: now.dead_letters.limit if now.dead_letters else None,
+    ),
+}
+OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float]]] = {
+    "connected": (GAUGE, "1 while the stream runs", lambda it: it.connected),
+    "confirmed_position_bytes": (
+        GAUGE,
+        "up to here PostgreSQL was told that it may forget",
+        lambda it: parse_lsn(it.confirmed_lsn),
+    ),
+    "verified_position_bytes": (
+        GAUGE,
+        "up to here the tables were seen to be what the stream assumes; nothing is confirmed past it",
+        lambda it: parse_lsn(it.verified_lsn),
+    ),
+    "held_bytes": (GAUGE, "memory of events that wait", lambda it: it.held_bytes),
     "reading_stopped": (
         GAUGE,
-        "1 while the memory limit stops reading",
-        lambda it, _: it.pipeline.fan_out.reading_stopped,
+        "1 while the memory limit stops reading for a third of the time or more",
+        lambda it: it.reading_stopped,
     ),
-    "rows": (COUNTER, "Rows read from the slot", lambda it, _: it.pipeline.rows),
-    "enrichment_dead_letters": (COUNTER, "Rows that no event could be made of", lambda it, _: it.pipeline.dead_letters),
+    "rows": (COUNTER, "rows read from the slot", lambda it: it.rows),
+    "refused_rows": (COUNTER, "rows that no event could be made of", lambda it: it.refused_rows),
 }
-OF_SINK: dict[str, tuple[Family, str, Callable[[Watchdog, Lane], float]]] = {
-    "events": (COUNTER, "Events written, dead letters included", lambda _, lane: lane.stats.events),
-    "writes": (COUNTER, "Writes that succeeded", lambda _, lane: lane.stats.writes),
-    "retries": (COUNTER, "Writes that had to be tried again", lambda _, lane: lane.trouble.failures),
-    "dead_letters": (COUNTER, "Events that the sink refused for good", lambda _, lane: lane.stats.dead_letters),
-    "written_lsn": (GAUGE, "Every event up to here is written", lambda _, lane: lane.mark.end_lsn),
-    "waiting": (GAUGE, "Events queued or in flight", lambda _, lane: lane.waiting),
-    "lag_seconds": (GAUGE, "Age of what the sink lacks", lambda it, lane: it.lag_seconds(lane)),
-    "troubled": (GAUGE, "1 while the sink takes nothing", lambda _, lane: bool(lane.trouble)),
+OF_SINK: dict[str, tuple[Family, str, Callable[[SinkStatus], float | None]]] = {
+    "events": (COUNTER, "events written, dead letters included", lambda sink: sink.events),
+    "writes": (COUNTER, "writes that succeeded", lambda sink: sink.writes),
+    "retries": (COUNTER, "tries that failed", lambda sink: sink.retries),
+    "dead_letters": (COUNTER, "events that the sink refused for good", lambda sink: sink.dead_letters),
+    "position_bytes": (GAUGE, "every event up to here is written", lambda sink: _position(sink.end_lsn)),
+    "waiting_events": (GAUGE, "events queued or in flight", lambda sink: sink.waiting),
+    "lag_seconds": (
+        GAUGE,
+        "the age of the oldest event that the sink lacks; 0 if it has everything, absent while it is paused",
+        lambda sink: sink.lag_seconds,
+    ),
+    "lag_bytes": (GAUGE, "WAL from the sink's position to the end of PostgreSQL's", lambda sink: sink.lag_bytes),
+    "troubled": (GAUGE, "1 while the sink takes nothing", lambda sink: bool(sink.trouble)),
 }
 
 
@@ -54,20 +119,20 @@ class Metrics(Collector):
         self._watchdog = watchdog
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric of docs/reference/metrics.md that is not the process's own."""
-        it, now = self._watchdog, self._watchdog.status()
-        lanes, kept = it.pipeline.fan_out.lanes, it.pipeline.letters.stored
-        for name, (family, text, value) in OF_PROCESS.items():
-            yield _metric(family(f"replicator_{name}", text, labels=[]), [([], value(it, now))])
-        for name, (family, text, of_lane) in OF_SINK.items():
-            metric = family(f"replicator_sink_{name}", text, labels=["sink"])
-            yield _metric(metric, (([lane.name], of_lane(it, lane)) for lane in lanes))
-        ignored = COUNTER("replicator_ignored_rows", "Rows that make no event", labels=["action"])
-        yield _metric(ignored, (([ACTIONS[action]], count) for action, count in it.pipeline.enricher.ignored.items()))
-        letters = GAUGE("replicator_dead_letters", "Dead letters that are kept", labels=["sink", "stage"])
-        of_sinks = (([lane.name, "event"], kept.sinks.get(lane.name, 0)) for lane in lanes)
-        yield _metric(letters, [(["", "row"], kept.rows), *of_sinks])
-        yield _latency(lanes)
+        """Every metric of docs/reference/metrics.md that is not the process's own; each has the slot's name."""
+        now = self._watchdog.status()
+        slot = now.slot.name
+        info = GAUGE("replicator_info", "1, with the program's version", labels=["slot", "version"])
+        yield _metric(info, [([slot, __version__], 1)])
+        for name, (family, text, of_status) in OF_STATUS.items():
+            yield _metric(family(f"replicator_{name}", text, labels=["slot"]), [([slot], of_status(now))])
+        if now.replicator:
+            yield from _of_process(now.replicator, slot)
+        for name, (family, text, of_sink) in OF_SINK.items():
+            metric = family(f"replicator_sink_{name}", text, labels=["slot", "sink"])
+            yield _metric(metric, (([slot, sink], of_sink(at)) for sink, at in now.sinks.items()))
+        yield _letters(now)
+        yield _latency(self._watchdog.pipeline.fan_out.lanes, slot)
 
 
 def _metric(
@@ -79,12 +144,29 @@ def _metric(
     return metric
 
 
-def _latency(lanes: Iterable[Lane]) -> Metric:
-    text = "Seconds from commit to written, by batch"
-    histogram = HistogramMetricFamily("replicator_sink_latency_seconds", text, labels=["sink"])
+def _of_process(live: ReplicatorStatus, slot: str) -> Iterator[Metric]:
+    for name, (family, text, of_process) in OF_PROCESS.items():
+        yield _metric(family(f"replicator_{name}", text, labels=["slot"]), [([slot], of_process(live))])
+    text = "rows that make no event: update, delete, truncate"
+    ignored = COUNTER("replicator_ignored_rows", text, labels=["slot", "action"])
+    yield _metric(ignored, (([slot, action], count) for action, count in live.ignored_rows.items()))
+
+
+def _letters(now: Status) -> Metric:
+    text = "dead letters that are kept; at stage row (no event could be made of the row) the sink is empty"
+    letters, slot = GAUGE("replicator_dead_letters", text, labels=["slot", "sink", "stage"]), now.slot.name
+    if kept := now.dead_letters:
+        of_sinks = (([slot, sink, "event"], kept.sinks.get(sink, 0)) for sink in now.sinks)
+        _metric(letters, [([slot, "", "row"], kept.rows), *of_sinks])
+    return letters
+
+
+def _latency(lanes: Iterable[Lane], slot: str) -> Metric:
+    text = "seconds from commit to written, by batch"
+    histogram = HistogramMetricFamily("replicator_sink_latency_seconds", text, labels=["slot", "sink"])
     ends = [*(str(end) for end in LATENCY_BUCKETS_SECONDS), "+Inf"]
     for lane in lanes:
         counts = accumulate(lane.stats.latency_counts)
         buckets = [(end, float(count)) for end, count in zip(ends, counts, strict=True)]
-        histogram.add_metric([lane.name], buckets, lane.stats.latency_sum_seconds)
+        histogram.add_metric([slot, lane.name], buckets, lane.stats.latency_sum_seconds)
     return histogram

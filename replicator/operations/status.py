@@ -270,16 +270,14 @@ def in_the_way(state: SlotState | None) -> str:
     )
 
 
-def of_checkpoint(
-    stored: Checkpoint | None, state: SlotState | None, trouble: str = "", saved_seconds_ago: float | None = None
-) -> CheckpointStatus:
+def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, trouble: str = "") -> CheckpointStatus:
     """As stored; None: nothing is."""
     if stored is None:
         return CheckpointStatus(trouble=trouble)
     return CheckpointStatus(
         end_lsn=format_lsn(stored.end_lsn),
         lag_bytes=_lag_bytes(stored.end_lsn, state),
-        saved_seconds_ago=saved_seconds_ago,
+        saved_seconds_ago=_ago(stored.updated_at),
         system_identifier=stored.system_identifier,
         timeline=stored.timeline,
     )
@@ -326,7 +324,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         replicator=live.replicator if live else None,
         slot=slot,
         wal=live.wal if live else await _wal(settings, state),
-        checkpoint=of_checkpoint(stored, state, store_trouble, _ago(stored.updated_at) if stored else None),
+        checkpoint=of_checkpoint(stored, state, store_trouble),
         sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )

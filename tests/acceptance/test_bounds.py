@@ -235,9 +235,7 @@ def test_dead_letters_are_bounded(  # noqa: PLR0917  fixtures
     assert told in quick.log
     # A request has 10 events, or fewer where the lane found no more: the last ones that fit need not fill the bound.
     kept = range(bound - 10 + 1, bound + 1)
-    assert (
-        int(_found(r'replicator_dead_letters\{sink="http",stage="event"\} (\d+)\.0', quick.admin("/metrics"))) in kept
-    )
+    assert quick.metric("dead_letters", sink="http", stage="event") in kept
     status = quick.run("status").stdout
     assert int(_found(rf"dead letters (\d+) of http \(at most {bound} of each sink\)", status)) in kept
     assert told in status
@@ -255,9 +253,7 @@ def test_dead_letters_are_bounded(  # noqa: PLR0917  fixtures
     while letters("list").stdout:  # what had been refused before the API was mended, and had no room
         done = letters(cure, *(["--yes"] if cure == "drop" else []))
         dropped += int(done.stdout.split()[1]) if cure == "drop" else 0
-    wait_until(
-        lambda: 'replicator_dead_letters{sink="http",stage="event"} 0.0' in quick.admin("/metrics"), "it to see that"
-    )
+    wait_until(lambda: 0 == quick.metric("dead_letters", sink="http", stage="event"), "it to see that")
     assert 0 == quick.stop()
     assert 300 - dropped == len(set(api.event_ids()))
     if cure == "replay":

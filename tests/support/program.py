@@ -22,6 +22,7 @@ import psycopg
 
 from devstack.process import wait_until
 from tests.support.environment import SECRET
+from tests.support.metrics import value
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_SECONDS = 60.0
@@ -179,6 +180,10 @@ class Program:
     def status(self) -> dict[str, Any]:
         """What `/status` says."""
         return dict(msgspec.json.decode(self.admin("/status")))
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The value of a metric with these labels, and perhaps more; None if there is none."""
+        return value(self.admin("/metrics"), name, **labels)
 
     def kill(self) -> None:
         """Send SIGKILL. On return PostgreSQL has noticed, and the slot is free."""

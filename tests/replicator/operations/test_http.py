@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -25,6 +26,7 @@ from replicator.operations.watchdog import Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source.stream import Source
 from sinks import create_sinks
+from tests.support.metrics import value
 
 
 class Running:
@@ -40,6 +42,10 @@ class Running:
         """Status and body."""
         response = await self.client.get(path)
         return response.status_code, response.text
+
+    async def metric(self, name: str, **labels: str) -> float | None:
+        """Of /metrics."""
+        return value((await self.get("/metrics"))[1], name, **labels)
 
     async def until_ready_says(self, status_code: int, words: str) -> None:
         """Wait for what /readyz has to say."""
@@ -101,13 +107,15 @@ async def test_what_a_healthy_replicator_says(
             connection.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
             connection.execute("UPDATE engagement_events SET device = 'tv'")
         async with asyncio.timeout(10):
-            while 'replicator_sink_events_total{sink="redis"} 1.0' not in (await replicator.get("/metrics"))[1]:  # noqa: ASYNC110  likewise
+            while await replicator.metric("sink_events_total", sink="redis") != 1:  # noqa: ASYNC110  likewise
                 await asyncio.sleep(0.05)
-        metrics = (await replicator.get("/metrics"))[1]
-        for line in ("replicator_ready 1.0", "replicator_connected 1.0", "replicator_rows_total 2.0"):
-            assert f"\n{line}\n" in metrics
-        assert 'replicator_ignored_rows_total{action="update"} 1.0' in metrics
-        assert 'replicator_sink_latency_seconds_count{sink="redis"} 1.0' in metrics
+        metric, slot = replicator.metric, replicator.settings.slot
+        assert (1, 1, 2) == (await metric("ready"), await metric("connected"), await metric("rows_total", slot=slot))
+        assert 1 == await metric("ignored_rows_total", action="update")
+        assert 1 == await metric("sink_latency_seconds_count", sink="redis")
+        saved = await metric("checkpoint_saved_timestamp_seconds")
+        assert saved is not None
+        assert 0 <= time.time() - saved < 60
         with closing(SqlCheckpointStore(replicator.settings.checkpoint_url.get_secret_value())) as store:
             found = await status.collect(replicator.settings, ["redis"], store)
         assert (True, []) == (found.ready, found.reasons)
@@ -148,7 +156,7 @@ async def test_not_ready_over_a_slot_that_stands_still(
                 insert = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
                 connection.execute(insert)
             await replicator.until_ready_says(503, "bytes wait: Sink redis")
-            assert 'replicator_sink_troubled{sink="redis"} 1.0' in (await replicator.get("/metrics"))[1]
+            assert 1 == await replicator.metric("sink_troubled", sink="redis")
         finally:
             stack.redis.start()
         await replicator.until_ready_says(200, "ready")
