@@ -25,6 +25,7 @@ BUILT_IN = {
     "clickhouse": "sinks.clickhouse.sink:ClickHouseSink",
     "redis": "sinks.redis.sink:RedisSink",
     "http": "sinks.http.sink:HttpSink",
+    "stdout": "sinks.stdout.sink:StdoutSink",
 }
 """Name in REPLICATOR_SINKS → "module:Class". Not entry points: a checkout that is not installed has none."""
 

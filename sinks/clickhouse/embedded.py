@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import clickhouse_connect
@@ -14,6 +11,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from sinks.clickhouse.errors import failed, unopened
 from sinks.clickhouse.http import Receipt
+from sinks.threads import BlockingCalls
 
 CLOSE_SECONDS = 10  # a running insert takes some 0.2 s; it ends cleanly after that
 
@@ -21,16 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """One process may open a directory at a time.
-
-    Its calls block, so each runs in a thread: a daemon, because a call that never returns must not keep the program
-    from ending, as the thread of an executor would.
-    """
+    """One process may open a directory at a time."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._client: Any = None
-        self._running: asyncio.Future[Any] | None = None
+        self._calls = BlockingCalls("chdb")
 
     async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes:
         """Run a statement; what it prints."""
@@ -49,7 +43,7 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Wait for a running call, then free the directory."""
-        if self._client is None and self._running is None:
+        if self._client is None and not self._calls.begun:
             return
         try:
             await self._run(self._close, CLOSE_SECONDS)
@@ -67,24 +61,10 @@ class EmbeddedEngine:
             client.close()
 
     async def _run(self, call: Callable[[], Any], seconds: float) -> Any:
-        """One call at a time: the next begins when it has ended, not when nobody waits for it any more."""
-        async with asyncio.timeout(seconds):
-            while self._running is not None and not self._running.done():
-                await asyncio.wait([self._running])
-            result: Future[Any] = Future()
-
-            def work() -> None:
-                try:
-                    result.set_result(call())
-                except BaseException as exc:  # noqa: BLE001  the caller raises it
-                    result.set_exception(exc)
-
-            threading.Thread(target=work, name="chdb", daemon=True).start()
-            self._running = asyncio.wrap_future(result)
-            try:
-                return await asyncio.shield(self._running)
-            except ClickHouseError as exc:
-                code = getattr(exc, "code", None)
-                if code is None:
-                    raise unopened(self._directory, exc) from None
-                raise failed(int(code), str(exc).encode()) from None
+        try:
+            return await self._calls.run(call, seconds)
+        except ClickHouseError as exc:
+            code = getattr(exc, "code", None)
+            if code is None:
+                raise unopened(self._directory, exc) from None
+            raise failed(int(code), str(exc).encode()) from None

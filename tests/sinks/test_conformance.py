@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from devstack.process import Service
 from devstack.proxy import Proxy
 from enrichment import EVENT
 from replicator.contracts.events import Event
+from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 from sinks import create_sinks, known_sinks
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
@@ -22,6 +24,7 @@ from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
+from sinks.stdout.sink import StdoutSink
 from sinks.testing import Destination, MemorySink, SinkConformance, decode
 from tests.support.destinations import Destinations
 from tests.support.plugin import install
@@ -152,6 +155,42 @@ class TestExample(SinkConformance):
         known_sinks.cache_clear()
         yield File(tmp_path / "lines")
         known_sinks.cache_clear()
+
+
+class Printed(Destination):
+    """What was printed, into a file."""
+
+    keeps_repeats = True
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(EVENT)
+        self.refused = None
+        self._file = file
+        self._output = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def sink(self) -> Sink:
+        """It prints where a program's standard output would be."""
+        return StdoutSink(Settings(), EVENT, output=self._output)
+
+    def read(self) -> Iterable[dict[str, Any]]:
+        """Its lines."""
+        return map(decode, self._file.read_bytes().splitlines())
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """The descriptor is closed."""
+        os.close(self._output)
+        yield
+        assert self._output == os.open(self._file, os.O_WRONLY | os.O_APPEND)
+
+
+class TestStdout(SinkConformance):
+    """Its destination is a file, as after `> events.jsonl`."""
+
+    @pytest.fixture
+    def destination(self, tmp_path: Path) -> Destination:
+        """A file."""
+        return Printed(tmp_path / "events.jsonl")
 
 
 class Memory(Destination):

@@ -57,7 +57,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
 @pytest.mark.usefixtures("installed")
 def test_ours_need_no_metadata() -> None:
     """A checkout has none."""
-    assert ["clickhouse", "redis", "http"] == list(known_sinks())
+    assert ["clickhouse", "redis", "http", "stdout"] == list(known_sinks())
 
 
 def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +73,14 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
 def test_an_unknown_name_lists_what_there_is(installed: Install) -> None:
     """The installed ones, too."""
     installed()
-    with pytest.raises(SettingsError, match=r"no sink 'kafka'. It takes one or more of .*, http, lines,"):
+    with pytest.raises(SettingsError, match=r"no sink 'kafka'. It takes one or more of .*, http, stdout, lines,"):
         create_sinks(["redis", "kafka"], EVENT)
 
 
 def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
     """Neither is the obvious one. The same sink declared twice is one sink."""
     installed("ours", {"redis": "sinks.redis.sink:RedisSink"})
-    assert ["clickhouse", "redis", "http"] == list(known_sinks())
+    assert ["clickhouse", "redis", "http", "stdout"] == list(known_sinks())
     known_sinks.cache_clear()
     installed("other", {"redis": "replicator_lines:LinesSink"})
     with pytest.raises(SettingsError, match=r"two sinks are called 'redis': sinks\.redis.* and replicator_lines"):

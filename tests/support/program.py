@@ -72,6 +72,8 @@ class Program:
         """Arguments for `tests/prove/failpoints.py`; without any the program is unaltered."""
         self.root = ROOT
         """The checkout that it runs in."""
+        self.printed: Path | None = None
+        """Where `spawn` leads its standard output; None: into the log."""
         self._dsn = dsn
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,13 +111,13 @@ class Program:
         """Start it and return at once."""
         assert not self.running, "it runs already"
         self._said_before = len(self.log)
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, (self.printed or self._log).open("ab") as output:
             self._process = subprocess.Popen(
                 self._command(arguments),
                 cwd=self.root,
                 env=self._environment(variables),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=log,
             )
         return self._process

@@ -1,0 +1,1 @@
+"""Standard output, for a look at a slot."""
