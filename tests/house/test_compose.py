@@ -15,12 +15,14 @@ from replicator.contracts.settings import CoreSettings, variable
 
 ROOT = Path(__file__).parents[2]
 SERVICES = {"pg", "clickhouse", "redis", "external-api", "replicator"}
+MONITORING = {"prometheus", "grafana"}
+"""Services of the profile of that name."""
 BUILT = {
     "pg": "docker/pg/Dockerfile",
     "external-api": "docker/replicator/Dockerfile",
     "replicator": "docker/replicator/Dockerfile",
 }
-VERSION = re.compile(r":\d+\.\d+\.\d+[\w.-]*$|:\d+\.\d+-[\w.-]+$")
+VERSION = re.compile(r":v?\d+\.\d+\.\d+[\w.-]*$|:\d+\.\d+-[\w.-]+$")
 """A patch release; PostgreSQL has two numbers."""
 CONTRACT = """\
 docker compose up -d
@@ -74,8 +76,9 @@ def test_compose_finds_the_file() -> None:
 
 def test_names_are_the_contract() -> None:
     """`docker exec -it pg ...` and `docker logs -f external-api` work as they stand in the README."""
-    assert set(COMPOSE["services"]) == SERVICES
-    assert {name: _service(name)["container_name"] for name in SERVICES} == {name: name for name in SERVICES}
+    assert {name for name in COMPOSE["services"] if "profiles" not in _service(name)} == SERVICES
+    names = SERVICES | MONITORING
+    assert {name: _service(name)["container_name"] for name in COMPOSE["services"]} == {name: name for name in names}
 
 
 def test_readme_has_the_commands_of_the_contract() -> None:
@@ -101,7 +104,7 @@ def test_default_settings_reach_the_published_ports() -> None:
 
 def test_images_are_pinned() -> None:
     """Neither `latest` nor a tag that moves with the next release."""
-    pulled = [_service(name)["image"] for name in SERVICES if "image" in _service(name)]
+    pulled = [_service(name)["image"] for name in COMPOSE["services"] if "image" in _service(name)]
     dockerfiles = "".join(_dockerfile(name) for name in BUILT)
     stages = set(re.findall(r"^FROM \S+ AS (\S+)", dockerfiles, re.MULTILINE))
     bases = set(re.findall(r"^FROM (\S+)", dockerfiles, re.MULTILINE)) - stages
@@ -147,7 +150,7 @@ def test_messages_call_the_program_from_outside() -> None:
     assert {"COPY replicator ./replicator", "COPY sql ./sql"} <= set(stage.splitlines())
 
 
-@pytest.mark.parametrize("name", sorted(SERVICES))
+@pytest.mark.parametrize("name", sorted(SERVICES | MONITORING))
 def test_every_service_has_a_health_check(name: str) -> None:
     """`docker compose up -d --wait` and the dependency below wait for something; all survive a reboot."""
     assert "healthcheck" in _service(name) or "\nHEALTHCHECK " in _stage(name)
@@ -172,7 +175,8 @@ def test_our_own_images_run_confined(name: str) -> None:
 
 def test_state_is_on_named_volumes() -> None:
     """`docker compose down` and an upgrade lose nothing; the checkpoint belongs to the user that writes it."""
-    mounts = dict(volume.split(":") for name in SERVICES for volume in _service(name).get("volumes", []))
+    volumes = [volume for service in COMPOSE["services"].values() for volume in service.get("volumes", [])]
+    mounts = dict(volume.split(":") for volume in volumes if not volume.startswith("./"))
     assert set(mounts) == set(COMPOSE["volumes"])
     directory = mounts["checkpoint"]
     assert f"sqlite:///{directory}/checkpoint.db" == _service("replicator")["environment"]["REPLICATOR_CHECKPOINT_URL"]
@@ -211,3 +215,33 @@ def test_redis_never_evicts() -> None:
     assert {"--maxmemory-policy": "noeviction", "--appendonly": "yes"}.items() <= dict(
         zip(command[1::2], command[2::2], strict=True)
     ).items()
+
+
+def test_the_profile_shows_the_replicator() -> None:
+    """Prometheus reaches its endpoints, Grafana reaches Prometheus; only this machine reaches either."""
+    assert {name for name in COMPOSE["services"] if _service(name).get("profiles") == ["monitoring"]} == MONITORING
+    assert not [port for name in MONITORING for port in _service(name)["ports"] if not port.startswith("127.0.0.1:")]
+    prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yaml").read_text(encoding="utf-8"))
+    targets = [
+        target for job in prometheus["scrape_configs"] for of in job["static_configs"] for target in of["targets"]
+    ]
+    assert ["replicator:8080"] == targets
+    assert "0.0.0.0:8080" == _service("replicator")["environment"]["REPLICATOR_ADMIN_LISTEN"]
+    folder = ROOT / "deploy/grafana/provisioning"
+    [source] = yaml.safe_load((folder / "datasources/prometheus.yaml").read_text(encoding="utf-8"))["datasources"]
+    assert "http://prometheus:9090" == source["url"]
+
+
+def test_what_the_profile_mounts_exists() -> None:
+    """From this repository, read-only; the dashboard is where Grafana is told to look for it."""
+    mounted = [
+        volume.split(":") for name in MONITORING for volume in _service(name)["volumes"] if volume.startswith("./")
+    ]
+    assert mounted
+    assert {"ro"} == {rights for _, _, rights in mounted}
+    assert not [file for file, _, _ in mounted if not (ROOT / file).exists()]
+    provider = (ROOT / "deploy/grafana/provisioning/dashboards/replicator.yaml").read_text(encoding="utf-8")
+    [of_provider] = yaml.safe_load(provider)["providers"]
+    home = _service("grafana")["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home in [inside for _, inside, _ in mounted]
+    assert str(Path(home).parent) == of_provider["options"]["path"]
