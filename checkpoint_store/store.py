@@ -27,6 +27,7 @@ from replicator.contracts.events import (
     Stage,
     format_lsn,
 )
+from replicator.contracts.stores import Task
 
 VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
@@ -115,6 +116,11 @@ class SqlCheckpointStore:
         with self._connection() as connection:
             progress: str | None = connection.execute(query).scalar()
         return progress
+
+    def tasks(self, slot: str) -> list[Task]:
+        query = select(tasks.c.task, tasks.c.progress, tasks.c.updated_at).where(tasks.c.slot == slot)
+        with self._connection() as connection:
+            return [Task(*row) for row in connection.execute(query.order_by(tasks.c.updated_at.desc()))]
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
         with self._connection(writes=True) as connection:

@@ -91,9 +91,9 @@ def config_show(as_json: Json = False) -> int:
 
     The value comes from the environment, from .env, or from the file that NAME_FILE names. Secrets are masked.
     """
-    from replicator.cli.app import all_settings, unknown_settings
+    from replicator.cli.app import unknown_settings
 
-    shown = [setting for settings_class in all_settings() for setting in _settings(settings_class)]
+    shown = shown_settings()
     unknown = list(unknown_settings())
     if as_json:
         print(json.dumps({"settings": shown, "unknown": unknown}))
@@ -118,6 +118,13 @@ def config_check() -> int:
     mistakes = [*dict.fromkeys([*map(str, [*found, *unusable_parts()]), *unknown_settings()])]
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
+
+
+def shown_settings() -> list[dict[str, Any]]:
+    """Every setting, as `config show --json` has it: secrets are masked."""
+    from replicator.cli.app import all_settings
+
+    return [setting for settings_class in all_settings() for setting in _settings(settings_class)]
 
 
 def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:

@@ -62,8 +62,10 @@ async def run() -> int:
 
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
+    from replicator.cli.inspect import shown_settings
     from replicator.delivery.retry import cancel
     from replicator.operations.http import Admin
+    from replicator.operations.page.live import Live
     from replicator.operations.watchdog import Answers, Watchdog
     from replicator.pipeline import Pipeline
 
@@ -80,7 +82,8 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         return
     watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
     logging.getLogger().addHandler(watchdog.notices.handler)
-    admin = Admin(watchdog, app.settings.admin_listen)
+    page = Live(watchdog, answers.store, app.settings.slot, shown_settings())
+    admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
     watching = [asyncio.create_task(work) for work in (watchdog.run(), watchdog.notice())]
     for task in watching:

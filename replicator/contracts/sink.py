@@ -142,6 +142,14 @@ class HasCounter(ABC):
         """Its counts."""
 
 
+class Ranks(ABC):
+    """A sink that knows which contents have the most events of late."""
+
+    @abstractmethod
+    async def top(self, most: int) -> list[tuple[int, int]]:
+        """Those contents, so many at most, and their events in the last minutes. Raises as `write`, but no refusals."""
+
+
 class Rebuildable(ABC):
     """A sink whose whole state can be made again from PostgreSQL."""
 

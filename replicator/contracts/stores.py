@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from replicator.contracts.events import Checkpoint, DeadLetter, LetterCounts, Stage
 
@@ -66,11 +66,23 @@ class DeadLetterBox(Protocol):
         """Remove these; how many there were."""
 
 
+class Task(NamedTuple):
+    """What is saved for one task."""
+
+    name: str
+    progress: str
+    updated_at: float
+    """Unix time, seconds."""
+
+
 class TaskProgress(Protocol):
     """How far a task beside the stream is, a backfill for instance."""
 
     def load_progress(self, slot: str, task: str) -> str | None:
         """What was saved last for the task, as it was given; None when nothing is."""
+
+    def tasks(self, slot: str) -> list[Task]:
+        """Everything that is saved for the slot, the newest first."""
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
         """Store it in one database transaction; None: the task is done, forget it. No checkpoint is touched."""

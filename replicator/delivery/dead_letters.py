@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -18,6 +19,9 @@ from replicator.contracts.events import DeadLetter, LetterCounts, Origin, format
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import DeadLetterBox
 from replicator.delivery.retry import Trouble
+
+REASONS = 8
+"""Of a sink that are told apart: a destination may word each refusal differently."""
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ class DeadLetters:
         """How many are on disk, as of the last look."""
         self.trouble = Trouble()
         """Why that look failed: an idle replicator asks the checkpoint database nothing else."""
+        self.reasons: dict[str, Counter[str]] = {}
+        """By sink (empty: of rows) why those were refused that came since the program began; without row values."""
         self.limit = settings.dead_letters_max
         """The most that are kept of one sink, and of rows."""
         self._store = store
@@ -50,7 +56,12 @@ class DeadLetters:
             owner = f"of sink {letter.sink}" if letter.sink else "of a row"
             why, at = detail or letter.reason, place(letter)
             fields = {"sink": letter.sink, "lsn": at, "event_id": letter.event_id}
+            self._count(letter.sink or "", why)
             log.error("dead letter %s at %s (event %s): %s", owner, at, letter.event_id, why, extra=fields)
+
+    def _count(self, sink: str, reason: str) -> None:
+        reasons = self.reasons.setdefault(sink, Counter())
+        reasons[reason if reason in reasons or len(reasons) < REASONS else "other reasons"] += 1
 
     async def look(self) -> None:
         """See how many there are: others drop them. What can't be seen now stays as it was."""

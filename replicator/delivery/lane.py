@@ -158,7 +158,12 @@ class Lane:
     @property
     def waiting(self) -> int:
         """Events that are queued or in flight."""
-        return self.queue.events + sum(len(write.events) for write in self._in_flight)
+        return self.queue.events + self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """Events that are on their way to the sink, or that it has before others that it lacks."""
+        return sum(len(write.events) for write in self._in_flight)
 
     @property
     def writing(self) -> bool:

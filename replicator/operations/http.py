@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz`, `/standbyz`, `/status`, `/history` and `/metrics` on REPLICATOR_ADMIN_LISTEN.
+"""The page, `/healthz`, `/readyz`, `/standbyz`, `/status`, `/history` and `/metrics` on REPLICATOR_ADMIN_LISTEN.
 
 They change nothing. Anybody who reaches the port can ask, so all that a request may take has a bound: connections,
 bytes, time, log lines. That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py`,
@@ -11,8 +11,10 @@ import asyncio
 import logging
 import math
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
@@ -23,7 +25,8 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from replicator.contracts.errors import SettingsError
 from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
-from replicator.operations.page.history import STEP_SECONDS, History
+from replicator.operations.page.history import STEP_SECONDS
+from replicator.operations.page.live import Live
 from replicator.operations.status import as_json
 from replicator.operations.watchdog import Watchdog
 
@@ -40,6 +43,23 @@ METRICS_SECONDS = 0.1
 COMPLAINT_SECONDS = 60.0
 """A line in the log at most so often, whatever is asked."""
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
+HTML, STREAM = "text/html; charset=utf-8", "text/event-stream"
+UPDATES = "GET /updates "
+MISDIRECTED = b"Misdirected Request: ask by an address, or by the host that REPLICATOR_ADMIN_LISTEN names\n"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing from elsewhere, runs nothing that stands in it, and is in nobody's frame."""
+HEADERS = (
+    "Cache-Control: no-store",
+    "Connection: close",
+    f"Content-Security-Policy: {POLICY}",
+    "Cross-Origin-Resource-Policy: same-origin",
+    "Referrer-Policy: no-referrer",
+    "X-Content-Type-Options: nosniff",
+)
+"""Of every answer."""
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +70,9 @@ Page = tuple[HTTPStatus, str, bytes]
 class Admin:
     """The HTTP server; `start` and `stop` belong to the event loop that runs the pipeline."""
 
-    def __init__(self, watchdog: Watchdog, listen: str) -> None:
+    def __init__(self, watchdog: Watchdog, listen: str, page: Live) -> None:
         self._watchdog = watchdog
-        self.history = History(watchdog)
-        """An hour of every sink."""
+        self._page = page
         self._listen = listen
         self._host = listen.rpartition(":")[0].strip("[]")
         self._registry = CollectorRegistry()
@@ -66,6 +85,7 @@ class Admin:
             "/standbyz": self._standbyz,
             "/status": self._status,
             "/history": self._hour,
+            "/updates": lambda: (HTTPStatus.OK, STREAM, b""),
             "/metrics": self._metrics,
         }
         self._server: asyncio.Server | None = None
@@ -81,11 +101,11 @@ class Admin:
             log.warning("%s", warning)
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
         self._server = await listen(self._listen, self._serve)
-        self.history.start()
+        self._page.start()
 
     async def stop(self) -> None:
         """Stop listening. Safe to call at any time."""
-        self.history.stop()
+        self._page.stop()
         if self._server is not None:
             self._server.close()
         for writer in [*self._serving]:
@@ -102,40 +122,53 @@ class Admin:
         self._serving[writer] = None
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
-                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
-                writer.close()
-                await writer.wait_closed()
+                asked = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                writer.write(await self._answer(asked))
+                if not asked[0].startswith(UPDATES) or self._refused(asked):
+                    writer.close()
+                    await writer.wait_closed()
+                    return
+            del self._serving[writer]  # the page has a bound of its own
+            await self._page.follow(reader, writer)
         except (OSError, EOFError):  # too slow, or gone: a probe may only see whether the port is open
             pass
         except asyncio.LimitOverrunError:
             self._complain(f"a request's head was longer than {HEAD_BYTES} bytes")
+        except Exception as exc:  # of the page: what it shows comes from everywhere
+            log.debug("a request failed", exc_info=True)
+            self._complain(f"a request failed in an unexpected way ({type(exc).__name__})")
         finally:
             self._serving.pop(writer, None)
             writer.transport.abort()
 
-    def _answer(self, head: bytes) -> bytes:
-        asked = head.decode("latin-1").split("\r\n")
-        status, kind, body = self._page(asked)
-        lines = (
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            f"Content-Type: {kind}",
-            f"Content-Length: {len(body)}",
-            "Cache-Control: no-store",
-            "Connection: close",
-        )
+    async def _answer(self, asked: Sequence[str]) -> bytes:
+        status, kind, body = self._refused(asked) or await self._found(asked[0].split(" ")[1].partition("?")[0])
+        length = () if kind == STREAM else (f"Content-Length: {len(body)}",)
+        lines = (f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Type: {kind}", *length, *HEADERS)
         return "\r\n".join([*lines, "", ""]).encode() + (b"" if asked[0].startswith("HEAD ") else body)
 
-    def _page(self, lines: Sequence[str]) -> Page:
-        method, _, rest = lines[0].partition(" ")
-        path, _, version = rest.partition(" ")
-        page = self._pages.get(path.partition("?")[0])
-        if not version.startswith("HTTP/1."):
+    def _refused(self, asked: Sequence[str]) -> Page | None:
+        """The answer to what is no request for anything here."""
+        method, _, rest = asked[0].partition(" ")
+        if not rest.partition(" ")[2].startswith("HTTP/1."):
             self._complain("what was sent is not HTTP")
             return _error(HTTPStatus.BAD_REQUEST)
-        if _is_loopback(self._host) and not all(name == self._host or _is_loopback(name) for name in _hosts(lines)):
-            return _error(HTTPStatus.MISDIRECTED_REQUEST)  # a web page that has bound its name to this machine
-        if method not in ("GET", "HEAD"):
-            return _error(HTTPStatus.METHOD_NOT_ALLOWED)
+        if not all(map(self._is_here, _hosts(asked))):  # a web page that has bound its name to this machine
+            return HTTPStatus.MISDIRECTED_REQUEST, TEXT, MISDIRECTED
+        return None if method in ("GET", "HEAD") else _error(HTTPStatus.METHOD_NOT_ALLOWED)
+
+    def _is_here(self, name: str) -> bool:
+        """Whether no web page from elsewhere can have this name."""
+        if name == self._host or _is_loopback(name):
+            return True
+        return not _is_loopback(self._host) and (_is_private(name) or name == socket.gethostname())
+
+    async def _found(self, path: str) -> Page:
+        if path == "/":
+            return HTTPStatus.OK, HTML, await self._page.document()
+        if path in self._page.assets:
+            return HTTPStatus.OK, *self._page.assets[path]
+        page = self._pages.get(path)
         return page() if page else _error(HTTPStatus.NOT_FOUND)
 
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -167,7 +200,7 @@ class Admin:
         return HTTPStatus.OK, JSON, as_json(self._watchdog.status()).encode()
 
     def _hour(self) -> Page:
-        hours = self.history.hours().items()
+        hours = self._page.history.hours().items()
         sinks = {name: {"events_per_second": rates, "lag_seconds": lags} for name, (rates, lags) in hours}
         return HTTPStatus.OK, JSON, msgspec.json.encode({"step_seconds": STEP_SECONDS, "sinks": sinks})
 
@@ -217,6 +250,14 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def _is_private(host: str) -> bool:
+    """An address, or a name that the internet has not: of a container, of a service in Kubernetes."""
+    with suppress(ValueError):
+        ip_address(host)
+        return True
+    return "." not in host or host.lower().endswith((".local", ".internal"))
 
 
 def _hosts(lines: Sequence[str]) -> Iterator[str]:

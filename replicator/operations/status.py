@@ -100,6 +100,7 @@ class SinkStatus(Struct, frozen=True, kw_only=True):
     retries: int | None = None
     dead_letters: int | None = None
     waiting: int | None = None
+    in_flight: int | None = None
     write_events: int | None = None
 
 
@@ -435,29 +436,29 @@ def _stopped_text(status: Status) -> Iterator[str]:
     live = status.replicator
     if live and live.reading_stopped and status.sinks:
         slowest = max(status.sinks, key=lambda name: status.sinks[name].waiting or 0)
-        yield f"  reading stopped: {_size(live.held_bytes)} wait for sink {slowest}"
+        yield f"  reading stopped: {size(live.held_bytes)} wait for sink {slowest}"
 
 
 def _slot_text(slot: SlotStatus) -> str:
     if slot.server_lsn is None:
         return "unknown"
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
-    safe = f"safe for {_size(slot.safe_wal_bytes)} more"
+    safe = f"safe for {size(slot.safe_wal_bytes)} more"
     if slot.safe_wal_bytes is None:
         safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
     if slot.confirmed_lsn is None:
         return f"{reader}, nothing is confirmed yet"
     return (
         f"{reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}\n"
-        f"  confirmed  {slot.confirmed_lsn}, {_size(slot.lag_bytes)} behind {slot.server_lsn}\n"
-        f"  WAL kept   {_size(slot.retained_bytes)}, {safe}"
+        f"  confirmed  {slot.confirmed_lsn}, {size(slot.lag_bytes)} behind {slot.server_lsn}\n"
+        f"  WAL kept   {size(slot.retained_bytes)}, {safe}"
     )
 
 
 def _wal_text(wal: WalStatus) -> str:
     if wal.lost_in_seconds:
-        rate = _size(round(wal.growth_bytes_per_second or 0))
-        return f"\n  lost in    {_time(wal.lost_in_seconds)}, if it goes on growing by {rate} a second"
+        rate = size(round(wal.growth_bytes_per_second or 0))
+        return f"\n  lost in    {span(wal.lost_in_seconds)}, if it goes on growing by {rate} a second"
     return ""
 
 
@@ -472,7 +473,7 @@ def _sink_text(sink: SinkStatus) -> str:
         return "no position yet"
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
     waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
-    return f"{_size(sink.lag_bytes)} and {seconds} behind{waiting}"
+    return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:
@@ -487,14 +488,16 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
+    """For people."""
     if count is None:
         return "an unknown amount"
     power = min(len(str(abs(count))) - 1, 12) // 3  # of 1,000
     return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _time(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A time in its largest fitting unit."""
     for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

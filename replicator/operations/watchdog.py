@@ -195,6 +195,7 @@ class Watchdog:
             retries=lane.trouble.failures,
             dead_letters=lane.stats.dead_letters,
             waiting=lane.waiting,
+            in_flight=lane.in_flight,
             write_events=lane.room.events,
         )
 

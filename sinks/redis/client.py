@@ -241,6 +241,14 @@ class RedisClient:
             named = [self._prefix + key for key in keys]
             return cast("list[bytes | None]", await self._redis.mget(named)) if named else []
 
+    async def highest(self, key: str, most: int) -> list[tuple[int, int]]:
+        """The members of a sorted set that have the highest scores, the highest first; both are whole numbers."""
+        async with self._translated():
+            # With `desc` redis-py sends ZREVRANGE, which is a right more.
+            found = await self._redis.zrange(self._prefix + key, -most, -1, withscores=True)
+        pairs = cast("list[tuple[bytes, float]]", found)
+        return [(int(member), int(score)) for member, score in reversed(pairs)]
+
     async def appendfsync(self) -> str:
         """When Redis brings its append-only file to the disk; empty where CONFIG is denied."""
         async with self._translated():

@@ -18,7 +18,7 @@ from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
-from replicator.contracts.sink import HasCounter, Mode, Rebuildable, Sink
+from replicator.contracts.sink import HasCounter, Mode, Ranks, Rebuildable, Sink
 from sinks.redis.client import SINK, RedisClient, script
 from sinks.redis.errors import foreign_error, lost_error
 from sinks.redis.info import findings
@@ -29,6 +29,7 @@ from sinks.redis.keys import (
     OWNER,
     PREFIXES,
     WHOLE,
+    WINDOW,
     Call,
     continues,
     pack,
@@ -52,7 +53,7 @@ VERIFY_CURE = (
 _log = logging.getLogger(__name__)
 
 
-class RedisSink(Sink, HasCounter, Rebuildable):
+class RedisSink(Sink, HasCounter, Ranks, Rebuildable):
     """Exact under replay: a bit per event says whether it was counted.
 
     What Redis loses, a backfill brings back. A backfill writes counts and last events; the window is left to the
@@ -141,6 +142,9 @@ class RedisSink(Sink, HasCounter, Rebuildable):
 
     def counter(self) -> RedisLedger:
         return RedisLedger(self._redis, partial(self._require_ours, claim=False))
+
+    async def top(self, most: int) -> list[tuple[int, int]]:
+        return await self._redis.highest(WINDOW, most)
 
     async def generation(self) -> str:
         found = await self._redis.generation(FILLING)

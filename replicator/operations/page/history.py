@@ -99,6 +99,11 @@ class History:
             line = self._lines.setdefault(lane.name, Line())
             line.add(now, lane.stats.events, self._watchdog.lag_seconds(lane))
 
+    @property
+    def step(self) -> int:
+        """The number of the step that runs: `hours` says the same until it ends."""
+        return int(time.monotonic() // STEP_SECONDS)
+
     def rate(self, sink: str) -> float | None:
         """Events a second that it gets, of late; None: not known."""
         return self._lines[sink].rate(time.monotonic()) if sink in self._lines else None

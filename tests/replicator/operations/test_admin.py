@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import time
 import types
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
 from msgspec import structs
 
 from devstack.process import free_port
+from replicator.contracts.stores import Task
 from replicator.operations import http
 from replicator.operations.http import CONNECTIONS, HEAD_BYTES, Admin, exposed
+from replicator.operations.page import live
+from replicator.operations.page.live import VIEWERS, Live
 from replicator.operations.status import CheckpointStatus, SlotStatus, Status
 
 STATUS = Status(
@@ -34,7 +40,8 @@ class FakeWatchdog:
         self.standby = ""
         self.wrong: list[str] = []
         self.lanes: list[object] = []
-        self.pipeline = types.SimpleNamespace(fan_out=types.SimpleNamespace(lanes=self.lanes))
+        letters = types.SimpleNamespace(reasons={})
+        self.pipeline = types.SimpleNamespace(fan_out=types.SimpleNamespace(lanes=self.lanes), letters=letters)
 
     def reasons(self) -> list[str]:
         """What is wrong."""
@@ -49,17 +56,35 @@ class FakeWatchdog:
         return 1.5
 
 
+class FakeStore:
+    """Has nothing."""
+
+    def tasks(self, _: str) -> list[Task]:
+        """Of any slot."""
+        return []
+
+
 class Served:
     """An admin server, and a client that writes bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen: str = "127.0.0.1") -> None:
         self.watchdog = FakeWatchdog()
+        self.opened: list[asyncio.StreamWriter] = []
         self.port = free_port()
-        self.admin = Admin(self.watchdog, f"127.0.0.1:{self.port}")  # type: ignore[arg-type]  # as much as it needs
+        self.page = Live(self.watchdog, FakeStore(), "s", [])  # type: ignore[arg-type]  # as much as they need
+        self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page)  # type: ignore[arg-type]  # likewise
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that has said nothing."""
-        return await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1_000_000)
+        self.opened.append(writer)
+        return reader, writer
+
+    async def follow(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that gets updates."""
+        reader, writer = await self.connect()
+        writer.write(b"GET /updates HTTP/1.1\r\n\r\n")
+        return reader, writer
 
     async def send(self, request: bytes) -> bytes:
         """Everything that is answered."""
@@ -86,13 +111,16 @@ async def served() -> AsyncIterator[Served]:
 
 
 @asynccontextmanager
-async def _serving() -> AsyncIterator[Served]:
-    served = Served()
+async def _serving(listen: str = "127.0.0.1") -> AsyncIterator[Served]:
+    served = Served(listen)
     await served.admin.start()
     try:
         yield served
     finally:
         await served.admin.stop()
+        for writer in served.opened:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # until they are closed
 
 
 async def test_it_answers_as_a_client_expects(served: Served) -> None:
@@ -110,7 +138,7 @@ async def test_it_answers_as_a_client_expects(served: Served) -> None:
 async def test_the_hour_of_each_sink(served: Served) -> None:
     """A value a step; a sink that has just begun has none yet."""
     served.watchdog.lanes.append(types.SimpleNamespace(name="redis", stats=types.SimpleNamespace(events=3)))
-    served.admin.history.look()
+    served.page.history.look()
     found = msgspec.json.decode((await served.get("/history")).partition(b"\r\n\r\n")[2])
     assert 10 == found["step_seconds"]
     assert {"events_per_second": [None] * 359, "lag_seconds": [None] * 359} == found["sinks"]["redis"]
@@ -147,6 +175,122 @@ async def test_another_name_is_misdirected(served: Served, host: str) -> None:
 async def test_names_of_this_machine(served: Served, host: str) -> None:
     """Also through a tunnel, whose port is another one."""
     assert b"200 OK" in await served.get("/status", f"Host: {host}")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("10.0.0.7:8080", 200),
+        ("[fd00::7]:8080", 200),
+        ("localhost:8080", 200),
+        ("replicator:8080", 200),
+        ("replicator.shop.svc.cluster.local:8080", 200),
+        ("ip-10-0-0-7.eu-west-1.compute.internal", 200),
+        ("evil.example:8080", 421),
+        ("10.0.0.7.evil.example", 421),
+        ("local.evil.example", 421),
+    ],
+)
+async def test_names_where_others_may_ask(host: str, status: int) -> None:
+    """In a container: probes and scrapers use an address or a name of the inside, which no web page can have."""
+    async with _serving("0.0.0.0") as served:  # noqa: S104  as the image does
+        assert (await served.get("/status", f"Host: {host}")).startswith(b"HTTP/1.1 %d " % status)
+        assert b"200 OK" in await served.get("/healthz")
+
+
+async def test_the_page_runs_nothing_and_is_in_no_frame(served: Served) -> None:
+    """Whatever a server or a row says is text; nothing in the page is a script or a style."""
+    served.watchdog.wrong = ['sink <script>alert("1")</script> & `init <b>`. Mend "it" `']
+    head, _, body = (await served.get("/")).decode().partition("\r\n\r\n")
+    for line in ("Content-Type: text/html; charset=utf-8", "X-Content-Type-Options: nosniff", "frame-ancestors 'none'"):
+        assert line in head
+    assert "unsafe" not in head
+    assert "script-src 'self';" in head
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; " in body
+    assert 1 == body.count("<script")
+    assert '<script src="/page.js" defer></script>' in body
+    assert " style=" not in body
+    assert "<style" not in body
+
+
+async def test_the_page_is_small(served: Served) -> None:
+    """With everything that it loads; and it loads nothing else."""
+    body = (await served.get("/")).decode()
+    loaded = re.findall(r'(?:src|href)="([^"]*)"', body)
+    assert ["/icon.svg", "/page.css", "/page.js"] == loaded
+    answers = [await served.get(path) for path in loaded]
+    assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers)
+    assert len(body) + sum(map(len, answers)) < 60_000
+
+
+async def _updates(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    async for line in reader:
+        if line.startswith(b"data: "):
+            yield msgspec.json.decode(line.removeprefix(b"data: "))
+
+
+async def test_a_viewer_gets_everything_and_then_what_changes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The colour with each update."""
+    monkeypatch.setattr(live, "UPDATE_SECONDS", 0.02)
+    reader, _ = await served.follow()
+    async with asyncio.timeout(5):
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream")
+        updates = aiter(_updates(reader))
+        first = await anext(updates)
+        assert "well" == first["state"]
+        assert {"headline", "flow", "clock"} <= set(first["parts"])
+        served.watchdog.wrong = ["the slot stands still"]
+        while "wrong" != (update := await anext(updates))["state"]:
+            assert "wal" not in update["parts"], "it has not changed"
+        assert "the slot stands still" in update["parts"]["headline"]
+
+
+async def test_whoever_does_not_read_is_dropped(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs a bounded buffer, and the others nothing."""
+    monkeypatch.setattr(live, "UPDATE_SECONDS", 0.01)
+    monkeypatch.setattr(live, "UNREAD_BYTES", 20_000)
+    _, deaf = await served.follow()
+    deaf.transport.pause_reading()  # type: ignore[attr-defined]  # of a WriteTransport that is both
+    reader, _ = await served.follow()
+    async with asyncio.timeout(20):
+        async for _ in _updates(reader):
+            served.watchdog.wrong = [f"{time.monotonic()} {'x' * 100_000}"]
+            if 1 == served.page.viewers:
+                break
+
+
+async def test_viewers_have_a_bound(served: Served) -> None:
+    """The oldest is closed; a page asks again."""
+    opened = []
+    for _ in range(VIEWERS + 3):
+        reader, _ = await served.follow()
+        await reader.readuntil(b"\n\n")
+        opened.append(reader)
+    assert VIEWERS == served.page.viewers
+    for reader in opened[:3]:
+        await _end(reader)
+    assert b"200 OK" in await served.get("/healthz"), "they are not counted as requests"
+
+
+async def test_a_bug_in_the_page_closes_it_and_says_so_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It must not look as if all were well; everything else goes on."""
+
+    def fail() -> Status:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(live, "UPDATE_SECONDS", 0.05)
+    reader, _ = await served.follow()
+    await reader.readuntil(b"\n\n")
+    monkeypatch.setattr(served.watchdog, "status", fail)
+    async with asyncio.timeout(5):
+        await _end(reader)
+        for _ in range(3):
+            assert b"" == await served.get("/")
+    assert b"200 OK" in await served.get("/healthz")
+    [record] = [record for record in caplog.records if "admin endpoints" in record.getMessage()]
+    assert "ZeroDivisionError" in record.getMessage()
 
 
 async def test_a_standby_has_a_light_of_its_own(served: Served) -> None:

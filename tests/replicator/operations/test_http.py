@@ -22,6 +22,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.operations import watchdog as watchdogs
 from replicator.operations.http import Admin
+from replicator.operations.page.live import Live
 from replicator.operations.watchdog import Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source.stream import Source
@@ -32,10 +33,11 @@ from tests.support.metrics import value
 class Running:
     """A pipeline with its watchdog and its endpoints."""
 
-    def __init__(self, settings: CoreSettings, pipeline: Pipeline, watchdog: Watchdog) -> None:
+    def __init__(self, settings: CoreSettings, pipeline: Pipeline, watchdog: Watchdog, page: Live) -> None:
         self.settings = settings
         self.pipeline = pipeline
         self.watchdog = watchdog
+        self.page = page
         self.client = httpx.AsyncClient(base_url=f"http://{settings.admin_listen}", trust_env=False)
 
     async def get(self, path: str) -> tuple[int, str]:
@@ -77,10 +79,11 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
     answers = Answers(store)
     pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, answers.store)
     watchdog = Watchdog(pipeline, dsn, settings, answers)
-    admin = Admin(watchdog, settings.admin_listen)
+    page = Live(watchdog, store, settings.slot, [])
+    admin = Admin(watchdog, settings.admin_listen, page)
     await admin.start()
     work = [asyncio.create_task(watchdog.run()), asyncio.create_task(pipeline.run())]
-    made = Running(settings, pipeline, watchdog)
+    made = Running(settings, pipeline, watchdog, page)
     try:
         yield made
     finally:
@@ -183,6 +186,6 @@ async def test_an_address_that_is_taken_is_a_setting_to_change(
 ) -> None:
     """Exit code 2, with the setting's name."""
     async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
-        second = Admin(replicator.watchdog, replicator.settings.admin_listen)
+        second = Admin(replicator.watchdog, replicator.settings.admin_listen, replicator.page)
         with pytest.raises(SettingsError, match="REPLICATOR_ADMIN_LISTEN"):
             await second.start()

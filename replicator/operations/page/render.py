@@ -1,0 +1,170 @@
+"""HTML of the status, by `assets/page.html`. Whatever comes from outside is escaped there, by the template engine.
+
+`view.py` and `charts.py` say what is shown, `live.py` when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from replicator import __version__
+from replicator.contracts.errors import PROGRAM
+from replicator.operations import status as statuses
+from replicator.operations.logs import printable
+from replicator.operations.page.beside import Beside
+from replicator.operations.page.charts import LEAST_LAG_SECONDS, LEAST_RATE, Chart, chart
+from replicator.operations.page.history import History
+from replicator.operations.page.view import headline, note, sink_state
+from replicator.operations.status import SinkStatus, Status
+from replicator.operations.watchdog import Watchdog
+
+ASSETS = files(__package__) / "assets"
+SHORT_SECONDS, LOW_RATE = 60.0, 10.0
+"""Shown with a decimal below."""
+CODE = Markup("<code>{}</code>")
+
+
+class Rendered(NamedTuple):
+    """The page of one moment, in the parts that updates replace."""
+
+    state: str
+    title: str
+    parts: dict[str, str]
+
+
+def _words(text: str) -> Markup:
+    """Text as it may be shown, its `commands` marked as such."""
+    words = printable(text).split("`")
+    if len(words) % 2 == 0:  # one of the backticks stands alone
+        return escape(printable(text))
+    return Markup("").join(CODE.format(part) if number % 2 else escape(part) for number, part in enumerate(words))
+
+
+def _size(count: float | None) -> str:
+    return "unknown" if count is None else statuses.size(round(count))
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:.1f} s" if seconds < SHORT_SECONDS else statuses.span(seconds)
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _rate(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate:,.{int(0 < rate < LOW_RATE)}f}/s"
+
+
+def _environment() -> Environment:
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made.filters |= {"words": _words, "size": _size, "seconds": _seconds, "count": _count, "rate": _rate}
+    made.filters |= {"duration": statuses.span}
+    macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
+    made.globals |= {name: getattr(macros, name) for name in ("messages", "bar", "hour")}  # also for a part alone
+    return made
+
+
+class Renderer:
+    """Makes the page of what the process knows."""
+
+    def __init__(
+        self, watchdog: Watchdog, history: History, beside: Beside, settings: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """`settings` as `config show --json` has them, without secrets."""
+        self._watchdog = watchdog
+        self._history = history
+        self._beside = beside
+        self._settings = settings
+        self._began = time.monotonic()
+        self._page = _environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
+        self._charts: dict[str, tuple[Chart, Chart]] = {}
+        self._charted = 0
+
+    def document(self) -> str:
+        """All of it."""
+        return self._page.render(self._context())
+
+    def parts(self) -> Rendered:
+        """Each part by the id of its element."""
+        context = self._context()
+        made = self._page.new_context(context)
+        parts = {name: "".join(block(made)) for name, block in self._page.blocks.items()}
+        return Rendered(context["headline"].state, context["title"], parts)
+
+    def _context(self) -> dict[str, Any]:
+        status = self._watchdog.status()
+        top = headline(status)
+        return {
+            "version": __version__,
+            "status": status,
+            "headline": top,
+            "title": f"{top.word} · {status.slot.name}",
+            "clock": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+            "states": {name: sink_state(sink, status) for name, sink in status.sinks.items()},
+            "notes": {name: note(sink) for name, sink in status.sinks.items()},
+            "rates": {name: self._history.rate(name) for name in {*status.sinks, *self._charts}},
+            "queued": _queued,
+            "charts": self._lines(),
+            "forecast": forecast(status),
+            "top": self._beside.top,
+            "letters": [*self._letters(status)],
+            "backfills": self._beside.backfills,
+            "uptime": time.monotonic() - self._began,
+            "settings": self._settings,
+        }
+
+    def _lines(self) -> dict[str, tuple[Chart, Chart]]:
+        """The charts, made anew when a step has ended."""
+        if self._charted != (step := self._history.step):
+            self._charted = step
+            hours = self._history.hours().items()
+            self._charts = {
+                name: (chart(rates, LEAST_RATE), chart(lags, LEAST_LAG_SECONDS)) for name, (rates, lags) in hours
+            }
+        return self._charts
+
+    def _letters(self, status: Status) -> Iterator[dict[str, Any]]:
+        """Those that are kept, with the commands for them, and why in words without row values."""
+        kept = status.dead_letters
+        if kept is None:
+            return
+        reasons = self._watchdog.pipeline.letters.reasons
+        rows = [("", kept.rows)] if kept.rows else []
+        for sink, count in [*rows, *kept.sinks.items()]:
+            chosen = f"--sink {sink}" if sink else "--stage row"
+            yield {
+                "count": count,
+                "of": f"of sink {sink}" if sink else "of rows that no event could be made of",
+                "reasons": reasons.get(sink, {}).items(),
+                "list": f"{PROGRAM} dead-letters list {chosen}",
+                "replay": f"{PROGRAM} dead-letters replay {chosen}",
+            }
+
+
+def _queued(sink: SinkStatus) -> int | None:
+    return None if sink.waiting is None else sink.waiting - (sink.in_flight or 0)
+
+
+def forecast(status: Status) -> str:
+    """How long the WAL that is kept goes well."""
+    wal = status.wal
+    if wal.lost_in_seconds:
+        return f"Safe for {statuses.span(wal.lost_in_seconds)} at {_size(wal.growth_bytes_per_second)}/s."
+    if wal.lost_in_seconds is not None:
+        return "No longer safe."
+    if wal.kept_bytes is None:
+        return "PostgreSQL has not been asked yet."
+    if wal.limit_bytes is None:
+        return "No limit: max_slot_wal_keep_size is not set. Without a reader, WAL fills the disk."
+    if wal.growth_bytes_per_second is None:
+        return "How fast it grows is not known yet."
+    return "Safe: it does not grow."
