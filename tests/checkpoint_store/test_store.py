@@ -461,6 +461,10 @@ def test_progress_is_kept_until_the_task_is_done(store: CheckpointStore, other: 
     store.save_progress("t", "backfill a", None)
     found = [other.load_progress(slot, f"backfill {name}") for slot in "st" for name in "ab"]
     assert ["2", "länge ✓", None, None] == found
+    tasks = other.tasks("s")
+    assert [("backfill b", "länge ✓"), ("backfill a", "2")] == [(task.name, task.progress) for task in tasks]
+    assert all(time.time() - 60 < task.updated_at <= time.time() for task in tasks)
+    assert [] == other.tasks("t")
 
 
 # --- dead letters

@@ -56,6 +56,10 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < SHORT_SECONDS else statuses.span(seconds)
 
 
+def _moment(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
+
+
 def _count(number: int | None) -> str:
     return "unknown" if number is None else f"{number:,}"
 
@@ -67,7 +71,7 @@ def _rate(rate: float | None) -> str:
 def _environment() -> Environment:
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     made.filters |= {"words": _words, "size": _size, "seconds": _seconds, "count": _count, "rate": _rate}
-    made.filters |= {"duration": statuses.span}
+    made.filters |= {"duration": statuses.span, "moment": _moment}
     macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
     made.globals |= {name: getattr(macros, name) for name in ("messages", "bar", "hour")}  # also for a part alone
     return made
@@ -102,13 +106,13 @@ class Renderer:
 
     def _context(self) -> dict[str, Any]:
         status = self._watchdog.status()
-        top = headline(status)
+        top = headline(self._watchdog, status)
         return {
             "version": __version__,
             "status": status,
             "headline": top,
             "title": f"{top.word} · {status.slot.name}",
-            "clock": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+            "clock": _moment(time.time()),
             "states": {name: sink_state(sink, status) for name, sink in status.sinks.items()},
             "notes": {name: note(sink) for name, sink in status.sinks.items()},
             "rates": {name: self._history.rate(name) for name in {*status.sinks, *self._charts}},
@@ -118,6 +122,7 @@ class Renderer:
             "top": self._beside.top,
             "letters": [*self._letters(status)],
             "backfills": self._beside.backfills,
+            "notices": [*reversed(self._watchdog.notices.ring)],
             "uptime": time.monotonic() - self._began,
             "settings": self._settings,
         }

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
+from replicator.operations.notices.ring import Reason
 from replicator.operations.status import SinkStatus, Status, span
+from replicator.operations.watchdog import BEGINNING, Watchdog
 
-State: TypeAlias = Literal["well", "paused", "standby", "trouble", "wrong"]
-"""Its colour: green, two calm ones, amber, red. It is red exactly while there are `Status.reasons`."""
+State: TypeAlias = Literal["well", "starting", "paused", "standby", "trouble", "wrong"]
+"""Its colour: green, three calm ones, amber, red. It is red while there are `Status.reasons`, but for a start."""
 
 WORDS: dict[State, str] = {
     "well": "All is well",
+    "starting": "Starting",
     "paused": "Paused",
     "standby": "Standing by",
     "trouble": "Trouble has begun",
     "wrong": "Something is wrong",
 }
-_SENTENCE_ENDS = re.compile(r"(?<=\.)\s+(?=[A-Z`])")
 
 
 class Saying(NamedTuple):
-    """What is wrong, or what to know."""
+    """What is wrong, or what to know, and what to do about it."""
 
     what: str
-    cure: str
-
-    @classmethod
-    def of(cls, message: str) -> Saying:
-        """A message's first sentence, and the others: its cure comes last."""
-        what, *cure = _SENTENCE_ENDS.split(message, maxsplit=1)
-        return cls(what, " ".join(cure))
+    cure: str = ""
 
 
 class Headline(NamedTuple):
-    """One colour and what it means; more than one thing may be wrong."""
+    """One colour and what it means. More than one thing may be wrong."""
 
     state: State
-    sayings: list[Saying]
+    sayings: Sequence[Saying]
 
     @property
     def word(self) -> str:
@@ -46,21 +41,32 @@ class Headline(NamedTuple):
         return WORDS[self.state]
 
 
-def headline(status: Status) -> Headline:
+def headline(watchdog: Watchdog, status: Status) -> Headline:
     """What an operator has to know first."""
-    if status.reasons:
-        return Headline("wrong", [*map(Saying.of, status.reasons)])
-    if begun := [*_begun(status)]:
+    reasons = watchdog.found()
+    if wrong := [reason for reason in reasons if reason.text not in BEGINNING]:
+        return Headline("wrong", [*map(_saying, wrong)])
+    if reasons:
+        return Headline("starting", [Saying("It connects, and will say in a moment how it is.")])
+    if begun := [*_begun(watchdog), *map(_saying, watchdog.warnings())]:
         return Headline("trouble", begun)
     if status.standby:
-        return Headline("standby", [Saying.of(status.standby)])
-    return Headline("well", [Saying(_well(status), "")])
+        return Headline("standby", [Saying(status.standby)])
+    return Headline("well", [Saying(_well(status))])
 
 
-def _begun(status: Status) -> Iterator[Saying]:
+def _saying(reason: Reason) -> Saying:
+    return Saying(reason.problem, reason.cure)
+
+
+def _begun(watchdog: Watchdog) -> Iterator[Saying]:
     """Trouble that is too young to be a reason: most of it ends by itself."""
-    messages = [status.slot.trouble, status.checkpoint.trouble, *(sink.trouble for sink in status.sinks.values())]
-    yield from (Saying.of(message) for message in dict.fromkeys(messages) if message)
+    for lane in watchdog.pipeline.fan_out.lanes:
+        if lane.trouble:
+            yield _saying(Reason("sink", lane.name, lane.trouble.message, lane.trouble.cure))
+    letters = watchdog.pipeline.letters.trouble
+    if letters:
+        yield _saying(Reason("database", "", letters.message, letters.cure))
 
 
 def _well(status: Status) -> str:

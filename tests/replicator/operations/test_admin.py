@@ -17,8 +17,10 @@ from msgspec import structs
 
 from devstack.process import free_port
 from replicator.contracts.stores import Task
+from replicator.delivery.retry import Trouble
 from replicator.operations import http
 from replicator.operations.http import CONNECTIONS, HEAD_BYTES, Admin, exposed
+from replicator.operations.notices.ring import Notices, Reason
 from replicator.operations.page import live
 from replicator.operations.page.live import VIEWERS, Live
 from replicator.operations.status import CheckpointStatus, SlotStatus, Status
@@ -40,7 +42,8 @@ class FakeWatchdog:
         self.standby = ""
         self.wrong: list[str] = []
         self.lanes: list[object] = []
-        letters = types.SimpleNamespace(reasons={})
+        self.notices = Notices()
+        letters = types.SimpleNamespace(reasons={}, trouble=Trouble())
         self.pipeline = types.SimpleNamespace(fan_out=types.SimpleNamespace(lanes=self.lanes), letters=letters)
 
     def reasons(self) -> list[str]:
@@ -50,6 +53,14 @@ class FakeWatchdog:
     def status(self) -> Status:
         """The same, as a form."""
         return structs.replace(STATUS, reasons=self.wrong)
+
+    def found(self) -> list[Reason]:
+        """What is wrong, each with what it is about."""
+        return [Reason("sink", "redis", text) for text in self.wrong]
+
+    def warnings(self) -> list[Reason]:
+        """What will be wrong."""
+        return []
 
     def lag_seconds(self, _: object) -> float:
         """Of any lane."""
