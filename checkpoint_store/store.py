@@ -82,7 +82,8 @@ class SqlCheckpointStore:
         with self._connection(writes=True) as connection:
             before = _count_letters(connection, slot)
             known = _known_keys(connection, slot, [*rows])
-            if new := [row for key, row in rows.items() if key not in known]:
+            same = _known_rows(connection, slot, [*rows.values()])
+            if new := [row for key, row in rows.items() if key not in known and _content(row) not in same]:
                 connection.execute(dead_letters.insert(), new)
             after = _count_letters(connection, slot)
             if most is not None:
@@ -218,6 +219,20 @@ def _known_keys(connection: Connection, slot: str, keys: Sequence[str]) -> set[s
     query = select(dead_letters.c.letter_key).where(dead_letters.c.slot == slot)
     pieces = (connection.execute(query.where(dead_letters.c.letter_key.in_(piece))) for piece in _pieces(keys))
     return {key for piece in pieces for key in piece.scalars()}
+
+
+def _known_rows(connection: Connection, slot: str, rows: Sequence[dict[str, Any]]) -> set[tuple[int, bytes]]:
+    """Those that no event can be made of: one may come through the stream and be read from the table as well."""
+    ids = [row["event_id"] for row in rows if row["sink"] is None and row["event_id"] is not None]
+    columns = dead_letters.c
+    query = select(columns.event_id, columns.payload).where(columns.slot == slot, columns.sink.is_(None))
+    found = (connection.execute(query.where(columns.event_id.in_(piece))) for piece in _pieces(ids))
+    return {(event_id, bytes(payload)) for piece in found for event_id, payload in piece}
+
+
+def _content(row: dict[str, Any]) -> tuple[int, bytes] | None:
+    """What makes two rows the same; None for a letter of a sink: each refusal is one."""
+    return (row["event_id"], row["payload"]) if row["sink"] is None else None
 
 
 def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -217,17 +217,19 @@ build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], No
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode
 
-_KEPT = frozenset([*(field.column for field in OWN), *(field.joined for field in JOINED)])
+_KEPT = [*(field.column for field in OWN), *(field.joined for field in JOINED)]
 """The columns that a dead letter keeps; others, such as raw_payload, may be nobody's business."""
 
 
 def _kept(columns: Iterable[Column]) -> list[Column]:
-    return [column for column in columns if column.name in _KEPT]
+    """In one order: a row looks the same from the stream and from the table, and is kept once."""
+    return sorted((column for column in columns if column.name in _KEPT), key=lambda column: _KEPT.index(column.name))
 
 
 def dead_letter(row: Row, reason: str) -> DeadLetter:
     """Keeps the row that no event can be made of, with the columns that events are made from."""
-    kept = structs.replace(row, columns=_kept(row.columns), identity=_kept(row.identity))
+    columns, identity = _kept(row.columns), _kept(row.identity)
+    kept = structs.replace(row, columns=columns, identity=identity, commit_lsn=0, ordinal=0)  # the letter has its own
     unquote(kept.columns)
     event_id = next((column.value for column in kept.columns if column.name == IDENTITY.column), None)
     return DeadLetter(

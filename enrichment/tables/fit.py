@@ -71,19 +71,25 @@ def misfits(shape: Shape, table: str) -> Problem | None:
             cures.append(_absent(table, ours, column, there=ours in columns))
         elif columns[column].type != needed:
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
-            cures.append(f"ALTER TABLE {name} ALTER COLUMN {column} TYPE {needed} USING {column}::{needed}")
+            quoted = _quoted(column, ours)
+            cures.append(f"ALTER TABLE {name} ALTER COLUMN {quoted} TYPE {needed} USING {quoted}::{needed}")
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
 
 
 def _absent(table: str, ours: str, column: str, *, there: bool) -> str:
     """The cure for a column that is missing; `there`: but the one that has our name is not."""
-    name, needed = f"{SCHEMA}.{table}", NEEDED[table][ours]
+    name, needed, quoted = f"{SCHEMA}.{table}", NEEDED[table][ours], _quoted(column, ours)
     setting = f"{'' if table == EVENTS_TABLE else f'{table}.'}{ours}"
-    back = f"Rename it back (ALTER TABLE {name} RENAME COLUMN … TO {column})"
+    back = f"Rename it back (ALTER TABLE {name} RENAME COLUMN … TO {quoted})"
     if there and column != ours:
         return f"{back}, or take {setting}={column} out of {variable('columns')} and restart the replicator"
-    added = f"if there never was one, ALTER TABLE {name} ADD COLUMN {column} {needed}"
+    added = f"if there never was one, ALTER TABLE {name} ADD COLUMN {quoted} {needed}"
     return f"{back}, or {added}, or name it in {variable('columns')}={setting}=… and restart the replicator"
+
+
+def _quoted(column: str, ours: str) -> str:
+    """As SQL has to write it: a name of the operator's may have capitals and spaces, or be a keyword."""
+    return column if column == ours else '"' + column.replace('"', '""') + '"'
 
 
 def replaced(before: Shape, now: Shape) -> bool:

@@ -61,6 +61,7 @@ class _Chosen:
 
         self.app = load_app()
         self.found: set[int | None] = set()
+        self._excluded: set[int | None] = set()  # by conditions, though their numbers were given
         self._looked_at = 0
         self._fields: set[str] = set()  # that letters have
         self._sink = sink if sink is None else one_sink(sink, known_sinks())
@@ -98,7 +99,15 @@ class _Chosen:
                 )
 
     def _has(self, letter: DeadLetter) -> bool:
-        if (self._ids and letter.id not in self._ids) or letter.created_at < self._since:
+        if self._ids and letter.id not in self._ids:
+            return False
+        if not self._fits(letter):
+            self._excluded.add(letter.id)
+            return False
+        return True
+
+    def _fits(self, letter: DeadLetter) -> bool:
+        if letter.created_at < self._since:
             return False
         try:
             values = _values(letter) if self._where else {}
@@ -118,7 +127,9 @@ class _Chosen:
         of_sink = f" of sink {self._sink}" if self._sink else ""
         absent = sorted(set(self._ids).difference(self.found))
         for number in absent:
-            print(f"there is no dead letter {number}{of_sink}", file=sys.stderr)
+            excluded = f"dead letter {number}{of_sink} is there, but does not fit the other options"
+            missing = f"there is no dead letter {number}{of_sink}"
+            print(excluded if number in self._excluded else missing, file=sys.stderr)
         if not self.found and not absent:
             none = f"none of {_counted(self._looked_at)}{of_sink} matches" if self._looked_at else None
             print(none or f"no dead letters{of_sink}", file=sys.stderr)

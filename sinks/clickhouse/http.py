@@ -141,7 +141,8 @@ async def _require_good(answer: aiohttp.ClientResponse, server: str) -> None:
 
 async def _text(answer: aiohttp.ClientResponse, most: int, server: str, *, cut: bool = False) -> bytes:
     """The body. Raises SinkMisconfigured if it is longer than any that ClickHouse gives, unless it may be `cut`."""
-    if answer.headers.get("Content-Encoding", "identity") != "identity":  # we ask for none, and a bomb would be one
+    encoding = answer.headers.get("Content-Encoding", "identity")  # we ask for none, and a bomb would be one
+    if encoding.lower() != "identity":
         raise not_clickhouse(server, "its answer is compressed")
     body = bytearray()
     async for chunk in answer.content.iter_any():

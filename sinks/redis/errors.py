@@ -50,13 +50,13 @@ OTHER_CURE = "It takes Redis 6.0 or newer, or a server that runs the same Lua sc
 _KNOWN: tuple[tuple[str, type[SinkMisconfigured | SinkUnusable], str], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", SinkMisconfigured, CERTIFICATE_CURE),
     ("db index is out of range", SinkMisconfigured, DATABASE_CURE),
-    ("ASK", SinkUnusable, CLUSTER_CURE),
     ("CROSSSLOT", SinkUnusable, CLUSTER_CURE),
-    ("MOVED", SinkUnusable, CLUSTER_CURE),
     ("WRONGTYPE", SinkUnusable, FOREIGN_CURE),
     ("unknown command", SinkUnusable, OTHER_CURE),
 )
 """A code or a wording that stays true until somebody helps."""
+_ELSEWHERE = re.compile(r"\b(ASK|MOVED) \d+ ")
+"""What a cluster's node says of a key of another one: the words alone may be anybody's."""
 
 
 def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = (), prefix: str = "") -> SinkError:
@@ -65,6 +65,8 @@ def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = ()
     words = _words(exc)
     if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
         return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure(prefix))
+    if _ELSEWHERE.search(detail):
+        return SinkUnusable(sink=sink, detail=detail, cure=CLUSTER_CURE)
     for known, error, cure in _KNOWN:
         if known in (words if known.isupper() else detail.lower()):
             return error(sink=sink, detail=detail, cure=cure)

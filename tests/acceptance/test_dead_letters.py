@@ -82,6 +82,21 @@ def test_there_is_none(program: Program) -> None:
         assert (1, "there is no dead letter 99 of sink http\n") == (unknown.code, unknown.stderr)
 
 
+def test_a_row_is_refused_twice(program: Program, source: psycopg.Connection) -> None:
+    """By the stream and by a backfill: one dead letter; with a condition that it does not meet, it is not listed."""
+    source.execute("ALTER TABLE engagement_events ALTER user_id DROP NOT NULL")
+    program.start()
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, NULL, 'play')")
+    program.wait_until_caught_up()
+    assert 0 == program.stop()
+    program.run("backfill", "--last", "1h")
+    [letter, _] = listed(program, "--stage", "row")
+    number = letter.split()[0]
+    other = program.run("dead-letters", "list", "--id", number, "--where", "event_type=pause")
+    said = f"dead letter {number} is there, but does not fit the other options\n"
+    assert (1, "", said) == (other.code, other.stdout, other.stderr)
+
+
 def test_a_row_that_no_event_can_be_made_of(
     program: Program, source: psycopg.Connection, destinations: Destinations, database: str
 ) -> None:

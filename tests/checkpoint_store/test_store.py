@@ -516,13 +516,25 @@ def test_what_makes_two_dead_letters_the_same(store: CheckpointStore) -> None:
         letter(1, sink=None),
         backfilled,
         msgspec.structs.replace(backfilled, event_id=2),
-        msgspec.structs.replace(backfilled, sink=None),
+        msgspec.structs.replace(backfilled, sink=None, payload=b"another row with this id"),
     ]
     for _ in range(2):
         store.add_dead_letters("s", different)
     found = [msgspec.structs.replace(kept, id=None, created_at=0.0) for kept in store.dead_letters("s")]
     assert different == found
     assert LetterCounts(rows=2, sinks={"http": 3, "redis": 1}) == store.count_dead_letters("s")
+
+
+def test_a_row_is_kept_once_whichever_way_it_came(store: CheckpointStore) -> None:
+    """From the stream and from the table: the first stays. A sink's refusals of its event are as many as it refuses."""
+    streamed = letter(1, sink=None)
+    read = msgspec.structs.replace(streamed, origin="backfill", position=None)
+    nameless = msgspec.structs.replace(letter(2, sink=None), event_id=None)
+    for first, second in ((streamed, read), (read, streamed)):
+        store.add_dead_letters("s", [first, nameless])
+        store.add_dead_letters("s", [second, nameless])
+        assert [first.origin, "stream"] == [found.origin for found in store.dead_letters("s")]
+        store.drop_dead_letters("s", [found.id or 0 for found in store.dead_letters("s")])
 
 
 def test_dead_letters_of_a_stage(store: CheckpointStore) -> None:

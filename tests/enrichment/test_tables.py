@@ -222,6 +222,13 @@ async def test_a_column_that_is_missing(
     admin.execute("ALTER TABLE engagement_events RENAME device TO other")
     [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
     assert cure.endswith("or name it in REPLICATOR_COLUMNS=device=… and restart the replicator")
+    monkeypatch.setattr(contract, "RENAMED", {"engagement_events": {"device": "The Device"}})
+    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    assert 'RENAME COLUMN … TO "The Device")' in cure
+    assert 'ADD COLUMN "The Device" text' in cure
+    admin.execute('ALTER TABLE engagement_events ADD "The Device" int')
+    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    assert cure.endswith('ALTER COLUMN "The Device" TYPE text USING "The Device"::text')
 
 
 async def _shape(guard: Guard) -> Shape:

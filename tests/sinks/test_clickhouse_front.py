@@ -436,6 +436,12 @@ class TestBounds:
             assert time.monotonic() - began < 5
             assert front.sent_bytes < 40_000_000, "the network's buffers included"
 
+    async def test_not_compressed(self, clickhouse: ClickHouse, front: Front, sink: ClickHouseSink) -> None:
+        """It may be written with a capital."""
+        front.tell(lambda asked: but(asked.pass_on(), Content_Encoding="Identity"), only_inserts=False)
+        await sink.write(events(1, 3))
+        assert [1, 2, 3] == ids(clickhouse)
+
     async def test_a_bomb(self, front: Front, sink: ClickHouseSink) -> None:
         """Nothing is unpacked."""
         bomb = gzip.compress(bytes(50_000_000))

@@ -12,10 +12,12 @@ from itertools import chain, repeat
 
 import pytest
 from pydantic import SecretStr
+from redis.connection import DefaultParser
 
 from enrichment import EVENT
-from replicator.contracts.errors import SinkUnavailable
+from replicator.contracts.errors import SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event
+from sinks.redis.errors import sink_error
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
 
@@ -62,6 +64,23 @@ def server(answer: Callable[[], Iterator[bytes]]) -> Iterator[int]:
         yield int(listening.server_address[1])
         listening.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_cluster"),
+    [
+        ("MOVED 3999 127.0.0.1:6381", True),
+        ("ASK 3999 127.0.0.1:6381", True),
+        ("CROSSSLOT Keys in request don't hash to the same slot", True),
+        ("ERR ASK your administrator", False),
+        ("BUSY it has MOVED away", False),
+    ],
+)
+def test_a_cluster_is_told_by_its_answers(answer: str, is_cluster: bool) -> None:
+    """Not by words that anybody may use."""
+    error = sink_error("redis", DefaultParser.parse_error(answer))  # type: ignore[no-untyped-call]  # redis-py's own
+    assert is_cluster == isinstance(error, SinkUnusable)
+    assert is_cluster == ("Redis Cluster" in error.cure)
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
