@@ -5,7 +5,7 @@
 
 from enrichment.contract import EVENT, EnrichmentSettings
 from enrichment.enricher import EngagementEnricher, create_enricher
-from enrichment.history import BEGINNING, END, EngagementHistory
+from enrichment.history import BEGINNING, END, EngagementHistory, Slice
 from enrichment.ledger import EngagementLedger
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "EngagementHistory",
     "EngagementLedger",
     "EnrichmentSettings",
+    "Slice",
     "create_enricher",
 ]

@@ -22,7 +22,8 @@ from msgspec import structs
 from enrichment.codec import DRAFT_KEY, DRAFT_TIME, Content, Draft, RowUnusable, build_events, check, dead_letter
 from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, IDENTITY, JOINED, OWN, SCHEMA, TIME, named, rows_of
 from enrichment.database import Database
-from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, parse_lsn
+from replicator.contracts.errors import SourceUnavailable
+from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
@@ -73,6 +74,13 @@ GROUP BY 1 ORDER BY 1
 """  # noqa: S608  names in the contract
 
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
+REPLAYED = (
+    "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)::text"
+)
+"""The same of a standby, too, which shows what it has replayed."""
+
+WAL_BLOCK_BYTES = 8192
+PAGE_HEADER_BYTES = 40
 
 IN_RANGE = "p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz"
 BY_TIME = """
@@ -87,7 +95,7 @@ _JOINED = ", ".join(f"c.{field.joined}::{field.type.postgres}" for field in JOIN
 _USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
 
 
-def _page(rows: str, order: str, wanted: str = IN_RANGE) -> str:
+def _page(rows: str, order: str, wanted: str = IN_RANGE, wal_end: str = WAL_END) -> str:
     return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
@@ -98,7 +106,7 @@ WITH found AS MATERIALIZED (
 ), measured AS (
     SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
-SELECT ({WAL_END}), {wanted}, {_USABLE},
+SELECT ({wal_end}), {wanted}, {_USABLE},
        {_OWN},
        {_JOINED}
 FROM page p LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = p.content_id
@@ -110,11 +118,24 @@ ORDER BY p.size_up_to
 Order: TypeAlias = Literal["event_ts", "id"]
 
 PAGES: Mapping[Order, str] = {"event_ts": _page(BY_TIME, "p.event_ts, p.id"), "id": _page(BY_ID, "p.id")}
+STANDBY_PAGES: Mapping[Order, str] = {
+    "event_ts": _page(BY_TIME, "p.event_ts, p.id", wal_end=REPLAYED),
+    "id": _page(BY_ID, "p.id", wal_end=REPLAYED),
+}
 PICKED_PAGE = _page(BY_IDS, "p.id", "true")
 
 _OWN_VALUES = slice(3, 3 + len(OWN))
 _JOINED_VALUES = slice(_OWN_VALUES.stop, None)
 """Where a row of a page has the values of `OWN` and of `JOINED`. The WAL's end, wanted, usable are before them."""
+
+
+def last_end(lsn: Lsn) -> Lsn:
+    """Where the last record of the WAL ends that ends at this position.
+
+    At the end of a page it is after the next page's header, where no commit ends before there is one.
+    """
+    over = lsn % WAL_BLOCK_BYTES
+    return lsn - over if over <= PAGE_HEADER_BYTES else lsn
 
 
 def between(start: datetime, end: datetime) -> dict[str, object]:
@@ -145,20 +166,80 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
+class Slice(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a range, for a history of its own."""
+
+    start: datetime
+    end: datetime
+    place: str
+    """Where its first page begins."""
+
+
+SPANS_A_SLICE = 50
+"""So that slices differ by some two per cent in size, where the events are spread out."""
+
+
+def _spans(key: str, number: str) -> str:
+    events = f"{rows_of(EVENTS_TABLE)} AS p"
+    wanted = f"{IN_RANGE} AND p.id <= %(last_id)s::bigint"
+    bounds = f"{number.format(f'p.{key}')}, {number.format('low')}, {number.format('high')} + 1"
+    return f"""
+-- The events of a range in equal spans of their order: how many each span has, and where its first one is.
+WITH ends AS (SELECT min(p.{key}) AS low, max(p.{key}) AS high FROM {events} WHERE {wanted})
+SELECT count(*), min(p.{key})::text FROM {events} CROSS JOIN ends WHERE {wanted}
+GROUP BY width_bucket({bounds}, %(spans)s::int) ORDER BY min(p.{key})
+"""  # noqa: S608  names in the contract
+
+
+SPANS: Mapping[Order, str] = {
+    "event_ts": _spans("event_ts", "extract(epoch FROM {})::numeric"),
+    "id": _spans("id", "{}::numeric"),
+}
+
+
+def cuts(spans: Sequence[tuple[int, str]], most: int) -> list[str]:
+    """Where to cut spans, each with its events and its first place, into at most so many parts of about one size."""
+    share = sum(count for count, _ in spans) / most
+    found: list[str] = []
+    gathered = 0
+    for count, first in spans:
+        if gathered >= share and gathered:
+            found.append(first)
+            gathered = 0
+        gathered += count
+    return found
+
+
 class EngagementHistory:
     """The events of `public.engagement_events` with `start <= event_ts < end`."""
 
-    def __init__(self, dsn: Dsn, start: datetime, end: datetime) -> None:
+    def __init__(self, dsn: Dsn, start: datetime, end: datetime, *, since: Lsn | None = None) -> None:
+        """With `since` a standby will do, once it has replayed the WAL up to there."""
+        self._start, self._end, self._since = start, end, since
         self._range = between(start, end)
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
+        self._queries = PAGES if since is None else STANDBY_PAGES
         self._indexed = False
 
     async def open(self) -> None:
         """See which order the table can be read in, and that it can be read: rights, columns, a primary."""
         [(self._indexed,)] = await self._scans.rows(INDEXED)
-        await self._pages.rows(PAGES["id"], {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES})
-        await self._pages.rows(WAL_END)
+        first = {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
+        await self._pages.rows(self._queries["id"], first)
+        reached = await self.wal_end()
+        if self._since is not None and reached < self._since:
+            detail = f"the standby has replayed the WAL up to {format_lsn(reached)}, not yet to"
+            raise SourceUnavailable(
+                problem="the standby is behind",
+                detail=f"{detail} {format_lsn(self._since)}",
+                cure="It is asked again until it is there",
+            )
+
+    async def wal_end(self) -> Lsn:
+        """Where the WAL ends, as far as this server has it."""
+        [(text,)] = await self._pages.rows(WAL_END if self._since is None else REPLAYED)
+        return last_end(parse_lsn(text))
 
     async def begin(self) -> tuple[str, int]:
         if not self._indexed:
@@ -172,6 +253,22 @@ class EngagementHistory:
         )
         return str(place), count
 
+    async def slices(self, place: str, most: int) -> list[Slice]:
+        """The range from its beginning, a place that `begin` gave, in at most so many parts to be read side by side."""
+        here = msgspec.json.decode(place, type=_Place)
+        wanted = {**self._range, "last_id": here.last_id, "spans": most * SPANS_A_SLICE}
+        found = cuts(await self._scans.rows(SPANS[here.order], wanted), most)
+        if here.order == "id":
+            firsts = [here.id, *map(int, found)]
+            lasts = [*(first - 1 for first in firsts[1:]), here.last_id]
+            places = [structs.replace(here, id=first, last_id=last) for first, last in zip(firsts, lasts, strict=True)]
+            return [Slice(start=self._start, end=self._end, place=str(one)) for one in places]
+        starts = [self._start, *map(datetime.fromisoformat, found)]
+        return [
+            Slice(start=start, end=end, place=str(structs.replace(here, ts=start.isoformat())))
+            for start, end in zip(starts, [*starts[1:], self._end], strict=True)
+        ]
+
     async def hours(self) -> dict[int, int]:
         """The number of events in each hour, by its start in Unix seconds; hours without events are absent."""
         return dict(await self._scans.rows(HOURS, self._range))
@@ -181,7 +278,7 @@ class EngagementHistory:
         if here.id > here.last_id and here.order == "id":
             return None
         wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
-        found = await self._pages.rows(PAGES[here.order], wanted)
+        found = await self._pages.rows(self._queries[here.order], wanted)
         return make_page(found, after, str(here.after(*last_event(found)))) if found else None
 
     async def close(self) -> None:

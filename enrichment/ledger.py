@@ -13,7 +13,7 @@ from typing import Any
 
 from enrichment.contract import CONTENT_TABLE, EVENT, EVENTS_TABLE, JOINED, OWN, TIME, rows_of
 from enrichment.database import Database
-from enrichment.history import BEGINNING, END, INDEXED, WAL_END, PickedHistory, between
+from enrichment.history import BEGINNING, END, INDEXED, WAL_END, PickedHistory, between, last_end
 from replicator.contracts.events import Lsn, parse_lsn
 from replicator.contracts.fields import Field
 from replicator.contracts.ledger import Digest, EventDigest, Slice
@@ -26,9 +26,6 @@ CHUNK = 5_000
 
 SETTINGS = {"enable_sort": "off"}  # the groups are few; the planner expects as many as there are rows
 ID_SETTINGS = {"enable_hashagg": "off"}  # sorted on disk: a group's ids in memory, not all groups'
-
-WAL_BLOCK_BYTES = 8192
-PAGE_HEADER_BYTES = 40
 
 _SQL = {field.name: f"e.{field.column}" for field in OWN} | {field.name: f"c.{field.joined}" for field in JOINED}
 _US = TIME.type.postgres_line.format(_SQL[TIME.name])
@@ -89,10 +86,7 @@ class EngagementLedger:
 
     async def lsn(self) -> Lsn:
         [(text,)] = await self._scans.rows(WAL_END)
-        lsn = parse_lsn(text)
-        # At the end of a WAL page this is after the next page's header, where no commit ends before there is one.
-        over = lsn % WAL_BLOCK_BYTES
-        return lsn - over if over <= PAGE_HEADER_BYTES else lsn
+        return last_end(parse_lsn(text))
 
     async def next_transaction(self) -> int:
         [(number,)] = await self._scans.rows(NEXT_TRANSACTION)

@@ -147,7 +147,7 @@ async def deliver(run: Run) -> int:
         if run.as_json:
             print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
         else:
-            print("\n".join(_lines(summary)))
+            print("\n".join(summary_lines(summary)))
         if not done:
             print(f"not finished; to continue: {run.again}", file=sys.stderr)
     return 0 if done else 1
@@ -232,7 +232,8 @@ def _of_sink(lane: Lane) -> dict[str, Any]:
     return {"written": lane.stats.events - refused, "new": lane.sink.new_events, "dead_letters": refused}
 
 
-def _lines(summary: dict[str, Any]) -> Iterator[str]:
+def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
+    """For people."""
     events, seconds = summary["events"], summary["seconds"]
     resumed = f", {summary['events_before']} before" if summary["events_before"] else ""
     speed = f"{seconds:.1f} s, {events / max(0.1, seconds):.0f}/s"

@@ -101,14 +101,14 @@ def _root(
     return stream.run() if context.invoked_subcommand is None else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> int:
     """Run one command; its exit code."""
     _prepare_streams()
     os.umask(0o077)  # whatever it makes is its own: checkpoint and dead letters, and the embedded ClickHouse's tables
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments, program)
     except typer.TyperException as exc:
-        _complain(_one_line(exc))
+        _complain(_one_line(exc, program))
         return 2
     except Overtaken as exc:
         logging.getLogger("replicator").warning("%s", exc)
@@ -237,8 +237,9 @@ class _Loop(asyncio.SelectorEventLoop):
             task.exception()  # whoever waited for it has it
 
 
-def _run(arguments: Sequence[str]) -> int:
-    result = typer.main.get_command(app).main(list(arguments), prog_name="replicator", standalone_mode=False)
+def _run(arguments: Sequence[str], program: typer.Typer) -> int:
+    name = program.info.name
+    result = typer.main.get_command(program).main(list(arguments), prog_name=name, standalone_mode=False)
     if isinstance(result, Coroutine):  # a command that works on the event loop
         with asyncio.Runner(loop_factory=_Loop) as runner:
             result = runner.run(_stoppable(result))
@@ -253,10 +254,10 @@ async def _stoppable(work: Coroutine[Any, Any, int]) -> int:
     return await work
 
 
-def _one_line(error: Any) -> str:
+def _one_line(error: Any, program: typer.Typer) -> str:
     """What the parser found wrong: the argument, the problem, what the argument takes."""
     context = getattr(error, "ctx", None)
-    command: Any = context.command if context else typer.main.get_command(app)
+    command: Any = context.command if context else typer.main.get_command(program)
     name = getattr(error, "option_name", None)
     option = getattr(error, "param", None) or next((known for known in _options(command) if name in known.opts), None)
     message = error.message.removeprefix("Value error, ").rstrip(".")

@@ -77,15 +77,21 @@ class Backfill:
         self._reached = start
         self._saved: BackfillProgress | None = None
         self._pages: deque[tuple[Position, BackfillProgress]] = deque()
-        self._trouble = Trouble()
+        self.trouble = Trouble()
+        """Why nothing is read."""
+        self._enough = False
         self._done = False
 
     def stop(self) -> None:
         """Read no more, finish the writes in flight, save the place; `run` then returns."""
         self.fan_out.stop()
 
+    def finish(self) -> None:
+        """Read no more, write all that was read; `run` then returns."""
+        self._enough = True
+
     async def run(self) -> bool:
-        """Write everything. False: `stop` came first. Raises what a retry can't help."""
+        """Write everything. False: `stop` or `finish` came first. Raises what a retry can't help."""
         start = SinkPosition(position=Position(0, 0), end_lsn=0)
         self.fan_out.open(self._sinks, {sink.name: start for sink in self._sinks})
         failure = await self.fan_out.run(self._work(), self._save_forever())
@@ -102,7 +108,7 @@ class Backfill:
         """Read all pages, and wait until every lane has written them."""
         after, before = Position(0, 0), self._reached.events
         began = due = time.monotonic()
-        while page := await self._read(after):
+        while not self._enough and (page := await self._read(after)):
             after = page.position
             await self._put(page)
             if self._rate:
@@ -114,19 +120,19 @@ class Backfill:
         while self._pages:
             await self.fan_out.progress()
             self._settle()
-        self._done = True
+        self._done = not self._enough
 
     async def _read(self, after: Position) -> Page | None:
         await self.fan_out.room()
         place, rows = self._reached.place, self._page_rows
         return await retry(
-            lambda: self._history.read(place, after, rows), self._trouble, self._settings.retry_max_seconds
+            lambda: self._history.read(place, after, rows), self.trouble, self._settings.retry_max_seconds
         )
 
     async def _put(self, page: Page) -> None:
         events, refused = page.enriched
         if refused:
-            await retry(lambda: self._letters.keep(refused), self._trouble, self._settings.retry_max_seconds)
+            await retry(lambda: self._letters.keep(refused), self.trouble, self._settings.retry_max_seconds)
             self.rows_refused += len(refused)
         read = self._reached.events + len(events) + len(refused)
         self._reached = structs.replace(self._reached, place=page.place, events=read)

@@ -35,6 +35,7 @@ class FakeHistory:
         self.page_rows = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.reading = asyncio.Event()
 
     async def open(self) -> None:
         """Nothing to connect to."""
@@ -47,6 +48,7 @@ class FakeHistory:
         """The page of this number."""
         self.page_rows = rows
         self.read_places.append(place)
+        self.reading.set()
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -166,6 +168,22 @@ async def test_the_place_is_after_what_every_sink_has(settings: CoreSettings) ->
     kept = store.progress[-1]
     assert kept is not None
     assert run.written == msgspec.json.decode(kept, type=BackfillProgress)
+
+
+async def test_finish_writes_what_was_read(settings: CoreSettings) -> None:
+    """And nothing more is read: it ends between two pages, with no event in flight that would come again."""
+    past, sink = FakeHistory([1, 2], [3], [4]), sink_of()
+    sink.linger_seconds = 60
+    run = run_of(settings, past, Store(), sink, rate=1000)
+    past.gate.clear()
+    running = asyncio.create_task(run.run())
+    await past.reading.wait()
+    run.finish()
+    past.gate.set()
+    assert not await asyncio.wait_for(running, 10)
+    assert ([1, 2], BackfillProgress(place="1", events=2, total=4)) == (sink.taken, run.written)
+    assert await run_of(settings, past, Store(), sink, place=run.written.place).run()
+    assert [1, 2, 3, 4] == sink.taken
 
 
 async def test_it_goes_on_at_a_place(settings: CoreSettings) -> None:
