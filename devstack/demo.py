@@ -63,21 +63,21 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def _run(seconds: float | None, seed: int) -> int:
     console.print(f"starting PostgreSQL, Redis, ClickHouse and an HTTP API (traffic has seed {seed})")
     with DevStack(*DevStack.SERVICES) as stack:
-        dsn = _prepare(stack)
+        dsn = prepare(stack)
         replicator = stack.replicator(REPLICATOR_POSTGRES_DSN=dsn)
         replicator.start()
         console.print(look_around(stack, replicator))
         traffic = Traffic(stack.postgres.dsn, seed)
-        with _inserting(traffic) as inserting:
-            _watch(stack, replicator, inserting, seconds)
+        with inserting(traffic) as running:
+            _watch(stack, replicator, running, seconds)
         console.print("traffic has stopped; waiting for the sinks")
-        _settle(stack)
+        settle(stack)
         replicator.stop()
         verdicts = compare(stack)
     return report(verdicts)
 
 
-def _prepare(stack: DevStack) -> str:
+def prepare(stack: DevStack) -> str:
     """Create the schema and a plain replication role from sql/. Returns the role's DSN."""
     with psycopg.connect(stack.postgres.dsn) as connection:
         connection.execute((ROOT / "sql" / "source_schema.sql").read_bytes())
@@ -112,7 +112,7 @@ def look_around(stack: DevStack, replicator: Replicator) -> str:
 
 
 @contextmanager
-def _inserting(traffic: Traffic) -> Iterator[Future[None]]:
+def inserting(traffic: Traffic) -> Iterator[Future[None]]:
     """Run traffic in a thread; raise its failure on exit."""
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(traffic.run)
@@ -123,14 +123,14 @@ def _inserting(traffic: Traffic) -> Iterator[Future[None]]:
         future.result()
 
 
-def _watch(stack: DevStack, replicator: Replicator, inserting: Future[None], seconds: float | None) -> None:
+def _watch(stack: DevStack, replicator: Replicator, running: Future[None], seconds: float | None) -> None:
     """Show what happens until time is up, Ctrl-C, or something fails."""
     started = time.monotonic()
     before = None
     try:
         with Live(console=console, auto_refresh=False) if console.is_terminal else _plain() as live:
             for number in _looks(started, seconds):
-                if inserting.done():
+                if running.done():
                     return
                 now = _look(stack, replicator, started)
                 if isinstance(live, Live):
@@ -166,7 +166,7 @@ def _look(stack: DevStack, replicator: Replicator, started: float) -> screen.Loo
         raise DevStackError(f"the replicator does not answer\n{replicator.log_end()}") from None
 
 
-def _settle(stack: DevStack) -> None:
+def settle(stack: DevStack) -> None:
     """Wait until every sink has as many events as PostgreSQL. If that takes too long, the comparison shows why."""
     try:
         wait_until(lambda: len(set(count(stack))) == 1, "the sinks to catch up", SETTLE_TIMEOUT_SECONDS)

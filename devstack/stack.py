@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self, TypeVar
@@ -15,6 +16,7 @@ from devstack.postgres import Postgres
 from devstack.process import DevStackError, Service, free_port
 from devstack.redis import Redis
 from devstack.replicator import Replicator
+from devstack.spark import SparkMaster, cluster
 from devstack.standby import Standby
 from devstack.watchdog import Watchdog
 
@@ -121,6 +123,12 @@ class DevStack:
         made = Standby(self.folder, self._watchdog, self.postgres)
         self._services[made.name] = made
         return made
+
+    def spark(self, **settings: str) -> AbstractContextManager[SparkMaster]:
+        """A Spark cluster whose two nodes have the settings of a replicator on this stack."""
+        if self._watchdog is None:
+            raise DevStackError("the stack isn't running: with DevStack(...) as stack")
+        return cluster(self.folder / "spark", self._watchdog, {**self.environment(), **settings})
 
     def close(self) -> None:
         """Kill everything and remove the folder."""

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -15,6 +16,7 @@ from devstack.api import Api
 from tests.prove.failpoints import BREACHES
 from tests.support import environment as ground
 from tests.support import program
+from tests.support.destinations import Destinations
 
 # How fast a busy machine makes up examples, and runs one, says nothing about the program.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -101,3 +103,30 @@ def api(stack: DevStack) -> Api:
     """The API, well behaved and without memory."""
     ground.empty_api(stack)
     return stack.api
+
+
+@pytest.fixture
+def plain_dsn(stack: DevStack, database: str) -> str:
+    """DSN of the role that sql/roles.sql makes, for the test's own database."""
+    return ground.plain_role(stack, database)
+
+
+@pytest.fixture
+def environment(plain_dsn: str, redis_url: str, clickhouse_url: str, api: Api, tmp_path: Path) -> dict[str, str]:
+    """The settings of a replicator with a slot, a checkpoint and an admin port of its own."""
+    return ground.environment(plain_dsn, clickhouse_url, redis_url, api.url, folder=tmp_path)
+
+
+@pytest.fixture
+def destinations(stack: DevStack) -> Iterator[Destinations]:
+    """What has arrived."""
+    destinations = Destinations(stack)
+    yield destinations
+    destinations.redis.close()
+
+
+@pytest.fixture
+def source(database: str) -> Iterator[psycopg.Connection]:
+    """The superuser's connection to the source database, each statement a transaction."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection

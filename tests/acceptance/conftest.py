@@ -6,26 +6,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
-from devstack import DevStack
-from devstack.api import Api
-from tests.support import environment as ground
-from tests.support.destinations import Destinations
 from tests.support.program import Program
-
-
-@pytest.fixture
-def plain_dsn(stack: DevStack, database: str) -> str:
-    """DSN of the role that sql/roles.sql makes, for the test's own database."""
-    return ground.plain_role(stack, database)
-
-
-@pytest.fixture
-def environment(plain_dsn: str, redis_url: str, clickhouse_url: str, api: Api, tmp_path: Path) -> dict[str, str]:
-    """The settings of a replicator with a slot, a checkpoint and an admin port of its own."""
-    return ground.environment(plain_dsn, clickhouse_url, redis_url, api.url, folder=tmp_path)
 
 
 @pytest.fixture
@@ -56,18 +39,3 @@ def quick(program: Program) -> Program:
         "REPLICATOR_FEEDBACK_INTERVAL_SECONDS": "0.2",
     }
     return program
-
-
-@pytest.fixture
-def destinations(stack: DevStack) -> Iterator[Destinations]:
-    """What has arrived."""
-    destinations = Destinations(stack)
-    yield destinations
-    destinations.redis.close()
-
-
-@pytest.fixture
-def source(database: str) -> Iterator[psycopg.Connection]:
-    """The superuser's connection to the source database, each statement a transaction."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection

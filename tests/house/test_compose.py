@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 SERVICES = {"pg", "clickhouse", "redis", "external-api", "replicator"}
 MONITORING = {"prometheus", "grafana"}
 """Services of the profile of that name."""
+OF_SPARK = {"spark-master", "spark-worker", "spark"}
+"""Likewise; the driver has one of its own, as it runs a command. Of nodes there are several."""
 BUILT = {
     "pg": "docker/pg/Dockerfile",
     "external-api": "docker/replicator/Dockerfile",
@@ -33,6 +35,7 @@ docker exec -it redis redis-cli ZREVRANGE top:content:10m 0 10 WITHSCORES
 docker logs -f external-api
 """.splitlines()  # noqa: E501  verbatim
 """What users type. docker-compose.yml has to fit these commands, not the other way round."""
+SPARK_DOCKERFILE = (ROOT / "docker/spark/Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 
 
@@ -77,8 +80,8 @@ def test_compose_finds_the_file() -> None:
 def test_names_are_the_contract() -> None:
     """`docker exec -it pg ...` and `docker logs -f external-api` work as they stand in the README."""
     assert {name for name in COMPOSE["services"] if "profiles" not in _service(name)} == SERVICES
-    names = SERVICES | MONITORING
-    assert {name: _service(name)["container_name"] for name in COMPOSE["services"]} == {name: name for name in names}
+    names = {name: service.get("container_name") for name, service in COMPOSE["services"].items()}
+    assert names == {name: name for name in SERVICES | MONITORING} | dict.fromkeys(OF_SPARK)
 
 
 def test_readme_has_the_commands_of_the_contract() -> None:
@@ -102,6 +105,32 @@ def test_default_settings_reach_the_published_ports() -> None:
     assert {name: [f"127.0.0.1:{port}:{port}"] for name, port in expected.items()} == ports
 
 
+@pytest.mark.parametrize("name", sorted(OF_SPARK))
+def test_spark_runs_confined_with_the_replicators_settings(name: str) -> None:
+    """One image for all; nodes and driver mean the same servers; no secret on a command line, no port published."""
+    service = _service(name)
+    assert "docker/spark/Dockerfile" == service["build"]["dockerfile"]
+    assert (True, ["ALL"]) == (service["read_only"], service["cap_drop"])
+    assert "ports" not in service
+    settings = {**_service("replicator")["environment"]}
+    del settings["REPLICATOR_ADMIN_LISTEN"]
+    assert name == "spark-master" or settings == service["environment"]
+    assert not [value for value in settings.values() if value in str(service.get("entrypoint"))]
+
+
+def test_the_spark_image_has_the_whole_program() -> None:
+    """Executors find it, wherever Spark starts them; it has the lock of its own, with hashes."""
+    dockerfile = SPARK_DOCKERFILE
+    copied = set(re.findall(r"^COPY (?!--from)(\S+) \./", dockerfile, re.MULTILINE))
+    assert {"replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store", "sql"} == copied
+    assert "PYTHONPATH=/app" in dockerfile
+    assert "\nUSER 10001\n" in dockerfile
+    assert "--require-hashes" in dockerfile
+    assert {"requirements-spark.lock", "/requirements-spark.lock"} == set(
+        re.findall(r"\S*requirements\S*\.lock", dockerfile)
+    )
+
+
 def test_images_are_pinned() -> None:
     """Neither `latest` nor a tag that moves with the next release."""
     pulled = [_service(name)["image"] for name in COMPOSE["services"] if "image" in _service(name)]
@@ -110,6 +139,7 @@ def test_images_are_pinned() -> None:
     bases = set(re.findall(r"^FROM (\S+)", dockerfiles, re.MULTILINE)) - stages
     assert [image for image in [*pulled, *bases] if not VERSION.search(image)] == []
     assert {name for name in SERVICES if "build" in _service(name)} == set(BUILT)
+    assert {"python:3.12.13-slim-bookworm"} == set(re.findall(r"^FROM (\S+)", SPARK_DOCKERFILE, re.MULTILINE))
 
 
 def test_what_the_images_copy_exists() -> None:

@@ -22,7 +22,7 @@ from tests.prove.world.tables import PLAYS
 from tests.support.metrics import STATUS, of_status, table
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README_WORDS = 1_200
 FOLDER_FILES = 9
@@ -45,6 +45,7 @@ QUOTED = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[A-Za-z_.][\w.-]*(/[\w.-]+)*/?")
 TOP = (
     "replicator",
+    "replicator_spark",
     "enrichment",
     "sinks",
     "checkpoint_store",

@@ -19,7 +19,7 @@ import pytest
 from tests.prove import failpoints
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
 MAX_FUNCTION_LINES = 45
 MAX_MEDIAN_LINES = 7
 MAX_P90_LINES = 16
@@ -181,20 +181,22 @@ def test_confirmation_is_recognised(call: str, *, expected: bool) -> None:
 def test_locks_hold_what_pyproject_asks_for() -> None:
     """Run `make lock` after changing dependencies. The runtime lock has no tools and no embedded engine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    runtime = _required(project["dependencies"])
-    extras = _required([name for extra in project["optional-dependencies"].values() for name in extra])
+    optional = project["optional-dependencies"]
+    runtime, spark = _required(project["dependencies"]), _required(optional.pop("spark"))
+    extras = _required([name for extra in optional.values() for name in extra])
     assert not runtime - _pinned("requirements.lock")
+    assert not (runtime | spark) - _pinned("requirements-spark.lock")
     assert not (extras - runtime) & _pinned("requirements.lock")
     assert not (runtime | extras) - _pinned("requirements-dev.lock")
 
 
-def test_both_locks_pin_the_same_versions() -> None:
+def test_all_locks_pin_the_same_versions() -> None:
     """What is tested is what ships."""
-    pins = [
+    runtime, *others = [
         set(re.findall(r"^[a-z0-9._-]+==\S+", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
-        for lock in ("requirements.lock", "requirements-dev.lock")
+        for lock in ("requirements.lock", "requirements-dev.lock", "requirements-spark.lock")
     ]
-    assert not pins[0] - pins[1]
+    assert [] == [runtime - pins for pins in others if runtime - pins]
 
 
 def test_nothing_of_a_workplace_is_tracked() -> None:

@@ -27,11 +27,12 @@ from devstack.process import free_port, wait_until
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = "setuptools>=77"  # as in pyproject.toml, [build-system]
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
 DATA = {
     *(f"replicator/sql/{name}.sql" for name in ("roles", "slot_lag", "source_schema")),
     *(f"sinks/redis/lua/{name}.lua" for name in ("empty", "mark", "slide", "write")),
     "sinks/clickhouse/table.sql",
-    *(f"{package}/py.typed" for package in ("replicator", "enrichment", "sinks", "checkpoint_store")),
+    *(f"{package}/py.typed" for package in PACKAGES),
 }
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms) VALUES (1, 999, 'play', 7000)"
 
@@ -87,7 +88,7 @@ def test_the_wheel_has_everything(built: Path) -> None:
         names = set(wheel.namelist())
     assert set() == DATA - names
     top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert {"replicator", "enrichment", "sinks", "checkpoint_store"} == top
+    assert set(PACKAGES) == top
 
 
 def test_types_are_published(installed: Path, tmp_path: Path) -> None:

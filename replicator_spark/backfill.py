@@ -1,0 +1,233 @@
+"""The command `backfill`: its options, its checks before anything is written, its progress and its summary.
+
+`plan.py` says how far it is, `crew.py` works it off with the tasks of `turn.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import shlex
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import msgspec
+import typer
+
+from replicator.cli import arguments as arg
+from replicator.cli.arguments import iso, load_app
+from replicator.cli.backfill import LINE_SECONDS, progress, summary_lines
+from replicator.cli.stream import stop_on_signals
+from replicator.contracts.errors import SettingsError, SinkUnavailable
+
+if TYPE_CHECKING:
+    from enrichment import EngagementHistory
+    from replicator.cli.app import App
+    from replicator.delivery.backfill import BackfillProgress
+    from replicator_spark.crew import Crew
+    from replicator_spark.plan import Plan
+    from replicator_spark.turn import Order
+
+MANUAL = """\
+Send the events of a range of time to the sinks again, on many cores.
+
+It is `replicator backfill`, with the range cut into slices that the nodes bring to the sinks side by side. What that
+command promises holds here: repeating it is safe, and neither slot nor checkpoint is touched.
+
+The driver and every node need the same program and the same settings; a node whose settings differ is refused. On the
+nodes, REPLICATOR_POSTGRES_DSN may lead to a standby of the driver's database: it is read once it has replayed what was
+there when the backfill began.
+
+SIGTERM and Ctrl-C end it after the turns that run, 20 seconds or so. --resume continues there, and also after a crash.
+"""
+
+MASTER = "the cluster, such as spark://host:7077; local[2] is two cores of this machine; without it spark-submit's"
+
+log = logging.getLogger("replicator.spark")
+
+
+def _slices(given: str | int) -> int:
+    from replicator_spark.plan import MOST_SLICES
+
+    if (number := arg.count(given)) > MOST_SLICES:
+        raise typer.BadParameter(f"{number} is more than {MOST_SLICES}")
+    return number
+
+
+async def backfill(
+    start: arg.Start = None,
+    end: arg.End = None,
+    last: arg.Last = None,
+    sinks: arg.Sinks = None,
+    slices: Annotated[
+        int | None,
+        typer.Option(parser=_slices, metavar="N", help="parts of the range, 1 to 1000; else one for 100,000 events"),
+    ] = None,
+    batch_size: arg.BatchSize = arg.PAGE_ROWS,
+    rate: arg.Rate = None,
+    resume: arg.Resume = False,
+    master: Annotated[str | None, typer.Option(metavar="URL", help=MASTER)] = None,
+    conf: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="a setting of Spark, spark.executor.memory=1g; can be repeated"),
+    ] = None,
+    as_json: arg.Json = False,
+) -> int:
+    """Send the events of a range of time to the sinks again, on many cores."""
+    from enrichment import EngagementHistory
+    from replicator_spark.nodes import refuse_embedded
+    from replicator_spark.session import pairs
+    from sinks import known_sinks
+
+    when = arg.time_range(start, end, last)
+    chosen = arg.sinks_of(sinks, known_sinks())
+    options = pairs(conf or [])
+    app = load_app(chosen)
+    refuse_embedded([sink.settings for sink in app.sinks])
+    names = ",".join(sorted(sink.name for sink in app.sinks))
+    command = f"python -m replicator_spark backfill {when} --sinks {shlex.quote(','.join(chosen))}"
+    run = Run(
+        app=app,
+        history=EngagementHistory(app.dsn, when.start, when.end),
+        task=f"spark backfill {iso(when.start)} {iso(when.end)} {names}",
+        slices=slices,
+        batch_size=batch_size,
+        rate=rate,
+        resume=resume,
+        again=f"{command}{_options(master, conf or [], batch_size, rate)} --resume",
+        as_json=as_json,
+    )
+    async with app.closing(run.history):
+        return await _on_cluster(run, master, options)
+
+
+async def _on_cluster(run: Run, master: str | None, options: dict[str, str]) -> int:
+    from replicator_spark.crew import Crew
+    from replicator_spark.session import Cluster
+
+    order = await _prepare(run)
+    plan = await _begin(run)
+    cluster = await asyncio.to_thread(Cluster, run.task, master, options)
+    try:
+        if cluster.speculates and "http" in order.sinks:
+            problem = "it is true, and a task that runs twice at once sends every event to the API twice"
+            raise SettingsError(name="spark.speculation", problem=problem, expected="false, or sinks without http")
+        return await _deliver(run, Crew(run.app, cluster, plan, order, task=run.task))
+    finally:
+        await asyncio.to_thread(cluster.close)
+
+
+class Run(NamedTuple):
+    """One backfill."""
+
+    app: App
+    history: EngagementHistory
+    task: str
+    """What an interrupted run is found by."""
+    slices: int | None
+    batch_size: int
+    rate: int | None
+    resume: bool
+    again: str
+    """The command that continues it."""
+    as_json: bool
+
+
+def _options(master: str | None, conf: list[str], batch_size: int, rate: int | None) -> str:
+    words = [word for option in conf for word in ("--conf", option)]
+    words += ["--master", master] if master else []
+    words += ["--batch-size", str(batch_size)] if batch_size != arg.PAGE_ROWS else []
+    words += ["--rate", str(rate)] if rate else []
+    return f" {shlex.join(words)}" if words else ""
+
+
+async def _prepare(run: Run) -> Order:
+    """See that source and sinks can be used, before anything is written and the cluster is started."""
+    from replicator.contracts.sink import Mode
+    from replicator_spark.nodes import meant
+    from replicator_spark.turn import Order
+
+    app = run.app
+    await run.history.open()
+    for sink in app.sinks:
+        with suppress(SinkUnavailable):  # the turns wait for it; one that can't be written to ends the run now
+            await sink.open(None, Mode.BACKFILL)
+        await sink.close()
+    names = [sink.name for sink in app.sinks]
+    return Order(
+        meant=await meant(names, app.dsn, secrets.token_bytes(32)),
+        sinks=names,
+        since=await run.history.wal_end(),
+        page_rows=run.batch_size,
+        rate=run.rate,
+    )
+
+
+async def _begin(run: Run) -> Plan:
+    """Where to begin. Nothing is written before the range was read once."""
+    from replicator_spark.plan import Plan, begun, usual_slices
+
+    store, slot = run.app.store, run.app.settings.slot
+    if run.resume:
+        await asyncio.to_thread(store.create)
+        if (saved := await asyncio.to_thread(store.load_progress, slot, run.task)) is not None:
+            return msgspec.json.decode(saved, type=Plan)
+        log.info("there is no interrupted backfill of this range into these sinks: it starts at the beginning")
+    place, total = await run.history.begin()
+    slices = await run.history.slices(place, run.slices or usual_slices(total))
+    await asyncio.to_thread(store.create)
+    return begun(slices, total)
+
+
+async def _deliver(run: Run, crew: Crew) -> int:
+    """Until it is done; 1 if it was stopped before."""
+
+    def stop() -> None:
+        print("stopping after the turns that run", file=sys.stderr)
+        crew.stop()
+
+    stop_on_signals(stop)
+    before, started = crew.plan.written, time.monotonic()
+    showing = asyncio.create_task(_show_progress(crew))
+    done = False
+    try:
+        done = await crew.run()
+    finally:
+        showing.cancel()
+        summary = _summary(crew, before, time.monotonic() - started)
+        if run.as_json:
+            print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
+        else:
+            print("\n".join(summary_lines(summary)))
+        if not done:
+            print(f"not finished; to continue: {run.again}", file=sys.stderr)
+    return 0 if done else 1
+
+
+async def _show_progress(crew: Crew) -> None:
+    first, started = crew.plan.written, time.monotonic()
+    while True:
+        await asyncio.sleep(LINE_SECONDS)
+        left, slices = len(crew.plan.left), len(crew.plan.shares)
+        line = progress(first, crew.plan.written, time.monotonic() - started)
+        print(f"{line}, {slices - left} of {slices} slices", file=sys.stderr, flush=True)
+
+
+def _summary(crew: Crew, before: BackfillProgress, seconds: float) -> dict[str, Any]:
+    """As of `replicator backfill`."""
+    return {
+        "events": crew.plan.written.events - before.events,
+        "events_before": before.events,
+        "events_total": crew.plan.total,
+        "seconds": round(seconds, 1),
+        "rows_refused": crew.rows_refused,
+        "sinks": {
+            name: {"written": written.events, "new": written.new, "dead_letters": written.dead_letters}
+            for name, written in crew.sinks.items()
+        },
+        "slices": len(crew.plan.shares),
+    }

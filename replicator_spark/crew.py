@@ -1,0 +1,121 @@
+"""Works a plan off: gives each slice its next turn on the cluster, and keeps what the turn brings back.
+
+Dead letters first, then the place: a driver that dies in between gives the turn again, and a letter is kept once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from functools import partial
+
+import msgspec
+from msgspec import structs
+
+from replicator.cli.app import App
+from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
+from replicator.delivery.dead_letters import DeadLetters
+from replicator.delivery.retry import Stopped, Trouble, retry
+from replicator_spark.plan import Plan, Share
+from replicator_spark.session import Cluster
+from replicator_spark.turn import Errand, Order, Turn, Written, run
+
+LOOK_SECONDS = 2.0
+"""How often it is seen whether there are more cores by now."""
+SPARE = 2
+"""Turns that wait for a core: a core that is free never waits for us, and Spark sees that it could use more."""
+
+log = logging.getLogger("replicator.spark")
+
+
+class Crew:
+    """As many turns at once as the cluster has cores, also when more come. `run` once.
+
+    With a rate they are counted when it begins: each turn gets its part of the rate.
+    """
+
+    def __init__(self, app: App, cluster: Cluster, plan: Plan, order: Order, *, task: str) -> None:
+        """`order.rate` is that of all turns together; `task` is what an interrupted run is found by."""
+        self.plan = plan
+        self.sinks = {name: Written() for name in order.sinks}
+        """What was written since this run began."""
+        self.rows_refused = 0
+        self._app = app
+        self._cluster = cluster
+        self._task = task
+        self._letters = DeadLetters(app.store, app.settings, "backfill")
+        self._waiting = deque(plan.left)
+        self._order = order
+        self._stopping = asyncio.Event()
+        self._saving = asyncio.Lock()
+
+    def stop(self) -> None:
+        """Begin no more turns; `run` returns when those that run have ended."""
+        self._stopping.set()
+
+    async def run(self) -> bool:
+        """All of it. False: `stop` came first. Raises the first failure, after the other turns have ended."""
+        most = None
+        if self._order.rate and self._waiting:
+            most = min(await asyncio.to_thread(self._cluster.settled), len(self._waiting))
+            self._order = structs.replace(self._order, rate=self._order.rate / most)
+        failures: list[BaseException] = []
+        at_work: set[asyncio.Task[None]] = set()
+        while at_work or (self._waiting and not self._stopping.is_set()):
+            while len(at_work) < (most or self._cluster.cores + SPARE) and self._waiting:
+                at_work.add(asyncio.create_task(self._carry(self._waiting.popleft())))
+            ended, at_work = await asyncio.wait(at_work, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            failures += [failure for task in ended if (failure := task.exception())]
+            if failures:
+                self.stop()
+        if failures:
+            raise failures[0]
+        return await self._done()
+
+    async def _done(self) -> bool:
+        if self.plan.left:
+            return False
+        await self._save(None)
+        return True
+
+    async def _carry(self, number: int) -> None:
+        """One slice, turn by turn."""
+        while not (share := self.plan.shares[number]).done and not self._stopping.is_set():
+            errand = Errand(order=self._order, slice=share.slice, start=share.reached)
+            turn = await asyncio.to_thread(self._cluster.call, run, errand)
+            if turn.trouble:
+                log.error("slice %d is held, on node %s: %s", number + 1, turn.node, turn.trouble)
+            if turn.failure:
+                raise ReplicatorError(*turn.failure)
+            await self._keep(number, share, turn)
+
+    async def _keep(self, number: int, share: Share, turn: Turn) -> None:
+        if turn.letters:
+            keep = partial(self._letters.keep, turn.letters)
+            try:
+                await retry(keep, Trouble(), self._app.settings.retry_max_seconds, stopping=self._stopping)
+            except Stopped:  # the turn is given again
+                return
+        self.plan.shares[number] = structs.replace(share, reached=turn.reached, done=turn.done)
+        self.rows_refused += turn.rows_refused
+        self.sinks |= {name: added(self.sinks[name], written) for name, written in turn.sinks.items()}
+        await self._save(self.plan)
+
+    async def _save(self, plan: Plan | None) -> None:
+        """Without it, more would be written again."""
+        async with self._saving:
+            text = msgspec.json.encode(plan).decode() if plan else None
+            try:
+                await asyncio.to_thread(self._app.store.save_progress, self._app.settings.slot, self._task, text)
+            except CheckpointUnavailable as exc:
+                log.error("%s", exc)
+
+
+def added(one: Written, other: Written) -> Written:
+    """Both together."""
+    return Written(
+        events=one.events + other.events,
+        new=None if other.new is None else (one.new or 0) + other.new,
+        dead_letters=one.dead_letters + other.dead_letters,
+    )

@@ -1,0 +1,115 @@
+"""That driver and nodes mean the same: each node has settings of its own, and a forgotten one has a default.
+
+A node compares what it has with what the driver has. No secret leaves the driver: a password is left out, and the rest
+goes as a keyed digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+import msgspec
+from pydantic import SecretStr
+
+from enrichment import EnrichmentSettings
+from enrichment.database import Database
+from replicator import __version__
+from replicator.contracts.errors import ReplicatorError, SettingsError, SourceUnusable
+from replicator.contracts.settings import CoreSettings, Settings, load, variable
+from replicator.source.connection import Dsn
+from sinks import sink_class
+
+OF_A_NODE = {"postgres_dsn", "checkpoint_url", "admin_listen", "log_level", "log_format", "memory_limit_mb"}
+"""What each node may have its own of. The nodes' DSN may lead to a standby; which cluster it is of is asked."""
+
+CLUSTER = "SELECT system_identifier::text || ' ' || current_database() FROM pg_control_system()"
+
+Digests: TypeAlias = dict[str, str]
+"""By the setting's variable."""
+
+
+class Meant(msgspec.Struct, frozen=True, kw_only=True):
+    """What the driver has."""
+
+    version: str
+    key: bytes
+    digests: Digests
+    source: str
+    """Cluster and database; empty if the server does not say."""
+
+
+class NodeDiffers(ReplicatorError):
+    """A node has other settings, another program or another database than the driver."""
+
+    def __init__(self, *, problem: str, expected: str) -> None:
+        super().__init__(f"a node of the cluster differs from the driver: {problem}", f"It needs {expected}")
+
+
+async def meant(names: Sequence[str], dsn: Dsn, key: bytes) -> Meant:
+    """As this process has it. Raises SourceUnavailable."""
+    return Meant(version=__version__, key=key, digests=digests(names, key), source=await _source(dsn))
+
+
+async def compare(driver: Meant, names: Sequence[str], dsn: Dsn) -> None:
+    """Raises NodeDiffers, SourceUnavailable."""
+    here = await meant(names, dsn, driver.key)
+    if here.version != driver.version:
+        raise NodeDiffers(problem=f"it runs version {here.version}, not {driver.version}", expected="the same version")
+    for name, digest in driver.digests.items():
+        if here.digests.get(name) != digest:
+            raise NodeDiffers(problem=f"{name} has another value there", expected="the driver's settings")
+    if here.source and driver.source and here.source != driver.source:
+        raise NodeDiffers(
+            problem="REPLICATOR_POSTGRES_DSN leads to another database there",
+            expected="the driver's database, or a standby of it",
+        )
+
+
+def digests(names: Sequence[str], key: bytes) -> Digests:
+    """Of all settings that must be the same. Raises SettingsError."""
+    of_sinks = (sink_class(name).settings_class for name in names)
+    classes: list[type[Settings]] = [CoreSettings, EnrichmentSettings, *of_sinks]
+    return {
+        variable(field): _digest(value, key)
+        for settings_class in classes
+        for field, value in load(settings_class)
+        if field not in OF_A_NODE and not isinstance(value, Path)
+    }
+
+
+def refuse_embedded(settings: Sequence[Settings]) -> None:
+    """The embedded ClickHouse is one process's. Raises SettingsError."""
+    for made in settings:
+        for field, value in made:
+            if isinstance(value, SecretStr) and value.get_secret_value().startswith("chdb:"):
+                expected = "the URL of a ClickHouse server, which all nodes reach"
+                raise SettingsError(name=variable(field), problem="one process alone can use chdb", expected=expected)
+
+
+def _digest(value: object, key: bytes) -> str:
+    text = _without_password(value.get_secret_value()) if isinstance(value, SecretStr) else repr(value)
+    return hashlib.blake2b(text.encode(), key=key, digest_size=16).hexdigest()
+
+
+def _without_password(secret: str) -> str:
+    """Where a URL leads; of another secret, that there is one: both sides may rotate it at their own time."""
+    try:
+        url = urlsplit(secret)
+    except ValueError:
+        return ""
+    return f"{url.scheme} {url.hostname} {url.port} {url.path}" if url.netloc else ""
+
+
+async def _source(dsn: Dsn) -> str:
+    database = Database(dsn)
+    try:
+        [(text,)] = await database.rows(CLUSTER)
+    except SourceUnusable:  # a service that denies the function
+        return ""
+    finally:
+        await database.close()
+    return str(text)

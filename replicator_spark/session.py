@@ -1,0 +1,130 @@
+"""The connection to the cluster. The only module that imports PySpark."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from replicator.contracts.errors import ReplicatorError, SettingsError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+DEFAULTS = {
+    "spark.log.level": "ERROR",  # a failed task is told by us
+    "spark.ui.showConsoleProgress": "false",  # our own line is
+    "spark.ui.enabled": "false",  # it listens on every address, without authentication
+}
+"""What `--conf` may change. Everything else is spark-defaults.conf's."""
+
+SETTLED_SECONDS = 3.0
+"""Executors of one application start within a second of each other."""
+TASK_CURE = (
+    "Every node needs this program, installed or on PYTHONPATH, and the driver's version of Python. The logs of the"
+    " executors have the reason"
+)
+
+log = logging.getLogger("replicator.spark")
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class ClusterFailed(ReplicatorError):
+    """Spark does not start, or gave up a task that died again and again."""
+
+
+class Cluster:
+    """A Spark application. It calls functions on the nodes."""
+
+    def __init__(self, name: str, master: str | None, options: Mapping[str, str]) -> None:
+        """Raises SettingsError, ClusterFailed. Blocks for ten seconds or more."""
+        self._spark = _start(name, master, {**DEFAULTS, **options})
+        self._context = self._spark.sparkContext
+        self.speculates = self._context.getConf().get("spark.speculation", "false") == "true"
+        """A task may run twice at once."""
+
+    @property
+    def cores(self) -> int:
+        """How many tasks run at once, at this moment."""
+        return max(1, int(self._context.defaultParallelism))
+
+    def settled(self) -> int:
+        """The same, once no more nodes come. Blocks for some seconds. Raises ClusterFailed."""
+        self.call(bool, 0)  # waits for the first one
+        cores, since = self.cores, time.monotonic()
+        while time.monotonic() - since < SETTLED_SECONDS:
+            time.sleep(0.1)
+            if cores != self.cores:
+                cores, since = self.cores, time.monotonic()
+        return cores
+
+    def call(self, function: Callable[[A], T], argument: A) -> T:
+        """The result of one task. Blocks; calls from several threads run side by side.
+
+        Where a node dies, Spark calls again, up to spark.task.maxFailures times. Raises ClusterFailed.
+        """
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+
+        try:
+            [result] = self._context.parallelize([argument], 1).map(function).collect()
+        except (Py4JError, PySparkException) as exc:
+            log.debug("a task failed", exc_info=True)
+            raise ClusterFailed(f"Spark gave a task up ({_reason(exc)})", TASK_CURE) from exc
+        return cast("T", result)
+
+    def close(self) -> None:
+        """End the application."""
+        self._spark.stop()
+
+
+def _reason(exc: Exception) -> str:
+    """The kind of the error on the node. Its words may hold anything."""
+    kinds = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception|Failure))\b", str(exc), re.MULTILINE)
+    return kinds[-1] if kinds else type(exc).__name__
+
+
+def _start(name: str, master: str | None, options: Mapping[str, str]) -> SparkSession:
+    try:
+        import pyspark
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+    except ImportError as exc:
+        expected = "an environment with `pip install 'engagement-replicator[spark]'`, or that of `make spark-setup`"
+        raise SettingsError(name="PySpark", problem=f"it can't be imported ({exc})", expected=expected) from exc
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # a pip installation finds none by itself
+    builder = pyspark.sql.SparkSession.builder.appName(name)
+    if master or "PYSPARK_GATEWAY_PORT" not in os.environ:  # which spark-submit sets, and it has a master of its own
+        builder = builder.master(master or "local[*]")
+    if (master or "local").startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # nobody else has to reach it
+    for key, value in options.items():
+        builder = builder.config(key, value)
+    log.info("starting Spark %s", pyspark.__version__)
+    try:
+        return builder.getOrCreate()
+    except (Py4JError, PySparkException, OSError) as exc:
+        log.debug("Spark does not start", exc_info=True)
+        cure = "Check --master, and that Java 17 or later is there (`java -version`). Spark's own words are above"
+        raise ClusterFailed(f"Spark does not start ({type(exc).__name__})", cure) from exc
+
+
+def pairs(options: Sequence[str]) -> dict[str, str]:
+    """What `--conf` says. Raises SettingsError."""
+    found = {}
+    for option in options:
+        name, separator, value = option.partition("=")
+        problem = "" if name.startswith("spark.") else f"{name!r} is no setting of Spark"
+        if not separator:
+            problem = problem or f"{name!r} has no value"
+        if problem:
+            expected = "a setting of Spark and its value, such as spark.executor.memory=1g"
+            raise SettingsError(name="--conf", problem=problem, expected=expected)
+        found[name] = value
+    return found

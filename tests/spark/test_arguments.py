@@ -1,0 +1,63 @@
+"""What the command takes, without Spark: `--help` and the page have every option, and mistakes are one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from replicator.cli.main import main
+from replicator_spark.__main__ import app
+
+PAGE = Path(__file__).parents[2] / "docs/how-to/operate/spark.md"
+RANGE = ("--start", "2026-01-08", "--end", "2026-01-09")
+
+
+def _command() -> typer.core.TyperCommand:
+    group: typer.core.TyperGroup = typer.main.get_command(app)  # type: ignore[assignment]  # it has two kinds
+    command: typer.core.TyperCommand = group.commands["backfill"]  # type: ignore[assignment]  # likewise
+    return command
+
+
+def test_the_page_has_every_option() -> None:
+    """And `--help` fits into 80 columns."""
+    page = PAGE.read_text(encoding="utf-8")
+    options = [name for option in _command().params for name in option.opts]
+    assert "--slices" in options
+    assert [] == [name for name in options if name not in page and name != "--help"]
+
+
+def test_help_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 columns, with an example and the exit codes."""
+    assert 0 == main(["backfill", "--help"], app)
+    told = capsys.readouterr().out
+    assert "Example: python -m replicator_spark backfill" in told
+    assert "Exit codes: 0 done" in told
+    assert [] == [line for line in told.splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--slices", "0"], "--slices is unusable: '0' is not a whole number"),
+        (["--slices", "1001"], "--slices is unusable: 1001 is more than 1000"),
+        (["--conf", "executor.memory=1g"], "--conf is unusable: 'executor.memory' is no setting of Spark"),
+        (["--conf", "spark.executor.memory"], "--conf is unusable: 'spark.executor.memory' has no value"),
+        (["--slice", "3"], "No such option: --slice. Did you mean --slices?"),
+        (["--sinks", "kafka"], "--sinks is unusable: 'kafka' is not the name of a sink"),
+    ],
+)
+@pytest.mark.usefixtures("empty_directory")
+def test_a_mistake_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That names the argument and what it takes; exit code 2."""
+    assert 2 == main(["backfill", *RANGE, *arguments], app)
+    [line] = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+@pytest.mark.usefixtures("empty_directory")
+def test_another_program_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped command is told with the name of this program."""
+    assert 2 == main(["backfil"], app)
+    assert "Did you mean 'backfill'? See python -m replicator_spark --help" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""The driver's side on a cluster that is made up: turns, dead letters, places, failures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import structs
+
+from checkpoint_store import SqlCheckpointStore
+from enrichment import Slice
+from replicator.cli.app import App
+from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.events import DeadLetter
+from replicator.contracts.settings import CoreSettings, load
+from replicator.delivery.backfill import BackfillProgress
+from replicator_spark.crew import Crew
+from replicator_spark.nodes import Meant
+from replicator_spark.plan import Plan, begun
+from replicator_spark.turn import Errand, Order, Turn, Written
+
+NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
+ORDER = Order(
+    meant=Meant(version="", key=b"", digests={}, source=""), sinks=["redis"], since=0, page_rows=10, rate=None
+)
+TASK = "spark backfill"
+
+
+class MadeUpCluster:
+    """Each slice has 20 events and takes two turns."""
+
+    cores = 2
+
+    def __init__(self, turn: Callable[[Errand], Turn] | None = None) -> None:
+        self.errands: list[Errand] = []
+        self._turn = turn or two_turns
+        self._lock = threading.Lock()
+
+    def settled(self) -> int:
+        """No more come."""
+        return self.cores
+
+    def call(self, _function: object, errand: Errand) -> Turn:
+        """One turn."""
+        with self._lock:
+            self.errands.append(errand)
+        return self._turn(errand)
+
+
+def two_turns(errand: Errand) -> Turn:
+    """Half a slice."""
+    reached = structs.replace(errand.start, place=f"{errand.start.place}+", events=errand.start.events + 10)
+    written = {"redis": Written(events=10, new=9)}
+    return Turn(node="n", reached=reached, done=reached.events == 20, sinks=written)
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> App:
+    """The driver's, with nothing but a checkpoint database."""
+    store = SqlCheckpointStore(f"sqlite:///{tmp_path}/checkpoint.db")
+    store.create()
+    settings = load(CoreSettings, slot="s", retry_max_seconds=0.01, dead_letters_max=2)
+    nothing: Any = None
+    return App(settings=settings, enricher=nothing, sinks=[], store=store)
+
+
+def _plan(slices: int) -> Plan:
+    parts = [Slice(start=NINE, end=NINE.replace(hour=10), place=str(number)) for number in range(slices)]
+    return begun(parts, 20 * slices)
+
+
+def _crew(app: App, cluster: Any, plan: Plan, order: Order = ORDER) -> Crew:
+    return Crew(app, cluster, plan, order, task=TASK)
+
+
+def _letter(event_id: int) -> DeadLetter:
+    return DeadLetter(sink="redis", origin="backfill", position=None, event_id=event_id, reason="no", payload=b"{}")
+
+
+async def test_every_slice_is_worked_off_turn_by_turn(app: App) -> None:
+    """Each turn begins where the last one ended; in the end nothing is left to resume."""
+    cluster, plan = MadeUpCluster(), _plan(5)
+    crew = _crew(app, cluster, plan)
+    assert await crew.run()
+    assert sorted(f"{number}{turn}" for number in range(5) for turn in ("", "+")) == sorted(
+        errand.start.place for errand in cluster.errands
+    )
+    assert (100, 100) == (plan.written.events, plan.total)
+    assert Written(events=100, new=90) == crew.sinks["redis"]
+    assert app.store.load_progress("s", TASK) is None
+
+
+async def test_new_nodes_get_turns(app: App) -> None:
+    """Cores that come while it runs are used: here no turn ends until six run."""
+    at_once = threading.Barrier(6)
+
+    def turn(errand: Errand) -> Turn:
+        cluster.cores = 4
+        if not errand.start.events:
+            at_once.wait(20)
+        return two_turns(errand)
+
+    cluster = MadeUpCluster(turn)
+    cluster.cores = 1
+    assert await _crew(app, cluster, _plan(6)).run()
+    assert 12 == len(cluster.errands)
+
+
+async def test_the_rate_is_that_of_all_turns_together(app: App) -> None:
+    """Two cores, half of it each; a single slice has all of it."""
+    for slices, rate in ((5, 500.0), (1, 1000.0)):
+        cluster = MadeUpCluster()
+        await _crew(app, cluster, _plan(slices), structs.replace(ORDER, rate=1000.0)).run()
+        assert {rate} == {errand.order.rate for errand in cluster.errands}
+
+
+async def test_stopped_and_continued(app: App) -> None:
+    """After `stop` no turn begins; what is kept says where each slice is, and the rest is done from there."""
+    crews: list[Crew] = []
+
+    def turn(errand: Errand) -> Turn:
+        crews[0].stop()
+        return two_turns(errand)
+
+    cluster = MadeUpCluster(turn)
+    cluster.cores = 1
+    crews.append(_crew(app, cluster, _plan(3), structs.replace(ORDER, rate=1000.0)))  # then nothing waits for a core
+    assert not await crews[0].run()
+    assert 1 == len(cluster.errands)
+    plan = msgspec.json.decode(app.store.load_progress("s", TASK) or "", type=Plan)
+    assert ["0+", "1", "2"] == [share.reached.place for share in plan.shares]
+    rest = MadeUpCluster()
+    assert await _crew(app, rest, plan).run()
+    assert 5 == len(rest.errands)
+
+
+async def test_a_letter_is_kept_once_and_before_the_place(app: App) -> None:
+    """A turn that is given again, because the driver died in between, brings the same letters."""
+    letters = [_letter(1), _letter(2)]
+    places: list[str | None] = []
+
+    def turn(errand: Errand) -> Turn:
+        places.append(app.store.load_progress("s", TASK))
+        return structs.replace(two_turns(errand), letters=letters)
+
+    crew = _crew(app, MadeUpCluster(turn), _plan(1))
+    assert await crew.run()
+    assert 2 == app.store.count_dead_letters("s").sinks["redis"]
+    assert places[0] is None
+    assert "0+" in (places[1] or "")
+
+
+async def test_letters_without_room_hold_the_slice(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    """As in the product: nothing is kept as done past them, it says so, and a stop ends the waiting."""
+    app.store.add_dead_letters("s", [_letter(-1)])
+    crews: list[Crew] = []
+
+    def turn(errand: Errand) -> Turn:
+        crews[0].stop()
+        return structs.replace(two_turns(errand), letters=[_letter(1), _letter(2)])
+
+    crews.append(_crew(app, MadeUpCluster(turn), _plan(1)))
+    assert not await crews[0].run()
+    assert "1 dead letters; 2 more would pass the limit of 2" in caplog.text
+    assert app.store.load_progress("s", TASK) is None
+    assert 1 == app.store.count_dead_letters("s").sinks["redis"]
+
+
+async def test_a_failure_ends_it_after_the_other_turns(app: App) -> None:
+    """What trying again can't help is raised with its cure; what others had done is kept."""
+    others = threading.Event()
+
+    def turn(errand: Errand) -> Turn:
+        if errand.start.place == "0":
+            others.wait(10)
+            return structs.replace(two_turns(errand), failure=("the table is gone", "Make it"))
+        others.set()
+        return two_turns(errand)
+
+    with pytest.raises(ReplicatorError, match=r"The table is gone\. Make it\."):
+        await _crew(app, MadeUpCluster(turn), _plan(2)).run()
+    plan = msgspec.json.decode(app.store.load_progress("s", TASK) or "", type=Plan)
+    assert BackfillProgress(place="0", events=0, total=40) == plan.shares[0].reached
+    assert plan.shares[1].reached.events > 0
+
+
+async def test_what_holds_a_slice_is_told(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    """In the driver's log, with the node, although the node tries again by itself."""
+    troubles = iter(["sink redis did not take the batch", ""])
+    cluster = MadeUpCluster(lambda errand: structs.replace(two_turns(errand), trouble=next(troubles)))
+    assert await _crew(app, cluster, _plan(1)).run()
+    assert "slice 1 is held, on node n: sink redis did not take the batch" in caplog.text

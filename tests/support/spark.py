@@ -1,0 +1,61 @@
+"""`python -m replicator_spark` as a child process, in the environment that `make spark-setup` makes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from devstack.watchdog import send, tree
+from tests.support.program import ROOT, Result
+
+PYTHON = ROOT / ".venv-spark/bin/python"
+TIMEOUT_SECONDS = 180.0
+
+
+class SparkBackfill:
+    """One run of `backfill` on local cores or on a small cluster of processes."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path, *arguments: str) -> None:
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
+        self.log = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [str(PYTHON), "-W", "error", "-m", "replicator_spark", "backfill", *arguments],
+                cwd=ROOT,
+                env={**outside, **environment, "PYTHONPATH": str(ROOT)},  # which the nodes inherit
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+
+    def result(self) -> Result:
+        """How it ended."""
+        out, _ = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        return Result(self.process.returncode, out, self.said)
+
+    @property
+    def said(self) -> str:
+        """Its log so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def children(self, word: str) -> list[int]:
+        """Processes under it whose command line has this word."""
+        return [pid for pid in tree(self.process.pid) if word in command_line(pid)]
+
+    def end(self) -> None:
+        """Leave nothing running."""
+        send(signal.SIGKILL, tree(self.process.pid))
+        with self.process:
+            self.process.kill()
+
+
+def command_line(pid: int) -> str:
+    """Of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
