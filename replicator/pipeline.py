@@ -19,31 +19,31 @@ from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
     Overtaken,
+    SinkResumed,
     SourceUnavailable,
     TablesChanged,
     TablesUnsettled,
     TimelineChanged,
     command,
 )
-from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
-from replicator.delivery.retry import RETRYABLE, Trouble, retry
+from replicator.delivery.retry import RETRYABLE, Trouble, retry, wait
 from replicator.delivery.tables.catch_up import CatchUp
 from replicator.delivery.tables.verification import PAUSE_SECONDS, Verification
 from replicator.source.stream import Source
-from replicator.source.takeover import Beginning, Takeover
+from replicator.source.takeover import Beginning, Takeover, keep_pause
 from replicator.source.wal2json import DecodedChunk
 
 LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
 
 STARTING = "starting"
-PAUSED = "sink %s is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after %s for it"
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Pipeline:
         self.fan_out = FanOut(settings, self.letters, limit_bytes=settings.memory_limit_mb * 1_000_000)
         self.checkpoint: Checkpoint | None = None
         """What is on disk; None until the slot is taken for the first time, and once another replicator has it."""
-        self.paused: dict[str, SinkPosition] = {}
-        """Sinks that get nothing, each where it is: nothing past it is confirmed."""
+        self.pauses: dict[str, Pause] = {}
+        """Of sinks that get nothing, as they are on disk: nothing that they lack is confirmed."""
         self.trouble = Trouble(message=STARTING)
         """Why nothing is read."""
         self.saving = Trouble()
@@ -84,6 +84,8 @@ class Pipeline:
         self._created = False
         self._stopping = False
         self._opened = asyncio.Event()
+        self._resumed = asyncio.Event()
+        self._pausing = asyncio.Lock()
         self._saved_at = 0.0  # time.monotonic()
 
     # -- the rule ------------------------------------------------------------------------------------------------
@@ -97,11 +99,11 @@ class Pipeline:
             return
         # 1. Sinks: what each of them holds, durably, as far as the tables were seen to be what the stream assumes. The
         #    slowest one counts. If it was removed from the settings, every other one may be past `received`.
-        written = self.paused | {lane.name: self.verification.part(lane) for lane in self.fan_out.lanes}
+        written = {lane.name: self.verification.part(lane) for lane in self.fan_out.every}
         end_lsn = min(self.source.received, *(reached.end_lsn for reached in written.values()))
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
-            committed_at = max(self.checkpoint.committed_at, 0.0 if self.paused else self.fan_out.committed_at)
+            committed_at = max(self.checkpoint.committed_at, self.fan_out.committed_at)
             moment = {"committed_at": committed_at, "updated_at": time.time()}
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, **moment)
             self._offers.append(checkpoint)
@@ -147,20 +149,21 @@ class Pipeline:
             self.source.close()
 
     async def _run(self) -> None:
-        """Until `stop`, or until tables or timeline have changed: then it begins again with what is on disk."""
+        """Until `stop`, or until tables, timeline or pauses have changed: it begins again with what is on disk."""
         work = self._read_forever(), self._commit_forever(), self._feedback_forever(), self._catch_up()
-        failure = await self.fan_out.run(*work)
+        failure = await self.fan_out.run(*work, self._resume_in_time())
         changed = isinstance(failure, (TablesChanged, TimelineChanged))
+        again = changed or isinstance(failure, SinkResumed)
         try:
-            await self._finish(verify=not changed)
+            await self._finish(verify=not changed, last=not again)
         except CheckpointUnavailable as exc:
-            if not changed:
+            if not again:
                 raise
             log.warning("%s", exc)  # what was not saved comes again
         finally:
-            if failure and not changed:  # it comes first: what the last commit meets after it is its consequence
+            if failure and not again:  # it comes first: what the last commit meets after it is its consequence
                 raise failure
-        if not changed:
+        if not again:
             self._stopping = True
             return
         log.warning("%s", failure)
@@ -171,7 +174,7 @@ class Pipeline:
         self._opened.clear()
         self.fan_out.again()
 
-    async def _finish(self, *, verify: bool) -> None:
+    async def _finish(self, *, verify: bool, last: bool) -> None:
         if verify and self.checkpoint is not None:
             await self.verification.verify_last()
         try:
@@ -182,7 +185,7 @@ class Pipeline:
         except TimeoutError as exc:  # saved after all or not, it is not confirmed
             raise CheckpointUnavailable(detail=f"no answer for {LAST_SAVE_SECONDS:.0f} s") from exc
         told = await self.source.finish()
-        if verify and self.checkpoint is not None:
+        if last and self.checkpoint is not None:
             saved = format_lsn(self.checkpoint.end_lsn)
             end = "is written and confirmed" if told else "is written and saved; PostgreSQL could not be told"
             log.info("stopped; everything up to %s %s", saved, end, extra={"lsn": saved})
@@ -211,7 +214,7 @@ class Pipeline:
         """
         saved = self.checkpoint.sinks if self.checkpoint else {}
         idle = all(
-            lane.name in saved and lane.mark.position == saved[lane.name].position for lane in self.fan_out.lanes
+            lane.name in saved and lane.mark.position == saved[lane.name].position for lane in self.fan_out.every
         )
         if self.fan_out.awaiting_checkpoint or not idle:
             return True
@@ -275,19 +278,53 @@ class Pipeline:
             raise SourceUnavailable(problem=problem, detail=moved, cure="`run` begins again from there")
         await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
         starts = self._beginning.starts(stored)
-        self.paused = {name: starts[name] for name in self._settings.paused_sinks}
-        for name, at in self.paused.items():
-            log.warning(PAUSED, name, format_lsn(at.end_lsn), extra={"sink": name})
-        self.fan_out.open([sink for sink in self._sinks if sink.name not in self.paused], starts)
-        self.verification.open(starts, complete=not self.paused)
+        async with self._pausing:
+            self.pauses = await self._beginning.pauses()
+            if len(self.pauses) == len(self._sinks):
+                problem, detail = "every sink is paused", "nothing is read"
+                raise SourceUnavailable(problem=problem, detail=detail, cure=f"{command('resume SINK')} ends a pause")
+            self.fan_out.open(self._sinks, starts, self.pauses)
+        for lane in self.fan_out.paused:
+            paused = self.pauses[lane.name].describe(lane.name, lane.reached)
+            log.warning("%s", paused, extra={"sink": lane.name})
+        self.verification.open(starts, complete=not self.pauses)
         self.checkpoint = stored
         self._opened.set()
+
+    # -- pauses --------------------------------------------------------------------------------------------------
+
+    async def pause(self, sink: str, pause: Pause) -> None:
+        """This sink gets nothing from now on, over restarts too. Raises CheckpointError: then nothing has changed."""
+        async with self._pausing:
+            await asyncio.to_thread(keep_pause, self._store, self._settings.slot, sink, pause)
+            self.pauses[sink] = pause
+            log.warning("%s", pause.describe(sink, None), extra={"sink": sink})
+            if any(lane.name == sink for lane in self.fan_out.lanes):
+                self.verification.leave()
+                await self.fan_out.pause(sink)
+
+    async def resume(self, sink: str) -> None:
+        """It gets everything from where it is. Raises CheckpointError: then it is still paused."""
+        async with self._pausing:
+            await asyncio.to_thread(keep_pause, self._store, self._settings.slot, sink, None)
+            self.pauses.pop(sink, None)
+        self._resumed.set()
+
+    async def _resume_in_time(self) -> None:
+        """Raise SinkResumed as soon as a pause is over: what the sink lacks has to be read from the slot again."""
+        await self._opened.wait()
+        while True:
+            self._resumed.clear()
+            for lane in self.fan_out.paused:
+                if lane.name not in self.pauses or self.pauses[lane.name].is_over(time.time()):
+                    raise SinkResumed(sink=lane.name)
+            await wait(self._resumed, PAUSE_SECONDS)
 
     def _stay_on_timeline(self, mine: Checkpoint, taken: Takeover) -> None:
         """After a reconnect: the lanes hold what a promoted standby may lack. Raises StreamGap, TimelineChanged."""
         if taken.checkpoint.timeline == mine.timeline:
             return
-        held = structs.replace(mine, sinks=mine.sinks | {lane.name: lane.reached for lane in self.fan_out.lanes})
+        held = structs.replace(mine, sinks=mine.sinks | {lane.name: lane.reached for lane in self.fan_out.every})
         structs.replace(taken.found, checkpoint=held).verify()
         raise TimelineChanged(timeline=taken.checkpoint.timeline)
 

@@ -142,11 +142,11 @@ def _usual_sinks() -> list[str]:
     return names
 
 
-def one_sink(text: str, known: Iterable[str]) -> str:
+def one_sink(text: str, known: Iterable[str], name: str = "--sink") -> str:
     """The one name in an option. Raises SettingsError for several, none, and one that is not known."""
     if text not in (known := list(known)):
         expected = f"one of {', '.join(known)}"
-        raise SettingsError(name="--sink", problem=f"{text!r} is not the name of a sink", expected=expected)
+        raise SettingsError(name=name, problem=f"{text!r} is not the name of a sink", expected=expected)
     return text
 
 

@@ -23,6 +23,7 @@ import typer
 
 from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
+from replicator.cli.operate import control
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.operations.logs import configure_logging, printable
 
@@ -66,6 +67,9 @@ _add(app, "check", inspect.check, "replicator check", f"0 all fine,{DONE.removep
 _add(
     app, "status", inspect.status, "replicator status --json", f"0 ready,{DONE.removeprefix('0 done,')},\n  3 not ready"
 )
+_add(app, "pause", control.pause, "replicator pause http --for 30m")
+_add(app, "resume", control.resume, "replicator resume http")
+_add(app, "retry", control.retry, "replicator retry http")
 _add(app, "drop-slot", stream.drop_slot, "replicator drop-slot --yes")
 _letters = _group("dead-letters", "List, replay or drop what a sink refused for good.")
 _add(_letters, "list", dead_letters.show, "replicator dead-letters list --sink http")

@@ -64,6 +64,9 @@ async def run() -> int:
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.cli.inspect import shown_settings
     from replicator.delivery.retry import cancel
+    from replicator.operations.control.address import socket_path
+    from replicator.operations.control.pauses import Pauses
+    from replicator.operations.control.server import Control
     from replicator.operations.http import Admin
     from replicator.operations.page.live import Live
     from replicator.operations.watchdog import Answers, Watchdog
@@ -85,13 +88,15 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     page = Live(watchdog, answers.store, app.settings.slot, shown_settings())
     admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
+    control = Control(socket_path(app.settings, app.store), Pauses(watchdog, app.settings.sinks).act)
+    listening = asyncio.create_task(control.run())
     watching = [asyncio.create_task(work) for work in (watchdog.run(), watchdog.notice())]
     for task in watching:
         task.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
     try:
         await pipeline.run()
     finally:
-        await cancel(watching)
+        await cancel([*watching, listening])
         await admin.stop()
     for task in watching:
         if not task.cancelled() and (failure := task.exception()):

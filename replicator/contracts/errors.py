@@ -225,7 +225,7 @@ class SinkLeftOut(SourceError):
             f"sink {sink} was left out after {at}, the others went on to {others}. It lacks what was committed in"
             " between; the others lack nothing",
             f"{command('init --accept-gap')} lets it begin at {others}, and prints the backfill command for it alone."
-            " Or leave it out. Where a sink is to miss nothing, name it in REPLICATOR_PAUSED_SINKS instead",
+            f" Or leave it out. Where a sink is to miss nothing, {command(f'pause {sink}')} instead",
         )
 
 
@@ -263,6 +263,13 @@ class TimelineChanged(SourceError):
 
     def __init__(self, *, timeline: int) -> None:
         super().__init__(f"PostgreSQL is on timeline {timeline} now: the stream begins again after the checkpoint")
+
+
+class SinkResumed(SourceError):
+    """A sink that was paused gets what it lacks: the stream begins again after the checkpoint, which waited for it."""
+
+    def __init__(self, *, sink: str) -> None:
+        super().__init__(f"sink {sink} is resumed: the stream begins again where it is. The others skip what they have")
 
 
 class DecodeError(SourceError):

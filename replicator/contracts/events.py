@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -203,6 +204,27 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     begins here."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True):
+    """A sink gets nothing, because somebody wants it so."""
+
+    until: float | None = None
+    """Unix seconds; None: until somebody resumes it."""
+
+    @property
+    def end(self) -> str | None:
+        """The same in UTC, as it can be read."""
+        return None if self.until is None else datetime.fromtimestamp(self.until, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def is_over(self, now: float) -> bool:
+        """It has ended by itself."""
+        return self.until is not None and self.until <= now
+
+    def describe(self, sink: str, at: SinkPosition | None) -> str:
+        """For people; `at` is where the sink is."""
+        kept = f"; PostgreSQL keeps the WAL after {format_lsn(at.end_lsn)} for it" if at else ""
+        return f"sink {sink} is paused until {self.end or 'somebody resumes it'}{kept}"
 
 
 class Finding(NamedTuple):

@@ -28,7 +28,6 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 
@@ -272,10 +271,6 @@ class CoreSettings(Settings):
         min_length=1,
         description="one or more of clickhouse, redis, http, and sinks of installed packages, separated by commas",
     )
-    # Only `REPLICATOR_SINKS` says which sinks hold WAL; a sink that is named here still does.
-    paused_sinks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
-        (), description="some of REPLICATOR_SINKS, not all: they get nothing for now, PostgreSQL keeps the WAL for them"
-    )
     checkpoint_url: SecretStr = Field(
         default_factory=lambda: SecretStr(f"sqlite:///{state_directory() / 'checkpoint.db'}"),
         description="any SQLAlchemy URL (its driver must be installed)",
@@ -301,16 +296,6 @@ class CoreSettings(Settings):
         pattern=r"^(|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^:\s]+:\d{1,5})$",
         description="host:port for /healthz, /readyz and /metrics; empty turns them off",
     )
-
-    @field_validator("paused_sinks")
-    @classmethod
-    def _some(cls, paused: tuple[str, ...], known: ValidationInfo) -> tuple[str, ...]:
-        if sinks := set(known.data.get("sinks", ())):
-            if unknown := sorted(set(paused) - sinks):
-                raise ValueError(f"{unknown[0]} is not among REPLICATOR_SINKS")
-            if sinks == set(paused):
-                raise ValueError("no sink is left")
-        return paused
 
     @field_validator("admin_listen")
     @classmethod

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Container, Coroutine, Mapping, Sequence
 from functools import partial
 
 from replicator.contracts.events import Event, Mark, SinkPosition
@@ -60,14 +60,17 @@ class FanOut:
         self, settings: CoreSettings, letters: DeadLetters, *, limit_bytes: int, mode: Mode = Mode.LIVE
     ) -> None:
         self.lanes: list[Lane] = []
-        """In the order of the sinks; empty until `open`."""
+        """Those that run, in the order of the sinks; empty until `open`."""
+        self.paused: list[Lane] = []
+        """Of sinks that get nothing: they hold nothing, and say where their sinks are."""
         self._share = partial(Shared, letters, mode, limit_bytes, settings.retry_max_seconds)
         self._shared = self._share()
         self._drain_timeout_seconds = settings.drain_timeout_seconds
         self._stops = Stops()
         self._said_at = -math.inf
         self._ending = asyncio.Event()
-        self._writers: list[asyncio.Task[None]] = []
+        self._writers: dict[str, asyncio.Task[None]] = {}
+        """By sink, the writers of those that were paused included."""
 
     @property
     def held_bytes(self) -> int:
@@ -87,19 +90,41 @@ class FanOut:
     @property
     def committed_at(self) -> float:
         """Commit time of the newest transaction that every lane has written since the program began; 0.0: none."""
-        return min((lane.mark.committed_at for lane in self.lanes), default=0.0)
+        return min((lane.mark.committed_at for lane in self.every), default=0.0)
 
     @property
     def slowest(self) -> Lane:
         """The lane that is furthest behind."""
         return min(self.lanes, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
 
-    def open(self, sinks: Sequence[Sink], starts: Mapping[str, SinkPosition]) -> None:
-        """Begin a lane a sink, each where its sink is; what is counted goes on."""
-        stats = {lane.name: lane.stats for lane in self.lanes}
+    @property
+    def every(self) -> list[Lane]:
+        """The lanes of all sinks: nothing is confirmed that one of them lacks."""
+        return [*self.lanes, *self.paused]
+
+    def open(
+        self, sinks: Sequence[Sink], starts: Mapping[str, SinkPosition], paused: Container[str] = frozenset()
+    ) -> None:
+        """Begin a lane a sink, each where its sink is; what is counted goes on. Those that are paused don't run."""
+        stats = {lane.name: lane.stats for lane in self.every}
         self._shared = self._share()
-        self.lanes = [Lane(sink, starts[sink.name], self._shared, stats.get(sink.name)) for sink in sinks]
-        self._writers = [self._begin(lane.run()) for lane in self.lanes]
+        lanes = [Lane(sink, starts[sink.name], self._shared, stats.get(sink.name)) for sink in sinks]
+        self.lanes = [lane for lane in lanes if lane.name not in paused]
+        self.paused = [lane for lane in lanes if lane.name in paused]
+        self._writers = {lane.name: self._begin(lane.run()) for lane in self.lanes}
+
+    async def pause(self, name: str) -> None:
+        """This sink gets nothing from now on; return when its writes in flight have ended, or are given up."""
+        [lane] = [lane for lane in self.lanes if lane.name == name]
+        # No await in between: every lane is in one of the two, so none is forgotten when a position is confirmed.
+        self.lanes.remove(lane)
+        self.paused.append(lane)
+        lane.leave()
+        writer = self._writers[name]
+        await asyncio.wait([writer], timeout=self._drain_timeout_seconds)
+        await cancel([writer])
+        await lane.left()
+        self._shared.progress.set()
 
     def stop(self) -> None:
         """Let `run` end."""
@@ -107,7 +132,7 @@ class FanOut:
 
     def again(self) -> None:
         """After `run` has ended: it may run once more. What the lanes held is given up."""
-        self._ending, self._writers, self._shared = asyncio.Event(), [], self._share()
+        self._ending, self._writers, self._shared = asyncio.Event(), {}, self._share()
 
     async def run(self, *work: Coroutine[None, None, None]) -> BaseException | None:
         """Run `work` until any of it ends, a lane fails or `stop` is called; then end it, and drain the lanes.
@@ -120,21 +145,27 @@ class FanOut:
         finally:
             await cancel(tasks)
             await self._drain()
-        failures = (task.exception() for task in (*self._writers, *tasks) if not task.cancelled())
+        failures = (task.exception() for task in (*self._writers.values(), *tasks) if not task.cancelled())
         return next((_first(failure) for failure in failures if failure), None)
 
     def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self.stop())
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What ends by itself ends everything, but the writer of a sink that is paused is meant to."""
+        meant = any(self._writers.get(lane.name) is task for lane in self.paused)
+        if not meant or not (task.cancelled() or task.exception() is None):
+            self.stop()
 
     async def _drain(self) -> None:
         """Let the writes in flight finish within the bound."""
         for lane in self.lanes:
             lane.stop()
-        if self._writers:
-            await asyncio.wait(self._writers, timeout=self._drain_timeout_seconds)
-            await cancel(self._writers)
+        if writers := self._writers.values():
+            await asyncio.wait(writers, timeout=self._drain_timeout_seconds)
+            await cancel(writers)
 
     def put(self, events: list[Event], mark: Mark | None) -> Batch:
         """Give the events to every lane; without a mark they come from beside the stream."""

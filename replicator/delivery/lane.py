@@ -238,6 +238,28 @@ class Lane:
         self._stopping.set()
         self._changed.set()
 
+    def leave(self) -> None:
+        """Stop, and give up what no write has taken: the sink is paused, and gets it from the stream later."""
+        self.stop()
+        for batch in self.queue.clear():
+            self._shared.release(batch)
+
+    async def left(self) -> None:
+        """Its writes have ended: give up those that were not done, and leave the destination alone."""
+        for write in self._in_flight:
+            for batch in write.finished:
+                self._shared.release(batch)
+        self._in_flight.clear()
+        self.trouble.clear()
+        await self._writer.close()
+
+    def hurry(self) -> bool:
+        """Try again at once; whether it waits for its next try."""
+        if waits := bool(self.trouble) and not self._stopping.is_set():
+            self._stopping.set()  # whoever waits wakes up, and then sees that it is no stop
+            self._stopping.clear()
+        return waits
+
     async def _ready(self) -> bool:
         """Wait until the next write should begin; False when stopped."""
         while not self._stopping.is_set():

@@ -183,6 +183,13 @@ class Queue:
         entry = self._entries[number]
         return [random.choice(entry.events[self._head :] if number == 0 else entry.events)]  # noqa: S311
 
+    def clear(self) -> list[Batch]:
+        """Give up everything; the batches that this was."""
+        batches = [entry.batch for entry in self._entries]
+        self._entries.clear()
+        self.events = self.bytes = self._head = 0
+        return batches
+
     def take(self, room: Room) -> Write:
         """The next events, at most so many and so heavy."""
         write = Write([], self._taken, self.since(), [])

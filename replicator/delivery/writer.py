@@ -109,6 +109,13 @@ class Writer:
                 self._trouble.end()
             self._unwell = False
 
+    async def close(self) -> None:
+        """Release its connections. It may be opened again."""
+        try:
+            await self._sink.close()
+        except Exception as exc:  # noqa: BLE001  a sink of another package may raise anything
+            log.warning("sink %s could not be closed (%s)", self._sink.name, type(exc).__name__)
+
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call until it succeeds. A command that runs once ends with what only an operator can mend."""
         retried = RETRYABLE if self._mode is Mode.BACKFILL else (*RETRYABLE, *HELD)

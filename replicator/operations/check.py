@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import closing
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import closing, suppress
 
-from replicator.contracts.errors import ReplicatorError, SourceError, command
-from replicator.contracts.events import Finding, format_lsn
+from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, command
+from replicator.contracts.events import Finding, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
@@ -21,7 +23,7 @@ from replicator.operations.http import exposed, unavailable
 from replicator.operations.status import ask_replicator, danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
-from replicator.source.takeover import Beginning
+from replicator.source.takeover import Beginning, pauses
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ async def findings(
     for finding in (*reached, *readable, *secrets_in_clear(settings, sinks)):
         yield finding
     fresh = False  # nothing was begun: what `init` makes need not be there
-    checks = [(f"sink {sink.name}", sink.check) for sink in sinks if sink.name not in settings.paused_sinks]
+    paused = await _pauses(settings, sinks, store)
+    checks = [(f"sink {sink.name}", sink.check) for sink in sinks if sink.name not in paused]
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
     except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at
@@ -51,14 +54,21 @@ async def findings(
     for name, check in checks:
         for finding in await _checked(name, check):
             yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
-    async for finding in _running(settings):
+    async for finding in _running(settings, paused):
         yield finding
 
 
-async def _running(settings: CoreSettings) -> AsyncIterator[Finding]:
+async def _pauses(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> dict[str, Pause]:
+    """Sinks that are to be left alone."""
+    with suppress(CheckpointError):  # its own line says so
+        return await asyncio.to_thread(pauses, store, settings.slot, [sink.name for sink in sinks], time.time())
+    return {}
+
+
+async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> AsyncIterator[Finding]:
     """What it may not do, and what the replicator of this slot says of itself if it runs here."""
-    for name in settings.paused_sinks:
-        yield Finding(True, f"sink {name} is paused (REPLICATOR_PAUSED_SINKS) and not asked")
+    for name, pause in paused.items():
+        yield Finding(True, f"{pause.describe(name, None)}, and not asked")
     live, why = await ask_replicator(settings)
     if live is None and settings.admin_listen and (taken := await unavailable(settings.admin_listen)):
         yield Finding(False, f"{taken.problem}; {why}", taken.cure)  # `run` would end with it

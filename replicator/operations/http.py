@@ -190,7 +190,7 @@ class Admin:
 
     def _readyz(self) -> Page:
         reasons = [*self._watchdog.reasons(), *filter(None, [self._watchdog.standby])]
-        return _light(reasons or ["ready"], ok=not reasons)
+        return _light([*(reasons or ["ready"]), *self._watchdog.pauses()], ok=not reasons)
 
     def _standbyz(self) -> Page:
         reasons = self._watchdog.reasons()

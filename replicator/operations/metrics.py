@@ -132,7 +132,7 @@ class Metrics(Collector):
             metric = family(f"replicator_sink_{name}", text, labels=["slot", "sink"])
             yield _metric(metric, (([slot, sink], of_sink(at)) for sink, at in now.sinks.items()))
         yield _letters(now)
-        yield _latency(self._watchdog.pipeline.fan_out.lanes, slot)
+        yield _latency(self._watchdog.pipeline.fan_out.every, slot)
 
 
 def _metric(

@@ -19,12 +19,21 @@ from msgspec import Struct, structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
-from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn, parse_lsn
+from replicator.contracts.events import (
+    Checkpoint,
+    LetterCounts,
+    Lsn,
+    Pause,
+    SinkPosition,
+    format_lsn,
+    parse_lsn,
+)
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations.logs import printable
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
+from replicator.source.takeover import pauses
 
 ADMIN_TIMEOUT_SECONDS = 2.0
 """The replicator is on this machine or not there."""
@@ -42,6 +51,9 @@ FORECAST_BEGINS_SECONDS = 30.0
 """With less, a step is taken for growth."""
 LOOKS_APART_SECONDS = 1.0
 """`status` looks twice when no process runs that has looked for minutes."""
+
+SOON_SECONDS = 3600.0
+"""A pause without an end is told of as trouble when the slot is lost so soon: time enough for somebody to come."""
 
 NO_ROW = "0/0#0"
 
@@ -91,6 +103,10 @@ class SinkStatus(Struct, frozen=True, kw_only=True):
 
     trouble: str = ""
     trouble_seconds: float | None = None
+    paused: str = ""
+    """That it gets nothing because somebody wants it so; nothing is wrong then. Empty while it gets everything."""
+    paused_until: str | None = None
+    """When the pause ends, RFC 3339 in UTC; None without a pause, and of a pause without an end."""
     end_lsn: str | None = None
     position: str | None = None
     lag_bytes: int | None = None
@@ -271,6 +287,19 @@ def in_the_way(state: SlotState | None) -> str:
     )
 
 
+def loses_slot(sink: str, pause: Pause, lost_in_seconds: float | None) -> tuple[str, str]:
+    """That this pause lasts longer than PostgreSQL keeps the WAL, and the cure; else empty."""
+    left = SOON_SECONDS if pause.until is None else pause.until - time.time()
+    if lost_in_seconds is None or lost_in_seconds >= left:
+        return "", ""
+    cure = f"{command(f'resume {sink}')}, or raise that setting"
+    problem = (
+        f"sink {sink} is paused, and in {span(lost_in_seconds)} PostgreSQL gives up the slot at this rate"
+        " (max_slot_wal_keep_size): then all sinks lack events"
+    )
+    return f"{problem}. {cure}", cure
+
+
 def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, trouble: str = "") -> CheckpointStatus:
     """As stored; None: nothing is."""
     if stored is None:
@@ -304,8 +333,8 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
     live, live_trouble = await ask_replicator(settings)
     state, trouble = await _seen(slots.look(dsn, name, "replicator status"))
-    kept, store_trouble = await _seen(asyncio.to_thread(lambda: (store.load(name), store.count_dead_letters(name))))
-    stored, letters = kept or (None, None)
+    kept, store_trouble = await _seen(asyncio.to_thread(_stored, name, sinks, store))
+    stored, letters, paused = kept or (None, None, {})
     if state is None and not trouble:
         but, cure = (", but its checkpoint does", "init --accept-gap") if stored else ("", "init")
         trouble = f"replication slot {name} does not exist{but}; {command(cure)} makes it"
@@ -326,7 +355,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         slot=slot,
         wal=live.wal if live else await _wal(settings, state),
         checkpoint=of_checkpoint(stored, state, store_trouble),
-        sinks={sink: _sink(sink, stored, state, live) for sink in sinks},
+        sinks={sink: _sink(sink, stored, state, live, paused.get(sink)) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
     )
 
@@ -340,6 +369,12 @@ async def _wal(settings: CoreSettings, state: SlotState | None) -> WalStatus:
     await asyncio.sleep(LOOKS_APART_SECONDS)
     again, _ = await _seen(slots.look(settings.postgres_dsn.get_secret_value(), settings.slot, "replicator status"))
     return forecast.see(again) if again else found
+
+
+def _stored(
+    slot: str, sinks: Sequence[str], store: CheckpointStore
+) -> tuple[Checkpoint | None, LetterCounts, dict[str, Pause]]:
+    return store.load(slot), store.count_dead_letters(slot), pauses(store, slot, sinks, time.time())
 
 
 def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status | None) -> str:
@@ -390,13 +425,18 @@ async def _fetch(url: str) -> bytes:
             return all_of_it.partial
 
 
-def _sink(name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None) -> SinkStatus:
+def _sink(
+    name: str, stored: Checkpoint | None, state: SlotState | None, live: Status | None, pause: Pause | None
+) -> SinkStatus:
     known = live.sinks.get(name) if live else None
     if known and known.end_lsn:
         return structs.replace(known, lag_bytes=_lag_bytes(parse_lsn(known.end_lsn), state))
-    if not stored or name not in stored.sinks:
-        return SinkStatus()
-    found = of_sink(stored.sinks[name], state)
+    at = stored.sinks.get(name) if stored else None
+    found = of_sink(at, state) if at else SinkStatus()
+    if pause:
+        found = structs.replace(found, paused=pause.describe(name, at), paused_until=pause.end)
+    if not stored or not at:
+        return found
     if found.lag_bytes and stored.committed_at:
         # The most that it can be: what a sink lacks was committed after the newest that all of them have.
         return structs.replace(found, lag_seconds=_ago(stored.committed_at))
@@ -423,6 +463,7 @@ def as_text(status: Status) -> str:
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
+        trouble += f", {_pause_text(sink)}" if sink.paused else ""
         if sink.trouble_seconds:
             trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
@@ -474,6 +515,10 @@ def _sink_text(sink: SinkStatus) -> str:
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
     waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
+
+
+def _pause_text(sink: SinkStatus) -> str:
+    return f"paused until {sink.paused_until or 'somebody resumes it'}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:

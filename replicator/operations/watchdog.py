@@ -18,7 +18,7 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
-from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
@@ -26,7 +26,7 @@ from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
 from replicator.operations.notices.ring import Notices, Reason
 from replicator.operations.status import STALL_SECONDS
-from replicator.pipeline import PAUSED, STARTING, Pipeline
+from replicator.pipeline import STARTING, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
 from replicator.source.server import shuts_down
@@ -180,16 +180,18 @@ class Watchdog:
             slot=statuses.of_slot(self._name, self.slot, self.trouble),
             wal=self._forecast.see(self.slot),
             checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
-            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.lanes}
-            | {name: self._paused(name, at) for name, at in pipeline.paused.items()},
+            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.every},
             dead_letters=statuses.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
         )
 
     def _sink(self, lane: Lane) -> statuses.SinkStatus:
+        pause = self.pipeline.pauses.get(lane.name)
         return structs.replace(
             statuses.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=lane.trouble.message,
             trouble_seconds=round(lane.trouble.seconds(), 1),
+            paused=pause.describe(lane.name, lane.reached) if pause else "",
+            paused_until=pause.end if pause else None,
             events=lane.stats.events,
             writes=lane.stats.writes,
             retries=lane.trouble.failures,
@@ -199,14 +201,16 @@ class Watchdog:
             write_events=lane.room.events,
         )
 
-    def _paused(self, name: str, at: SinkPosition) -> statuses.SinkStatus:
-        return structs.replace(statuses.of_sink(at, self.slot), trouble=PAUSED % (name, format_lsn(at.end_lsn)))
-
     def lag_seconds(self, lane: Lane) -> float:
         """How long ago the oldest event that the sink lacks was committed; 0.0 when it has all that was read.
 
-        While reading has stopped, a sink that has all of that may lack more: then the age of the newest that it has.
+        While reading has stopped, a sink that has all of that may lack more: then the age of the newest that it has. A
+        paused one lacks whatever was read since.
         """
+        if lane in self.pipeline.fan_out.paused:
+            read_on = self.pipeline.source.received > lane.mark.end_lsn
+            known = lane.mark.committed_at or (self.pipeline.checkpoint.committed_at if self.pipeline.checkpoint else 0)
+            return max(0.0, time.time() - known) if read_on and known else 0.0
         if lane.waiting or not self.pipeline.fan_out.full:
             return lane.lag_seconds()
         return max(0.0, time.time() - lane.mark.committed_at)
@@ -215,8 +219,9 @@ class Watchdog:
         self._looked_at = time.monotonic()
         self._forecast.see(self.slot)
         # Inside a long transaction the slot can't move, but the slowest sink does.
-        fan_out = self.pipeline.fan_out
-        at = (self.slot.confirmed_lsn if self.slot else None, fan_out.slowest.mark.position if fan_out.lanes else None)
+        fan_out, confirmed = self.pipeline.fan_out, self.slot.confirmed_lsn if self.slot else None
+        moves = self.pipeline.source.received if fan_out.paused else confirmed
+        at = (moves, fan_out.slowest.mark.position if fan_out.lanes else None)
         if at != self._at or not self._lag_bytes():
             self._moved_at = time.monotonic()
         self._at = at
@@ -233,12 +238,15 @@ class Watchdog:
                 trouble.clear()
 
     def _lag_bytes(self) -> int:
+        """What waits; for a paused sink PostgreSQL keeps more, and that is meant to stand still."""
+        if self.slot and self.pipeline.fan_out.paused:
+            return max(0, self.slot.server_lsn - self.pipeline.source.received)
         return self.slot.lag_bytes if self.slot else 0
 
     def _stalled(self) -> str:
         """That and why the slot stands still while there is something to read; else empty."""
         seconds = time.monotonic() - self._moved_at
-        if seconds < STALL_SECONDS or not self._lag_bytes() or self.pipeline.paused:  # a reason of its own
+        if seconds < STALL_SECONDS or not self._lag_bytes():
             return ""
         return f"the slot has not moved for {seconds:.0f} s while {self._lag_bytes()} bytes wait: {self._why()}"
 
@@ -264,7 +272,7 @@ class Watchdog:
         """That and why sinks have moved on and no checkpoint was saved since; else empty."""
         pipeline, now = self.pipeline, time.monotonic()
         stored = pipeline.checkpoint
-        reached = pipeline.paused | {lane.name: lane.reached for lane in pipeline.fan_out.lanes}
+        reached = {lane.name: lane.reached for lane in pipeline.fan_out.every}
         if stored is None or stored is not self._saved or stored.sinks == reached:
             self._saved, self._saved_at = stored, now
         if pipeline.saving.seconds() >= TROUBLE_SECONDS:
@@ -286,6 +294,12 @@ class Watchdog:
     def _stuck(self) -> str:
         """That each stream ends where the one before did, while there is something to read; else empty."""
         return self.pipeline.source.breaks.stuck if self._lag_bytes() else ""
+
+    def pauses(self) -> list[str]:
+        """Of sinks that get nothing because somebody wants it so: nothing is wrong, and nobody should forget it."""
+        known = self.pipeline.pauses
+        lanes = [lane for lane in self.pipeline.fan_out.paused if lane.name in known]
+        return [known[lane.name].describe(lane.name, lane.reached) for lane in lanes]
 
     def reasons(self) -> list[str]:
         """What is wrong; empty when nothing is. A standby for which all is well has none."""
@@ -314,8 +328,9 @@ class Watchdog:
     def _of_sinks(self) -> Iterator[Reason]:
         for lane in self.pipeline.fan_out.lanes:
             yield Reason("sink", lane.name, _trouble(lane), lane.trouble.cure)
-        for name, at in self.pipeline.paused.items():
-            yield Reason("pause", name, PAUSED % (name, format_lsn(at.end_lsn)))
+        lost = self._forecast.see(self.slot).lost_in_seconds
+        for name, pause in self.pipeline.pauses.items():
+            yield Reason("pause", name, *statuses.loses_slot(name, pause, lost))
 
     def _of_checkpoint(self) -> Iterator[Reason]:
         letters = self.pipeline.letters.trouble

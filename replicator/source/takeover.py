@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -28,9 +29,9 @@ from replicator.contracts.errors import (
     SourceUnavailable,
     StreamGap,
 )
-from replicator.contracts.events import Checkpoint, Position, SinkPosition, format_lsn
+from replicator.contracts.events import Checkpoint, Pause, Position, SinkPosition, format_lsn
 from replicator.contracts.sink import Sink
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import CheckpointStore, TaskProgress
 from replicator.source import slot as slots
 from replicator.source.server import Identity, lost_by_failover
 from replicator.source.stream import Source
@@ -46,6 +47,8 @@ LOST = (
     "the sinks may have events that PostgreSQL lost in the failover, and it may give their ids again. When the"
     " replicator has caught up, this makes ClickHouse and Redis equal to PostgreSQL"
 )
+PAUSED = "paused: "
+"""What a pause is found by, with the sink's name, among the tasks of the checkpoint database."""
 REPEATS = "sees again what it has of that time, under the same event_id"
 
 
@@ -225,6 +228,11 @@ class Beginning:
             )
         return structs.replace(checkpoint, timeline=identity.timeline)
 
+    async def pauses(self) -> dict[str, Pause]:
+        """The configured sinks that are paused."""
+        names = [sink.name for sink in self._sinks]
+        return await asyncio.to_thread(pauses, self._store, self._slot, names, time.time())
+
     async def _load(self) -> Checkpoint | None:
         async with self.saving:
             with suppress(CheckpointAbsent):  # nothing is stored
@@ -235,6 +243,18 @@ class Beginning:
         configured = {sink.name for sink in self._sinks}
         sinks = {name: at for name, at in stored.sinks.items() if name in configured} if stored else {}
         return stored and structs.replace(stored, sinks=sinks)
+
+
+def pauses(store: TaskProgress, slot: str, sinks: Iterable[str], now: float) -> dict[str, Pause]:
+    """Those of the sinks that are paused. One whose time is over is none any more. Raises CheckpointError."""
+    kept = {sink: store.load_progress(slot, f"{PAUSED}{sink}") for sink in sinks}
+    found = {sink: msgspec.json.decode(text, type=Pause) for sink, text in kept.items() if text}
+    return {sink: pause for sink, pause in found.items() if not pause.is_over(now)}
+
+
+def keep_pause(store: TaskProgress, slot: str, sink: str, pause: Pause | None) -> None:
+    """Durably; None: it is over. Raises CheckpointError."""
+    store.save_progress(slot, f"{PAUSED}{sink}", msgspec.json.encode(pause).decode() if pause else None)
 
 
 def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import redis
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import Service, wait_until
-from tests.support.destinations import Destinations, expected
+from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import Load, insert_many
 from tests.support.pgbouncer import pgbouncer
@@ -229,32 +229,3 @@ def test_a_sink_is_taken_out(
     assert 0 == quick.follow(backfill.strip()).code
     quick.wait_until_caught_up()
     assert_exact(database, destinations)
-
-
-PAUSED = "sink http is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after"
-
-
-def test_a_sink_is_paused(
-    quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
-) -> None:
-    """The others go on, PostgreSQL keeps the WAL for it, and both say so; later it gets everything, without a gap."""
-    quick.start()
-    insert_many(source, 10)
-    quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    for _ in range(2):  # a restart in between changes nothing
-        quick.start(paused_sinks="http")
-        insert_many(source, 1_000)
-        wait_until(lambda: len(expected(database)) == len(destinations.clickhouse()), "ClickHouse to have it")
-        wait_until(lambda: quick.admin("/readyz").startswith(PAUSED), "it to say so")
-        assert 10 == len(destinations.api())
-        told = quick.run("status", paused_sinks="http")
-        assert 3 == told.code
-        assert told.stdout.startswith(f"replicator   NOT READY: {PAUSED}")
-        assert 0 == quick.stop()
-    assert "ok    sink http is paused" in quick.run("check", paused_sinks="http").stdout
-    quick.start()
-    quick.wait_until_caught_up()
-    wait_until(lambda: "ready\n" == quick.admin("/readyz"), "it to be ready again", 20)
-    assert 0 == assert_exact(database, destinations), "nothing was sent twice"
-    assert 0 == quick.stop()

@@ -12,7 +12,7 @@ import psycopg
 from devstack.process import wait_until
 from tests.support.destinations import Destinations
 from tests.support.load import insert_many
-from tests.support.program import Program
+from tests.support.program import Program, succeed
 
 PARTITIONED = """
 ALTER TABLE engagement_events RENAME TO rest;
@@ -31,8 +31,7 @@ def test_a_part_comes_and_goes_while_a_sink_is_paused(
     quick.start()
     insert_many(source, 5)
     quick.wait_until_caught_up()
-    assert 0 == quick.stop()
-    quick.start(paused_sinks="http")
+    succeed(quick.run("pause", "http"))
     insert_many(source, 5)
     source.execute("CREATE TABLE part PARTITION OF engagement_events FOR VALUES FROM (10000) TO (20000)")
     wait_until(lambda: "part is a new part" in quick.log, "it to see the part")
@@ -41,8 +40,7 @@ def test_a_part_comes_and_goes_while_a_sink_is_paused(
     source.execute("ALTER TABLE engagement_events DETACH PARTITION part")
     wait_until(lambda: "part is no longer a part" in quick.log, "it to see that it is gone")
     source.execute("DROP TABLE part")
-    assert 0 == quick.stop()
-    quick.start()
+    succeed(quick.run("resume", "http"))
     quick.wait_until_caught_up()
     assert [10001] == [event["user_id"] for event in destinations.api() if event["user_id"] > 5]
     assert 0 == quick.stop()

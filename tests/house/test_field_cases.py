@@ -114,7 +114,7 @@ FIRST_DAYS: Mapping[str, tuple[str, ...]] = {
     "a renamed column": ("test_mended_while_it_runs", "test_mapped"),
     "the checkpoint and the working directory": ("test_the_default_checkpoint_is_not_in_the_working_directory",),
     "the wheel": ("test_installed",),
-    "a sink is paused, or left out and put back": ("test_a_sink_is_paused", "test_a_sink_is_taken_out"),
+    "a sink is paused, or left out and put back": ("test_a_pause_lasts_over_a_kill", "test_a_sink_is_taken_out"),
     "Ctrl-C, twice": ("test_a_second_signal_ends_it_at_once",),
     "check on a machine where everything is prepared": (
         "test_check_passes_before_init_and_while_it_runs",

@@ -29,6 +29,7 @@ from checkpoint_store import SqlCheckpointStore
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Lsn, Refusal, Row, SinkPosition, parse_lsn
 from replicator.contracts.stream import Enriched
+from replicator.delivery.fan_out import FanOut
 from replicator.delivery.tables.verification import Verification
 from replicator.delivery.writer import Suspect, Writer
 from replicator.pipeline import Pipeline
@@ -322,6 +323,11 @@ def verified_ignored() -> None:
     alter(Verification, "covers", lambda _: lambda *_: True)
 
 
+def pause_forgotten() -> None:
+    """Confirm what the sinks have that run, whatever a paused one lacks."""
+    alter(FanOut, "every", lambda _: property(lambda fan_out: [*fan_out.lanes]))
+
+
 BREACHES: Mapping[str, Callable[[], None]] = {
     "confirm-before-checkpoint": confirm_before_checkpoint,
     "checkpoint-before-sink": checkpoint_before_sink,
@@ -331,6 +337,7 @@ BREACHES: Mapping[str, Callable[[], None]] = {
     "psycopg2-keepalive": psycopg2_keepalive,
     "written-rows-ignored": written_rows_ignored,
     "evidence-ignored": evidence_ignored,
+    "pause-forgotten": pause_forgotten,
 }
 """Ways to break the rule. `psycopg2-keepalive` alone does not, thanks to the markers."""
 

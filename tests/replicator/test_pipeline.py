@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -31,6 +32,7 @@ from replicator.contracts.events import (
     LetterCounts,
     Lsn,
     Mark,
+    Pause,
     Position,
     Refusal,
     Row,
@@ -89,7 +91,8 @@ class World:
         """What the enricher's first looks raise."""
         self.look_ups: list[Exception] = []
         """What the enricher's next calls raise."""
-        fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", FakeStore(self))
+        self.store = FakeStore(self)
+        fakes = cast("Any", FakeSource(self)), cast("Any", FakeEnricher(self)), self.sinks, cast("Any", self.store)
         settings = CoreSettings.model_validate(SETTINGS)
         self.pipeline = Pipeline(settings, *cast("tuple[Source, Enricher, list[Sink], CheckpointStore]", fakes))
 
@@ -239,7 +242,7 @@ class FakeStore:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.record: str | None = None
+        self.kept: dict[str, str | None] = {}
 
     def create(self) -> list[str]:
         """Nothing to make."""
@@ -264,14 +267,14 @@ class FakeStore:
 
     def load_progress(self, slot: str, task: str) -> str | None:
         """What was kept last."""
-        assert (slot, task) == ("s", "tables of 7")
-        return self.record
+        assert slot == "s"
+        return self.kept.get(task)
 
     def save_progress(self, slot: str, task: str, progress: str | None) -> None:
         """Keep it."""
-        assert (slot, task) == ("s", "tables of 7")
-        self.record = progress
-        self.world.records += 1
+        assert slot == "s"
+        self.kept[task] = progress
+        self.world.records += task == "tables of 7"
 
     def add_dead_letters(self, slot: str, letters: Sequence[DeadLetter], _most: int) -> LetterCounts:
         """Notes where they were."""
@@ -802,3 +805,98 @@ async def test_what_the_stream_missed_comes_beside_it(monkeypatch: pytest.Monkey
         await world.until(lambda: 11 in world.told("confirm") and world.records > 1)
     assert {1, 2, 10} == {event for write in world.told("write a") for event in cast("list[int]", write)}
     assert [[1], [2], [10]] == world.told("write b")
+
+
+async def test_a_paused_sink_gets_nothing_and_then_everything() -> None:
+    """Meanwhile the others go on, and nothing that it lacks is confirmed; then the stream begins where it is."""
+    world = World("a", "b")
+
+    async def scene() -> None:
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+        await world.pipeline.pause("b", Pause())
+        world.commit(20)
+        await world.until(lambda: [20] in world.told("write a"))
+        await world.until(lambda: world.stored is not None and world.stored.sinks["a"].end_lsn == 21)
+        assert [[10]] == world.told("write b")
+        assert 11 == max(cast("list[int]", world.told("confirm")))
+        assert {"b": Pause()} == world.pipeline.pauses
+        await world.pipeline.resume("b")
+        await world.until(lambda: len(world.starts) == 2)
+        world.commit(20)
+        await world.until(lambda: 21 in world.told("confirm"))
+
+    await world.run(scene)
+    assert [START, 11] == world.starts
+    assert [[10], [20]] == world.told("write a") == world.told("write b")
+
+
+async def test_what_a_paused_sink_waits_for_is_free_again() -> None:
+    """A write that hangs is given up after the time of a drain, and what waited holds no memory."""
+    world = World("a", "b")
+    world.sinks[1].steps.append(asyncio.Event())
+
+    async def scene() -> None:
+        world.commit(10)
+        await world.until(world.sinks[1].called.is_set)
+        world.commit(20)
+        await world.until(lambda: [20] in world.told("write a"))
+        assert world.pipeline.fan_out.held_bytes
+        await world.pipeline.pause("b", Pause())
+        assert 0 == world.pipeline.fan_out.held_bytes
+        assert START == max(cast("list[int]", world.told("confirm")), default=START)
+
+    await world.run(scene)
+
+
+async def test_a_pause_that_can_not_be_kept_is_none() -> None:
+    """It would end with the process."""
+    world = World("a", "b")
+
+    def fail(*_: object) -> None:
+        raise CheckpointUnavailable(detail="away")
+
+    async def scene() -> None:
+        world.commit(10)
+        await world.until(lambda: [10] in world.told("write b"))
+        world.store.save_progress = fail  # type: ignore[method-assign, assignment]
+        with pytest.raises(CheckpointUnavailable):
+            await world.pipeline.pause("b", Pause())
+        world.commit(20)
+        await world.until(lambda: [20] in world.told("write b"))
+        del world.store.save_progress
+
+    await world.run(scene)
+
+
+async def test_a_pause_ends_by_itself() -> None:
+    """Without anybody's help, also one that was kept by a process before."""
+    world = World("a", "b")
+    soon = time.time() + 0.2
+    world.store.kept["paused: b"] = f'{{"until": {soon}}}'
+
+    async def scene() -> None:
+        world.commit(10)
+        await world.until(lambda: [10] in world.told("write a"))
+        assert [] == world.told("write b")
+        await world.until(lambda: len(world.starts) == 2)
+        assert time.time() >= soon
+        world.commit(10)
+        await world.until(lambda: 11 in world.told("confirm"))
+
+    await world.run(scene)
+    assert [[10]] == world.told("write a") == world.told("write b")
+
+
+async def test_nothing_is_read_while_every_sink_is_paused() -> None:
+    """It says so, and goes on by itself when one is resumed."""
+    world = World("a")
+    world.store.kept["paused: a"] = "{}"
+
+    async def scene() -> None:
+        await world.until(lambda: "Every sink is paused: nothing is read" in world.pipeline.trouble.message)
+        await world.pipeline.resume("a")
+        world.commit(10)
+        await world.until(lambda: [10] in world.told("write a"))
+
+    await world.run(scene)

@@ -76,7 +76,7 @@ def of_status(status: Status) -> list[Metric]:
     stats = LaneStats()
     stats.latency_counts[3], stats.latency_sum_seconds = 2, 0.06
     lanes = [SimpleNamespace(name="http", stats=stats)]
-    pipeline = SimpleNamespace(fan_out=SimpleNamespace(lanes=lanes))
+    pipeline = SimpleNamespace(fan_out=SimpleNamespace(lanes=lanes, every=lanes))
     return [*Metrics(SimpleNamespace(status=lambda: status, pipeline=pipeline)).collect()]  # type: ignore[arg-type]  # as much as it needs
 
 

@@ -77,6 +77,10 @@ class Verification:
         self._counted, self._waiting = dict(starts), {}
         self._complete = complete or self.catch_up.done
 
+    def leave(self) -> None:
+        """A sink is paused: what is brought now it will not have, so that it is brought again with the next stream."""
+        self._complete &= self.catch_up.done
+
     def covers(self, at: SinkPosition) -> bool:
         """Whether a sink's position is verified."""
         return max(at.position.commit_lsn, at.end_lsn) <= self.lsn
@@ -93,7 +97,7 @@ class Verification:
 
     def behind(self) -> bool:
         """Some sink has what is not verified."""
-        return not all(self.covers(lane.reached) for lane in self._fan_out.lanes)
+        return not all(self.covers(lane.reached) for lane in self._fan_out.every)
 
     async def verify(self) -> None:
         """Look now. Raises TablesChanged when the stream has to begin again, RETRYABLE when nobody knows."""
@@ -101,7 +105,7 @@ class Verification:
             self._looked_at = time.monotonic()
             # What the sinks have now was in the WAL before the look: under load they are past it when the look is over,
             # or when a later look verifies this one's position.
-            reached = {lane.name: lane.reached for lane in self._fan_out.lanes}
+            reached = {lane.name: lane.reached for lane in self._fan_out.every}
             self._waiting = reached | {name: at for name, at in self._waiting.items() if not self.covers(at)}
             self.lsn = max(self.lsn, await self._enricher.verify())
             for name, now in reached.items():

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -73,6 +74,10 @@ class Closing:
 class Store:
     """Likewise."""
 
+    def files(self) -> list[Path]:
+        """It keeps nothing."""
+        return []
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -85,6 +90,12 @@ def _signals() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not where a replicator of this machine has its own."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
 
 
 async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -44,7 +44,12 @@ class FakeWatchdog:
         self.lanes: list[object] = []
         self.notices = Notices()
         letters = types.SimpleNamespace(reasons={}, trouble=Trouble())
-        self.pipeline = types.SimpleNamespace(fan_out=types.SimpleNamespace(lanes=self.lanes), letters=letters)
+        fan_out = types.SimpleNamespace(lanes=self.lanes, every=self.lanes)
+        self.pipeline = types.SimpleNamespace(fan_out=fan_out, letters=letters)
+
+    def pauses(self) -> list[str]:
+        """None."""
+        return []
 
     def reasons(self) -> list[str]:
         """What is wrong."""

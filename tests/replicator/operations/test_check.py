@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -35,7 +36,11 @@ class Breaking(MemorySink):
 
 
 async def found(
-    monkeypatch: pytest.MonkeyPatch, live: Status | None, *sinks: MemorySink, **settings: object
+    monkeypatch: pytest.MonkeyPatch,
+    live: Status | None,
+    *sinks: MemorySink,
+    paused: Sequence[str] = (),
+    **settings: object,
 ) -> list[Finding]:
     """Everything, without PostgreSQL."""
 
@@ -49,7 +54,8 @@ async def found(
     monkeypatch.setattr(check, "ask_replicator", ask)
     settings = {"sinks": ",".join(sink.name for sink in sinks) or "redis", "admin_listen": "127.0.0.1:0", **settings}
     core = CoreSettings.model_validate(settings)
-    store: Any = SimpleNamespace(files=list)
+    kept = {f"paused: {name}": "{}" for name in paused}
+    store: Any = SimpleNamespace(files=list, load_progress=lambda _, task: kept.get(task))
     return [finding async for finding in check.findings(core, cast("Any", None), sinks, store)]
 
 
@@ -88,8 +94,8 @@ async def test_an_address_that_run_could_not_have(monkeypatch: pytest.MonkeyPatc
 
 async def test_a_paused_sink_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be away."""
-    findings = await found(monkeypatch, None, Breaking(name="lines"), MemorySink(name="redis"), paused_sinks="lines")
-    assert (True, "sink lines is paused (REPLICATOR_PAUSED_SINKS) and not asked") == findings[-1][:2]
+    findings = await found(monkeypatch, None, Breaking(name="lines"), MemorySink(name="redis"), paused=["lines"])
+    assert (True, "sink lines is paused until somebody resumes it, and not asked") == findings[-1][:2]
     assert not [finding for finding in findings if "its check failed" in finding.what]
 
 
@@ -125,6 +131,6 @@ async def test_what_init_makes(monkeypatch: pytest.MonkeyPatch, *, begun: bool) 
     monkeypatch.setattr(server, "look", look)
     monkeypatch.setattr(check, "_beginning", beginning)
     core: Any = CoreSettings.model_validate({"sinks": "redis"})
-    enricher, store = SimpleNamespace(check=tables), SimpleNamespace(files=list)
+    enricher, store = SimpleNamespace(check=tables), SimpleNamespace(files=list, load_progress=lambda *_: None)
     findings = [finding async for finding in check.findings(core, cast("Any", enricher), [sink], cast("Any", store))]
     assert (not begun, "no table", "Run init") == findings[-1][:3]

@@ -55,6 +55,10 @@ class FakeStore:
         self._letters = letters
         self._error = error
 
+    def load_progress(self, _: str, task: str) -> str | None:
+        """The sink `later` is paused."""
+        return '{"until": 4102444800}' if task == "paused: later" else None
+
     def load(self, _: str) -> Checkpoint | None:
         """The checkpoint."""
         if self._error:

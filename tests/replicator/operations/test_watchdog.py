@@ -12,7 +12,7 @@ import pytest
 from msgspec import structs
 
 from replicator.contracts.errors import SinkMisconfigured, SlotInUse, SourceUnavailable, SourceUnusable
-from replicator.contracts.events import Checkpoint, LetterCounts, Mark, Position, SinkPosition
+from replicator.contracts.events import Checkpoint, LetterCounts, Mark, Pause, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
@@ -99,13 +99,19 @@ class FakePipeline:
         )
         self.source = FakeSource()
         self.fan_out = self
-        self.paused: dict[str, SinkPosition] = {}
+        self.paused: list[Lane | FakeLane] = []
+        self.pauses: dict[str, Pause] = {}
         self.on_disk: Checkpoint | None = self.checkpoint
         self.lanes: list[Lane | FakeLane] = [FakeLane()]
 
     async def stored(self) -> Checkpoint | None:
         """As the database has it."""
         return self.on_disk
+
+    @property
+    def every(self) -> list[Lane | FakeLane]:
+        """As `FanOut` has them."""
+        return [*self.lanes, *self.paused]
 
     @property
     def slowest(self) -> Lane | FakeLane:
@@ -436,12 +442,30 @@ def test_a_trouble_is_told_once(watchdog: Looking, pipeline: Pipeline) -> None:
     assert ["PostgreSQL is not reachable"] == watchdog.look()
 
 
-def test_a_paused_sink_is_a_reason_and_no_stall(watchdog: Looking, pipeline: Pipeline) -> None:
-    """It stands still because somebody wants it to: that is said, and nobody is blamed."""
-    pipeline.paused["clickhouse"] = SinkPosition(position=Position(9, 1), end_lsn=16)
+def test_a_paused_sink_is_no_stall(watchdog: Looking, pipeline: Pipeline) -> None:
+    """It stands still because somebody wants it to: that is said. What can be read and is not is still a stall."""
+    lane = FakeLane()
+    lane.name, lane.mark = "clickhouse", Mark(Position(9, 1), 16)
+    cast("FakePipeline", pipeline).paused.append(lane)
+    pipeline.pauses["clickhouse"] = Pause()
+    pipeline.source.received = 300  # type: ignore[misc]  # of the fake
     watchdog.look(1, server_lsn=300)
+    assert [] == watchdog.look(2 * STALL_SECONDS)
+    said = "sink clickhouse is paused until somebody resumes it; PostgreSQL keeps the WAL after 0/10 for it"
+    assert [said] == watchdog.pauses()
+    watchdog.look(1, server_lsn=400)
     [reason] = watchdog.look(2 * STALL_SECONDS)
-    assert "sink clickhouse is paused (REPLICATOR_PAUSED_SINKS): PostgreSQL keeps the WAL after 0/10 for it" == reason
+    assert "the slot has not moved" in reason
+
+
+def test_a_pause_that_loses_the_slot_is_a_reason(watchdog: Looking, pipeline: Pipeline) -> None:
+    """At the rate of the moment, before the pause ends; without an end, soon."""
+    lost = structs.replace(SLOT, wal_status="lost", restart_lsn=None)
+    watchdog.slot = lost
+    for until, said in ((None, True), (time.time() + 60, True), (time.time() - 1, False)):
+        pipeline.pauses["clickhouse"] = Pause(until=until)
+        told = [reason for reason in watchdog.reasons() if "sink clickhouse is paused, and in" in reason]
+        assert said == bool(told)
 
 
 def test_tables_that_can_not_be_seen_are_a_reason(watchdog: Looking, pipeline: Pipeline) -> None:

@@ -1,0 +1,45 @@
+"""The command line's end of the socket."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+
+from replicator.contracts.errors import ReplicatorError
+from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
+
+ANSWER_SECONDS = 60.0
+"""Longer than the writes in flight, which a pause waits for, and than a save of the checkpoint database."""
+
+
+async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    """To the replicator that runs here; None: there is none. Raises ReplicatorError when it can't be reached."""
+    if problem := too_long(path):
+        raise ReplicatorError(f"the replicator's socket can't be at {path}: {problem}", SHORTER)
+    try:
+        return await asyncio.open_unix_connection(path, limit=LINE_BYTES)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):  # refused: left by a killed process
+        return None
+    except PermissionError as exc:
+        cure = "Run this command as the user that the replicator runs as"
+        raise ReplicatorError(f"the replicator's socket {path} may not be opened", cure) from exc
+    except OSError as exc:
+        raise ReplicatorError(f"the replicator's socket {path} can't be opened: {exc.strerror}") from exc
+
+
+async def ask(path: Path, request: Request) -> Answer | None:
+    """What the replicator that runs here answers; None: none runs here. Raises ReplicatorError."""
+    if (connection := await connect(path)) is None:
+        return None
+    reader, writer = connection
+    try:
+        writer.write(msgspec.json.encode(request) + b"\n")
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return msgspec.json.decode(await reader.readuntil(b"\n"), type=Answer)
+    except (OSError, EOFError, msgspec.DecodeError, asyncio.LimitOverrunError) as exc:
+        cure = "`status` shows whether it was done"
+        raise ReplicatorError(f"the replicator at {path} has not answered ({type(exc).__name__})", cure) from exc
+    finally:
+        writer.close()

@@ -1,0 +1,125 @@
+"""Pause, resume and retry: in the running replicator, or on disk while none runs.
+
+`pipeline.py` keeps a pause and takes the sink out; here it is said whether that goes, and how long it goes well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+
+from replicator.contracts.errors import ReplicatorError, command
+from replicator.contracts.events import Pause
+from replicator.contracts.settings import CoreSettings
+from replicator.contracts.stores import CheckpointStore
+from replicator.delivery.lane import Lane
+from replicator.operations import status as statuses
+from replicator.operations.control.address import Answer, Request
+from replicator.operations.watchdog import Watchdog
+from replicator.pipeline import Pipeline
+from replicator.source import slot as slots
+from replicator.source.takeover import keep_pause, pauses
+
+ONLY = "no other sink would get anything. Stop the replicator instead: PostgreSQL keeps the WAL until it runs again"
+
+
+def pause_of(request: Request) -> Pause:
+    """As it is kept."""
+    return Pause(until=None if request.seconds is None else time.time() + request.seconds)
+
+
+class Pauses:
+    """Of the running replicator."""
+
+    def __init__(self, watchdog: Watchdog, sinks: Sequence[str]) -> None:
+        self._watchdog = watchdog
+        self._sinks = sinks
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        return self._watchdog.pipeline
+
+    async def act(self, request: Request) -> Answer:
+        """Do it. Raises CheckpointError: then nothing was done."""
+        if standby := self._watchdog.standby:
+            return _refused(f"this replicator is the standby, {standby}", "Run the command where that one runs")
+        if request.sink not in self._sinks:
+            return _refused(f"the running replicator has no sink {request.sink}, only {', '.join(self._sinks)}")
+        deeds = {"pause": self._pause, "resume": self._resume, "retry": self._retry}
+        return await deeds[request.do](request)
+
+    async def _pause(self, request: Request) -> Answer:
+        if not set(self._sinks) - self._pipeline.pauses.keys() - {request.sink}:
+            return _refused(ONLY)
+        pause = pause_of(request)
+        await self._pipeline.pause(request.sink, pause)
+        at = next((lane.reached for lane in self._pipeline.fan_out.every if lane.name == request.sink), None)
+        lines = [pause.describe(request.sink, at), *_forecast(self._watchdog.status(), pause)]
+        return Answer(done=True, lines=lines)
+
+    async def _resume(self, request: Request) -> Answer:
+        if request.sink not in self._pipeline.pauses:
+            return Answer(done=True, lines=[f"sink {request.sink} is not paused"])
+        await self._pipeline.resume(request.sink)
+        return Answer(done=True, lines=[f"sink {request.sink} gets everything from where it is; `status` shows it"])
+
+    async def _retry(self, request: Request) -> Answer:
+        lanes: dict[str, Lane] = {lane.name: lane for lane in self._pipeline.fan_out.lanes}
+        if request.sink in self._pipeline.pauses:
+            return _refused(f"sink {request.sink} is paused; {command(f'resume {request.sink}')} ends that")
+        if request.sink not in lanes:
+            return _refused(f"sink {request.sink} is not open yet: {self._pipeline.trouble.message}")
+        trouble = lanes[request.sink].trouble.message
+        if not lanes[request.sink].hurry():
+            return Answer(done=True, lines=[f"sink {request.sink} is not in trouble: it waits for no next try"])
+        return Answer(done=True, lines=[f"sink {request.sink} is asked again now; before: {trouble}"])
+
+
+def _refused(*lines: str) -> Answer:
+    return Answer(done=False, lines=[*lines])
+
+
+def _forecast(now: statuses.Status, pause: Pause) -> Iterator[str]:
+    """How long PostgreSQL keeps the WAL while the slot stands still, and whether the pause is longer."""
+    rate, left = now.wal.written_bytes_per_second, now.slot.safe_wal_bytes
+    grows = "at a rate that is not known yet" if rate is None else f"by {statuses.size(int(rate))} a second"
+    if left is None:
+        yield f"WAL grows {grows}, and PostgreSQL has no limit for it (max_slot_wal_keep_size): watch its disk"
+        return
+    if not rate:
+        yield f"PostgreSQL keeps {statuses.size(left)} of WAL more (max_slot_wal_keep_size); it grows {grows}"
+        return
+    yield f"WAL grows {grows}: PostgreSQL keeps it for {statuses.span(left / rate)} more (max_slot_wal_keep_size)"
+    if pause.until is not None and time.time() + left / rate < pause.until:
+        yield (
+            "WARNING: that is less than the pause: PostgreSQL would give up the slot, and all sinks would lack events."
+            " Pause for less, or raise max_slot_wal_keep_size"
+        )
+
+
+async def act_alone(request: Request, settings: CoreSettings, store: CheckpointStore, path: object) -> Answer:
+    """While no replicator runs here: keep it for the next start, unless one runs elsewhere."""
+    state = await slots.look(settings.postgres_dsn.get_secret_value(), settings.slot, f"replicator {request.do}")
+    if state is not None and state.active_pid is not None:
+        raise ReplicatorError(
+            f"process {state.active_pid} of PostgreSQL sends replication slot {settings.slot} to a replicator that does"
+            f" not run here: nothing listens at {path}",
+            "Run this command where that replicator runs (in its container), with its settings and as its user",
+        )
+    if request.do == "retry":
+        return _refused("no replicator runs here: nothing is tried")
+    return await asyncio.to_thread(_keep, request, settings, store)
+
+
+def _keep(request: Request, settings: CoreSettings, store: CheckpointStore) -> Answer:
+    known, sink = pauses(store, settings.slot, settings.sinks, time.time()), request.sink
+    if request.do == "resume":
+        keep_pause(store, settings.slot, sink, None)
+        was = "gets everything from where it is with the next start" if sink in known else "is not paused"
+        return Answer(done=True, lines=[f"no replicator runs here; sink {sink} {was}"])
+    if not set(settings.sinks) - known.keys() - {sink}:
+        return _refused(ONLY)
+    pause = pause_of(request)
+    keep_pause(store, settings.slot, sink, pause)
+    return Answer(done=True, lines=[f"no replicator runs here; with the next start {pause.describe(sink, None)}"])

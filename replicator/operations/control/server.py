@@ -1,0 +1,93 @@
+"""The replicator's end of the socket. One replicator has it; a standby on the same machine takes it over.
+
+Nobody but the user that the replicator runs as can connect, root apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from replicator.contracts.errors import CheckpointError
+from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
+
+CONNECTIONS = 16
+"""Served at once: more than an operator has terminals."""
+REQUEST_SECONDS = 5.0
+LOOK_SECONDS = 2.0
+"""How often a standby looks whether the socket is free."""
+
+log = logging.getLogger(__name__)
+
+Act = Callable[[Request], Awaitable[Answer]]
+
+
+class Control:
+    """Listens at `path`, and calls `act` for what comes."""
+
+    def __init__(self, path: Path, act: Act) -> None:
+        self._path = path
+        self._act = act
+        self._served = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled. Without a socket the replicator works as well, and the log says so once."""
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._path.with_suffix(".lock").open("ab") as lock:
+                await _locked(lock)
+                await self._listen()
+        except OSError as exc:
+            problem = too_long(self._path)
+            message = "pause, resume and retry can't reach this replicator: no socket at %s (%s). %s"
+            log.warning(message, self._path, problem or exc.strerror or exc, SHORTER if problem else "")
+
+    async def _listen(self) -> None:
+        self._path.unlink(missing_ok=True)  # a killed process has left it: who lives has the lock
+        server = await asyncio.start_unix_server(self._serve, self._path, limit=LINE_BYTES)
+        try:
+            self._path.chmod(0o600)
+            await asyncio.Event().wait()
+        finally:
+            server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._served += 1
+        try:
+            if self._served <= CONNECTIONS:
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    line = await reader.readuntil(b"\n")
+                await self._answer(line, writer)
+        except (OSError, EOFError, asyncio.LimitOverrunError):  # gone, or nothing that is asked
+            pass
+        finally:
+            self._served -= 1
+            writer.close()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await self._act(msgspec.json.decode(line, type=Request))
+        except msgspec.DecodeError:
+            answer = Answer(done=False, lines=["the replicator is of another version than this command"])
+        except CheckpointError as exc:
+            answer = Answer(done=False, lines=[str(exc), "nothing was changed"])
+        writer.write(msgspec.json.encode(answer) + b"\n")
+        await writer.drain()
+
+
+async def _locked(file: IO[bytes]) -> None:
+    """Wait for the lock, which ends with the process, however that ends."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await asyncio.sleep(LOOK_SECONDS)
+        else:
+            return

@@ -1,0 +1,186 @@
+"""The socket: who has it, who may open it, what comes over it; and what is not done."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
+from replicator.contracts.events import Pause
+from replicator.delivery.retry import cancel
+from replicator.operations.control import server
+from replicator.operations.control.address import Answer, Request
+from replicator.operations.control.client import ask
+from replicator.operations.control.pauses import Pauses
+from replicator.operations.control.server import Control
+from replicator.operations.status import CheckpointStatus, SlotStatus, Status, WalStatus
+
+PAUSE = Request(do="pause", sink="http")
+
+
+async def name_it(request: Request) -> Answer:
+    """Say what came."""
+    return Answer(done=True, lines=[request.sink])
+
+
+async def answered(path: Path, expected: str = "") -> Answer:
+    """The first answer; with `expected`, the first that is this."""
+    async with asyncio.timeout(10):
+        while (answer := await ask(path, PAUSE)) is None or (expected and answer.lines != [expected]):  # noqa: ASYNC110  asked over a socket
+            await asyncio.sleep(0.005)
+    return answer
+
+
+@asynccontextmanager
+async def listening(path: Path, answer: str = "") -> AsyncIterator[None]:
+    """A replicator that answers."""
+
+    async def act(request: Request) -> Answer:
+        return Answer(done=True, lines=[answer or request.sink])
+
+    task = asyncio.create_task(Control(path, act).run())
+    await answered(path)
+    yield
+    await cancel([task])
+
+
+async def test_it_answers_and_leaves_nothing(tmp_path: Path) -> None:
+    """A socket of its user alone, in a folder that is made if need be."""
+    path = tmp_path / "state" / "s.sock"
+    assert await ask(path, PAUSE) is None
+    async with listening(path):
+        assert Answer(done=True, lines=["http"]) == await ask(path, PAUSE)
+        assert 0o600 == path.stat().st_mode & 0o777
+    assert await ask(path, PAUSE) is None
+    assert not path.exists()
+
+
+async def test_a_socket_that_was_left_is_replaced(tmp_path: Path) -> None:
+    """By a process that was killed; nobody listens on it."""
+    path = tmp_path / "s.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert await ask(path, PAUSE) is None
+    async with listening(path):
+        assert await ask(path, PAUSE)
+
+
+async def test_a_standby_takes_over_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two on one machine the first one has it, as long as it lives."""
+    monkeypatch.setattr(server, "LOOK_SECONDS", 0.01)
+    path = tmp_path / "s.sock"
+    async with listening(path, "first"):
+        second = asyncio.create_task(Control(path, name_it).run())
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            assert Answer(done=True, lines=["first"]) == await ask(path, PAUSE)
+    await answered(path, "http")
+    await cancel([second])
+
+
+async def test_a_socket_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says who may open it."""
+
+    async def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", refused)
+    with pytest.raises(ReplicatorError, match=r"may not be opened\. Run this command as the user"):
+        await ask(tmp_path / "s.sock", PAUSE)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\n", b"{}\n", b'{"do": "drop", "sink": "x"}\n', b"x" * 100_000])
+async def test_nonsense_ends_nothing(tmp_path: Path, sent: bytes) -> None:
+    """It is answered, or the connection is closed."""
+    path = tmp_path / "s.sock"
+    async with listening(path), asyncio.timeout(10):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(sent)
+        writer.write_eof()
+        said = await reader.read()
+        assert not said or b"of another version" in said
+        writer.close()
+        assert await ask(path, PAUSE)
+
+
+class FakePipeline:
+    """With two sinks; it does what it is told, or can't."""
+
+    def __init__(self) -> None:
+        self.pauses: dict[str, Pause] = {}
+        self.fan_out = SimpleNamespace(lanes=[], every=[])
+        self.trouble = SimpleNamespace(message="starting")
+        self.full = False
+
+    async def pause(self, sink: str, pause: Pause) -> None:
+        """Keep it."""
+        if self.full:
+            raise CheckpointUnavailable(detail="the disk is full")
+        self.pauses[sink] = pause
+
+
+def pauses(**wal: Any) -> tuple[Pauses, Any]:
+    """Those of a replicator whose WAL is like this."""
+    safe = wal.pop("safe_wal_bytes", None)
+    status = Status(
+        reasons=[],
+        replicator=None,
+        slot=SlotStatus(name="s", safe_wal_bytes=safe),
+        wal=WalStatus(**wal),
+        checkpoint=CheckpointStatus(),
+        sinks={},
+        dead_letters=None,
+    )
+    watchdog: Any = SimpleNamespace(standby="", pipeline=FakePipeline(), status=lambda: status)
+    return Pauses(watchdog, ["redis", "http"]), watchdog
+
+
+async def test_a_standby_pauses_nothing() -> None:
+    """The one that reads the slot would not hear of it."""
+    made, watchdog = pauses()
+    watchdog.standby = "slot s is held by process 7"
+    answer = await made.act(PAUSE)
+    assert not answer.done
+    assert "this replicator is the standby, slot s is held by process 7" == answer.lines[0]
+    assert {} == watchdog.pipeline.pauses
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wal", "expected"),
+    [
+        (None, {}, "at a rate that is not known yet, and PostgreSQL has no limit for it"),
+        (None, {"safe_wal_bytes": 5_000_000}, "PostgreSQL keeps 5.0 MB of WAL more"),
+        (60.0, {"safe_wal_bytes": 36_000_000, "written_bytes_per_second": 1_000.0}, "keeps it for 10 hours more"),
+        (7200.0, {"safe_wal_bytes": 3_000_000, "written_bytes_per_second": 1_000.0}, "WARNING: that is less than"),
+        (None, {"safe_wal_bytes": 3_000_000, "written_bytes_per_second": 1_000.0}, "keeps it for 50 minutes more"),
+    ],
+)
+async def test_a_pause_says_how_long_it_goes_well(seconds: float | None, wal: dict[str, Any], expected: str) -> None:
+    """At the rate of the moment."""
+    made, watchdog = pauses(**wal)
+    answer = await made.act(Request(do="pause", sink="http", seconds=seconds))
+    assert answer.done
+    assert expected in "\n".join(answer.lines)
+    assert ("WARNING" in "\n".join(answer.lines)) == ("WARNING" in expected)
+    assert ["http"] == [*watchdog.pipeline.pauses]
+
+
+async def test_a_pause_that_is_not_kept_is_told(tmp_path: Path) -> None:
+    """Over the socket, as any other answer."""
+    made, watchdog = pauses()
+    watchdog.pipeline.full = True
+    path = tmp_path / "s.sock"
+    task = asyncio.create_task(Control(path, made.act).run())
+    answer = await answered(path)
+    await cancel([task])
+    assert not answer.done
+    assert "nothing was changed" == answer.lines[-1]
