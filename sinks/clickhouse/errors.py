@@ -15,7 +15,14 @@ from http import HTTPStatus
 
 import aiohttp
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited, command
+from replicator.contracts.errors import (
+    SinkEmptied,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    cited,
+    command,
+)
 
 SINK = "clickhouse"
 
@@ -126,6 +133,17 @@ def unreadable_ca(exc: OSError) -> SinkMisconfigured:
     """The file was in order when the program started."""
     detail = f"REPLICATOR_CLICKHOUSE_CA_FILE can't be read ({type(exc).__name__})"
     return SinkMisconfigured(sink=SINK, detail=detail, cure=_CA_CURE)
+
+
+def emptied(table: str) -> SinkEmptied:
+    """What was written is gone."""
+    return SinkEmptied(
+        sink=SINK,
+        detail=f"ClickHouse table {table} was emptied, or another one has taken its place: its events are missing."
+        " Meanwhile new ones are written",
+        cure=f"{command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it."
+        " If they need not come back, restart the replicator",
+    )
 
 
 def unopened(directory: str, exc: Exception) -> SinkMisconfigured:

@@ -1,6 +1,7 @@
 """The events that ClickHouse holds, as digests that PostgreSQL can compute as well; a `ledger.SinkLedger`.
 
-`holds` is for the sink: the proof that an insert took place when its answer proves nothing.
+`holds` is for the sink: the proof that an insert took place when its answer proves nothing. So are `Witnesses`: they
+show that the table was emptied.
 
 An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
 of the line's MD5. The source makes the same line from the same contract.
@@ -9,9 +10,12 @@ of the line's MD5. The source makes the same line from the same contract.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event
@@ -19,6 +23,7 @@ from replicator.contracts.fields import TIMESTAMPTZ, Contract
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from sinks.clickhouse.client import LONG_SECONDS, Client
 from sinks.clickhouse.errors import SINK
+from sinks.clickhouse.table import Look
 
 CHUNK = 5_000
 """Ids a statement, and twice the keys: below ClickHouse's 256 kB for the text of one."""
@@ -44,7 +49,14 @@ SENT_BYTES = 4_000_000
 AS_SENT = "SETTINGS output_format_json_quote_64bit_integers = 0, output_format_json_quote_decimals = 0"
 """In the statement, where no front end drops it."""
 
+WITNESSES = 10
+"""So many of the first events, and of the last inserts'."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 T = TypeVar("T")
+
+Key: TypeAlias = tuple[int, int, int]
+"""An event's id, time in µs, and content."""
 
 
 class ClickHouseLedger:
@@ -110,6 +122,18 @@ class ClickHouseLedger:
                 return False
         return True
 
+    async def count(self, keys: Collection[Key]) -> int:
+        """How many of these events are there."""
+        times = [key[1] for key in keys]
+        exactly = {"start": min(times), "end": max(times) + 1, "keys": tuple(keys), "times": tuple(map(_text, times))}
+        [(count,)] = await self._select("count()", tuple[int], exactly, f"AND event_ts IN %(times)s {ONE_OF}")
+        return count
+
+    async def oldest(self) -> list[Key]:
+        """The first event by time; empty if there is none."""
+        what = f"SELECT event_id, {US}, content_id FROM {self._table} ORDER BY event_ts LIMIT 1"  # noqa: S608  our own names
+        return await self._client.query(what, tuple[int, int, int])
+
     def _is_or_follows(self, row: list[Any] | None, event: Event) -> bool:
         if not row or row[0] != event.commit_lsn:
             return bool(row and row[0] > event.commit_lsn)
@@ -119,6 +143,48 @@ class ClickHouseLedger:
     async def _select(self, what: str, row: type[T], parameters: Mapping[str, object], more: str = "") -> list[T]:
         query = f"SELECT {what} FROM {self._table} FINAL WHERE {WITHIN} {more}"  # noqa: S608  our own names
         return await self._client.query(query, row, parameters, seconds=LONG_SECONDS)
+
+
+class Witnesses:
+    """Events that the table was seen to hold: where none of them is left, it was emptied, or is another one.
+
+    Rows also go for good reasons: merges, a TTL, partitions that are dropped, `reconcile --delete-extra`. So the
+    events are only looked for when the table holds no more than the last insert brought, or is another one.
+    """
+
+    def __init__(self, ledger: ClickHouseLedger) -> None:
+        self.gone = False
+        """None of them was left, and not all are there again."""
+        self._ledger = ledger
+        self._first: list[Key] = []
+        self._last: deque[Key] = deque(maxlen=WITNESSES)
+        self._rows = 0
+        self._table = ""
+
+    async def begin(self, seen: Look) -> None:
+        """The table as it is before the first insert."""
+        if not self._table and seen.rows:
+            self._first = await self._ledger.oldest()
+        self._rows, self._table = seen.rows, seen.table
+
+    async def see(self, events: Sequence[Event], seen: Look) -> None:
+        """The table after these were inserted."""
+        suspect = seen.table != self._table or (seen.rows <= len(events) and self._rows)
+        if self.gone or (suspect and not seen.expires):
+            await self.look()
+        self._rows, self._table = seen.rows, seen.table
+        event = random.choice(events)  # noqa: S311  not a secret
+        (self._first if len(self._first) < WITNESSES else self._last).append((event.id, event.ts_us or 0, event.key))
+
+    async def look(self) -> None:
+        """Ask for them."""
+        if keys := [*self._first, *self._last]:
+            there = await self._ledger.count(keys)
+            self.gone = there < len({*keys}) if self.gone else not there
+
+
+def _text(ts_us: int) -> str:
+    return f"{EPOCH + timedelta(microseconds=ts_us):%Y-%m-%d %H:%M:%S.%f}".rjust(26, "0")
 
 
 def _of(part: Slice) -> dict[str, object]:

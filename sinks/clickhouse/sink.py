@@ -15,7 +15,9 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import ClassVar, cast
@@ -38,15 +40,26 @@ from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
 from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
 from sinks.clickhouse.client import Client, parse_url
-from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered, answered, not_clickhouse
+from sinks.clickhouse.errors import (
+    NOT_FITTING,
+    REFUSED,
+    TOO_LARGE,
+    Failed,
+    Unanswered,
+    answered,
+    emptied,
+    not_clickhouse,
+)
 from sinks.clickhouse.http import Receipt
-from sinks.clickhouse.ledger import ClickHouseLedger
+from sinks.clickhouse.ledger import ClickHouseLedger, Witnesses
 from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified, to_be_made
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
     f" {command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it"
 )
+LOOK_SECONDS = 5.0
+"""While events are missing, how often is asked whether they are there again."""
 
 UNREACHED_CURE = "Check that it is up and that REPLICATOR_CLICKHOUSE_URL leads to it"
 
@@ -129,6 +142,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._range_us: tuple[int, int] | None = None
         self._unanswered = 0  # inserts, one after the other
         self._was_wrong = False  # the table, at the last look
+        self._witnesses = Witnesses(self.ledger(with_content=False))
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_at = 0.0  # time.monotonic()
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.contract)
@@ -169,7 +185,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:  # noqa: ARG002  the same in both modes
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
-        if (await self._look()).empty and start is not None:
+        seen = await self._look()
+        await self._witnesses.begin(seen)
+        if not seen.rows and start is not None:
             _log.error(EMPTIED, self._table)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -197,7 +215,22 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         self._password = address.password
         await self._client.login_as(address)
 
+    def look(self) -> None:
+        """That events are missing, until they are there again."""
+        if not self._witnesses.gone:
+            return
+        if time.monotonic() - self._asked_at >= LOOK_SECONDS:
+            self._asked_at = time.monotonic()
+            self._asking = asyncio.create_task(self._ask())
+        raise emptied(self._table)
+
+    async def _ask(self) -> None:
+        with suppress(SinkError):  # they stay missing, and the next insert meets the same
+            await self._witnesses.look()
+
     async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         await self._client.close()
 
     async def _range(self) -> tuple[int, int]:
@@ -240,6 +273,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
             if receipt.doubt:
                 raise not_clickhouse(self._server, f"{receipt.doubt}, and the rows are not in the table")
             raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {receipt.rows} of {len(events)} rows")
+        if events:
+            await self._witnesses.see(events, seen)
 
     async def _send(self, events: Sequence[Event]) -> Receipt:
         token = hashlib.sha256(self._run)

@@ -55,21 +55,23 @@ _TABLE_SQL = f"""
          FROM system.columns WHERE database = %(database)s AND table = %(table)s) AS columns,
         arrayMap((place, name) -> concat(place, '.', name), dependencies_database, dependencies_table) AS views,
         arrayFilter(text -> text != '', [{_DIFFERENT}]) AS different,
-        position(create_table_query, ' TTL ') > 0 AS expires
+        position(create_table_query, ' TTL ') > 0 AS expires, toString(uuid) AS uuid
     FROM system.tables WHERE database = %(database)s AND name = %(table)s"""  # noqa: S608  our own names
 
 
 class Look(NamedTuple):
     """What an insert needs to know of the table."""
 
-    empty: bool
-    """As its parts say: no data is read."""
+    rows: int
+    """As its parts say: no data is read, and repeats count until they are merged."""
     views: list[str]
     """The materialized views that get each insert, too."""
     durable: bool
     """An insert is on disk when it is answered, or on other replicas as well."""
     expires: bool
     """A TTL deletes rows, or values of a column, perhaps as they are inserted."""
+    table: str = ""
+    """Which one it is: another one may take its name."""
 
 
 class _Row(NamedTuple):
@@ -81,6 +83,7 @@ class _Row(NamedTuple):
     views: list[str]
     different: list[str]
     expires: int
+    uuid: str
 
 
 _INIT = f"{command('init')}, which makes it and prints the backfill command that brings what it should hold"
@@ -189,4 +192,4 @@ async def look(client: Client, database: str, contract: Contract) -> Look:
         detail = f"settings that are sent with each insert do not arrive at {client.server}: {', '.join(row.different)}"
         raise SinkMisconfigured(sink=SINK, detail=cited(detail), cure=_SETTINGS_CURE)
     durable = row.engine != "ReplacingMergeTree" or "fsync_after_insert = 1" in row.definition
-    return Look(row.rows == 0, row.views, durable, bool(row.expires))
+    return Look(row.rows or 0, row.views, durable, bool(row.expires), row.uuid)

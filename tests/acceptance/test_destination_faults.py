@@ -546,7 +546,7 @@ def test_a_redis_key_is_somebody_else_s(
 def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations, sink: str
 ) -> None:
-    """An empty destination takes what comes; of Redis it is said. The backfill brings the rest, at any time."""
+    """An empty destination takes what comes; of the API it is not said. The backfill brings the rest, at any time."""
     quick.start()
     insert_many(source, 100)
     quick.wait_until_caught_up()
@@ -570,6 +570,10 @@ def test_its_data_is_gone(  # noqa: PLR0917  fixtures
         succeed(quick.run("rebuild-redis"))
         wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be over")
     if sink == "clickhouse":
+        told = "events_enriched was emptied, or another one has taken its place"
+        holds(quick, source, "clickhouse", told, "`python -m replicator init`", "prints the backfill command")
+        bring_back(quick, sink)
+        wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be over")
         lose[sink]()
         assert 0 == quick.stop()
         assert "was written to before" not in quick.log

@@ -272,7 +272,7 @@ async def test_a_full_insert_takes_few_turns_of_the_loop(monkeypatch: pytest.Mon
         return Receipt(40_000)
 
     async def looked(*_: object) -> Look:
-        return Look(False, [], True, False)
+        return Look(0, [], True, False)
 
     async def others() -> None:
         while True:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +24,14 @@ from devstack import DevStack
 from devstack.clickhouse import ClickHouse
 from devstack.process import wait_until
 from enrichment import EVENT
-from replicator.contracts.errors import BatchRefused, SinkError, SinkMisconfigured, SinkUnavailable, SinkUnusable
+from replicator.contracts.errors import (
+    BatchRefused,
+    SinkEmptied,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    SinkUnusable,
+)
 from replicator.contracts.events import Event, Finding
 from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
 from sinks.clickhouse.table import INIT, TABLE, columns
@@ -602,6 +609,80 @@ class TestShapes:
         clickhouse.behave(read_only=True)
         finding = (await sink.check())[1]
         assert (finding.ok, "164 READONLY" in finding.what) == (False, True)
+
+
+COPY = f"CREATE TABLE other AS {TABLE}"
+
+EMPTIED = {
+    "truncated": [f"TRUNCATE TABLE {TABLE} SYNC"],
+    "another one": [COPY, f"EXCHANGE TABLES other AND {TABLE}"],
+    "made again": [COPY, f"DROP TABLE {TABLE} SYNC", f"RENAME TABLE other TO {TABLE}"],
+}
+
+NOT_EMPTIED = {
+    "merged": [f"OPTIMIZE TABLE {TABLE} FINAL"],
+    "an old partition is dropped": [f"ALTER TABLE {TABLE} DROP PARTITION 202501"],
+    "a copy": [COPY, f"INSERT INTO other SELECT * FROM {TABLE}", f"EXCHANGE TABLES other AND {TABLE}"],  # noqa: S608  ours
+    "some are deleted": [f"ALTER TABLE {TABLE} DELETE WHERE event_id < 50 SETTINGS mutations_sync = 2"],
+    "its rows have expired": [
+        f"ALTER TABLE {TABLE} MODIFY TTL toDateTime(event_ts) + INTERVAL 1 DAY SETTINGS mutations_sync = 2"
+    ],
+}
+
+
+class TestEmptied:
+    """Events that were written are gone."""
+
+    @pytest.mark.parametrize("how", EMPTIED)
+    async def test_it_is_said_until_they_are_back(
+        self, clickhouse: ClickHouse, sink: ClickHouseSink, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """With the next insert; until all are there again, whoever brings them, and whether or not more is written."""
+        monkeypatch.setattr("sinks.clickhouse.sink.LOOK_SECONDS", 0.0)
+        await sink.write(events(1, 50))
+        await sink.write(events(51, 60))
+        sink.look()
+        for statement in EMPTIED[how]:
+            clickhouse.query(statement)
+        await sink.write(events(61, 70))
+        await sink.write(events(71, 80))
+        assert ids(clickhouse) == list(range(61, 81))
+        with pytest.raises(SinkEmptied, match=r"emptied, or another .* prints the backfill command .* restart"):
+            sink.look()
+        async with sink_for(clickhouse.url) as backfill:
+            await backfill.open()
+            await backfill.write(events(51, 60))
+            await sink._ask()  # noqa: SLF001  what `look` begins
+            with pytest.raises(SinkEmptied):
+                sink.look()
+            await backfill.write(events(1, 50))
+        async with asyncio.timeout(RETRY_DEADLINE_SECONDS):
+            while True:
+                with suppress(SinkEmptied):
+                    sink.look()
+                    break
+                await asyncio.sleep(0.01)
+
+    @pytest.mark.parametrize("how", NOT_EMPTIED)
+    async def test_rows_go_for_good_reasons(self, clickhouse: ClickHouse, sink: ClickHouseSink, how: str) -> None:
+        """Nothing is missing, or somebody wanted it so."""
+        await sink.write([event(number, ts=datetime(2025, 1, 8, tzinfo=UTC)) for number in range(1, 60)])
+        await sink.write(events(60, 60))
+        for statement in NOT_EMPTIED[how]:
+            clickhouse.query(statement)
+        for _ in range(2):
+            await sink.write(events(60, 60))
+            sink.look()
+
+    async def test_a_restart(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """What the table held when the program began counts as well."""
+        await sink.write(events(1, 50))
+        async with sink_for(clickhouse.url) as again:
+            await again.open()
+            clickhouse.query(f"TRUNCATE TABLE {TABLE} SYNC")
+            await again.write(events(51, 60))
+            with pytest.raises(SinkEmptied):
+                again.look()
 
 
 def _connections(port: int) -> int:
