@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,7 +29,10 @@ from replicator.contracts.errors import (
 if TYPE_CHECKING:
     from replicator.cli.app import App
     from replicator.contracts.sink import Sink
+    from replicator.contracts.stores import CheckpointStore
     from replicator.delivery.lane import Lane
+    from replicator.operations.control.server import Control
+    from replicator.operations.watchdog import Watchdog
 
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -63,11 +67,11 @@ async def run() -> int:
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.cli.inspect import shown_settings
-    from replicator.delivery.retry import cancel
     from replicator.operations.control.address import socket_path
     from replicator.operations.control.pauses import Pauses
     from replicator.operations.control.server import Control
     from replicator.operations.http import Admin
+    from replicator.operations.notices import systemd
     from replicator.operations.page.live import Live
     from replicator.operations.watchdog import Answers, Watchdog
     from replicator.pipeline import Pipeline
@@ -77,6 +81,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
 
     def stop() -> None:
         stopping.set()
+        systemd.tell("STOPPING=1")
         say_what_stops(pipeline.fan_out.lanes, app.settings.drain_timeout_seconds)
         pipeline.stop()
 
@@ -89,15 +94,34 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
     control = Control(socket_path(app.settings, app.store), Pauses(watchdog, app.settings.sinks).act)
-    listening = asyncio.create_task(control.run())
+    try:
+        await _run_watched(watchdog, app.store, control)
+    except Overtaken:
+        raise
+    except Exception as exc:
+        await watchdog.notifier.say_end(exc, app.store)
+        raise
+    finally:
+        await admin.stop()
+
+
+async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Control) -> None:
+    """The pipeline, and beside it what looks at it and tells others."""
+    from replicator.delivery.retry import cancel
+    from replicator.operations.notices import systemd
+    from replicator.operations.notices.notifier import guarded
+
+    pipeline, notifier = watchdog.pipeline, watchdog.notifier
     watching = [asyncio.create_task(work) for work in (watchdog.run(), watchdog.notice())]
     for task in watching:
         task.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
+    others = partial(notifier.say_again, store), partial(systemd.keep_told, watchdog)
+    telling = [asyncio.create_task(guarded(tell)) for tell in (notifier.watch, notifier.send, notifier.beat, *others)]
+    listening = asyncio.create_task(control.run())
     try:
         await pipeline.run()
     finally:
-        await cancel([*watching, listening])
-        await admin.stop()
+        await cancel([*watching, *telling, listening])
     for task in watching:
         if not task.cancelled() and (failure := task.exception()):
             raise failure

@@ -231,6 +231,17 @@ def unbroken(value: SecretStr) -> SecretStr:
     return value
 
 
+def _http_url(value: SecretStr) -> SecretStr:
+    try:
+        url = urlsplit(unbroken(value).get_secret_value())
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError as exc:
+        raise ValueError("its host or port is impossible" if "@" not in str(exc) else str(exc)) from None
+    if not usable:
+        raise ValueError("it is not an http:// or https:// URL with a host")
+    return value
+
+
 def _certificates(path: Path) -> Path:
     try:
         ssl.create_default_context(cafile=path)
@@ -243,6 +254,10 @@ EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
 """Compose files pass on what may be unset as `${NAME:-}`."""
 CaFile: TypeAlias = Annotated[Annotated[Path, AfterValidator(_certificates)] | None, EmptyIsNone]
 """A PEM file with certificate authorities, or None."""
+
+
+HttpUrl: TypeAlias = Annotated[Annotated[SecretStr, AfterValidator(_http_url)] | None, EmptyIsNone]
+"""An address that is a secret as a whole, as those of chat services are, or None."""
 
 
 def number(default: float, low: float, high: float, what: str) -> Any:
@@ -295,6 +310,13 @@ class CoreSettings(Settings):
         "127.0.0.1:8080",  # loopback: it has no authentication
         pattern=r"^(|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^:\s]+:\d{1,5})$",
         description="host:port for /healthz, /readyz and /metrics; empty turns them off",
+    )
+
+    notify_url: HttpUrl = Field(
+        None, description="an http:// or https:// URL that takes JSON by POST, such as an incoming webhook of Slack"
+    )
+    heartbeat_url: HttpUrl = Field(
+        None, description="an http:// or https:// URL of a service that tells you when it is no longer asked"
     )
 
     @field_validator("admin_listen")

@@ -49,6 +49,9 @@ FORECAST_SECONDS = 120.0
 is some of them."""
 FORECAST_BEGINS_SECONDS = 30.0
 """With less, a step is taken for growth."""
+SOON_SECONDS = 2 * 3600.0
+HARDLY_USED, NEARLY_USED = 0.2, 0.8
+"""Of max_slot_wal_keep_size: below the one a growth is no warning, above the other any is."""
 LOOKS_APART_SECONDS = 1.0
 """`status` looks twice when no process runs that has looked for minutes."""
 
@@ -143,6 +146,16 @@ class ReplicatorStatus(Struct, frozen=True, kw_only=True):
     reading_stopped: bool
 
 
+class NotificationStatus(Struct, frozen=True, kw_only=True):
+    """Messages to REPLICATOR_NOTIFY_URL, and calls of REPLICATOR_HEARTBEAT_URL."""
+
+    trouble: str = ""
+    heartbeat_trouble: str = ""
+    sent: int = 0
+    waiting: int = 0
+    lost: int = 0
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """Everything that an operator asks first. docs/reference/status.md says what each field means."""
 
@@ -159,6 +172,7 @@ class Status(Struct, frozen=True, kw_only=True):
     checkpoint: CheckpointStatus
     sinks: dict[str, SinkStatus]
     dead_letters: DeadLetterStatus | None
+    notifications: NotificationStatus | None = None
 
     def __post_init__(self) -> None:
         structs.force_setattr(self, "ready", not self.reasons)
@@ -270,6 +284,18 @@ def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
     return problem, f"Raise that setting, then {again}" if is_lost else catch_up
 
 
+def running_out(wal: WalStatus) -> tuple[str, str] | tuple[()]:
+    """That the slot will be lost soon, problem and cure. A burst on an allowance that is hardly used is none."""
+    kept, limit, seconds = wal.kept_bytes or 0, wal.limit_bytes, wal.lost_in_seconds
+    soon = seconds is not None and seconds < SOON_SECONDS and kept >= HARDLY_USED * (limit or 0)
+    if not limit or not (soon or kept >= NEARLY_USED * limit):
+        return ()
+    when = f"; at this rate the slot is lost in {_time(seconds)}" if seconds is not None else ""
+    problem = f"PostgreSQL keeps {_size(kept)} of WAL for the slot, of {_size(limit)} that it may{when}."
+    cure = f"{command('status')} names the sink that is behind. Mend it, or raise max_slot_wal_keep_size."
+    return problem, cure
+
+
 def _unfinished(state: SlotState) -> str:
     """That it is still being made; else empty."""
     if state.confirmed_lsn is not None or state.plugin is None or state.active_pid is None:
@@ -357,6 +383,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         checkpoint=of_checkpoint(stored, state, store_trouble),
         sinks={sink: _sink(sink, stored, state, live, paused.get(sink)) for sink in sinks},
         dead_letters=DeadLetterStatus(**structs.asdict(letters), limit=settings.dead_letters_max) if letters else None,
+        notifications=live.notifications if live else None,
     )
 
 
@@ -470,7 +497,18 @@ def as_text(status: Status) -> str:
         if sink.end_lsn is not None:
             row = "" if sink.position == NO_ROW else f" (row {sink.position})"
             lines.append(f"  at         {sink.end_lsn}{row}")
-    return "\n".join([*lines, f"dead letters {_letters_text(status.dead_letters)}"])
+    return "\n".join(
+        [*lines, f"dead letters {_letters_text(status.dead_letters)}", *_untold_text(status.notifications)]
+    )
+
+
+def _untold_text(told: NotificationStatus | None) -> Iterator[str]:
+    """That people are not told; nothing while they are."""
+    if told and told.trouble:
+        lost = f", {told.lost} lost" if told.lost else ""
+        yield f"notify       {told.waiting} waiting{lost}: {printable(told.trouble)}"
+    if told and told.heartbeat_trouble:
+        yield f"heartbeat    {printable(told.heartbeat_trouble)}"
 
 
 def _stopped_text(status: Status) -> Iterator[str]:

@@ -24,6 +24,7 @@ from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
+from replicator.operations.notices.notifier import Notifier
 from replicator.operations.notices.ring import Notices, Reason
 from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import STARTING, Pipeline
@@ -99,6 +100,8 @@ class Watchdog:
         """Why the slot can't be seen; empty when it can."""
         self.notices = Notices()
         """What was wrong lately."""
+        self.notifier = Notifier(settings, self.notices, lambda: not (self.standby or self.found()))
+        """Tells people who do not look."""
         self._cure = ""
         self._dsn = dsn
         self._name = settings.slot
@@ -182,6 +185,7 @@ class Watchdog:
             checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
             sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.every},
             dead_letters=statuses.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
+            notifications=self.notifier.status(),
         )
 
     def _sink(self, lane: Lane) -> statuses.SinkStatus:
@@ -354,6 +358,8 @@ class Watchdog:
                 problem = f"{count} dead letters: at {limit} {owner} waits until some are replayed or dropped."
                 cure = f"{command(f'dead-letters list {which}')} says why they were refused."
                 yield Reason("dead letters", name or self._name, f"{problem} {cure}", cure)
+        if running_out := statuses.running_out(self._forecast.see(self.slot)):
+            yield Reason("wal runs out", self._name, " ".join(running_out), running_out[1])
 
     async def notice(self) -> None:
         """Keep the notices as things are, until cancelled."""

@@ -20,6 +20,7 @@ from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.operations.status import (
     DeadLetterStatus,
+    NotificationStatus,
     ReplicatorStatus,
     SinkStatus,
     Status,
@@ -474,3 +475,36 @@ async def test_what_is_printed_is_a_status(collect: Collect) -> None:
     again = msgspec.json.decode(text, type=Status)
     assert found == again
     assert msgspec.json.decode(text) == msgspec.to_builtins(again)
+
+
+@pytest.mark.parametrize(
+    ("kept", "limit", "lost_in", "told"),
+    [
+        (50, None, None, False),
+        (50, 100, None, False),
+        (80, 100, None, True),
+        (50, 100, 7_000.0, True),
+        (50, 100, 7_300.0, False),
+        (10, 100, 600.0, False),
+        (99, 100, 0.0, True),
+    ],
+)
+def test_wal_that_runs_out_is_a_warning(kept: int, limit: int | None, lost_in: float | None, *, told: bool) -> None:
+    """Near its limit, or soon there; not for a burst while hardly any of it is used."""
+    mega = 1_000_000
+    found = status.running_out(
+        WalStatus(kept_bytes=kept * mega, limit_bytes=limit and limit * mega, lost_in_seconds=lost_in)
+    )
+    assert told == bool(found)
+    if found:
+        assert f"PostgreSQL keeps {kept}.0 MB of WAL for the slot, of 100.0 MB that it may" in found[0]
+        assert "max_slot_wal_keep_size" in found[1]
+
+
+def test_that_nobody_is_told_is_shown() -> None:
+    """A line only while it is so."""
+    well = structs.replace(live(), notifications=NotificationStatus(sent=3))
+    assert "notify" not in status.as_text(well)
+    told = NotificationStatus(trouble="it answered 404", waiting=2, lost=1, heartbeat_trouble="gone")
+    shown = status.as_text(structs.replace(live(), notifications=told))
+    assert shown.endswith("notify       2 waiting, 1 lost: it answered 404\nheartbeat    gone")
