@@ -49,14 +49,13 @@ FORECAST_SECONDS = 120.0
 is some of them."""
 FORECAST_BEGINS_SECONDS = 30.0
 """With less, a step is taken for growth."""
-SOON_SECONDS = 2 * 3600.0
 HARDLY_USED, NEARLY_USED = 0.2, 0.8
 """Of max_slot_wal_keep_size: below the one a growth is no warning, above the other any is."""
 LOOKS_APART_SECONDS = 1.0
 """`status` looks twice when no process runs that has looked for minutes."""
 
 SOON_SECONDS = 3600.0
-"""A pause without an end is told of as trouble when the slot is lost so soon: time enough for somebody to come."""
+"""What loses the slot so soon is told: a pause without an end, or WAL that grows. Time enough for somebody to come."""
 
 NO_ROW = "0/0#0"
 
@@ -290,8 +289,8 @@ def running_out(wal: WalStatus) -> tuple[str, str] | tuple[()]:
     soon = seconds is not None and seconds < SOON_SECONDS and kept >= HARDLY_USED * (limit or 0)
     if not limit or not (soon or kept >= NEARLY_USED * limit):
         return ()
-    when = f"; at this rate the slot is lost in {_time(seconds)}" if seconds is not None else ""
-    problem = f"PostgreSQL keeps {_size(kept)} of WAL for the slot, of {_size(limit)} that it may{when}."
+    when = f"; at this rate the slot is lost in {span(seconds)}" if seconds is not None else ""
+    problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, of {size(limit)} that it may{when}."
     cure = f"{command('status')} names the sink that is behind. Mend it, or raise max_slot_wal_keep_size."
     return problem, cure
 

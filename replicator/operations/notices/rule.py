@@ -14,13 +14,12 @@ from typing import Literal
 from msgspec import Struct
 
 from replicator.operations.notices.ring import Notice
+from replicator.operations.status import span
 
 PATIENCE_SECONDS = {"stream": 10.0, "slot": 10.0}
 """By kind: a restart of PostgreSQL is over sooner. The other reasons are none before they have lasted."""
 AWAY_SECONDS = 60.0
 LONGEST_AWAY_SECONDS = 3600.0
-UNTOLD = frozenset({"pause"})
-"""Somebody did it, and knows."""
 CAUSES = {
     "slot": {"stream"},
     "look": {"stream", "slot"},
@@ -78,7 +77,7 @@ class Rule:
             trouble = self._troubles.setdefault(key, _Trouble())
             trouble.notice, trouble.away_since = notice, None
             patient = now - notice.began_at < PATIENCE_SECONDS.get(notice.kind, 0.0)
-            if trouble.told or patient or notice.kind in UNTOLD or kinds & CAUSES.get(notice.kind, set()):
+            if trouble.told or patient or kinds & CAUSES.get(notice.kind, set()):
                 continue
             yield self._begin(trouble, notice, now)
         for key in self._troubles.keys() - lasting.keys():
@@ -110,7 +109,7 @@ class Rule:
 
 def message(slot: str, notice: Notice, event: Literal["begins", "ends", "test"]) -> Message:
     """In words."""
-    lasted = f"over after {_lasting((notice.ended_at or 0.0) - notice.began_at)}: " if event == "ends" else ""
+    lasted = f"over after {span((notice.ended_at or 0.0) - notice.began_at)}: " if event == "ends" else ""
     words = f"[{slot}] {lasted}{notice.text}{f' {notice.cure}' if notice.cure and event != 'ends' else ''}"
     for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):  # Slack reads <!channel> as a call
         words = words.replace(character, escaped)
@@ -125,13 +124,6 @@ def message(slot: str, notice: Notice, event: Literal["begins", "ends", "test"])
         began_at=_iso(notice.began_at),
         ended_at=None if notice.ended_at is None else _iso(notice.ended_at),
     )
-
-
-def _lasting(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _iso(at: float) -> str:

@@ -43,7 +43,7 @@ def test_help(path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None
     assert out.startswith(f"Usage: replicator {' '.join(path)}".rstrip())
     assert not [line for line in out.splitlines() if len(line) > 80 or not line.isprintable()]
     assert not err
-    if path in {("dead-letters",), ("config",)}:
+    if path in {("dead-letters",), ("config",), ("notify",)}:
         assert "Commands:" in out
     else:
         assert "Example: replicator" in out

@@ -483,7 +483,7 @@ async def test_what_is_printed_is_a_status(collect: Collect) -> None:
         (50, None, None, False),
         (50, 100, None, False),
         (80, 100, None, True),
-        (50, 100, 7_000.0, True),
+        (50, 100, 3_000.0, True),
         (50, 100, 7_300.0, False),
         (10, 100, 600.0, False),
         (99, 100, 0.0, True),

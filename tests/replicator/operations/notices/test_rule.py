@@ -115,11 +115,6 @@ def test_what_follows_from_a_trouble_is_not_told_beside_it(night: Night) -> None
     assert ["stall begins"] == night.passes(10, stall)
 
 
-def test_a_pause_is_not_told(night: Night) -> None:
-    """Whoever paused a sink knows."""
-    assert [] == night.passes(600, Reason("pause", "http", "sink http is paused"))
-
-
 def test_a_text_calls_nobody(night: Night) -> None:
     """Words of a server may hold what Slack takes for a call of everybody."""
     night.passes(1, SINK._replace(text="it says <!channel> & more", cure=""))
