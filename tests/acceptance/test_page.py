@@ -1,0 +1,182 @@
+"""The page in a real browser, beside the real program on real servers: `make test` writes pictures of it to build/page.
+
+What it does with hostile requests is in `test_admin.py` of the room.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+from playwright.sync_api import Browser
+
+from devstack import DevStack
+from devstack.api import Api
+from tests.support.browser import Viewer, chromium
+from tests.support.environment import SECRET
+from tests.support.program import Program
+
+EVENTS = """
+INSERT INTO engagement_events (content_id, user_id, event_type, event_ts, device)
+SELECT 1 + n %% 3, n, '<script>alert(1)</script>', now(), '<img src=x onerror=alert(1)>' FROM generate_series(1, %s) n
+"""
+SIZES = {"1280": (1280, 900), "360": (360, 740), "1920": (1920, 1080)}
+
+Look = Callable[..., Viewer]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One for all tests here."""
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def look(browser: Browser, quick: Program) -> Iterator[Look]:
+    """Opens the page; at the end nobody has complained and nothing was asked of anybody else."""
+    viewers = []
+
+    def open_page(**context: object) -> Viewer:
+        viewers.append(Viewer(browser, quick.environment["REPLICATOR_ADMIN_LISTEN"], **context))
+        return viewers[-1]
+
+    yield open_page
+    for viewer in viewers:
+        viewer.close()
+    assert [] == [complaint for viewer in viewers for complaint in viewer.complaints]
+
+
+def insert(source: psycopg.Connection, events: int = 30) -> None:
+    """So many events in one transaction."""
+    source.execute(EVENTS, [events])
+
+
+def test_all_is_well_in_every_size(quick: Program, source: psycopg.Connection, look: Look) -> None:
+    """Green, complete, nothing wider than the window, nothing that keeps anybody from using it; dark and light."""
+    quick.start()
+    insert(source)
+    quick.wait_until_caught_up()
+    for name, (width, height) in SIZES.items():
+        viewer = look(viewport={"width": width, "height": height})
+        viewer.sees_state("well")
+        viewer.sees("headline", "All is well")
+        viewer.sees("top", "10")
+        assert width >= viewer.page.evaluate("document.documentElement.scrollWidth")
+        assert [] == viewer.violations()
+        viewer.shoot(name)
+    dark = look(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+    assert [] == dark.violations()
+    dark.shoot("dark")
+    for sink in ("clickhouse", "redis", "http"):
+        dark.sees("flow", sink)
+
+
+def test_without_scripts_it_is_a_snapshot(quick: Program, source: psycopg.Connection, look: Look) -> None:
+    """Everything is there, and it says that it stands still. Settings open with the keyboard and show no secret."""
+    quick.start()
+    insert(source)
+    quick.wait_until_caught_up()
+    viewer = look(java_script_enabled=False)
+    assert "All is well" in viewer.text("headline")
+    assert "reload the page" in viewer.page.inner_text("header")
+    assert "REPLICATOR_POSTGRES_DSN" not in viewer.page.inner_text("main")
+    viewer.page.keyboard.press("Tab")
+    viewer.page.keyboard.press("Enter")
+    assert "REPLICATOR_POSTGRES_DSN" in viewer.page.inner_text("main")
+    assert SECRET not in viewer.page.content()
+
+
+def test_a_sink_that_dies_and_comes_back(
+    quick: Program, source: psycopg.Connection, stack: DevStack, look: Look
+) -> None:
+    """Amber within 3 s with the cure, red when `/readyz` is not ready, green again: nobody loads the page again."""
+    quick.start()
+    viewer = look()
+    viewer.sees_state("well")
+    stack.clickhouse.kill()
+    insert(source)
+    viewer.sees_state("trouble", 3)
+    assert "clickhouse" in viewer.text("headline")
+    assert "It is retried until it does" in viewer.text("headline")
+    assert "in trouble for" in viewer.text("flow")
+    viewer.sees_state("wrong")
+    assert "did not take the batch" in quick.admin("/readyz")
+    assert [] == viewer.violations()
+    viewer.shoot("wrong")
+    stack.clickhouse.start()
+    viewer.sees_state("well")
+    viewer.sees("notices", "clickhouse")
+    assert "until now" not in viewer.text("notices")
+
+
+def test_dead_letters_appear(quick: Program, source: psycopg.Connection, api: Api, look: Look) -> None:
+    """How many, why, and the commands. Whatever a row holds, the page neither shows nor runs it."""
+    api.behave(refuse_event_ids=[3, 5])
+    quick.start()
+    viewer = look()
+    viewer.sees("letters", "None.")
+    insert(source)
+    viewer.sees("letters", "2 of sink http")
+    viewer.sees("letters", "422")
+    viewer.sees("headline", "except 2 kept as dead letters")
+    assert "dead-letters replay --sink http" in viewer.text("letters")
+    assert "alert(1)" not in viewer.page.content()
+    viewer.shoot("dead-letters")
+
+
+def test_the_bar_of_a_backfill_moves(
+    quick: Program, source: psycopg.Connection, look: Look, database: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It runs in another process; when it is done the bar is gone."""
+    quick.start()
+    insert(source, 1000)
+    quick.wait_until_caught_up()
+    viewer = look()
+    other = Program(quick.environment, database, tmp_path_factory.mktemp("backfill") / "log")
+    process = other.spawn("backfill", "--last", "1h", "--sinks", "redis", "--batch-size", "50", "--rate", "120")
+    try:
+        first = _percent(viewer, 0)
+        assert first < _percent(viewer, first) < 100
+        viewer.shoot("backfill")
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert 1 == process.returncode
+    viewer.sees("backfills", " %")
+    start, end = re.findall(r"\d{4}-\S+", viewer.text("backfills"))[:2]
+    assert 0 == other.run("backfill", "--start", start, "--end", end, "--sinks", "redis", "--resume").code
+    viewer.sees("backfills", "None runs.")
+
+
+def _percent(viewer: Viewer, more_than: int) -> int:
+    """Where the bar is, as soon as it is further."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = re.search(r"(\d+) %", viewer.text("backfills"))
+        if found and int(found[1]) > more_than:
+            return int(found[1])
+        viewer.page.wait_for_timeout(100)
+    raise AssertionError(f"the bar stays at {more_than} %: {viewer.text('backfills')}")
+
+
+def test_a_process_that_is_silent_is_not_green(quick: Program, look: Look) -> None:
+    """It hangs, and then it is gone: the page says so within 5 s, and is green again by itself."""
+    quick.start()
+    viewer = look()
+    viewer.sees_state("well")
+    quick.pause()
+    viewer.sees_state("silent", 5)
+    assert "No word from the replicator since" in viewer.text("silence")
+    viewer.shoot("silent")
+    quick.resume()
+    viewer.sees_state("well")
+    quick.kill()
+    viewer.sees_state("silent", 5)
+    quick.start()
+    viewer.sees_state("well")
+    assert not viewer.page.locator("#silence").is_visible()
+    viewer.complaints = [said for said in viewer.complaints if "net::ERR_" not in said]  # it asks while nobody listens
