@@ -76,6 +76,8 @@ class Running(NamedTuple):
     """A backfill, or a rebuild, of another process."""
 
     name: str
+    span: str
+    """The range of time; empty: all of it."""
     events: int
     total: int
     idle: float | None
@@ -131,4 +133,12 @@ def running(tasks: Sequence[Task], now: float) -> Iterator[Running]:
             continue
         idle = now - task.updated_at
         if idle < FORGOTTEN_SECONDS:
-            yield Running(task.name, at.events, at.total, idle if idle >= IDLE_SECONDS else None)
+            name, span = _titles(task.name.split(" "))
+            yield Running(name, span, at.events, at.total, idle if idle >= IDLE_SECONDS else None)
+
+
+def _titles(task: Sequence[str]) -> tuple[str, str]:
+    """A task's name for people: `backfill START END SINKS`, or `rebuild-redis` and Redis's generation."""
+    if len(task) == 4:  # noqa: PLR2004  as above
+        return f"{task[0]} into {task[3]}", f"{task[1]} to {task[2]}"
+    return task[0], ""
