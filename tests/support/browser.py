@@ -53,6 +53,10 @@ class Viewer:
         """The part with this id says so, or will in a moment."""
         expect(self.page.locator(f"#{part}")).to_contain_text(text, timeout=PATIENCE_MS)
 
+    def sees_no(self, part: str, text: str) -> None:
+        """The part does not say so, or will not in a moment."""
+        expect(self.page.locator(f"#{part}")).not_to_contain_text(text, timeout=PATIENCE_MS)
+
     def text(self, part: str) -> str:
         """What the part says now."""
         return self.page.locator(f"#{part}").inner_text()

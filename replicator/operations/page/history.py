@@ -95,7 +95,7 @@ class History:
     def look(self) -> None:
         """See how far every sink is."""
         now = time.monotonic()
-        for lane in self._watchdog.pipeline.fan_out.lanes:
+        for lane in self._watchdog.pipeline.fan_out.every:
             line = self._lines.setdefault(lane.name, Line())
             line.add(now, lane.stats.events, self._watchdog.lag_seconds(lane))
 

@@ -52,6 +52,8 @@ def headline(watchdog: Watchdog, status: Status) -> Headline:
         return Headline("trouble", begun)
     if status.standby:
         return Headline("standby", [Saying(status.standby)])
+    if pauses := watchdog.pauses():
+        return Headline("paused", [*map(Saying, pauses)])
     return Headline("well", [Saying(_well(status))])
 
 
@@ -82,12 +84,12 @@ def _well(status: Status) -> str:
 def sink_state(sink: SinkStatus, status: Status) -> State:
     """The colour of one sink."""
     if not sink.trouble:
-        return "well"
+        return "paused" if sink.paused else "well"
     return "wrong" if sink.trouble in status.reasons else "trouble"
 
 
 def note(sink: SinkStatus) -> str:
     """The same in a word or two."""
     if not sink.trouble:
-        return "well"
+        return f"paused until {sink.paused_until or 'somebody resumes it'}" if sink.paused else "well"
     return f"in trouble for {span(sink.trouble_seconds)}" if sink.trouble_seconds else "in trouble"

@@ -66,7 +66,7 @@ async def test_it_goes_on_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every lane, until it is stopped."""
     monkeypatch.setattr(history, "LOOK_SECONDS", 0.01)
     lane = types.SimpleNamespace(name="redis", stats=types.SimpleNamespace(events=0))
-    fan_out = types.SimpleNamespace(lanes=[lane])
+    fan_out = types.SimpleNamespace(every=[lane])
     watchdog = types.SimpleNamespace(pipeline=types.SimpleNamespace(fan_out=fan_out), lag_seconds=lambda _: 0.0)
     made = History(watchdog)  # type: ignore[arg-type]  # as much as it needs
     assert made.rate("redis") is None
