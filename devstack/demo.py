@@ -99,13 +99,16 @@ def look_around(stack: DevStack, replicator: Replicator) -> str:
     redis_cli = f"redis-cli -p {stack.redis.port}"
     curl = f"curl -s 'http://127.0.0.1:{stack.clickhouse.port}/?database=engagement' -d"
     api = stack.api.url.removesuffix("/events")
-    return f"""look around, from another terminal:
+    return f"""the page: {replicator.url}/
+
+look around, from another terminal:
   psql {stack.postgres.dsn} -f {ROOT}/sql/slot_lag.sql
   psql {stack.postgres.dsn} -c "{INSERT}"
   {redis_cli} GET content:last:1
   {redis_cli} ZREVRANGE top:content:10m 0 10 WITHSCORES
   {curl} 'SELECT * FROM events_enriched FINAL ORDER BY event_id DESC LIMIT 5 FORMAT Vertical'
   curl -s {api}/stats
+  cd {ROOT} && {sys.executable} -m replicator top --url {replicator.url}
   curl -s {replicator.url}/status     (and /metrics, /readyz)
   tail -f {replicator.log} {stack.api.log}
 """  # noqa: S608  printed, not run
@@ -128,13 +131,13 @@ def _watch(stack: DevStack, replicator: Replicator, running: Future[None], secon
     started = time.monotonic()
     before = None
     try:
-        with Live(console=console, auto_refresh=False) if console.is_terminal else _plain() as live:
+        with Live(console=Console(highlight=False), auto_refresh=False) if console.is_terminal else _plain() as live:
             for number in _looks(started, seconds):
                 if running.done():
                     return
                 now = _look(stack, replicator, started)
                 if isinstance(live, Live):
-                    live.update(screen.as_table(now, before), refresh=True)
+                    live.update(screen.as_picture(now, before, replicator.rates()), refresh=True)
                 elif number % LINE_EVERY_LOOKS == 0:
                     console.print(screen.as_line(now, before))
                 before = now

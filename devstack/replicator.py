@@ -38,6 +38,11 @@ class Replicator(Service):
         """What `/status` says."""
         return dict(msgspec.json.decode(fetch(f"{self.url}/status")))
 
+    def rates(self) -> dict[str, list[float | None]]:
+        """Events a second of each sink over the last hour, as `/history` has them."""
+        hour = msgspec.json.decode(fetch(f"{self.url}/history"))
+        return {name: lines["events_per_second"] for name, lines in hour["sinks"].items()}
+
     def command(self) -> list[str]:
         """The program."""
         path = [] if self.code == ROOT else ["env", f"PYTHONPATH={self.code}"]

@@ -1,20 +1,27 @@
-"""What the demo shows while it runs: a table on a terminal, or a line in a log.
+"""What the demo shows while it runs: the picture of `replicator top` on a terminal, or a line in a log.
 
 All of it is read from outside: from PostgreSQL, the sinks, and the replicator's admin endpoint.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import psycopg
 import redis
 from rich.console import Group
-from rich.table import Table
+from rich.text import Text
 
 from devstack.comparison import Counts, count
 from devstack.replicator import Replicator
 from devstack.stack import DevStack
+from replicator.cli.operate.picture import Reading, picture
+from replicator.operations.status import Status
+
+Rates: TypeAlias = Mapping[str, Sequence[float | None]]
+"""Events a second of each sink, as `/history` has them."""
 
 TOP = 5
 
@@ -66,33 +73,17 @@ def dead_letters(now: Look) -> int:
     return sum(int(sink["dead_letters"]) for sink in now.sinks.values())
 
 
-def as_table(now: Look, before: Look | None) -> Group:
-    """For a terminal."""
-    table = Table(title=f"replicating for {now.second:.0f} s", title_justify="left")
-    table.add_column("")
-    for heading in ("events", "events/s", "waiting", "lag", "dead letters"):
-        table.add_column(heading, justify="right")
-    table.add_column("position")
-    rate = _rate(now, before, now.counts.postgres, before.counts.postgres if before else 0)
-    table.add_row("PostgreSQL", f"{now.counts.postgres:,}", rate, "", f"{now.lag_bytes:,} bytes", "", now.server)
-    for name, sink in now.sinks.items():
-        held, held_before = _count(now, name), _count(before, name) if before else 0
-        table.add_row(
-            COUNTED_AS[name],
-            f"{held:,}",
-            _rate(now, before, held, held_before),
-            f"{sink['waiting']:,}",
-            f"{sink['lag_seconds']:.1f} s",
-            f"{sink['dead_letters']}",
-            f"{sink['end_lsn']} {sink['trouble']}",
-        )
-    table.add_row("confirmed", "", "", "", "", "", now.confirmed)
-    top = Table(title="top content of the last 10 minutes, from Redis", title_justify="left")
-    top.add_column("content", justify="right")
-    top.add_column("events", justify="right")
-    for content, events in now.top:
-        top.add_row(content, f"{events:,}")
-    return Group(table, top)
+def as_picture(now: Look, before: Look | None, rates: Rates) -> Group:
+    """For a terminal: what `replicator top` shows, and beside it what only the demo can know."""
+    counts = "  ".join(f"{COUNTED_AS[name]} {_count(now, name):,}" for name in now.sinks)
+    facts = Text(f"after {now.second:.0f} s: PostgreSQL {now.counts.postgres:,}  {counts}", "dim")
+    top = "  ".join(f"{content}: {events:,}" for content, events in now.top)
+    last = Text(f"top content of 10 minutes: {top}", "dim")
+    return Group(picture(_reading(now, rates), before and _reading(before, {})), Text(), facts, last)
+
+
+def _reading(now: Look, rates: Rates) -> Reading:
+    return Reading(now.second, msgspec.convert(now.status, Status), rates)
 
 
 def as_line(now: Look, before: Look | None) -> str:

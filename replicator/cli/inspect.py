@@ -48,18 +48,31 @@ async def check(as_json: Json = False) -> int:
     return int(bool(failed))
 
 
-async def status(as_json: Json = False) -> int:
+Watch: TypeAlias = Annotated[bool, typer.Option("--watch", help="again and again, until Ctrl-C")]
+
+
+async def status(as_json: Json = False, again: Watch = False) -> int:
     """Show where slot, checkpoint and sinks are.
 
     It is not ready while the replicator is not, the slot is missing, lost or unread, or the checkpoint is unknown.
     """
+    from replicator.cli.operate.top import watch
     from replicator.operations import status as statuses
 
     app = load_app()
-    async with app.closing():
+    found: statuses.Status | None = None
+
+    async def say() -> str:
+        nonlocal found
         found = await statuses.collect(app.settings, [sink.name for sink in app.sinks], app.store)
-    print(statuses.as_json(found) if as_json else statuses.as_text(found))
-    return 0 if found.ready else NOT_READY
+        return statuses.as_json(found) if as_json else statuses.as_text(found)
+
+    async with app.closing():
+        if again:
+            await watch(say)
+        else:
+            print(await say())
+    return 0 if found and found.ready else NOT_READY
 
 
 SqlFile: TypeAlias = Annotated[

@@ -23,7 +23,7 @@ import typer
 
 from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
-from replicator.cli.operate import control, notify
+from replicator.cli.operate import control, notify, top
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.operations.logs import configure_logging, printable
 
@@ -79,6 +79,7 @@ _add(app, "backfill", backfill.backfill, "replicator backfill --last 2h", text=b
 _add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --repair", DIFFERENT, reconcile.RECONCILE)
 _add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", text=reconcile.REBUILD)
 _add(app, "sql", inspect.sql, 'replicator sql slot-lag | psql "$REPLICATOR_POSTGRES_DSN"')
+_add(app, "top", top.top, "replicator top --url http://10.0.0.7:8080", f"{DONE},\n  3 not ready, without a terminal")
 _notify = _group("notify", "Messages to REPLICATOR_NOTIFY_URL.")
 _add(_notify, "test", notify.test, "replicator notify test")
 _config = _group("config", "Show and check the settings.")

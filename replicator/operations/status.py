@@ -429,16 +429,41 @@ async def ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
     """What the replicator of this slot says that runs here, or why it says nothing."""
     if not settings.admin_listen:
         return None, ""
-    address, url = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})", f"http://{settings.admin_listen}/status"
-    try:
-        live = msgspec.json.decode(await _fetch(url), type=Status)
-    except (aiohttp.ClientError, TimeoutError):
-        return None, f"no answer at {address}: the replicator does not run here"
-    except msgspec.DecodeError:
-        return None, f"what answers at {address} is not a replicator of version {__version__}"
-    if live.slot.name != settings.slot:
+    address = f"REPLICATOR_ADMIN_LISTEN ({settings.admin_listen})"
+    live, why = await ask_address(f"http://{settings.admin_listen}", address)
+    if live and live.slot.name != settings.slot:
         return None, f"the replicator of another slot, {live.slot.name}, answers at {address}"
-    return live, ""
+    return live, why
+
+
+async def ask_address(url: str, name: str = "") -> tuple[Status | None, str]:
+    """What the replicator at this admin address says, or why it says nothing. `name` is how people know it."""
+    name = name or url.rpartition("@")[2]
+    try:
+        return msgspec.json.decode(await _fetch(f"{url}/status"), type=Status), ""
+    except (aiohttp.ClientError, TimeoutError):
+        return None, f"no answer at {name}: the replicator does not run {'there' if '://' in name else 'here'}"
+    except msgspec.DecodeError:
+        return None, f"what answers at {name} is not a replicator of version {__version__}"
+
+
+async def ask_history(url: str) -> dict[str, list[float | None]]:
+    """Events a second of each sink over the last hour, the oldest first; nothing if it does not say."""
+    try:
+        hour = msgspec.json.decode(await _fetch(f"{url}/history"), type=_Hour)
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
+        return {}
+    return {name: lines.events_per_second for name, lines in hour.sinks.items()}
+
+
+class _Lines(Struct):
+    events_per_second: list[float | None]
+
+
+class _Hour(Struct):
+    """What is used of `/history`."""
+
+    sinks: dict[str, _Lines]
 
 
 async def _fetch(url: str) -> bytes:

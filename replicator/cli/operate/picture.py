@@ -1,0 +1,111 @@
+"""What `top` draws: one line that says how it is, then the way of the data, a row a sink, 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from replicator.contracts.errors import command
+from replicator.operations.logs import printable
+from replicator.operations.status import SinkStatus, Status, size, span
+
+WIDTH = 80
+POINTS = 18
+"""Of the line, 10 s each: the last three minutes."""
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Reading(NamedTuple):
+    """What a replicator said, and when."""
+
+    at: float
+    """time.monotonic()."""
+    status: Status
+    rates: Mapping[str, Sequence[float | None]] = {}
+    """By sink: events a second, a value every 10 s, the oldest first."""
+
+
+def picture(now: Reading, before: Reading | None = None, *, silent: str = "") -> RenderableType:
+    """As it is now, with the rates since the reading before; `silent` says that there is no newer one, and why."""
+    status = now.status
+    lines = [Text(printable(silent), "bold yellow")] if silent else []
+    return Group(*lines, *_state(status), Text(), _sinks(now, before), Text(), *_below(status))
+
+
+def _state(status: Status) -> Iterator[Text]:
+    name = f"{printable(status.slot.name)}  "
+    if status.reasons:
+        yield Text.assemble(name, ("NOT READY", "bold red"))
+        for reason in status.reasons:
+            yield Text(f"  {printable(reason)}", "red")
+    elif status.standby:
+        yield Text.assemble(name, ("standby", "bold cyan"), f": {printable(status.standby)}")
+    else:
+        yield Text.assemble(name, ("ready", "bold green"))
+
+
+def _sinks(now: Reading, before: Reading | None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH, header_style="dim")
+    table.add_column("sink", overflow="ellipsis", no_wrap=True, min_width=10)
+    for heading in ("events/s", "lag", "behind", "waiting", "dead"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("3 minutes", width=POINTS, no_wrap=True)
+    for name, sink in now.status.sinks.items():
+        color = "red" if sink.trouble else "cyan" if sink.paused else ""
+        letters = now.status.dead_letters.sinks.get(name, 0) if now.status.dead_letters else None
+        behind = "-" if sink.lag_bytes is None else size(sink.lag_bytes)
+        row = [name, _rate(name, now, before), _seconds(sink), behind, _number(sink.waiting)]
+        table.add_row(*(Text(printable(cell), color) for cell in row), _number(letters), line(now.rates.get(name, ())))
+    return table
+
+
+def _rate(name: str, now: Reading, before: Reading | None) -> str:
+    events, earlier = (reading and reading.status.sinks.get(name, SinkStatus()).events for reading in (now, before))
+    if before is None or events is None or earlier is None or events < earlier or now.at <= before.at:
+        return "-"
+    return f"{(events - earlier) / (now.at - before.at):,.0f}"
+
+
+def _seconds(sink: SinkStatus) -> str:
+    if sink.lag_seconds is None:
+        return "-"
+    return f"{sink.lag_seconds:.1f} s" if sink.lag_seconds < 100 else span(sink.lag_seconds)  # noqa: PLR2004  fits
+
+
+def _number(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def line(values: Sequence[float | None]) -> str:
+    """The newest of them as bars, the largest as a full one; a blank where nothing is known."""
+    shown = [*values][-POINTS:]
+    most = max((value for value in shown if value), default=0.0)
+    bars = (" " if value is None else BARS[round(value / most * (len(BARS) - 1)) if most else 0] for value in shown)
+    return "".join(bars).rjust(POINTS)
+
+
+def _below(status: Status) -> Iterator[Text]:
+    for name, sink in status.sinks.items():
+        if sink.paused:
+            yield Text(printable(sink.paused), "cyan")
+        if sink.trouble and sink.trouble not in status.reasons:
+            lasting = f" ({span(sink.trouble_seconds)})" if sink.trouble_seconds else ""
+            yield Text(f"{name}{lasting}: {printable(sink.trouble)}", "yellow")
+    slot, wal, letters = status.slot, status.wal, status.dead_letters
+    reader = f"read by process {slot.active_pid}" if slot.active_pid else "nobody reads it"
+    yield _fact("slot", f"{reader}, confirmed {slot.confirmed_lsn or 'nothing'}, {size(slot.lag_bytes)} behind")
+    limit = f" of {size(wal.limit_bytes)}" if wal.limit_bytes else ", no limit (max_slot_wal_keep_size)"
+    lost = f", lost in {span(wal.lost_in_seconds)} at this rate" if wal.lost_in_seconds else ""
+    yield _fact("WAL kept", f"{size(wal.kept_bytes)}{limit}{lost}")
+    yield _fact("checkpoint", f"{status.checkpoint.end_lsn or 'none yet'}, {size(status.checkpoint.lag_bytes)} behind")
+    if letters and (letters.rows or letters.sinks):
+        count = letters.rows + sum(letters.sinks.values())
+        yield _fact("dead letters", f"{count:,}: {command('dead-letters list --summary')} says why")
+
+
+def _fact(name: str, text: str) -> Text:
+    return Text.assemble((f"{name:<13}", "dim"), printable(text))

@@ -1,0 +1,145 @@
+"""`top`, and `status --watch`: how it goes, again and again, on the terminal. `picture.py` draws."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from replicator.cli.operate.picture import Reading
+
+LOOK_SECONDS = 1.0
+NOT_READY = 3
+
+
+def address(text: str) -> str:
+    """What `--url` takes."""
+    from urllib.parse import urlsplit
+
+    try:
+        url = urlsplit(text)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise typer.BadParameter("it is not an http:// or https:// address with a host")
+    return text.rstrip("/")
+
+
+Url: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        parser=address,
+        metavar="URL",
+        help="the admin address of a replicator, such as http://10.0.0.7:8080; without it REPLICATOR_ADMIN_LISTEN",
+    ),
+]
+
+
+async def top(url: Url = None) -> int:
+    """Show how it goes, once a second, until Ctrl-C.
+
+    It asks the running replicator alone. Where there is no terminal it looks once and ends.
+    """
+    looks = Looks(url or _own_address())
+    console = terminal()
+    if console:
+        await repeat(console, looks.picture)
+        return 0
+    await looks.look()
+    await asyncio.sleep(LOOK_SECONDS)  # two readings make a rate
+    shown = await looks.picture()
+    from rich.console import Console
+
+    Console(file=sys.stdout, width=80, color_system=None, force_terminal=False).print(shown)
+    return 0 if looks.now and not looks.silent and looks.now.status.ready else NOT_READY
+
+
+def _own_address() -> str:
+    from replicator.contracts.errors import SettingsError
+    from replicator.contracts.settings import CoreSettings, load
+
+    listen = load(CoreSettings).admin_listen
+    if not listen:
+        problem = "it is empty, so the replicator can't be asked"
+        raise SettingsError(name="REPLICATOR_ADMIN_LISTEN", problem=problem, expected="host:port; or use --url")
+    return f"http://{listen}"
+
+
+class Looks:
+    """Looks at one replicator, which may come and go."""
+
+    def __init__(self, address: str) -> None:
+        self.now: Reading | None = None
+        self.silent = ""
+        """Why there is no newer reading; empty while it answers."""
+        self._address = address
+        self._before: Reading | None = None
+
+    async def look(self) -> None:
+        """Ask it. Never raises for what does not answer."""
+        from replicator.cli.operate.picture import Reading
+        from replicator.operations.status import ask_address, ask_history
+
+        status, why = await ask_address(self._address)
+        if status is None:
+            self.silent = f"{why}; trying again"
+            return
+        rates = await ask_history(self._address)
+        self._before, self.now, self.silent = self.now, Reading(time.monotonic(), status, rates), ""
+
+    async def picture(self) -> RenderableType:
+        """As it is now; the last one, and that it is old, while nobody answers."""
+        from rich.text import Text
+
+        from replicator.cli.operate.picture import picture
+
+        await self.look()
+        if self.now is None:
+            return Text(self.silent)
+        return picture(self.now, self._before, silent=self.silent)
+
+
+def terminal() -> Console | None:
+    """Where a picture can be drawn over the one before; None: a pipe, a file, a terminal that can't."""
+    from rich.console import Console
+
+    out = sys.__stdout__  # ours escapes what moves the cursor
+    console = Console(file=out, highlight=False)
+    draws = console.is_terminal and not console.is_dumb_terminal and os.environ.get("TERM") != "dumb"
+    return console if out and draws else None
+
+
+async def repeat(console: Console, draw: Callable[[], Awaitable[RenderableType]]) -> None:
+    """Draw once a second until Ctrl-C. The last picture stays."""
+    from rich.live import Live
+
+    with suppress(asyncio.CancelledError), Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            live.update(await draw(), refresh=True)
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+async def watch(say: Callable[[], Awaitable[str]]) -> None:
+    """Say it again and again until Ctrl-C: in place on a terminal, else one after the other."""
+    from rich.text import Text
+
+    async def draw() -> RenderableType:
+        return Text(await say())
+
+    if console := terminal():
+        await repeat(console, draw)
+        return
+    with suppress(asyncio.CancelledError):
+        while True:
+            print(await say(), flush=True)
+            await asyncio.sleep(LOOK_SECONDS)
