@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from devstack.process import ROOT, DevStackError, Service, free_port
 from devstack.replicator import PREFIX
@@ -79,20 +80,26 @@ class SparkWorker(SparkPart):
         return [spark_class(), "org.apache.spark.deploy.worker.Worker", *listen, *room, self._master.url]
 
 
+class SparkCluster(NamedTuple):
+    """What runs."""
+
+    master: SparkMaster
+    workers: list[SparkWorker]
+
+
 @contextmanager
-def cluster(folder: Path, watchdog: Watchdog, settings: Mapping[str, str], workers: int = 2) -> Iterator[SparkMaster]:
+def cluster(folder: Path, watchdog: Watchdog, settings: Mapping[str, str], workers: int = 2) -> Iterator[SparkCluster]:
     """A Master and some Workers, until the block ends."""
     folder.mkdir()
-    master = SparkMaster(folder, watchdog, settings)
-    parts: list[SparkPart] = [master]
+    made = SparkCluster(SparkMaster(folder, watchdog, settings), [])
     for number in range(workers):
         place = folder / f"node-{number}"
         place.mkdir()
-        parts.append(SparkWorker(place, watchdog, settings, master))
+        made.workers.append(SparkWorker(place, watchdog, settings, made.master))
     try:
-        for part in parts:
+        for part in (made.master, *made.workers):
             part.start()
-        yield master
+        yield made
     finally:
-        for part in reversed(parts):
+        for part in (*made.workers, made.master):
             part.stop()

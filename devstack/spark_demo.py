@@ -77,11 +77,11 @@ def _run(seconds: float, seed: int) -> int:
 def _backfill(stack: DevStack, settings: dict[str, str]) -> None:
     """The command, on the cluster. Raises DevStackError unless it ends well."""
     console.print("starting a Spark Master and two Workers")
-    with stack.spark(**settings) as master:
+    with stack.spark(**settings) as spark:
         outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         options = [word for option in EXECUTORS for word in ("--conf", option)]
         sinks = ["--sinks", "clickhouse,redis,http", "--slices", "10"]
-        command = ["-m", "replicator_spark", "backfill", *RANGE, *sinks, "--master", master.url, *options]
+        command = ["-m", "replicator_spark", "backfill", *RANGE, *sinks, "--master", spark.master.url, *options]
         console.print(f"$ python {' '.join(command)}")
         done = subprocess.run([str(PYTHON), *command], cwd=ROOT, env={**outside, **settings}, check=False)
     if done.returncode:

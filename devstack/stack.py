@@ -16,7 +16,7 @@ from devstack.postgres import Postgres
 from devstack.process import DevStackError, Service, free_port
 from devstack.redis import Redis
 from devstack.replicator import Replicator
-from devstack.spark import SparkMaster, cluster
+from devstack.spark import SparkCluster, cluster
 from devstack.standby import Standby
 from devstack.watchdog import Watchdog
 
@@ -124,7 +124,7 @@ class DevStack:
         self._services[made.name] = made
         return made
 
-    def spark(self, **settings: str) -> AbstractContextManager[SparkMaster]:
+    def spark(self, **settings: str) -> AbstractContextManager[SparkCluster]:
         """A Spark cluster whose two nodes have the settings of a replicator on this stack."""
         if self._watchdog is None:
             raise DevStackError("the stack isn't running: with DevStack(...) as stack")

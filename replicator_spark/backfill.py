@@ -65,7 +65,7 @@ async def backfill(
     sinks: arg.Sinks = None,
     slices: Annotated[
         int | None,
-        typer.Option(parser=_slices, metavar="N", help="parts of the range, 1 to 1000; else one for 100,000 events"),
+        typer.Option(parser=_slices, metavar="N", help="parts of the range, 1 to 1000; else one for 250,000 events"),
     ] = None,
     batch_size: arg.BatchSize = arg.PAGE_ROWS,
     rate: arg.Rate = None,

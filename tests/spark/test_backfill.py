@@ -17,8 +17,9 @@ import pytest
 from devstack import DevStack
 from devstack.control import fetch
 from devstack.process import free_port, wait_until
+from devstack.spark import EXECUTORS
+from tests.support import environment as ground
 from tests.support.destinations import Destinations
-from tests.support.environment import SECRET
 from tests.support.exact import assert_exact
 from tests.support.program import Program, assert_clean, succeed
 from tests.support.spark import PYTHON, SparkBackfill, command_line
@@ -103,6 +104,38 @@ def test_an_executor_dies(backfill: Run, source: psycopg.Connection, database: s
     os.kill(running.children("CoarseGrainedExecutorBackend")[-1], signal.SIGKILL)
     assert "read        20000 events of 20000" in succeed(running.result())
     assert_exact(database, destinations)
+
+
+def test_nodes_that_read_a_standby_and_one_that_dies(tmp_path: Path) -> None:
+    """A Master and two Workers, whose DSN leads to a standby: it is what they read, and one Worker is enough."""
+    with DevStack(*DevStack.SERVICES) as own, ground.fresh_database(own) as database:
+        role = ground.plain_role(own, database)
+        settings = ground.environment(role, own.clickhouse.url, own.redis.url, own.api.url, folder=tmp_path)
+        succeed(Program(settings, database, tmp_path / "replicator.log").run("init"))
+        with psycopg.connect(database) as source:
+            source.execute(MANY, {"rows": 20_000})
+        standby = own.standby()
+        standby.start()
+        of_node = settings | {"REPLICATOR_POSTGRES_DSN": role.replace(f":{own.postgres.port}/", f":{standby.port}/")}
+        with own.spark(**of_node) as spark:
+            options = ["--master", spark.master.url, *(word for option in EXECUTORS for word in ("--conf", option))]
+            running = SparkBackfill(
+                settings, tmp_path / "log", *EVERYTHING, *ALL_SINKS, *options, "--slices", "4", "--rate", "2000"
+            )
+            destinations = Destinations(own)
+            try:
+                wait_until(lambda: len(destinations.api()) >= 2_000, "the first turns")
+                with psycopg.connect(standby.superuser_dsn) as looking:
+                    assert looking.execute(READERS).fetchone() != (0,)
+                spark.workers[0].kill()
+                assert "read        20000 events of 20000" in succeed(running.result())
+            finally:
+                running.end()
+        assert_exact(database, destinations)
+        destinations.redis.close()
+
+
+READERS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'replicator enrichment'"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -229,8 +262,8 @@ def test_spark_shows_no_secret(backfill: Run, source: psycopg.Connection, destin
     told = "".join(fetch(page).decode() for page in pages)
     told += "".join(map(command_line, running.children("")))
     assert "spark backfill 2000-01-01" in told
-    assert SECRET not in told
-    assert SECRET not in running.said
+    assert ground.SECRET not in told
+    assert ground.SECRET not in running.said
     assert running.process.poll() is None, "it was to be looked at while it runs"
 
 

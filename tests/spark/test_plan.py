@@ -35,7 +35,7 @@ def test_slices_are_of_about_one_size(counts: list[int], most: int) -> None:
     ("events", "slices"), [(0, 1), (1, 1), (EVENTS_A_SLICE, 1), (EVENTS_A_SLICE + 1, 2), (10**10, MOST_SLICES)]
 )
 def test_how_many_slices_there_are(events: int, slices: int) -> None:
-    """One for each 100,000 events, within bounds."""
+    """One for each 250,000 events, within bounds."""
     assert slices == usual_slices(events)
 
 
