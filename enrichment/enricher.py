@@ -140,9 +140,9 @@ class EngagementEnricher:
         if before is None:
             return None
         if fit.replaced(before.shape, shape):
-            log.warning("%s is another table than before. %s", EVENTS, IDS_AGAIN)
+            log.warning("%s is another table than before. %s", EVENTS, IDS_AGAIN, extra={"code": "R405"})
         for told in swaps(before.shape, shape):
-            log.warning("%s", told)
+            log.warning("%s", told, extra={"code": "R406"})
         return MissedHistory.since(self._dsn, before, shape)
 
     async def open(self) -> None:
@@ -308,7 +308,7 @@ class EngagementEnricher:
             log.info("rows from before the change of %s come as they are in the table now", EVENTS)
         self._skipped += plan.other_shape
         if plan.ignored["T"]:
-            log.warning("%s was truncated. %s", EVENTS, IDS_AGAIN)
+            log.warning("%s was truncated. %s", EVENTS, IDS_AGAIN, extra={"code": "R407"})
 
     def _carry_out(self, plan: _Plan, found: dict[int, Content]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""

@@ -44,6 +44,7 @@ LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period."""
 
 STARTING = "starting"
+MADE = "made slot %s; %s says how to bring older rows"
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ class Pipeline:
         taken = await self._beginning.take()
         end_lsn = taken.checkpoint.end_lsn
         if taken.created_slot:
-            log.warning("made slot %s; %s says how to bring older rows", self._settings.slot, command("init"))
+            log.warning(MADE, self._settings.slot, command("init"), extra={"code": "R314"})
         if self.checkpoint is None:
             await self.verification.look(taken.checkpoint)
         else:
@@ -286,7 +287,7 @@ class Pipeline:
             self.fan_out.open(self._sinks, starts, self.pauses)
         for lane in self.fan_out.paused:
             paused = self.pauses[lane.name].describe(lane.name, lane.reached)
-            log.warning("%s", paused, extra={"sink": lane.name})
+            log.warning("%s", paused, extra={"sink": lane.name, "code": "R512"})
         self.verification.open(starts, complete=not self.pauses)
         self.checkpoint = stored
         self._opened.set()

@@ -70,7 +70,7 @@ class App(NamedTuple):
         settings = load(CoreSettings)
         configure_logging(settings.log_level, settings.log_format, settings.slot)
         for message in unknown_settings(settings.sinks if sinks is None else sinks):
-            log.warning("%s", message)
+            log.warning("%s", message, extra={"code": "R104"})
         if given("checkpoint_url") is None:
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)

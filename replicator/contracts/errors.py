@@ -15,6 +15,44 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+NOTICES = {
+    "R102": "Other machines can reach the admin endpoints.",
+    "R103": "Requests to the admin endpoints can't be served.",
+    "R104": "A setting has a name that nobody knows.",
+    "R105": "A notification, or the heartbeat, was not taken.",
+    "R106": "A notification is lost.",
+    "R107": "The commands `pause`, `resume` and `retry` can't reach the replicator.",
+    "R210": "The stream breaks again and again, or does not come further.",
+    "R211": "Commits in PostgreSQL wait for the sinks.",
+    "R212": "PostgreSQL shuts down, so the stream was let go.",
+    "R308": "Whoever reads the slot keeps no checkpoint here.",
+    "R309": "The slot can't be seen.",
+    "R310": "The slot stands still while there is something to read.",
+    "R311": "Slot and checkpoint database were not seen for a while.",
+    "R312": "The slot is lost, or PostgreSQL removes WAL that it needs.",
+    "R313": "PostgreSQL keeps more and more WAL for the slot, which is lost at its limit.",
+    "R314": "A new slot was made: older rows have to be backfilled.",
+    "R315": "A pause would last longer than PostgreSQL keeps the WAL.",
+    "R400": "The tables can't be looked at.",
+    "R404": "What was committed while columns had other names or types is brought again.",
+    "R405": "The table of events is another one than before.",
+    "R406": "Two columns have each other's values now.",
+    "R407": "The table of events was truncated.",
+    "R511": "A sink does not answer.",
+    "R512": "A sink is paused.",
+    "R513": "The dead letters are near their bound.",
+    "R514": "An event, or a row, became a dead letter.",
+    "R515": "Reading has stopped: waiting events fill the memory limit.",
+    "R516": "Redis was restarted, or another one answers.",
+    "R517": "The window in Redis can't be kept right.",
+    "R518": "The table in ClickHouse is empty, and was written to before.",
+    "R519": "The embedded ClickHouse does not end.",
+    "R520": "A paused sink could not be closed.",
+    "R607": "No checkpoint is saved.",
+    "R608": "The checkpoint database is silent.",
+}
+"""What is told with a code and is no error, at the place that has the code."""
+
 CITED_CHARACTERS = 500
 """Of what a destination says: enough for its reason, too little for a page."""
 
@@ -61,9 +99,11 @@ def cited(text: str, secrets: Iterable[str] = (), most: int = CITED_CHARACTERS) 
 
 
 class ReplicatorError(Exception):
-    """Base of all. `str(error)` is the problem and the cure as sentences."""
+    """Something failed. Base of all; `str(error)` is the problem and the cure as sentences."""
 
     exit_code = 1
+    code = "R100"
+    """For whoever searches logs and docs/reference/faults.md: it stays when words change."""
 
     def __init__(self, problem: str, cure: str = "", *, detail: str = "") -> None:
         super().__init__(" ".join(_sentence(part) for part in (problem, cure) if part))
@@ -83,6 +123,7 @@ class ReplicatorError(Exception):
 class SettingsError(ReplicatorError):
     """A setting, or an argument, can't be used."""
 
+    code = "R101"
     exit_code = 2
 
     def __init__(self, *, name: str, problem: str, expected: str) -> None:
@@ -93,9 +134,13 @@ class SettingsError(ReplicatorError):
 class SourceError(ReplicatorError):
     """PostgreSQL can't be read from."""
 
+    code = "R200"
+
 
 class SourceUnavailable(SourceError):
     """PostgreSQL can't be read from now: it does not answer, or it answers something else. Retried until it can be."""
+
+    code = "R201"
 
     def __init__(self, *, detail: str, problem: str = "PostgreSQL is not reachable", cure: str = "") -> None:
         unreachable = "`run` retries until it answers; if it should be up, check REPLICATOR_POSTGRES_DSN"
@@ -105,12 +150,16 @@ class SourceUnavailable(SourceError):
 class SourceRefuses(SourceUnavailable):
     """PostgreSQL answers, and lets nobody in: a password, a right, pg_hba.conf, room, a start or shutdown."""
 
+    code = "R202"
+
     def __init__(self, *, detail: str, cure: str) -> None:
         super().__init__(problem="PostgreSQL refuses the connection", detail=detail, cure=cure)
 
 
 class StreamEnded(SourceUnavailable):
     """PostgreSQL ended the stream, with a reason of its own."""
+
+    code = "R203"
 
     def __init__(self, *, detail: str) -> None:
         super().__init__(problem="PostgreSQL ended the stream", detail=detail, cure="`run` connects again")
@@ -119,12 +168,16 @@ class StreamEnded(SourceUnavailable):
 class SlotWaits(SourceUnavailable):
     """A new slot is not there yet: it begins where no transaction runs that was open before it."""
 
+    code = "R302"
+
     def __init__(self, *, slot: str, waits: str, cure: str) -> None:
         super().__init__(problem=f"replication slot {slot} is being made", detail=waits, cure=cure)
 
 
 class StreamStuck(SourceUnavailable):
     """The stream ends again and again without having come further."""
+
+    code = "R204"
 
     def __init__(self, *, lsn: str, times: int, seconds: float, last: SourceUnavailable) -> None:
         problem = f"no progress for {seconds:.0f} s: the stream has ended {times} times at {lsn}, the last time with"
@@ -133,6 +186,8 @@ class StreamStuck(SourceUnavailable):
 
 class SlotUndecodable(SourceUnavailable):
     """PostgreSQL, or wal2json, fails at something that the slot has to read. Retried: nothing is passed over."""
+
+    code = "R205"
 
     def __init__(self, *, slot: str, lsn: str, detail: str) -> None:
         super().__init__(
@@ -146,6 +201,8 @@ class SlotUndecodable(SourceUnavailable):
 
 class SourceStandby(SourceUnavailable):
     """The server is a standby. Retried until it is promoted, or the DSN leads to the primary."""
+
+    code = "R206"
 
     def __init__(self) -> None:
         detail = "the server is a standby, and the slot is read from the primary"
@@ -161,6 +218,8 @@ class SourceStandby(SourceUnavailable):
 class SlotInUse(SourceError):
     """Another process reads the slot. Retried until it is free: this process is the standby."""
 
+    code = "R301"
+
     def __init__(self, *, slot: str, pid: object) -> None:
         super().__init__(
             f"replication slot {slot} is held by process {pid}",
@@ -172,6 +231,8 @@ class SlotInUse(SourceError):
 class SlotMissing(SourceError):
     """There is a checkpoint, but no slot."""
 
+    code = "R303"
+
     def __init__(self, *, slot: str, checkpoint: str, since: str) -> None:
         super().__init__(
             f"replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}."
@@ -182,6 +243,8 @@ class SlotMissing(SourceError):
 
 class SlotLost(SourceError):
     """What the slot still needed is gone from PostgreSQL. `reason` is PostgreSQL's word for why, if it has one."""
+
+    code = "R304"
 
     def __init__(self, *, slot: str, reason: str | None, checkpoint: str, since: str) -> None:
         what, cure = {
@@ -200,6 +263,8 @@ class SlotLost(SourceError):
 class SlotInvalid(SourceError):
     """The slot is of another kind, or belongs to another database."""
 
+    code = "R305"
+
     def __init__(self, *, slot: str, problem: str) -> None:
         cure = "Drop it, or name another one in REPLICATOR_SLOT"
         super().__init__(f"replication slot {slot} can't be used: {problem}", cure)
@@ -207,6 +272,8 @@ class SlotInvalid(SourceError):
 
 class StreamGap(SourceError):
     """The slot does not continue where the checkpoint ends."""
+
+    code = "R306"
 
     def __init__(self, *, slot: str, problem: str, since: str) -> None:
         super().__init__(
@@ -220,6 +287,8 @@ class StreamGap(SourceError):
 class SinkLeftOut(SourceError):
     """A sink is back that was left out of REPLICATOR_SINKS. The slot no longer has what went by."""
 
+    code = "R307"
+
     def __init__(self, *, sink: str, at: str, others: str) -> None:
         super().__init__(
             f"sink {sink} was left out after {at}, the others went on to {others}. It lacks what was committed in"
@@ -232,12 +301,16 @@ class SinkLeftOut(SourceError):
 class SourceUnusable(SourceError):
     """PostgreSQL can't be replicated from until an operator has changed something: wal_level, rights, tables."""
 
+    code = "R207"
+
     def __init__(self, *, problem: str, cure: str) -> None:
         super().__init__(f"PostgreSQL can't be replicated from: {problem}", cure, detail=problem)
 
 
 class TablesUnfit(SourceError):
     """The tables are not what events are made of. Nothing is read; looked at again until an operator has mended it."""
+
+    code = "R401"
 
     def __init__(self, *, problem: str, cure: str) -> None:
         problem = f"{problem}. Nothing is read, PostgreSQL keeps what is committed, and no event is lost"
@@ -247,12 +320,16 @@ class TablesUnfit(SourceError):
 class TablesUnsettled(SourceError):
     """Something may be changing the tables: until that is known nothing more is confirmed."""
 
+    code = "R402"
+
     def __init__(self, *, holder: str) -> None:
         super().__init__(f"verification waits for {holder}", "Nothing is confirmed until then (see pg_stat_activity)")
 
 
 class TablesChanged(SourceError):
     """The tables are no longer what this stream assumes. The stream begins again after the checkpoint."""
+
+    code = "R403"
 
     def __init__(self, *, what: str) -> None:
         super().__init__(f"the tables have changed ({what}). The stream begins again after the checkpoint", detail=what)
@@ -261,12 +338,16 @@ class TablesChanged(SourceError):
 class TimelineChanged(SourceError):
     """PostgreSQL was failed over. What came past the checkpoint may not be there any more, so it is given up."""
 
+    code = "R208"
+
     def __init__(self, *, timeline: int) -> None:
         super().__init__(f"PostgreSQL is on timeline {timeline} now: the stream begins again after the checkpoint")
 
 
 class SinkResumed(SourceError):
     """A sink that was paused gets what it lacks: the stream begins again after the checkpoint, which waited for it."""
+
+    code = "R213"
 
     def __init__(self, *, sink: str) -> None:
         super().__init__(f"sink {sink} is resumed: the stream begins again where it is. The others skip what they have")
@@ -275,6 +356,8 @@ class SinkResumed(SourceError):
 class DecodeError(SourceError):
     """A message of the stream is not what wal2json sends."""
 
+    code = "R209"
+
     def __init__(self, *, lsn: str, problem: str) -> None:
         cure = "If the plugin or its options were changed, change them back; otherwise please report this as a bug"
         super().__init__(f"a message from wal2json at LSN {lsn} can't be understood: {problem}", cure)
@@ -282,6 +365,8 @@ class DecodeError(SourceError):
 
 class SinkError(ReplicatorError):
     """A sink failed."""
+
+    code = "R500"
 
     def __init__(self, sink: str | None, problem: str, cure: str = "", *, detail: str = "") -> None:
         super().__init__(problem, cure, detail=detail)
@@ -294,6 +379,8 @@ class SinkUnavailable(SinkError):
     `retry_after`: seconds that the destination asked to be left alone, None if it did not.
     """
 
+    code = "R501"
+
     def __init__(self, *, sink: str, detail: str, retry_after: float | None = None) -> None:
         problem = f"sink {sink} did not take the batch: {detail}"
         super().__init__(sink, problem, "It is retried until it does", detail=detail)
@@ -303,16 +390,22 @@ class SinkUnavailable(SinkError):
 class SinkMisconfigured(SinkError):
     """The destination turns the replicator away, whatever the events are. Retried slowly and loudly."""
 
+    code = "R502"
+
     def __init__(self, *, sink: str, detail: str, cure: str) -> None:
         problem = f"sink {sink} turns the replicator away: {detail}. The events are kept and retried slowly"
         super().__init__(sink, problem, cure, detail=detail)
 
 
 class DeadLettersFull(SinkError):
-    """A sink refuses more events than may be kept, or no event can be made of more rows (`sink` is None).
+    """A sink refuses more events than may be kept, or no event can be made of more rows.
+
+    Of rows `sink` is None.
 
     Retried slowly and loudly: an operator has to look at them.
     """
+
+    code = "R510"
 
     def __init__(self, *, sink: str | None, stored: int, count: int, limit: int) -> None:
         which = f"--sink {sink}" if sink else "--stage row"
@@ -330,6 +423,8 @@ class DeadLettersFull(SinkError):
 class SinkUnusable(SinkError):
     """No event can be written until an operator has changed something. A lane retries slowly and loudly."""
 
+    code = "R505"
+
     def __init__(self, *, sink: str, detail: str, cure: str) -> None:
         super().__init__(sink, f"sink {sink} can't be written to: {detail}", cure, detail=detail)
 
@@ -337,12 +432,16 @@ class SinkUnusable(SinkError):
 class SinkEmptied(SinkUnusable):
     """What was written is gone. Only `look` raises it: events are written all the same."""
 
+    code = "R506"
+
     def __init__(self, *, sink: str, detail: str, cure: str) -> None:
         SinkError.__init__(self, sink, f"sink {sink} has lost what it had: {detail}", cure, detail=detail)
 
 
 class SinkBroken(SinkError):
     """A sink raised what its code does not know (a bug, no file descriptor left). A lane retries slowly and loudly."""
+
+    code = "R507"
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} failed in an unexpected way: {detail}. The events are kept and retried slowly"
@@ -356,6 +455,8 @@ class BatchRefused(SinkError):
     which may quote the event (`cited`); None: the detail.
     """
 
+    code = "R508"
+
     def __init__(self, *, sink: str, detail: str, reason: str | None = None) -> None:
         cure = f"{command('dead-letters list')} says which events, and why"
         super().__init__(sink, f"sink {sink} refuses events: {detail}", cure, detail=detail)
@@ -365,9 +466,13 @@ class BatchRefused(SinkError):
 class BatchTooLarge(BatchRefused):
     """The write is too large for the destination, or for something before it: the lane makes its writes smaller."""
 
+    code = "R509"
+
 
 class SinkRefusesAll(SinkError):
     """The destination takes nothing at all, so no event is at fault. A lane keeps all of them and asks slowly."""
+
+    code = "R503"
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} refuses everything it is asked: {detail}. All events are kept and retried slowly"
@@ -378,6 +483,8 @@ class SinkRefusesAll(SinkError):
 class SinkContradicts(SinkError):
     """The destination takes events that it has refused, so its refusals prove nothing. A lane asks again."""
 
+    code = "R504"
+
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} refuses events and takes some of them when asked again: {detail}"
         super().__init__(sink, problem, "The events are kept and retried. See whether all its servers are the same")
@@ -386,9 +493,13 @@ class SinkContradicts(SinkError):
 class CheckpointError(ReplicatorError):
     """The checkpoint database failed."""
 
+    code = "R600"
+
 
 class CheckpointUnavailable(CheckpointError):
     """The checkpoint database does not store what it is given. Retried until it does; nothing is confirmed before."""
+
+    code = "R601"
 
     def __init__(self, *, detail: str) -> None:
         super().__init__(
@@ -400,6 +511,8 @@ class CheckpointUnavailable(CheckpointError):
 
 class CheckpointMissing(CheckpointError):
     """There is no checkpoint, but the slot was read before."""
+
+    code = "R602"
 
     def __init__(self, *, slot: str, confirmed: str, database: str = "") -> None:
         self.facts = {"slot": slot, "confirmed": confirmed}
@@ -415,6 +528,8 @@ class CheckpointMissing(CheckpointError):
 class CheckpointBackward(CheckpointError):
     """A checkpoint is older than the stored one."""
 
+    code = "R603"
+
     def __init__(self, *, slot: str, stored: str, offered: str) -> None:
         super().__init__(
             f"the checkpoint of slot {slot} would go back from {stored} to {offered}",
@@ -427,6 +542,8 @@ class CheckpointBackward(CheckpointError):
 class Overtaken(CheckpointError):
     """Another replicator moved the checkpoint while this one was cut off. The program starts again, as the standby."""
 
+    code = "R604"
+
     def __init__(self, *, checkpoint: str, stored: str) -> None:
         cure = "This one starts again, as the standby. See that the other one runs"
         super().__init__(f"another replicator went on from {checkpoint} to {stored} while this one was cut off", cure)
@@ -435,9 +552,13 @@ class Overtaken(CheckpointError):
 class CheckpointUnusable(CheckpointError):
     """The checkpoint database can't be used until an operator has changed something."""
 
+    code = "R605"
+
     def __init__(self, *, problem: str, cure: str) -> None:
         super().__init__(f"the checkpoint database can't be used: {problem}", cure)
 
 
 class CheckpointAbsent(CheckpointUnusable):
     """There is no checkpoint database yet, or it has no tables: `init` makes them."""
+
+    code = "R606"

@@ -55,7 +55,7 @@ class DeadLetters:
         for letter, detail in zip_longest(letters, details):
             owner = f"of sink {letter.sink}" if letter.sink else "of a row"
             why, at = detail or letter.reason, place(letter)
-            fields = {"sink": letter.sink, "lsn": at, "event_id": letter.event_id}
+            fields = {"sink": letter.sink, "lsn": at, "event_id": letter.event_id, "code": "R514"}
             self._count(letter.sink or "", why)
             log.error("dead letter %s at %s (event %s): %s", owner, at, letter.event_id, why, extra=fields)
 

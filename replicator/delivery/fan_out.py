@@ -195,7 +195,10 @@ class FanOut:
         if self.reading_stopped and now - self._said_at >= COMPLAINT_SECONDS:
             self._said_at = now
             message = "reading has stopped: %d bytes wait for sink %s (%s)"
-            log.warning(message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow")
+            fields = {"sink": self.slowest.name, "code": "R515"}
+            log.warning(
+                message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow", extra=fields
+            )
 
     async def progress(self, seconds: float | None = None) -> bool:
         """Wait until a lane has moved since the last call, or so long; whether one has."""

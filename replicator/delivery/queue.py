@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from replicator.contracts.errors import BatchTooLarge
 from replicator.contracts.events import Event, Mark, Position
 
 EVENT_OVERHEAD_BYTES = 250
@@ -44,7 +45,7 @@ class Room:
         now = time.monotonic()
         if now - self._said_at >= GROW_MAX_SECONDS:
             message = "sink %s: a write of %d events is too large for it; writes get smaller, and grow again slowly"
-            log.warning(message, self._sink, events)
+            log.warning(message, self._sink, events, extra={"sink": self._sink, "code": BatchTooLarge.code})
             self._said_at = now
         if self._most == self.events and now - self._changed_at >= GROW_MAX_SECONDS:
             self._patience_seconds = GROW_SECONDS

@@ -57,12 +57,19 @@ class Stopped(Exception):
 class Trouble:
     """Why something does not work at the moment; false while it does. Several callers can share one."""
 
-    def __init__(self, message: str = "", *, over: Callable[[float], str] | None = None, sink: str = "") -> None:
-        """`over` makes what is logged when it ends, of the seconds that it lasted; `sink` is whose trouble it is."""
+    def __init__(
+        self, message: str = "", *, over: Callable[[float], str] | None = None, sink: str = "", code: str = ""
+    ) -> None:
+        """`over` makes what is logged when it ends, of the seconds that it lasted; `sink` is whose trouble it is.
+
+        `code` is that of problems that are no errors.
+        """
         self.message = message
         """The newest problem with its cure; empty while there is none."""
         self.cure = ""
         """The end of the message; empty where the problem has none."""
+        self.code = ""
+        """Of the error that it is; empty when it is none."""
         self.needs_operator = False
         """Retrying alone does not end it."""
         self.standby = False
@@ -70,7 +77,7 @@ class Trouble:
         self.failures = 0
         """Tries that failed since the program began."""
         self._over = over
-        self._extra = {"sink": sink} if sink else None
+        self._extra = {name: value for name, value in (("sink", sink), ("code", code)) if value}
         self._callers = 0
         self._since = 0.0
         self._logged: dict[type, float] = {}  # when each kind of problem was; empty while there is none
@@ -92,7 +99,9 @@ class Trouble:
             log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem, extra=self._extra)
             self._logged[kind] = now
         self.message = str(problem)
-        self.cure = problem.advice if isinstance(problem, errors.ReplicatorError) else ""
+        self.cure, self.code = "", ""
+        if isinstance(problem, errors.ReplicatorError):
+            self.cure, self.code = problem.advice, problem.code
         self.needs_operator = isinstance(problem, NEEDS_OPERATOR)
 
     def begin(self) -> None:
@@ -109,7 +118,8 @@ class Trouble:
 
     def clear(self) -> None:
         """All is well."""
-        self.message, self.cure, self.needs_operator, self.standby, self._callers = "", "", False, False, 0
+        self.message = self.cure = self.code = ""
+        self.needs_operator, self.standby, self._callers = False, False, 0
         self._logged.clear()
 
 

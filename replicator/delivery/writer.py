@@ -114,7 +114,10 @@ class Writer:
         try:
             await self._sink.close()
         except Exception as exc:  # noqa: BLE001  a sink of another package may raise anything
-            log.warning("sink %s could not be closed (%s)", self._sink.name, type(exc).__name__)
+            name = self._sink.name
+            log.warning(
+                "sink %s could not be closed (%s)", name, type(exc).__name__, extra={"sink": name, "code": "R520"}
+            )
 
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call until it succeeds. A command that runs once ends with what only an operator can mend."""
@@ -165,7 +168,8 @@ class Writer:
         elif time.monotonic() - self._said_at > COMPLAINT_SECONDS:
             self._said_at, self._told = time.monotonic(), write
             message = "sink %s refuses %d events at once (%s): it gets parts of them until those at fault are found"
-            log.warning(message, self._sink.name, len(part), exc.detail)
+            fields = {"sink": self._sink.name, "code": exc.code}
+            log.warning(message, self._sink.name, len(part), exc.detail, extra=fields)
 
     def _end_halving(self, exc: BatchRefused, write: Write, suspects: int, refused: int) -> None:
         self._only_in_parts = 0 if suspects else self._only_in_parts + 1
@@ -233,7 +237,8 @@ class Writer:
             if type(exc) not in self._broken:  # without its message, which may have anything in it
                 self._broken.add(type(exc))
                 frames = "".join(traceback.format_tb(exc.__traceback__))
-                log.error("sink %s raised %s\n%s", self._sink.name, name, frames.rstrip())
+                fields = {"sink": self._sink.name, "code": SinkBroken.code}
+                log.error("sink %s raised %s\n%s", self._sink.name, name, frames.rstrip(), extra=fields)
             raise SinkBroken(sink=self._sink.name, detail=name) from exc
 
     # -- whose fault it is ---------------------------------------------------------------------------------------

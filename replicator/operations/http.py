@@ -98,7 +98,7 @@ class Admin:
         if not self._listen:
             return
         if warning := exposed(self._listen):
-            log.warning("%s", warning)
+            log.warning("%s", warning, extra={"code": "R102"})
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
         self._server = await listen(self._listen, self._serve)
         self._page.start()
@@ -181,7 +181,7 @@ class Admin:
     def _complain(self, problem: str) -> None:
         if time.monotonic() - self._complained_at >= COMPLAINT_SECONDS:
             self._complained_at = time.monotonic()
-            log.warning("admin endpoints: %s; said at most once a minute", problem)
+            log.warning("admin endpoints: %s; said at most once a minute", problem, extra={"code": "R103"})
 
     # -- the pages -----------------------------------------------------------------------------------------------
 

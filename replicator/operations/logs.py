@@ -10,9 +10,9 @@ import time
 from types import TracebackType
 from typing import Literal
 
-from replicator.contracts.errors import SinkError
+from replicator.contracts.errors import ReplicatorError, SinkError
 
-FIELDS = ("slot", "sink", "lsn", "event_id")
+FIELDS = ("slot", "sink", "lsn", "event_id", "code", "sinks")
 """Keys of a JSON line beside the message, where they are known."""
 
 # Of a terminal they move the cursor, ring, turn the text around or begin a line that nobody logged.
@@ -28,7 +28,18 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def code_of(record: logging.LogRecord) -> str:
+    """The code of what the line tells; empty if it has none."""
+    problems = (problem for problem in record.args or () if isinstance(problem, ReplicatorError))
+    return str(getattr(record, "code", "")) or next((problem.code for problem in problems), "")
+
+
 class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        code = code_of(record)
+        record.coded = f"{code} " if code else ""
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
         # A line that is indented can't be taken for one of the log.
         record.message = "\n".join(map(printable, re.split(r"\n(?= )", record.message)))
@@ -54,6 +65,7 @@ class _Json(logging.Formatter):
     def _fields(self, record: logging.LogRecord) -> dict[str, str]:
         room, _, of_room = record.name.partition(".")
         found = {"slot": self._slot, "sink": of_room.partition(".")[0] if room == "sinks" else ""}
+        found["code"] = code_of(record)
         for problem in record.args or ():
             if isinstance(problem, SinkError) and problem.sink:
                 found["sink"] = problem.sink
@@ -66,7 +78,7 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tup
 
 def configure_logging(level: str, form: Literal["text", "json"], slot: str = "") -> None:
     """Log to standard error, times in UTC. `level` is ours: below WARNING, libraries log URLs and bodies."""
-    formatter = _Json(slot) if form == "json" else _Text("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    formatter = _Json(slot) if form == "json" else _Text("%(asctime)s %(levelname)-7s %(coded)s%(name)s: %(message)s")
     formatter.converter = time.gmtime
     formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
     formatter.default_msec_format = "%s.%03dZ"

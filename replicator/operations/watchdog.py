@@ -25,7 +25,7 @@ from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
 from replicator.operations import status as statuses
 from replicator.operations.notices.notifier import Notifier
-from replicator.operations.notices.ring import Notices, Reason
+from replicator.operations.notices.ring import CODES, Notices, Reason
 from replicator.operations.status import STALL_SECONDS
 from replicator.pipeline import STARTING, Pipeline
 from replicator.source import slot as slots
@@ -102,7 +102,7 @@ class Watchdog:
         """What was wrong lately."""
         self.notifier = Notifier(settings, self.notices, lambda: not (self.standby or self.found()))
         """Tells people who do not look."""
-        self._cure = ""
+        self._cure = self._code = ""
         self._dsn = dsn
         self._name = settings.slot
         self._answers = answers
@@ -112,8 +112,8 @@ class Watchdog:
         self._at: tuple[Lsn | None, Position | None] = (None, None)
         self._moved_at = self._looked_at = self._saved_at = time.monotonic()
         self._saved: Checkpoint | None = None
-        self._stall = Trouble()
-        self._sync = Trouble()
+        self._stall = Trouble(code=CODES["stall"])
+        self._sync = Trouble(code=CODES["commits"])
         self._holder = ""
         self._shutting_down = 0  # looks in a row that found it so
         self._forecast = statuses.WalForecast()
@@ -125,9 +125,9 @@ class Watchdog:
             try:
                 self.slot = await slots.look(self._dsn, self._name, "replicator watchdog")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
-                self._cure, self._shutting_down = "", 0
+                self._cure, self._code, self._shutting_down = "", "", 0
             except SourceError as exc:
-                self.trouble, self._cure = str(exc), exc.advice
+                self.trouble, self._cure, self._code = str(exc), exc.advice, exc.code
                 await self._let_go()
             await self.pipeline.letters.look()
             self._holder = await self.foreign_holder() if self.standby else ""
@@ -139,7 +139,7 @@ class Watchdog:
         if await self.pipeline.source.is_refused():
             self._shutting_down += 1
             if self._shutting_down > 1:
-                log.warning("%s", shuts_down())
+                log.warning("%s", shuts_down(), extra={"code": "R212"})
                 self.pipeline.source.let_go()
 
     @property
@@ -323,25 +323,27 @@ class Watchdog:
             yield Reason("standby", name, self._holder)
         else:
             reading = pipeline.trouble
-            yield Reason("stream", name, reading.message or self._stuck() or self._restless(), reading.cure)
+            text = reading.message or self._stuck() or self._restless()
+            yield Reason("stream", name, text, reading.cure, reading.code)
         tables, catch_up = pipeline.verification.trouble, pipeline.verification.catch_up
-        yield Reason("tables", name, tables.message, tables.cure)
-        yield Reason("catch-up", name, catch_up.reason, catch_up.trouble.cure)
-        yield Reason("slot", name, self.trouble, self._cure)
+        yield Reason("tables", name, tables.message, tables.cure, tables.code)
+        yield Reason("catch-up", name, catch_up.reason, catch_up.trouble.cure, catch_up.trouble.code)
+        yield Reason("slot", name, self.trouble, self._cure, self._code)
 
     def _of_sinks(self) -> Iterator[Reason]:
         for lane in self.pipeline.fan_out.lanes:
-            yield Reason("sink", lane.name, _trouble(lane), lane.trouble.cure)
+            yield Reason("sink", lane.name, _trouble(lane), lane.trouble.cure, lane.trouble.code)
         lost = self._forecast.see(self.slot).lost_in_seconds
         for name, pause in self.pipeline.pauses.items():
             yield Reason("pause", name, *statuses.loses_slot(name, pause, lost))
 
     def _of_checkpoint(self) -> Iterator[Reason]:
         letters = self.pipeline.letters.trouble
-        yield Reason("checkpoint", self._name, self._unsaved(), self.pipeline.saving.cure)
+        saving = self.pipeline.saving
+        yield Reason("checkpoint", self._name, self._unsaved(), saving.cure, saving.code)
         yield Reason("database", self._name, self._answers.awaited())
         shown = letters.message if letters.seconds() >= TROUBLE_SECONDS else ""
-        yield Reason("database", self._name, shown, letters.cure)
+        yield Reason("database", self._name, shown, letters.cure, letters.code)
 
     def _of_slot(self) -> Iterator[Reason]:
         yield Reason("stall", self._name, self._stalled())

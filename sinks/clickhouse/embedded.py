@@ -48,7 +48,8 @@ class EmbeddedEngine:
         try:
             await self._run(self._close, CLOSE_SECONDS)
         except TimeoutError:  # the write was cancelled, so nothing counts as written
-            _log.warning("the embedded ClickHouse still works after %d s; the program ends without it", CLOSE_SECONDS)
+            message = "the embedded ClickHouse still works after %d s; the program ends without it"
+            _log.warning(message, CLOSE_SECONDS, extra={"code": "R519"})
 
     def _open(self) -> Any:
         if self._client is None:  # loads the engine, and the tables in the directory

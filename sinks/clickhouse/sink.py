@@ -188,7 +188,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
         seen = await self._look()
         await self._witnesses.begin(seen)
         if not seen.rows and start is not None:
-            _log.error(EMPTIED, self._table)
+            _log.error(EMPTIED, self._table, extra={"code": "R518"})
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert. Returns those whose time does not fit."""

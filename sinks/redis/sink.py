@@ -207,7 +207,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable):
         else:
             self._lost = None
             if before and not changed and found.run not in self._runs:  # behind some proxies several answer in turn
-                _log.error(RESTARTED, self._redis.address, command("reconcile --start ... --end ... --repair"))
+                cure = command("reconcile --start ... --end ... --repair")
+                _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word
         self._runs.add(found.run)
 

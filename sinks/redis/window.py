@@ -71,7 +71,7 @@ class Window:
             except SinkError as exc:
                 if not logged:
                     logged = True
-                    _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc)
+                    _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc, extra={"code": "R517"})
                 if isinstance(exc, SinkMisconfigured):
                     await turned_away()
             else:

@@ -46,7 +46,8 @@ class Control:
         except OSError as exc:
             problem = too_long(self._path)
             message = "pause, resume and retry can't reach this replicator: no socket at %s (%s). %s"
-            log.warning(message, self._path, problem or exc.strerror or exc, SHORTER if problem else "")
+            why, cure = problem or exc.strerror or exc, SHORTER if problem else ""
+            log.warning(message, self._path, why, cure, extra={"code": "R107"})
 
     async def _listen(self) -> None:
         self._path.unlink(missing_ok=True)  # a killed process has left it: who lives has the lock

@@ -88,7 +88,7 @@ class Notifier:
 
     def _lose(self, told: Message) -> None:
         self._lost += 1
-        log.error("a notification is lost: %s", told.text)
+        log.error("a notification is lost: %s", told.text, extra={"code": "R106"})
 
     async def send(self) -> None:
         """Send what is queued, in order, each until it is taken."""

@@ -25,6 +25,8 @@ HEADERS = {"user-agent": "engagement-replicator"}
 class NotTaken(ReplicatorError):
     """The address did not take it."""
 
+    code = "R105"
+
     def __init__(self, *, name: str, detail: str, cure: str, retry_after: float = 0.0, refused: bool = False) -> None:
         super().__init__(f"{variable(name)}: {detail}", cure, detail=detail)
         self.retry_after = retry_after

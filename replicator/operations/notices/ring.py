@@ -13,11 +13,32 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from replicator.operations.logs import code_of
+
 KEPT = 50
 """Enough to see a bad night, few enough for one page."""
 OURS = frozenset({"replicator", "enrichment", "sinks", "checkpoint_store"})
 TOLD_OTHERWISE = frozenset({"replicator.delivery.retry", "replicator.delivery.dead_letters"})
 """Their warnings are reasons with a beginning and an end, or are counted."""
+
+CODES = {
+    "stream": "R210",
+    "commits": "R211",
+    "standby": "R308",
+    "slot": "R309",
+    "stall": "R310",
+    "look": "R311",
+    "wal": "R312",
+    "wal runs out": "R313",
+    "tables": "R400",
+    "catch-up": "R404",
+    "sink": "R511",
+    "pause": "R315",
+    "dead letters": "R513",
+    "checkpoint": "R607",
+    "database": "R608",
+}
+"""Of reasons that are no errors, by kind; `contracts/errors.py` says what each is, and has those of errors."""
 
 
 class Reason(NamedTuple):
@@ -31,6 +52,13 @@ class Reason(NamedTuple):
     """Problem and cure, as /readyz says them."""
     cure: str = ""
     """The end of the text; empty where that has none of its own."""
+    error: str = ""
+    """The code of the error that it is; empty when it is none."""
+
+    @property
+    def code(self) -> str:
+        """For whoever searches logs and docs/reference/faults.md."""
+        return self.error or CODES[self.kind]
 
     @property
     def problem(self) -> str:
@@ -50,6 +78,8 @@ class Notice(Struct, kw_only=True):
     """Unix time, seconds."""
     ended_at: float | None = None
     """None while it lasts; for a warning when it was given."""
+    code: str = ""
+    """As in the log; empty for a warning that has none."""
 
 
 class Notices:
@@ -73,15 +103,17 @@ class Notices:
                 kind, subject = key
                 self.lasting[key] = Notice(kind=kind, subject=subject, text="", cure="", began_at=now)
                 self.ring.append(self.lasting[key])
-            self.lasting[key].text, self.lasting[key].cure = reason.problem, reason.cure
+            notice = self.lasting[key]
+            notice.code, notice.text, notice.cure = reason.code, reason.problem, reason.cure
 
-    def note(self, kind: str, subject: str, text: str) -> None:
+    def note(self, kind: str, subject: str, text: str, code: str = "") -> None:
         """It happened. What was said last is not said again."""
         now, last = time.time(), self.ring[-1] if self.ring else None
         if last and (last.kind, last.text) == (kind, text):
             last.ended_at = now
         else:
-            self.ring.append(Notice(kind=kind, subject=subject, text=text, cure="", began_at=now, ended_at=now))
+            notice = Notice(kind=kind, subject=subject, text=text, cure="", began_at=now, ended_at=now, code=code)
+            self.ring.append(notice)
 
 
 class _Warnings(logging.Handler):
@@ -98,4 +130,5 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """A traceback and frames stay in the log."""
         text = record.getMessage().partition("\n")[0]
-        self._notices.note("warning", getattr(record, "sink", None) or record.name.partition(".")[0], text)
+        subject = getattr(record, "sink", None) or record.name.partition(".")[0]
+        self._notices.note("warning", subject, text, code_of(record))

@@ -76,11 +76,26 @@ def test_a_json_line_has_fields(capsys: pytest.CaptureFixture[str]) -> None:
     trouble = Trouble(over="sink http takes events again after {:.0f} s".format, sink="http")
     trouble.begin()
     trouble.end()
+    Trouble(code="R310").say("the slot stands still")
     lines = _lines(capsys)
     assert {"engagement_slot"} == {line["slot"] for line in lines}
-    assert ["http", "redis", "clickhouse", None, "http"] == [line.get("sink") for line in lines]
+    assert ["http", "redis", "clickhouse", None, "http", None] == [line.get("sink") for line in lines]
+    assert [None, "R501", None, None, None, "R310"] == [line.get("code") for line in lines]
     assert ("0/1#2", 7) == (lines[0]["lsn"], lines[0]["event_id"])
     assert {"time", "level", "logger", "message", "slot"} == set(lines[3])
+
+
+def test_a_line_of_text_has_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    """After the level, so that it is found and the message stays the last; plain lines have none."""
+    configure_logging("info", "text")
+    log = logging.getLogger("replicator.x")
+    log.error("%s", SinkUnavailable(sink="redis", detail="away"))
+    log.warning("%s was truncated", "t", extra={"code": "R407"})
+    log.info("plain")
+    error, warning, plain = (line[25:] for line in capsys.readouterr().err.splitlines())
+    assert error.startswith("ERROR   R501 replicator.x: Sink redis did not take the batch: away.")
+    assert warning == "WARNING R407 replicator.x: t was truncated"
+    assert plain == "INFO    replicator.x: plain"
 
 
 @pytest.mark.parametrize(

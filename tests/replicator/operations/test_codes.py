@@ -1,0 +1,73 @@
+"""The codes: one each, in the code, in the registry and on the faults page."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+from replicator.contracts import errors
+from replicator.operations.notices.ring import CODES
+from tests.support.codes import PAGE, classes, codes, listed, written
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+REGISTRY = ROOT / "replicator/contracts/errors.py"
+LEVELS = {"warning", "error", "critical"}
+
+
+def _trees() -> dict[Path, ast.Module]:
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+
+
+def test_no_code_has_two_meanings() -> None:
+    """Each error has one of its own, and none is an error's and a notice's."""
+    found = Counter([*(error.__dict__.get("code", error.__name__) for error in classes()), *errors.NOTICES])
+    assert len(found) > 50
+    assert not [code for code, count in found.items() if count > 1]
+    assert not [code for code in found if not re.fullmatch(r"R[1-6]\d\d", code)]
+
+
+def test_the_registry_is_what_is_told() -> None:
+    """Every code that some module tells is in it, and every notice in it is told somewhere."""
+    named = [
+        node.value
+        for file, tree in _trees().items()
+        for node in ast.walk(tree)
+        if file != REGISTRY and isinstance(node, ast.Constant) and re.fullmatch(r"R\d{3}", str(node.value))
+    ]
+    assert errors.NOTICES.keys() == set(named)
+    assert errors.NOTICES.keys() >= set(CODES.values())
+
+
+def _calls(tree: ast.Module) -> list[ast.Call]:
+    """What is logged as a warning or worse."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [
+        call
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr in LEVELS
+        and ast.unparse(call.func.value) in {"log", "_log"}
+    ]
+
+
+def test_every_warning_of_the_log_has_a_code() -> None:
+    """Of an error that it tells, or one that it is given."""
+    told = [(file, call) for file, tree in _trees().items() for call in _calls(tree)]
+    assert told
+    without = [
+        f"{file.relative_to(ROOT)}:{call.lineno}"
+        for file, call in told
+        if not any(keyword.arg == "extra" for keyword in call.keywords)
+        and not any(isinstance(argument, ast.Name) and argument.id in {"exc", "failure"} for argument in call.args)
+    ]
+    assert not without
+
+
+def test_the_page_has_each() -> None:
+    """If not: `python -m tests.support.codes` writes them."""
+    assert listed() == written(PAGE.read_text(encoding="utf-8"))
+    assert not [code for code, sentence in codes().items() if not sentence[0].isupper()]
