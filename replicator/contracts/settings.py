@@ -51,6 +51,9 @@ _PLAINLY = {
 }
 """By pydantic's type of the error, where its own words are about Python."""
 
+DECISIVE = ("columns", "redis_prefix")
+"""Where two programs differ in these, what the one writes the other does not find. An address may have two names."""
+
 T = TypeVar("T", bound="Settings")
 
 
@@ -111,6 +114,12 @@ def given(field_name: str) -> Given | None:
     except (OSError, UnicodeDecodeError) as exc:
         problem = f"the file can't be read ({type(exc).__name__})"
         raise SettingsError(name=f"{name}_FILE", problem=problem, expected="the path of a readable file") from exc
+
+
+def decisive() -> dict[str, str]:
+    """The settings that decide what data is written and are the same wherever a command runs, as they are now."""
+    values = {name: given(name) for name in DECISIVE}
+    return {variable(name): ",".join(sorted(split(value.text))) if value else "" for name, value in values.items()}
 
 
 def load(settings_class: type[T], **known: Any) -> T:

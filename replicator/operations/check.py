@@ -20,7 +20,7 @@ from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable
-from replicator.operations.status import ask_replicator, danger
+from replicator.operations.status import ask_replicator, danger, differences
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning, pauses
@@ -76,6 +76,8 @@ async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> Async
         yield Finding(True, f"the running replicator is {'the standby' if live.standby else 'ready'}")
     for reason in live.reasons if live else ():
         yield Finding(False, f"the running replicator is not ready: {reason}")
+    for difference in differences(live):
+        yield Finding(False, difference)
 
 
 async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:

@@ -28,7 +28,7 @@ from replicator.contracts.events import (
     format_lsn,
     parse_lsn,
 )
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations.logs import printable
 from replicator.source import slot as slots
@@ -143,6 +143,7 @@ class ReplicatorStatus(Struct, frozen=True, kw_only=True):
     ignored_rows: dict[str, int]
     held_bytes: int
     reading_stopped: bool
+    settings: dict[str, str] = {}
 
 
 class NotificationStatus(Struct, frozen=True, kw_only=True):
@@ -353,6 +354,15 @@ def _lag_bytes(lsn: Lsn, state: SlotState | None) -> int | None:
     return None if state is None else max(0, state.server_lsn - lsn)
 
 
+def differences(live: Status | None) -> list[str]:
+    """Settings that decide what is written, and are others here than in the running replicator."""
+    theirs = live.replicator.settings if live and live.replicator else {}
+    says = "{} is {!r} in the running replicator and {!r} here. Correct the wrong one; `run` reads it when it starts"
+    return [
+        says.format(name, theirs[name], ours) for name, ours in decisive().items() if theirs.get(name, ours) != ours
+    ]
+
+
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
@@ -372,6 +382,7 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
     if live and live.sinks:
         left_out = "the running replicator does not write to sink {}: REPLICATOR_SINKS is not the same there".format
         reasons += [left_out(sink) for sink in sinks if sink not in live.sinks]
+    reasons += differences(live)
     reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
     return Status(
         reasons=reasons,

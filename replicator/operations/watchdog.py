@@ -19,7 +19,7 @@ from msgspec import structs
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
@@ -105,6 +105,7 @@ class Watchdog:
         self._cure = self._code = ""
         self._dsn = dsn
         self._name = settings.slot
+        self._settings = decisive()
         self._answers = answers
         self._unsaved_seconds = (
             settings.checkpoint_interval_seconds + settings.feedback_interval_seconds + UNSAVED_SECONDS
@@ -179,6 +180,7 @@ class Watchdog:
                 ignored_rows={ACTIONS[action]: count for action, count in pipeline.enricher.ignored.items()},
                 held_bytes=pipeline.fan_out.held_bytes,
                 reading_stopped=pipeline.fan_out.reading_stopped,
+                settings=self._settings,
             ),
             slot=statuses.of_slot(self._name, self.slot, self.trouble),
             wal=self._forecast.see(self.slot),

@@ -143,6 +143,19 @@ def test_check_passes_before_init_and_while_it_runs(
     assert 0 == program.stop()
 
 
+def test_check_compares_settings(program: Program, source: psycopg.Connection) -> None:
+    """What the running replicator writes is not where these commands would look."""
+    program.start()
+    insert_many(source, 10)
+    program.wait_until_caught_up()
+    told = "REPLICATOR_REDIS_PREFIX is '' in the running replicator and 'other:' here"
+    checked = program.run("check", redis_prefix="other:")
+    assert (1, True) == (checked.code, f"FAIL  {told}" in checked.stdout)
+    asked = program.run("status", redis_prefix="other:")
+    assert (3, True) == (asked.code, told in " ".join(asked.stdout.split()))
+    assert 0 == program.stop()
+
+
 def test_check_finds_no_room(program: Program, source: psycopg.Connection, stack: DevStack) -> None:
     """All slots are taken: before there is ours it can't be made, afterwards all is well."""
     [count] = source.execute(

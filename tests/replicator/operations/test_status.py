@@ -204,6 +204,24 @@ async def test_another_checkpoint_database_is_not_ready(collect: Collect) -> Non
     await server.close()
 
 
+@pytest.mark.parametrize(
+    ("columns", "different"), [("device=dev,id=number", False), ("id=number", True), ("", True), (None, False)]
+)
+async def test_its_columns_have_other_names(
+    collect: Collect, monkeypatch: pytest.MonkeyPatch, columns: str | None, different: bool
+) -> None:
+    """In whatever order they are written; a replicator of an earlier release does not say."""
+    monkeypatch.setenv("REPLICATOR_COLUMNS", "id=number, device=dev")
+    running = live()
+    assert running.replicator
+    told = {} if columns is None else {"REPLICATOR_COLUMNS": columns}
+    running = structs.replace(running, replicator=structs.replace(running.replicator, settings=told))
+    server = await answering(msgspec.json.encode(running))
+    found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    assert different == (f"REPLICATOR_COLUMNS is {columns!r} in the running replicator" in " ".join(found.reasons))
+
+
 async def test_a_sink_that_the_replicator_does_not_have(collect: Collect) -> None:
     """It gets nothing."""
     server = await answering(msgspec.json.encode(structs.replace(live(), sinks={"http": SinkStatus()})))
