@@ -139,7 +139,7 @@ class App(NamedTuple):
         yield f"checkpoint {masked(self.settings.checkpoint_url.get_secret_value())}"
         yield f"sinks {', '.join(map(_address, self.sinks))}"
         listen = self.settings.admin_listen
-        yield f"admin http://{listen}/status" if listen else "admin endpoints are off"
+        yield f"admin http://{listen}" if listen else "admin endpoints are off"
 
 
 def _dsn(settings: CoreSettings) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from replicator import __version__
@@ -89,9 +90,13 @@ class Renderer:
         self._beside = beside
         self._settings = settings
         self._began = time.monotonic()
-        self._page = _environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
         self._charts: dict[str, tuple[Chart, Chart]] = {}
         self._charted = 0
+
+    @cached_property
+    def _page(self) -> Template:
+        """Made when somebody looks: 25 ms of CPU, which a start need not take."""
+        return _environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
     def document(self) -> str:
         """All of it."""

@@ -232,5 +232,5 @@ def test_the_first_lines_say_what_runs(monkeypatch: pytest.MonkeyPatch, empty_di
         "source postgresql://app:***@db/engagement, slot engagement_slot",
         f"checkpoint sqlite:///{empty_directory}/home/.local/state/engagement-replicator/checkpoint.db",
         "sinks clickhouse http://***@localhost:8123/***, redis redis://localhost:6379/0, http https://api/***",
-        "admin http://127.0.0.1:8080/status",
+        "admin http://127.0.0.1:8080",
     ] == lines

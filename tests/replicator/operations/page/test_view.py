@@ -13,6 +13,7 @@ from replicator.delivery.retry import Trouble
 from replicator.operations.notices.ring import Reason
 from replicator.operations.page.beside import Running, running
 from replicator.operations.page.charts import HEIGHT, chart
+from replicator.operations.page.history import STEPS
 from replicator.operations.page.view import headline, note, sink_state
 from replicator.operations.status import CheckpointStatus, DeadLetterStatus, SinkStatus, SlotStatus, Status
 from replicator.operations.watchdog import UNASKED
@@ -113,6 +114,11 @@ def test_a_line_has_steps_and_gaps() -> None:
     assert (4.0, 6) == (made.most, made.width)
     assert f"M0 {HEIGHT}V36H1V{HEIGHT}" == chart([1.0], 10.0).path
     assert ("", 0.0) == chart([None] * 3, 1.0)[:2]
+
+
+def test_a_restless_hour_is_small() -> None:
+    """No two values are the same."""
+    assert len(chart([step * 7919 % 10_007 * 9.7 for step in range(STEPS)], 1.0).path) < 3_500
 
 
 def test_backfills_are_found_among_the_notes_of_the_stream() -> None:
