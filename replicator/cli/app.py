@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EVENT, EngagementHistory, EngagementLedger, EnrichmentSettings, create_enricher
+from enrichment import EVENT, EngagementLedger, EnrichmentSettings, create_enricher
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -45,7 +45,7 @@ from replicator.contracts.settings import (
 )
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enricher
+from replicator.contracts.stream import Enricher, History
 from replicator.operations.logs import configure_logging
 from replicator.source.stream import Source
 from sinks import create_sinks, settings_classes, sink_class
@@ -100,7 +100,7 @@ class App(NamedTuple):
         )
 
     @asynccontextmanager
-    async def closing(self, *readers: EngagementHistory | EngagementLedger) -> AsyncIterator[None]:
+    async def closing(self, *readers: History | EngagementLedger) -> AsyncIterator[None]:
         """Release all connections at the end, those of readers of the tables, too: they don't try again."""
         try:
             yield
@@ -118,7 +118,7 @@ class App(NamedTuple):
         finally:
             await self._close(*readers)
 
-    async def _close(self, *readers: EngagementHistory | EngagementLedger) -> None:
+    async def _close(self, *readers: History | EngagementLedger) -> None:
         """Close everything. A failure is raised, unless the command has ended with one: then it is logged."""
         failure = sys.exception()
         closing: list[Callable[[], Awaitable[None]]] = [opened.close for opened in (*readers, *self.sinks)]

@@ -52,6 +52,13 @@ def letter_id(given: str) -> int:
     return _whole(given, 2**63 - 1)
 
 
+def event_id(given: str) -> int:
+    """An event's id: 64 bits, with a sign."""
+    if not (re.fullmatch("-?[0-9]{1,19}", given) and -(2**63) <= int(given) < 2**63):
+        raise typer.BadParameter(f"{given!r} is not an event's id")
+    return int(given)
+
+
 def _whole(given: str | int, most: int) -> int:
     text = str(given)
     if not (re.fullmatch("[0-9]{1,19}", text) and 0 < int(text) <= most):

@@ -23,7 +23,7 @@ import typer
 
 from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
-from replicator.cli.operate import control, notify, top
+from replicator.cli.operate import control, follow, notify, top
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.operations.logs import configure_logging, printable
 
@@ -70,6 +70,8 @@ _add(
 _add(app, "pause", control.pause, "replicator pause http --for 30m")
 _add(app, "resume", control.resume, "replicator resume http")
 _add(app, "retry", control.retry, "replicator retry http")
+_add(app, "trace", follow.trace, "replicator trace 301013", DIFFERENT)
+_add(app, "tail", follow.tail, "replicator tail --sink http")
 _add(app, "drop-slot", stream.drop_slot, "replicator drop-slot --yes")
 _letters = _group("dead-letters", "List, replay or drop what a sink refused for good.")
 _add(_letters, "list", dead_letters.show, "replicator dead-letters list --sink http")

@@ -70,6 +70,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.operations.control.address import socket_path
     from replicator.operations.control.pauses import Pauses
     from replicator.operations.control.server import Control
+    from replicator.operations.follow.tail import view
     from replicator.operations.http import Admin
     from replicator.operations.notices import systemd
     from replicator.operations.page.live import Live
@@ -93,7 +94,8 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     page = Live(watchdog, answers.store, app.settings.slot, shown_settings())
     admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
-    control = Control(socket_path(app.settings, app.store), Pauses(watchdog, app.settings.sinks).act)
+    act, show = Pauses(watchdog, app.settings.sinks).act, partial(view, pipeline.fan_out.taps)
+    control = Control(socket_path(app.settings, app.store), act, show)
     try:
         await _run_watched(watchdog, app.store, control)
     except Overtaken:

@@ -7,11 +7,11 @@ capabilities with `isinstance`, and says so where a sink lacks one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Lsn, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import EventCounter, SinkLedger
 from replicator.contracts.settings import Settings, fresh
@@ -148,6 +148,27 @@ class Ranks(ABC):
     @abstractmethod
     async def top(self, most: int) -> list[tuple[int, int]]:
         """Those contents, so many at most, and their events in the last minutes. Raises as `write`, but no refusals."""
+
+
+class Held(NamedTuple):
+    """What a destination has of one event."""
+
+    there: bool
+    """It has the event, or has counted it."""
+    fields: Mapping[str, Any] | None = None
+    """As they are there, exact; None where the destination does not keep the event itself."""
+    commit_lsn: Lsn = 0
+    """Of the view that it has; 0: it does not keep that."""
+    notes: Sequence[str] = ()
+    """What else there is to say, for people."""
+
+
+class Traces(ABC):
+    """A sink that can say what it has of one event."""
+
+    @abstractmethod
+    async def trace(self, event_id: int, event: Event | None) -> Held:
+        """The event of this id; `event` is as PostgreSQL has it now, None when it has none. Raises as `write`."""
 
 
 class Rebuildable(ABC):

@@ -16,7 +16,7 @@ from replicator.contracts.events import Event, Mark, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.dead_letters import DeadLetters
-from replicator.delivery.lane import Lane, Shared
+from replicator.delivery.lane import Lane, Shared, Tap
 from replicator.delivery.queue import Batch, weigh
 from replicator.delivery.retry import COMPLAINT_SECONDS, cancel, wait
 
@@ -63,7 +63,9 @@ class FanOut:
         """Those that run, in the order of the sinks; empty until `open`."""
         self.paused: list[Lane] = []
         """Of sinks that get nothing: they hold nothing, and say where their sinks are."""
-        self._share = partial(Shared, letters, mode, limit_bytes, settings.retry_max_seconds)
+        self.taps: list[Tap] = []
+        """Told of every batch of the stream, and of what each sink has written."""
+        self._share = partial(Shared, letters, mode, limit_bytes, settings.retry_max_seconds, self.taps)
         self._shared = self._share()
         self._drain_timeout_seconds = settings.drain_timeout_seconds
         self._stops = Stops()
@@ -173,6 +175,8 @@ class FanOut:
         batch = Batch(events, mark or Mark(), weigh(events), holders=len(self.lanes), beside=beside)
         self._shared.hold(batch.size)
         self._shared.flow.add(len(events))
+        for tap in self.taps:
+            tap("", events)
         for lane in self.lanes:
             lane.put(batch)
         return batch

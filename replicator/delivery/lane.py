@@ -10,7 +10,9 @@ import random
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeAlias
 
 from replicator.contracts.events import DeadLetter, Event, Mark, Position, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
@@ -29,14 +31,20 @@ QUIET_SECONDS = 0.05
 LOOK_SECONDS = 5.0
 """How often an idle sink is looked at, in memory: well within what trouble may last before it is a reason."""
 
+Tap: TypeAlias = Callable[[str, Sequence[Event]], None]
+"""Is shown events: those of the stream as sink "", then those that each sink has written. It never waits."""
+
 
 class Shared:
     """What the lanes of one fan-out share."""
 
-    def __init__(self, letters: DeadLetters, mode: Mode, limit_bytes: int, retry_max_seconds: float) -> None:
+    def __init__(
+        self, letters: DeadLetters, mode: Mode, limit_bytes: int, retry_max_seconds: float, taps: Sequence[Tap] = ()
+    ) -> None:
         self.letters = letters
         self.mode = mode
         self.retry_max_seconds = retry_max_seconds
+        self.taps = taps
         self.progress = asyncio.Event()
         """Some lane has moved on."""
         self.checkpoint_wanted = asyncio.Event()
@@ -296,6 +304,8 @@ class Lane:
             self.stats.writes += 1
             self.stats.events += len(write.events)
             write.done = True
+            for tap in self._shared.taps:
+                tap(self.name, write.events)
             self._settle()
 
     def _any(self) -> list[Event]:

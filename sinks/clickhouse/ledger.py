@@ -19,8 +19,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event
-from replicator.contracts.fields import TIMESTAMPTZ, Contract
+from replicator.contracts.fields import TIMESTAMPTZ, Contract, Role
 from replicator.contracts.ledger import Digest, EventDigest, Slice
+from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
 from sinks.clickhouse.errors import SINK
 from sinks.clickhouse.table import Look
@@ -53,6 +54,10 @@ WITNESSES = 10
 """So many of the first events, and of the last inserts'."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001  UTC, and printed without its zone
+COPIES = 100
+"""Of one event, the most that are looked at."""
+
 T = TypeVar("T")
 
 Key: TypeAlias = tuple[int, int, int]
@@ -70,6 +75,7 @@ class ClickHouseLedger:
         compared = contract.compared(with_joined=with_content)
         line = ", '|', ".join(field.type.clickhouse_line.format(field.name) for field in compared)
         self._hash = HASH.format(line=line)
+        self._time = contract.field(Role.TIME).name
         self._values = [field.name for field in contract.fields if field.type is not TIMESTAMPTZ]
         self._event = f"event_id, {US}, content_id, {self._hash}, _lsn"
 
@@ -134,6 +140,29 @@ class ClickHouseLedger:
         what = f"SELECT event_id, {US}, content_id FROM {self._table} ORDER BY event_ts LIMIT 1"  # noqa: S608  our own names
         return await self._client.query(what, tuple[int, int, int])
 
+    async def trace(self, event_id: int, event: Event | None) -> Held:
+        """What the table has of one event: all copies, of which `FINAL` shows the last."""
+        at_its_time = event is not None and event.ts_us is not None
+        rows = await self._copies(event_id, event.ts_us) if at_its_time and event else []
+        rows = rows or await self._copies(event_id, None)
+        if not rows:
+            return Held(False)
+        ts_us, lsn, *values = rows[-1]
+        fields = dict(zip(self._values, values, strict=True))
+        fields[self._time] = _moment(ts_us)
+        views = len({row[0] for row in rows})
+        notes = [f"{len(rows)} copies until the next merge; FINAL shows the newest"] if len(rows) > 1 else []
+        notes += [f"it is there at {views} times"] if views > 1 else []
+        return Held(True, fields, lsn, notes)
+
+    async def _copies(self, event_id: int, ts_us: int | None) -> list[list[Any]]:
+        """At its time, which the table is sorted by, or at any."""
+        at = "" if ts_us is None else f"AND {WITHIN}"
+        query = f"SELECT {US}, _lsn, {', '.join(self._values)} FROM {self._table} WHERE event_id = %(id)s {at}"  # noqa: S608  our own names
+        parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
+        more = f"ORDER BY _lsn LIMIT {COPIES} {AS_SENT}"
+        return await self._client.query(f"{query} {more}", list[Any], parameters, seconds=LONG_SECONDS)
+
     def _is_or_follows(self, row: list[Any] | None, event: Event) -> bool:
         if not row or row[0] != event.commit_lsn:
             return bool(row and row[0] > event.commit_lsn)
@@ -185,6 +214,14 @@ class Witnesses:
 
 def _text(ts_us: int) -> str:
     return f"{EPOCH + timedelta(microseconds=ts_us):%Y-%m-%d %H:%M:%S.%f}".rjust(26, "0")
+
+
+def _moment(us: int) -> str:
+    """As an event's JSON has it."""
+    try:
+        return f"{(EPOCH + timedelta(microseconds=us)).isoformat(timespec='microseconds')}Z"
+    except OverflowError:  # no event of ours
+        return f"{us} µs"
 
 
 def _of(part: Slice) -> dict[str, object]:

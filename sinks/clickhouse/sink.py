@@ -38,7 +38,7 @@ from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
-from replicator.contracts.sink import CountsByHour, HasLedger, Mode, Sink
+from replicator.contracts.sink import CountsByHour, HasLedger, Held, Mode, Sink, Traces
 from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import (
     NOT_FITTING,
@@ -122,7 +122,7 @@ class ClickHouseSettings(Settings):
         return url
 
 
-class ClickHouseSink(Sink, CountsByHour, HasLedger):
+class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     """One table, written by `INSERT ... FORMAT JSONEachRow`."""
 
     name = "clickhouse"
@@ -205,6 +205,9 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger):
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         return await self.ledger(with_content=False).hours(start_us, end_us)
+
+    async def trace(self, event_id: int, event: Event | None) -> Held:
+        return await self.ledger(with_content=True).trace(event_id, event)
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
         return ClickHouseLedger(self._client, self._table, self.contract, with_content=with_content)

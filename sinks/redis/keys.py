@@ -16,7 +16,7 @@ WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
 """Start of the newest bucket in the window. Without it the window is built from its buckets."""
 
-COUNT_PREFIX, SEEN_PREFIX = "content:count:", "engagement:seen:"
+COUNT_PREFIX, LAST_PREFIX, SEEN_PREFIX = "content:count:", "content:last:", "engagement:seen:"
 OWNER = "engagement:seen:owner"
 """Which database the counted events come from: event ids of another one would be taken for repeats."""
 GENERATION = "engagement:seen:generation"
@@ -30,7 +30,7 @@ WHOLE = "whole"
 PREFIXES = (
     COUNT_PREFIX,
     "content:newest:",
-    "content:last:",
+    LAST_PREFIX,
     SEEN_PREFIX,
     "top:content:bucket:",
     WINDOW,
@@ -179,7 +179,7 @@ def _write_call(
     keys = [WINDOW, WINDOW_STATE, *(f"{SEEN_PREFIX}{page}" for page in pages), *map(bucket_key, buckets)]
     keys += [COUNT_PREFIX + content for content in contents]
     keys += ["content:newest:" + content for content in contents]
-    keys += ["content:last:" + content for content in contents]
+    keys += [LAST_PREFIX + content for content in contents]
     args: list[str | int | bytes] = [len(pages), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS, packed]
     args += buckets
     # A duration by our clock, so that Redis's clock doesn't matter. Never a shorter one: our clock may be set back,

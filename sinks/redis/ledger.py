@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
+from decimal import Decimal
+from typing import Any
 
 from replicator.contracts.errors import SinkUnusable
+from replicator.contracts.events import Event
+from replicator.contracts.sink import Held
 from sinks.redis.client import SINK, RedisClient
 from sinks.redis.errors import FOREIGN_CURE
-from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, PAGE_BITS, SEEN_PREFIX
+from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, LAST_PREFIX, PAGE_BITS, SEEN_PREFIX
 
 PAGES = 64  # half a megabyte an answer
 
@@ -39,6 +44,23 @@ class RedisLedger:
             bits = {page: value or b"" for page, value in zip(some, found, strict=True)}
             unseen += [event_id for event_id in ids if event_id >> PAGE_BITS in bits and not _is_set(bits, event_id)]
         return unseen
+
+    async def trace(self, event_id: int, event: Event | None) -> Held:
+        """Whether one event was counted, and what is kept of its content."""
+        counted = not await self.unseen([event_id])
+        if event is None:
+            return Held(counted)
+        count, last = f"{COUNT_PREFIX}{event.key}", f"{LAST_PREFIX}{event.key}"
+        number, text = await self._redis.values([count, last])
+        notes = [f"{count} is {(number or b'0').decode(errors='replace')}"]
+        try:
+            fields: dict[str, Any] = dict(json.loads(text, parse_float=Decimal)) if text else {}
+        except (ValueError, TypeError):
+            return Held(counted, notes=[*notes, f"{last} is no event"])
+        if fields.get("event_id") == event_id:
+            return Held(counted, fields, notes=notes)
+        other = f"is event {fields.get('event_id')}" if fields else "has expired, an hour after the newest event"
+        return Held(counted, notes=[*notes, f"{last} {other}"] if counted else notes)
 
 
 def _is_set(bits: dict[int, bytes], event_id: int) -> bool:

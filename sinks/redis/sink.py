@@ -18,7 +18,7 @@ from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
-from replicator.contracts.sink import HasCounter, Mode, Ranks, Rebuildable, Sink
+from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
 from sinks.redis.client import SINK, RedisClient, script
 from sinks.redis.errors import foreign_error, lost_error
 from sinks.redis.info import findings
@@ -53,7 +53,7 @@ VERIFY_CURE = (
 _log = logging.getLogger(__name__)
 
 
-class RedisSink(Sink, HasCounter, Ranks, Rebuildable):
+class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     """Exact under replay: a bit per event says whether it was counted.
 
     What Redis loses, a backfill brings back. A backfill writes counts and last events; the window is left to the
@@ -145,6 +145,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable):
 
     async def top(self, most: int) -> list[tuple[int, int]]:
         return await self._redis.highest(WINDOW, most)
+
+    async def trace(self, event_id: int, event: Event | None) -> Held:
+        return await self.counter().trace(event_id, event)
 
     async def generation(self) -> str:
         found = await self._redis.generation(FILLING)

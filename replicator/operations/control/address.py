@@ -15,7 +15,7 @@ PATH_BYTES = 107
 """What the system takes for a socket's path."""
 LINE_BYTES = 1 << 16
 
-Deed = Literal["pause", "resume", "retry"]
+Deed = Literal["pause", "resume", "retry", "tail"]
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -23,6 +23,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     do: Deed
     sink: str
+    """Empty for a `tail` of what comes from the slot."""
     seconds: float | None = None
     """How long it is paused; None: until somebody resumes it."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import msgspec
 
 from replicator.contracts.errors import ReplicatorError
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
+from replicator.operations.follow.tail import Seen
 
 ANSWER_SECONDS = 60.0
 """Longer than the writes in flight, which a pause waits for, and than a save of the checkpoint database."""
@@ -27,6 +29,28 @@ async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
         raise ReplicatorError(f"the replicator's socket {path} may not be opened", cure) from exc
     except OSError as exc:
         raise ReplicatorError(f"the replicator's socket {path} can't be opened: {exc.strerror}") from exc
+
+
+async def watch(path: Path, request: Request) -> AsyncGenerator[Seen | Answer, None]:
+    """What a `tail` shows, until the replicator ends it; an Answer says why there is nothing more.
+
+    Raises ReplicatorError when no replicator runs here.
+    """
+    if (connection := await connect(path)) is None:
+        cure = "Run it where the replicator runs (in its container), with its settings and as its user"
+        raise ReplicatorError(f"no replicator runs here: nothing listens at {path}", cure)
+    reader, writer = connection
+    try:
+        writer.write(msgspec.json.encode(request) + b"\n")
+        async for line in reader:
+            if line.startswith(b'{"done"'):
+                yield msgspec.json.decode(line, type=Answer)
+            else:
+                yield msgspec.json.decode(line, type=Seen)
+    except (OSError, ValueError) as exc:  # ValueError: a line that is too long, or no message of ours
+        raise ReplicatorError(f"the replicator at {path} has ended the view ({type(exc).__name__})") from exc
+    finally:
+        writer.close()
 
 
 async def ask(path: Path, request: Request) -> Answer | None:

@@ -44,10 +44,17 @@ class Pauses:
         """Do it. Raises CheckpointError: then nothing was done."""
         if standby := self._watchdog.standby:
             return _refused(f"this replicator is the standby, {standby}", "Run the command where that one runs")
+        if request.do == "tail":
+            return self._tail(request)
         if request.sink not in self._sinks:
             return _refused(f"the running replicator has no sink {request.sink}, only {', '.join(self._sinks)}")
         deeds = {"pause": self._pause, "resume": self._resume, "retry": self._retry}
         return await deeds[request.do](request)
+
+    def _tail(self, request: Request) -> Answer:
+        if request.sink in self._pipeline.pauses:
+            return _refused(f"sink {request.sink} is paused: it gets nothing")
+        return Answer(done=True, lines=[])
 
     async def _pause(self, request: Request) -> Answer:
         if not set(self._sinks) - self._pipeline.pauses.keys() - {request.sink}:

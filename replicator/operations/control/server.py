@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,7 @@ import msgspec
 
 from replicator.contracts.errors import CheckpointError
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
+from replicator.operations.follow.tail import Seen
 
 CONNECTIONS = 16
 """Served at once: more than an operator has terminals."""
@@ -26,14 +28,22 @@ LOOK_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 Act = Callable[[Request], Awaitable[Answer]]
+Show = Callable[[str], AsyncGenerator[Seen, None]]
+
+
+async def show_nothing(_: str) -> AsyncGenerator[Seen, None]:
+    """Where there is nothing to be seen."""
+    return
+    yield
 
 
 class Control:
-    """Listens at `path`, and calls `act` for what comes."""
+    """Listens at `path`, and calls `act` for what comes; `show` is asked for a `tail`."""
 
-    def __init__(self, path: Path, act: Act) -> None:
+    def __init__(self, path: Path, act: Act, show: Show = show_nothing) -> None:
         self._path = path
         self._act = act
+        self._show = show
         self._served = 0
 
     async def run(self) -> None:
@@ -74,13 +84,23 @@ class Control:
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
         try:
-            answer = await self._act(msgspec.json.decode(line, type=Request))
+            request = msgspec.json.decode(line, type=Request)
+            answer = await self._act(request)
         except msgspec.DecodeError:
             answer = Answer(done=False, lines=["the replicator is of another version than this command"])
         except CheckpointError as exc:
             answer = Answer(done=False, lines=[str(exc), "nothing was changed"])
-        writer.write(msgspec.json.encode(answer) + b"\n")
-        await writer.drain()
+        else:
+            if answer.done and request.do == "tail":
+                async with aclosing(self._show(request.sink)) as seen:
+                    async for one in seen:  # an empty one, too: writing it shows whether anybody is there
+                        await _write(writer, one)
+        await _write(writer, answer)
+
+
+async def _write(writer: asyncio.StreamWriter, message: Answer | Seen) -> None:
+    writer.write(msgspec.json.encode(message) + b"\n")
+    await writer.drain()
 
 
 async def _locked(file: IO[bytes]) -> None:

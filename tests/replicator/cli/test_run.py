@@ -25,7 +25,7 @@ class Overtaking:
 
     def __init__(self, *_: object) -> None:
         self.stopping = asyncio.Event()
-        self.fan_out = SimpleNamespace(lanes=[])
+        self.fan_out = SimpleNamespace(lanes=[], taps=[])
 
     def stop(self) -> None:
         """As the signal says."""

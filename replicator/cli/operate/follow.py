@@ -1,0 +1,88 @@
+"""`trace`, `tail` and `peek`: one event through every sink, those that go through now, and those that come next."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from replicator.cli.arguments import Json, count, event_id, load_app, one_sink
+
+if TYPE_CHECKING:
+    from replicator.operations.follow.tail import Seen
+
+DIFFERENT = 3
+
+Limit: TypeAlias = Annotated[
+    int | None, typer.Option(parser=count, metavar="N", help="end after so many events, 1 to 1000000")
+]
+SinkName: TypeAlias = Annotated[
+    str | None, typer.Option("--sink", metavar="NAME", help="what this sink has written; else what the slot brings")
+]
+
+
+async def trace(
+    number: Annotated[int, typer.Argument(parser=event_id, metavar="ID", help="an event's id, a whole number")],
+    as_json: Json = False,
+) -> int:
+    """Show what became of one event.
+
+    In PostgreSQL, and for each sink: written, waiting, dead letter, not found, differs, or unknown. A sink that can't
+    be asked, such as the HTTP API, has everything up to its position. What differs only because its content has changed
+    since is no difference.
+    """
+    from enrichment import EngagementLedger
+    from replicator.contracts.events import Position
+    from replicator.operations.follow import trace as traces
+
+    app = load_app()
+    history = EngagementLedger(app.dsn, with_content=True).picked([number])
+    async with app.closing(history):
+        page = await history.read("0", Position(0, 0), 1)
+        found = await traces.follow(number, page, app.sinks, app.settings, app.store)
+    print(traces.as_json(found) if as_json else "\n".join(traces.as_text(found)))
+    return DIFFERENT if found.differs else 0
+
+
+async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False) -> int:
+    """Show events as they go through, until Ctrl-C.
+
+    A few of each batch, at most 50 a second, and how many more there were. The stream never waits for it. Without
+    --sink they come from the slot, before any sink has them.
+    """
+    from replicator.operations.control.address import Answer, Request, socket_path
+    from replicator.operations.control.client import watch
+
+    app = load_app()
+    name = one_sink(sink, app.settings.sinks) if sink else ""
+    left = -1 if limit is None else limit
+    async with app.closing():
+        path = socket_path(app.settings, app.store)
+        try:
+            async with aclosing(watch(path, Request(do="tail", sink=name))) as lines:
+                async for line in lines:
+                    if isinstance(line, Answer):
+                        print("\n".join(line.lines))
+                        return 1
+                    _show(line, as_json=as_json)
+                    left -= line.event is not None
+                    if not left:
+                        return 0
+        except asyncio.CancelledError:  # as it is meant to end
+            return 0
+    print("the replicator has ended")
+    return 1
+
+
+def _show(seen: Seen, *, as_json: bool) -> None:
+    if seen.event is None and not seen.skipped:
+        return
+    event = None if seen.event is None else bytes(seen.event).decode()
+    if not as_json:
+        print(f"{seen.position}  {event}" if event else f"  … and {seen.skipped} more", flush=True)
+        return
+    about = {"sink": seen.sink or None, "position": seen.position, "skipped": seen.skipped}
+    print(f'{json.dumps(about)[:-1]}, "event": {event or "null"}}}', flush=True)
