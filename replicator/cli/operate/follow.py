@@ -68,7 +68,7 @@ async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False
                         print("\n".join(line.lines))
                         return 1
                     _show(line, as_json=as_json)
-                    left -= line.event is not None
+                    left -= line.position is not None
                     if not left:
                         return 0
         except asyncio.CancelledError:  # as it is meant to end
@@ -78,11 +78,11 @@ async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False
 
 
 def _show(seen: Seen, *, as_json: bool) -> None:
-    if seen.event is None and not seen.skipped:
+    if seen.position is None and not seen.skipped:
         return
-    event = None if seen.event is None else bytes(seen.event).decode()
+    event = bytes(seen.event).decode()
     if not as_json:
-        print(f"{seen.position}  {event}" if event else f"  … and {seen.skipped} more", flush=True)
+        print(f"{seen.position}  {event}" if seen.position else f"  … and {seen.skipped} more", flush=True)
         return
     about = {"sink": seen.sink or None, "position": seen.position, "skipped": seen.skipped}
-    print(f'{json.dumps(about)[:-1]}, "event": {event or "null"}}}', flush=True)
+    print(f'{json.dumps(about)[:-1]}, "event": {event}}}', flush=True)

@@ -76,7 +76,7 @@ class Control:
                 async with asyncio.timeout(REQUEST_SECONDS):
                     line = await reader.readuntil(b"\n")
                 await self._answer(line, writer)
-        except (OSError, EOFError, asyncio.LimitOverrunError):  # gone, or nothing that is asked
+        except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.CancelledError):  # gone, nonsense, or the end
             pass
         finally:
             self._served -= 1

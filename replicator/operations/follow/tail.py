@@ -18,6 +18,9 @@ SHOWN_A_SECOND = 50
 WAITING = 200
 """Lines that wait for a viewer that is slow; then they are only counted."""
 TICK_SECONDS = 1.0
+SHOWN_BYTES = 32_768
+"""Of one event; a line of the socket has room for it."""
+NOTHING = msgspec.Raw(b"null")
 
 
 class Seen(Struct, frozen=True, kw_only=True):
@@ -26,7 +29,7 @@ class Seen(Struct, frozen=True, kw_only=True):
     sink: str = ""
     """Which sink has written it; empty: it came from the slot."""
     position: str | None = None
-    event: msgspec.Raw | None = None
+    event: msgspec.Raw = NOTHING
     skipped: int = 0
 
 
@@ -46,7 +49,7 @@ class Viewer:
         if (second := int(time.monotonic())) != self._second:
             self._second, self._shown = second, 0
         room = min(SHOWN_A_BATCH, SHOWN_A_SECOND - self._shown, WAITING - self._lines.qsize())
-        taken = events[: max(0, room)]
+        taken = [event for event in events[: max(0, room)] if len(event.json) <= SHOWN_BYTES]
         for event in taken:
             place = f"{format_lsn(event.commit_lsn)}#{event.ordinal}"
             self._lines.put_nowait(Seen(sink=sink, position=place, event=msgspec.Raw(event.json)))
@@ -56,12 +59,15 @@ class Viewer:
     async def lines(self) -> AsyncGenerator[Seen, None]:
         """One after the other, and at least once a second: with nothing to tell, an empty one."""
         while True:
-            try:
-                async with asyncio.timeout(TICK_SECONDS):
-                    yield await self._lines.get()
-            except TimeoutError:
-                skipped, self._skipped = self._skipped, 0
-                yield Seen(sink=self._sink, skipped=skipped)
+            yield await self._next()
+
+    async def _next(self) -> Seen:
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                return await self._lines.get()
+        except TimeoutError:
+            skipped, self._skipped = self._skipped, 0
+            return Seen(sink=self._sink, skipped=skipped)
 
 
 async def view(taps: list[Tap], sink: str) -> AsyncGenerator[Seen, None]:

@@ -91,7 +91,7 @@ async def test_it_ends_with_whoever_asked(tmp_path: Path) -> None:
                 found.append(await anext(lines))
             last = found[-1]
             assert isinstance(last, Seen)
-            assert ("0/1E#1", b'{"event_id":1}') == (last.position, bytes(last.event or b""))
+            assert ("0/1E#1", b'{"event_id":1}') == (last.position, bytes(last.event))
         while taps:  # noqa: ASYNC110  the server notices when it writes
             await asyncio.sleep(0.001)
     await cancel([task])
