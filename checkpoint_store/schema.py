@@ -11,8 +11,8 @@ from sqlalchemy import Column, String
 from replicator.contracts.errors import CheckpointAbsent, CheckpointUnusable, command
 from replicator.contracts.events import parse_lsn
 
-VERSION = 4
-"""A program reads and writes the tables of its own version only."""
+VERSION = 5
+"""A program reads and writes the tables of its own version only; `create` brings the version before up to it."""
 
 NAME = String(255)  # MySQL wants a bound for what is in a key, and two of these fit its 3,072 bytes
 CREATE_LOCK_KEY = 0x7265706C  # of an advisory lock; "repl", which other programs are unlikely to use
@@ -49,6 +49,7 @@ checkpoints = sa.Table(
     Column("end_lsn", LsnText, nullable=False),
     Column("updated_at", sa.Double, nullable=False),  # Unix seconds
     Column("committed_at", sa.Double, nullable=False),  # likewise, by PostgreSQL's clock
+    Column("contents", String(64)),  # what `contents` is a copy of; NULL: there is none to be used
 )
 
 sink_positions = sa.Table(
@@ -91,11 +92,23 @@ tasks = sa.Table(
 )
 
 
+contents = sa.Table(
+    "replicator_contents",
+    metadata,
+    Column("slot", NAME, primary_key=True),
+    Column("content_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    Column("content", sa.Text, nullable=False),  # JSON
+    sqlite_with_rowid=False,  # half the size
+)
+
+
 def create(connection: sa.Connection) -> list[str]:
     """Make the tables inside the caller's transaction; a line for each thing done."""
     if connection.dialect.name == "postgresql":  # replicators that start together; SQLite's write lock does this
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATE_LOCK_KEY)))
     if sa.inspect(connection).has_table(schema_version.name):
+        if _version(connection) == VERSION - 1:
+            return [_upgrade(connection)]
         require(connection)
         return []
     metadata.create_all(connection)
@@ -103,12 +116,28 @@ def create(connection: sa.Connection) -> list[str]:
     return [f"made the checkpoint tables ({', '.join(sorted(metadata.tables))}), schema version {VERSION}"]
 
 
+def _upgrade(connection: sa.Connection) -> str:
+    """From the version before, which kept no contents."""
+    if all(column["name"] != "contents" for column in sa.inspect(connection).get_columns(checkpoints.name)):
+        connection.execute(sa.text(f"ALTER TABLE {checkpoints.name} ADD COLUMN contents VARCHAR(64)"))
+    metadata.create_all(connection)
+    connection.execute(schema_version.update().values(version=VERSION))
+    return f"brought the checkpoint tables to schema version {VERSION}"
+
+
+def _version(connection: sa.Connection) -> int | None:
+    version: int | None = connection.execute(sa.select(schema_version.c.version)).scalar()
+    return version
+
+
 def require(connection: sa.Connection) -> None:
     """Raise CheckpointUnusable unless the tables are there, in this program's version."""
     if not sa.inspect(connection).has_table(schema_version.name):
         raise CheckpointAbsent(problem="it has no checkpoint tables yet", cure=f"Run {command('init')}")
-    found = connection.execute(sa.select(schema_version.c.version)).scalar()
+    found = _version(connection)
     if found != VERSION:
         problem = f"its tables have schema version {found}, this program needs {VERSION}"
         cure = "Run the release that made them, or name another database in REPLICATOR_CHECKPOINT_URL"
+        if found == VERSION - 1:
+            cure = f"Run {command('init')}, or `run`: both bring them up to it"
         raise CheckpointUnusable(problem=problem, cure=cure)

@@ -1,4 +1,4 @@
-"""`SqlCheckpointStore`: the three protocols of `contracts/stores.py` on any database of SQLAlchemy's.
+"""`SqlCheckpointStore`: the four protocols of `contracts/stores.py` on any database of SQLAlchemy's.
 
 `schema` has the tables, `database` the connection and the durability of its commits.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from msgspec import structs
 from sqlalchemy import Connection, RowMapping, String, Table, cast, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from checkpoint_store import database, schema
+from checkpoint_store import contents, database, schema
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
 from replicator.contracts.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
 from replicator.contracts.events import (
     Checkpoint,
+    ContentChange,
     DeadLetter,
     LetterCounts,
     Position,
@@ -54,12 +55,13 @@ class SqlCheckpointStore:
         with self._connection() as connection:
             return _read(connection, slot)
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = ()) -> None:
         with self._connection(writes=True) as connection:
             stored = _read(connection, checkpoint.slot, lock=True)
             if stored is not None:
                 _refuse_backward(stored, checkpoint)
             _write(connection, checkpoint)
+            contents.apply(connection, checkpoint.slot, changes)
 
     def replace(self, checkpoint: Checkpoint) -> None:
         with self._connection(writes=True) as connection:
@@ -130,6 +132,22 @@ class SqlCheckpointStore:
             else:
                 row = {"slot": slot, "task": task, "progress": progress, "updated_at": time.time()}
                 _put(connection, tasks, row)
+
+    def clear_contents(self, slot: str) -> None:
+        with self._connection(writes=True) as connection:
+            contents.clear(connection, slot)
+
+    def add_contents(self, slot: str, found: Mapping[int, str]) -> None:
+        with self._connection(writes=True) as connection:
+            contents.add(connection, slot, found)
+
+    def find_contents(self, slot: str, ids: Collection[int]) -> dict[int, str]:
+        with self._connection() as connection:
+            return contents.find(connection, slot, ids)
+
+    def newest_contents(self, slot: str, highest: int, most: int) -> dict[int, str]:
+        with self._connection() as connection:
+            return contents.newest(connection, slot, highest, most)
 
     @contextmanager
     def _connection(self, *, writes: bool = False, creates: bool = False) -> Iterator[Connection]:

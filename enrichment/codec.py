@@ -36,7 +36,7 @@ MISSING: Content = (None,) * len(JOINED)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-_INTEGERS = {field.column for field in OWN if field.type.python is int}
+_INTEGERS = {field.column or field.joined for field in (*OWN, *JOINED) if field.type.python is int}
 _integer = re.compile(r"-?\d{1,19}", re.ASCII).fullmatch
 _BEYOND_PYTHON = re.compile(r"-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?\+00( BC)?", re.ASCII)
 """Timestamps that PostgreSQL holds and Python does not."""

@@ -1,27 +1,47 @@
 """The content dimension: the contents that are known, kept current by the stream itself.
 
 Rows of `public.content` ride in the same slot as the events. `changes` reads such a row, `apply` makes the change known
-once the events before it are made (`enricher.py` keeps that order), and `look_up` asks the database for what the stream
-has not brought. A look-up gives today's content; from then on the stream keeps it right.
+once the events before it are made (`enricher.py` keeps that order).
+
+A stream that begins after a checkpoint has to begin with the contents as of that checkpoint. The source has only
+today's, so a copy as of the checkpoint is kept beside it. The changes since then wait in memory, and go into the copy
+with the checkpoint that passes them. What is not in memory is looked up in the copy: memory is bounded, the copy is
+whole. Without a copy today's content is looked up in the table; from then on the stream keeps it right.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from itertools import islice
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from enrichment.codec import MISSING, Content, RowUnusable, unquote
 from enrichment.contract import CONTENT, CONTENT_TABLE, JOINED, rows_of
 from enrichment.database import Database
-from replicator.contracts.events import Column, Row
+from replicator.contracts import stores
+from replicator.contracts.events import Column, ContentChange, Lsn, Position, Row
 from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
+
+log = logging.getLogger(__name__)
 
 CONTENT_ID: Final = "content_id"
 
 PRELOAD_PAGE = 50_000
 """Contents per query: under 0.2 s of the server's time and of the event loop's."""
+
+MOST_CHANGES: Final = 200_000
+"""Changes that wait for the checkpoint, some 400 bytes each: 80 MB."""
+TOO_MANY = (
+    "more than %s changes of content wait for the checkpoint, and are too many to be kept in memory. If the replicator"
+    " restarts before it has passed them, events that it reads again carry today's content. It goes on by itself"
+)
 
 _COLUMNS = ", ".join(f"{field.joined}::{field.type.postgres}" for field in JOINED)
 
@@ -50,6 +70,33 @@ FORGET: Final = Change(None, None)
 """Nobody knows which contents are gone: a part of the table was emptied."""
 
 
+class Copy:
+    """The copy of one slot, in the store's thread."""
+
+    def __init__(self, store: stores.Contents, slot: str) -> None:
+        self._store = store
+        self._slot = slot
+
+    async def clear(self) -> None:
+        """Begin a new one."""
+        await asyncio.to_thread(self._store.clear_contents, self._slot)
+
+    async def add(self, found: Mapping[int, Content]) -> None:
+        """Go on with it."""
+        texts = {content_id: _text(content) for content_id, content in found.items()}
+        await asyncio.to_thread(self._store.add_contents, self._slot, texts)
+
+    async def find(self, ids: Collection[int]) -> dict[int, Content]:
+        """The content of each id."""
+        found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
+        return dict.fromkeys(ids, MISSING) | {content_id: _parsed(text) for content_id, text in found.items()}
+
+    async def newest(self, highest: int, most: int) -> dict[int, Content]:
+        """Those with the highest ids up to this one, highest first."""
+        found = await asyncio.to_thread(self._store.newest_contents, self._slot, highest, most)
+        return {content_id: _parsed(text) for content_id, text in found.items()}
+
+
 class Contents:
     """The contents that are known, at most `size` after each `trim`."""
 
@@ -58,35 +105,133 @@ class Contents:
         self._size = size
         self.known: dict[int, Content] = {}
         """By content_id, oldest first; MISSING where there is no such content."""
+        self.copied = False
+        """The copy and the changes after it are all that there is."""
+        self._copy: Copy | None = None
+        self._changes: list[ContentChange] = []
+        """After the copy."""
+        self._since: dict[int | None, tuple[Lsn, Content]] = {}
+        """What they have made of each content, and when. None: every content was gone before these."""
+        self._reached = Position(0, 0)
+        self._saved: Lsn = 0
+        self._lost_at: Lsn = 0
+
+    async def open(self, copy: Copy | None, *, usable: bool) -> None:
+        """Start as of the copy, or from what the table holds now. Raises as `preload`, CheckpointError."""
+        self._copy, self._reached, self._saved, self._lost_at = copy, Position(0, 0), 0, 0
+        self._begin(copied=usable)
+        if not usable:
+            await self.preload()
+            return
+        assert copy is not None  # noqa: S101  one that can be used
+        await self._fill(copy.newest)
+
+    def forget(self) -> None:
+        """Know nothing, and keep no copy."""
+        self._copy = None
+        self._begin(copied=False)
+        self.known.clear()
 
     async def preload(self) -> None:
-        """Start from what the table holds now. Raises as `Database.rows`, with nothing changed."""
-        loaded: list[tuple[int, Content]] = []
+        """Start from what the table holds now, with a new copy of it. Raises as `Database.rows`, CheckpointError."""
+        self._begin(copied=False)
+        if self._copy:
+            await self._copy.clear()
+        await self._fill(self._page, self._copy)
+        self._begin(copied=self._copy is not None)
+
+    def _begin(self, *, copied: bool) -> None:
+        """Nothing has changed since the copy, if there is one."""
+        self.copied = copied
+        self._changes.clear()
+        self._since.clear()
+
+    async def _fill(self, page: Callable[[int, int], Awaitable[dict[int, Content]]], copy: Copy | None = None) -> None:
+        """Page by page, the newest first; all of them into the copy. Until the end nothing is changed but that."""
+        loaded: dict[int, Content] = {}
         highest = INT64_MAX
-        while highest >= INT64_MIN and len(loaded) < self._size:
-            count = min(PRELOAD_PAGE, self._size - len(loaded))
-            page = await self._database.rows(PRELOAD, {"highest": highest, "count": count})
-            loaded += ((content_id, _interned(values)) for content_id, *values in page)
-            highest = page[-1][0] - 1 if len(page) == count else INT64_MIN - 1
+        while highest >= INT64_MIN and (copy or len(loaded) < self._size):
+            count = PRELOAD_PAGE if copy else min(PRELOAD_PAGE, self._size - len(loaded))
+            found = await page(highest, count)
+            if copy:
+                await copy.add(found)
+            loaded.update(islice(found.items(), self._size - len(loaded)))
+            highest = min(found) - 1 if len(found) == count else INT64_MIN - 1
         self.known.clear()
-        self.known.update(reversed(loaded))
+        self.known.update(reversed(loaded.items()))
+
+    async def _page(self, highest: int, count: int) -> dict[int, Content]:
+        page = await self._database.rows(PRELOAD, {"highest": highest, "count": count})
+        return {content_id: _interned(values) for content_id, *values in page}
+
+    async def find(self, ids: Collection[int]) -> dict[int, Content]:
+        """The content of each id as of the rows so far. Raises as `look_up`, CheckpointError."""
+        if not (ids and self._copy and self.copied):
+            return await self.look_up(ids)
+        # Before the copy is asked: meanwhile it may take them over.
+        since = {content_id: self._since[content_id][1] for content_id in ids if content_id in self._since}
+        left = [content_id for content_id in ids if content_id not in since]
+        return since | (dict.fromkeys(left, MISSING) if None in self._since else await self._copy.find(left))
 
     async def look_up(self, ids: Collection[int]) -> dict[int, Content]:
-        """The content of each id. One query, or none without ids. Raises as `Database.rows`."""
+        """The content of each id today. One query, or none without ids. Raises as `Database.rows`."""
         if not ids:
             return {}
         rows = await self._database.rows(LOOK_UP, {"ids": list(ids)})
         return dict.fromkeys(ids, MISSING) | {content_id: _interned(values) for content_id, *values in rows}
 
-    def apply(self, change: Change, found: Mapping[int, Content]) -> None:
+    def apply(self, change: Change, found: Mapping[int, Content], at: Position) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
+        content = change.content
         if change == FORGET:
             self.known.clear()
             self.known.update(found)
+            self.lose(at.commit_lsn)
         elif change.content_id is None:
             self.known.update(dict.fromkeys(self.known, MISSING))
         else:
-            self.known[change.content_id] = found[change.content_id] if change.content is None else change.content
+            content = found[change.content_id] if content is None else content
+            self.known[change.content_id] = content
+        # After a reconnect the stream repeats what was read before.
+        if self.copied and at >= self._reached:
+            self._note(change.content_id, content or MISSING, at)
+            if len(self._changes) > MOST_CHANGES:
+                log.warning(TOO_MANY, MOST_CHANGES)
+                self.lose(at.commit_lsn)
+
+    def _note(self, content_id: int | None, content: Content, at: Position) -> None:
+        self._reached = at
+        text = None if content == MISSING else _text(content)
+        self._changes.append(ContentChange(at.commit_lsn, content_id, text))
+        if content_id is None:
+            self._since.clear()
+        self._since[content_id] = at.commit_lsn, content
+
+    def changes(self, before: Lsn) -> list[ContentChange]:
+        """Those that a checkpoint at this position passes."""
+        return self._changes[: self._passed(before)]
+
+    def saved(self, end_lsn: Lsn) -> None:
+        """A checkpoint at this position is on disk: the copy has what it passed."""
+        passed = self._passed(end_lsn)
+        for _, content_id, _ in self._changes[:passed]:
+            if content_id in self._since and self._since[content_id][0] < end_lsn:
+                del self._since[content_id]
+        del self._changes[:passed]
+        self._saved = end_lsn
+
+    def _passed(self, end_lsn: Lsn) -> int:
+        return bisect_left(self._changes, end_lsn, key=attrgetter("commit_lsn"))
+
+    def lose(self, lsn: Lsn) -> None:
+        """The copy can't be kept: what the rows up to this commit have changed is not known."""
+        self._begin(copied=False)
+        self._lost_at = max(lsn, self._lost_at)
+
+    async def renew(self) -> None:
+        """A new copy, once the checkpoint has passed what made the last one useless. Raises as `preload`."""
+        if self._copy and not self.copied and self._saved > self._lost_at:
+            await self.preload()
 
     def trim(self) -> None:
         """Forget the oldest beyond `size`."""
@@ -127,3 +272,15 @@ def _content(columns: Iterable[Column]) -> Content | None:
 def _interned(values: Iterable[Any]) -> Content:
     """As a tuple. There are few types and many contents: one string for each takes a third of the memory."""
     return tuple(sys.intern(value) if type(value) is str else value for value in values)
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(tuple[Any, ...]).decode
+
+
+def _text(content: Content) -> str:
+    return _encode(content).decode()
+
+
+def _parsed(text: str) -> Content:
+    return _interned(_decode(text))

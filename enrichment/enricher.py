@@ -17,7 +17,7 @@ from msgspec import structs
 
 from enrichment import codec
 from enrichment.codec import DRAFT_ID, DRAFT_KEY, Content, Draft, RowUnusable, ShapeUnusable
-from enrichment.content import FORGET, Change, Contents, changes
+from enrichment.content import FORGET, Change, Contents, Copy, changes
 from enrichment.contract import (
     CONTENT,
     CONTENT_TABLE,
@@ -32,12 +32,13 @@ from enrichment.database import Database
 from enrichment.shortcut import Layout, Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
-from enrichment.tables.guard import Guard, Record, swaps
+from enrichment.tables.guard import Guard, Record, contents, swaps
 from enrichment.tables.missed import MissedHistory, as_now
+from replicator.contracts import stores
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
-from replicator.contracts.events import Column, DeadLetter, Event, Finding, Lsn, Row
+from replicator.contracts.events import Checkpoint, Column, DeadLetter, Event, Finding, Lsn, Position, Row
 from replicator.contracts.settings import load
-from replicator.contracts.stream import Enriched, History, Shortcut
+from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
 from replicator.source.connection import Dsn
 
 HISTORY = f"""
@@ -82,12 +83,14 @@ class _Plan:
 
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
-        self.changes: list[tuple[int, Change]] = []
-        """Each with the number of drafts before it."""
+        self.changes: list[tuple[int, Position, Change]] = []
+        """Each with the number of drafts before it, and where its row stands."""
         self.changed: set[int] = set()
         """Ids of contents that these rows change."""
         self.wanted: set[int] = set()
-        """Ids of contents to look up: an event needs them, or a row changes them and does not carry all of them."""
+        """Ids of contents that are not known and an event needs."""
+        self.partial: set[int] = set()
+        """Ids of contents that a row changes without carrying all of them."""
         self.refused: list[DeadLetter] = []
         self.ignored: Counter[str] = Counter()
         self.other_shape = 0
@@ -100,14 +103,14 @@ class _Plan:
     def change(self, row: Row, *, part: bool) -> None:
         """A row of the content table, or of a part of it. Raises RowUnusable."""
         for change in changes(row, part=part):
-            self.changes.append((len(self.drafts), change))
+            self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), change))
             if change == FORGET:
                 self.forgotten = True
                 self.changed.clear()
             elif change.content_id is not None:
                 self.changed.add(change.content_id)
                 if change.content is None:
-                    self.wanted.add(change.content_id)
+                    self.partial.add(change.content_id)
 
 
 class EngagementEnricher:
@@ -145,10 +148,21 @@ class EngagementEnricher:
             log.warning("%s", told, extra={"code": "R406"})
         return MissedHistory.since(self._dsn, before, shape)
 
-    async def open(self) -> None:
-        self._contents.known.clear()
-        if self._keeps_contents:
-            await _asked(self._contents.preload())
+    async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
+        if not self._keeps_contents:
+            self._contents.forget()
+            return
+        copy = Copy(store, checkpoint.slot) if store and checkpoint else None
+        usable = checkpoint is not None and checkpoint.contents == contents(self._guard.shape)
+        await _asked(self._contents.open(copy, usable=usable))
+
+    def changed(self, before: Lsn) -> ContentChanges:
+        if not self._contents.copied:
+            return ContentChanges(None, [])
+        return ContentChanges(contents(self._guard.shape), self._contents.changes(before))
+
+    def saved(self, end_lsn: Lsn) -> None:
+        self._contents.saved(end_lsn)
 
     async def verify(self) -> Lsn:
         return await self._guard.verify()
@@ -182,19 +196,30 @@ class EngagementEnricher:
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
+        await _asked(self._contents.renew())
         plan = self._plan(rows)
-        found = await _asked(self._contents.look_up(plan.wanted))
-        for content_id, content in found.items():
-            self._contents.known.setdefault(content_id, content)
-        events = self._carry_out(plan, found)
+        events = self._carry_out(plan, await _asked(self._look_up(plan)))
         self.ignored.update(plan.ignored)
         if plan.drafts:
             self._guard.saw_event(plan.drafts[-1][DRAFT_ID])
         self._tell(plan)
+        if plan.lost_track:
+            self._contents.lose(max(rows[-1].commit_lsn, self._guard.content_until))
         if plan.lost_track or not self._keeps_contents:
             self._contents.known.clear()
         self._contents.trim()
         return Enriched(events, plan.refused)
+
+    async def _look_up(self, plan: _Plan) -> dict[int, Content]:
+        """Make known what is wanted; the contents today of those that have to be looked up in the table."""
+        if self._contents.copied and not plan.forgotten:
+            found = await self._contents.find(plan.wanted)
+            today = await self._contents.look_up(plan.partial)
+        else:
+            found = today = await self._contents.look_up(plan.wanted | plan.partial)
+        for content_id, content in found.items():
+            self._contents.known.setdefault(content_id, content)
+        return today
 
     async def _look_again(self, rows: Sequence[Row]) -> None:
         """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
@@ -290,7 +315,7 @@ class EngagementEnricher:
         if root:
             row.schema, row.table = SCHEMA, root
         if root == CONTENT_TABLE:
-            if row.commit_lsn > self._guard.until:
+            if row.commit_lsn > self._guard.content_until:
                 plan.change(row, part=self._guard.shape.parted(CONTENT_TABLE))
             else:  # of a table that may not be this one; what is known is newer
                 plan.lost_track = True
@@ -310,13 +335,13 @@ class EngagementEnricher:
         if plan.ignored["T"]:
             log.warning("%s was truncated. %s", EVENTS, IDS_AGAIN, extra={"code": "R407"})
 
-    def _carry_out(self, plan: _Plan, found: dict[int, Content]) -> list[Event]:
+    def _carry_out(self, plan: _Plan, today: dict[int, Content]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""
         events: list[Event] = []
         done = 0
-        for count, change in plan.changes:
+        for count, at, change in plan.changes:
             codec.build_events(plan.drafts[done:count], self._contents.known, events)
-            self._contents.apply(change, found)
+            self._contents.apply(change, today, at)
             done = count
         codec.build_events(plan.drafts[done:], self._contents.known, events)
         return events

@@ -103,12 +103,13 @@ class Pipeline:
         written = {lane.name: self.verification.part(lane) for lane in self.fan_out.every}
         end_lsn = min(self.source.received, *(reached.end_lsn for reached in written.values()))
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
-        if (written, end_lsn) != (self.checkpoint.sinks, self.checkpoint.end_lsn):
+        contents, changes = self.enricher.changed(end_lsn)
+        if (written, end_lsn, contents) != (self.checkpoint.sinks, self.checkpoint.end_lsn, self.checkpoint.contents):
             committed_at = max(self.checkpoint.committed_at, self.fan_out.committed_at)
             moment = {"committed_at": committed_at, "updated_at": time.time()}
-            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, **moment)
+            checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, contents=contents, **moment)
             self._offers.append(checkpoint)
-            await asyncio.to_thread(self._store.save, checkpoint)
+            await asyncio.to_thread(self._store.save, checkpoint, changes)
             self._saved(checkpoint)
         self.fan_out.saved(self.checkpoint.sinks)
         # 3. PostgreSQL: it may forget everything up to here.
@@ -117,6 +118,7 @@ class Pipeline:
     def _saved(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self._saved_at = checkpoint, time.monotonic()
         self._offers.clear()
+        self.enricher.saved(checkpoint.end_lsn)
 
     async def _commit_unless_overtaken(self) -> None:
         async with self._beginning.saving:
@@ -193,7 +195,8 @@ class Pipeline:
 
     async def _commit_forever(self) -> None:
         await self._opened.wait()
-        longest, moved = self._settings.retry_max_seconds, False
+        longest, copied = self._settings.retry_max_seconds, self.enricher.changed(0).contents
+        moved = self.checkpoint is not None and self.checkpoint.contents != copied  # nothing knows of a new copy yet
         while True:
             moved |= await self.fan_out.progress(PAUSE_SECONDS)
             await self.verification.verify_in_time()
@@ -277,7 +280,8 @@ class Pipeline:
         if stored.end_lsn != started_at:
             problem, moved = "the checkpoint moved while the slot changed hands", format_lsn(stored.end_lsn)
             raise SourceUnavailable(problem=problem, detail=moved, cure="`run` begins again from there")
-        await self.enricher.open()  # not before: what it loads has to be as new as the stream's beginning
+        # Not before: what it loads now has to be as new as the stream's beginning.
+        await self.enricher.open(self._store, stored)
         starts = self._beginning.starts(stored)
         async with self._pausing:
             self.pauses = await self._beginning.pauses()

@@ -8,6 +8,7 @@ may have come meanwhile.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
@@ -15,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, RENAMED, SCHEMA, named
+from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, JOINED, KEY, NEEDED, RENAMED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Column, Relation, Shape
@@ -58,6 +59,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     until: Lsn
     reshaped: Lsn = 0
     """Up to there the events' columns may have been others."""
+    content_until: Lsn | None = None
+    """Up to there the content table may have been another one; None: as `until`."""
 
 
 class Guard:
@@ -72,6 +75,8 @@ class Guard:
         """Up to there the tables may have been different."""
         self.reshaped: Lsn = 0
         """Up to there columns of the events may have been: what a name meant then is another column's now."""
+        self.content_until: Lsn = 0
+        """Up to there the content table may have been another one, or had other columns."""
         self.record: Record | None = None
         """What the next look compares with."""
         self._database = database
@@ -108,12 +113,16 @@ class Guard:
             self._former = {**_names(record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn
             reshaped = self.until if _reshaped(record.shape, shape) else record.reshaped
+            same = contents(record.shape) == contents(shape)
+            content_until = _content_until(record) if same else self.until
             # A part that is here now may be gone before the next record, and leave no other trace.
+            former = _packed({**self._former, **self._names})
             record = structs.replace(
-                record, former=_packed({**self._former, **self._names}), until=self.until, reshaped=reshaped
+                record, former=former, until=self.until, reshaped=reshaped, content_until=content_until
             )
         self.highest_id = record.highest_id if record else None
         self.reshaped = record.reshaped if record else 0
+        self.content_until = _content_until(record)
         self._seen, self._waiting, self.record = Now(*now), None, record
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
@@ -166,6 +175,7 @@ class Guard:
             former=_packed(self._former),
             until=self.until,
             reshaped=self.reshaped,
+            content_until=self.content_until,
         )
         return self.record
 
@@ -185,6 +195,18 @@ class Guard:
             return root
         former = self._former.get(name)
         return former if former is None or row.commit_lsn <= self.until else ""
+
+
+def contents(shape: Shape) -> str:
+    """Names the content table as it is, with its parts and the columns that we read: another one has another name."""
+    columns = [named(CONTENT_TABLE, column) for column in (KEY.column, *(str(field.joined) for field in JOINED))]
+    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(CONTENT_TABLE)])).hexdigest()
+
+
+def _content_until(record: Record | None) -> Lsn:
+    if record is None:
+        return 0
+    return record.until if record.content_until is None else record.content_until
 
 
 def exchanged(old: Relation, new: Relation) -> list[str]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec import structs
 
 from replicator.cli.arguments import Yes, confirmed, load_app
 from replicator.contracts.errors import (
@@ -23,11 +24,14 @@ from replicator.contracts.errors import (
     SinkError,
     SlotInUse,
     SourceError,
+    SourceUnusable,
+    TablesUnfit,
     command,
 )
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
+    from replicator.contracts.events import Checkpoint
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.delivery.lane import Lane
@@ -197,6 +201,7 @@ async def init(
             kept = await source.keep_on_standbys()
         slot, end = taken.checkpoint.slot, format_lsn(taken.checkpoint.end_lsn)
         if taken.created_slot:
+            await _copy_contents(app, taken.checkpoint)
             print(f"made replication slot {slot}")
         if kept:
             print(f"standbys keep a copy of replication slot {slot} from now on")
@@ -206,6 +211,15 @@ async def init(
         lacking = () if taken.created_slot else emptied
         print("\n".join(taken.gap or [await app.enricher.history(lacking) or "no older rows: nothing to backfill"]))
     return 0
+
+
+async def _copy_contents(app: App, checkpoint: Checkpoint) -> None:
+    """As of the new slot: what is committed before the first `run` has these. If that can't be, `run` does it."""
+    with suppress(TablesUnfit, SourceUnusable):
+        await app.enricher.look(None, checkpoint.end_lsn)
+        await app.enricher.open(app.store, checkpoint)
+        checkpoint = structs.replace(checkpoint, contents=app.enricher.changed(checkpoint.end_lsn).contents)
+        await asyncio.to_thread(app.store.save, checkpoint)
 
 
 async def _created(sink: Sink) -> list[str]:

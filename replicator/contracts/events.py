@@ -179,6 +179,16 @@ class LetterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """At stage `event`, by sink; sinks without any are absent."""
 
 
+class ContentChange(NamedTuple):
+    """What the stream has made of a content."""
+
+    commit_lsn: Lsn
+    content_id: int | None
+    """None: of every content."""
+    content: str | None
+    """In the enricher's own form; None: it is gone."""
+
+
 class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):
     """How far one sink is."""
 
@@ -202,6 +212,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """When the newest transaction was committed that every sink has, Unix seconds by PostgreSQL's clock; up to one
     chunk of the stream ahead of `end_lsn`. When the slot was made, before there is one; 0.0 if that is unknown. A gap
     begins here."""
+    contents: str | None = None
+    """Which table the contents beside the checkpoint were copied from; they are as of `end_lsn`. None: there is no copy
+    that can be used."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
 

@@ -1,16 +1,16 @@
-"""What a checkpoint database keeps: checkpoints, dead letters, and how far a backfill is.
+"""What a checkpoint database keeps: checkpoints, dead letters, contents, and how far a backfill is.
 
 Durably: a call that has returned survives a power cut. All methods block (call them in a thread) and raise
-CheckpointError when the database fails. `checkpoint_store` implements all three on any SQL database.
+CheckpointError when the database fails. `checkpoint_store` implements all four on any SQL database.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from replicator.contracts.events import Checkpoint, DeadLetter, LetterCounts, Stage
+from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, LetterCounts, Stage
 
 
 class Checkpoints(Protocol):
@@ -22,8 +22,11 @@ class Checkpoints(Protocol):
     def load(self, slot: str) -> Checkpoint | None:
         """The slot's checkpoint with all its sinks' positions; None when there is none."""
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = ()) -> None:
         """Store it in one database transaction. Sinks that are stored and not named stay as they are.
+
+        `changes` are those of the contents from the stored checkpoint to this one, in the order of the stream: the copy
+        is as of the checkpoint, always.
 
         Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is before the stored one, and
         CheckpointUnusable when the stored one belongs to another PostgreSQL cluster.
@@ -88,5 +91,24 @@ class TaskProgress(Protocol):
         """Store it in one database transaction; None: the task is done, forget it. No checkpoint is touched."""
 
 
-class CheckpointStore(Checkpoints, DeadLetterBox, TaskProgress, Protocol):
-    """All three in one database."""
+class Contents(Protocol):
+    """A copy of the source's contents, as of the slot's checkpoint; what it is a copy of is in the checkpoint.
+
+    An event that is read again, after any time, gets its content from here: the source has only today's.
+    """
+
+    def clear_contents(self, slot: str) -> None:
+        """Begin a copy. While it is made, no checkpoint may name it."""
+
+    def add_contents(self, slot: str, found: Mapping[int, str]) -> None:
+        """Go on with it; none of these is there yet."""
+
+    def find_contents(self, slot: str, ids: Collection[int]) -> dict[int, str]:
+        """Those of these ids that there are."""
+
+    def newest_contents(self, slot: str, highest: int, most: int) -> dict[int, str]:
+        """Those with the highest ids up to this one, highest first, at most so many."""
+
+
+class CheckpointStore(Checkpoints, DeadLetterBox, TaskProgress, Contents, Protocol):
+    """All four in one database."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from replicator.contracts.events import DeadLetter, Event, Finding, Lsn, Position, Row
+from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, Event, Finding, Lsn, Position, Row
+from replicator.contracts.stores import Contents
 
 Shortcut: TypeAlias = Callable[[memoryview | bytes, Lsn, int], Event | None]
 """From an insert's message, its commit LSN and its ordinal to the very event that `Enricher.enrich` would make of its
@@ -23,6 +24,14 @@ class Enriched(NamedTuple):
     """In the order of the rows."""
     refused: list[DeadLetter]
     """Rows no event can be made of (stage `row`), with their position and what is wrong."""
+
+
+class ContentChanges(NamedTuple):
+    """What a checkpoint keeps of the contents."""
+
+    contents: str | None
+    """See `Checkpoint.contents`."""
+    changes: Sequence[ContentChange]
 
 
 class Enricher(Protocol):
@@ -43,8 +52,17 @@ class Enricher(Protocol):
         different meanwhile; None: nothing. Raises TablesUnfit (asked again until they fit), SourceUnavailable.
         """
 
-    async def open(self) -> None:
-        """Load what events need, as of now. Raises SourceUnavailable (tried again) or SourceUnusable."""
+    async def open(self, store: Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
+        """Load what events need: as of the checkpoint, if the store has a copy of it, and else as of now.
+
+        Raises SourceUnavailable (tried again), SourceUnusable, CheckpointError.
+        """
+
+    def changed(self, before: Lsn) -> ContentChanges:
+        """What a checkpoint at this position has to keep of the contents; every row before it went through `enrich`."""
+
+    def saved(self, end_lsn: Lsn) -> None:
+        """The store has what `changed` gave for this position."""
 
     async def verify(self) -> Lsn:
         """A position of the WAL up to which the tables were seen to be as at the last `look`; it is read first.

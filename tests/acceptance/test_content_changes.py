@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 import psycopg
+import pytest
 
+from devstack.api import Api
+from devstack.process import wait_until
 from tests.support.destinations import Destinations
 from tests.support.program import Program
 
@@ -103,5 +106,54 @@ def test_changes_over_a_restart(program: Program, source: psycopg.Connection, de
             ("changed before", "video", 120, Decimal("0.5")),
             ("changed while it was away", "video", 600, Decimal("0.1")),
             ("changed after", "video", 60, 1),
+        ],
+    )
+
+
+@pytest.mark.parametrize("cached", [1, 1000])
+def test_events_that_are_read_again_have_the_content_of_their_commit(
+    quick: Program, source: psycopg.Connection, destinations: Destinations, api: Api, cached: int
+) -> None:
+    """Read before it was killed, or committed before the first start and while it was down: changed ever since."""
+    source.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    quick.environment["REPLICATOR_CONTENT_CACHE_SIZE"] = str(cached)
+    assert 0 == quick.run("init").code
+    play(source, 1, "before the first start")
+    source.execute("UPDATE content SET length_seconds = 150 WHERE content_id = 1")
+    quick.start()
+    quick.wait_until_caught_up()
+    api.behave(status=503)
+    play(source, 1, "read")
+    source.execute("UPDATE content SET length_seconds = 120 WHERE content_id = 1")
+    play(source, 1, "read after a change")
+    source.execute("DELETE FROM content WHERE content_id = 2")
+    wait_until(lambda: len(destinations.clickhouse()) == 3, "ClickHouse to have what the API lacks")
+    quick.kill()
+    play(source, 2, "while it was down")
+    play(source, 3, "article")
+    source.execute("UPDATE content SET content_type = 'film', length_seconds = 600 WHERE content_id IN (1, 3)")
+    source.execute("INSERT INTO content VALUES (2, 'podcast', 60)")
+    play(source, 1, "film")
+    play(source, 2, "inserted again")
+    source.execute("UPDATE content SET length_seconds = 1")
+    api.behave()
+    quick.start()
+    quick.wait_until_caught_up()
+    quick.kill()
+    source.execute("DELETE FROM content WHERE content_id = 1")
+    quick.start()
+    play(source, 1, "gone")
+    quick.wait_until_caught_up()
+    assert_enriched(
+        destinations,
+        [
+            ("before the first start", "video", 300, Decimal("0.2")),
+            ("read", "video", 150, Decimal("0.4")),
+            ("read after a change", "video", 120, Decimal("0.5")),
+            ("while it was down", None, None, None),
+            ("article", "article", None, None),
+            ("film", "film", 600, Decimal("0.1")),
+            ("inserted again", "podcast", 60, 1),
+            ("gone", None, None, None),
         ],
     )

@@ -50,6 +50,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import (
     Checkpoint,
+    ContentChange,
     DeadLetter,
     LetterCounts,
     Position,
@@ -426,7 +427,7 @@ def test_a_database_without_tables_says_what_to_run(database: Database) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("version", [schema.VERSION - 1, schema.VERSION + 1])
+@pytest.mark.parametrize("version", [schema.VERSION - 2, schema.VERSION + 1])
 def test_another_schema_is_refused(
     database: Database, store: CheckpointStore, other: CheckpointStore, version: int
 ) -> None:
@@ -439,6 +440,53 @@ def test_another_schema_is_refused(
             call()
     database.execute(f"UPDATE replicator_schema SET version = {schema.VERSION}")  # noqa: S608  likewise
     assert at(1000) == loaded(other)
+
+
+def test_the_version_before_is_brought_up(database: Database, store: CheckpointStore) -> None:
+    """What it holds stays; until then every other call names the command that does it."""
+    store.save(at(1000, redis=sink_at(990, 12, 1000)))
+    database.execute("DROP TABLE replicator_contents")
+    database.execute("ALTER TABLE replicator_checkpoints DROP COLUMN contents")
+    database.execute(f"UPDATE replicator_schema SET version = {schema.VERSION - 1}")  # noqa: S608  a number of ours
+    other = SqlCheckpointStore(database.url)
+    with pytest.raises(CheckpointUnusable, match="python -m replicator init, or `run`: both bring them up to it"):
+        other.load("s")
+    assert [f"brought the checkpoint tables to schema version {schema.VERSION}"] == other.create()
+    assert [] == other.create()
+    assert at(1000, redis=sink_at(990, 12, 1000)) == loaded(other)
+    other.save(at(2000), [ContentChange(1500, 1, "one")])
+    assert {1: "one"} == other.find_contents("s", [1, 2])
+    other.close()
+
+
+def test_contents_are_as_of_the_checkpoint(store: CheckpointStore, other: CheckpointStore) -> None:
+    """Copied, then changed with the checkpoint; one that is refused changes nothing. Slots do not share them."""
+    store.save(at(1000))
+    store.add_contents("s", {number: f"first {number}" for number in range(-600, 600)})
+    store.add_contents("t", {1: "neighbour"})
+    store.save(
+        msgspec.structs.replace(at(2000), contents="a table"),
+        [ContentChange(1500, 1, "changed"), ContentChange(1600, 1, "again"), ContentChange(1600, 2, None)],
+    )
+    with pytest.raises(CheckpointBackward):
+        store.save(at(1500), [ContentChange(1500, None, None)])
+    assert {1: "again", 3: "first 3", -600: "first -600"} == other.find_contents("s", [1, 2, 3, -600, 700])
+    assert {599: "first 599", 598: "first 598"} == other.newest_contents("s", 2**63 - 1, 2)
+    assert ["first 3", "again", "first 0"] == [*other.newest_contents("s", 3, 3).values()]
+    assert {number: f"first {number}" for number in range(-600, 0)} == other.find_contents("s", range(-600, 0))
+    assert "a table" == (loaded(other) or at(0)).contents
+    store.save(at(3000), [ContentChange(2500, 1, "x"), ContentChange(2600, None, None), ContentChange(2700, 7, "y")])
+    assert {7: "y"} == other.newest_contents("s", 2**63 - 1, 9)
+    store.clear_contents("s")
+    assert {} == other.newest_contents("s", 2**63 - 1, 9)
+    assert {1: "neighbour"} == other.newest_contents("t", 2**63 - 1, 9)
+
+
+def test_a_gap_ends_the_use_of_the_contents(store: CheckpointStore) -> None:
+    """They are as of a checkpoint that no longer counts."""
+    store.save(msgspec.structs.replace(at(2000), contents="a table"))
+    store.replace(at(1000))
+    assert (loaded(store) or at(0)).contents is None
 
 
 def test_a_table_that_is_gone_is_not_waited_for(database: Database, store: CheckpointStore) -> None:

@@ -41,7 +41,7 @@ from replicator.contracts.events import (
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enriched, Enricher, History, Page
+from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page
 from replicator.delivery.tables import verification
 from replicator.pipeline import Pipeline
 from replicator.source.server import Identity
@@ -218,8 +218,15 @@ class FakeEnricher:
         """One word."""
         return "seen"
 
-    async def open(self) -> None:
+    async def open(self, *_: object) -> None:
         """Nothing to connect to."""
+
+    def changed(self, _: Lsn) -> ContentChanges:
+        """No content is kept."""
+        return ContentChanges(None, [])
+
+    def saved(self, end_lsn: Lsn) -> None:
+        """Nothing to keep."""
 
     def shortcut(self) -> None:
         """There is none: the world says what is read."""
@@ -253,7 +260,7 @@ class FakeStore:
         assert slot == "s"
         return self.world.stored
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, _: object = ()) -> None:
         """Follow the script, then keep it."""
         if self.world.failures:
             self.world.log.append(("save failed", checkpoint.end_lsn))
@@ -577,7 +584,7 @@ async def test_a_last_save_that_gets_no_answer_does_not_hold_up_the_end(monkeypa
     async with asyncio.timeout(10):
         running = asyncio.create_task(world.pipeline.run())
         await world.until(lambda: bool(world.starts))
-        monkeypatch.setattr(FakeStore, "save", lambda _, checkpoint: save(checkpoint))
+        monkeypatch.setattr(FakeStore, "save", lambda _, checkpoint, *__: save(checkpoint))
         world.commit(10)
         await asyncio.to_thread(asked.wait)
         world.pipeline.stop()

@@ -1,0 +1,68 @@
+"""The contents as of the checkpoint: a copy of a table of the source, kept current by the changes in the stream.
+
+`store` calls these in its transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from sqlalchemy import Connection, select
+
+from checkpoint_store.schema import contents
+from replicator.contracts.events import ContentChange
+
+IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
+
+
+def clear(connection: Connection, slot: str) -> None:
+    """Forget all of them."""
+    connection.execute(contents.delete().where(contents.c.slot == slot))
+
+
+def add(connection: Connection, slot: str, found: Mapping[int, str]) -> None:
+    """They are not there yet."""
+    if found:
+        rows = [{"slot": slot, "content_id": content_id, "content": content} for content_id, content in found.items()]
+        connection.execute(contents.insert(), rows)
+
+
+def apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) -> None:
+    """Change them in this order; only the last change of a content is written."""
+    last: dict[int, str | None] = {}
+    for _, content_id, content in changes:
+        if content_id is None:
+            clear(connection, slot)
+            last.clear()
+        else:
+            last[content_id] = content
+    _remove(connection, slot, [*last])
+    add(connection, slot, {content_id: content for content_id, content in last.items() if content is not None})
+
+
+def find(connection: Connection, slot: str, ids: Collection[int]) -> dict[int, str]:
+    """Those that there are."""
+    query = select(contents.c.content_id, contents.c.content).where(contents.c.slot == slot)
+    found: dict[int, str] = {}
+    for piece in _pieces([*ids]):
+        rows = connection.execute(query.where(contents.c.content_id.in_(piece)))
+        found.update((content_id, content) for content_id, content in rows)
+    return found
+
+
+def newest(connection: Connection, slot: str, highest: int, most: int) -> dict[int, str]:
+    """Those with the highest ids, from this one down, highest first."""
+    query = select(contents.c.content_id, contents.c.content).where(
+        contents.c.slot == slot, contents.c.content_id <= highest
+    )
+    rows = connection.execute(query.order_by(contents.c.content_id.desc()).limit(most))
+    return {content_id: content for content_id, content in rows}  # noqa: C416  mypy types it by this
+
+
+def _remove(connection: Connection, slot: str, ids: Sequence[int]) -> None:
+    for piece in _pieces(ids):
+        connection.execute(contents.delete().where(contents.c.slot == slot, contents.c.content_id.in_(piece)))
+
+
+def _pieces(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    return (ids[start : start + IDS_PER_STATEMENT] for start in range(0, len(ids), IDS_PER_STATEMENT))
