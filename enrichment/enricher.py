@@ -154,6 +154,8 @@ class EngagementEnricher:
             return
         copy = Copy(store, checkpoint.slot) if store and checkpoint else None
         usable = checkpoint is not None and checkpoint.contents == contents(self._guard.shape)
+        if checkpoint and checkpoint.sinks and not usable:
+            log.info("%s is copied as it is now: events that were committed before and come now carry that", CONTENT)
         await _asked(self._contents.open(copy, usable=usable))
 
     def changed(self, before: Lsn) -> ContentChanges:
