@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -70,6 +70,10 @@ FORGET: Final = Change(None, None)
 """Nobody knows which contents are gone: a part of the table was emptied."""
 
 
+Page: TypeAlias = list[tuple[int, Content]]
+"""Contents with their ids, highest first; a table with children may have an id twice."""
+
+
 class Copy:
     """The copy of one slot, in the store's thread."""
 
@@ -81,9 +85,9 @@ class Copy:
         """Begin a new one."""
         await asyncio.to_thread(self._store.clear_contents, self._slot)
 
-    async def add(self, found: Mapping[int, Content]) -> None:
+    async def add(self, found: Page) -> None:
         """Go on with it."""
-        texts = {content_id: _text(content) for content_id, content in found.items()}
+        texts = {content_id: _text(content) for content_id, content in found}
         await asyncio.to_thread(self._store.add_contents, self._slot, texts)
 
     async def find(self, ids: Collection[int]) -> dict[int, Content]:
@@ -91,10 +95,10 @@ class Copy:
         found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
         return dict.fromkeys(ids, MISSING) | {content_id: _parsed(text) for content_id, text in found.items()}
 
-    async def newest(self, highest: int, most: int) -> dict[int, Content]:
+    async def newest(self, highest: int, most: int) -> Page:
         """Those with the highest ids up to this one, highest first."""
         found = await asyncio.to_thread(self._store.newest_contents, self._slot, highest, most)
-        return {content_id: _parsed(text) for content_id, text in found.items()}
+        return [(content_id, _parsed(text)) for content_id, text in found.items()]
 
 
 class Contents:
@@ -146,7 +150,7 @@ class Contents:
         self._changes.clear()
         self._since.clear()
 
-    async def _fill(self, page: Callable[[int, int], Awaitable[dict[int, Content]]], copy: Copy | None = None) -> None:
+    async def _fill(self, page: Callable[[int, int], Awaitable[Page]], copy: Copy | None = None) -> None:
         """Page by page, the newest first; all of them into the copy. Until the end nothing is changed but that."""
         loaded: dict[int, Content] = {}
         highest = INT64_MAX
@@ -155,14 +159,14 @@ class Contents:
             found = await page(highest, count)
             if copy:
                 await copy.add(found)
-            loaded.update(islice(found.items(), self._size - len(loaded)))
-            highest = min(found) - 1 if len(found) == count else INT64_MIN - 1
+            loaded.update(found[: self._size - len(loaded)])
+            highest = found[-1][0] - 1 if len(found) == count else INT64_MIN - 1
         self.known.clear()
         self.known.update(reversed(loaded.items()))
 
-    async def _page(self, highest: int, count: int) -> dict[int, Content]:
+    async def _page(self, highest: int, count: int) -> Page:
         page = await self._database.rows(PRELOAD, {"highest": highest, "count": count})
-        return {content_id: _interned(values) for content_id, *values in page}
+        return [(content_id, _interned(values)) for content_id, *values in page]
 
     async def find(self, ids: Collection[int]) -> dict[int, Content]:
         """The content of each id as of the rows so far. Raises as `look_up`, CheckpointError."""
