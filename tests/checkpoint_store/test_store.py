@@ -449,7 +449,7 @@ def test_the_version_before_is_brought_up(database: Database, store: CheckpointS
     database.execute("ALTER TABLE replicator_checkpoints DROP COLUMN contents")
     database.execute(f"UPDATE replicator_schema SET version = {schema.VERSION - 1}")  # noqa: S608  a number of ours
     other = SqlCheckpointStore(database.url)
-    with pytest.raises(CheckpointUnusable, match="python -m replicator init, or `run`: both bring them up to it"):
+    with pytest.raises(CheckpointUnusable, match="python -m replicator init`, or `run`: both bring them up to it"):
         other.load("s")
     assert [f"brought the checkpoint tables to schema version {schema.VERSION}"] == other.create()
     assert [] == other.create()

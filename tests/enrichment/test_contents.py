@@ -229,6 +229,24 @@ async def test_a_copy_that_is_cut_short_is_never_used(store: SqlCheckpointStore)
     assert made.changed(FIRST).contents is not None
 
 
+async def test_an_id_that_is_there_twice_does_not_end_the_copy(
+    store: SqlCheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a table with inheritance children: the pages go on behind it."""
+    monkeypatch.setattr(content, "PRELOAD_PAGE", 2)
+
+    class Twice(Source):
+        """Has the highest id in a child as well."""
+
+        async def rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[int, str, int | None]]:
+            found = await super().rows(query, parameters)
+            return [*found[:1], *found][: parameters["count"]]
+
+    made = enricher(Twice({number: ("video", number) for number in IDS}), 100)
+    await made.open(store, stored(store))
+    assert {*IDS} == set(store.newest_contents("s", 2**63 - 1, 100)) == set(made._contents.known)  # noqa: SLF001
+
+
 async def test_too_many_changes_are_told_and_copied_anew(
     store: SqlCheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
