@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from replicator import __version__
@@ -24,6 +23,9 @@ from replicator.operations.page.history import History
 from replicator.operations.page.view import headline, note, sink_state
 from replicator.operations.status import SinkStatus, Status
 from replicator.operations.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
 
 ASSETS = files(__package__) / "assets"
 SHORT_SECONDS, LOW_RATE = 60.0, 10.0
@@ -70,6 +72,8 @@ def _rate(rate: float | None) -> str:
 
 
 def _environment() -> Environment:
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415  50 ms of CPU, which a start need not take
+
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     made.filters |= {"words": _words, "size": _size, "seconds": _seconds, "count": _count, "rate": _rate}
     made.filters |= {"duration": statuses.span, "moment": _moment}
@@ -95,7 +99,7 @@ class Renderer:
 
     @cached_property
     def _page(self) -> Template:
-        """Made when somebody looks: 25 ms of CPU, which a start need not take."""
+        """Made when somebody looks: 25 ms of CPU, and 50 for the import."""
         return _environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
     def document(self) -> str:

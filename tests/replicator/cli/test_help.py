@@ -84,6 +84,13 @@ def test_only_configured_sinks_are_imported(tmp_path: Path) -> None:
     assert (imported, done.stderr) == ({"redis"}, "")
 
 
+def test_a_start_makes_no_page() -> None:
+    """The template engine is imported when somebody looks at the page."""
+    script = "import sys, replicator.operations.page.live; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "False\n" == done.stdout
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """Both are named: ours and Python's."""
     assert 0 == main(["--version"])
