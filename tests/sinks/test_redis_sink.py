@@ -686,6 +686,8 @@ async def test_a_prefix_begins_every_key(server: Server) -> None:
         assert ["7", "2", "-3", "1"] == server.cli("ZREVRANGE", f"shop:{WINDOW}", "0", "10", "WITHSCORES").split()
         assert "2" == server.client.get("shop:content:count:7")
         assert [2, 0] == await sink.counter().counts([7, 8])
+        assert [(7, 2), (-3, 1)] == await sink.top(5)
+        assert [(7, 2)] == await sink.top(1)
         assert [99] == await sink.counter().unseen([5, 6, 7, 99])
         await sink.window.slide()
         assert own == {key for key in server.client.keys("*") if not key.startswith("shop:")}
