@@ -55,6 +55,7 @@ TOP = (
     "benchmarks",
     "devstack",
     "docker",
+    "deploy",
 )
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
