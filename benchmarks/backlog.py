@@ -11,9 +11,11 @@ from devstack.process import wait_until
 CONTENTS = 1_000
 MANY_CONTENTS = 100_000
 
-SCHEMA = f"""
+INSERT_CONTENTS = """
 INSERT INTO public.content (content_id, content_type, length_seconds)
-SELECT id, 'video', 1 + id % 900 FROM generate_series(1, {MANY_CONTENTS}) AS id ON CONFLICT (content_id) DO NOTHING;
+SELECT id, 'video', 1 + id % 900 FROM generate_series(1, %s) AS id ON CONFLICT (content_id) DO NOTHING
+"""
+SCHEMA = """
 CREATE PUBLICATION bench FOR TABLE public.engagement_events;
 
 -- `transactions` of `size` rows each. With a skew of 3 some contents are far more popular than others, with 1 none is.
@@ -30,7 +32,7 @@ BEGIN
         COMMIT;
     END LOOP;
 END $$;
-"""  # noqa: S608  our own number
+"""
 
 CREATE_SLOT = "SELECT pg_create_logical_replication_slot(%s, %s)"
 LAST_ROW = """
@@ -52,12 +54,14 @@ class Backlog(NamedTuple):
 def prepare(connection: psycopg.Connection) -> None:
     """Insert contents and create the procedure that makes backlogs. The source tables must exist."""
     connection.execute(SCHEMA.encode())
+    connection.execute(INSERT_CONTENTS, [CONTENTS])
 
 
 def make(
     connection: psycopg.Connection, slot: str, *, transactions: int, size: int, contents: int = CONTENTS, skew: int = 3
 ) -> Backlog:
-    """Make a slot, and another for `pgoutput`, and rows that wait in both."""
+    """Make a slot, and another for `pgoutput`, and rows that wait in both; the contents, if there are fewer."""
+    connection.execute(INSERT_CONTENTS, [contents])
     connection.execute(CREATE_SLOT, [slot, "wal2json"])
     connection.execute(CREATE_SLOT, [f"{slot}_pgoutput", "pgoutput"])
     connection.execute("SET synchronous_commit = off")

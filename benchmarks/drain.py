@@ -136,7 +136,10 @@ def replicator(code: Path, http_batch_size: int, given: Round) -> Drained:
     stack, slot, rows = given.stack, given.slot, given.backlog.rows
     empty_sinks(stack)
     stack.api.behave(trusting=True)
-    program = stack.replicator(slot, REPLICATOR_HTTP_BATCH_SIZE=str(http_batch_size))
+    checkpoint = f"sqlite:///{stack.folder}/{slot}.db"  # an earlier commit may have other tables
+    program = stack.replicator(
+        slot, REPLICATOR_HTTP_BATCH_SIZE=str(http_batch_size), REPLICATOR_CHECKPOINT_URL=checkpoint
+    )
     program.code = code
     with ThreadPoolExecutor(1) as threads, psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         starting = threads.submit(program.start)
