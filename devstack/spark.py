@@ -53,6 +53,11 @@ class SparkMaster(SparkPart):
 
     name = "spark-master"
 
+    def __init__(self, folder: Path, watchdog: Watchdog, settings: Mapping[str, str]) -> None:
+        super().__init__(folder, watchdog, settings)
+        self.ui = free_port()
+        """The port of its web pages."""
+
     @property
     def url(self) -> str:
         """For `--master`."""
@@ -60,7 +65,7 @@ class SparkMaster(SparkPart):
 
     def command(self) -> list[str]:
         """The Master."""
-        listen = ["--host", "127.0.0.1", "--port", str(self.port), "--webui-port", str(free_port())]
+        listen = ["--host", "127.0.0.1", "--port", str(self.port), "--webui-port", str(self.ui)]
         return [spark_class(), "org.apache.spark.deploy.master.Master", *listen]
 
 

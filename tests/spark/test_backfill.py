@@ -108,7 +108,10 @@ def test_an_executor_dies(backfill: Run, source: psycopg.Connection, database: s
 
 
 def test_nodes_that_read_a_standby_and_one_that_dies(tmp_path: Path) -> None:
-    """A Master and two Workers, whose DSN leads to a standby: it is what they read, and one Worker is enough."""
+    """A Master and two Workers, whose DSN leads to a standby: they read that, and in the end one Worker is enough.
+
+    No secret is in their logs or on the Master's page.
+    """
     with DevStack(*DevStack.SERVICES) as own, ground.fresh_database(own) as database:
         role = ground.plain_role(own, database)
         settings = ground.environment(role, own.clickhouse.url, own.redis.url, own.api.url, folder=tmp_path)
@@ -129,9 +132,15 @@ def test_nodes_that_read_a_standby_and_one_that_dies(tmp_path: Path) -> None:
                 with psycopg.connect(standby.superuser_dsn) as looking:
                     assert looking.execute(READERS).fetchone() != (0,)
                 spark.workers[0].kill()
+                assert "spark backfill" in (pages := fetch(f"http://127.0.0.1:{spark.master.ui}/").decode())
                 assert "read        20000 events of 20000" in succeed(running.result())
             finally:
                 running.end()
+            # Workers log the command that they start an executor with; executors log what tasks say.
+            logs = [file for file in (own.folder / "spark").rglob("*") if file.name in {"log", "stderr", "stdout"}]
+            assert len(logs) > 3
+            assert not [file for file in logs if ground.SECRET in file.read_text(encoding="utf-8", errors="replace")]
+            assert ground.SECRET not in pages
         assert_exact(database, destinations)
         destinations.redis.close()
 
