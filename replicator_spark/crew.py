@@ -85,9 +85,10 @@ class Crew:
             errand = Errand(order=self._order, slice=share.slice, start=share.reached)
             turn = await asyncio.to_thread(self._cluster.call, run, errand)
             if turn.trouble:
-                log.error("slice %d is held, on node %s: %s", number + 1, turn.node, turn.trouble)
+                message = "slice %d is held, on node %s: %s"
+                log.error(message, number + 1, turn.node, turn.trouble, extra={"code": "R702"})
             if turn.failure:
-                raise ReplicatorError(*turn.failure)
+                raise _failure(*turn.failure)
             await self._keep(number, share, turn)
 
     async def _keep(self, number: int, share: Share, turn: Turn) -> None:
@@ -110,6 +111,13 @@ class Crew:
                 await asyncio.to_thread(self._app.store.save_progress, self._app.settings.slot, self._task, text)
             except CheckpointUnavailable as exc:
                 log.error("%s", exc)
+
+
+def _failure(problem: str, cure: str, code: str) -> ReplicatorError:
+    """As it was on the node."""
+    failure = ReplicatorError(problem, cure)
+    failure.code = code
+    return failure
 
 
 def added(one: Written, other: Written) -> Written:

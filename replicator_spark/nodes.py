@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from enrichment import EnrichmentSettings
 from enrichment.database import Database
 from replicator import __version__
-from replicator.contracts.errors import ReplicatorError, SettingsError, SourceUnusable
+from replicator.contracts.errors import NodeDiffers, SettingsError, SourceUnusable
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.source.connection import Dsn
 from sinks import sink_class
@@ -40,13 +40,6 @@ class Meant(msgspec.Struct, frozen=True, kw_only=True):
     digests: Digests
     source: str
     """Cluster and database; empty if the server does not say."""
-
-
-class NodeDiffers(ReplicatorError):
-    """A node has other settings, another program or another database than the driver."""
-
-    def __init__(self, *, problem: str, expected: str) -> None:
-        super().__init__(f"a node of the cluster differs from the driver: {problem}", f"It needs {expected}")
 
 
 async def meant(names: Sequence[str], dsn: Dsn, key: bytes) -> Meant:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from replicator.contracts.errors import ReplicatorError, SettingsError
+from replicator.contracts.errors import ClusterFailed, SettingsError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -33,10 +33,6 @@ log = logging.getLogger("replicator.spark")
 
 A = TypeVar("A")
 T = TypeVar("T")
-
-
-class ClusterFailed(ReplicatorError):
-    """Spark does not start, or gave up a task that died again and again."""
 
 
 class Cluster:

@@ -74,8 +74,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     sinks: dict[str, Written] = {}
     trouble: str = ""
     """Why it did not come further."""
-    failure: tuple[str, str] | None = None
-    """What trying again can't help: the problem and the cure."""
+    failure: tuple[str, str, str] | None = None
+    """What trying again can't help: the problem, the cure and the code."""
 
 
 def run(errand: Errand) -> Turn:
@@ -84,7 +84,9 @@ def run(errand: Errand) -> Turn:
         try:
             return asyncio.run(_run(errand, Path(folder)))
         except ReplicatorError as exc:
-            return Turn(node=platform.node(), reached=errand.start, done=False, failure=(exc.problem, exc.cure))
+            return Turn(
+                node=platform.node(), reached=errand.start, done=False, failure=(exc.problem, exc.cure, exc.code)
+            )
 
 
 async def _run(errand: Errand, folder: Path) -> Turn:

@@ -50,6 +50,7 @@ NOTICES = {
     "R520": "A paused sink could not be closed.",
     "R607": "No checkpoint is saved.",
     "R608": "The checkpoint database is silent.",
+    "R702": "A slice of a backfill on Spark is held.",
 }
 """What is told with a code and is no error, at the place that has the code."""
 
@@ -562,3 +563,18 @@ class CheckpointAbsent(CheckpointUnusable):
     """There is no checkpoint database yet, or it has no tables: `init` makes them."""
 
     code = "R606"
+
+
+class ClusterFailed(ReplicatorError):
+    """Spark does not start, or gave up a task that died again and again."""
+
+    code = "R700"
+
+
+class NodeDiffers(ReplicatorError):
+    """A node of a Spark cluster has other settings, another program or another database than the driver."""
+
+    code = "R701"
+
+    def __init__(self, *, problem: str, expected: str) -> None:
+        super().__init__(f"a node of the cluster differs from the driver: {problem}", f"It needs {expected}")

@@ -178,12 +178,13 @@ async def test_a_failure_ends_it_after_the_other_turns(app: App) -> None:
     def turn(errand: Errand) -> Turn:
         if errand.start.place == "0":
             others.wait(10)
-            return structs.replace(two_turns(errand), failure=("the table is gone", "Make it"))
+            return structs.replace(two_turns(errand), failure=("the table is gone", "Make it", "R507"))
         others.set()
         return two_turns(errand)
 
-    with pytest.raises(ReplicatorError, match=r"The table is gone\. Make it\."):
+    with pytest.raises(ReplicatorError, match=r"The table is gone\. Make it\.") as raised:
         await _crew(app, MadeUpCluster(turn), _plan(2)).run()
+    assert "R507" == raised.value.code
     plan = msgspec.json.decode(app.store.load_progress("s", TASK) or "", type=Plan)
     assert BackfillProgress(place="0", events=0, total=40) == plan.shares[0].reached
     assert plan.shares[1].reached.events > 0
