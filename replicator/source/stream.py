@@ -64,6 +64,7 @@ _EPOCH_2000_SECONDS = 946_684_800
 _WAS_READ = "SELECT 1 FROM pg_stat_replication_slots WHERE slot_name = {slot} AND total_txns > 0"
 _CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin})"
 _CREATE_FAILOVER = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, failover => true)"
+_COPY = "SELECT pg_copy_logical_replication_slot({slot}, {copy}, true)"
 _ALTER_FAILOVER = "ALTER_REPLICATION_SLOT {name} (FAILOVER true)"
 _DROP = "SELECT pg_drop_replication_slot({slot})"
 _DECODING_MEMORY = sql.SQL("SET logical_decoding_work_mem = {}")
@@ -169,6 +170,18 @@ class Source:
     async def drop_slot(self) -> None:
         """Drop the slot; PostgreSQL may then remove its WAL. Raises SlotInUse, and as `connect`."""
         await self._ask(_DROP)
+
+    async def copy(self, slot: str) -> slots.SlotState | None:
+        """Make this slot a copy of that one, which others may read, until the connection ends; how that one is.
+
+        None: there is no such slot. Raises as `connect`.
+        """
+        async with answering(slot, connection=self._connection):
+            state = await slots.inspect(self._connected(), slot)
+            if state is not None:
+                names = {"slot": sql.Literal(slot), "copy": sql.Literal(self._slot)}
+                await self._connected().execute(sql.SQL(_COPY).format(**names))
+        return state
 
     async def _inspect(self) -> slots.SlotState | None:
         async with answering(self._slot, connection=self._connection):

@@ -86,3 +86,23 @@ def _show(seen: Seen, *, as_json: bool) -> None:
         return
     about = {"sink": seen.sink or None, "position": seen.position, "skipped": seen.skipped}
     print(f'{json.dumps(about)[:-1]}, "event": {event}}}', flush=True)
+
+
+async def peek(
+    number: Annotated[int, typer.Argument(parser=count, metavar="N", help="how many rows, 1 to 1000000")] = 20,
+    as_json: Json = False,
+) -> int:
+    """Show what comes next in the slot, and take nothing from it.
+
+    The rows of the tables after what is confirmed, N at most. It reads a temporary copy of the slot, so the replicator
+    may run. That takes one more of max_replication_slots and of max_wal_senders for a moment.
+    """
+    from replicator.operations.follow import peek as peeks
+
+    app = load_app()
+    async with app.closing():
+        if history := await app.enricher.look(None, 0):
+            await history.close()
+        found = await peeks.peek(app.dsn, app.settings.slot, app.enricher.tables, number)
+    print(peeks.as_json(found) if as_json else "\n".join(peeks.as_text(found)))
+    return 0
