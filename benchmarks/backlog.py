@@ -13,7 +13,7 @@ MANY_CONTENTS = 100_000
 
 INSERT_CONTENTS = """
 INSERT INTO public.content (content_id, content_type, length_seconds)
-SELECT id, 'video', 1 + id % 900 FROM generate_series(1, %s) AS id ON CONFLICT (content_id) DO NOTHING
+SELECT id, 'video', 1 + id %% 900 FROM generate_series(1, %s) AS id ON CONFLICT (content_id) DO NOTHING
 """
 SCHEMA = """
 CREATE PUBLICATION bench FOR TABLE public.engagement_events;
