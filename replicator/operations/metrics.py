@@ -104,10 +104,11 @@ OF_SINK: dict[str, tuple[Family, str, Callable[[SinkStatus], float | None]]] = {
     "waiting_events": (GAUGE, "events queued or in flight", lambda sink: sink.waiting),
     "lag_seconds": (
         GAUGE,
-        "the age of the oldest event that the sink lacks; 0 if it has everything, absent while it is paused",
+        "the age of the oldest event that the sink lacks; 0 if it has everything",
         lambda sink: sink.lag_seconds,
     ),
     "lag_bytes": (GAUGE, "WAL from the sink's position to the end of PostgreSQL's", lambda sink: sink.lag_bytes),
+    "paused": (GAUGE, "1 while somebody wants it so: PostgreSQL keeps the WAL for it", lambda sink: bool(sink.paused)),
     "troubled": (GAUGE, "1 while the sink takes nothing", lambda sink: bool(sink.trouble)),
 }
 

@@ -46,6 +46,7 @@ STATUS = Status(
     sinks={
         "http": SinkStatus(
             trouble="away",
+            paused="until somebody resumes it",
             end_lsn="0/C4",
             lag_bytes=40,
             lag_seconds=1.5,

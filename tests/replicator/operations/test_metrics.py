@@ -65,6 +65,7 @@ def exposed(status: Status) -> str:
         ("ignored_rows_total", {"action": "update"}, 2),
         ("sink_retries_total", {"sink": "http", "slot": "s"}, 3),
         ("sink_position_bytes", {"sink": "http"}, 0xC4),
+        ("sink_paused", {"sink": "http"}, 1),
         ("sink_troubled", {"sink": "http"}, 1),
         ("sink_waiting_events", {"sink": "http"}, 6),
         ("sink_latency_seconds_bucket", {"sink": "http", "le": "0.05"}, 2),
