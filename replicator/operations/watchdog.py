@@ -51,6 +51,8 @@ BEGINNING = frozenset({STARTING, UNASKED})
 """Not ready, and nothing is wrong."""
 NEARLY = 0.8
 """Of the bound on dead letters: what is left is time to act."""
+BEAT_SECONDS = 60.0
+"""A line of the log so often while something comes or waits: a day has 1,440 of them at most."""
 RESTLESS = 3
 """Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
 
@@ -118,6 +120,7 @@ class Watchdog:
         self._holder = ""
         self._shutting_down = 0  # looks in a row that found it so
         self._forecast = statuses.WalForecast()
+        self._told_at, self._told = time.monotonic(), dict[str, int]()  # events written by each sink until then
         self._breaks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     async def run(self) -> None:
@@ -133,6 +136,7 @@ class Watchdog:
             await self.pipeline.letters.look()
             self._holder = await self.foreign_holder() if self.standby else ""
             self._watch()
+            self._beat()
             await asyncio.sleep(LOOK_AGAIN_SECONDS if self.trouble else LOOK_SECONDS)
 
     async def _let_go(self) -> None:
@@ -242,6 +246,28 @@ class Watchdog:
                 trouble.say(message)
             else:
                 trouble.clear()
+
+    def _beat(self) -> None:
+        """Log once a minute how it goes; nothing while nothing comes and nothing waits."""
+        seconds = time.monotonic() - self._told_at
+        if seconds < BEAT_SECONDS:
+            return
+        self._told_at += seconds
+        goes = {
+            lane.name: {
+                "events_per_second": round(self._rate(lane, seconds), 1),
+                "lag_seconds": round(self.lag_seconds(lane), 1),
+            }
+            for lane in self.pipeline.fan_out.lanes
+        }
+        if any(value for of_sink in goes.values() for value in of_sink.values()):
+            form = "{} {events_per_second} events/s, {lag_seconds} s behind".format
+            said = "; ".join(form(name, **of_sink) for name, of_sink in goes.items())
+            log.info("the last minute: %s", said, extra={"sinks": goes})
+
+    def _rate(self, lane: Lane, seconds: float) -> float:
+        before, self._told[lane.name] = self._told.get(lane.name, 0), lane.stats.events
+        return (lane.stats.events - before) / seconds
 
     def _lag_bytes(self) -> int:
         """What waits; for a paused sink PostgreSQL keeps more, and that is meant to stand still."""

@@ -175,6 +175,24 @@ def test_a_slot_that_stands_still_is_not_ready(watchdog: Looking) -> None:
     assert "the slot has not moved for 61 s while 200 bytes wait: sink http is the slowest, 7 events" in reason
 
 
+def test_a_line_a_minute_while_something_comes(
+    watchdog: Looking, pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rate and lag of each sink, for people and as fields; nothing while nothing comes and nothing waits."""
+    stats, lag = SimpleNamespace(events=1_200), [0.25]
+    lane = SimpleNamespace(name="http", stats=stats, waiting=7, lag_seconds=lambda: lag[0])
+    pipeline.fan_out.lanes = [lane]  # type: ignore[list-item]  # as much of one as it needs
+    caplog.set_level("INFO")
+    for seconds in (59, 1, 30, 30, 60):
+        watchdog.now += seconds
+        watchdog._beat()  # noqa: SLF001  as `run` does, without a server
+        if len(caplog.records) == 2:
+            lag[0] = 0.0
+    first, second = caplog.records
+    assert first.getMessage() == "the last minute: http 20.0 events/s, 0.2 s behind"
+    assert {"http": {"events_per_second": 0.0, "lag_seconds": 0.2}} == vars(second)["sinks"]
+
+
 def test_any_movement_counts(watchdog: Looking) -> None:
     """A slot that moves is slow, not stalled, however much there is to read."""
     for confirmed in range(101, 110):
@@ -501,6 +519,12 @@ def test_dead_letters_near_their_bound_are_a_warning(watchdog: Looking, pipeline
     assert [] == watchdog.reasons()
 
 
+async def _turns() -> None:
+    """Some turns of the loop, whose clock stands still."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 async def test_notices_follow_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trouble that begins and ends; that it starts is no trouble."""
     watchdog = Looking(monkeypatch)
@@ -514,11 +538,11 @@ async def test_notices_follow_the_reasons(monkeypatch: pytest.MonkeyPatch) -> No
     assert not watchdog.notices.ring
     watchdog.pipeline.trouble.clear()
     watchdog.trouble = "no such slot"
-    await asyncio.sleep(0.001)
+    await _turns()
     [notice] = watchdog.notices.ring
     assert ("slot", "no such slot", None) == (notice.kind, notice.text, notice.ended_at)
     watchdog.trouble = ""
-    await asyncio.sleep(0.001)
+    await _turns()
     assert notice.ended_at
     noticing.cancel()
 
