@@ -200,7 +200,7 @@ class Contents:
         if self.copied and at >= self._reached:
             self._note(change.content_id, content or MISSING, at)
             if len(self._changes) > MOST_CHANGES:
-                log.warning(TOO_MANY, MOST_CHANGES)
+                log.warning(TOO_MANY, MOST_CHANGES, extra={"code": "R408"})
                 self.lose(at.commit_lsn)
 
     def _note(self, content_id: int | None, content: Content, at: Position) -> None:
