@@ -6,6 +6,8 @@ Nothing is made while nobody looks. `render.py` makes the parts, `http.py` has t
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +46,7 @@ class Live:
         self._beside = Beside(watchdog, store, slot)
         self._renderer = Renderer(watchdog, self.history, self._beside, settings)
         self._document: tuple[int, bytes] = (-1, b"")
-        self._rendered = Rendered("", "", {})
+        self._rendered, self._rendered_at = Rendered("", "", {}), -math.inf
         self._viewers: dict[asyncio.StreamWriter, None] = {}  # the oldest first
         self._updating: asyncio.Task[None] | None = None
 
@@ -76,8 +78,8 @@ class Live:
         """Send updates until the viewer goes, says anything, or does not read."""
         while len(self._viewers) >= VIEWERS:
             self._close([next(iter(self._viewers))])
-        if not self._viewers:
-            self._rendered = self._renderer.parts()
+        if not self._viewers and time.monotonic() - self._rendered_at >= UPDATE_SECONDS:
+            self._render()
         self._viewers[writer] = None
         self._send(writer, _event(self._rendered, self._rendered.parts))
         if self._updating is None or self._updating.done():
@@ -95,13 +97,17 @@ class Live:
             while self._viewers:
                 self._beside.renew()
                 await asyncio.sleep(UPDATE_SECONDS)
-                before, self._rendered = self._rendered.parts, self._renderer.parts()
+                before = self._rendered.parts
+                self._render()
                 changed = {name: part for name, part in self._rendered.parts.items() if before.get(name) != part}
                 update = _event(self._rendered, changed)
                 for writer in [*self._viewers]:
                     self._send(writer, update)
         finally:
             self._close([*self._viewers])
+
+    def _render(self) -> None:
+        self._rendered_at, self._rendered = time.monotonic(), self._renderer.parts()
 
     def _send(self, writer: asyncio.StreamWriter, update: bytes) -> None:
         writer.write(update)

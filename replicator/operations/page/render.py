@@ -118,6 +118,7 @@ class Renderer:
         top = headline(self._watchdog, status)
         return {
             "version": __version__,
+            "program": PROGRAM,
             "status": status,
             "headline": top,
             "title": f"{top.word} · {status.slot.name}",

@@ -35,7 +35,7 @@
   };
 
   const listen = () => {
-    const updates = new EventSource("/updates");
+    const updates = new EventSource("updates");
     updates.onmessage = take;
     updates.onerror = () => {
       updates.close();
