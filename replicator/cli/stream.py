@@ -118,19 +118,17 @@ async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Cont
     from replicator.operations.notices.notifier import guarded
 
     pipeline, notifier = watchdog.pipeline, watchdog.notifier
-    watching = [asyncio.create_task(work) for work in (watchdog.run(), watchdog.notice())]
-    for task in watching:
-        task.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
-    others = partial(notifier.say_again, store), partial(systemd.keep_told, watchdog)
+    watching = asyncio.create_task(watchdog.run())
+    watching.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
+    others = watchdog.notice, partial(notifier.say_again, store), partial(systemd.keep_told, watchdog)
     telling = [asyncio.create_task(guarded(tell)) for tell in (notifier.watch, notifier.send, notifier.beat, *others)]
     listening = asyncio.create_task(control.run())
     try:
         await pipeline.run()
     finally:
-        await cancel([*watching, *telling, listening])
-    for task in watching:
-        if not task.cancelled() and (failure := task.exception()):
-            raise failure
+        await cancel([watching, *telling, listening])
+    if not watching.cancelled() and (failure := watching.exception()):
+        raise failure
 
 
 def _raise_descriptor_limit() -> None:

@@ -29,6 +29,10 @@ def secrets_in_clear(settings: CoreSettings, sinks: Sequence[Sink]) -> Iterator[
             if url.scheme in SAFE and not is_here(url.hostname) and (url.password or len(secrets) > 1):
                 cure = f"Use {SAFE[url.scheme]}:// in {variable(name)}"
                 yield Finding(True, f"sink {sink.name}: a secret goes to {url.hostname} in clear", cure)
+    for name in ("notify_url", "heartbeat_url"):
+        url = _parsed(getattr(settings, name) or SecretStr(""))
+        if url.scheme == "http" and not is_here(url.hostname):
+            yield Finding(True, f"{variable(name)}: it goes to {url.hostname} in clear", "Use https:// in it")
     url = _parsed(settings.checkpoint_url)
     [mode] = parse_qs(url.query).get("sslmode", ["prefer"])[-1:]
     if url.scheme.startswith("postgres") and not is_here(url.hostname):

@@ -28,7 +28,7 @@ from replicator.cli.main import main
 from tests.support import environment as ground
 from tests.support.program import Program, Result
 
-PLACES = ("postgres", "clickhouse", "redis", "basic", "bearer", "webhook", "checkpoint")
+PLACES = ("postgres", "clickhouse", "redis", "basic", "bearer", "webhook", "checkpoint", "notify")
 SECRETS = {place: f"hush-{place}+=!x" for place in PLACES}
 WEBHOOK = base64.b64encode(SECRETS["webhook"].encode()).decode()
 FORMS = sorted(
@@ -147,8 +147,11 @@ def roles(stack: DevStack, database: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def guarded_program(program: Program, guarded: DevStack, roles: dict[str, str], api: Api) -> Program:
+def guarded_program(
+    program: Program, guarded: DevStack, roles: dict[str, str], api: Api, repeaters: Repeaters
+) -> Program:
     """With a secret in every place."""
+    told = quote(SECRETS["notify"], safe="")
     guarded.clickhouse.reset()
     with redis.Redis.from_url(guarded.redis.url) as client:
         client.flushall()
@@ -160,6 +163,8 @@ def guarded_program(program: Program, guarded: DevStack, roles: dict[str, str], 
         "REPLICATOR_REDIS_URL": guarded.redis.url,
         "REPLICATOR_HTTP_BEARER_TOKEN": SECRETS["bearer"],
         "REPLICATOR_HTTP_WEBHOOK_SECRET": f"whsec_{WEBHOOK}",
+        "REPLICATOR_NOTIFY_URL": f"http://user:{told}@127.0.0.1:{repeaters.failing}/{told}?token={told}",
+        "REPLICATOR_HEARTBEAT_URL": f"http://127.0.0.1:{repeaters.refusing}/{told}",
         "REPLICATOR_LOG_LEVEL": "debug",
         "REPLICATOR_RETRY_MAX_SECONDS": "0.2",
         "REPLICATOR_DRAIN_TIMEOUT_SECONDS": "1",
@@ -181,6 +186,13 @@ def test_a_leak_is_found(form: str) -> None:
     """The search below finds what it looks for."""
     with pytest.raises(AssertionError):
         assert_hushed(f"2026 ERROR can't connect to {form}: no")
+
+
+def test_whoever_is_told_repeats_it(guarded_program: Program) -> None:
+    """What `notify test` and `config show` print of the address, and why it was not taken."""
+    tried = guarded_program.run("notify", "test")
+    assert (1, True) == (tried.code, "answered 500 Internal Server Error" in tried.stderr)
+    assert_hushed(tried.stdout + tried.stderr + guarded_program.run("config", "show").stdout)
 
 
 def run_all(program: Program, commands: tuple[str, ...], backfills: tuple[str, ...] = ()) -> list[Result]:

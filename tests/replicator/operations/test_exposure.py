@@ -68,6 +68,13 @@ def test_a_checkpoint_database_elsewhere() -> None:
     assert finding.what.startswith("the checkpoint database at db.example.com: with sslmode=prefer an impostor")
 
 
+def test_whoever_is_told_in_clear() -> None:
+    """The whole address is a secret."""
+    told = {"notify_url": "http://chat.example.com/hunter2", "heartbeat_url": "https://hc.example.com/hunter2"}
+    [finding] = secrets_in_clear(CoreSettings.model_validate(told), [])
+    assert ("REPLICATOR_NOTIFY_URL: it goes to chat.example.com in clear", True) == (finding.what, finding.ok)
+
+
 def test_what_is_this_machine() -> None:
     """Names are not looked up."""
     assert all(map(is_here, ("localhost", "127.9.9.9", "::1", "/var/run/postgresql", "", None)))
