@@ -155,8 +155,9 @@ def judge(case: Case, dsn: str, stack: DevStack) -> Outcome:
     """Compare every field of every event."""
     destinations = Destinations(stack)
     with contextlib.closing(destinations.redis):
-        events = expected(dsn)
-        assert len(events) == SHAPES[case.shape].events
+        shape = SHAPES[case.shape]
+        events = expected(dsn, content_at_commit=shape.content_at_commit)
+        assert len(events) == shape.events
         rows = compare(events, destinations.clickhouse())
         distinct, repeats = first_views(destinations.api())
         taken = compare(events, distinct)

@@ -18,6 +18,8 @@ from devstack.control import fetch
 
 EXPECTED_SQL = (Path(__file__).parents[0] / "expected.sql").read_text(encoding="utf-8")
 
+CONTENT_WAS = "public.content AS c USING (content_id)", "content_was AS c ON c.event_id = e.id"
+
 FIELDS = (
     "event_id", "content_id", "user_id", "event_type", "event_ts", "duration_ms", "device",
     "content_type", "length_seconds", "engagement_seconds", "engagement_pct",
@@ -35,9 +37,13 @@ FORMAT JSONEachRow
 """  # noqa: S608  our own constants
 
 
-def expected(dsn: str) -> list[Event]:
-    """Every event of the source tables as PostgreSQL computes it, by id."""
-    query = f"SELECT row_to_json(expected)::text FROM ({EXPECTED_SQL}) AS expected ORDER BY event_id"  # noqa: S608
+def expected(dsn: str, *, content_at_commit: bool = False) -> list[Event]:
+    """Every event of the source tables as PostgreSQL computes it, by id.
+
+    Its content is today's, or what the table `content_was` has of the event.
+    """
+    events = EXPECTED_SQL.replace(*CONTENT_WAS) if content_at_commit else EXPECTED_SQL
+    query = f"SELECT row_to_json(expected)::text FROM ({events}) AS expected ORDER BY event_id"  # noqa: S608
     with psycopg.connect(dsn, options="-c TimeZone=UTC -c DateStyle=ISO") as connection:
         return [_decode(text) for (text,) in connection.execute(query)]
 
