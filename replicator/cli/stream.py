@@ -108,6 +108,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         await watchdog.notifier.say_end(exc, app.store)
         raise
     finally:
+        logging.getLogger().removeHandler(watchdog.notices.handler)
         await admin.stop()
 
 

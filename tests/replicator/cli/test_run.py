@@ -16,6 +16,8 @@ from replicator.cli import stream
 from replicator.cli.app import App
 from replicator.contracts.errors import Overtaken
 from replicator.contracts.settings import CoreSettings, load
+from replicator.operations.notices.notifier import Notifier
+from replicator.operations.notices.ring import Notices
 
 
 class Overtaking:
@@ -56,12 +58,18 @@ class Broken(Overtaking):
 class Watching:
     """A watchdog that sees nothing."""
 
-    def __init__(self, *_: object) -> None:
-        """Whatever it is given."""
+    standby = ""
+
+    def __init__(self, pipeline: object, _: object, settings: CoreSettings, *_others: object) -> None:
+        self.pipeline = pipeline
+        self.notices = Notices()
+        self.notifier = Notifier(settings, self.notices, lambda: False)
 
     async def run(self) -> None:
         """For ever."""
         await asyncio.Event().wait()
+
+    notice = run
 
 
 class Closing:
