@@ -217,7 +217,7 @@ def run_until(program: Program, *said: str) -> None:
 
 def _tells(program: Program) -> bool:
     try:
-        told = "".join(program.admin(path) for path in ("/status", "/metrics", "/readyz", "/healthz"))
+        told = "".join(program.admin(path) for path in ("/", "/status", "/history", "/metrics", "/readyz", "/healthz"))
     except OSError:  # it starts, or is about to end
         return False
     assert "replicator_ready" in told
@@ -241,7 +241,7 @@ def test_where_all_is_well(
     program.start()
     source.execute(INSERT)
     program.wait_until_caught_up()
-    for path in ("/status", "/metrics", "/readyz", "/healthz"):
+    for path in ("/", "/status", "/history", "/metrics", "/readyz", "/healthz"):
         assert_hushed(program.admin(path))
     assert 0 == program.stop()
     results = run_all(program, COMMANDS, BACKFILLS)

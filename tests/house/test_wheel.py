@@ -32,6 +32,10 @@ DATA = {
     *(f"replicator/sql/{name}.sql" for name in ("roles", "slot_lag", "source_schema")),
     *(f"sinks/redis/lua/{name}.lua" for name in ("empty", "mark", "slide", "write")),
     "sinks/clickhouse/table.sql",
+    *(
+        f"replicator/operations/page/assets/{name}"
+        for name in ("icon.svg", "macros.html", "page.css", "page.html", "page.js")
+    ),
     *(f"{package}/py.typed" for package in PACKAGES),
 }
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms) VALUES (1, 999, 'play', 7000)"
