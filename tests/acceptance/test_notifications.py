@@ -42,6 +42,7 @@ def test_a_trouble_and_a_gap_are_told(hooked: tuple[Program, Hook], api: Api, so
     wait_until(lambda: bool(server.told), "the trouble to be told")
     [told] = server.told
     assert ("begins", "sink", "http") == (told["event"], told["kind"], told["subject"])
+    assert "R502" == told["code"]
     assert "answered 401 Unauthorized" in told["problem"]
     assert "REPLICATOR_HTTP_BEARER_TOKEN" in told["cure"]
     assert 1 == program.status()["notifications"]["sent"]

@@ -156,7 +156,8 @@ class Notifier:
         known = problem if isinstance(problem, ReplicatorError) else None
         text = f"the replicator has ended: {known.problem if known else f'it failed in an unexpected way ({kind})'}."
         cure = known.advice if known else "The log has the traceback: please report it."
-        notice = Notice(kind="end", subject=self._settings.slot, text=text, cure=cure, began_at=now)
+        code = known.code if known else ""
+        notice = Notice(kind="end", subject=self._settings.slot, text=text, cure=cure, began_at=now, code=code)
         await self._post(message(self._settings.slot, notice, "begins"))
         await self._keep_end(store, _End(kind, now))
 

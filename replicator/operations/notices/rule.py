@@ -41,6 +41,7 @@ class Message(Struct, frozen=True, kw_only=True):
     slot: str
     kind: str
     subject: str
+    code: str
     problem: str
     cure: str
     began_at: str
@@ -101,6 +102,7 @@ class Rule:
                 cure=notice.cure,
                 began_at=trouble.began_at,
                 ended_at=trouble.away_since,
+                code=notice.code,
             )
             yield message(self._slot, notice, "ends")
         elif not trouble.told and now - (trouble.over_at or 0.0) >= LONGEST_AWAY_SECONDS:
@@ -119,6 +121,7 @@ def message(slot: str, notice: Notice, event: Literal["begins", "ends", "test"])
         slot=slot,
         kind=notice.kind,
         subject=notice.subject,
+        code=notice.code,
         problem=notice.text,
         cure=notice.cure,
         began_at=_iso(notice.began_at),
