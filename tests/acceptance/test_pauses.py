@@ -193,3 +193,22 @@ def test_a_socket_that_can_not_be_made_stops_nothing(
     assert 1 == done.code
     assert "RUNTIME_DIRECTORY" in done.stderr
     assert 0 == quick.stop()
+
+
+def test_a_resumed_sink_gets_what_the_others_got(
+    quick: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """With the content of the time, though it has changed during the pause."""
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    succeed(quick.run("pause", "http"))
+    for length in (200, 400):
+        insert_many(source, 10)
+        source.execute("UPDATE content SET length_seconds = %s WHERE content_id = 1", [length])
+    insert_many(source, 10)
+    wait_until(lambda: 40 == len(destinations.clickhouse()), "ClickHouse to have it")
+    succeed(quick.run("resume", "http"))
+    quick.wait_until_caught_up()
+    assert destinations.clickhouse() == sorted(destinations.api(), key=lambda event: event["event_id"])
+    assert 0 == quick.stop()
