@@ -118,6 +118,7 @@ class Watchdog:
         self._stall = Trouble(code=CODES["stall"])
         self._sync = Trouble(code=CODES["commits"])
         self._holder = ""
+        self._silent_since = dict[str, float]()  # of each sink that has let a write wait too long, until it takes one
         self._shutting_down = 0  # looks in a row that found it so
         self._forecast = statuses.WalForecast()
         self._told_at, self._told = time.monotonic(), dict[str, int]()  # events written by each sink until then
@@ -196,10 +197,11 @@ class Watchdog:
 
     def _sink(self, lane: Lane) -> statuses.SinkStatus:
         pause = self.pipeline.pauses.get(lane.name)
+        trouble, seconds = self._trouble(lane)
         return structs.replace(
             statuses.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
-            trouble=lane.trouble.message,
-            trouble_seconds=round(lane.trouble.seconds(), 1),
+            trouble=trouble,
+            trouble_seconds=round(seconds, 1),
             paused=pause.describe(lane.name, lane.reached) if pause else "",
             paused_until=pause.end if pause else None,
             events=lane.stats.events,
@@ -360,10 +362,27 @@ class Watchdog:
 
     def _of_sinks(self) -> Iterator[Reason]:
         for lane in self.pipeline.fan_out.lanes:
-            yield Reason("sink", lane.name, _trouble(lane), lane.trouble.cure, lane.trouble.code)
+            text, seconds = self._trouble(lane)
+            shown = text if lane.trouble.needs_operator or seconds >= TROUBLE_SECONDS else ""
+            yield Reason("sink", lane.name, shown, lane.trouble.cure, lane.trouble.code)
         lost = self._forecast.see(self.slot).lost_in_seconds
         for name, pause in self.pipeline.pauses.items():
             yield Reason("pause", name, *statuses.loses_slot(name, pause, lost))
+
+    def _trouble(self, lane: Lane) -> tuple[str, float]:
+        """Why the sink takes nothing, and for how long; a write without an answer counts once it has waited long.
+
+        A timeout that ends such a wait is the same trouble: it must not look well for as long again.
+        """
+        silent, now = lane.unanswered_seconds(), time.monotonic()
+        if silent >= TROUBLE_SECONDS:
+            self._silent_since.setdefault(lane.name, now - silent)
+        elif not lane.trouble:
+            self._silent_since.pop(lane.name, None)
+        since = self._silent_since.get(lane.name)
+        seconds = lane.trouble.seconds() if since is None else now - since
+        waits = f"sink {lane.name} has not answered for {silent:.0f} s" if silent >= TROUBLE_SECONDS else ""
+        return lane.trouble.message or waits, seconds
 
     def _of_checkpoint(self) -> Iterator[Reason]:
         letters = self.pipeline.letters.trouble
@@ -396,12 +415,3 @@ class Watchdog:
         while True:
             self.notices.see([*(reason for reason in self.found() if reason.text not in BEGINNING), *self.warnings()])
             await asyncio.sleep(NOTICE_SECONDS)
-
-
-def _trouble(lane: Lane) -> str:
-    """Why the sink is a reason not to be ready; empty while it is none."""
-    if lane.trouble:
-        shown = lane.trouble.needs_operator or lane.trouble.seconds() >= TROUBLE_SECONDS
-        return lane.trouble.message if shown else ""
-    seconds = lane.unanswered_seconds()
-    return f"sink {lane.name} has not answered for {seconds:.0f} s" if seconds >= TROUBLE_SECONDS else ""

@@ -165,6 +165,29 @@ async def test_not_ready_over_a_slot_that_stands_still(
         await replicator.until_ready_says(200, "ready")
 
 
+async def test_a_sink_that_does_not_answer_is_well_nowhere(
+    stack: DevStack, database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error says so for as long as its timeout: status, metrics and the page's light of the sink do."""
+    monkeypatch.setattr(watchdogs, "TROUBLE_SECONDS", 0.3)
+    async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
+        await replicator.until_ready_says(200, "ready")
+        stack.redis.pause()
+        try:
+            with psycopg.connect(database) as connection:
+                insert = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
+                connection.execute(insert)
+            await replicator.until_ready_says(503, "sink redis has not answered")
+            [redis] = replicator.watchdog.status().sinks.values()
+            assert "has not answered" in redis.trouble
+            assert 1 == await replicator.metric("sink_troubled", sink="redis")
+            _, page = await replicator.get("/")
+            assert 'class="stage sink" data-state="wrong"' in page
+        finally:
+            stack.redis.resume()
+        await replicator.until_ready_says(200, "ready")
+
+
 async def test_status_does_not_take_another_program_for_the_replicator(
     database: str, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,16 +255,18 @@ def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(watchdog: Looking,
 
 
 def test_a_sink_that_does_not_answer_is_a_reason(watchdog: Looking) -> None:
-    """Without an error as well, once it has lasted; its own trouble has its own words and time."""
+    """Without an error as well, once it has lasted, and on until it takes something: a timeout is no answer."""
     lane = cast("FakeLane", watchdog.pipeline.fan_out.lanes[0])
     lane.unanswered_for = TROUBLE_SECONDS - 1
     assert [] == watchdog.look()
     lane.unanswered_for = TROUBLE_SECONDS + 2
     assert ["sink http has not answered for 12 s"] == watchdog.look()
-    lane.trouble = FakeTrouble("sink http answered 500", 1.0)
+    lane.unanswered_for, lane.trouble = 0.0, FakeTrouble("sink http timed out", 1.0)
+    assert ["sink http timed out"] == watchdog.look()
+    lane.trouble = Trouble()
     assert [] == watchdog.look()
-    lane.trouble = FakeTrouble("sink http answered 500", TROUBLE_SECONDS)
-    assert ["sink http answered 500"] == watchdog.look()
+    lane.trouble = FakeTrouble("sink http answered 500", 1.0)
+    assert [] == watchdog.look(), "other trouble has its own time"
 
 
 def test_trouble_is_a_reason_at_once(watchdog: Looking, pipeline: Pipeline) -> None:
