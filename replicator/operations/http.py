@@ -74,7 +74,7 @@ class Admin:
         self._watchdog = watchdog
         self._page = page
         self._listen = listen
-        self._host = listen.rpartition(":")[0].strip("[]")
+        self._host = listen.rpartition(":")[0].strip("[]").lower()
         self._registry = CollectorRegistry()
         self._registry.register(Metrics(watchdog))
         ProcessCollector(registry=self._registry)
@@ -161,7 +161,7 @@ class Admin:
         """Whether no web page from elsewhere can have this name."""
         if name == self._host or _is_loopback(name):
             return True
-        return not _is_loopback(self._host) and (_is_private(name) or name == socket.gethostname())
+        return not _is_loopback(self._host) and (_is_private(name) or name == socket.gethostname().lower())
 
     async def _found(self, path: str) -> Page:
         if path == "/":
@@ -261,10 +261,10 @@ def _is_private(host: str) -> bool:
 
 
 def _hosts(lines: Sequence[str]) -> Iterator[str]:
-    """The names, without port, that the request was sent to."""
+    """The names, without port and in small letters, that the request was sent to."""
     for name, _, value in (line.partition(":") for line in lines[1:]):
         if name.strip().lower() == "host":
-            yield re.sub(r":\d*$", "", value.strip()).strip("[]")
+            yield re.sub(r":\d*$", "", value.strip()).strip("[]").lower()
 
 
 def _light(lines: Sequence[str], *, ok: bool) -> Page:

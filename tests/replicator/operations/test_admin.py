@@ -214,6 +214,17 @@ async def test_names_where_others_may_ask(host: str, status: int) -> None:
         assert b"200 OK" in await served.get("/healthz")
 
 
+async def test_names_are_the_same_in_small_and_in_capital_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser sends small ones, however the machine and the setting write theirs."""
+    bind = http.listen
+    monkeypatch.setattr(http, "listen", lambda address, serve: bind(f"127.0.0.1:{address.split(':')[1]}", serve))
+    monkeypatch.setattr("socket.gethostname", lambda: "Box.Example")
+    async with _serving("Status.Example") as served:
+        for host in ("box.example:1", "BOX.example", "status.example:1", "STATUS.EXAMPLE"):
+            assert b"200 OK" in await served.get("/status", f"Host: {host}")
+        assert b" 421 " in await served.get("/status", "Host: box.example.evil.example")
+
+
 async def test_the_page_runs_nothing_and_is_in_no_frame(served: Served) -> None:
     """Whatever a server or a row says is text; nothing in the page is a script or a style."""
     served.watchdog.wrong = ['sink <script>alert("1")</script> & `init <b>`. Mend "it" `']
