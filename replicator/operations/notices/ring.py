@@ -6,6 +6,7 @@ A notice without a length is a warning of the log: something happened that an op
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ from replicator.operations.logs import code_of
 
 KEPT = 50
 """Enough to see a bad night, few enough for one page."""
+SAME_SECONDS = 90.0
+"""A warning that comes again within it is still the same; the log repeats one every 30 s while its cause lasts."""
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 OURS = frozenset({"replicator", "enrichment", "sinks", "checkpoint_store"})
 TOLD_OTHERWISE = frozenset({"replicator.delivery.retry", "replicator.delivery.dead_letters"})
 """Their warnings are reasons with a beginning and an end, or are counted."""
@@ -107,13 +111,21 @@ class Notices:
             notice.code, notice.text, notice.cure = reason.code, reason.problem, reason.cure
 
     def note(self, kind: str, subject: str, text: str, code: str = "") -> None:
-        """It happened. What was said last is not said again."""
-        now, last = time.time(), self.ring[-1] if self.ring else None
-        if last and (last.kind, last.text) == (kind, text):
-            last.ended_at = now
-        else:
-            notice = Notice(kind=kind, subject=subject, text=text, cure="", began_at=now, ended_at=now, code=code)
-            self.ring.append(notice)
+        """It happened. What was said last or a moment ago, perhaps with other numbers, is not said again."""
+        now = time.time()
+        lately = [said for said in self.ring if said is self.ring[-1] or now - (said.ended_at or now) < SAME_SECONDS]
+        key = (kind, subject, _without_numbers(text))
+        for said in reversed(lately):
+            if (said.kind, said.subject, _without_numbers(said.text)) == key:
+                said.text, said.ended_at = text, now
+                return
+        notice = Notice(kind=kind, subject=subject, text=text, cure="", began_at=now, ended_at=now, code=code)
+        self.ring.append(notice)
+
+
+def _without_numbers(text: str) -> str:
+    """A number in a name stays."""
+    return _NUMBER.sub("0", text)
 
 
 class _Warnings(logging.Handler):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from msgspec import structs
 
+from replicator.operations.notices import ring
 from replicator.operations.notices.ring import KEPT, Notices, Reason
 
 AWAY = Reason("sink", "http", "sink http did not take the batch: it is away. Start it.", "Start it.")
@@ -46,10 +47,27 @@ def test_the_ring_has_a_bound(notices: Notices) -> None:
     """The newest stay, and what lasts can still end."""
     notices.see([AWAY])
     for number in range(KEPT):
-        notices.note("warning", "replicator", f"warning {number}")
-    assert [f"warning {number}" for number in range(KEPT)] == [notice.text for notice in notices.ring]
+        notices.note("warning", "replicator", f"table_{number} is gone")
+    assert [f"table_{number} is gone" for number in range(KEPT)] == [notice.text for notice in notices.ring]
     notices.see([])
     assert not notices.lasting
+
+
+def test_a_warning_that_counts_is_one_notice(notices: Notices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All night, beside another one: what began the night is still there. Later it is a new one."""
+    now = [1_000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    notices.see([AWAY])
+    for number in range(2 * KEPT):
+        now[0] += 30
+        notices.note("warning", "replicator", f"reading has stopped: {64_000_000 + number} bytes wait")
+        notices.note("warning", "replicator", f"some {number} events are too large")
+    texts = [AWAY.problem, "reading has stopped: 64000099 bytes wait", "some 99 events are too large"]
+    assert texts == [notice.text for notice in notices.ring]
+    assert (1_030.0, 4_000.0) == (notices.ring[1].began_at, notices.ring[1].ended_at)
+    now[0] += ring.SAME_SECONDS
+    notices.note("warning", "replicator", "reading has stopped: 64000099 bytes wait")
+    assert 4 == len(notices.ring)
 
 
 def test_warnings_of_the_log_are_notices(notices: Notices) -> None:
