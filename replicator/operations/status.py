@@ -449,11 +449,11 @@ async def ask_replicator(settings: CoreSettings) -> tuple[Status | None, str]:
 
 async def ask_address(url: str, name: str = "") -> tuple[Status | None, str]:
     """What the replicator at this admin address says, or why it says nothing. `name` is how people know it."""
-    name = name or url.rpartition("@")[2]
+    where, name = "here" if name else "there", name or url.rpartition("@")[2]
     try:
         return msgspec.json.decode(await _fetch(f"{url}/status"), type=Status), ""
     except (aiohttp.ClientError, TimeoutError):
-        return None, f"no answer at {name}: the replicator does not run {'there' if '://' in name else 'here'}"
+        return None, f"no answer at {name}: the replicator does not run {where}"
     except msgspec.DecodeError:
         return None, f"what answers at {name} is not a replicator of version {__version__}"
 

@@ -526,3 +526,13 @@ def test_that_nobody_is_told_is_shown() -> None:
     told = NotificationStatus(trouble="it answered 404", waiting=2, lost=1, heartbeat_trouble="gone")
     shown = status.as_text(structs.replace(live(), notifications=told))
     assert shown.endswith("notify       2 waiting, 1 lost: it answered 404\nheartbeat    gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("", "127.0.0.1:9: the replicator does not run there"), ("ours", "ours: the replicator does not run here")],
+)
+async def test_whoever_does_not_answer_is_named_without_a_secret(name: str, where: str) -> None:
+    """An address of elsewhere is there, with or without a password in front of it."""
+    found = await status.ask_address("http://user:planted-secret@127.0.0.1:9", name)
+    assert (None, f"no answer at {where}") == found
