@@ -89,6 +89,10 @@ class App(NamedTuple):
         """The connection string as it is now, password included."""
         return _dsn(self.settings)
 
+    def settings_classes(self) -> list[type[Settings]]:
+        """Those of what runs; other sinks' files need not be readable, and their packages not complete."""
+        return [CoreSettings, EnrichmentSettings, *(type(sink.settings) for sink in self.sinks)]
+
     def source(self) -> Source:
         """A source for the slot."""
         settings = self.settings

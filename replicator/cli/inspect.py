@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -104,9 +104,9 @@ def config_show(as_json: Json = False) -> int:
 
     The value comes from the environment, from .env, or from the file that NAME_FILE names. Secrets are masked.
     """
-    from replicator.cli.app import unknown_settings
+    from replicator.cli.app import all_settings, unknown_settings
 
-    shown = shown_settings()
+    shown = shown_settings(all_settings())
     unknown = list(unknown_settings())
     if as_json:
         print(json.dumps({"settings": shown, "unknown": unknown}))
@@ -133,11 +133,9 @@ def config_check() -> int:
     return UNUSABLE if mistakes else 0
 
 
-def shown_settings() -> list[dict[str, Any]]:
-    """Every setting, as `config show --json` has it: secrets are masked."""
-    from replicator.cli.app import all_settings
-
-    return [setting for settings_class in all_settings() for setting in _settings(settings_class)]
+def shown_settings(classes: Iterable[type[Settings]]) -> list[dict[str, Any]]:
+    """Their settings, as `config show --json` has them: secrets are masked."""
+    return [setting for settings_class in classes for setting in _settings(settings_class)]
 
 
 def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:

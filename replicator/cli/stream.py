@@ -95,7 +95,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         return
     watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
     logging.getLogger().addHandler(watchdog.notices.handler)
-    page = Live(watchdog, answers.store, app.settings.slot, shown_settings())
+    page = Live(watchdog, answers.store, app.settings.slot, shown_settings(app.settings_classes()))
     admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
     act, show = Pauses(watchdog, app.settings.sinks).act, partial(view, pipeline.fan_out.taps)

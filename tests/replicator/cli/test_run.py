@@ -132,3 +132,10 @@ async def test_a_broken_pipe_of_a_sink_is_not_standard_output(monkeypatch: pytes
     """`main` says nothing about a closed standard output; this ends with a traceback."""
     with pytest.raises(BrokenPipeError, match="a socket of the sink"):
         await run_with(Broken, monkeypatch)
+
+
+async def test_a_file_that_no_sink_reads_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page shows the settings of what runs: those of other sinks are not read, nor their packages imported."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL_FILE", "/nonexistent")
+    with pytest.raises(Overtaken):
+        await run_with(Overtaking, monkeypatch)
