@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -121,13 +121,20 @@ async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Cont
     pipeline, notifier = watchdog.pipeline, watchdog.notifier
     watching = asyncio.create_task(watchdog.run())
     watching.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
-    others = watchdog.notice, partial(notifier.say_again, store), partial(systemd.keep_told, watchdog)
-    telling = [asyncio.create_task(guarded(tell)) for tell in (notifier.watch, notifier.send, notifier.beat, *others)]
-    listening = asyncio.create_task(control.run())
+    work: dict[str, Callable[[], Awaitable[None]]] = {
+        "notices": watchdog.notice,
+        "what is to be told": notifier.watch,
+        "notifications": notifier.send,
+        "the heartbeat": notifier.beat,
+        "the end of the last run": partial(notifier.say_again, store),
+        "the service manager": partial(systemd.keep_told, watchdog),
+        "pause, resume, retry and tail": control.run,
+    }
+    beside = [asyncio.create_task(guarded(what, does)) for what, does in work.items()]
     try:
         await pipeline.run()
     finally:
-        await cancel([watching, *telling, listening])
+        await cancel([watching, *beside])
     if not watching.cancelled() and (failure := watching.exception()):
         raise failure
 

@@ -21,7 +21,7 @@ NOTICES = {
     "R104": "A setting has a name that nobody knows.",
     "R105": "A notification, or the heartbeat, was not taken.",
     "R106": "A notification is lost.",
-    "R107": "The commands `pause`, `resume` and `retry` can't reach the replicator.",
+    "R107": "The commands `pause`, `resume`, `retry` and `tail` can't reach the replicator.",
     "R210": "The stream breaks again and again, or does not come further.",
     "R211": "Commits in PostgreSQL wait for the sinks.",
     "R212": "PostgreSQL shuts down, so the stream was let go.",

@@ -55,7 +55,7 @@ class Control:
                 await self._listen()
         except OSError as exc:
             problem = too_long(self._path)
-            message = "pause, resume and retry can't reach this replicator: no socket at %s (%s). %s"
+            message = "pause, resume, retry and tail can't reach this replicator: no socket at %s (%s). %s"
             why, cure = problem or exc.strerror or exc, SHORTER if problem else ""
             log.warning(message, self._path, why, cure, extra={"code": "R107"})
 

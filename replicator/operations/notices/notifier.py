@@ -189,9 +189,9 @@ class Notifier:
             await asyncio.to_thread(store.save_progress, self._settings.slot, END, kept)
 
 
-async def guarded(work: Callable[[], Awaitable[None]]) -> None:
+async def guarded(what: str, work: Callable[[], Awaitable[None]]) -> None:
     """Run it to its end. A bug in it is logged and never ends the program, which has something better to do."""
     try:
         await work()
     except Exception:
-        log.exception("notifications have failed, and no more are sent")
+        log.exception("%s: a bug has ended this until the next start; the stream goes on", what)

@@ -239,8 +239,8 @@ async def test_a_bug_in_it_ends_nothing(caplog: pytest.LogCaptureFixture) -> Non
     async def fails() -> None:
         raise ValueError("a bug of ours")
 
-    await guarded(fails)
-    assert "notifications have failed" in caplog.text
+    await guarded("the heartbeat", fails)
+    assert "the heartbeat: a bug has ended this until the next start" in caplog.text
     assert logging.ERROR == caplog.records[0].levelno
 
 
