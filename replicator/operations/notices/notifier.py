@@ -28,7 +28,7 @@ LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 60.0
 RETRY_MAX_SECONDS = 60.0
 QUEUE = 50
-"""Messages that wait while nobody takes them. One more, and the oldest is lost: that is logged and counted."""
+"""Messages that wait behind the one on its way. One more, and the oldest is lost: that is logged and counted."""
 END_SECONDS = 5.0
 """For the last message of a process that ends: it must not hold up the end."""
 SAME_END_SECONDS = 3600.0
@@ -56,6 +56,7 @@ class Notifier:
         self._is_ready = is_ready
         self._rule = Rule(settings.slot)
         self._queue: deque[Message] = deque()
+        self._sending = False
         self._waiting = asyncio.Event()
         self._trouble = Trouble(over=lambda seconds: f"notifications are taken again, after {seconds:.0f} s")
         self._heart = Trouble(over=lambda seconds: f"the heartbeat is taken again, after {seconds:.0f} s")
@@ -69,7 +70,7 @@ class Notifier:
             trouble=self._trouble.message,
             heartbeat_trouble=self._heart.message,
             sent=self._sent,
-            waiting=len(self._queue),
+            waiting=len(self._queue) + self._sending,
             lost=self._lost,
         )
 
@@ -95,12 +96,10 @@ class Notifier:
         while True:
             await self._waiting.wait()
             while self._queue:
-                told = self._queue[0]
-                post = partial(self._post, told)
-                taken = await retry(post, self._trouble, RETRY_MAX_SECONDS, retried=(NotTaken,))
-                if self._queue and self._queue[0] is told:
-                    self._queue.popleft()
-                self._sent += taken
+                post = partial(self._post, self._queue.popleft())  # so it can't be lost while it is on its way
+                self._sending = True
+                self._sent += await retry(post, self._trouble, RETRY_MAX_SECONDS, retried=(NotTaken,))
+                self._sending = False
             self._waiting.clear()
 
     async def _post(self, told: Message) -> bool:

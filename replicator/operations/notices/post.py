@@ -43,9 +43,10 @@ async def ask(name: str, url: SecretStr, body: bytes | None = None) -> str:
     address, headers = url.get_secret_value(), HEADERS | ({"content-type": "application/json"} if body else {})
     origin = _origin(address)
     try:
+        trusted = await asyncio.to_thread(httpx.create_ssl_context)  # 70 ms, in which the stream would stand still
         async with (
             asyncio.timeout(TIMEOUT_SECONDS),
-            httpx.AsyncClient(timeout=None, headers=headers) as client,  # noqa: S113  the one above is for the whole
+            httpx.AsyncClient(timeout=None, verify=trusted, headers=headers) as client,  # noqa: S113  the one above
             client.stream("POST" if body else "GET", address, content=body) as response,
         ):
             status, after = response.status_code, response.headers.get("retry-after")

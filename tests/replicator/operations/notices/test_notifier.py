@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -143,7 +145,42 @@ async def test_the_queue_has_a_bound(server: Hook, notices: Notices, caplog: pyt
         server.statuses = []
         await until(lambda: shown(notifier).waiting == 0)
     assert 3 == caplog.text.count("a notification is lost")
-    assert QUEUE <= len(server.told) <= QUEUE + 1
+    assert QUEUE == len(server.told)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_message_on_its_way_is_not_said_to_be_lost(
+    server: Hook, notices: Notices, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it is tried again the queue behind it overflows: each message is either told or lost."""
+    server.statuses = [500] * 10_000
+    notifier = notifier_of(notices, url_of(server))
+    notices.see(wrong())
+    async with running(notifier.watch, notifier.send):
+        await until(lambda: server.asked)
+        notices.see(wrong(QUEUE + 2))
+        await until(lambda: shown(notifier).lost)
+        assert QUEUE + 1 == shown(notifier).waiting
+        server.statuses = []
+        await until(lambda: shown(notifier).waiting == 0)
+    assert "a notification is lost: [s] sink1 is away." in caplog.text
+    assert "[s] sink0 is away. Start it." == server.texts()[0]
+    assert (QUEUE + 1, 1) == (shown(notifier).sent, shown(notifier).lost)
+
+
+async def test_the_certificates_are_not_read_on_the_loop(
+    server: Hook, notices: Notices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes 70 ms, and every try does it."""
+    read: list[str] = []
+
+    def create() -> ssl.SSLContext:
+        read.append(threading.current_thread().name)
+        return ssl.create_default_context()
+
+    monkeypatch.setattr("httpx.create_ssl_context", create)
+    assert await notifier_of(notices, url_of(server))._post(message("s", _notice(notices), "begins"))  # noqa: SLF001
+    assert [True] == ["asyncio" in name for name in read]
 
 
 async def test_a_silent_server_holds_up_nothing(
