@@ -25,7 +25,8 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    """As JSON, too, would escape those that it allows as they are: what is printed with --json stays JSON."""
+    return f"\\u{ord(character):04x}" if character >= "\x7f" else character.encode("unicode_escape").decode()
 
 
 def code_of(record: logging.LogRecord) -> str:

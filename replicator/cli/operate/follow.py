@@ -25,7 +25,9 @@ SinkName: TypeAlias = Annotated[
 
 
 async def trace(
-    number: Annotated[int, typer.Argument(parser=event_id, metavar="ID", help="an event's id, a whole number")],
+    number: Annotated[
+        int, typer.Argument(parser=event_id, metavar="ID", help="an event's id; a negative one behind --")
+    ],
     as_json: Json = False,
 ) -> int:
     """Show what became of one event.

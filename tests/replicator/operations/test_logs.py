@@ -59,6 +59,8 @@ def test_what_is_printed_as_it_is() -> None:
     """Letters of any script, and what a caller keeps."""
     assert "größer → 漢字 👍🏽" == printable("größer → 漢字 👍🏽")
     assert "a\nb\\t" == printable("a\nb\t", keep="\n")
+    text = "\x7f\x80\x9f\u061c\u2028\u202e\u2069"
+    assert text == json.loads(printable(json.dumps(text, ensure_ascii=False))), "JSON stays JSON"
 
 
 def _lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
