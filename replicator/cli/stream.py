@@ -98,7 +98,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     page = Live(watchdog, answers.store, app.settings.slot, shown_settings(app.settings_classes()))
     admin = Admin(watchdog, app.settings.admin_listen, page)
     await admin.start()
-    act, show = Pauses(watchdog, app.settings.sinks).act, partial(view, pipeline.fan_out.taps)
+    act, show = Pauses(watchdog, app.settings, answers.store).act, partial(view, pipeline.fan_out.taps)
     control = Control(socket_path(app.settings, app.store), act, show)
     try:
         await _run_watched(watchdog, app.store, control)

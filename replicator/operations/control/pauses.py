@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from replicator.contracts.errors import ReplicatorError, command
 from replicator.contracts.events import Pause
@@ -21,6 +21,7 @@ from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
 from replicator.source.takeover import keep_pause, pauses
 
+WHERE = "Run the command where that one runs. If it is this machine, stop the replicator that waits first"
 ONLY = "no other sink would get anything. Stop the replicator instead: PostgreSQL keeps the WAL until it runs again"
 
 
@@ -32,9 +33,10 @@ def pause_of(request: Request) -> Pause:
 class Pauses:
     """Of the running replicator."""
 
-    def __init__(self, watchdog: Watchdog, sinks: Sequence[str]) -> None:
+    def __init__(self, watchdog: Watchdog, settings: CoreSettings, store: CheckpointStore) -> None:
         self._watchdog = watchdog
-        self._sinks = sinks
+        self._slot, self._sinks = settings.slot, settings.sinks
+        self._store = store
 
     @property
     def _pipeline(self) -> Pipeline:
@@ -43,7 +45,9 @@ class Pauses:
     async def act(self, request: Request) -> Answer:
         """Do it. Raises CheckpointError: then nothing was done."""
         if standby := self._watchdog.standby:
-            return _refused(f"this replicator is the standby, {standby}", "Run the command where that one runs")
+            return _refused(f"this replicator is the standby, {standby}", WHERE)
+        if self._pipeline.trouble.standby:  # it has read, and another one has taken the slot from it
+            return _refused(f"this replicator no longer reads: {self._pipeline.trouble.message}", WHERE)
         if request.do == "tail":
             return self._tail(request)
         if request.sink not in self._sinks:
@@ -56,8 +60,13 @@ class Pauses:
             return _refused(f"sink {request.sink} is paused: it gets nothing")
         return Answer(done=True, lines=[])
 
+    async def _paused(self) -> set[str]:
+        """The sinks that are paused, those included that the pipeline does not know of before it reads."""
+        kept = await asyncio.to_thread(pauses, self._store, self._slot, self._sinks, time.time())
+        return self._pipeline.pauses.keys() | kept.keys()
+
     async def _pause(self, request: Request) -> Answer:
-        if not set(self._sinks) - self._pipeline.pauses.keys() - {request.sink}:
+        if not set(self._sinks) - await self._paused() - {request.sink}:
             return _refused(ONLY)
         pause = pause_of(request)
         await self._pipeline.pause(request.sink, pause)
@@ -66,7 +75,7 @@ class Pauses:
         return Answer(done=True, lines=lines)
 
     async def _resume(self, request: Request) -> Answer:
-        if request.sink not in self._pipeline.pauses:
+        if request.sink not in await self._paused():
             return Answer(done=True, lines=[f"sink {request.sink} is not paused"])
         await self._pipeline.resume(request.sink)
         return Answer(done=True, lines=[f"sink {request.sink} gets everything from where it is; `status` shows it"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -61,13 +62,23 @@ class Control:
 
     async def _listen(self) -> None:
         self._path.unlink(missing_ok=True)  # a killed process has left it: who lives has the lock
-        server = await asyncio.start_unix_server(self._serve, self._path, limit=LINE_BYTES)
+        server = await asyncio.start_unix_server(self._serve, sock=self._bound(), limit=LINE_BYTES)
         try:
-            self._path.chmod(0o600)
             await asyncio.Event().wait()
         finally:
             server.close()
             self._path.unlink(missing_ok=True)
+
+    def _bound(self) -> socket.socket:
+        """Its user's alone, whatever the umask is: nobody can connect before it listens, and it does not yet."""
+        bound = socket.socket(socket.AF_UNIX)
+        try:
+            bound.bind(str(self._path))
+            self._path.chmod(0o600)
+        except OSError:
+            bound.close()
+            raise
+        return bound
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._served += 1

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -18,11 +18,14 @@ from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
 from replicator.contracts.events import Pause
 from replicator.delivery.retry import cancel
 from replicator.operations.control import server
-from replicator.operations.control.address import Answer, Request
+from replicator.operations.control.address import Answer, Deed, Request
 from replicator.operations.control.client import ask
 from replicator.operations.control.pauses import Pauses
 from replicator.operations.control.server import Control
 from replicator.operations.status import CheckpointStatus, SlotStatus, Status, WalStatus
+
+if TYPE_CHECKING:
+    from replicator.contracts.stores import CheckpointStore
 
 PAUSE = Request(do="pause", sink="http")
 
@@ -62,6 +65,20 @@ async def test_it_answers_and_leaves_nothing(tmp_path: Path) -> None:
         assert 0o600 == path.stat().st_mode & 0o777
     assert await ask(path, PAUSE) is None
     assert not path.exists()
+
+
+async def test_nobody_connects_before_it_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask is: until then it does not listen."""
+    path, close = tmp_path / "s.sock", Path.chmod
+
+    def chmod(closed: Path, mode: int) -> None:
+        with socket.socket(socket.AF_UNIX) as early, pytest.raises(ConnectionRefusedError):
+            early.connect(str(closed))
+        close(closed, mode)
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    async with listening(path):
+        assert 0o600 == path.stat().st_mode & 0o777
 
 
 async def test_a_socket_that_was_left_is_replaced(tmp_path: Path) -> None:
@@ -118,14 +135,30 @@ class FakePipeline:
     def __init__(self) -> None:
         self.pauses: dict[str, Pause] = {}
         self.fan_out = SimpleNamespace(lanes=[], every=[])
-        self.trouble = SimpleNamespace(message="starting")
+        self.trouble = SimpleNamespace(message="starting", standby=False)
         self.full = False
+        self.resumed: list[str] = []
 
     async def pause(self, sink: str, pause: Pause) -> None:
         """Keep it."""
         if self.full:
             raise CheckpointUnavailable(detail="the disk is full")
         self.pauses[sink] = pause
+
+    async def resume(self, sink: str) -> None:
+        """Remember it."""
+        self.resumed.append(sink)
+
+
+class FakeStore:
+    """What is on disk by task."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def load_progress(self, _: str, task: str) -> str | None:
+        """Of any slot."""
+        return self.kept.get(task)
 
 
 def pauses(**wal: Any) -> tuple[Pauses, Any]:
@@ -141,7 +174,9 @@ def pauses(**wal: Any) -> tuple[Pauses, Any]:
         dead_letters=None,
     )
     watchdog: Any = SimpleNamespace(standby="", pipeline=FakePipeline(), status=lambda: status)
-    return Pauses(watchdog, ["redis", "http"]), watchdog
+    watchdog.store = store = FakeStore()
+    settings: Any = SimpleNamespace(slot="s", sinks=("redis", "http"))
+    return Pauses(watchdog, settings, cast("CheckpointStore", store)), watchdog
 
 
 async def test_a_standby_pauses_nothing() -> None:
@@ -152,6 +187,28 @@ async def test_a_standby_pauses_nothing() -> None:
     assert not answer.done
     assert "this replicator is the standby, slot s is held by process 7" == answer.lines[0]
     assert {} == watchdog.pipeline.pauses
+
+
+@pytest.mark.parametrize("deed", ["pause", "resume", "retry", "tail"])
+async def test_one_that_has_lost_the_slot_does_nothing(deed: Deed) -> None:
+    """Another replicator reads, and would not hear of it."""
+    made, watchdog = pauses()
+    watchdog.pipeline.trouble = SimpleNamespace(message="slot s is held by process 7", standby=True)
+    answer = await made.act(Request(do=deed, sink="http"))
+    assert not answer.done
+    assert "this replicator no longer reads: slot s is held by process 7" == answer.lines[0]
+    assert {} == watchdog.pipeline.pauses
+
+
+async def test_what_is_on_disk_counts_before_the_pipeline_has_read_it() -> None:
+    """While PostgreSQL is down at the start: a pause of before can be ended, and one sink is left."""
+    made, watchdog = pauses()
+    assert ["sink http is not paused"] == (await made.act(Request(do="resume", sink="http"))).lines
+    watchdog.store.kept["paused: http"] = '{"until":null}'
+    assert not (await made.act(Request(do="pause", sink="redis"))).done
+    assert {} == watchdog.pipeline.pauses
+    assert (await made.act(Request(do="resume", sink="http"))).done
+    assert ["http"] == watchdog.pipeline.resumed
 
 
 @pytest.mark.parametrize(
