@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -122,6 +123,27 @@ def test_the_pod_fits_the_program(manifest: Path) -> None:
         assert name in VARIABLES
         if name.endswith(("_URL", "_DSN")) and entry["value"]:
             assert f"{secrets['mountPath']}/{name.removeprefix('REPLICATOR_').lower()}" == entry["value"]
+
+
+@manifests
+def test_a_pod_that_ends_can_be_made_to_wait(manifest: Path) -> None:
+    """By the patch of the page: its commands need a container that runs, and no probe that ends it."""
+    page = (ROOT / "docs/how-to/operate/kubernetes.md").read_text(encoding="utf-8")
+    [patch] = re.findall(r"--patch='(.*?)'", page, re.DOTALL)
+    [deployment] = [document for document in _documents(manifest) if document["kind"] == "Deployment"]
+    for change in json.loads(patch):
+        *way, last = (int(step) if step.isdigit() else step for step in change["path"].split("/")[1:])
+        place: Any = deployment
+        for step in way:
+            place = place[step]
+        if change["op"] == "add":
+            place[last] = change["value"]
+        else:
+            del place[last]
+    kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert ["sleep", "infinity"] == container["command"]
+    assert not [name for name in container if name.endswith("Probe")]
 
 
 def test_only_one_pod_has_the_checkpoint_on_a_volume() -> None:
