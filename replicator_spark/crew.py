@@ -10,14 +10,13 @@ import logging
 from collections import deque
 from functools import partial
 
-import msgspec
 from msgspec import structs
 
 from replicator.cli.app import App
 from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.retry import Stopped, Trouble, retry
-from replicator_spark.plan import Plan, Share
+from replicator_spark.plan import Plan, Share, kept
 from replicator_spark.session import Cluster
 from replicator_spark.turn import Errand, Order, Turn, Written, run
 
@@ -106,7 +105,7 @@ class Crew:
     async def _save(self, plan: Plan | None) -> None:
         """Without it, more would be written again."""
         async with self._saving:
-            text = msgspec.json.encode(plan).decode() if plan else None
+            text = kept(plan) if plan else None
             try:
                 await asyncio.to_thread(self._app.store.save_progress, self._app.settings.slot, self._task, text)
             except CheckpointUnavailable as exc:

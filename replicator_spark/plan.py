@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 import msgspec
+from msgspec import structs
 
 from enrichment import Slice
 from replicator.delivery.backfill import BackfillProgress
@@ -50,3 +51,8 @@ def begun(slices: list[Slice], total: int) -> Plan:
     """From the beginning."""
     start = [BackfillProgress(place=part.place, events=0, total=total) for part in slices]
     return Plan(total=total, shares=[Share(slice=part, reached=at) for part, at in zip(slices, start, strict=True)])
+
+
+def kept(plan: Plan) -> str:
+    """As it is saved: how far all of it is stands there as of any backfill, for the page."""
+    return msgspec.json.encode({**structs.asdict(plan.written), "shares": plan.shares}).decode()

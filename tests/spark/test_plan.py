@@ -12,8 +12,10 @@ from hypothesis import strategies as some
 
 from enrichment import Slice
 from enrichment.history import cuts
+from replicator.contracts.stores import Task
 from replicator.delivery.backfill import BackfillProgress
-from replicator_spark.plan import EVENTS_A_SLICE, MOST_SLICES, Plan, begun, usual_slices
+from replicator.operations.page.beside import Running, running
+from replicator_spark.plan import EVENTS_A_SLICE, MOST_SLICES, Plan, begun, kept, usual_slices
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 
@@ -45,7 +47,16 @@ def test_a_plan_is_kept_as_text() -> None:
     assert [0, 1, 2] == plan.left
     reached = BackfillProgress(place="there", events=7, total=30)
     plan.shares[1] = msgspec.structs.replace(plan.shares[1], reached=reached, done=True)
-    again = msgspec.json.decode(msgspec.json.encode(plan), type=Plan)
+    again = msgspec.json.decode(kept(plan), type=Plan)
     assert plan == again
     assert [0, 2] == again.left
     assert (7, 30) == (again.written.events, again.written.total)
+
+
+def test_the_page_shows_it_as_any_backfill() -> None:
+    """Its parts together, by its own name."""
+    plan = begun([Slice(start=NINE, end=NINE.replace(hour=10), place=str(number)) for number in range(3)], 30)
+    reached = BackfillProgress(place="x", events=6, total=30)
+    plan.shares[1] = msgspec.structs.replace(plan.shares[1], reached=reached)
+    [shown] = running([Task("spark backfill a b http,redis", kept(plan), 100.0)], 101.0)
+    assert Running("spark backfill into http,redis", "a to b", 6, 30, None) == shown

@@ -138,7 +138,8 @@ def running(tasks: Sequence[Task], now: float) -> Iterator[Running]:
 
 
 def _titles(task: Sequence[str]) -> tuple[str, str]:
-    """A task's name for people: `backfill START END SINKS`, or `rebuild-redis` and Redis's generation."""
-    if len(task) == 4:  # noqa: PLR2004  as above
-        return f"{task[0]} into {task[3]}", f"{task[1]} to {task[2]}"
+    """A task's name for people: `backfill START END SINKS`, perhaps `spark` before it, or `rebuild-redis …`."""
+    if "backfill" in task[:-3]:
+        *name, start, end, sinks = task
+        return f"{' '.join(name)} into {sinks}", f"{start} to {end}"
     return task[0], ""
