@@ -73,12 +73,16 @@ class Column(msgspec.Struct, gc=False):
     Any, because msgspec's hook for exact fractions applies to untyped values only."""
 
 
+ACTIONS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
+"""What happened to a row, in wal2json's word and in ours."""
+
+
 # Not frozen, not keyword-only: one a row on the hot path, filled in by the decoder in two steps.
 class Row(msgspec.Struct, gc=False):
     """One change as wal2json (format-version 2) sends it, with its position."""
 
     action: str
-    """`I` insert, `U` update, `D` delete, `T` truncate."""
+    """One of `ACTIONS`."""
     schema: str
     table: str
     columns: list[Column] = []

@@ -57,6 +57,9 @@ LOOKS_APART_SECONDS = 1.0
 SOON_SECONDS = 3600.0
 """What loses the slot so soon is told: a pause without an end, or WAL that grows. Time enough for somebody to come."""
 
+SHORT_SECONDS = 60.0
+"""A time is shown with a decimal below."""
+
 NO_ROW = "0/0#0"
 
 T = TypeVar("T")
@@ -525,7 +528,7 @@ def as_text(status: Status) -> str:
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
         trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
-        trouble += f", {_pause_text(sink)}" if sink.paused else ""
+        trouble += f", {pause_text(sink)}" if sink.paused else ""
         if sink.trouble_seconds:
             trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
         lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
@@ -590,7 +593,8 @@ def _sink_text(sink: SinkStatus) -> str:
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
-def _pause_text(sink: SinkStatus) -> str:
+def pause_text(sink: SinkStatus) -> str:
+    """For people; of a sink that is paused."""
     return f"paused until {sink.paused_until or 'somebody resumes it'}"
 
 
@@ -612,6 +616,11 @@ def size(count: int | None) -> str:
         return "an unknown amount"
     power = min(len(str(abs(count))) - 1, 12) // 3  # of 1,000
     return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def lag(seconds: float) -> str:
+    """A short time with a decimal, a longer one in its largest fitting unit."""
+    return f"{seconds:.1f} s" if seconds < SHORT_SECONDS else span(seconds)
 
 
 def span(seconds: float) -> str:

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
-from replicator.contracts.events import Checkpoint, Lsn, Position, format_lsn
+from replicator.contracts.events import ACTIONS, Checkpoint, Lsn, Position, format_lsn
 from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
@@ -57,8 +57,6 @@ RESTLESS = 3
 """Times that the stream may not break in STALL_SECONDS: a restart of PostgreSQL breaks it once or twice."""
 
 log = logging.getLogger(__name__)
-
-ACTIONS = {"U": "update", "D": "delete", "T": "truncate"}
 
 
 class Answers:

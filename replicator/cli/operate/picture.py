@@ -11,7 +11,7 @@ from rich.text import Text
 
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
-from replicator.operations.status import SinkStatus, Status, size, span
+from replicator.operations.status import SinkStatus, Status, lag, size, span
 
 WIDTH = 80
 POINTS = 18
@@ -71,9 +71,7 @@ def _rate(name: str, now: Reading, before: Reading | None) -> str:
 
 
 def _seconds(sink: SinkStatus) -> str:
-    if sink.lag_seconds is None:
-        return "-"
-    return f"{sink.lag_seconds:.1f} s" if sink.lag_seconds < 100 else span(sink.lag_seconds)  # noqa: PLR2004  fits
+    return "-" if sink.lag_seconds is None else lag(sink.lag_seconds)
 
 
 def _number(number: int | None) -> str:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from replicator.cli.inspect import NOT_READY
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from replicator.cli.operate.picture import Reading
 
 LOOK_SECONDS = 1.0
-NOT_READY = 3
 
 
 def address(text: str) -> str:

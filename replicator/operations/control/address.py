@@ -28,7 +28,7 @@ class Request(Struct, frozen=True, kw_only=True):
     """How long it is paused; None: until somebody resumes it."""
 
 
-class Answer(Struct, frozen=True, kw_only=True):
+class Answer(Struct, frozen=True, kw_only=True, tag="answer"):
     """What was done, or why nothing was."""
 
     done: bool

@@ -12,6 +12,8 @@ from replicator.contracts.errors import ReplicatorError
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
 from replicator.operations.follow.tail import Seen
 
+_decode = msgspec.json.Decoder(Seen | Answer).decode
+
 ANSWER_SECONDS = 60.0
 """Longer than the writes in flight, which a pause waits for, and than a save of the checkpoint database."""
 
@@ -43,10 +45,7 @@ async def watch(path: Path, request: Request) -> AsyncGenerator[Seen | Answer, N
     try:
         writer.write(msgspec.json.encode(request) + b"\n")
         async for line in reader:
-            if line.startswith(b'{"done"'):
-                yield msgspec.json.decode(line, type=Answer)
-            else:
-                yield msgspec.json.decode(line, type=Seen)
+            yield _decode(line)
     except (OSError, ValueError) as exc:  # ValueError: a line that is too long, or no message of ours
         raise ReplicatorError(f"the replicator at {path} has ended the view ({type(exc).__name__})") from exc
     finally:

@@ -15,14 +15,13 @@ import msgspec
 from msgspec import Struct
 
 from replicator.contracts.errors import SourceError, SourceUnavailable, command
-from replicator.contracts.events import Lsn, Row, format_lsn
+from replicator.contracts.events import ACTIONS, Lsn, Row, format_lsn
 from replicator.source.connection import Dsn
 from replicator.source.stream import Source
 
 PATIENCE_SECONDS = 20.0
 """PostgreSQL sends nothing of a transaction before it has decoded all of it."""
 PAUSE_SECONDS = 0.05
-ACTIONS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 

@@ -23,7 +23,7 @@ SHOWN_BYTES = 32_768
 NOTHING = msgspec.Raw(b"null")
 
 
-class Seen(Struct, frozen=True, kw_only=True):
+class Seen(Struct, frozen=True, kw_only=True, tag="seen"):
     """One event that went through, or, without one, how many were not shown since the line before."""
 
     sink: str = ""

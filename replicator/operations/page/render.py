@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 ASSETS = files(__package__) / "assets"
-SHORT_SECONDS, LOW_RATE = 60.0, 10.0
+LOW_RATE = 10.0
 """Shown with a decimal below."""
 CODE = Markup("<code>{}</code>")
 
@@ -54,9 +54,7 @@ def _size(count: float | None) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    return f"{seconds:.1f} s" if seconds < SHORT_SECONDS else statuses.span(seconds)
+    return "unknown" if seconds is None else statuses.lag(seconds)
 
 
 def _moment(at: float) -> str:

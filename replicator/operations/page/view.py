@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from replicator.operations.notices.ring import Reason
-from replicator.operations.status import SinkStatus, Status, span
+from replicator.operations.status import SinkStatus, Status, pause_text, span
 from replicator.operations.watchdog import BEGINNING, Watchdog
 
 State: TypeAlias = Literal["well", "starting", "paused", "standby", "trouble", "wrong"]
@@ -91,5 +91,5 @@ def sink_state(sink: SinkStatus, status: Status) -> State:
 def note(sink: SinkStatus) -> str:
     """The same in a word or two."""
     if not sink.trouble:
-        return f"paused until {sink.paused_until or 'somebody resumes it'}" if sink.paused else "well"
+        return pause_text(sink) if sink.paused else "well"
     return f"in trouble for {span(sink.trouble_seconds)}" if sink.trouble_seconds else "in trouble"
