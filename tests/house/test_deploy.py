@@ -62,6 +62,11 @@ def test_the_unit_is_hardened(installed: Path) -> None:
     _analyze("security", "--offline=true", f"--threshold={MOST_EXPOSED}", "--no-pager", unit=installed)
 
 
+def test_the_process_has_metrics_under_the_unit() -> None:
+    """Prometheus's client gives none of them without /proc/stat; ReplicatorRestarts would never fire."""
+    assert not _unit("ProcSubset")
+
+
 def test_the_unit_fits_the_program() -> None:
     """It has time to drain, its secrets have their settings, and unusable settings are not tried again and again."""
     drain = CoreSettings.model_fields["drain_timeout_seconds"].default
