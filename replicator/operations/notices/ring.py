@@ -140,7 +140,10 @@ class _Warnings(logging.Handler):
         return record.name.partition(".")[0] in OURS and record.name not in TOLD_OTHERWISE
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A traceback and frames stay in the log."""
-        text = record.getMessage().partition("\n")[0]
-        subject = getattr(record, "sink", None) or record.name.partition(".")[0]
-        self._notices.note("warning", subject, text, code_of(record))
+        """A traceback and frames stay in the log. As any handler, it never raises into what logs."""
+        try:
+            text = record.getMessage().partition("\n")[0]
+            subject = getattr(record, "sink", None) or record.name.partition(".")[0]
+            self._notices.note("warning", subject, text, code_of(record))
+        except Exception:  # noqa: BLE001  whatever the arguments are
+            self.handleError(record)

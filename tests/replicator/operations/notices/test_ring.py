@@ -83,3 +83,14 @@ def test_warnings_of_the_log_are_notices(notices: Notices) -> None:
         (notice.subject, notice.text) for notice in notices.ring
     ]
     assert all(notice.ended_at for notice in notices.ring)
+
+
+def test_a_line_that_can_not_be_made_ends_nothing(
+    notices: Notices, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever logs, the stream perhaps, goes on."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    record = logging.LogRecord("sinks.redis.sink", logging.WARNING, __file__, 1, "%d rows", ("many",), None)
+    notices.handler.handle(record)
+    assert not notices.ring
+    assert "Logging error" in capsys.readouterr().err
