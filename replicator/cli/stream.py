@@ -71,6 +71,7 @@ async def run() -> int:
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.cli.inspect import shown_settings
+    from replicator.cli.operate.follow import trace_beside
     from replicator.operations.control.address import socket_path
     from replicator.operations.control.pauses import Pauses
     from replicator.operations.control.server import Control
@@ -96,7 +97,7 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
     logging.getLogger().addHandler(watchdog.notices.handler)
     page = Live(watchdog, answers.store, app.settings.slot, shown_settings(app.settings_classes()))
-    admin = Admin(watchdog, app.settings.admin_listen, page)
+    admin = Admin(watchdog, app.settings.admin_listen, page, partial(trace_beside, app, answers.store))
     await admin.start()
     act, show = Pauses(watchdog, app.settings, answers.store).act, partial(view, pipeline.fan_out.taps)
     control = Control(socket_path(app.settings, app.store), act, show)

@@ -1,4 +1,4 @@
-"""The page, `/healthz`, `/readyz`, `/standbyz`, `/status`, `/history` and `/metrics` on REPLICATOR_ADMIN_LISTEN.
+"""The page, `/trace` and what probes and programs ask, on REPLICATOR_ADMIN_LISTEN.
 
 They change nothing. Anybody who reaches the port can ask, so all that a request may take has a bound: connections,
 bytes, time, log lines. That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py`,
@@ -27,6 +27,7 @@ from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
 from replicator.operations.page.history import STEP_SECONDS
 from replicator.operations.page.live import Live
+from replicator.operations.page.traced import Traced, TraceOf
 from replicator.operations.status import as_json
 from replicator.operations.watchdog import Watchdog
 
@@ -48,7 +49,7 @@ UPDATES = "GET /updates "
 MISDIRECTED = b"Misdirected Request: ask by an address, or by the host that REPLICATOR_ADMIN_LISTEN names\n"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'"
+    " form-action 'self'; frame-ancestors 'none'"
 )
 """The page loads nothing from elsewhere, runs nothing that stands in it, and is in nobody's frame."""
 HEADERS = (
@@ -70,9 +71,10 @@ Page = tuple[HTTPStatus, str, bytes]
 class Admin:
     """The HTTP server; `start` and `stop` belong to the event loop that runs the pipeline."""
 
-    def __init__(self, watchdog: Watchdog, listen: str, page: Live) -> None:
+    def __init__(self, watchdog: Watchdog, listen: str, page: Live, trace: TraceOf) -> None:
         self._watchdog = watchdog
         self._page = page
+        self._traced = Traced(trace)
         self._listen = listen
         self._host = listen.rpartition(":")[0].strip("[]").lower()
         self._registry = CollectorRegistry()
@@ -142,7 +144,7 @@ class Admin:
             writer.transport.abort()
 
     async def _answer(self, asked: Sequence[str]) -> bytes:
-        status, kind, body = self._refused(asked) or await self._found(asked[0].split(" ")[1].partition("?")[0])
+        status, kind, body = self._refused(asked) or await self._found(asked[0].split(" ")[1])
         length = () if kind == STREAM else (f"Content-Length: {len(body)}",)
         lines = (f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Type: {kind}", *length, *HEADERS)
         return "\r\n".join([*lines, "", ""]).encode() + (b"" if asked[0].startswith("HEAD ") else body)
@@ -163,9 +165,12 @@ class Admin:
             return True
         return not _is_loopback(self._host) and (_is_private(name) or name == socket.gethostname().lower())
 
-    async def _found(self, path: str) -> Page:
+    async def _found(self, target: str) -> Page:
+        path, _, query = target.partition("?")
         if path == "/":
             return HTTPStatus.OK, HTML, await self._page.document()
+        if path == "/trace":
+            return HTTPStatus.OK, HTML, await self._traced.document(query)
         if path in self._page.assets:
             return HTTPStatus.OK, *self._page.assets[path]
         page = self._pages.get(path)
@@ -240,8 +245,8 @@ def exposed(listen: str) -> str:
     if not listen or _is_loopback(listen.rpartition(":")[0].strip("[]")):
         return ""
     return (
-        f"REPLICATOR_ADMIN_LISTEN: whoever reaches {listen} can read status and metrics, without a password; let only"
-        " probes and scrapers reach it"
+        f"REPLICATOR_ADMIN_LISTEN: whoever reaches {listen} can read status, metrics and any event by its id, without a"
+        " password; let only probes and scrapers reach it"
     )
 
 

@@ -71,11 +71,11 @@ class Answers:
     def __getattr__(self, name: str) -> Callable[..., object]:
         call = getattr(self._store, name)
 
-        def ask(*arguments: object) -> object:
+        def ask(*arguments: object, **named: object) -> object:
             key = object()
             self._asked[key] = time.monotonic()
             try:
-                return call(*arguments)
+                return call(*arguments, **named)
             finally:
                 del self._asked[key]
 

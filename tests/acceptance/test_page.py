@@ -85,7 +85,8 @@ def test_without_scripts_it_is_a_snapshot(quick: Program, source: psycopg.Connec
     assert "All is well" in viewer.text("headline")
     assert "reload the page" in viewer.page.inner_text("header")
     assert "REPLICATOR_POSTGRES_DSN" not in viewer.page.inner_text("main")
-    viewer.page.keyboard.press("Tab")
+    for _ in ("the id of an event", "Trace", "Settings"):
+        viewer.page.keyboard.press("Tab")
     viewer.page.keyboard.press("Enter")
     assert "REPLICATOR_POSTGRES_DSN" in viewer.page.inner_text("main")
     assert SECRET not in viewer.page.content()
@@ -127,6 +128,27 @@ def test_dead_letters_appear(quick: Program, source: psycopg.Connection, api: Ap
     assert "dead-letters replay --sink http" in viewer.text("letters")
     assert "alert(1)" not in viewer.page.content()
     viewer.shoot("dead-letters")
+
+
+def test_one_event_is_followed(quick: Program, source: psycopg.Connection, api: Api, look: Look) -> None:
+    """Typed on the page, without scripts too: what became of it at each sink, and nothing of the row is run."""
+    api.behave(refuse_event_ids=[3])
+    quick.start()
+    insert(source)
+    quick.wait_until_caught_up()
+    viewer = look(java_script_enabled=False)
+    viewer.page.keyboard.press("Tab")
+    viewer.page.keyboard.type("3")
+    viewer.page.keyboard.press("Enter")
+    viewer.sees("at-clickhouse", "written")
+    viewer.sees("at-redis", "written")
+    viewer.sees("at-http", "dead letter 1")
+    assert "It has the row. Committed at " in viewer.text("event")
+    assert '"event_type": "<script>alert(1)</script>"' in viewer.text("event")
+    assert "<script>" not in viewer.page.content()
+    viewer.shoot("trace")
+    viewer.page.get_by_role("link", name="The page").click()
+    assert "All is well" in viewer.text("headline")
 
 
 def test_the_bar_of_a_backfill_moves(

@@ -12,7 +12,14 @@ import typer
 from replicator.cli.arguments import Json, count, event_id, load_app, one_sink
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from enrichment.history import PickedHistory
+    from replicator.cli.app import App
+    from replicator.contracts.sink import Sink
+    from replicator.contracts.stores import CheckpointStore
     from replicator.operations.follow.tail import Seen
+    from replicator.operations.follow.trace import Trace
 
 DIFFERENT = 3
 
@@ -37,16 +44,37 @@ async def trace(
     since is no difference.
     """
     from enrichment import EngagementLedger
-    from replicator.contracts.events import Position
     from replicator.operations.follow import trace as traces
 
     app = load_app()
     history = EngagementLedger(app.dsn, with_content=True).picked([number])
     async with app.closing(history):
-        page = await history.read("0", Position(0, 0), 1)
-        found = await traces.follow(number, page, app.sinks, app.settings, app.store)
+        found = await _traced(app, number, history, app.sinks, app.store)
     print(traces.as_json(found) if as_json else "\n".join(traces.as_text(found)))
     return DIFFERENT if found.differs else 0
+
+
+async def trace_beside(app: App, store: CheckpointStore, number: int) -> Trace:
+    """The same in the running replicator, beside the stream: with connections of its own."""
+    from enrichment import EVENT, EngagementLedger
+    from sinks import create_sinks
+
+    history = EngagementLedger(app.dsn, with_content=True).picked([number])
+    sinks = create_sinks(app.settings.sinks, EVENT)
+    try:
+        return await _traced(app, number, history, sinks, store)
+    finally:
+        await asyncio.gather(history.close(), *(sink.close() for sink in sinks))
+
+
+async def _traced(
+    app: App, number: int, history: PickedHistory, sinks: Sequence[Sink], store: CheckpointStore
+) -> Trace:
+    from replicator.contracts.events import Position
+    from replicator.operations.follow import trace as traces
+
+    page = await history.read("0", Position(0, 0), 1)
+    return await traces.follow(number, page, sinks, app.settings, store)
 
 
 async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False) -> int:

@@ -177,10 +177,11 @@ def _shown(value: object) -> str:
 
 def as_json(trace: Trace) -> str:
     """For programs."""
-    return json.dumps(msgspec.to_builtins(trace, builtin_types=(Decimal,)), default=_number)
+    return json.dumps(msgspec.to_builtins(trace, builtin_types=(Decimal,)), default=number)
 
 
-def _number(value: Decimal) -> float | int:
+def number(value: Decimal) -> float | int:
+    """A fraction for JSON."""
     return int(value) if value == value.to_integral_value() else float(value)
 
 
@@ -190,7 +191,7 @@ def as_text(trace: Trace) -> Iterator[str]:
     if trace.commit_lsn:
         yield f"  commit     {trace.commit_lsn}"
     if trace.event:
-        yield f"  event      {json.dumps(trace.event, default=_number, ensure_ascii=False)}"
+        yield f"  event      {json.dumps(trace.event, default=number, ensure_ascii=False)}"
     for name, place in trace.sinks.items():
         refused = f" {place.dead_letter} because {place.reason}" if place.dead_letter else ""
         yield f"{name:<12} {place.state}{refused}"

@@ -69,14 +69,17 @@ def _rate(rate: float | None) -> str:
     return "unknown" if rate is None else f"{rate:,.{int(0 < rate < LOW_RATE)}f}/s"
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The template engine: it escapes everything, and knows our words."""
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415  50 ms of CPU, which a start need not take
 
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    made.filters |= {"words": _words, "size": _size, "seconds": _seconds, "count": _count, "rate": _rate}
-    made.filters |= {"duration": statuses.span, "moment": _moment}
+    made.filters |= {"words": _words, "plain": printable, "size": _size, "seconds": _seconds, "count": _count}
+    made.filters |= {"rate": _rate, "duration": statuses.span, "moment": _moment}
     macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
-    made.globals |= {name: getattr(macros, name) for name in ("messages", "bar", "hour")}  # also for a part alone
+    made.globals |= {
+        name: getattr(macros, name) for name in ("messages", "bar", "hour", "follow")
+    }  # also for a part alone
     return made
 
 
@@ -98,7 +101,7 @@ class Renderer:
     @cached_property
     def _page(self) -> Template:
         """Made when somebody looks: 25 ms of CPU, and 50 for the import."""
-        return _environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
+        return environment().from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
     def document(self) -> str:
         """All of it."""
@@ -116,7 +119,6 @@ class Renderer:
         top = headline(self._watchdog, status)
         return {
             "version": __version__,
-            "program": PROGRAM,
             "status": status,
             "headline": top,
             "title": f"{top.word} · {status.slot.name}",

@@ -16,12 +16,14 @@ import pytest
 from msgspec import structs
 
 from devstack.process import free_port
+from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.stores import Task
 from replicator.delivery.retry import Trouble
 from replicator.operations import http
+from replicator.operations.follow.trace import Place, Trace
 from replicator.operations.http import CONNECTIONS, HEAD_BYTES, Admin, exposed
 from replicator.operations.notices.ring import Notices, Reason
-from replicator.operations.page import live
+from replicator.operations.page import live, traced
 from replicator.operations.page.live import VIEWERS, Live
 from replicator.operations.status import CheckpointStatus, SlotStatus, Status
 
@@ -33,6 +35,10 @@ STATUS = Status(
     sinks={},
     dead_letters=None,
 )
+
+
+HANGS, FAILS = 13, 14
+"""Events that are never found, or not for the servers' sake."""
 
 
 class FakeWatchdog:
@@ -88,7 +94,19 @@ class Served:
         self.opened: list[asyncio.StreamWriter] = []
         self.port = free_port()
         self.page = Live(self.watchdog, FakeStore(), "s", [])  # type: ignore[arg-type]  # as much as they need
-        self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page)  # type: ignore[arg-type]  # likewise
+        self.traced: list[int] = []
+        self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page, self._trace)  # type: ignore[arg-type]  # likewise
+
+    async def _trace(self, number: int) -> Trace:
+        self.traced.append(number)
+        if number == HANGS:
+            await asyncio.Event().wait()
+        if number == FAILS:
+            raise SourceUnavailable(detail="<script>")
+        places = {"http": Place(state="dead letter", dead_letter=7, reason="<b>no</b>")}
+        places["redis"] = Place(state="differs", differences={"device": ("<i>", None)}, notes=["a `note`"])
+        event = {"event_id": number, "device": "<i>\x1b[2J"}
+        return Trace(event_id=number, in_postgresql=True, event=event, commit_lsn="0/1", sinks=places)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that has said nothing."""
@@ -177,6 +195,40 @@ async def test_what_it_does_not_serve(served: Served, request_: bytes, status: b
     answer = await served.send(request_)
     assert answer.startswith(b"HTTP/1.1 " + status)
     assert b"evil" not in answer
+
+
+async def test_one_event_is_traced(served: Served) -> None:
+    """Everything that it has to say, escaped."""
+    answer = (await served.get("/trace?id=301013")).decode()
+    assert answer.startswith("HTTP/1.1 200 OK")
+    for text in ("Event 301013", "Committed at 0/1", "dead letter 7", "&lt;b&gt;no", "&lt;i&gt;", "<code>note</code>"):
+        assert text in answer
+    assert not re.search("<script|<b>no|<i>|\x1b", answer)
+    assert [301013] == served.traced
+
+
+@pytest.mark.parametrize("query", ["", "?id=", "?id=x", "?id=1e3", "?id=9223372036854775808", "?id=" + "9" * 5000])
+async def test_what_is_no_id_is_not_asked_for(served: Served, query: str) -> None:
+    """It says what an id is, and asks no server."""
+    assert b"a whole number of 64 bits" in await served.get(f"/trace{query}")
+    assert [] == served.traced
+
+
+async def test_nothing_of_the_request_is_in_the_answer_unescaped(served: Served) -> None:
+    """Nor what a server says."""
+    assert b"<script" not in await served.get("/trace?id=%22%3E%3Cscript%3Ealert(1)")
+    answer = await served.get(f"/trace?id={FAILS}")
+    assert b"&lt;script&gt;" in answer
+    assert b"<script" not in answer
+
+
+async def test_servers_that_hang_cost_one_trace_at_a_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits is sent to the command, which has more patience."""
+    monkeypatch.setattr(traced, "TRACE_SECONDS", 0.2)
+    answers = await asyncio.gather(*(served.get(f"/trace?id={HANGS}") for _ in range(5)))
+    assert all(f"trace {HANGS}".encode() in answer for answer in answers)
+    assert len(served.traced) < len(answers)
+    assert b"Event 5 " in await served.get("/trace?id=5")
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "10.0.0.1", "[::2]:1"])

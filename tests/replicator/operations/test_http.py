@@ -21,6 +21,7 @@ from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import status
 from replicator.operations import watchdog as watchdogs
+from replicator.operations.follow.trace import Trace
 from replicator.operations.http import Admin
 from replicator.operations.page.live import Live
 from replicator.operations.watchdog import Answers, Watchdog
@@ -56,6 +57,11 @@ class Running:
                 await asyncio.sleep(0.05)
 
 
+async def no_trace(number: int) -> Trace:
+    """Nobody asks for one."""
+    raise AssertionError(number)
+
+
 @asynccontextmanager
 async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """Everything that `run` puts together, in this process."""
@@ -80,7 +86,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
     pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, answers.store)
     watchdog = Watchdog(pipeline, dsn, settings, answers)
     page = Live(watchdog, store, settings.slot, [])
-    admin = Admin(watchdog, settings.admin_listen, page)
+    admin = Admin(watchdog, settings.admin_listen, page, no_trace)
     await admin.start()
     work = [asyncio.create_task(watchdog.run()), asyncio.create_task(pipeline.run())]
     made = Running(settings, pipeline, watchdog, page)
@@ -209,6 +215,6 @@ async def test_an_address_that_is_taken_is_a_setting_to_change(
 ) -> None:
     """Exit code 2, with the setting's name."""
     async with running(database, tmp_path, redis_url, monkeypatch) as replicator:
-        second = Admin(replicator.watchdog, replicator.settings.admin_listen, replicator.page)
+        second = Admin(replicator.watchdog, replicator.settings.admin_listen, replicator.page, no_trace)
         with pytest.raises(SettingsError, match="REPLICATOR_ADMIN_LISTEN"):
             await second.start()
