@@ -42,7 +42,12 @@ Where: TypeAlias = Annotated[
 Limit: TypeAlias = Annotated[int | None, typer.Option(parser=count, metavar="N", help="the most to show, 1 to 1000000")]
 Since: TypeAlias = Annotated[
     timedelta | None,
-    typer.Option("--last", parser=duration, metavar="SPAN", help="refused in the time until now, such as 30m or 1d"),
+    typer.Option(
+        "--last",
+        parser=duration,
+        metavar="SPAN",
+        help="the time in which they were refused, until now, such as 30m or 1d",
+    ),
 ]
 
 
@@ -241,7 +246,8 @@ def _text(form: dict[str, Any]) -> str:
 async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None, where: Where = None) -> int:
     """Give dead letters to their sink again.
 
-    Those that it takes are dropped. The exit code is 1 if any is left.
+    It sends what the letter holds: a row that was corrected in PostgreSQL comes with a backfill. Those that the sink
+    takes are dropped. The exit code is 1 if any is left.
     """
     chosen = _Chosen(sink, stage, ids, where)
     left = 0

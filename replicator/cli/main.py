@@ -70,7 +70,7 @@ _add(
 _add(app, "pause", control.pause, "replicator pause http --for 30m")
 _add(app, "resume", control.resume, "replicator resume http")
 _add(app, "retry", control.retry, "replicator retry http")
-_add(app, "trace", follow.trace, "replicator trace 301013", DIFFERENT)
+_add(app, "trace", follow.trace, "replicator trace 301013", f"{DONE},\n  3 missing, refused or different")
 _add(app, "tail", follow.tail, "replicator tail --sink http")
 _add(app, "peek", follow.peek, "replicator peek 20")
 _add(app, "drop-slot", stream.drop_slot, "replicator drop-slot --yes")

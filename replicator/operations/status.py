@@ -588,7 +588,7 @@ def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
 def _sink_text(sink: SinkStatus) -> str:
     if sink.end_lsn is None:
         return "no position yet"
-    seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds} s"
+    seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds:.1f} s"
     waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 

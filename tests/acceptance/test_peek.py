@@ -38,6 +38,7 @@ def test_peek_takes_nothing(
     assert [1, 2, 3] == [change["columns"]["id"] for change in found["changes"]]
     first = found["changes"][0]
     assert ("insert", "public.engagement_events", True) == (first["action"], first["table"], found["more"])
+    assert "\n1 row after " in succeed(quick.run("peek", "1"))
     text = succeed(quick.run("peek"))
     assert " update public.content " in text
     assert text.endswith("which is confirmed; that is all so far\n")

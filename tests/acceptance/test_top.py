@@ -92,6 +92,7 @@ def test_top_follows_a_replicator_that_comes_and_goes(quick: Program, source: ps
         shown.forget()
         quick.kill()
         shown.wait_for("no answer at http://")
+        shown.wait_for("trying")
         shown.forget()
         quick.start()
         shown.wait_for(f"{quick.slot}  ready")
@@ -105,6 +106,7 @@ def test_without_a_terminal_top_looks_once(quick: Program, source: psycopg.Conne
     gone = quick.run("top")
     assert (3, "") == (gone.code, gone.stderr)
     assert "no answer at http://127.0.0.1" in gone.stdout
+    assert "again" not in gone.stdout
     quick.start()
     source.execute(INSERT)
     quick.wait_until_caught_up()

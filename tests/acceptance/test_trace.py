@@ -96,6 +96,8 @@ def test_what_differs(traces: Traces, quick: Program, source: psycopg.Connection
     assert "it has no such row" in traces.text(3)
     nowhere = {"clickhouse": "not found", "redis": "not found", "http": "unknown"}
     assert (3, nowhere) == traces.states(99)
+    assert "it can't be asked" == traces.notes(99, "http"), "no position tells of an event that nobody knows"
+    assert "it can't be asked: its position tells" == traces.notes(1, "http")
 
 
 def test_what_is_not_there_yet(  # noqa: PLR0917  fixtures

@@ -51,8 +51,8 @@ async def top(url: Url = None) -> int:
 
     It asks the running replicator alone. Where there is no terminal it looks once and ends.
     """
-    looks = Looks(url or _own_address())
     console = terminal()
+    looks = Looks(url or _own_address(), again=console is not None)
     if console:
         await repeat(console, looks.picture)
         return 0
@@ -79,11 +79,12 @@ def _own_address() -> str:
 class Looks:
     """Looks at one replicator, which may come and go."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, again: bool) -> None:
         self.now: Reading | None = None
         self.silent = ""
         """Why there is no newer reading; empty while it answers."""
         self._address = address
+        self._again = "; trying again" if again else ""
         self._before: Reading | None = None
 
     async def look(self) -> None:
@@ -93,7 +94,7 @@ class Looks:
 
         status, why = await ask_address(self._address)
         if status is None:
-            self.silent = f"{why}; trying again"
+            self.silent = f"{why}{self._again}"
             return
         rates = await ask_history(self._address)
         self._before, self.now, self.silent = self.now, Reading(time.monotonic(), status, rates), ""

@@ -99,4 +99,5 @@ def as_text(found: Peeked) -> Iterator[str]:
     for change in found.changes:
         yield f"{change.position}  {change.action} {change.table} {_encode(change.columns).decode()}"
     end = "there is more" if found.more else "that is all so far"
-    yield f"{len(found.changes)} rows after {found.after}, which is confirmed; {end}"
+    rows = "1 row" if len(found.changes) == 1 else f"{len(found.changes)} rows"
+    yield f"{rows} after {found.after}, which is confirmed; {end}"

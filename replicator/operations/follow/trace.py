@@ -26,6 +26,7 @@ from replicator.operations.status import SinkStatus
 
 PAGE = 1_000
 """Dead letters in memory at once."""
+NO_QUESTIONS = "it can't be asked"
 BAD = ("dead letter", "not found", "differs")
 
 State = Literal["written", "waiting", "dead letter", "not found", "differs", "unknown"]
@@ -122,7 +123,7 @@ def _letter_of(sink: str, letters: Sequence[DeadLetter]) -> DeadLetter | None:
 
 async def _ask(sink: Sink, event_id: int, event: Event | None) -> _Asked:
     if not isinstance(sink, Traces):
-        return _Asked(None, "it can't be asked: its position tells")
+        return _Asked(None, NO_QUESTIONS)
     try:
         return _Asked(await sink.trace(event_id, event))
     except (SinkError, SourceError) as exc:
@@ -137,7 +138,10 @@ def _place(row: _Row, asked: _Asked, letter: DeadLetter | None, at: SinkStatus, 
         return _compared(row.event, held, contract, [*notes, *kept])
     if letter:
         return Place(state="dead letter", dead_letter=letter.id, reason=letter.reason, notes=notes)
-    return Place(state=_by_position(held, at, row), notes=notes)
+    state = _by_position(held, at, row)
+    if state != "unknown":
+        notes = [f"{NO_QUESTIONS}: its position tells" if note == NO_QUESTIONS else note for note in notes]
+    return Place(state=state, notes=notes)
 
 
 def _by_position(held: Held | None, at: SinkStatus, row: _Row) -> State:

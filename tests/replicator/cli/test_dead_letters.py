@@ -106,6 +106,13 @@ def test_a_condition_without_a_value(capsys: pytest.CaptureFixture[str]) -> None
     assert "--where is unusable: 'user_id' has no =" in capsys.readouterr().err
 
 
+def test_a_span_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it takes is a sentence."""
+    assert 2 == main(["dead-letters", "list", "--last", "abc"])
+    words = "'abc' is not a span of time. It takes the time in which they were refused, until now, such as 30m or 1d."
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["drop", "--yes"]])
 def test_a_field_that_there_is_not(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """It would look as if nobody's letters were there."""

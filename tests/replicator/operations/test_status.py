@@ -253,7 +253,7 @@ async def test_every_reason_has_a_line(collect: Collect) -> None:
 def test_a_slow_sink_is_named() -> None:
     """Reading has stopped, nothing is in trouble: ready, with the sink that holds it up and what waits for it."""
     now = live()
-    slow = structs.replace(now.sinks["redis"], trouble="", waiting=2_400)
+    slow = structs.replace(now.sinks["redis"], trouble="", waiting=2_400, lag_seconds=1.512)
     healthy = structs.replace(slow, waiting=1)
     assert now.replicator
     stopped = structs.replace(now.replicator, reading_stopped=True, held_bytes=1_000_000)
