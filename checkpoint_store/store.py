@@ -135,6 +135,7 @@ class SqlCheckpointStore:
 
     def clear_contents(self, slot: str) -> None:
         with self._connection(writes=True) as connection:
+            connection.execute(checkpoints.update().where(checkpoints.c.slot == slot).values(contents=None))
             contents.clear(connection, slot)
 
     def add_contents(self, slot: str, found: Mapping[int, str]) -> None:

@@ -123,6 +123,7 @@ class EngagementEnricher:
         self._guard = Guard(self._guarding)
         self._contents = Contents(self._database, settings.content_cache_size)
         self._keeps_contents = True
+        self._copy_is_of_this = False
         self._shortcuts = Shortcuts(self._contents.known)
         self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
         self._reader = codec.RowReader()
@@ -154,9 +155,15 @@ class EngagementEnricher:
             return
         copy = Copy(store, checkpoint.slot) if store and checkpoint else None
         usable = checkpoint is not None and checkpoint.contents == contents(self._guard.shape)
+        self._copy_is_of_this = usable
         if checkpoint and checkpoint.sinks and not usable:
             log.info("%s is copied as it is now: events that were committed before and come now carry that", CONTENT)
         await _asked(self._contents.open(copy, usable=usable))
+
+    @property
+    def _content_until(self) -> Lsn:
+        """Up to there changes of content may be another table's. Not after a copy of this one: it needs all of them."""
+        return 0 if self._copy_is_of_this else self._guard.content_until
 
     def changed(self, before: Lsn) -> ContentChanges:
         if not self._contents.copied:
@@ -206,7 +213,7 @@ class EngagementEnricher:
             self._guard.saw_event(plan.drafts[-1][DRAFT_ID])
         self._tell(plan)
         if plan.lost_track:
-            self._contents.lose(max(rows[-1].commit_lsn, self._guard.content_until))
+            self._contents.lose(max(rows[-1].commit_lsn, self._content_until))
         if plan.lost_track or not self._keeps_contents:
             self._contents.known.clear()
         self._contents.trim()
@@ -317,7 +324,7 @@ class EngagementEnricher:
         if root:
             row.schema, row.table = SCHEMA, root
         if root == CONTENT_TABLE:
-            if row.commit_lsn > self._guard.content_until:
+            if row.commit_lsn > self._content_until:
                 plan.change(row, part=self._guard.shape.parted(CONTENT_TABLE))
             else:  # of a table that may not be this one; what is known is newer
                 plan.lost_track = True

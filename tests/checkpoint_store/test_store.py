@@ -478,6 +478,7 @@ def test_contents_are_as_of_the_checkpoint(store: CheckpointStore, other: Checkp
     store.save(at(3000), [ContentChange(2500, 1, "x"), ContentChange(2600, None, None), ContentChange(2700, 7, "y")])
     assert {7: "y"} == other.newest_contents("s", 2**63 - 1, 9)
     store.clear_contents("s")
+    assert (loaded(other) or at(0)).contents is None, "half a copy would be taken for a whole one"
     assert {} == other.newest_contents("s", 2**63 - 1, 9)
     assert {1: "neighbour"} == other.newest_contents("t", 2**63 - 1, 9)
 

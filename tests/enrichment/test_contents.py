@@ -280,3 +280,19 @@ async def test_a_change_that_can_not_be_read_gives_the_copy_up(store: SqlCheckpo
     await made.enrich([structs.replace(change("D"), commit_lsn=FIRST, ordinal=1)])
     await save(store, made, FIRST + 10)
     assert stored(store).contents is None
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_a_copy_of_this_table_needs_every_change_after_it(store: SqlCheckpointStore, size: int) -> None:
+    """The tables were looked at later than the copy was made: what came in between is still of this table."""
+    first = enricher(Source({1: ("video", 1), 2: ("video", 2)}), size)
+    await first.open(store, stored(store))
+    await save(store, first, FIRST)
+    made = enricher(Source({}), size)
+    made._guard.content_until = FIRST + 1000  # noqa: SLF001
+    await made.open(store, stored(store))
+    rows = [change("I", 7, ("film", 7)), insert(content_id=7), change("U", 1, ("film", 1), identity=1)]
+    rows += [insert(content_id=1), insert(content_id=2)]
+    rows = [structs.replace(row, commit_lsn=FIRST, ordinal=n) for n, row in enumerate(rows, 1)]
+    events = (await made.enrich(rows)).events
+    assert [("film", 7), ("film", 1), ("video", 2)] == [*map(found, events)]
