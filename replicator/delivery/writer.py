@@ -220,7 +220,7 @@ class Writer:
         unfit = {refusal.event.id for refusal in refusals}
         if taken := [event for event in events if event.id not in unfit] if unfit else events:
             self._evidence.take(number, taken)
-            self.room.grow()
+            self.room.grow(len(events))
         return refusals
 
     @contextmanager

@@ -18,6 +18,7 @@ from replicator.contracts.stores import DeadLetterBox
 from replicator.delivery import evidence, writer
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
+from replicator.delivery.queue import Room
 from sinks.testing import MemorySink
 
 START = SinkPosition(position=Position(0, 0), end_lsn=0)
@@ -307,6 +308,31 @@ async def test_it_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
             await world.until_done()
             await asyncio.sleep(0.01)
     world.assert_exact()
+
+
+def test_what_it_took_before_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is short of memory for a moment refuses any size, down to one event; what is new to it can wait."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    room = Room("s", 100, 1_000_000)
+    room.grow(100)
+    for events in (100, 50, 25, 12, 6, 3, 1):
+        room.shrink(events, 10 * events)
+    while room.events < 100 or room.bytes < 1_000_000:
+        now[0] += 1
+        room.grow(room.events)
+    assert now[0] <= 20
+    room.grow(100)
+    for events in (100, 50, 25):
+        room.shrink(events, 10 * events)
+    now[0] += 1
+    room.grow(12)
+    assert room.events == 24
+    for events in (24, 12):
+        room.shrink(events, 10 * events)
+    now[0] += 59
+    room.grow(6)
+    assert room.events == 6
 
 
 async def test_refused_only_for_its_size() -> None:
