@@ -122,9 +122,9 @@ class FanOut:
         self.lanes.remove(lane)
         self.paused.append(lane)
         lane.leave()
-        writer = self._writers[name]
-        await asyncio.wait([writer], timeout=self._drain_timeout_seconds)
-        await cancel([writer])
+        if writer := self._writers.get(name):  # none between two streams
+            await asyncio.wait([writer], timeout=self._drain_timeout_seconds)
+            await cancel([writer])
         await lane.left()
         self._shared.progress.set()
 

@@ -186,6 +186,16 @@ async def test_a_reconnect_repeats_nothing_and_never_moves_back() -> None:
     assert harness.lane.reached == SinkPosition(position=Position(30, 1), end_lsn=35)
 
 
+async def test_a_sink_is_paused_between_two_streams() -> None:
+    """Nothing is written then: there is nothing to wait for."""
+    world = Harness(MemorySink())
+    async with world.running():
+        pass
+    world.fan_out.again()
+    await world.fan_out.pause(world.lane.name)
+    assert [world.lane] == list(world.fan_out.paused)
+
+
 async def test_an_empty_batch_moves_an_idle_lane_at_once() -> None:
     """Transactions without our tables move the position, without a write."""
     harness = Harness(MemorySink())
