@@ -36,7 +36,18 @@ from enrichment.tables.guard import Guard, Record, contents, swaps
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts import stores
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
-from replicator.contracts.events import Checkpoint, Column, DeadLetter, Event, Finding, Lsn, Position, Row
+from replicator.contracts.events import (
+    Checkpoint,
+    Column,
+    DeadLetter,
+    Event,
+    Finding,
+    Lsn,
+    Position,
+    Row,
+    format_lsn,
+    parse_lsn,
+)
 from replicator.contracts.settings import load
 from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
 from replicator.source.connection import Dsn
@@ -98,7 +109,7 @@ class _Plan:
         self.forgotten = False
         """Contents that the events from here on need are looked up, known or not."""
         self.lost_track = False
-        """A content changed and its row could not be read: what is known may be out of date."""
+        """A content changed and its row could not be read or used: what is known may be out of date."""
 
     def change(self, row: Row, *, part: bool) -> None:
         """A row of the content table, or of a part of it. Raises RowUnusable."""
@@ -112,6 +123,13 @@ class _Plan:
                 if change.content is None:
                     self.partial.add(change.content_id)
 
+    def lose_track(self, row: Row) -> None:
+        """A content changed and nobody can tell to what: the events from here on need it as it is now."""
+        self.lost_track = self.forgotten = True
+        self.changed.clear()
+        if not self.changes or self.changes[-1][-1] != FORGET:  # it costs what is known
+            self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), FORGET))
+
 
 class EngagementEnricher:
     """Enriches `public.engagement_events` with `public.content`."""
@@ -123,7 +141,8 @@ class EngagementEnricher:
         self._guard = Guard(self._guarding)
         self._contents = Contents(self._database, settings.content_cache_size)
         self._keeps_contents = True
-        self._copy_is_of_this = False
+        self._content_until: Lsn = 0
+        """Up to there changes of content are in the copy, or another table's."""
         self._shortcuts = Shortcuts(self._contents.known)
         self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
         self._reader = codec.RowReader()
@@ -150,25 +169,23 @@ class EngagementEnricher:
         return MissedHistory.since(self._dsn, before, shape)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
+        self._content_until = self._guard.content_until
         if not self._keeps_contents:
             self._contents.forget()
             return
         copy = Copy(store, checkpoint.slot) if store and checkpoint else None
-        usable = checkpoint is not None and checkpoint.contents == contents(self._guard.shape)
-        self._copy_is_of_this = usable
+        table, until = _copied(checkpoint)
+        if usable := table == contents(self._guard.shape):
+            self._content_until = until
         if checkpoint and checkpoint.sinks and not usable:
             log.info("%s is copied as it is now: events that were committed before and come now carry that", CONTENT)
         await _asked(self._contents.open(copy, usable=usable))
 
-    @property
-    def _content_until(self) -> Lsn:
-        """Up to there changes of content may be another table's. Not after a copy of this one: it needs all of them."""
-        return 0 if self._copy_is_of_this else self._guard.content_until
-
     def changed(self, before: Lsn) -> ContentChanges:
         if not self._contents.copied:
             return ContentChanges(None, [])
-        return ContentChanges(contents(self._guard.shape), self._contents.changes(before))
+        name = f"{contents(self._guard.shape)} {format_lsn(self._content_until)} {format_lsn(before)}"
+        return ContentChanges(name, self._contents.changes(before))
 
     def saved(self, end_lsn: Lsn) -> None:
         self._contents.saved(end_lsn)
@@ -308,6 +325,7 @@ class EngagementEnricher:
                     self._guard.saw(row)
             except RowUnusable as exc:
                 self._refuse(row, exc, plan)
+                known = {} if plan.forgotten else known
         return plan
 
     def _renamed(self, row: Row) -> Row:
@@ -326,8 +344,8 @@ class EngagementEnricher:
         if root == CONTENT_TABLE:
             if row.commit_lsn > self._content_until:
                 plan.change(row, part=self._guard.shape.parted(CONTENT_TABLE))
-            else:  # of a table that may not be this one; what is known is newer
-                plan.lost_track = True
+            else:
+                plan.lose_track(row)
         return root == EVENTS_TABLE
 
     def _refuse(self, row: Row, exc: RowUnusable, plan: _Plan) -> None:
@@ -335,7 +353,8 @@ class EngagementEnricher:
             plan.other_shape += 1
             return
         plan.refused.append(codec.dead_letter(row, str(exc)))
-        plan.lost_track |= row.table == CONTENT_TABLE
+        if row.table == CONTENT_TABLE:
+            plan.lose_track(row)
 
     def _tell(self, plan: _Plan) -> None:
         if plan.other_shape and not self._skipped:
@@ -354,6 +373,17 @@ class EngagementEnricher:
             done = count
         codec.build_events(plan.drafts[done:], self._contents.known, events)
         return events
+
+
+def _copied(checkpoint: Checkpoint | None) -> tuple[str, Lsn]:
+    """Which table the copy is of, and from where on it needs changes; empty where the checkpoint has no copy.
+
+    An older release moves the checkpoint and leaves the rest as it is: then the copy is not as of there.
+    """
+    parts = (checkpoint.contents or "").split() if checkpoint else []
+    if checkpoint is None or parts[2:] != [format_lsn(checkpoint.end_lsn)]:
+        return "", 0
+    return parts[0], parse_lsn(parts[1])
 
 
 async def _asked(answer: Awaitable[T]) -> T:

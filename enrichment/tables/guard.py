@@ -200,7 +200,7 @@ class Guard:
 def contents(shape: Shape) -> str:
     """Names the content table as it is, with its parts and the columns that we read: another one has another name."""
     columns = [named(CONTENT_TABLE, column) for column in (KEY.column, *(str(field.joined) for field in JOINED))]
-    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(CONTENT_TABLE)])).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(CONTENT_TABLE)])).hexdigest()[:24]
 
 
 def _content_until(record: Record | None) -> Lsn:

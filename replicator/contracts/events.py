@@ -217,8 +217,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     chunk of the stream ahead of `end_lsn`. When the slot was made, before there is one; 0.0 if that is unknown. A gap
     begins here."""
     contents: str | None = None
-    """Which table the contents beside the checkpoint were copied from; they are as of `end_lsn`. None: there is no copy
-    that can be used."""
+    """The copy of the contents beside the checkpoint: a name of its table, the position after which it needs changes of
+    content, and `end_lsn`, as of which it is. None: there is no copy that can be used."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from decimal import Decimal
 
 import psycopg
 import pytest
 
+from checkpoint_store import SqlCheckpointStore
 from devstack.api import Api
 from devstack.process import wait_until
 from tests.support.destinations import Destinations
@@ -157,3 +159,34 @@ def test_events_that_are_read_again_have_the_content_of_their_commit(
             ("gone", None, None, None),
         ],
     )
+
+
+def test_a_table_that_was_truncated_before_a_kill(
+    program: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """The copy is of the table as it is since then, and has to have what changed while nothing ran."""
+    source.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    store = SqlCheckpointStore(program.environment["REPLICATOR_CHECKPOINT_URL"])
+
+    def copied() -> str:
+        checkpoint = store.load(program.slot)
+        return ((checkpoint and checkpoint.contents) or "").partition(" ")[0]
+
+    with closing(store):
+        program.start()
+        play(source, 1, "before")
+        program.wait_until_caught_up()
+        wait_until(lambda: copied() != "", "a copy to be saved")
+        before = copied()
+        source.execute("TRUNCATE content")
+        source.execute("INSERT INTO content VALUES (1, 'made again', 100)")
+        wait_until(lambda: copied() not in ("", before), "the copy to be of the new table")
+        program.wait_until_caught_up()
+        program.kill()
+    play(source, 1, "while it is down")
+    source.execute("UPDATE content SET content_type = 'changed', length_seconds = 200 WHERE content_id = 1")
+    play(source, 1, "after the change")
+    program.start()
+    program.wait_until_caught_up()
+    wanted = [("before", "video", 300, Decimal("0.2")), ("while it is down", "made again", 100, Decimal("0.6"))]
+    assert_enriched(destinations, [*wanted, ("after the change", "changed", 200, Decimal("0.3"))])

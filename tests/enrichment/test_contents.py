@@ -292,7 +292,50 @@ async def test_a_copy_of_this_table_needs_every_change_after_it(store: SqlCheckp
     made._guard.content_until = FIRST + 1000  # noqa: SLF001
     await made.open(store, stored(store))
     rows = [change("I", 7, ("film", 7)), insert(content_id=7), change("U", 1, ("film", 1), identity=1)]
-    rows += [insert(content_id=1), insert(content_id=2)]
-    rows = [structs.replace(row, commit_lsn=FIRST, ordinal=n) for n, row in enumerate(rows, 1)]
-    events = (await made.enrich(rows)).events
-    assert [("film", 7), ("film", 1), ("video", 2)] == [*map(found, events)]
+    assert [("film", 7), ("film", 1), ("video", 2)] == await enriched(
+        made, *rows, insert(content_id=1), insert(content_id=2)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_changes_of_a_former_table_are_not_this_ones(store: SqlCheckpointStore, size: int) -> None:
+    """It was copied behind a backlog of the former table's, and the process ended before it had read that."""
+    source = Source({1: ("video", 1), 2: ("video", 2)})
+    for _ in range(2):
+        made = enricher(source, size)
+        made._guard.content_until = FIRST + 1000  # noqa: SLF001
+        await made.open(store, stored(store))
+        await save(store, made, FIRST)
+    rows = [change("U", 1, ("former", 9), identity=1), insert(content_id=1), change("D", identity=2)]
+    assert [("video", 1), ("video", 2)] == await enriched(made, *rows, insert(content_id=2))
+    assert made.changed(FIRST + 10).contents is None, "it is copied again behind the backlog"
+
+
+@pytest.mark.parametrize("size", [1, 100])
+async def test_events_behind_a_change_that_can_not_be_read(store: SqlCheckpointStore, size: int) -> None:
+    """They have what the table has: nobody knows which content has changed."""
+    source = Source({1: ("video", 1)})
+    made = enricher(source, size)
+    await made.open(store, stored(store))
+    source.today = {1: ("film", 2)}
+    rows = [insert(content_id=1), change("D"), insert(content_id=1), change("U", 1, ("film", 3), identity=1)]
+    assert [("video", 1), ("film", 2), ("film", 3)] == (await enriched(made, *rows, insert(content_id=1)))
+
+
+async def test_a_checkpoint_that_an_older_release_has_moved_has_no_copy(store: SqlCheckpointStore) -> None:
+    """It keeps what it does not know as it is."""
+    source = Source({1: ("video", 1)})
+    made = enricher(source, 1)
+    await made.open(store, stored(store))
+    await save(store, made, FIRST)
+    store.save(structs.replace(stored(store), end_lsn=FIRST + 10))
+    source.today = {1: ("film", 2)}
+    made = enricher(source, 1)
+    await made.open(store, stored(store))
+    assert [("film", 2)] == await enriched(made, insert(content_id=1))
+
+
+async def enriched(made: EngagementEnricher, *rows: Row) -> list[tuple[str | None, int | None]]:
+    """The contents of the events of one transaction, which come in one piece."""
+    rows = tuple(structs.replace(row, commit_lsn=FIRST, ordinal=n) for n, row in enumerate(rows, 1))
+    return [found(event) for event in (await made.enrich(rows)).events]
