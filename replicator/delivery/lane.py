@@ -259,6 +259,8 @@ class Lane:
                 self._shared.release(batch)
         self._in_flight.clear()
         self.trouble.clear()
+        if lost := self._writer.lost:  # a pause does not bring it back
+            self.trouble.say(lost)
         await self._writer.close()
 
     def hurry(self) -> bool:

@@ -19,6 +19,7 @@ from replicator.contracts.errors import (
     BatchTooLarge,
     SinkBroken,
     SinkContradicts,
+    SinkEmptied,
     SinkError,
     SinkMisconfigured,
     SinkRefusesAll,
@@ -84,6 +85,8 @@ class Writer:
         self._asking = asyncio.Lock()
         self._holds = False
         self._unwell = False  # what `look` found
+        self.lost: SinkEmptied | None = None
+        """What the sink had and has no more, by its last `look`."""
         self._recovered = 0  # the newest request when it last took something again after refusing everything
         self._only_in_parts = 0
         self._said_at = -COMPLAINT_SECONDS
@@ -103,8 +106,10 @@ class Writer:
             if not self._unwell:
                 self._trouble.begin()
             self._unwell = True
+            self.lost = exc if isinstance(exc, SinkEmptied) else None
             self._trouble.say(exc)
         else:
+            self.lost = None
             if self._unwell:
                 self._trouble.end()
             self._unwell = False

@@ -359,7 +359,7 @@ class Watchdog:
         yield Reason("slot", name, self.trouble, self._cure, self._code)
 
     def _of_sinks(self) -> Iterator[Reason]:
-        for lane in self.pipeline.fan_out.lanes:
+        for lane in self.pipeline.fan_out.every:
             text, seconds = self._trouble(lane)
             shown = text if lane.trouble.needs_operator or seconds >= TROUBLE_SECONDS else ""
             yield Reason("sink", lane.name, shown, lane.trouble.cure, lane.trouble.code)

@@ -572,6 +572,11 @@ def test_its_data_is_gone(  # noqa: PLR0917  fixtures
     if sink == "clickhouse":
         told = "events_enriched was emptied, or another one has taken its place"
         holds(quick, source, "clickhouse", told, "`python -m replicator init`", "prints the backfill command")
+        succeed(quick.run("pause", "clickhouse"))
+        assert told in quick.admin("/readyz")
+        succeed(quick.run("resume", "clickhouse"))
+        quick.wait_until_caught_up()
+        wait_until(lambda: told in quick.admin("/readyz"), "it to be told after the pause, too")
         bring_back(quick, sink)
         wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be over")
         lose[sink]()

@@ -16,6 +16,8 @@ import pytest
 from replicator.contracts.errors import (
     CheckpointUnavailable,
     DeadLettersFull,
+    SinkEmptied,
+    SinkError,
     SinkMisconfigured,
     SinkUnavailable,
     SinkUnusable,
@@ -289,15 +291,31 @@ async def test_a_sink_that_is_unwell_though_nothing_is_written_is_in_trouble(mon
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_pause_brings_nothing_back(monkeypatch: pytest.MonkeyPatch, *, lost: bool) -> None:
+    """What is gone stays a trouble of a sink that is paused; what it only refuses is none of its any more."""
+    monkeypatch.setattr(lane, "LOOK_SECONDS", 0.01)
+    sink = Unwell()
+    if lost:
+        sink.error = SinkEmptied(sink="memory", detail="its keys are gone", cure="Fill it")
+    harness = Harness(sink)
+    async with harness.running():
+        while not harness.lane.trouble:  # noqa: ASYNC110  it has no event
+            await asyncio.sleep(0.01)
+        await harness.fan_out.pause("memory")
+        assert lost == bool(harness.lane.trouble) == ("its keys are gone" in harness.lane.trouble.message)
+
+
 class Unwell(MemorySink):
     """One that looks at itself."""
 
     wrong = True
+    error: SinkError = SinkUnusable(sink="memory", detail="its keys belong to another", cure="Give each its own")
 
     def look(self) -> None:
         """As long as the test says."""
         if self.wrong:
-            raise SinkUnusable(sink="memory", detail="its keys belong to another", cure="Give each its own")
+            raise self.error
 
 
 async def test_lag_is_the_age_of_the_oldest_commit_that_is_not_written() -> None:
