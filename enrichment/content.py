@@ -39,9 +39,9 @@ PRELOAD_PAGE = 50_000
 MOST_CHANGES: Final = 200_000
 """Changes that wait for the checkpoint, some 400 bytes each: 80 MB."""
 TOO_MANY = (
-    "more than %s changes of content wait for the checkpoint, and are too many to be kept in memory. Until it has passed"
-    " them, events whose content is not in memory, and after a restart all that come again, carry today's content: sinks"
-    " may differ in it. It goes on by itself"
+    "more than %s changes of content wait for the checkpoint, and are too many to be kept in memory. Until it has"
+    " passed them, events whose content is not in memory carry today's content, and after a restart all that come again"
+    " do: sinks may differ in it. It goes on by itself"
 )
 
 _COLUMNS = ", ".join(f"{field.joined}::{field.type.postgres}" for field in JOINED)
