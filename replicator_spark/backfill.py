@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import shlex
@@ -20,7 +19,7 @@ import typer
 
 from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
-from replicator.cli.backfill import LINE_SECONDS, progress, summary_lines
+from replicator.cli.backfill import LINE_SECONDS, progress, say_end
 from replicator.cli.stream import stop_on_signals
 from replicator.contracts.errors import SettingsError, SinkUnavailable
 
@@ -198,13 +197,7 @@ async def _deliver(run: Run, crew: Crew) -> int:
         done = await crew.run()
     finally:
         showing.cancel()
-        summary = _summary(crew, before, time.monotonic() - started)
-        if run.as_json:
-            print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
-        else:
-            print("\n".join(summary_lines(summary)))
-        if not done:
-            print(f"not finished; to continue: {run.again}", file=sys.stderr)
+        say_end(_summary(crew, before, time.monotonic() - started), done=done, as_json=run.as_json, again=run.again)
     return 0 if done else 1
 
 

@@ -143,14 +143,18 @@ async def deliver(run: Run) -> int:
         showing.cancel()
         with suppress(asyncio.CancelledError):
             await showing
-        summary = _summary(work, before, time.monotonic() - started)
-        if run.as_json:
-            print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
-        else:
-            print("\n".join(summary_lines(summary)))
-        if not done:
-            print(f"not finished; to continue: {run.again}", file=sys.stderr)
+        say_end(_summary(work, before, time.monotonic() - started), done=done, as_json=run.as_json, again=run.again)
     return 0 if done else 1
+
+
+def say_end(summary: dict[str, Any], *, done: bool, as_json: bool, again: str) -> None:
+    """Print what was done; if it was stopped, also the command that goes on."""
+    if as_json:
+        print(json.dumps({"outcome": "done" if done else "stopped", **summary}))
+    else:
+        print("\n".join(_summary_lines(summary)))
+    if not done:
+        print(f"not finished; to continue: {again}", file=sys.stderr)
 
 
 async def _begin(run: Run) -> BackfillProgress:
@@ -232,7 +236,7 @@ def _of_sink(lane: Lane) -> dict[str, Any]:
     return {"written": lane.stats.events - refused, "new": lane.sink.new_events, "dead_letters": refused}
 
 
-def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
+def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     """For people."""
     events, seconds = summary["events"], summary["seconds"]
     resumed = f", {summary['events_before']} before" if summary["events_before"] else ""
