@@ -59,6 +59,7 @@ class Replicator(Service):
     def answers(self) -> bool:
         """Whether it reads its slot."""
         try:
-            return bool(self.status()["replicator"]["connected"])
+            status = self.status()
+            return bool(status.get("replicator", status)["connected"])  # `--compare`: an older one has it at the top
         except OSError:
             return False

@@ -1,4 +1,9 @@
-"""What waits for one sink, what its next write takes, and how fast more comes. `lane.py` decides when to write."""
+"""What waits for one sink, what its next write takes, and how fast more comes. `lane.py` decides when to write.
+
+`Flow` tells a backlog from live traffic, because the size of a write decides its price: an event costs Redis 5.9 µs in
+a call of 500 and 0.9 in a write of 16,000, and ClickHouse 4.5 µs in an insert of 20,000 and 3.5 in one of 40,000. Lanes
+share the events; none of them copies one.
+"""
 
 from __future__ import annotations
 
