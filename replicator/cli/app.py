@@ -63,6 +63,8 @@ class App(NamedTuple):
     enricher: Enricher
     sinks: list[Sink]
     store: CheckpointStore
+    carrier: str = ""
+    """Who carries the sinks' writes out, if it is not this process."""
 
     @classmethod
     def load(cls, sinks: Sequence[str] | None = None) -> App:
@@ -101,6 +103,7 @@ class App(NamedTuple):
             settings.slot,
             failover=settings.failover_slot,
             decoding_memory_mb=settings.decoding_memory_mb,
+            carrier=self.carrier,
         )
 
     @asynccontextmanager
@@ -142,6 +145,8 @@ class App(NamedTuple):
         yield f"source {masked(self.dsn())}, slot {self.settings.slot}"
         yield f"checkpoint {masked(self.settings.checkpoint_url.get_secret_value())}"
         yield f"sinks {', '.join(map(_address, self.sinks))}"
+        if self.carrier:
+            yield f"writes are carried out by {self.carrier}"
         listen = self.settings.admin_listen
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
 

@@ -49,10 +49,20 @@ async def run() -> int:
     The first time it also does what `init` does. While another process reads the slot, this one waits as the standby.
     A second signal ends it at once.
     """
+    stopping = begin()
+    return await replicate(load_app(), stopping)
+
+
+def begin() -> asyncio.Event:
+    """From the first line on: what follows takes a while. The event is set when it shall stop."""
     _raise_descriptor_limit()
     stopping = asyncio.Event()
-    stop_on_signals(stopping.set)  # from the first line on: what follows takes a while
-    app = load_app()
+    stop_on_signals(stopping.set)
+    return stopping
+
+
+async def replicate(app: App, stopping: asyncio.Event) -> int:
+    """Do it with this app; the exit code."""
     for line in app.introduce():
         log.info("%s", line)
     try:

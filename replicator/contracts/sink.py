@@ -94,6 +94,12 @@ class Sink(ABC):
             SinkUnusable: it can't work like this (table missing, wrong shape). Retried slowly, loudly.
         """
 
+    async def carried(self, events: Sequence[Event]) -> None:  # noqa: B027  most sinks remember nothing of a write
+        """Another process's sink has just written them for this one: notice what `write` would have noticed after it.
+
+        Raises as `write` does, but no refusals; the events then count as not written.
+        """
+
     def look(self) -> None:  # noqa: B027  a sink that only writes has nothing to say
         """Raise what is wrong although nothing is written, of a sink that keeps something right by the clock.
 

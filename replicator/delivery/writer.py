@@ -24,7 +24,6 @@ from replicator.contracts.errors import (
     SinkMisconfigured,
     SinkRefusesAll,
     SinkUnavailable,
-    SinkUnusable,
 )
 from replicator.contracts.events import Event, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
@@ -233,7 +232,7 @@ class Writer:
         """What the sink does not know becomes SinkBroken, with its traceback once in the log."""
         try:
             yield
-        except (*RETRYABLE, SinkUnusable, BatchRefused, MemoryError):
+        except (*RETRYABLE, *HELD, BatchRefused, MemoryError):
             raise
         except Exception as exc:
             if self._mode is Mode.BACKFILL:

@@ -82,7 +82,17 @@ def _no_shortcut() -> None:
 class Source:
     """One connection at a time to one slot. All methods belong to the event loop's thread."""
 
-    def __init__(self, dsn: Dsn, slot: str, *, failover: bool = True, decoding_memory_mb: int | None = None) -> None:
+    def __init__(
+        self,
+        dsn: Dsn,
+        slot: str,
+        *,
+        failover: bool = True,
+        decoding_memory_mb: int | None = None,
+        carrier: str = "",
+    ) -> None:
+        self.carrier = carrier
+        """Who carries the writes out, if it is not this process; PostgreSQL shows it beside the stream."""
         self._dsn = dsn
         self._decoding_memory_mb = decoding_memory_mb
         self._slot = slot
@@ -123,7 +133,8 @@ class Source:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
         async with answering(self._slot, None):  # the connection has its own time-out
-            self._connection = await connect(self._dsn, application_name(self._slot), replication="database")
+            name = application_name(self._slot) + (self.carrier and f" on {self.carrier}")
+            self._connection = await connect(self._dsn, name, replication="database")
             if self._decoding_memory_mb is not None:
                 await self._connection.execute(_DECODING_MEMORY.format(sql.Literal(f"{self._decoding_memory_mb}MB")))
         [row] = await self._ask("IDENTIFY_SYSTEM")

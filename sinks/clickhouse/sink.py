@@ -203,6 +203,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             await self._insert(fitting)
         return outside
 
+    async def carried(self, events: Sequence[Event]) -> None:
+        if events:
+            await self._witnesses.see(events, await self._look())
+
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         return await self.ledger(with_content=False).hours(start_us, end_us)
 

@@ -674,6 +674,21 @@ class TestEmptied:
             await sink.write(events(60, 60))
             sink.look()
 
+    async def test_others_write_for_it(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """In parts side by side: none of them sees that its rows are the only ones, and the sink does."""
+
+        async def carry(batch: list[Event]) -> None:
+            for part in (batch[::2], batch[1::2]):
+                async with sink_for(clickhouse.url) as other:
+                    await other.write(part)
+            await sink.carried(batch)
+
+        await carry(events(1, 50))
+        clickhouse.query(f"TRUNCATE TABLE {TABLE} SYNC")
+        await carry(events(51, 60))
+        with pytest.raises(SinkEmptied):
+            sink.look()
+
     async def test_a_restart(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """What the table held when the program began counts as well."""
         await sink.write(events(1, 50))

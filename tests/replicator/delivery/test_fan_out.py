@@ -16,6 +16,7 @@ import pytest
 from replicator.contracts.errors import (
     CheckpointUnavailable,
     DeadLettersFull,
+    SinkBroken,
     SinkEmptied,
     SinkError,
     SinkMisconfigured,
@@ -444,7 +445,14 @@ async def test_a_refused_event_is_kept_before_its_position_counts() -> None:
     ]
 
 
-@pytest.mark.parametrize("error", [SinkUnusable(sink="memory", detail="no table", cure="init"), KeyError("row 42")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        SinkUnusable(sink="memory", detail="no table", cure="init"),
+        SinkBroken(sink="memory", detail="KeyError"),
+        KeyError("row 42"),
+    ],
+)
 async def test_what_only_an_operator_mends_holds_the_lane(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """Also what the sink's code does not know: told at once, the traceback once and without its message; then on."""
     sink = MemorySink(steps=[error] * 3)
@@ -456,7 +464,7 @@ async def test_what_only_an_operator_mends_holds_the_lane(error: Exception, capl
     assert harness.lane.trouble.failures == 3
     assert caplog.text.count("in _take") == isinstance(error, KeyError)
     assert "row 42" not in caplog.text
-    assert ("in an unexpected way: KeyError" if isinstance(error, KeyError) else "no table") in caplog.text
+    assert ("no table" if isinstance(error, SinkUnusable) else "in an unexpected way: KeyError") in caplog.text
 
 
 async def test_what_only_an_operator_mends_ends_a_backfill() -> None:

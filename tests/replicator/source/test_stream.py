@@ -95,6 +95,16 @@ async def test_postgresql_gets_memory_for_decoding(client: Client) -> None:
         source.close()
 
 
+async def test_postgresql_shows_who_carries_the_writes(client: Client) -> None:
+    """Beside the slot's name."""
+    source = Source(client.dsn, client.slot, carrier="Spark at local[2]")
+    await source.connect()
+    try:
+        assert await source._ask("SHOW application_name") == [(f"replicator {client.slot} on Spark at local[2]",)]  # noqa: SLF001  as above
+    finally:
+        source.close()
+
+
 async def read_users(source: Source, *wanted: int) -> Lsn:
     """Read until the events of these users, in this order, have come; the end of the last one's transaction."""
     users: list[int] = []
