@@ -182,6 +182,8 @@ class Pipeline:
             await self.verification.verify_last()
         try:
             async with asyncio.timeout(LAST_SAVE_SECONDS):
+                if self.checkpoint is not None:
+                    await self._beginning.remember()
                 await self._commit_unless_overtaken()
                 if verify and self.checkpoint is not None:
                     await self.verification.keep(now=True)
@@ -199,6 +201,7 @@ class Pipeline:
         moved = self.checkpoint is not None and self.checkpoint.contents != copied  # nothing knows of a new copy yet
         while True:
             moved |= await self.fan_out.progress(PAUSE_SECONDS)
+            await retry(self._beginning.remember, self.saving, longest)
             await self.verification.verify_in_time()
             if moved and self._worth_saving():
                 await retry(self._commit_unless_overtaken, self.saving, longest)
@@ -283,6 +286,7 @@ class Pipeline:
         # Not before: what it loads now has to be as new as the stream's beginning.
         await self.enricher.open(self._store, stored)
         starts = self._beginning.starts(stored)
+        await self._beginning.recall()
         async with self._pausing:
             self.pauses = await self._beginning.pauses()
             if len(self.pauses) == len(self._sinks):

@@ -147,6 +147,7 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
     """
     from replicator.cli.backfill import deliver
     from replicator.contracts.sink import Mode, Rebuildable
+    from replicator.source.takeover import keep_memory
 
     [sink] = run.app.sinks
     assert isinstance(sink, Rebuildable)  # noqa: S101  for mypy
@@ -164,4 +165,5 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
         raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
     if code == 0:
         await sink.filled(generation)
+        await asyncio.to_thread(keep_memory, run.app.store, run.app.settings.slot, sink.name, "")
     return code

@@ -106,6 +106,16 @@ class Sink(ABC):
         From what it knows, without asking the destination: the lane calls this at least every few seconds.
         """
 
+    def remember(self) -> str:
+        """What it knows its data by, to find out after a restart whether the destination has lost them.
+
+        It is kept beside the checkpoint within seconds of a change; changes should be rare. Empty: nothing.
+        """
+        return ""
+
+    def recall(self, memory: str) -> None:  # noqa: B027  a sink that remembers nothing is told nothing
+        """Before the first `open`: what `remember` said in an earlier run. What was lost then stays lost in `look`."""
+
     async def refresh(self) -> None:
         """Take over what NAME_FILE files hold now: the destination turned the replicator away.
 

@@ -114,6 +114,8 @@ class FanOut:
         self.lanes = [lane for lane in lanes if lane.name not in paused]
         self.paused = [lane for lane in lanes if lane.name in paused]
         self._writers = {lane.name: self._begin(lane.run()) for lane in self.lanes}
+        for lane in self.paused:  # what is known to be lost stays lost
+            lane.look()
 
     async def pause(self, name: str) -> None:
         """This sink gets nothing from now on; return when its writes in flight have ended, or are given up."""

@@ -266,6 +266,10 @@ class Lane:
             self.trouble.say(lost)
         await self._writer.close()
 
+    def look(self) -> None:
+        """Tell what its sink has to say of itself."""
+        self._writer.look()
+
     def hurry(self) -> bool:
         """Try again at once; whether it waits for its next try."""
         if waits := bool(self.trouble) and not self._stopping.is_set():

@@ -23,7 +23,7 @@ from replicator.operations.http import exposed, unavailable
 from replicator.operations.status import ask_replicator, danger, differences
 from replicator.source import slot as slots
 from replicator.source.stream import Source
-from replicator.source.takeover import Beginning, pauses
+from replicator.source.takeover import Beginning, pauses, recall
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ async def findings(
         yield finding
     fresh = False  # nothing was begun: what `init` makes need not be there
     paused = await _pauses(settings, sinks, store)
+    with suppress(CheckpointError):  # its own line says so
+        await asyncio.to_thread(recall, store, settings.slot, sinks)
     checks = [(f"sink {sink.name}", sink.check) for sink in sinks if sink.name not in paused]
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)

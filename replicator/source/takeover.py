@@ -21,6 +21,7 @@ from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointMissing,
     ReplicatorError,
+    SinkEmptied,
     SinkLeftOut,
     SlotInUse,
     SlotInvalid,
@@ -30,7 +31,7 @@ from replicator.contracts.errors import (
     StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Pause, Position, SinkPosition, format_lsn
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Rebuildable, Sink
 from replicator.contracts.stores import CheckpointStore, TaskProgress
 from replicator.source import slot as slots
 from replicator.source.server import Identity, lost_by_failover
@@ -49,6 +50,8 @@ LOST = (
 )
 PAUSED = "paused: "
 """What a pause is found by, with the sink's name, among the tasks of the checkpoint database."""
+REMEMBERED = "remembered: "
+"""The same of what a sink knows its data by."""
 REPEATS = "sees again what it has of that time, under the same event_id"
 
 
@@ -125,6 +128,7 @@ class Beginning:
         self._slot = slot
         self._sinks = sinks
         self._waits = waits
+        self._memories = dict[str, str]()  # by sink, as they are kept
 
     async def load(self) -> Checkpoint | None:
         """The stored checkpoint with the configured sinks only."""
@@ -233,6 +237,30 @@ class Beginning:
         names = [sink.name for sink in self._sinks]
         return await asyncio.to_thread(pauses, self._store, self._slot, names, time.time())
 
+    async def recall(self) -> None:
+        """Give the sinks back what they remembered in an earlier run."""
+        self._memories = await asyncio.to_thread(recall, self._store, self._slot, self._sinks)
+
+    async def remember(self) -> None:
+        """Keep what the sinks remember, where it has changed. Raises CheckpointError."""
+        for sink in self._sinks:
+            if (memory := sink.remember()) != self._memories.get(sink.name, ""):
+                await asyncio.to_thread(keep_memory, self._store, self._slot, sink.name, memory)
+                self._memories[sink.name] = memory
+
+    async def accept_losses(self) -> list[str]:
+        """Forget what sinks are known to have lost, but for those that say it themselves until they are made again."""
+        await self.recall()
+        accepted = []
+        for sink in self._sinks:
+            try:
+                sink.look()
+            except SinkEmptied:
+                if not isinstance(sink, Rebuildable):
+                    await asyncio.to_thread(keep_memory, self._store, self._slot, sink.name, "")
+                    accepted.append(sink.name)
+        return accepted
+
     async def _load(self) -> Checkpoint | None:
         async with self.saving:
             with suppress(CheckpointAbsent):  # nothing is stored
@@ -255,6 +283,20 @@ def pauses(store: TaskProgress, slot: str, sinks: Iterable[str], now: float) -> 
 def keep_pause(store: TaskProgress, slot: str, sink: str, pause: Pause | None) -> None:
     """Durably; None: it is over. Raises CheckpointError."""
     store.save_progress(slot, f"{PAUSED}{sink}", msgspec.json.encode(pause).decode() if pause else None)
+
+
+def recall(store: TaskProgress, slot: str, sinks: Sequence[Sink]) -> dict[str, str]:
+    """Give the sinks what they remembered in an earlier run; in this one they know better. Returns what is kept."""
+    kept = {sink.name: store.load_progress(slot, f"{REMEMBERED}{sink.name}") or "" for sink in sinks}
+    for sink in sinks:
+        if kept[sink.name] and not sink.remember():
+            sink.recall(kept[sink.name])
+    return kept
+
+
+def keep_memory(store: TaskProgress, slot: str, sink: str, memory: str) -> None:
+    """Durably; empty: it knows nothing. Raises CheckpointError."""
+    store.save_progress(slot, f"{REMEMBERED}{sink}", memory or None)
 
 
 def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Sequence[Sink]) -> Iterator[str]:

@@ -142,7 +142,7 @@ def emptied(table: str) -> SinkEmptied:
         detail=f"ClickHouse table {table} was emptied, or another one has taken its place: its events are missing."
         " Meanwhile new ones are written",
         cure=f"{command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it."
-        " If they need not come back, restart the replicator",
+        f" If they need not come back, stop the replicator, run {command('init --accept-gap')}, and start it again",
     )
 
 

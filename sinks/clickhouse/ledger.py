@@ -10,12 +10,16 @@ of the line's MD5. The source makes the same line from the same contract.
 from __future__ import annotations
 
 import json
+import math
 import random
+import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeAlias, TypeVar
+
+import msgspec
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event
@@ -52,6 +56,8 @@ AS_SENT = "SETTINGS output_format_json_quote_64bit_integers = 0, output_format_j
 
 WITNESSES = 10
 """So many of the first events, and of the last inserts'."""
+REMEMBERED_SECONDS = 3600.0
+"""Newer than any partition that is dropped because of its age, and a rare write to the checkpoint database."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001  UTC, and printed without its zone
@@ -174,26 +180,46 @@ class ClickHouseLedger:
         return await self._client.query(query, row, parameters, seconds=LONG_SECONDS)
 
 
+class _Memory(msgspec.Struct, frozen=True):
+    """What `Witnesses` knows, as it is kept."""
+
+    gone: bool
+    keys: list[Key]
+
+
 class Witnesses:
     """Events that the table was seen to hold: where none of them is left, it was emptied, or is another one.
 
     Rows also go for good reasons: merges, a TTL, partitions that are dropped, `reconcile --delete-extra`. So the
-    events are only looked for when the table holds no more than the last insert brought, or is another one.
+    events are only looked for when the table holds no more than the last insert brought, or is another one, and when
+    writing begins, for nobody knows what happened before.
     """
 
     def __init__(self, ledger: ClickHouseLedger) -> None:
         self.gone = False
         """None of them was left, and not all are there again."""
+        self.memory = ""
+        """All of this, for a later run. The last inserts' events are an hour old at most."""
         self._ledger = ledger
         self._first: list[Key] = []
         self._last: deque[Key] = deque(maxlen=WITNESSES)
         self._rows = 0
         self._table = ""
+        self._remembered_at = -math.inf  # time.monotonic()
+
+    def recall(self, memory: str) -> None:
+        """What an earlier run knew."""
+        kept = msgspec.json.decode(memory, type=_Memory)
+        self.gone, self.memory, self._first = kept.gone, memory, kept.keys[:WITNESSES]
+        self._last.extend(kept.keys[WITNESSES:])
 
     async def begin(self, seen: Look) -> None:
-        """The table as it is before the first insert."""
-        if not self._table and seen.rows:
+        """The table as it is before the first insert, and whether it is still the one that was written to."""
+        if self.gone or (self._first and not seen.expires):
+            await self.look()
+        elif not self._first and seen.rows:
             self._first = await self._ledger.oldest()
+            self._remember()
         self._rows, self._table = seen.rows, seen.table
 
     async def see(self, events: Sequence[Event], seen: Look) -> None:
@@ -203,13 +229,22 @@ class Witnesses:
             await self.look()
         self._rows, self._table = seen.rows, seen.table
         event = random.choice(events)  # noqa: S311  not a secret
-        (self._first if len(self._first) < WITNESSES else self._last).append((event.id, event.ts_us or 0, event.key))
+        begins = len(self._first) < WITNESSES
+        (self._first if begins else self._last).append((event.id, event.ts_us or 0, event.key))
+        if begins or time.monotonic() - self._remembered_at >= REMEMBERED_SECONDS:
+            self._remember()
 
     async def look(self) -> None:
         """Ask for them."""
         if keys := [*self._first, *self._last]:
             there = await self._ledger.count(keys)
-            self.gone = there < len({*keys}) if self.gone else not there
+            before, self.gone = self.gone, there < len({*keys}) if self.gone else not there
+            if self.gone != before:
+                self._remember()
+
+    def _remember(self) -> None:
+        self._remembered_at = time.monotonic()
+        self.memory = msgspec.json.encode(_Memory(self.gone, [*self._first, *self._last])).decode()
 
 
 def _text(ts_us: int) -> str:

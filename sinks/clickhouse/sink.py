@@ -145,6 +145,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._witnesses = Witnesses(self.ledger(with_content=False))
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = 0.0  # time.monotonic()
+        self._is_open = False
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.contract)
@@ -165,6 +166,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             seen = await self._look()
             await self._insert([])
             await self.ledger(with_content=True).digests(NO_EVENTS)  # may it read, as reconcile does?
+            await self._witnesses.begin(seen)
+            self.look()
         except SinkUnusable as exc:
             return [*findings, Finding(False, f"ClickHouse: {exc.detail}", exc.cure)]
         except SinkError as exc:
@@ -187,7 +190,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         """Connect, and look at the table: a wrong one is an error now and not at the first event."""
         seen = await self._look()
         await self._witnesses.begin(seen)
-        if not seen.rows and start is not None:
+        self._is_open = True
+        if not seen.rows and start is not None and not self._witnesses.gone:
             _log.error(EMPTIED, self._table, extra={"code": "R518"})
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -226,7 +230,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         """That events are missing, until they are there again."""
         if not self._witnesses.gone:
             return
-        if time.monotonic() - self._asked_at >= LOOK_SECONDS:
+        if self._is_open and time.monotonic() - self._asked_at >= LOOK_SECONDS:
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask())
         raise emptied(self._table)
@@ -235,7 +239,14 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         with suppress(SinkError):  # they stay missing, and the next insert meets the same
             await self._witnesses.look()
 
+    def remember(self) -> str:
+        return self._witnesses.memory
+
+    def recall(self, memory: str) -> None:
+        self._witnesses.recall(memory)
+
     async def close(self) -> None:
+        self._is_open = False
         if self._asking is not None:
             self._asking.cancel()
         await self._client.close()

@@ -109,6 +109,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         return [
             Finding(True, f"Redis at {address} answers and may be written to"),
             *unverified,
+            *([Finding(False, self._lost.problem, self._lost.cure)] if self._lost else []),
             *findings(info, appendfsync),
         ]
 
@@ -129,6 +130,13 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._raise_what_lasts()
         if found := self.window.failure or self._lost:
             raise found
+
+    def remember(self) -> str:
+        return LOST if self._lost else ""
+
+    def recall(self, memory: str) -> None:
+        """Redis knows it, too, but is not asked while the sink is paused."""
+        self._lost = lost_error(SINK, self._redis.address) if memory == LOST else None
 
     async def renew(self) -> None:
         self._settings = cast("RedisSettings", self.settings)

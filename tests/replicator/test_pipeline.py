@@ -17,6 +17,7 @@ from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
     Overtaken,
+    SinkEmptied,
     SinkUnusable,
     SourceUnavailable,
     SourceUnusable,
@@ -295,6 +296,20 @@ class NotingSink(MemorySink):
     def __init__(self, name: str, world: World) -> None:
         super().__init__(name=name)
         self.world = world
+        self.memory = ""
+
+    def remember(self) -> str:
+        """What the test says."""
+        return self.memory
+
+    def recall(self, memory: str) -> None:
+        """What was kept."""
+        self.memory = memory
+
+    def look(self) -> None:
+        """It has lost what it had if it remembers that."""
+        if self.memory == "lost":
+            raise SinkEmptied(sink=self.name, detail="it is empty", cure="Fill it")
 
     async def create(self) -> list[str]:
         """Notes it."""
@@ -836,6 +851,28 @@ async def test_a_paused_sink_gets_nothing_and_then_everything() -> None:
     await world.run(scene)
     assert [START, 11] == world.starts
     assert [[10], [20]] == world.told("write a") == world.told("write b")
+
+
+async def test_what_a_sink_remembers_is_kept_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if nothing is written, and one that is paused says that it has lost its data."""
+    monkeypatch.setattr("replicator.delivery.lane.LOOK_SECONDS", 0.01)
+    world = World("a", "b")
+    world.store.kept |= {"remembered: a": "whole", "remembered: b": "lost", "paused: b": "{}"}
+
+    async def scene() -> None:
+        await world.until(lambda: world.pipeline.fan_out.lanes != [])
+        assert ["whole", "lost"] == [sink.memory for sink in world.sinks]
+        [paused] = world.pipeline.fan_out.paused
+        assert "has lost what it had" in paused.trouble.message
+        world.sinks[0].memory = "lost"
+        await world.until(lambda: world.store.kept["remembered: a"] == "lost")
+        await world.until(lambda: bool(world.pipeline.fan_out.lanes[0].trouble))
+        world.sinks[0].memory = ""
+        await world.until(lambda: world.store.kept["remembered: a"] is None)
+        world.sinks[0].memory = "at the end"
+
+    await world.run(scene)
+    assert "at the end" == world.store.kept["remembered: a"]
 
 
 async def test_what_a_paused_sink_waits_for_is_free_again() -> None:

@@ -647,7 +647,7 @@ class TestEmptied:
         await sink.write(events(61, 70))
         await sink.write(events(71, 80))
         assert ids(clickhouse) == list(range(61, 81))
-        with pytest.raises(SinkEmptied, match=r"emptied, or another .* prints the backfill command .* restart"):
+        with pytest.raises(SinkEmptied, match=r"emptied, or another .* prints the backfill command .* --accept-gap"):
             sink.look()
         async with sink_for(clickhouse.url) as backfill:
             await backfill.open()
@@ -698,6 +698,48 @@ class TestEmptied:
             await again.write(events(51, 60))
             with pytest.raises(SinkEmptied):
                 again.look()
+
+    @pytest.mark.parametrize("how", EMPTIED)
+    async def test_a_restart_forgets_nothing(self, clickhouse: ClickHouse, sink: ClickHouseSink, how: str) -> None:
+        """Neither what happened while nobody looked, nor what was known and not kept; until the events are back."""
+        await sink.write(events(1, 50))
+        memory = sink.remember()
+        for statement in EMPTIED[how]:
+            clickhouse.query(statement)
+        await sink.write(events(51, 60))
+        for kept in (memory, sink.remember()):
+            async with sink_for(clickhouse.url) as again:
+                again.recall(kept)
+                assert "was emptied, or another one" in (await again.check())[-1].what
+                await again.open()
+                with pytest.raises(SinkEmptied):
+                    again.look()
+                still = again.remember()
+        await sink.write(events(1, 50))
+        async with sink_for(clickhouse.url) as again:
+            again.recall(still)
+            await again.open()
+            again.look()
+            assert still != again.remember()
+
+    async def test_a_paused_sink_is_not_asked(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
+        """What is known to be lost is told all the same."""
+        await sink.write(events(1, 50))
+        clickhouse.query(f"TRUNCATE TABLE {TABLE} SYNC")
+        await sink.write(events(51, 60))
+        async with sink_for("http://localhost:9/engagement") as paused:
+            paused.recall(sink.remember())
+            with pytest.raises(SinkEmptied):
+                paused.look()
+            assert paused._asking is None  # noqa: SLF001  what `look` begins
+
+    async def test_the_memory_changes_rarely(self, sink: ClickHouseSink) -> None:
+        """It is written to the checkpoint database."""
+        seen = set()
+        for number in range(1, 100):
+            await sink.write(events(number, number))
+            seen.add(sink.remember())
+        assert len(seen) <= 11
 
 
 def _connections(port: int) -> int:

@@ -434,6 +434,23 @@ async def test_a_rebuild_that_was_faster(server: Server, *, runs: bool, finished
         assert not says_lost(first)
 
 
+async def test_a_paused_sink_remembers_its_loss(server: Server) -> None:
+    """It is not opened, so Redis is not asked; once it is, Redis knows better."""
+    async with opened(server.service.url) as first:
+        assert "" == first.remember()
+        server.client.flushall()
+        await first._look()  # noqa: SLF001  once a second else
+        memory = first.remember()
+    async with unopened(server.service.url) as again:
+        again.recall(memory)
+        assert says_lost(again)
+        assert any(not found.ok and "lost what it had" in found.what for found in await again.check())
+        await again.filled(await again.generation())
+        await again.open(None)
+        assert not says_lost(again)
+        assert "" == again.remember()
+
+
 def says_lost(sink: RedisSink) -> bool:
     """Whether it has lost keys, and names the cure."""
     try:

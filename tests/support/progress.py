@@ -10,7 +10,7 @@ import msgspec
 
 from replicator.delivery.backfill import BackfillProgress
 
-HISTORY = "SELECT progress FROM replicator_tasks WHERE task NOT LIKE 'tables of %' AND task NOT LIKE 'left out%'"
+HISTORY = "SELECT progress FROM replicator_tasks WHERE task LIKE '%backfill %' OR task LIKE 'rebuild-%'"
 """Of a backfill or a rebuild: the stream keeps its own notes beside it."""
 
 
