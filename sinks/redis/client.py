@@ -194,6 +194,7 @@ class RedisClient:
                     pipeline.eval(script.text, len(keys), *keys, *call.args)
                 known.add(script)
                 used.update(keys)
+            pipeline.getrange(f"{self._prefix}{OWNER}:probe", 0, 0)  # a right that no script needs
             pipeline.delete(*used)
             await pipeline.execute()
 
@@ -248,6 +249,14 @@ class RedisClient:
             found = await self._redis.zrange(self._prefix + key, -most, -1, withscores=True)
         pairs = cast("list[tuple[bytes, float]]", found)
         return [(int(member), int(score)) for member, score in reversed(pairs)]
+
+    async def part(self, key: str, start: int, size: int) -> bytes:
+        """So many bytes of a string from there on; fewer at its end."""
+        async with self._translated():
+            found: object = await self._redis.getrange(self._prefix + key, start, start + size - 1)
+            if not isinstance(found, bytes):
+                raise InvalidResponse(NO_ANSWER)
+            return found
 
     async def appendfsync(self) -> str:
         """When Redis brings its append-only file to the disk; empty where CONFIG is denied."""

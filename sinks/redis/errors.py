@@ -31,8 +31,8 @@ DETAIL_LENGTH = 200
 """What a message quotes of an answer, at most."""
 
 COMMANDS = (
-    "+eval +evalsha +multi +exec +select +ping +info +get +mget +set +setex +setrange +mset +del +unlink +expire"
-    " +strlen +zcard +zincrby +zrange +zremrangebyscore +zunionstore +scan"
+    "+eval +evalsha +multi +exec +select +ping +info +get +mget +set +setex +setrange +getrange +append +strlen +mset"
+    " +del +unlink +rename +expire +zadd +zrange +zrem +zcard +scan"
 )
 """All that the sink sends, also within scripts. SCAN is for `rebuild-redis` alone."""
 CERTIFICATE_CURE = (

@@ -1,4 +1,4 @@
-"""Makes the keys and arguments of `lua/write.lua` and `lua/slide.lua` from events and the time; pure.
+"""Makes the keys and arguments of the scripts in `lua/` from events and the time; pure.
 
 Every key is made here: a script that makes up its keys escapes access rules.
 """
@@ -14,7 +14,9 @@ from replicator.contracts.events import Event, Refusal
 
 WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
-"""Start of the newest bucket in the window. Without it the window is built from its buckets."""
+"""The word of who keeps the window. Without it the window is built from the logs of its buckets."""
+BUILDING = "top:content:building"
+"""The window while it is built."""
 
 COUNT_PREFIX, LAST_PREFIX, SEEN_PREFIX = "content:count:", "content:last:", "engagement:seen:"
 OWNER = "engagement:seen:owner"
@@ -33,8 +35,10 @@ PREFIXES = (
     LAST_PREFIX,
     SEEN_PREFIX,
     "top:content:bucket:",
+    "top:content:log:",
     WINDOW,
     WINDOW_STATE,
+    BUILDING,
 )
 """What every key of the replicator begins with."""
 
@@ -49,9 +53,10 @@ LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
 """Events further ahead are counted but never ranked. Their buckets would have to be kept until their time comes, and a
 device whose clock is years ahead would fill Redis with them."""
-CALL_KEYS = 1_500
-"""A call ends at so many contents and runs of events: some 10 ms, and Redis serves nobody else meanwhile."""
-SLIDE_SECONDS_MAX = 60  # a window further behind (or ahead, after a clock was set back) is built from its buckets
+CALL_KEYS = 700
+"""A call ends at so many contents and runs of events: some 3 ms, and Redis serves nobody else meanwhile."""
+CALL_KEYS_MAX = 1_500
+"""It goes on up to so many if events repeat contents: one that comes in the next call, too, costs as much again."""
 
 _US = 1_000_000
 _BUCKET_US = BUCKET_SECONDS * _US
@@ -80,8 +85,8 @@ class Write(NamedTuple):
     """Events for one call of `lua/write.lua`."""
 
     call: Call
-    ranked: bool
-    """Whether any event belongs in a bucket."""
+    buckets: list[int]
+    """Those that its events belong in."""
 
 
 def bucket_of(now: float) -> int:
@@ -92,6 +97,25 @@ def bucket_of(now: float) -> int:
 def bucket_key(bucket: int) -> str:
     """The sorted set with the events of a bucket."""
     return f"top:content:bucket:{bucket}"
+
+
+def log_key(bucket: int) -> str:
+    """What was counted in a bucket, in the order of the calls that did."""
+    return f"top:content:log:{bucket}"
+
+
+def logged(data: bytes) -> Iterator[tuple[int, int]]:
+    """Part of a log: which content, and how many more events."""
+    return struct.iter_unpack("<qI", data)
+
+
+def bucket_expiry_seconds(bucket: int, now: float) -> int:
+    """How long a bucket is kept from now on.
+
+    A duration by our clock, so that Redis's clock doesn't matter. Never a shorter one: our clock may be set back, and a
+    bucket that expires before it has left the window could not be taken out of it.
+    """
+    return max(BUCKET_EXPIRY_SECONDS, ceil(bucket + BUCKET_EXPIRY_SECONDS - now))
 
 
 def moment(event: Event) -> str:
@@ -128,7 +152,7 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
     runs: dict[tuple[int, int | None], list[int]] = {}
     last: tuple[int, int | None] | None = None
     run: list[int] = []
-    for event in events:
+    for n, event in enumerate(events, 1):
         ts_us, event_id, key = event.ts_us or 0, event.id, event.key
         content = contents.get(key)
         if content is None:
@@ -144,7 +168,8 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
         if place != last:
             run, last = runs.setdefault(place, []), place
         run += (event_id & BIT_MASK, content)
-        if len(newest) + len(runs) >= CALL_KEYS:
+        size = len(newest) + len(runs)
+        if size >= CALL_KEYS and (5 * n < 6 * size or size >= CALL_KEYS_MAX):
             break
     return _write(runs, newest, now) if newest else None
 
@@ -164,7 +189,7 @@ def _write(runs: Mapping[tuple[int, int | None], list[int]], newest: Sequence[Ev
         numbers += run
     packed = struct.pack(f"<{len(numbers)}H", *numbers)
     starts = [bucket * BUCKET_SECONDS for bucket in buckets]
-    return Write(_write_call(list(pages), starts, newest, packed, now), bool(starts))
+    return Write(_write_call(list(pages), starts, newest, packed, now), starts)
 
 
 def _numbered(things: Iterable[int]) -> dict[int, int]:
@@ -176,24 +201,33 @@ def _write_call(
     pages: Sequence[int], buckets: Sequence[int], newest: Sequence[Event], packed: bytes, now: float
 ) -> Call:
     contents = [str(event.key) for event in newest]
-    keys = [WINDOW, WINDOW_STATE, *(f"{SEEN_PREFIX}{page}" for page in pages), *map(bucket_key, buckets)]
+    keys = [WINDOW, WINDOW_STATE, *(f"{SEEN_PREFIX}{page}" for page in pages)]
+    keys += [*map(bucket_key, buckets), *map(log_key, buckets)]
     keys += [COUNT_PREFIX + content for content in contents]
     keys += ["content:newest:" + content for content in contents]
     keys += [LAST_PREFIX + content for content in contents]
-    args: list[str | int | bytes] = [len(pages), len(buckets), WINDOW_SPAN_SECONDS, LAST_EXPIRY_SECONDS, packed]
-    args += buckets
-    # A duration by our clock, so that Redis's clock doesn't matter. Never a shorter one: our clock may be set back,
-    # and a bucket that expires before it has left the window would stay counted in it.
-    args += [max(BUCKET_EXPIRY_SECONDS, ceil(bucket + BUCKET_EXPIRY_SECONDS - now)) for bucket in buckets]
+    args: list[str | int | bytes] = [len(pages), len(buckets), LAST_EXPIRY_SECONDS, packed]
+    args.append(struct.pack(f"<{len(newest)}q", *(event.key for event in newest)))
+    args += [bucket_expiry_seconds(bucket, now) for bucket in buckets]
     args += [moment(event) for event in newest]
     args += [event.json for event in newest]
     return Call(keys, args)
 
 
-def slide_call(now: float) -> Call:
-    """The window at `now`, for `lua/slide.lua`: its buckets, and those that it may have to drop."""
+def kept_buckets(now: float) -> range:
+    """The buckets that have begun and not expired by now."""
     newest = bucket_of(now)
-    first = newest - WINDOW_SPAN_SECONDS - SLIDE_SECONDS_MAX
-    last = newest + SLIDE_SECONDS_MAX
-    keys = [WINDOW, WINDOW_STATE, *map(bucket_key, range(first, last + 1, BUCKET_SECONDS))]
-    return Call(keys, [newest, first, BUCKET_SECONDS, WINDOW_SPAN_SECONDS, SLIDE_SECONDS_MAX, WINDOW_EXPIRY_SECONDS])
+    return range(newest - BUCKET_EXPIRY_SECONDS + BUCKET_SECONDS, newest + 1, BUCKET_SECONDS)
+
+
+def window_buckets(now: float) -> range:
+    """Those of them that the window is the sum of."""
+    newest = bucket_of(now)
+    return range(newest - WINDOW_SPAN_SECONDS, newest + 1, BUCKET_SECONDS)
+
+
+def window_call(
+    word: str, action: str, *args: int | str, target: str = WINDOW, keep: int = WINDOW_EXPIRY_SECONDS
+) -> Call:
+    """For `lua/window.lua`; the target is kept so many seconds."""
+    return Call([WINDOW_STATE, WINDOW, BUILDING, target], [word, WINDOW_EXPIRY_SECONDS, keep, action, *args])

@@ -23,7 +23,6 @@ from sinks.redis.client import SINK, RedisClient, script
 from sinks.redis.errors import foreign_error, lost_error
 from sinks.redis.info import findings
 from sinks.redis.keys import (
-    BUCKET_SECONDS,
     FILLING,
     LOST,
     OWNER,
@@ -34,7 +33,6 @@ from sinks.redis.keys import (
     continues,
     pack,
     refusals,
-    slide_call,
 )
 from sinks.redis.ledger import RedisLedger
 from sinks.redis.settings import RedisSettings
@@ -119,10 +117,12 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         refused = refusals(events)
         kept = [event for event in events if event.ts_us is not None] if refused else events
         for part in pack(kept, self._clock()):
-            complete, new = await self._redis.run(self._script, part.call, returns=2)
+            [new] = await self._redis.run(self._script, part.call, returns=1)
             self.new_events += new
-            if self._keeps_window and (self.window.failure or (part.ranked and not complete)):
-                await self.window.slide()
+            if self._keeps_window:
+                self.window.written(part.buckets)
+                if self.window.failure:
+                    await self.window.slide()
         return refused
 
     def look(self) -> None:
@@ -224,14 +224,12 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._runs.add(found.run)
 
     async def _probe(self) -> None:
-        """Run both scripts to every command in them. A missing right shows here, not between two changes of a batch."""
+        """Run the scripts to every command in them. A missing right shows here, not between two changes of a batch."""
         now = self._clock()
-        slide = self.window.script
         writes = [
             (self._script, part.call) for event_id in (1, 2, 2) for part in pack([_probe_event(event_id, now)], now)
         ]
-        slides = [(slide, slide_call(at)) for at in (now, now + BUCKET_SECONDS)]
-        await self._redis.probe([writes[0], slides[0], writes[1], slides[1], writes[2]])
+        await self._redis.probe([*writes, *self.window.probes()])
 
 
 def _probe_event(event_id: int, now: float) -> Event:

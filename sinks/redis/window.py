@@ -1,22 +1,75 @@
-"""The ranking of the last 10 minutes, `top:content:10m`, slid once a second so that it is right when nothing arrives.
+"""The ranking of the last 10 minutes, `top:content:10m`, and the buckets that it is built from.
 
-`lua/slide.lua` moves it, `keys.py` says which buckets belong to it.
+`lua/write.lua` logs what it counts, and this sums the logs up: at once after a write when there is little, otherwise so
+often that a content is ranked once for many of its events, in calls of `lua/window.lua` that are all short. They write
+totals and no differences. The logs are the truth: whatever goes wrong, the window is built again from them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import chain, islice
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured
-from sinks.redis.client import RedisClient, script
-from sinks.redis.keys import WINDOW, slide_call
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
+from sinks.redis.client import SINK, RedisClient, Script, script
+from sinks.redis.keys import (
+    BUILDING,
+    WINDOW,
+    WINDOW_EXPIRY_SECONDS,
+    Call,
+    bucket_expiry_seconds,
+    bucket_key,
+    bucket_of,
+    kept_buckets,
+    log_key,
+    logged,
+    window_buckets,
+    window_call,
+)
 
-SLIDE_INTERVAL_SECONDS = 1.0  # on the full second: a bucket enters the window as it begins
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0  # with the 5 s of a bucket within the 10 s that are promised
+PAUSE_FACTOR = 8  # a pass that took long is followed by a pause that is so much longer
+SLICE = 500  # contents a call of `window.lua`: 1 ms of Redis at most
+READ_BYTES = 12 * 20_000  # of a log at a time: 3 ms of the reader's loop
+SHOWN_BYTES = READ_BYTES  # of logs are summed up for their buckets in a pass, or one that is larger
+GROWING_PASSES_MAX = 20  # so many passes wait for a log that is larger, and grows
+ATTEMPTS = 3
+RIVAL = "another replicator keeps the window as well, or its keys are deleted again and again"
 
 _log = logging.getLogger(__name__)
+
+
+class _Outdated(Exception):
+    """The window or its logs are not what we left."""
+
+
+def _word() -> str:
+    return secrets.token_hex(8)
+
+
+class _Sums:
+    """What the window holds, as we know it; some 100 bytes a content."""
+
+    def __init__(self) -> None:
+        self.word = _word()
+        """Redis has it from our last call. A new one with each pass shows when Redis has gone back in time."""
+        self.target = BUILDING
+        self.totals: dict[int, int] = {}
+        self.changed: set[int] = set()
+        """Contents whose totals the window has not got yet."""
+        self.read: dict[int, int] = {}
+        """How many bytes of each bucket's log are in the totals."""
+
+    def add(self, data: bytes, sign: int) -> None:
+        totals = self.totals
+        for content, n in logged(data):
+            totals[content] = totals.get(content, 0) + sign * n
+            self.changed.add(content)
 
 
 class Window:
@@ -27,20 +80,46 @@ class Window:
         """Why the last slide failed."""
         self._redis = redis
         self._clock = clock
-        self.script = script("slide")
+        self._script = script("window")
+        self._sizes = script("sizes")
         self._task: asyncio.Task[None] | None = None
+        self._sums: _Sums | None = None
+        self._shown: dict[int, int] = {}  # how many bytes of its log a bucket's sorted set has
+        self._growing: dict[int, tuple[int, int]] = {}  # the size of a large log, and for how many passes it has grown
+        self._ahead: dict[int, int] = {}  # buckets written to before they begin, and how often
+        self._lock = asyncio.Lock()
+        self._written = asyncio.Event()
+        self._pause_seconds = 0.0
 
     async def slide(self) -> None:
-        """Bring the window to the present."""
-        try:
-            await self._redis.run(self.script, slide_call(self._clock()))
-        except SinkError as exc:
-            self.failure = exc
-            raise
-        self.failure = None
+        """Bring the window to the present, and its buckets, save those that are still growing fast."""
+        async with self._lock:
+            began = asyncio.get_running_loop().time()
+            try:
+                await self._slide()
+            except SinkError as exc:
+                self.failure = exc
+                raise
+            self.failure = None
+            took = asyncio.get_running_loop().time() - began
+            self._pause_seconds = min(max(PAUSE_SECONDS_MIN, PAUSE_FACTOR * took), PAUSE_SECONDS_MAX)
+
+    def probes(self) -> list[tuple[Script, Call]]:
+        """Calls to every command of the window's scripts."""
+        word, log = _word(), log_key(bucket_of(self._clock()))
+        ranking = window_call(word, "ZADD", 1, 1, target=BUILDING)
+        calls = [window_call(word, "begin"), ranking, window_call(word, "show"), window_call(word, "ZREM", 1), ranking]
+        return [(self._sizes, Call([log], [])), *((self._script, call) for call in calls)]
+
+    def written(self, buckets: Iterable[int]) -> None:
+        """There are new events in these."""
+        for bucket in buckets:
+            if bucket > bucket_of(self._clock()):
+                self._ahead[bucket] = self._ahead.get(bucket, 0) + 1
+        self._written.set()
 
     def keep(self, after_slide: Callable[[], Awaitable[None]], turned_away: Callable[[], Awaitable[None]]) -> None:
-        """Slide once a second from now on, and call `after_slide` each time, `turned_away` when Redis refuses us."""
+        """Slide from now on, and call `after_slide` once a second, `turned_away` when Redis refuses us."""
         self._task = self._task or asyncio.create_task(self._keep(after_slide, turned_away), name="redis window")
 
     def raise_bug(self) -> None:
@@ -63,20 +142,141 @@ class Window:
     ) -> None:
         """A failure is logged when it begins; the next write meets it as well."""
         # `stop` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
-        logged = False  # not `failure`: a write slides, too, and may be the first to see it right again
+        told = False  # not `failure`: a write slides, too, and may be the first to see it right again
+        looked = 0
         while self._task is not None:
-            await asyncio.sleep(SLIDE_INTERVAL_SECONDS - self._clock() % SLIDE_INTERVAL_SECONDS)
+            await self._pause()
             try:
                 await self.slide()
             except SinkError as exc:
-                if not logged:
-                    logged = True
+                if not told:
+                    told = True
                     _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc, extra={"code": "R517"})
                 if isinstance(exc, SinkMisconfigured):
                     await turned_away()
             else:
-                if logged:
-                    logged = False
+                if told:
+                    told = False
                     _log.info("%s is kept right again", WINDOW)
-                with suppress(SinkError):  # the next write meets it as well
-                    await after_slide()
+                if looked != (second := int(self._clock())):
+                    looked = second
+                    with suppress(SinkError):  # the next write meets it as well
+                        await after_slide()
+
+    async def _pause(self) -> None:
+        """Until the next full second, when a bucket may begin, or a write; but as long as the last pass asks for."""
+        if not self.failure:
+            await asyncio.sleep(self._pause_seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1 - self._clock() % 1):
+                await (asyncio.Event() if self.failure else self._written).wait()
+        self._written.clear()
+
+    async def _slide(self) -> None:
+        """Try again at once if the window is not what we left: then it is built anew, and the old one stays so long."""
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._pass()
+            except _Outdated:
+                self._sums = None
+            except BaseException:  # a call may still arrive, long after its caller has given it up
+                self._sums = None
+                raise
+        raise SinkUnavailable(sink=SINK, detail=RIVAL)
+
+    async def _pass(self) -> None:
+        if self._sums is None:
+            self._sums, self._shown = _Sums(), {}
+            await self._run(window_call(self._sums.word, "begin", target=BUILDING))
+        sums, now, ahead = self._sums, self._clock(), dict(self._ahead)
+        buckets = [*{**dict.fromkeys(kept_buckets(now)), **ahead}]
+        keys = [log_key(bucket) for bucket in buckets]
+        sizes = dict(zip(buckets, await self._redis.run(self._sizes, Call(keys, []), returns=len(keys)), strict=True))
+        current = window_buckets(now)
+        await self._sum_up(sums, {bucket: size for bucket, size in sizes.items() if bucket in current})
+        await self._rank(sums)
+        await self._show_buckets(sums.word, sizes, now)
+        for bucket, times in ahead.items():
+            if self._shown.get(bucket, 0) == sizes[bucket] and self._ahead[bucket] == times:
+                del self._ahead[bucket]
+
+    async def _sum_up(self, sums: _Sums, sizes: Mapping[int, int]) -> None:
+        """Add what the logs of the window's buckets have more, and take out the buckets that have left."""
+        for bucket in [bucket for bucket in sums.read if bucket not in sizes]:
+            async for data in self._log(bucket, 0, sums.read.pop(bucket)):
+                sums.add(data, -1)
+        for bucket, size in sizes.items():
+            had = sums.read.get(bucket, 0)
+            if size < had:
+                raise _Outdated
+            if size > had:
+                async for data in self._log(bucket, had, size):
+                    sums.add(data, 1)
+                sums.read[bucket] = size
+
+    async def _rank(self, sums: _Sums) -> None:
+        changed = {content: sums.totals[content] for content in sums.changed}
+        gone = [content for content, total in changed.items() if not total]
+        for content in gone:
+            del sums.totals[content], changed[content]
+        for start in range(0, len(gone), SLICE):
+            await self._run(window_call(sums.word, "ZREM", *gone[start : start + SLICE], target=sums.target))
+        await self._put(sums.word, changed, sums.target)
+        sums.changed.clear()
+        if sums.target == BUILDING:
+            await self._run(window_call(sums.word, "show"))
+            sums.target = WINDOW
+        word = _word()
+        await self._run(window_call(sums.word, "stay", len(sums.totals), word))
+        sums.word = word
+
+    async def _show_buckets(self, word: str, sizes: Mapping[int, int], now: float) -> None:
+        """Bring the sorted sets of some buckets up to their logs, the newest first."""
+        left = SHOWN_BYTES
+        for bucket in sorted(self._ripe(sizes), reverse=True):
+            if sizes[bucket] > left < SHOWN_BYTES:
+                break
+            totals: dict[int, int] = defaultdict(int)
+            async for data in self._log(bucket, 0, sizes[bucket]):
+                for content, n in logged(data):
+                    totals[content] += n
+            await self._put(word, totals, bucket_key(bucket), bucket_expiry_seconds(bucket, now))
+            self._shown[bucket] = sizes[bucket]
+            left -= sizes[bucket]
+        self._shown = {bucket: size for bucket, size in self._shown.items() if bucket in sizes}
+
+    def _ripe(self, sizes: Mapping[int, int]) -> list[int]:
+        """The buckets to bring up to their logs: one whose log is large, when it has grown no more for a pass."""
+        before, self._growing = self._growing, {}
+        ripe = []
+        for bucket, size in sizes.items():
+            if size == self._shown.get(bucket, 0):
+                continue
+            grew_from, passes = before.get(bucket, (0, 0))
+            self._growing[bucket] = (size, passes + 1)
+            if size <= SHOWN_BYTES or size == grew_from or passes >= GROWING_PASSES_MAX:
+                ripe.append(bucket)
+        return ripe
+
+    async def _put(self, word: str, totals: Mapping[int, int], target: str, keep: int = WINDOW_EXPIRY_SECONDS) -> None:
+        """In the order of totals, so that neighbours in the sorted set follow each other: half the cost."""
+        by_total: dict[int, list[int]] = defaultdict(list)
+        for content, total in totals.items():
+            by_total[total].append(content)
+        pairs = ((total, content) for total in sorted(by_total) for content in by_total[total])
+        while some := [*chain.from_iterable(islice(pairs, SLICE))]:
+            await self._run(window_call(word, "ZADD", *some, target=target, keep=keep))
+
+    async def _log(self, bucket: int, start: int, end: int) -> AsyncIterator[bytes]:
+        """That stretch of a log, in parts."""
+        while start < end:
+            size = min(READ_BYTES, end - start)
+            data = await self._redis.part(log_key(bucket), start, size)
+            if len(data) != size:
+                raise _Outdated
+            yield data
+            start += size
+
+    async def _run(self, call: Call) -> None:
+        if await self._redis.run(self._script, call, returns=1) != [1]:
+            raise _Outdated

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import psycopg
 import pytest
 
+from devstack.process import wait_until
 from tests.support.destinations import Destinations, Event, expected
 from tests.support.exact import assert_same, first_views
 from tests.support.program import Program, assert_clean
@@ -68,7 +69,9 @@ def assert_arrived(rows: Rows, destinations: Destinations, *, repeats: bool = Fa
     assert repeats or not again
     assert_same(wanted, taken, "the API")
     assert_same(wanted, destinations.clickhouse(), "ClickHouse")
-    assert Counter(event["content_id"] for event in wanted) == destinations.counts() == destinations.top()
+    counts = Counter(event["content_id"] for event in wanted)
+    assert counts == destinations.counts()
+    wait_until(lambda: counts == destinations.top(), "the window")
 
 
 def test_rolled_back_and_empty(program: Program, rows: Rows, destinations: Destinations) -> None:

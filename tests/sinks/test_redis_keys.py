@@ -26,7 +26,17 @@ from replicator.contracts.events import Event
 from replicator.contracts.settings import load
 from sinks.redis.errors import sink_error
 from sinks.redis.info import Info, findings
-from sinks.redis.keys import CALL_KEYS, Write, bucket_of, moment, pack, refusals, slide_call
+from sinks.redis.keys import (
+    CALL_KEYS,
+    CALL_KEYS_MAX,
+    Write,
+    bucket_of,
+    kept_buckets,
+    moment,
+    pack,
+    refusals,
+    window_buckets,
+)
 from sinks.redis.settings import RedisSettings
 
 NOW = 1_767_882_112.5
@@ -94,6 +104,10 @@ def test_a_call_is_bounded_by_contents() -> None:
     assert 7 == len(counts(few))
     many = list(pack([event(number, int(NOW * 1e6), key=number) for number in range(16_000)], NOW))
     assert all(len(counts(write)) <= CALL_KEYS for write in many)
+    [one] = pack([event(number, int(NOW * 1e6), key=number // 2) for number in range(1_800)], NOW)
+    assert 900 == len(counts(one)), "events that repeat contents are one call"
+    some = [event(number, int(NOW * 1e6), key=number // 2) for number in range(16_000)]
+    assert all(CALL_KEYS < len(counts(write)) <= CALL_KEYS_MAX for write in list(pack(some, NOW))[:-1])
     assert [f"content:count:{number}" for number in range(16_000)] == [key for write in many for key in counts(write)]
 
 
@@ -110,27 +124,28 @@ def test_a_call_is_bounded_by_pages() -> None:
 )
 def test_what_gets_a_bucket(age_seconds: int, ranked: bool) -> None:
     """Events whose bucket would have expired don't, nor those more than a day ahead; an event 3 hours ahead does."""
-    assert ranked == only([event(1, int((NOW - age_seconds) * 1e6))], NOW).ranked
+    assert ranked == bool(only([event(1, int((NOW - age_seconds) * 1e6))], NOW).buckets)
 
 
 @pytest.mark.parametrize("ahead_seconds", [0, 400, 850])
 def test_a_bucket_outlives_the_window_whatever_our_clock_says(ahead_seconds: int) -> None:
     """It has to be there when it leaves the window, or what it holds stays in it: from its last write on for 15 min."""
-    call = only([event(1, int(NOW * 1e6))], NOW + ahead_seconds).call
-    [start, keep] = call.args[5:7]
-    assert bucket_of(NOW) == start
-    assert 900 == keep
-    [later, keep] = only([event(1, int((NOW + 3_600) * 1e6))], NOW).call.args[5:7]
-    assert bucket_of(NOW + 3_600) - NOW + 900 <= int(keep)
-    assert later == bucket_of(NOW + 3_600)
+    write = only([event(1, int(NOW * 1e6))], NOW + ahead_seconds)
+    assert [bucket_of(NOW)] == write.buckets
+    assert 900 == write.call.args[5]
+    write = only([event(1, int((NOW + 3_600) * 1e6))], NOW)
+    assert [bucket_of(NOW + 3_600)] == write.buckets
+    assert bucket_of(NOW + 3_600) - NOW + 900 <= int(write.call.args[5])
 
 
 def test_the_window_is_ten_minutes_of_buckets() -> None:
-    """All the window's buckets are among a slide's keys, each once."""
-    keys = slide_call(NOW).keys[2:]
-    window = [f"top:content:bucket:{start}" for start in range(bucket_of(NOW) - 595, bucket_of(NOW) + 1, 5)]
-    assert len(set(keys).intersection(window)) == 120
-    assert len(set(keys)) == len(keys)
+    """The newest of those that are kept, which are those that an event of now or before may be in."""
+    assert (
+        [*range(bucket_of(NOW) - 595, bucket_of(NOW) + 1, 5)] == [*window_buckets(NOW)] == [*kept_buckets(NOW)][-120:]
+    )
+    [earliest, *_] = kept_buckets(NOW)
+    assert [earliest] == only([event(1, earliest * 1_000_000)], NOW).buckets
+    assert [] == only([event(1, earliest * 1_000_000 - 1)], NOW).buckets
 
 
 @pytest.mark.parametrize(
