@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from math import ceil
 from typing import NamedTuple
 
@@ -53,10 +54,12 @@ LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
 """Events further ahead are counted but never ranked. Their buckets would have to be kept until their time comes, and a
 device whose clock is years ahead would fill Redis with them."""
-CALL_KEYS = 700
-"""A call ends at so many contents and runs of events: some 3 ms, and Redis serves nobody else meanwhile."""
-CALL_KEYS_MAX = 1_500
-"""It goes on up to so many if events repeat contents: one that comes in the next call, too, costs as much again."""
+CALL_CONTENTS = 500
+"""A call has so many of many contents: some 3 ms, and Redis serves nobody else meanwhile."""
+CALL_KEYS, CALL_EVENTS = 1_100, 16_000
+"""A call ends at so many contents and runs of events, or events: some 6 ms each."""
+FEW_CONTENTS = 1_000
+"""To put the events of so few together takes us longer than it saves Redis."""
 
 _US = 1_000_000
 _BUCKET_US = BUCKET_SECONDS * _US
@@ -131,14 +134,28 @@ def refusals(events: Iterable[Event]) -> list[Refusal]:
     return [Refusal(event, _UNORDERED) for event in events if event.ts_us is None]
 
 
-def pack(events: Iterable[Event], now: float) -> Iterator[Write]:
+def pack(events: Sequence[Event], now: float) -> Iterator[Write]:
     """Events, none of them refused, as calls; each is made when it is asked for.
 
-    A call's contents cost Redis some 5 µs each, its events 0.4 µs: so a call is large in events, bounded in contents.
+    Its contents cost Redis some 5 µs each, its events 0.4 µs: so all events of a content come in one call if they can.
     """
-    left = iter(events)
-    while part := _part(left, now):
-        yield part
+    for part in _parts(events):
+        left = iter(part)
+        while call := _part(left, now):
+            yield call
+
+
+def _parts(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
+    """The events by content, each part for one call. In the order of the stream, as they lie so in memory."""
+    keys = [event.key for event in events]
+    contents = dict.fromkeys(keys)
+    if len(contents) <= FEW_CONTENTS:
+        return [events]
+    parts: list[list[Event]] = [[] for _ in range(ceil(len(contents) / CALL_CONTENTS))]
+    add = {key: parts[number // CALL_CONTENTS].append for number, key in enumerate(contents)}
+    for key, event in zip(keys, events, strict=True):
+        add[key](event)
+    return parts
 
 
 def _part(events: Iterator[Event], now: float) -> Write | None:
@@ -152,7 +169,7 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
     runs: dict[tuple[int, int | None], list[int]] = {}
     last: tuple[int, int | None] | None = None
     run: list[int] = []
-    for n, event in enumerate(events, 1):
+    for event in islice(events, CALL_EVENTS):
         ts_us, event_id, key = event.ts_us or 0, event.id, event.key
         content = contents.get(key)
         if content is None:
@@ -168,8 +185,7 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
         if place != last:
             run, last = runs.setdefault(place, []), place
         run += (event_id & BIT_MASK, content)
-        size = len(newest) + len(runs)
-        if size >= CALL_KEYS and (5 * n < 6 * size or size >= CALL_KEYS_MAX):
+        if len(newest) + len(runs) >= CALL_KEYS:
             break
     return _write(runs, newest, now) if newest else None
 

@@ -60,7 +60,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
 
     name = SINK
     settings_class: ClassVar = RedisSettings
-    max_events = 16_000  # in a backlog: per content and call most of the cost, 0.9 µs of Redis an event instead of 3.2
+    max_events = 32_000  # in a backlog: a content costs most, and once a write
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
     def __init__(self, settings: RedisSettings, contract: Contract, *, clock: Callable[[], float] = time.time) -> None:

@@ -33,7 +33,7 @@ from sinks.redis.keys import (
 )
 
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0  # with the 5 s of a bucket within the 10 s that are promised
-PAUSE_FACTOR = 8  # a pass that took long is followed by a pause that is so much longer
+PAUSE_FACTOR = 30  # a pass that took long is followed by a pause that is so much longer: 3 % of the reader's loop
 SLICE = 500  # contents a call of `window.lua`: 1 ms of Redis at most
 READ_BYTES = 12 * 20_000  # of a log at a time: 3 ms of the reader's loop
 SHOWN_BYTES = READ_BYTES  # of logs are summed up for their buckets in a pass, or one that is larger

@@ -27,8 +27,10 @@ from replicator.contracts.settings import load
 from sinks.redis.errors import sink_error
 from sinks.redis.info import Info, findings
 from sinks.redis.keys import (
+    CALL_CONTENTS,
+    CALL_EVENTS,
     CALL_KEYS,
-    CALL_KEYS_MAX,
+    FEW_CONTENTS,
     Write,
     bucket_of,
     kept_buckets,
@@ -99,16 +101,21 @@ def counts(write: Write) -> list[str]:
 
 
 def test_a_call_is_bounded_by_contents() -> None:
-    """As many events as there are of a few contents; of many contents, so many at a time, none left out or twice."""
-    [few] = pack([event(number, int(NOW * 1e6), key=number % 7) for number in range(16_000)], NOW)
-    assert 7 == len(counts(few))
-    many = list(pack([event(number, int(NOW * 1e6), key=number) for number in range(16_000)], NOW))
-    assert all(len(counts(write)) <= CALL_KEYS for write in many)
-    [one] = pack([event(number, int(NOW * 1e6), key=number // 2) for number in range(1_800)], NOW)
-    assert 900 == len(counts(one)), "events that repeat contents are one call"
-    some = [event(number, int(NOW * 1e6), key=number // 2) for number in range(16_000)]
-    assert all(CALL_KEYS < len(counts(write)) <= CALL_KEYS_MAX for write in list(pack(some, NOW))[:-1])
-    assert [f"content:count:{number}" for number in range(16_000)] == [key for write in many for key in counts(write)]
+    """And by events; none is left out or comes twice. Of many contents, each comes in one call."""
+    time_us = int(NOW * 1e6)
+    for contents, most, calls in (
+        (7, 7, 2),
+        (1_000, 1_000, 2),
+        (5_000, CALL_CONTENTS, 10),
+        (32_000, CALL_CONTENTS, 64),
+    ):
+        events = [event(number, time_us, key=number % contents) for number in range(2 * CALL_EVENTS)]
+        writes = list(pack(events, NOW))
+        assert calls == len(writes)
+        assert all(len(counts(write)) <= most for write in writes)
+        found = [key for write in writes for key in counts(write)]
+        assert {f"content:count:{key}" for key in range(contents)} == {*found}
+        assert len(found) == (contents if contents > FEW_CONTENTS else calls * contents)
 
 
 def test_a_call_is_bounded_by_pages() -> None:
