@@ -244,11 +244,19 @@ class RedisClient:
 
     async def highest(self, key: str, most: int) -> list[tuple[int, int]]:
         """The members of a sorted set that have the highest scores, the highest first; both are whole numbers."""
+        # With `desc` redis-py sends ZREVRANGE, which is a right more.
+        return (await self.members(key, -most, most))[::-1]
+
+    async def members(self, key: str, start: int, most: int) -> list[tuple[int, int]]:
+        """Members of a sorted set from that place on, and their scores; all are whole numbers."""
         async with self._translated():
-            # With `desc` redis-py sends ZREVRANGE, which is a right more.
-            found = await self._redis.zrange(self._prefix + key, -most, -1, withscores=True)
-        pairs = cast("list[tuple[bytes, float]]", found)
-        return [(int(member), int(score)) for member, score in reversed(pairs)]
+            found = await self._redis.zrange(self._prefix + key, start, start + most - 1, withscores=True)
+            return [(int(member), int(score)) for member, score in cast("list[tuple[bytes, float]]", found)]
+
+    async def begin(self, key: str, value: bytes, seconds: int) -> None:
+        """Set a value for so long, unless there is one."""
+        async with self._translated():
+            await self._redis.set(self._prefix + key, value, nx=True, ex=seconds)
 
     async def part(self, key: str, start: int, size: int) -> bytes:
         """So many bytes of a string from there on; fewer at its end."""

@@ -15,7 +15,7 @@ from replicator.contracts.events import Event, Refusal
 
 WINDOW = "top:content:10m"
 WINDOW_STATE = "top:content:window"
-"""The word of who keeps the window. Without it the window is built from the logs of its buckets."""
+"""The word of who keeps the window. Without it, whoever comes first does."""
 BUILDING = "top:content:building"
 """The window while it is built."""
 
@@ -49,6 +49,7 @@ BUCKET_SECONDS = 5  # the window is at most this much too short, half of the 10 
 WINDOW_SECONDS = 600
 WINDOW_SPAN_SECONDS = WINDOW_SECONDS - BUCKET_SECONDS  # from its oldest bucket to its newest
 WINDOW_EXPIRY_SECONDS = 120  # two minutes after the last slide it is gone rather than stale
+KEEPER_EXPIRY_SECONDS = 30  # who keeps it calls every few seconds; another one that is open takes over from the dead
 BUCKET_EXPIRY_SECONDS = 900  # from the bucket's start: 5 minutes more than the window needs it
 LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
@@ -105,6 +106,14 @@ def bucket_key(bucket: int) -> str:
 def log_key(bucket: int) -> str:
     """What was counted in a bucket, in the order of the calls that did."""
     return f"top:content:log:{bucket}"
+
+
+LOGGED_BYTES = 12
+
+
+def pack_logged(content: int, n: int) -> bytes:
+    """So many more events of a content, as `lua/write.lua` logs them."""
+    return struct.pack("<qI", content, n)
 
 
 def logged(data: bytes) -> Iterator[tuple[int, int]]:
@@ -242,8 +251,13 @@ def window_buckets(now: float) -> range:
     return range(newest - WINDOW_SPAN_SECONDS, newest + 1, BUCKET_SECONDS)
 
 
+def sizes_call(buckets: Sequence[int]) -> Call:
+    """For `lua/sizes.lua`."""
+    return Call([*map(log_key, buckets), *map(bucket_key, buckets)], [])
+
+
 def window_call(
     word: str, action: str, *args: int | str, target: str = WINDOW, keep: int = WINDOW_EXPIRY_SECONDS
 ) -> Call:
     """For `lua/window.lua`; the target is kept so many seconds."""
-    return Call([WINDOW_STATE, WINDOW, BUILDING, target], [word, WINDOW_EXPIRY_SECONDS, keep, action, *args])
+    return Call([WINDOW_STATE, WINDOW, BUILDING, target], [word, KEEPER_EXPIRY_SECONDS, keep, action, *args])

@@ -119,10 +119,10 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         for part in pack(kept, self._clock()):
             [new] = await self._redis.run(self._script, part.call, returns=1)
             self.new_events += new
-            if self._keeps_window:
-                self.window.written(part.buckets)
-                if self.window.failure:
-                    await self.window.slide()
+            if self._keeps_window and part.buckets:
+                self.window.written()
+            if self._keeps_window and self.window.failure:
+                await self.window.slide()
         return refused
 
     def look(self) -> None:
@@ -218,6 +218,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         else:
             self._lost = None
             if before and not changed and found.run not in self._runs:  # behind some proxies several answer in turn
+                self.window.forget()
                 cure = command("reconcile --start ... --end ... --repair")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word

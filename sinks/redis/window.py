@@ -11,14 +11,16 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, islice, starmap
+from typing import cast
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
 from sinks.redis.client import SINK, RedisClient, Script, script
 from sinks.redis.keys import (
     BUILDING,
+    LOGGED_BYTES,
     WINDOW,
     WINDOW_EXPIRY_SECONDS,
     Call,
@@ -28,6 +30,8 @@ from sinks.redis.keys import (
     kept_buckets,
     log_key,
     logged,
+    pack_logged,
+    sizes_call,
     window_buckets,
     window_call,
 )
@@ -35,11 +39,12 @@ from sinks.redis.keys import (
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0  # with the 5 s of a bucket within the 10 s that are promised
 PAUSE_FACTOR = 30  # a pass that took long is followed by a pause that is so much longer: 3 % of the reader's loop
 SLICE = 500  # contents a call of `window.lua`: 1 ms of Redis at most
-READ_BYTES = 12 * 20_000  # of a log at a time: 3 ms of the reader's loop
+MEMBERS = 5_000  # of a bucket at a time: 2 ms of Redis, and a tenth of the largest answer
+READ_BYTES = LOGGED_BYTES * 20_000  # of a log at a time: 3 ms of the reader's loop
 SHOWN_BYTES = READ_BYTES  # of logs are summed up for their buckets in a pass, or one that is larger
 GROWING_PASSES_MAX = 20  # so many passes wait for a log that is larger, and grows
 ATTEMPTS = 3
-RIVAL = "another replicator keeps the window as well, or its keys are deleted again and again"
+DELETED = "the keys of the window are deleted again and again"
 
 _log = logging.getLogger(__name__)
 
@@ -48,15 +53,11 @@ class _Outdated(Exception):
     """The window or its logs are not what we left."""
 
 
-def _word() -> str:
-    return secrets.token_hex(8)
-
-
 class _Sums:
     """What the window holds, as we know it; some 100 bytes a content."""
 
-    def __init__(self) -> None:
-        self.word = _word()
+    def __init__(self, word: str) -> None:
+        self.word = word
         """Redis has it from our last call. A new one with each pass shows when Redis has gone back in time."""
         self.target = BUILDING
         self.totals: dict[int, int] = {}
@@ -83,10 +84,11 @@ class Window:
         self._script = script("window")
         self._sizes = script("sizes")
         self._task: asyncio.Task[None] | None = None
-        self._sums: _Sums | None = None
+        self._keeper = secrets.token_hex(8)
+        self._takes_over = True
+        self._sums: _Sums | None = None  # None: the window is not ours, or not what we left
         self._shown: dict[int, int] = {}  # how many bytes of its log a bucket's sorted set has
         self._growing: dict[int, tuple[int, int]] = {}  # the size of a large log, and for how many passes it has grown
-        self._ahead: dict[int, int] = {}  # buckets written to before they begin, and how often
         self._lock = asyncio.Lock()
         self._written = asyncio.Event()
         self._pause_seconds = 0.0
@@ -106,17 +108,19 @@ class Window:
 
     def probes(self) -> list[tuple[Script, Call]]:
         """Calls to every command of the window's scripts."""
-        word, log = _word(), log_key(bucket_of(self._clock()))
+        word = self._word()
         ranking = window_call(word, "ZADD", 1, 1, target=BUILDING)
-        calls = [window_call(word, "begin"), ranking, window_call(word, "show"), window_call(word, "ZREM", 1), ranking]
-        return [(self._sizes, Call([log], [])), *((self._script, call) for call in calls)]
+        calls = [window_call(word, "begin", ""), ranking, window_call(word, "show")]
+        calls += [window_call(word, "ZREM", 1), ranking]
+        return [(self._sizes, sizes_call([bucket_of(self._clock())])), *((self._script, call) for call in calls)]
 
-    def written(self, buckets: Iterable[int]) -> None:
-        """There are new events in these."""
-        for bucket in buckets:
-            if bucket > bucket_of(self._clock()):
-                self._ahead[bucket] = self._ahead.get(bucket, 0) + 1
+    def written(self) -> None:
+        """There are new events in its buckets."""
         self._written.set()
+
+    def forget(self) -> None:
+        """Redis may have gone back in time: build the window again."""
+        self._sums = None
 
     def keep(self, after_slide: Callable[[], Awaitable[None]], turned_away: Callable[[], Awaitable[None]]) -> None:
         """Slide from now on, and call `after_slide` once a second, `turned_away` when Redis refuses us."""
@@ -129,6 +133,7 @@ class Window:
 
     async def stop(self) -> None:
         """Slide no more: the window expires. Raises what ended the task before."""
+        self._takes_over = True
         task, self._task = self._task, None
         if task is None:
             return
@@ -182,23 +187,45 @@ class Window:
             except BaseException:  # a call may still arrive, long after its caller has given it up
                 self._sums = None
                 raise
-        raise SinkUnavailable(sink=SINK, detail=RIVAL)
+        raise SinkUnavailable(sink=SINK, detail=DELETED)
 
     async def _pass(self) -> None:
-        if self._sums is None:
-            self._sums, self._shown = _Sums(), {}
-            await self._run(window_call(self._sums.word, "begin", target=BUILDING))
-        sums, now, ahead = self._sums, self._clock(), dict(self._ahead)
-        buckets = [*{**dict.fromkeys(kept_buckets(now)), **ahead}]
-        keys = [log_key(bucket) for bucket in buckets]
-        sizes = dict(zip(buckets, await self._redis.run(self._sizes, Call(keys, []), returns=len(keys)), strict=True))
+        if not await self._is_ours():
+            return
+        sums, now = cast("_Sums", self._sums), self._clock()
+        buckets = kept_buckets(now)
+        found = await self._redis.run(self._sizes, sizes_call(buckets), returns=2 * len(buckets))
+        sizes = dict(zip(buckets, found[: len(buckets)], strict=True))
+        for bucket, members in zip(buckets, found[len(buckets) :], strict=True):
+            if members and not sizes[bucket]:
+                sizes[bucket] = await self._log_bucket(bucket, now)
         current = window_buckets(now)
         await self._sum_up(sums, {bucket: size for bucket, size in sizes.items() if bucket in current})
         await self._rank(sums)
         await self._show_buckets(sums.word, sizes, now)
-        for bucket, times in ahead.items():
-            if self._shown.get(bucket, 0) == sizes[bucket] and self._ahead[bucket] == times:
-                del self._ahead[bucket]
+
+    async def _is_ours(self) -> bool:
+        """Whether we keep the window: others do not take it from us while we live, save one that was just opened.
+
+        Of two that took it from each other, neither would ever finish to build it. Whoever keeps it ranks all events.
+        """
+        if self._sums is None:
+            word = self._word()
+            keeper = "" if self._takes_over else self._keeper
+            call = window_call(word, "begin", keeper, target=BUILDING)
+            if await self._redis.run(self._script, call, returns=1) != [1]:
+                return False
+            self._takes_over = False
+            self._sums, self._shown = _Sums(word), {}
+        return True
+
+    async def _log_bucket(self, bucket: int, now: float) -> int:
+        """Make a bucket's log from its sorted set: releases that logged nothing left only that. Returns its size."""
+        log = b""
+        while found := await self._redis.members(bucket_key(bucket), len(log) // LOGGED_BYTES, MEMBERS):
+            log += b"".join(starmap(pack_logged, found))
+        await self._redis.begin(log_key(bucket), log, bucket_expiry_seconds(bucket, now))
+        return len(log)
 
     async def _sum_up(self, sums: _Sums, sizes: Mapping[int, int]) -> None:
         """Add what the logs of the window's buckets have more, and take out the buckets that have left."""
@@ -226,7 +253,7 @@ class Window:
         if sums.target == BUILDING:
             await self._run(window_call(sums.word, "show"))
             sums.target = WINDOW
-        word = _word()
+        word = self._word()
         await self._run(window_call(sums.word, "stay", len(sums.totals), word))
         sums.word = word
 
@@ -276,6 +303,9 @@ class Window:
                 raise _Outdated
             yield data
             start += size
+
+    def _word(self) -> str:
+        return self._keeper + secrets.token_hex(8)
 
     async def _run(self, call: Call) -> None:
         if await self._redis.run(self._script, call, returns=1) != [1]:

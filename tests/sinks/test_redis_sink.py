@@ -478,15 +478,86 @@ async def test_a_redis_that_went_back_in_time(server: Server) -> None:
 
 
 async def test_two_that_keep_the_window(server: Server) -> None:
-    """A replicator that hung while another took over: neither breaks the other's window, whoever is faster."""
+    """A replicator that hung while another took over: it leaves the window to the other one while that lives."""
     clock = Clock()
     async with unopened(server.service.url, clock) as one, unopened(server.service.url, clock) as other:
-        for number in range(1, 8):
+        await one.write([event(1)])
+        await one.window.slide()
+        await other.window.slide()
+        for number in range(2, 8):
             await one.write([event(number)])
             await one.window.slide()
-            assert {1: number} == server.window()
+            assert {1: number - 1} == server.window()
             await other.window.slide()
             assert {1: number} == server.window()
+        await one.write([event(8)])
+        server.client.delete("top:content:window")  # it expires without the other one
+        await one.window.slide()
+        assert {1: 8} == server.window()
+
+
+async def test_one_that_builds_a_large_window_is_not_disturbed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one before it, which still runs and still writes."""
+    clock = Clock()
+    async with unopened(server.service.url, clock) as one, unopened(server.service.url, clock) as other:
+        await one.write([event(number, key=number) for number in range(SLICE * 3)])
+        await one.window.slide()
+        run = other._redis.run  # noqa: SLF001  between the window and Redis
+
+        async def beside(script: Script, call: Call, returns: int = 0) -> list[int]:
+            answer = await run(script, call, returns)
+            await one.window.slide()
+            return answer
+
+        monkeypatch.setattr(other._redis, "run", beside)  # noqa: SLF001
+        await other.window.slide()
+        assert not one.window.failure
+        assert server.window() == dict.fromkeys(range(SLICE * 3), 1)
+
+
+async def test_buckets_of_a_release_without_logs(server: Server, random_source: random.Random) -> None:
+    """They stay in the window, and what comes to them is added, also to those whose time has not come."""
+    clock = Clock()
+    scores = {key: random_source.randrange(1, 2**31) for key in (1, -3, 2**63 - 1, *range(10, 6_000))}
+    ahead = int(NOON) + 30
+    server.client.zadd(f"top:content:bucket:{int(NOON) - 60}", scores)
+    server.client.zadd(f"top:content:bucket:{ahead}", {1: 5})
+    server.client.set("top:content:window", str(int(NOON)))
+    async with unopened(server.service.url, clock) as sink:
+        await sink.window.slide()
+        assert scores == server.window()
+        await sink.write([event(1, at=NOON - 60)])
+        await sink.window.slide()
+        scores[1] += 1
+        assert scores == server.window()
+        clock.now = ahead
+        await sink.window.slide()
+        scores[1] += 5
+        assert scores == server.window()
+        assert 0 < server.client.ttl(f"top:content:log:{ahead}") <= 900
+        clock.now = NOON + 545
+        await sink.window.slide()
+        assert {1: 5} == server.window()
+
+
+async def test_a_redis_that_was_restarted_within_a_pass(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lost a log's end, and the log grew again: the window is built anew once the restart is seen."""
+    async with unopened(server.service.url, Clock()) as sink:
+        await sink._notice_loss()  # noqa: SLF001  once a second else
+        await sink.write([event(1, key=1)])
+        await sink.window.slide()
+        server.client.delete(f"top:content:log:{int(NOON)}", f"top:content:bucket:{int(NOON)}")
+        await sink.write([event(2, key=2)])
+        await sink.window.slide()
+        assert {1: 1} == server.window()
+
+        async def info(_section: str) -> dict[str, str]:
+            return {"run_id": "another"}
+
+        monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
+        await sink._notice_loss()  # noqa: SLF001  as above
+        await sink.window.slide()
+        assert {2: 1} == server.window()
 
 
 async def test_a_window_that_is_deleted_again_and_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
