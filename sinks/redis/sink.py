@@ -210,6 +210,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         before = self._generation
         found = await self._redis.generation(LOST if before or self._resumes else "")
         changed = bool(before) and before != found.word
+        if restarted := bool(before) and found.run not in self._runs:  # behind some proxies several answer in turn
+            self.window.forget()
         lost = found.state == LOST or (found.state == FILLING and (changed or self._resumes))
         if lost or (changed and found.state != WHOLE):
             if found.state != LOST:
@@ -217,8 +219,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             self._lost = lost_error(SINK, self._redis.address)
         else:
             self._lost = None
-            if before and not changed and found.run not in self._runs:  # behind some proxies several answer in turn
-                self.window.forget()
+            if restarted and not changed:
                 cure = command("reconcile --start ... --end ... --repair")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word

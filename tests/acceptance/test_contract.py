@@ -92,6 +92,7 @@ def _assert_in_redis(destinations: Destinations, json: str) -> None:
     redis = destinations.redis
     assert json == redis.get("content:last:1")
     assert "1" == redis.get("content:count:1")
+    wait_until(lambda: bool(redis.keys("top:content:bucket:*")), "the window and its bucket")
     assert [("1", 1.0)] == redis.zrevrange("top:content:10m", 0, 10, withscores=True)
     [bucket] = redis.keys("top:content:bucket:*")
     assert [("1", 1.0)] == redis.zrange(bucket, 0, -1, withscores=True)

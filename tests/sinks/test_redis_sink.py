@@ -494,6 +494,10 @@ async def test_two_that_keep_the_window(server: Server) -> None:
         server.client.delete("top:content:window")  # it expires without the other one
         await one.window.slide()
         assert {1: 8} == server.window()
+        server.client.set("top:content:window", str(int(NOON)))  # an older release leaves nothing to anybody
+        await one.write([event(9)])
+        await one.window.slide()
+        assert {1: 9} == server.window()
 
 
 async def test_one_that_builds_a_large_window_is_not_disturbed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

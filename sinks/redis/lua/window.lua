@@ -16,7 +16,7 @@ local WORD, KEEP_STATE, KEEP, ACTION = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 -- Another program's key is an error before anything has changed.
 local state, size, built = redis.call('GET', STATE), redis.call('ZCARD', WINDOW), redis.call('ZCARD', BUILDING)
 if ACTION == 'begin' then
-  if state and string.sub(state, 1, #ARGV[5]) ~= ARGV[5] then
+  if state and #state == #WORD and string.sub(state, 1, #ARGV[5]) ~= ARGV[5] then -- another length: an older release
     return {0}
   end
   redis.call('UNLINK', BUILDING)
