@@ -15,7 +15,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeAlias, TypeVar
 
@@ -58,8 +58,6 @@ WITNESSES = 10
 """So many of the first events, and of the last inserts'."""
 REMEMBERED_SECONDS = 3600.0
 """Newer than any partition that is dropped because of its age, and a rare write to the checkpoint database."""
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001  UTC, and printed without its zone
 COPIES = 100
 """Of one event, the most that are looked at."""
@@ -208,8 +206,11 @@ class Witnesses:
         self._remembered_at = -math.inf  # time.monotonic()
 
     def recall(self, memory: str) -> None:
-        """What an earlier run knew."""
-        kept = msgspec.json.decode(memory, type=_Memory)
+        """What an earlier run knew; of another release's words, nothing."""
+        try:
+            kept = msgspec.json.decode(memory, type=_Memory)
+        except msgspec.MsgspecError:
+            return
         self.gone, self.memory, self._first = kept.gone, memory, kept.keys[:WITNESSES]
         self._last.extend(kept.keys[WITNESSES:])
 

@@ -722,6 +722,13 @@ class TestEmptied:
             again.look()
             assert still != again.remember()
 
+    @pytest.mark.parametrize("memory", ["", "another release's", '{"gone": 1}', "[]"])
+    async def test_what_it_does_not_understand_it_does_not_recall(self, sink: ClickHouseSink, memory: str) -> None:
+        """It then knows what the table holds now."""
+        sink.recall(memory)
+        await sink.open()
+        sink.look()
+
     async def test_a_paused_sink_is_not_asked(self, clickhouse: ClickHouse, sink: ClickHouseSink) -> None:
         """What is known to be lost is told all the same."""
         await sink.write(events(1, 50))
