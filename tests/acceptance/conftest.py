@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.program import Program
+
+UNCODED = re.compile(
+    r"^\S+Z (?:WARNING|ERROR   |CRITICAL) (?:replicator|enrichment|sinks|checkpoint_store)[.:].*", re.MULTILINE
+)
+"""A warning or an error of ours that says no code."""
 
 
 @pytest.fixture
@@ -18,6 +24,7 @@ def program(environment: dict[str, str], database: str, tmp_path: Path) -> Itera
     yield program
     program.end()
     print(program.log)  # noqa: T201  pytest shows it when the test has failed
+    assert [] == UNCODED.findall(program.log), "each has a code, by which a person finds it in docs/reference/faults.md"
 
 
 @pytest.fixture

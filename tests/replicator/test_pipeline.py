@@ -603,10 +603,26 @@ async def test_a_last_save_that_gets_no_answer_does_not_hold_up_the_end(monkeypa
         world.commit(10)
         await asyncio.to_thread(asked.wait)
         world.pipeline.stop()
-        with pytest.raises(CheckpointUnavailable, match=r"no answer for 0 s"):
+        with pytest.raises(CheckpointUnavailable, match=r"no answer for 1 s"):
             await running
         answer.set()
     assert {START} >= {*world.told("confirm")}
+
+
+async def test_a_slow_last_save_has_the_time_that_the_drain_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no failure of the database, and within the time that a stop may take."""
+    monkeypatch.setattr(pipelines, "LAST_SAVE_SECONDS", 0.0)
+    world, save = World("one"), FakeStore.save
+
+    def slowly(store: FakeStore, checkpoint: Checkpoint, changes: object = ()) -> None:
+        time.sleep(0.1)
+        save(store, checkpoint, changes)
+
+    monkeypatch.setattr(FakeStore, "save", slowly)
+    async with world.running():
+        world.commit(10)
+        await world.until(lambda: [10] in world.told("write one"))
+    assert 11 in world.told("confirm")
 
 
 # -- the tables ----------------------------------------------------------------------------------------------------
