@@ -37,6 +37,7 @@ class Pauses:
         self._watchdog = watchdog
         self._slot, self._sinks = settings.slot, settings.sinks
         self._store = store
+        self._pausing = asyncio.Lock()
 
     @property
     def _pipeline(self) -> Pipeline:
@@ -66,10 +67,11 @@ class Pauses:
         return self._pipeline.pauses.keys() | kept.keys()
 
     async def _pause(self, request: Request) -> Answer:
-        if not set(self._sinks) - await self._paused() - {request.sink}:
-            return _refused(ONLY)
         pause = pause_of(request)
-        await self._pipeline.pause(request.sink, pause)
+        async with self._pausing:  # of two that come at once the second sees the first
+            if not set(self._sinks) - await self._paused() - {request.sink}:
+                return _refused(ONLY)
+            await self._pipeline.pause(request.sink, pause)
         at = next((lane.reached for lane in self._pipeline.fan_out.every if lane.name == request.sink), None)
         lines = [pause.describe(request.sink, at), *_forecast(self._watchdog.status(), pause)]
         return Answer(done=True, lines=lines)

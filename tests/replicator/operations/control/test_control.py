@@ -143,6 +143,7 @@ class FakePipeline:
         """Keep it."""
         if self.full:
             raise CheckpointUnavailable(detail="the disk is full")
+        await asyncio.sleep(0.05)  # it is kept on disk
         self.pauses[sink] = pause
 
     async def resume(self, sink: str) -> None:
@@ -198,6 +199,14 @@ async def test_one_that_has_lost_the_slot_does_nothing(deed: Deed) -> None:
     assert not answer.done
     assert "this replicator no longer reads: slot s is held by process 7" == answer.lines[0]
     assert {} == watchdog.pipeline.pauses
+
+
+async def test_two_pauses_at_once_leave_one_sink() -> None:
+    """Each looks at the sinks only when the other is done."""
+    made, watchdog = pauses()
+    asked = (made.act(Request(do="pause", sink=sink)) for sink in ("redis", "http"))
+    assert [True, False] == [answer.done for answer in await asyncio.gather(*asked)]
+    assert ["redis"] == [*watchdog.pipeline.pauses]
 
 
 async def test_what_is_on_disk_counts_before_the_pipeline_has_read_it() -> None:
