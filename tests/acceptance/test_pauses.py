@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 import statistics
 import threading
@@ -212,3 +213,21 @@ def test_a_resumed_sink_gets_what_the_others_got(
     quick.wait_until_caught_up()
     assert destinations.clickhouse() == sorted(destinations.api(), key=lambda event: event["event_id"])
     assert 0 == quick.stop()
+
+
+def test_another_cluster_s_replicator_is_left_alone(quick: Program, source: psycopg.Connection, tmp_path: Path) -> None:
+    """It has the same slot name and the same directory for its socket: nothing is paused there."""
+    quick.environment["RUNTIME_DIRECTORY"] = str(tmp_path)
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    other = tmp_path / "other.db"
+    with sqlite3.connect(tmp_path / "checkpoint.db") as mine, sqlite3.connect(other) as theirs:
+        mine.backup(theirs)
+        theirs.execute("UPDATE replicator_checkpoints SET system_identifier = '7'")
+    for command in ("pause http", "resume http", "retry http", "tail"):
+        refused = quick.run(*command.split(), checkpoint_url=f"sqlite:///{other}")
+        assert 1 == refused.code
+        assert "and these settings mean that of 7\nGive each replicator its own RUNTIME_DIRECTORY" in refused.stdout
+    assert "ready\n" == quick.admin("/readyz")
+    assert "is paused until" in succeed(quick.run("pause", "http"))

@@ -48,12 +48,14 @@ async def retry(sink: SinkName) -> int:
 
 async def _tell(do: Deed, sink: str, seconds: float | None = None) -> int:
     from replicator.operations.control.address import Request, socket_path
-    from replicator.operations.control.client import ask
+    from replicator.operations.control.client import ask, cluster
     from replicator.operations.control.pauses import act_alone
 
     app = load_app()
-    request = Request(do=do, sink=one_sink(sink, app.settings.sinks, "SINK"), seconds=seconds)
+    name = one_sink(sink, app.settings.sinks, "SINK")
     async with app.closing():
+        system = await cluster(app.source(), app.store, app.settings.slot)
+        request = Request(do=do, sink=name, seconds=seconds, system_identifier=system)
         path = socket_path(app.settings, app.store)
         answer = await ask(path, request) or await act_alone(request, app.settings, app.store, path)
     print("\n".join(answer.lines))

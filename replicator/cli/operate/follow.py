@@ -84,7 +84,7 @@ async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False
     --sink they come from the slot, before any sink has them.
     """
     from replicator.operations.control.address import Answer, Request, socket_path
-    from replicator.operations.control.client import watch
+    from replicator.operations.control.client import cluster, watch
 
     app = load_app()
     name = one_sink(sink, app.settings.sinks) if sink else ""
@@ -92,7 +92,8 @@ async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False
     async with app.closing():
         path = socket_path(app.settings, app.store)
         try:
-            async with aclosing(watch(path, Request(do="tail", sink=name))) as lines:
+            system = await cluster(app.source(), app.store, app.settings.slot)
+            async with aclosing(watch(path, Request(do="tail", sink=name, system_identifier=system))) as lines:
                 async for line in lines:
                     if isinstance(line, Answer):
                         print("\n".join(line.lines))

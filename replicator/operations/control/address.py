@@ -26,6 +26,8 @@ class Request(Struct, frozen=True, kw_only=True):
     """Empty for a `tail` of what comes from the slot."""
     seconds: float | None = None
     """How long it is paused; None: until somebody resumes it."""
+    system_identifier: str = ""
+    """Of the PostgreSQL cluster that is meant; empty: that is not known."""
 
 
 class Answer(Struct, frozen=True, kw_only=True, tag="answer"):

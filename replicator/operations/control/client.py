@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
-from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.errors import CheckpointAbsent, CheckpointError, ReplicatorError
+from replicator.contracts.stores import CheckpointStore
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
 from replicator.operations.follow.tail import Seen
+from replicator.source.stream import Source
 
 _decode = msgspec.json.Decoder(Seen | Answer).decode
 
@@ -50,6 +53,24 @@ async def watch(path: Path, request: Request) -> AsyncGenerator[Seen | Answer, N
         raise ReplicatorError(f"the replicator at {path} has ended the view ({type(exc).__name__})") from exc
     finally:
         writer.close()
+
+
+async def cluster(source: Source, store: CheckpointStore, slot: str) -> str:
+    """The system identifier of the cluster that the settings mean: by the checkpoint, for PostgreSQL may be away.
+
+    Empty: the checkpoint database does not say. Raises SourceError where there is no checkpoint yet.
+    """
+    try:
+        stored = await asyncio.to_thread(store.load, slot)
+    except CheckpointAbsent:
+        stored = None
+    except CheckpointError:
+        return ""
+    if stored:
+        return stored.system_identifier
+    with closing(source):
+        identity, _ = await source.connect()
+    return identity.system_identifier
 
 
 async def ask(path: Path, request: Request) -> Answer | None:

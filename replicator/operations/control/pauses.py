@@ -22,6 +22,7 @@ from replicator.source import slot as slots
 from replicator.source.takeover import keep_pause, pauses
 
 WHERE = "Run the command where that one runs. If it is this machine, stop the replicator that waits first"
+APART = "Give each replicator its own RUNTIME_DIRECTORY, for `run` and for this command, or another REPLICATOR_SLOT"
 ONLY = "no other sink would get anything. Stop the replicator instead: PostgreSQL keeps the WAL until it runs again"
 
 
@@ -45,6 +46,8 @@ class Pauses:
 
     async def act(self, request: Request) -> Answer:
         """Do it. Raises CheckpointError: then nothing was done."""
+        if other := await self._other_cluster(request.system_identifier):
+            return _refused(other, APART)
         if standby := self._watchdog.standby:
             return _refused(f"this replicator is the standby, {standby}", WHERE)
         if self._pipeline.trouble.standby:  # it has read, and another one has taken the slot from it
@@ -55,6 +58,18 @@ class Pauses:
             return _refused(f"the running replicator has no sink {request.sink}, only {', '.join(self._sinks)}")
         deeds = {"pause": self._pause, "resume": self._resume, "retry": self._retry}
         return await deeds[request.do](request)
+
+    async def _other_cluster(self, meant: str) -> str:
+        """That the command means another replicator; else empty."""
+        stored = self._pipeline.checkpoint
+        if meant and stored is None:
+            stored = await asyncio.to_thread(self._store.load, self._slot)
+        if not meant or stored is None or meant == stored.system_identifier:
+            return ""
+        return (
+            f"the replicator that listens here reads slot {self._slot} of the PostgreSQL cluster"
+            f" {stored.system_identifier}, and these settings mean that of {meant}"
+        )
 
     def _tail(self, request: Request) -> Answer:
         if request.sink in self._pipeline.pauses:

@@ -20,8 +20,10 @@ from replicator.contracts.errors import CheckpointError
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
 from replicator.operations.follow.tail import Seen
 
-CONNECTIONS = 16
+COMMANDS = 16
 """Served at once: more than an operator has terminals."""
+VIEWS = 16
+"""Of `tail`, beside them: whoever looks on must not keep a pause out."""
 REQUEST_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 """How often a standby looks whether the socket is free."""
@@ -45,7 +47,7 @@ class Control:
         self._path = path
         self._act = act
         self._show = show
-        self._served = 0
+        self._served = self._views = 0
 
     async def run(self) -> None:
         """Serve until cancelled. Without a socket the replicator works as well, and the log says so once."""
@@ -83,10 +85,9 @@ class Control:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._served += 1
         try:
-            if self._served <= CONNECTIONS:
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    line = await reader.readuntil(b"\n")
-                await self._answer(line, writer)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                line = await reader.readuntil(b"\n")
+            await self._answer(line, writer)
         except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.CancelledError):  # gone, nonsense, or the end
             pass
         finally:
@@ -94,6 +95,9 @@ class Control:
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        if self._served - self._views > COMMANDS:
+            await _write(writer, _busy(f"{COMMANDS} other commands are being served", "Try again in a minute"))
+            return
         try:
             request = msgspec.json.decode(line, type=Request)
             answer = await self._act(request)
@@ -103,10 +107,25 @@ class Control:
             answer = Answer(done=False, lines=[str(exc), "nothing was changed"])
         else:
             if answer.done and request.do == "tail":
-                async with aclosing(self._show(request.sink)) as seen:
-                    async for one in seen:  # an empty one, too: writing it shows whether anybody is there
-                        await _write(writer, one)
+                answer = await self._view(request, writer)
         await _write(writer, answer)
+
+    async def _view(self, request: Request, writer: asyncio.StreamWriter) -> Answer:
+        """Show what goes through until nobody looks any more."""
+        if self._views >= VIEWS:
+            return _busy(f"{VIEWS} others look on with `tail`", "End one of them")
+        self._views += 1
+        try:
+            async with aclosing(self._show(request.sink)) as seen:
+                async for one in seen:  # an empty one, too: writing it shows whether anybody is there
+                    await _write(writer, one)
+        finally:
+            self._views -= 1
+        return Answer(done=True, lines=[])
+
+
+def _busy(why: str, cure: str) -> Answer:
+    return Answer(done=False, lines=[f"the replicator does nothing for this command: {why}. {cure}"])
 
 
 async def _write(writer: asyncio.StreamWriter, message: Answer | Seen) -> None:

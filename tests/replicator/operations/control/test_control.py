@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
-from replicator.contracts.events import Pause
+from replicator.contracts.events import Checkpoint, Pause
 from replicator.delivery.retry import cancel
 from replicator.operations.control import server
 from replicator.operations.control.address import Answer, Deed, Request
-from replicator.operations.control.client import ask
+from replicator.operations.control.client import ask, watch
 from replicator.operations.control.pauses import Pauses
 from replicator.operations.control.server import Control
+from replicator.operations.follow.tail import Seen
 from replicator.operations.status import CheckpointStatus, SlotStatus, Status, WalStatus
 
 if TYPE_CHECKING:
     from replicator.contracts.stores import CheckpointStore
 
 PAUSE = Request(do="pause", sink="http")
+CHECKPOINT = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=1, sinks={})
 
 
 async def name_it(request: Request) -> Answer:
@@ -129,6 +131,49 @@ async def test_nonsense_ends_nothing(tmp_path: Path, sent: bytes) -> None:
         assert await ask(path, PAUSE)
 
 
+async def test_whoever_looks_on_keeps_nobody_out(tmp_path: Path) -> None:
+    """However many views there are, a pause gets through; a view too many is told why it gets nothing."""
+    path = tmp_path / "s.sock"
+    many = [Request(do="tail", sink="http")] * (server.VIEWS + 1)
+
+    async def show(_: str) -> AsyncGenerator[Seen, None]:
+        while True:
+            yield Seen(skipped=1)
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(Control(path, name_it, show).run())
+    await answered(path)
+    views = [watch(path, request) for request in many]
+    first = [await anext(view) for view in views]
+    assert [Seen(skipped=1)] * server.VIEWS == first[:-1]
+    assert isinstance(first[-1], Answer)
+    assert "look on with `tail`. End one of them" in first[-1].lines[0]
+    assert await ask(path, PAUSE)
+    await asyncio.gather(*(view.aclose() for view in views))
+    await cancel([task])
+
+
+async def test_a_command_too_many_is_told_so(tmp_path: Path) -> None:
+    """All those before it hang."""
+    path, gate = tmp_path / "s.sock", asyncio.Event()
+
+    async def act(request: Request) -> Answer:
+        await gate.wait()
+        return Answer(done=True, lines=[request.sink])
+
+    task = asyncio.create_task(Control(path, act).run())
+    while not path.exists():  # noqa: ASYNC110  a file
+        await asyncio.sleep(0.005)
+    asked = [asyncio.create_task(ask(path, PAUSE)) for _ in range(server.COMMANDS + 1)]
+    [refused], waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    answer = refused.result()
+    assert answer
+    assert "other commands are being served. Try again" in answer.lines[0]
+    gate.set()
+    assert {True} == {answer.done for answer in await asyncio.gather(*waiting) if answer}
+    await cancel([task])
+
+
 class FakePipeline:
     """With two sinks; it does what it is told, or can't."""
 
@@ -136,6 +181,7 @@ class FakePipeline:
         self.pauses: dict[str, Pause] = {}
         self.fan_out = SimpleNamespace(lanes=[], every=[])
         self.trouble = SimpleNamespace(message="starting", standby=False)
+        self.checkpoint: Checkpoint | None = None
         self.full = False
         self.resumed: list[str] = []
 
@@ -156,6 +202,11 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.kept: dict[str, str] = {}
+        self.checkpoint: Checkpoint | None = None
+
+    def load(self, _: str) -> Checkpoint | None:
+        """Of any slot."""
+        return self.checkpoint
 
     def load_progress(self, _: str, task: str) -> str | None:
         """Of any slot."""
@@ -199,6 +250,23 @@ async def test_one_that_has_lost_the_slot_does_nothing(deed: Deed) -> None:
     assert not answer.done
     assert "this replicator no longer reads: slot s is held by process 7" == answer.lines[0]
     assert {} == watchdog.pipeline.pauses
+
+
+@pytest.mark.parametrize("deed", ["pause", "resume", "retry", "tail"])
+async def test_what_is_meant_for_another_cluster_is_refused(deed: Deed) -> None:
+    """Two replicators whose slots have the same name, and one directory for their sockets; also before it reads."""
+    made, watchdog = pauses()
+    watchdog.pipeline.checkpoint = CHECKPOINT
+    request = Request(do=deed, sink="http", system_identifier="8")
+    answers = [await made.act(request)]
+    watchdog.pipeline.checkpoint, watchdog.store.checkpoint = None, CHECKPOINT
+    answers.append(await made.act(request))
+    for answer in answers:
+        assert not answer.done
+        assert "of the PostgreSQL cluster 7, and these settings mean that of 8" in answer.lines[0]
+        assert "Give each replicator its own RUNTIME_DIRECTORY" in answer.lines[1]
+    assert {} == watchdog.pipeline.pauses
+    assert (await made.act(Request(do="pause", sink="http", system_identifier="7"))).done
 
 
 async def test_two_pauses_at_once_leave_one_sink() -> None:
