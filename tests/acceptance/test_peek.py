@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from devstack.api import Api
 from devstack.process import wait_until
@@ -22,6 +24,8 @@ from tests.support.load import insert_many
 from tests.support.program import ROOT, Program, succeed
 
 SLOTS = "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
+MEMORY_BYTES = 300_000_000
+PEEK = "import sys; sys.argv[1:] = ['peek', '20', '--json']; runpy.run_module('replicator', run_name='__main__')"
 CONFIRMED = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
 
 
@@ -53,6 +57,23 @@ def test_peek_takes_nothing(
     assert_exact(database, destinations)
     assert [(quick.slot,)] == source.execute(SLOTS).fetchall()
     assert 2 == quick.run("peek", "none").code
+
+
+def test_large_rows_are_cut(quick: Program, source: psycopg.Connection) -> None:
+    """However large and many they are, no more than one is in memory, and it ends soon."""
+    succeed(quick.run("init"))
+    row = "INSERT INTO engagement_events (content_id, user_id, event_type, raw_payload) VALUES (1, 1, 'play', %s)"
+    for _ in range(12):
+        source.execute(row, [Jsonb("x" * 10_000_000)])
+    limited = ["-c", f"import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, ({MEMORY_BYTES},) * 2);{PEEK}"]
+    done = subprocess.run(
+        [sys.executable, *limited], cwd=ROOT, env={**os.environ, **quick.environment}, capture_output=True, check=False
+    )
+    assert 0 == done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert found["more"]
+    assert 7 == len(found["changes"]), "that are 64 MB"
+    assert {1_001} == {len(change["columns"]["raw_payload"]) for change in found["changes"]}
 
 
 async def test_a_large_transaction_is_not_waited_for(
@@ -97,7 +118,8 @@ def test_tail_shows_what_goes_through(
 
     def seen() -> bool:
         insert_many(source, 1)
-        return of_api.poll() is not None
+        looks_on, _, _ = select.select([slow.stdout], [], [], 0)
+        return bool(looks_on) and of_api.poll() is not None
 
     wait_until(seen, "the events to be shown")
     assert slow.stdout

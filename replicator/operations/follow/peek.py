@@ -22,6 +22,10 @@ from replicator.source.stream import Source
 PATIENCE_SECONDS = 20.0
 """PostgreSQL sends nothing of a transaction before it has decoded all of it."""
 PAUSE_SECONDS = 0.05
+READ_BYTES = 64_000_000
+"""Of rows. PostgreSQL decodes one after the other, and a reader of more would keep it at work for minutes."""
+VALUE_LENGTH = 1_000
+"""Characters of one value: a row may have 1 GB, which nobody reads."""
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
@@ -33,7 +37,7 @@ class Change(Struct, frozen=True, kw_only=True):
     action: str
     table: str
     columns: dict[str, Any]
-    """As the slot brings them; those of a deleted row are what identifies it."""
+    """As the slot brings them, long texts cut; those of a deleted row are what identifies it."""
 
 
 class Peeked(Struct, frozen=True, kw_only=True):
@@ -56,28 +60,39 @@ async def peek(dsn: Dsn, slot: str, tables: Iterable[tuple[str, str]], most: int
                 f"replication slot {slot} does not exist, or is being made", f"{command('init')} makes it"
             )
         await source.start(state.confirmed_lsn, tables)
-        rows = await _read(source, state.server_lsn, most)
-        more = len(rows) > most or source.received < state.server_lsn
-        changes = [_change(row) for row in rows[:most]]
-        return Peeked(after=format_lsn(state.confirmed_lsn), changes=changes, more=more)
+        changes = await _read(source, state.server_lsn, most)
+        more = len(changes) > most or source.received < state.server_lsn
+        return Peeked(after=format_lsn(state.confirmed_lsn), changes=changes[:most], more=more)
 
 
-async def _read(source: Source, end: Lsn, most: int) -> list[Row]:
-    """Up to this end of the WAL, or until there are more than so many."""
-    rows: list[Row] = []
+async def _read(source: Source, end: Lsn, most: int) -> list[Change]:
+    """Up to this end of the WAL, or until there are more than so many, or too many bytes."""
+    changes: list[Change] = []
+    size = 0
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while len(rows) <= most and source.received < end:
+            while len(changes) <= most and source.received < end and size < READ_BYTES:
                 source.send_feedback(ask=True)  # on an idle server nothing else says how far it is
                 chunk = await source.read()
-                rows += chunk.rows
+                changes += map(_change, chunk.rows)  # at once: no row stays whole
+                size += sum(map(_size, chunk.rows))
                 await asyncio.sleep(0 if chunk.rows else PAUSE_SECONDS)
     except TimeoutError:
-        if not rows:
+        if not changes:
             what = f"nothing came in {PATIENCE_SECONDS:.0f} s"
             cure = "PostgreSQL decodes a large transaction first: `status` shows how far the slot is"
             raise SourceUnavailable(problem="the slot can't be looked into", detail=what, cure=cure) from None
-    return rows
+    return changes
+
+
+def _size(row: Row) -> int:
+    """Of its texts."""
+    return sum(len(column.value) for column in row.columns or row.identity if isinstance(column.value, str))
+
+
+def _cut(value: Any) -> Any:
+    """A long text's beginning."""
+    return f"{value[:VALUE_LENGTH]}…" if isinstance(value, str) and len(value) > VALUE_LENGTH else value
 
 
 def _change(row: Row) -> Change:
@@ -85,7 +100,7 @@ def _change(row: Row) -> Change:
         position=f"{format_lsn(row.commit_lsn)}#{row.ordinal}",
         action=ACTIONS.get(row.action, row.action),
         table=f"{row.schema}.{row.table}",
-        columns={column.name: column.value for column in row.columns or row.identity},
+        columns={column.name: _cut(column.value) for column in row.columns or row.identity},
     )
 
 
