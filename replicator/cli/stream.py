@@ -138,7 +138,7 @@ async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Cont
         "notifications": notifier.send,
         "the heartbeat": notifier.beat,
         "the end of the last run": partial(notifier.say_again, store),
-        "the service manager": partial(systemd.keep_told, watchdog),
+        "the service manager": partial(systemd.keep_told, watchdog.state, lambda: watchdog.is_up),
         "pause, resume, retry and tail": control.run,
     }
     beside = [asyncio.create_task(guarded(what, does)) for what, does in work.items()]

@@ -68,6 +68,16 @@ OF_STATUS: dict[str, tuple[Family, str, Callable[[Status], float | None]]] = {
         "when the checkpoint was saved last",
         lambda now: _moment(now.checkpoint.saved_seconds_ago),
     ),
+    "notifications_waiting": (
+        GAUGE,
+        "messages for people that are not taken yet; absent when nobody is to be told",
+        lambda now: now.notifications.waiting if now.notifications else None,
+    ),
+    "notifications_lost": (
+        COUNTER,
+        "messages that were refused, or were the oldest of too many; absent likewise",
+        lambda now: now.notifications.lost if now.notifications else None,
+    ),
     "dead_letters_limit": (
         GAUGE,
         "the most dead letters that are kept of one sink, and of rows",

@@ -152,6 +152,15 @@ class Watchdog:
         trouble = self.pipeline.trouble
         return trouble.message if trouble.standby and self.pipeline.checkpoint is None else ""
 
+    @property
+    def is_up(self) -> bool:
+        """It reads, or waits for its turn."""
+        return bool(self.standby) or self.pipeline.source.connected
+
+    def state(self) -> str:
+        """In a line."""
+        return self.standby or next(iter(self.reasons()), "reading")
+
     async def foreign_holder(self) -> str:
         """That whoever reads the slot keeps no checkpoint here: what it confirms, no sink of ours may have."""
         slot = self.slot  # before the checkpoint, which is saved before anything is confirmed
@@ -405,6 +414,7 @@ class Watchdog:
                 problem = f"{count} dead letters: at {limit} {owner} waits until some are replayed or dropped."
                 cure = f"{command(f'dead-letters list {which}')} says why they were refused."
                 yield Reason("dead letters", name or self._name, f"{problem} {cure}", cure)
+        yield from self.notifier.warnings()
         if running_out := statuses.running_out(self._forecast.see(self.slot)):
             yield Reason("wal runs out", self._name, " ".join(running_out), running_out[1])
 

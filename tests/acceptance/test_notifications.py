@@ -73,6 +73,23 @@ def test_nobody_who_is_told_holds_up_the_stream(
     assert 0 == program.stop()
 
 
+def test_the_page_says_that_nobody_is_told(hooked: tuple[Program, Hook], api: Api, source: psycopg.Connection) -> None:
+    """In amber, with the cure and a notice, and in the metrics; `/readyz` stays 200: nothing is wrong with the data."""
+    program, server = hooked
+    server.statuses = [500] * 10_000
+    program.start()
+    api.behave(status=401)
+    source.execute(INSERT)
+    wait_until(lambda: bool(program.status()["notifications"]["trouble"]), "the message to be refused")
+    api.behave()
+    program.wait_until_caught_up(20)
+    told = "Check the address in REPLICATOR_NOTIFY_URL."
+    wait_until(lambda: 2 == program.admin("/").count(told), "the headline and a notice to say so")
+    assert "Trouble has begun" in program.admin("/")
+    assert "ready\n" == program.admin("/readyz")
+    assert program.metric("notifications_waiting", slot=program.slot)
+
+
 def test_a_message_can_be_tried(hooked: tuple[Program, Hook]) -> None:
     """`notify test`: what the server says decides the exit code."""
     program, server = hooked

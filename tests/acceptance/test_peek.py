@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import IO, cast
 
 import psycopg
 import pytest
@@ -115,14 +116,14 @@ def test_tail_shows_what_goes_through(
     """A few of a batch, and how many more there were; a viewer that stands still holds nobody up."""
     quick.start()
     slow, of_api = viewer(), viewer("--sink", "http", "--json", "--limit", "2")
+    output = cast("IO[str]", slow.stdout)
 
     def seen() -> bool:
         insert_many(source, 1)
-        looks_on, _, _ = select.select([slow.stdout], [], [], 0)
+        looks_on, _, _ = select.select([output], [], [], 0)
         return bool(looks_on) and of_api.poll() is not None
 
     wait_until(seen, "the events to be shown")
-    assert slow.stdout
     assert of_api.stdout
     assert 0 == of_api.returncode
     first = json.loads(of_api.stdout.readline())
@@ -132,7 +133,7 @@ def test_tail_shows_what_goes_through(
     insert_many(source, 20_000)
     quick.wait_until_caught_up()
     slow.send_signal(signal.SIGCONT)
-    lines = iter(slow.stdout.readline, "")
+    lines = iter(output.readline, "")
     assert any(" more\n" in line for line in lines), "those that were not shown are counted"
     slow.send_signal(signal.SIGINT)
     assert 0 == slow.wait(10)

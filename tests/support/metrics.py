@@ -18,6 +18,7 @@ from replicator.operations.metrics import Metrics
 from replicator.operations.status import (
     CheckpointStatus,
     DeadLetterStatus,
+    NotificationStatus,
     ReplicatorStatus,
     SinkStatus,
     SlotStatus,
@@ -58,6 +59,7 @@ STATUS = Status(
         )
     },
     dead_letters=DeadLetterStatus(rows=4, sinks={"http": 5}, limit=100),
+    notifications=NotificationStatus(waiting=6, lost=7),
 )
 """One in which every metric has a value."""
 

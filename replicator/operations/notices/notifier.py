@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -20,13 +20,17 @@ from replicator.contracts.settings import CoreSettings, fresh
 from replicator.contracts.stores import TaskProgress
 from replicator.delivery.retry import Trouble, retry
 from replicator.operations.notices.post import NotTaken, ask
-from replicator.operations.notices.ring import Notice, Notices
+from replicator.operations.notices.ring import Notice, Notices, Reason
 from replicator.operations.notices.rule import Message, Rule, message
 from replicator.operations.status import NotificationStatus
 
 LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 60.0
 RETRY_MAX_SECONDS = 60.0
+TROUBLE_SECONDS = 10.0
+"""A chat service may be away so long before the page says so."""
+NOTIFICATIONS = "notifications"
+"""The kind of trouble that can't be told."""
 QUEUE = 50
 """Messages that wait behind the one on its way. One more, and the oldest is lost: that is logged and counted."""
 END_SECONDS = 5.0
@@ -74,10 +78,17 @@ class Notifier:
             lost=self._lost,
         )
 
+    def warnings(self) -> Iterator[Reason]:
+        """That people are not told, once it has lasted: it is no reason not to be ready."""
+        for kind, trouble in ((NOTIFICATIONS, self._trouble), ("heartbeat", self._heart)):
+            if trouble.seconds() >= TROUBLE_SECONDS:
+                yield Reason(kind, self._settings.slot, trouble.message, trouble.cure, trouble.code)
+
     async def watch(self) -> None:
         """Queue what is to be told."""
         while self._settings.notify_url:
-            for told in self._rule.see(self._notices.lasting, time.time()):
+            lasting = {key: notice for key, notice in self._notices.lasting.items() if notice.kind != NOTIFICATIONS}
+            for told in self._rule.see(lasting, time.time()):
                 self._put(told)
             await asyncio.sleep(LOOK_SECONDS)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 
 from replicator.operations.logs import printable
-from replicator.operations.watchdog import Watchdog
 
 TELL_SECONDS = 1.0
 STATUS_CHARACTERS = 200
@@ -28,17 +28,16 @@ def tell(*lines: str) -> None:
         connection.send("\n".join(lines).encode())
 
 
-async def keep_told(watchdog: Watchdog) -> None:
-    """Say that the loop lives, until cancelled; ready is who reads, and who waits as the standby.
+async def keep_told(state: Callable[[], str], is_up: Callable[[], bool]) -> None:
+    """Say that the loop lives, and its state in a line, until cancelled; ready is who is up once.
 
     The service manager's own watchdog ends a process whose loop hangs. Trouble with a server is no reason to: it is
     the same after a restart.
     """
     ready = False
     while os.environ.get("NOTIFY_SOCKET"):
-        state = watchdog.standby or next(iter(watchdog.reasons()), "reading")
-        lines = ["WATCHDOG=1", f"STATUS={printable(state)[:STATUS_CHARACTERS]}"]
-        if not ready and (watchdog.standby or watchdog.pipeline.source.connected):
+        lines = ["WATCHDOG=1", f"STATUS={printable(state())[:STATUS_CHARACTERS]}"]
+        if not ready and is_up():
             ready = True
             lines.append("READY=1")
         tell(*lines)

@@ -26,6 +26,7 @@ UNKNOWN = structs.replace(
     checkpoint=CheckpointStatus(),
     sinks={},
     dead_letters=None,
+    notifications=None,
 )
 
 

@@ -119,6 +119,30 @@ async def test_a_message_is_sent_until_it_is_taken(server: Hook, notices: Notice
 
 
 @pytest.mark.usefixtures("quick")
+async def test_that_nobody_is_told_is_a_warning(
+    server: Hook, notices: Notices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both addresses, for whoever looks at the page; whoever can't be told is not told of that later."""
+    monkeypatch.setattr(notifiers, "TROUBLE_SECONDS", 0.01)
+    server.statuses = [500] * 10_000
+    notifier = notifier_of(notices, url_of(server))
+    notices.see(wrong())
+    async with running(notifier.watch, notifier.send, notifier.beat):
+        await until(lambda: len([*notifier.warnings()]) == 2)
+        told, beaten = notifier.warnings()
+        assert ("notifications", "R105") == (told.kind, told.code)
+        assert "REPLICATOR_NOTIFY_URL: " in told.problem
+        assert ("heartbeat", "R105") == (beaten.kind, beaten.code)
+        assert "Check the address in REPLICATOR_HEARTBEAT_URL." == beaten.cure
+        notices.see([*wrong(), told])
+        server.statuses = []
+        await until(lambda: not [*notifier.warnings()])
+        notices.see([])
+        await until(lambda: shown(notifier).waiting == 0)
+    assert ["sink0"] == [message["subject"] for message in server.told]
+
+
+@pytest.mark.usefixtures("quick")
 async def test_a_message_that_is_refused_holds_up_no_other(
     server: Hook, notices: Notices, caplog: pytest.LogCaptureFixture
 ) -> None:
