@@ -10,7 +10,7 @@ help: ## this list
 setup: ## .venv and the servers that tests and the demo start; does only what is missing
 	@scripts/setup
 
-spark-setup: setup ## .venv-spark and a Java, for the backfill on a Spark cluster
+spark-setup: setup ## .venv-spark and a Java, for stream and backfill on a Spark cluster
 	@scripts/spark-setup
 
 lint: setup ## style, import rules, shell scripts, Dockerfiles

@@ -1,5 +1,5 @@
-"""The replicator's backfill on a Spark cluster. An extra: nothing in the product imports it, and only it knows Spark.
+"""The replicator on a Spark cluster. An extra: nothing in the product imports it, and only it knows Spark.
 
-`backfill.py` is the driver's side, `turn.py` the tasks', `nodes.py` sees that both mean the same servers, `session.py`
-reaches the cluster.
+`stream/` follows the slot, `backfill/` sends older events again. `nodes.py` sees that driver and nodes mean the same
+servers, `session.py` reaches the cluster.
 """

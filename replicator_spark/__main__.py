@@ -7,10 +7,14 @@ import sys
 import typer
 
 from replicator.cli.main import DONE, PLAIN, main
-from replicator_spark import backfill
+from replicator_spark.backfill import command as backfill
+from replicator_spark.stream import command as stream
 
 app = typer.Typer(name="python -m replicator_spark", pretty_exceptions_enable=False, **PLAIN)
-EXAMPLE = "python -m replicator_spark backfill --last 30d \\\n             --master spark://spark-master:7077"
+EXAMPLES = {
+    "backfill": "python -m replicator_spark backfill --last 30d \\\n             --master spark://spark-master:7077",
+    "stream": "python -m replicator_spark stream \\\n             --master spark://spark-master:7077",
+}
 
 
 @app.callback()
@@ -21,12 +25,16 @@ def _root() -> None:
     """
 
 
-app.command(
-    "backfill",
-    help=backfill.MANUAL,
-    epilog=f"\b\nExample: {EXAMPLE}\nExit codes: {DONE}.",
-    context_settings={"terminal_width": 80},
-)(backfill.backfill)
+for name, command, manual in (
+    ("stream", stream.stream, stream.MANUAL),
+    ("backfill", backfill.backfill, backfill.MANUAL),
+):
+    app.command(
+        name,
+        help=manual,
+        epilog=f"\b\nExample: {EXAMPLES[name]}\nExit codes: {DONE}.",
+        context_settings={"terminal_width": 80},
+    )(command)
 
 if __name__ == "__main__":
     sys.exit(main(program=app))

@@ -20,8 +20,10 @@ from enrichment.database import Database
 from replicator import __version__
 from replicator.contracts.errors import NodeDiffers, SettingsError, SourceUnusable
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
+from replicator.contracts.sink import Sink
 from replicator.source.connection import Dsn
 from sinks import sink_class
+from sinks.stdout.sink import StdoutSink
 
 OF_A_NODE = {"postgres_dsn", "checkpoint_url", "admin_listen", "log_level", "log_format", "memory_limit_mb"}
 """What each node may have its own of. The nodes' DSN may lead to a standby; which cluster it is of is asked."""
@@ -47,9 +49,13 @@ async def meant(names: Sequence[str], dsn: Dsn, key: bytes) -> Meant:
     return Meant(version=__version__, key=key, digests=digests(names, key), source=await _source(dsn))
 
 
-async def compare(driver: Meant, names: Sequence[str], dsn: Dsn) -> None:
-    """Raises NodeDiffers, SourceUnavailable."""
-    here = await meant(names, dsn, driver.key)
+def meant_by_sink(name: str, key: bytes) -> Meant:
+    """The same of one sink, for who does nothing but write to it. Raises SettingsError."""
+    return Meant(version=__version__, key=key, digests=_digests([sink_class(name).settings_class], key), source="")
+
+
+def compare(driver: Meant, here: Meant) -> None:
+    """Raises NodeDiffers."""
     if here.version != driver.version:
         raise NodeDiffers(problem=f"it runs version {here.version}, not {driver.version}", expected="the same version")
     for name, digest in driver.digests.items():
@@ -65,7 +71,10 @@ async def compare(driver: Meant, names: Sequence[str], dsn: Dsn) -> None:
 def digests(names: Sequence[str], key: bytes) -> Digests:
     """Of all settings that must be the same. Raises SettingsError."""
     of_sinks = (sink_class(name).settings_class for name in names)
-    classes: list[type[Settings]] = [CoreSettings, EnrichmentSettings, *of_sinks]
+    return _digests([CoreSettings, EnrichmentSettings, *of_sinks], key)
+
+
+def _digests(classes: Sequence[type[Settings]], key: bytes) -> Digests:
     return {
         variable(field): _digest(value, key)
         for settings_class in classes
@@ -74,10 +83,13 @@ def digests(names: Sequence[str], key: bytes) -> Digests:
     }
 
 
-def refuse_embedded(settings: Sequence[Settings]) -> None:
-    """The embedded ClickHouse is one process's. Raises SettingsError."""
-    for made in settings:
-        for field, value in made:
+def refuse_single(sinks: Sequence[Sink]) -> None:
+    """What is one process's: its standard output, and the embedded ClickHouse. Raises SettingsError."""
+    for sink in sinks:
+        if isinstance(sink, StdoutSink):
+            problem, expected = "stdout is one process's, and nodes are many", "other sinks"
+            raise SettingsError(name=variable("sinks"), problem=problem, expected=expected)
+        for field, value in sink.settings:
             if isinstance(value, SecretStr) and value.get_secret_value().startswith("chdb:"):
                 expected = "the URL of a ClickHouse server, which all nodes reach"
                 raise SettingsError(name=variable(field), problem="one process alone can use chdb", expected=expected)

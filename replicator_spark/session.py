@@ -8,7 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from replicator.contracts.errors import ClusterFailed, SettingsError
 
@@ -29,10 +30,20 @@ TASK_CURE = (
     " executors have the reason"
 )
 
+ENDED_CURE = "Start the replicator again, as its supervisor does. Its log, or the Master's, has Spark's reason"
+
 log = logging.getLogger("replicator.spark")
 
 A = TypeVar("A")
 T = TypeVar("T")
+
+
+class State(NamedTuple):
+    """What a cluster has at a moment."""
+
+    executors: int
+    cores: int
+    """How many tasks run at once."""
 
 
 class Cluster:
@@ -42,8 +53,13 @@ class Cluster:
         """Raises SettingsError, ClusterFailed. Blocks for ten seconds or more."""
         self._spark = _start(name, master, {**DEFAULTS, **options})
         self._context = self._spark.sparkContext
-        self.speculates = self._context.getConf().get("spark.speculation", "false") == "true"
-        """A task may run twice at once."""
+        self.master = str(self._context.master)
+
+    def refuse_speculation(self, sinks: Sequence[str]) -> None:
+        """Raises SettingsError where a task may run twice at once and the API is among the sinks."""
+        if "http" in sinks and self._context.getConf().get("spark.speculation", "false") == "true":
+            problem = "it is true, and a task that runs twice at once sends every event to the API twice"
+            raise SettingsError(name="spark.speculation", problem=problem, expected="false, or sinks without http")
 
     @property
     def cores(self) -> int:
@@ -75,9 +91,30 @@ class Cluster:
             raise ClusterFailed(f"Spark gave a task up ({_reason(exc)})", TASK_CURE) from exc
         return cast("T", result)
 
+    def state(self) -> State:
+        """What it has now. Raises ClusterFailed once Spark has ended: its own process, or the application."""
+        from py4j.protocol import Py4JError
+
+        try:
+            spark = self._context._jsc.sc()  # noqa: SLF001  PySpark itself does not tell
+            if spark.isStopped():
+                raise ClusterFailed("Spark has ended the application", ENDED_CURE)
+            executors = int(spark.getExecutorMemoryStatus().size())
+        except (Py4JError, OSError) as exc:
+            raise ClusterFailed(f"Spark's process on the driver has ended ({type(exc).__name__})", ENDED_CURE) from exc
+        local = self.master.startswith("local") and "cluster" not in self.master
+        return State(executors if local else executors - 1, self.cores)  # the driver counts as one
+
+    def cancel(self) -> None:
+        """Give up every call that is under way."""
+        self._context.cancelAllJobs()
+
     def close(self) -> None:
         """End the application."""
-        self._spark.stop()
+        from py4j.protocol import Py4JError
+
+        with suppress(Py4JError, OSError):  # it has ended by itself
+            self._spark.stop()
 
 
 def _reason(exc: Exception) -> str:

@@ -52,6 +52,7 @@ NOTICES = {
     "R607": "No checkpoint is saved.",
     "R608": "The checkpoint database is silent.",
     "R702": "A slice of a backfill on Spark is held.",
+    "R703": "Spark has fewer cores than there are sinks.",
 }
 """What is told with a code and is no error, at the place that has the code."""
 
@@ -567,7 +568,7 @@ class CheckpointAbsent(CheckpointUnusable):
 
 
 class ClusterFailed(ReplicatorError):
-    """Spark does not start, or gave up a task that died again and again."""
+    """Spark does not start, has ended, or gave up a task that died."""
 
     code = "R700"
 

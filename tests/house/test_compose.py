@@ -18,6 +18,7 @@ SERVICES = {"pg", "clickhouse", "redis", "external-api", "replicator"}
 MONITORING = {"prometheus", "grafana"}
 """Services of the profile of that name."""
 OF_SPARK = {"spark-master", "spark-worker", "spark"}
+ON_SPARK = "replicator-spark"
 """Likewise; the driver has one of its own, as it runs a command. Of nodes there are several."""
 BUILT = {
     "pg": "docker/pg/Dockerfile",
@@ -81,7 +82,7 @@ def test_names_are_the_contract() -> None:
     """`docker exec -it pg ...` and `docker logs -f external-api` work as they stand in the README."""
     assert {name for name in COMPOSE["services"] if "profiles" not in _service(name)} == SERVICES
     names = {name: service.get("container_name") for name, service in COMPOSE["services"].items()}
-    assert names == {name: name for name in SERVICES | MONITORING} | dict.fromkeys(OF_SPARK)
+    assert names == {name: name for name in SERVICES | MONITORING} | dict.fromkeys({*OF_SPARK, ON_SPARK})
 
 
 def test_readme_has_the_commands_of_the_contract() -> None:
@@ -116,6 +117,15 @@ def test_spark_runs_confined_with_the_replicators_settings(name: str) -> None:
     del settings["REPLICATOR_ADMIN_LISTEN"]
     assert name == "spark-master" or settings == service["environment"]
     assert not [value for value in settings.values() if value in str(service.get("entrypoint"))]
+
+
+def test_the_replicator_on_spark_takes_its_place() -> None:
+    """The same settings, checkpoint, port and time to stop; what is not the replicator's is how it is started."""
+    plain, service = _service("replicator"), _service(ON_SPARK)
+    same = ("environment", "volumes", "ports", "stop_grace_period", "restart", "read_only", "cap_drop")
+    assert {name: plain[name] for name in same} == {name: service[name] for name in same}
+    assert plain["depends_on"].items() <= service["depends_on"].items()
+    assert f"spark.driver.host={service['hostname']}" in service["command"]
 
 
 def test_the_spark_image_has_the_whole_program() -> None:

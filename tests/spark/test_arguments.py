@@ -14,25 +14,26 @@ PAGE = Path(__file__).parents[2] / "docs/how-to/operate/spark.md"
 RANGE = ("--start", "2026-01-08", "--end", "2026-01-09")
 
 
-def _command() -> typer.core.TyperCommand:
+COMMANDS = {"stream": "--master", "backfill": "--slices"}
+"""With an option of each."""
+
+
+@pytest.mark.parametrize(("name", "one"), COMMANDS.items())
+def test_the_page_has_every_option(name: str, one: str) -> None:
+    """Of both commands."""
     group: typer.core.TyperGroup = typer.main.get_command(app)  # type: ignore[assignment]  # it has two kinds
-    command: typer.core.TyperCommand = group.commands["backfill"]  # type: ignore[assignment]  # likewise
-    return command
-
-
-def test_the_page_has_every_option() -> None:
-    """And `--help` fits into 80 columns."""
+    options = [option for parameter in group.commands[name].params for option in parameter.opts]
     page = PAGE.read_text(encoding="utf-8")
-    options = [name for option in _command().params for name in option.opts]
-    assert "--slices" in options
-    assert [] == [name for name in options if name not in page and name != "--help"]
+    assert one in options
+    assert [] == [option for option in options if option not in page and option != "--help"]
 
 
-def test_help_fits(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """80 columns, with an example and the exit codes."""
-    assert 0 == main(["backfill", "--help"], app)
+    assert 0 == main([name, "--help"], app)
     told = capsys.readouterr().out
-    assert "Example: python -m replicator_spark backfill" in told
+    assert f"Example: python -m replicator_spark {name}" in told
     assert "Exit codes: 0 done" in told
     assert [] == [line for line in told.splitlines() if len(line) > 80]
 

@@ -19,10 +19,10 @@ from replicator.contracts.errors import ReplicatorError
 from replicator.contracts.events import DeadLetter
 from replicator.contracts.settings import CoreSettings, load
 from replicator.delivery.backfill import BackfillProgress
-from replicator_spark.crew import Crew
+from replicator_spark.backfill.crew import Crew
+from replicator_spark.backfill.plan import Plan, begun
+from replicator_spark.backfill.turn import Errand, Order, Turn, Written
 from replicator_spark.nodes import Meant
-from replicator_spark.plan import Plan, begun
-from replicator_spark.turn import Errand, Order, Turn, Written
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 ORDER = Order(

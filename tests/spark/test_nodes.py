@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from enrichment import EVENT
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.settings import load
-from replicator_spark.nodes import digests, refuse_embedded
-from sinks import sink_class
+from replicator_spark.nodes import digests, meant_by_sink, refuse_single
+from sinks import create_sinks
 
 KEY = b"key"
 NAMES = ["redis", "http"]
@@ -72,4 +72,22 @@ def test_the_embedded_clickhouse_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
     """One process holds its directory."""
     monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", f"chdb://{tmp_path}/engagement")
     with pytest.raises(SettingsError, match="REPLICATOR_CLICKHOUSE_URL is unusable: one process alone"):
-        refuse_embedded([load(sink_class("clickhouse").settings_class)])
+        refuse_single(create_sinks(["clickhouse"], EVENT))
+
+
+@pytest.mark.usefixtures("empty_directory")
+def test_standard_output_is_refused() -> None:
+    """That of a node is Spark's, and its logs would have the events."""
+    with pytest.raises(SettingsError, match="REPLICATOR_SINKS is unusable: stdout is one process's"):
+        refuse_single(create_sinks(["stdout"], EVENT))
+
+
+@pytest.mark.usefixtures("empty_directory")
+def test_who_only_writes_needs_that_sinks_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots, and sinks of other applications, may be others on the nodes."""
+    _given(monkeypatch)
+    driver = meant_by_sink("redis", KEY)
+    _given(monkeypatch, REPLICATOR_SLOT="two", REPLICATOR_HTTP_BATCH_SIZE="7")
+    assert driver == meant_by_sink("redis", KEY)
+    _given(monkeypatch, REPLICATOR_REDIS_PREFIX="two:")
+    assert driver != meant_by_sink("redis", KEY)

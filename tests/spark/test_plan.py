@@ -15,7 +15,7 @@ from enrichment.history import cuts
 from replicator.contracts.stores import Task
 from replicator.delivery.backfill import BackfillProgress
 from replicator.operations.page.beside import Running, running
-from replicator_spark.plan import EVENTS_A_SLICE, MOST_SLICES, Plan, begun, kept, usual_slices
+from replicator_spark.backfill.plan import EVENTS_A_SLICE, MOST_SLICES, Plan, begun, kept, usual_slices
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 

@@ -27,9 +27,9 @@ class Difference(NamedTuple):
         )
 
 
-def assert_exact(dsn: str, destinations: Destinations) -> int:
+def assert_exact(dsn: str, destinations: Destinations, *, content_at_commit: bool = False) -> int:
     """Compare every field of every event in every sink. Returns the number of repeats at the API."""
-    events = expected(dsn)
+    events = expected(dsn, content_at_commit=content_at_commit)
     assert events, "a test without events can't fail"
     assert_same(events, destinations.clickhouse(), "ClickHouse")
     assert Counter(event["content_id"] for event in events) == destinations.counts()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.machine import cpu_seconds
 from devstack.watchdog import send, tree
-from tests.support.program import ROOT, Result
+from tests.support.program import ROOT, Program, Result
 
 PYTHON = ROOT / ".venv-spark/bin/python"
 TIMEOUT_SECONDS = 180.0
@@ -76,3 +76,31 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+class SparkProgram(Program):
+    """The replicator, whose `run` is `python -m replicator_spark stream`; the other commands are the product's."""
+
+    options: tuple[str, ...] = ("--master", "local[3]")
+    """Of `stream`."""
+    product = False
+    """Whether `run` is the product's own."""
+
+    def _command(self, arguments: tuple[str, ...]) -> list[str]:
+        if arguments or self.product:
+            return super()._command(arguments)
+        program = ("tests.support.spark_altered", *self.altered, "--") if self.altered else ("replicator_spark",)
+        return [str(PYTHON), "-W", "error", "-m", *program, "stream", *self.options]
+
+    def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        return {**super()._environment(variables), "PYTHONPATH": str(self.root)}  # which the nodes inherit
+
+    def workers(self, word: str = "pyspark.daemon") -> list[int]:
+        """Processes under the driver whose command line has this word."""
+        return [pid for pid in tree(self.process.pid) if word in command_line(pid)]
+
+    def end(self) -> None:
+        """Its JVM and what that has started, too."""
+        below = tree(self.process.pid) if self.running else []
+        super().end()
+        send(signal.SIGKILL, below)

@@ -21,7 +21,7 @@ from replicator.contracts.events import DeadLetter, Lsn
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Stopped, retry
-from replicator_spark.nodes import Meant, compare
+from replicator_spark.nodes import Meant, compare, meant
 
 TURN_SECONDS = 20.0
 """What a task that dies has done in vain, at most; and how often the driver hears of each. Each turn connects anew and
@@ -122,7 +122,7 @@ async def _in_time(order: Order, app: App, history: EngagementHistory, work: Bac
     """Work for a turn; whether the slice is done."""
 
     async def begin() -> None:
-        await compare(order.meant, order.sinks, app.dsn)
+        compare(order.meant, await meant(order.sinks, app.dsn, order.meant.key))
         await history.open()
 
     over = asyncio.Event()

@@ -21,15 +21,16 @@ from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
 from replicator.cli.backfill import LINE_SECONDS, progress, say_end
 from replicator.cli.stream import stop_on_signals
-from replicator.contracts.errors import SettingsError, SinkUnavailable
+from replicator.contracts.errors import SinkUnavailable
+from replicator_spark.arguments import Conf, Master
 
 if TYPE_CHECKING:
     from enrichment import EngagementHistory
     from replicator.cli.app import App
     from replicator.delivery.backfill import BackfillProgress
-    from replicator_spark.crew import Crew
-    from replicator_spark.plan import Plan
-    from replicator_spark.turn import Order
+    from replicator_spark.backfill.crew import Crew
+    from replicator_spark.backfill.plan import Plan
+    from replicator_spark.backfill.turn import Order
 
 MANUAL = """\
 Send the events of a range of time to the sinks again, on many cores.
@@ -44,13 +45,11 @@ there when the backfill began.
 SIGTERM and Ctrl-C end it after the turns that run, 20 seconds or so. --resume continues there, and also after a crash.
 """
 
-MASTER = "the cluster, such as spark://host:7077; local[2] is two cores of this machine; without it spark-submit's"
-
 log = logging.getLogger("replicator.spark")
 
 
 def _slices(given: str | int) -> int:
-    from replicator_spark.plan import MOST_SLICES
+    from replicator_spark.backfill.plan import MOST_SLICES
 
     if (number := arg.count(given)) > MOST_SLICES:
         raise typer.BadParameter(f"{number} is more than {MOST_SLICES}")
@@ -69,16 +68,13 @@ async def backfill(
     batch_size: arg.BatchSize = arg.PAGE_ROWS,
     rate: arg.Rate = None,
     resume: arg.Resume = False,
-    master: Annotated[str | None, typer.Option(metavar="URL", help=MASTER)] = None,
-    conf: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="a setting of Spark, spark.executor.memory=1g; can be repeated"),
-    ] = None,
+    master: Master = None,
+    conf: Conf = None,
     as_json: arg.Json = False,
 ) -> int:
     """Send the events of a range of time to the sinks again, on many cores."""
     from enrichment import EngagementHistory
-    from replicator_spark.nodes import refuse_embedded
+    from replicator_spark.nodes import refuse_single
     from replicator_spark.session import pairs
     from sinks import known_sinks
 
@@ -86,7 +82,7 @@ async def backfill(
     chosen = arg.sinks_of(sinks, known_sinks())
     options = pairs(conf or [])
     app = load_app(chosen)
-    refuse_embedded([sink.settings for sink in app.sinks])
+    refuse_single(app.sinks)
     names = ",".join(sorted(sink.name for sink in app.sinks))
     command = f"python -m replicator_spark backfill {when} --sinks {shlex.quote(','.join(chosen))}"
     run = Run(
@@ -105,16 +101,14 @@ async def backfill(
 
 
 async def _on_cluster(run: Run, master: str | None, options: dict[str, str]) -> int:
-    from replicator_spark.crew import Crew
+    from replicator_spark.backfill.crew import Crew
     from replicator_spark.session import Cluster
 
     order = await _prepare(run)
     plan = await _begin(run)
     cluster = await asyncio.to_thread(Cluster, run.task, master, options)
     try:
-        if cluster.speculates and "http" in order.sinks:
-            problem = "it is true, and a task that runs twice at once sends every event to the API twice"
-            raise SettingsError(name="spark.speculation", problem=problem, expected="false, or sinks without http")
+        cluster.refuse_speculation(order.sinks)
         return await _deliver(run, Crew(run.app, cluster, plan, order, task=run.task))
     finally:
         await asyncio.to_thread(cluster.close)
@@ -147,8 +141,8 @@ def _options(master: str | None, conf: list[str], batch_size: int, rate: int | N
 async def _prepare(run: Run) -> Order:
     """See that source and sinks can be used, before anything is written and the cluster is started."""
     from replicator.contracts.sink import Mode
+    from replicator_spark.backfill.turn import Order
     from replicator_spark.nodes import meant
-    from replicator_spark.turn import Order
 
     app = run.app
     await run.history.open()
@@ -168,7 +162,7 @@ async def _prepare(run: Run) -> Order:
 
 async def _begin(run: Run) -> Plan:
     """Where to begin. Nothing is written before the range was read once."""
-    from replicator_spark.plan import Plan, begun, usual_slices
+    from replicator_spark.backfill.plan import Plan, begun, usual_slices
 
     store, slot = run.app.store, run.app.settings.slot
     if run.resume:

@@ -16,9 +16,9 @@ from replicator.cli.app import App
 from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.retry import Stopped, Trouble, retry
-from replicator_spark.plan import Plan, Share, kept
+from replicator_spark.backfill.plan import Plan, Share, kept
+from replicator_spark.backfill.turn import Errand, Order, Turn, Written, run
 from replicator_spark.session import Cluster
-from replicator_spark.turn import Errand, Order, Turn, Written, run
 
 LOOK_SECONDS = 2.0
 """How often it is seen whether there are more cores by now."""

@@ -1,0 +1,175 @@
+"""Gives the sinks' writes to the cluster's cores, a task each, and looks after the cluster.
+
+Small writes that wait for a core go together. A sink that does not answer never holds the last core that others need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from replicator.contracts.errors import ClusterFailed, SinkUnavailable
+from replicator.contracts.events import Event
+from replicator_spark.session import Cluster, State
+from replicator_spark.stream.hands import work
+from replicator_spark.stream.wire import Answer, Errand, Report, told
+
+LOOK_SECONDS = 1.0
+"""How often the cluster is asked what it has. It costs a millisecond."""
+DESERTED_SECONDS = 15.0
+"""So long no executor has to be there. A Worker that starts one anew takes some 5 s."""
+SILENT_SECONDS = 60.0
+"""Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
+TASK_EVENTS = 1_000
+"""Fewer are not worth a task of their own: a task costs what 2,000 events cost."""
+DESERTED = (
+    "no executor of Spark's takes the write: see that the cluster runs, and has a free core and memory for this"
+    " application"
+)
+
+log = logging.getLogger("replicator.spark")
+
+
+class Writes(Protocol):
+    """One sink's; `carrier.Carrier`."""
+
+    @property
+    def name(self) -> str:
+        """The sink's."""
+
+    def errand(self, writes: Sequence[Sequence[Event]]) -> Errand:
+        """For a task."""
+
+    def hear(self, errand: Errand, report: Report) -> None:
+        """What came of it, beside the answers."""
+
+
+class _Piece(NamedTuple):
+    carrier: Writes
+    events: Sequence[Event]
+    answer: asyncio.Future[Answer]
+
+
+class Desk:
+    """Of one application on the cluster. `watch` has to run beside it."""
+
+    def __init__(self, cluster: Cluster, sinks: Sequence[str]) -> None:
+        self._cluster = cluster
+        self._waiting: dict[str, deque[_Piece]] = {name: deque() for name in sinks}
+        self._running = Counter(dict.fromkeys(sinks, 0))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._state = cluster.state()
+        self._say(self._state)
+        self._peopled_at = time.monotonic()
+
+    async def carry(self, carrier: Writes, events: Sequence[Event]) -> Answer:
+        """Have them written by a task."""
+        piece = _Piece(carrier, events, asyncio.get_running_loop().create_future())
+        self._waiting[carrier.name].append(piece)
+        asyncio.get_running_loop().call_soon(self._give)  # after this turn: others come along
+        return await piece.answer
+
+    async def watch(self) -> None:
+        """Ask the cluster what it has, until cancelled. Raises ClusterFailed once Spark has ended."""
+        while True:
+            self._see(await self._ask())
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _ask(self) -> State:
+        try:
+            async with asyncio.timeout(SILENT_SECONDS):
+                return await asyncio.to_thread(self._cluster.state)
+        except TimeoutError:
+            problem, cure = "Spark's process on the driver does not answer", "Start the replicator again"
+            raise ClusterFailed(problem, cure) from None
+
+    def _see(self, state: State) -> None:
+        if state != self._state:
+            self._say(state)
+        self._state = state
+        if state.executors:
+            self._peopled_at = time.monotonic()
+        elif self._deserted():
+            self._cluster.cancel()
+        self._give()
+
+    def _say(self, state: State) -> None:
+        log.info("Spark has %d executors, %d cores", state.executors, state.cores)
+        if state.executors and state.cores < len(self._waiting):
+            message = "Spark has %d cores for %d sinks. Give it one for each: a silent sink holds its core"
+            log.warning(message, state.cores, len(self._waiting), extra={"code": "R703"})
+
+    def _deserted(self) -> bool:
+        return time.monotonic() - self._peopled_at >= DESERTED_SECONDS
+
+    # -- which write is next -----------------------------------------------------------------------------------------
+
+    def _give(self) -> None:
+        """Begin the tasks that there are cores for."""
+        while name := self._next():
+            pieces = self._take(name)
+            if not pieces:
+                continue
+            self._running[name] += 1
+            task = asyncio.create_task(self._carry_out(pieces))
+            self._tasks.add(task)
+            task.add_done_callback(lambda task, name=name: self._ended(task, name))  # type: ignore[misc]  # mypy guesses no default's type
+
+    def _next(self) -> str:
+        """The sink with the fewest tasks that may have one more; empty if none may."""
+        free = self._state.cores - self._running.total()
+        idle = sum(not count for count in self._running.values())
+        for name, count in sorted(self._running.items(), key=lambda item: item[1]):
+            if self._waiting[name] and (free > idle if count else free > 0):
+                return name
+        return ""
+
+    def _take(self, name: str) -> list[_Piece]:
+        """What waits, as evenly as the free cores allow."""
+        waiting = self._waiting[name]
+        events = sum(len(piece.events) for piece in waiting)
+        share = max(TASK_EVENTS, math.ceil(events / max(1, self._state.cores - self._running.total())))
+        taken: list[_Piece] = []
+        while waiting and sum(len(piece.events) for piece in taken) < share:
+            piece = waiting.popleft()
+            if not piece.answer.done():  # else its lane has given it up
+                taken.append(piece)
+        return taken
+
+    def _ended(self, task: asyncio.Task[None], name: str) -> None:
+        self._tasks.discard(task)
+        self._running[name] -= 1
+        self._give()
+
+    async def _carry_out(self, pieces: Sequence[_Piece]) -> None:
+        carrier = pieces[0].carrier
+        errand = carrier.errand([piece.events for piece in pieces])
+        try:
+            report = await self._report(errand)
+            carrier.hear(errand, report)
+            answers = report.answers
+        except Exception as exc:  # noqa: BLE001  whoever waits for it gets it
+            answers = [Answer(error=told(exc))] * len(pieces)
+        for piece, answer in zip(pieces, answers, strict=True):
+            if not piece.answer.done():
+                piece.answer.set_result(answer)
+
+    async def _report(self, errand: Errand) -> Report:
+        if self._deserted():
+            raise SinkUnavailable(sink=errand.sink, detail=DESERTED)
+        try:
+            return await asyncio.to_thread(self._call, errand)
+        except ClusterFailed as exc:
+            detail = DESERTED if self._deserted() else str(exc).removesuffix(".")
+            raise SinkUnavailable(sink=errand.sink, detail=detail) from exc
+
+    def _call(self, errand: Errand) -> Report:
+        packed = self._cluster.call(work, msgspec.msgpack.encode(errand))
+        return msgspec.msgpack.decode(packed, type=Report)

@@ -1,0 +1,328 @@
+"""`python -m replicator_spark stream` as it stands, on real Spark: whatever dies, the sinks are PostgreSQL's."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack import DevStack
+from devstack.process import wait_until
+from devstack.spark import EXECUTORS
+from devstack.watchdog import tree
+from tests.prove.shapes import NOTE_CONTENT
+from tests.support.destinations import Destinations, expected
+from tests.support.environment import SECRET
+from tests.support.exact import assert_exact, compare, first_views
+from tests.support.load import insert_many
+from tests.support.program import assert_clean, succeed
+from tests.support.spark import PYTHON, SparkProgram, command_line
+from tests.support.spark_altered import PLACES
+
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-spark: make spark-setup")
+
+STREAMS = "SELECT application_name FROM pg_stat_replication WHERE application_name LIKE %s"
+CHANGE = "UPDATE content SET length_seconds = %s, content_type = 'film' WHERE content_id < 3"
+DIES_SECONDS = 90.0
+
+
+@pytest.fixture
+def spark(environment: dict[str, str], database: str, tmp_path: Path) -> Iterator[SparkProgram]:
+    """The replicator on three cores of this machine, not started; its log is shown on failure."""
+    program = SparkProgram(environment, database, tmp_path / "replicator.log")
+    yield program
+    program.end()
+    print(program.log)  # noqa: T201  pytest shows it when the test has failed
+
+
+@pytest.fixture
+def noted(source: psycopg.Connection) -> psycopg.Connection:
+    """The source; each event's content is noted as of its commit."""
+    source.execute(NOTE_CONTENT.encode())
+    return source
+
+
+def insert(source: psycopg.Connection, rows: int, turn: int) -> None:
+    """Events of many kinds, whose content changes before, between and after."""
+    insert_many(source, rows // 4)
+    source.execute(CHANGE, [100 + turn])
+    with source.transaction():
+        insert_many(source, rows // 2)
+        source.execute(CHANGE, [200 + turn])
+        insert_many(source, rows // 4)
+    source.execute(CHANGE, [300 + turn])
+
+
+def test_there_and_back(
+    spark: SparkProgram, noted: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """The product, Spark, the product: each goes on where the other has stopped, and nothing comes twice.
+
+    The commands of the product work beside Spark. `make test` has this one test on real Spark, where there is one.
+    """
+    for turn, product in enumerate([True, False, True]):
+        spark.product = product
+        spark.start()
+        insert(noted, 20_000, turn)
+        spark.wait_until_caught_up()
+        carrier = "" if product else " on Spark at local[3]"
+        named = noted.execute(STREAMS, [f"%{spark.slot}%"]).fetchall()
+        assert [(f"replicator {spark.slot}{carrier}",)] == named
+        assert "ready" in succeed(spark.run("status"))
+        assert 0 == spark.stop()
+        assert_clean(spark.said)
+    assert 0 == assert_exact(database, destinations, content_at_commit=True)
+
+
+# -- the driver ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.spark
+@pytest.mark.timeout(600)  # Spark starts seven times
+def test_the_driver_dies_at_every_place(
+    spark: SparkProgram, noted: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """One after the other: each start goes on where the last one was killed. In the end every field is right."""
+    seed = random.randrange(10**6)  # noqa: S311  not a secret
+    print(f"seed {seed}")  # noqa: T201  pytest shows it when the test has failed
+    chance = random.Random(seed)  # noqa: S311  likewise
+    succeed(spark.run("init"))
+    for turn, place in enumerate(PLACES):
+        spark.altered = "--die", place, "--after", str(chance.randint(1, 3_000))
+        spark.spawn()
+        insert(noted, 4_000, turn)
+        assert -signal.SIGKILL == spark.process.wait(DIES_SECONDS), place
+        spark.kill()  # until the slot is free
+    spark.altered = ()
+    spark.start()
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    repeats = assert_exact(database, destinations, content_at_commit=True)
+    assert repeats <= 20_000 * len(PLACES)
+
+
+@pytest.mark.spark
+def test_spark_ends_under_it(
+    spark: SparkProgram, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """SIGKILL for the JVM, while the driver waits for a write inside a transaction of 300,000 rows: it ends with 1.
+
+    Whoever starts it again has everything. A stop and a start after that repeat nothing.
+    """
+    spark.start()
+    insert_many(source, 300_000)
+    wait_until(lambda: len(destinations.api()) >= 40_000, "some of them at the API", 60)
+    [jvm] = spark.workers("SparkSubmit")
+    os.kill(jvm, signal.SIGKILL)
+    assert 1 == spark.process.wait(DIES_SECONDS)
+    assert "CRITICAL R700 replicator.spark: Spark's process on the driver has ended" in spark.said
+    assert_clean(spark.said)
+    spark.start()
+    spark.wait_until_caught_up(120)
+    assert 0 == spark.stop()
+    assert_exact(database, destinations)
+
+
+@pytest.mark.spark
+def test_an_older_checkpoint(spark: SparkProgram, source: psycopg.Connection, tmp_path: Path) -> None:
+    """Restored beside a slot that has gone on, it is a gap, and told as the product tells it."""
+    spark.product = True
+    spark.start()
+    insert_many(source, 5)
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    shutil.copy(tmp_path / "checkpoint.db", tmp_path / "older.db")
+    spark.start()
+    insert_many(source, 5)
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    shutil.copy(tmp_path / "older.db", tmp_path / "checkpoint.db")
+    spark.product = False
+    spark.spawn()
+    assert 1 == spark.process.wait(DIES_SECONDS)
+    assert "is not continuous with the checkpoint" in spark.said
+    assert "init --accept-gap" in spark.said
+
+
+# -- one run, many things ------------------------------------------------------------------------------------------
+
+PARTITIONED = """
+ALTER TABLE engagement_events RENAME TO rest;
+CREATE TABLE engagement_events (LIKE rest INCLUDING DEFAULTS) PARTITION BY RANGE (user_id);
+ALTER TABLE engagement_events ATTACH PARTITION rest DEFAULT;
+GRANT SELECT ON engagement_events TO replicator
+"""
+INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, %s, 'direct')"
+MOVED = "SELECT confirmed_flush_lsn > %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+
+
+@pytest.mark.spark
+def test_what_the_product_does_it_does_on_spark(
+    spark: SparkProgram, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """One run: a sink that is away for long, refused events, a part made meanwhile, foreign WAL."""
+    source.execute(PARTITIONED)
+    spark.environment["REPLICATOR_POSTGRES_DSN"] += "?options=-c%20wal_sender_timeout%3D1s"
+    spark.environment |= {"REPLICATOR_HTTP_TIMEOUT_SECONDS": "1", "REPLICATOR_RETRY_MAX_SECONDS": "0.5"}
+    spark.start()
+
+    # The API is away for 12 s. The others go on, /readyz says so, and the stream stands.
+    stack.api.behave(status=503)
+    insert_many(source, 2_000)
+    wait_until(lambda: "sink http did not take the batch".casefold() in spark.admin("/readyz").casefold(), "trouble")
+    assert 2_000 == sum(destinations.counts().values())
+    assert 1 == spark.said.count("reading slot")
+
+    # It refuses two events: dead letters, once each, with the API's words. The others arrive.
+    stack.api.behave(refuse_event_ids=[7, 70])
+    spark.wait_until_caught_up()
+    letters = json.loads(succeed(spark.run("dead-letters", "list", "--json")))["dead_letters"]
+    assert [7, 70] == sorted(letter["event_id"] for letter in letters)
+    stack.api.behave()
+    succeed(spark.run("dead-letters", "replay"))
+
+    # A part that is made while it runs.
+    source.execute("CREATE TABLE part PARTITION OF engagement_events FOR VALUES FROM (10000) TO (20000)")
+    wait_until(lambda: "part is a new part" in spark.said, "it to see the part")
+    source.execute(INSERT, [10_001])
+    spark.wait_until_caught_up()
+    assert 0 == assert_exact(database, destinations)
+
+    # Nothing but foreign WAL: the slot moves.
+    [lsn] = source.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("",)
+    source.execute("CREATE TABLE noise AS SELECT n FROM generate_series(1, 10000) AS n")
+    wait_until(lambda: source.execute(MOVED, [lsn, spark.slot]).fetchone() == (True,), "the slot to move")
+
+    assert 0 == spark.stop()
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("breach", ["contents-on-the-nodes", None])
+def test_contents_are_those_of_the_commit(  # noqa: PLR0917  fixtures
+    spark: SparkProgram,
+    stack: DevStack,
+    noted: psycopg.Connection,
+    destinations: Destinations,
+    database: str,
+    breach: str | None,
+) -> None:
+    """However late a write is. Looked up on the nodes they would be today's, and the comparison finds that."""
+    spark.altered = ("--breach", breach) if breach else ()
+    spark.environment["REPLICATOR_RETRY_MAX_SECONDS"] = "0.5"
+    spark.start()
+    stack.api.behave(status=503)
+    noted.execute("ALTER TABLE engagement_events DROP CONSTRAINT engagement_events_content_id_fkey")
+    insert(noted, 400, 1)
+    noted.execute("TRUNCATE content")
+    insert_many(noted, 4)
+    wait_until(lambda: 404 == sum(destinations.counts().values()), "Redis to have them")
+    stack.api.behave()
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    wanted = expected(database, content_at_commit=True)
+    distinct, _ = first_views(destinations.api())
+    found = compare(wanted, distinct)
+    assert ([], bool(breach)) == (found.missing, bool(found.wrong))
+
+
+@pytest.mark.spark
+def test_a_checkpoint_before_the_sinks(
+    spark: SparkProgram, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """Broken on purpose, the comparison finds what is lost."""
+    spark.altered = ("--breach", "checkpoint-before-sink")
+    spark.start()
+    stack.api.behave(status=503)
+    insert_many(source, 100)
+    spark.wait_until_caught_up()
+    spark.kill()
+    stack.api.behave()
+    spark.altered, spark.product = (), True
+    spark.start()
+    insert_many(source, 1)
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    distinct, _ = first_views(destinations.api())
+    assert 100 == len(compare(expected(database), distinct).missing)
+
+
+# -- the nodes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.spark
+@pytest.mark.timeout(600)
+def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
+    spark: SparkProgram,
+    environment: dict[str, str],
+    stack: DevStack,
+    noted: psycopg.Connection,
+    database: str,
+    destinations: Destinations,
+    tmp_path: Path,
+) -> None:
+    """A Master and two Workers: a Python process, an executor, a Worker and the other one die while they write.
+
+    Then a second driver, which waited as the standby, takes over from the first.
+    """
+    options = [word for option in (*EXECUTORS, "spark.cores.max=4") for word in ("--conf", option)]
+    with stack.spark(**environment) as cluster:
+        spark.options = ("--master", cluster.master.url, *options)
+        spark.start()
+        insert(noted, 400, 0)
+        spark.wait_until_caught_up()
+
+        def below(word: str) -> list[int]:
+            pids = [pid for worker in cluster.workers if worker.running for pid in tree(worker.pid)]
+            return [pid for pid in pids if word in command_line(pid)]
+
+        def while_it_writes(turn: int) -> None:
+            before = len(destinations.api())
+            insert(noted, 12_000, turn)
+            wait_until(lambda: len(destinations.api()) > before, "the first of them at the API")
+
+        while_it_writes(1)
+        for pid in below("pyspark.daemon"):
+            os.kill(pid, signal.SIGKILL)
+        spark.wait_until_caught_up(90)
+        while_it_writes(2)
+        os.kill(below("CoarseGrainedExecutorBackend")[0], signal.SIGKILL)
+        spark.wait_until_caught_up(90)
+        while_it_writes(3)
+        cluster.workers[0].kill()
+        spark.wait_until_caught_up(90)
+        while_it_writes(4)
+        cluster.workers[1].kill()
+        wait_until(lambda: "no executor of Spark's takes the write" in spark.admin("/readyz"), "trouble", 90)
+        cluster.workers[1].start()
+        spark.wait_until_caught_up(90)
+        assert_clean(spark.said)
+
+        second = SparkProgram(environment, database, tmp_path / "second.log")
+        second.environment["REPLICATOR_ADMIN_LISTEN"] = ""
+        second.options = spark.options
+        try:
+            second.spawn()
+            second.wait_for_log("is held by process")
+            while_it_writes(5)
+            spark.end()
+            second.wait_for_log("reading slot")
+            second.wait_until_caught_up(90)
+            assert 0 == second.stop()
+        finally:
+            second.end()
+            print(second.log)  # noqa: T201  pytest shows it when the test has failed
+        logs = [file for file in (stack.folder / "spark").rglob("*") if file.name in {"log", "stderr", "stdout"}]
+        assert len(logs) > 3
+        said = [file.read_text(encoding="utf-8", errors="replace") for file in logs]
+        assert not [text for text in said if SECRET in text or '"4k' in text or "event_id" in text], (
+            "a secret, or a row"
+        )
+    repeats = assert_exact(database, destinations, content_at_commit=True)
+    assert repeats <= 5 * 20_000

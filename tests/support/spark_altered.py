@@ -1,0 +1,91 @@
+"""The program on Spark, altered in memory: the driver dies at a named place, or the rule is broken on purpose.
+
+    python -m tests.support.spark_altered --die carried --after 4711 -- stream --master local[3]
+
+It is `tests/prove/failpoints.py` for a driver, whose sinks' sockets are on the nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import msgspec
+import psycopg
+
+from replicator_spark.stream import desk, hands
+from replicator_spark.stream.desk import Desk
+from replicator_spark.stream.wire import Errand, Report
+from tests.prove.failpoints import Death, alter, checkpoint_before_sink
+
+PLACES = ("received", "enriched", "given", "carried", "after-save", "after-confirm")
+"""On the way from the slot to the confirmation. Given: a task has the events; carried: its answer is there."""
+
+
+class DriversDeath(Death):
+    """Also where the cluster works for it."""
+
+    def alter(self) -> None:
+        """Install the places."""
+        super().alter()
+        alter(Desk, "_call", self._call)
+
+    def _call(self, original: Callable[[Desk, Errand], Report]) -> Callable[[Desk, Errand], Report]:
+        def call(at: Desk, errand: Errand) -> Report:
+            self._pass("given")
+            report = original(at, errand)
+            self._pass("carried")
+            return report
+
+        return call
+
+
+def contents_on_the_nodes() -> None:
+    """A node looks the content up that an event goes out with."""
+    alter(desk, "work", lambda _: looking_up)
+
+
+def looking_up(packed: bytes) -> bytes:
+    """A task that does so."""
+    errand = msgspec.msgpack.decode(packed, type=Errand)
+    with psycopg.connect(os.environ["REPLICATOR_POSTGRES_DSN"]) as connection:
+        found = connection.execute("SELECT content_id, content_type FROM content").fetchall()
+    types = {content: msgspec.json.encode(kind) for content, kind in found}
+    for event in (event for events in errand.writes for event in events):
+        today = b'"content_type":' + types.get(event.key, b"null")
+        event.json = re.sub(rb'"content_type":("[^"]*"|null)', today, event.json)
+    return hands.work(msgspec.msgpack.encode(errand))
+
+
+BREACHES: Mapping[str, Callable[[], None]] = {
+    "checkpoint-before-sink": checkpoint_before_sink,
+    "contents-on-the-nodes": contents_on_the_nodes,
+}
+
+
+def main() -> NoReturn:
+    """Run the program, altered."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.spark_altered", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--die", choices=PLACES, help="the driver ends here, without warning")
+    parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")
+    parser.add_argument("--breach", choices=BREACHES, help="break the rule like this")
+    parser.add_argument("arguments", nargs="*", help="the program's own, after --")
+    args = parser.parse_args()
+    if args.breach:
+        BREACHES[args.breach]()
+    if args.die:
+        DriversDeath(args.die, args.after).alter()
+    sys.argv = ["replicator_spark", *args.arguments]
+    runpy.run_module("replicator_spark", run_name="__main__", alter_sys=True)
+    raise SystemExit("the program returned")
+
+
+if __name__ == "__main__":
+    main()
