@@ -28,16 +28,8 @@ ROOT = Path(__file__).parents[2]
 SETUPTOOLS = "setuptools>=77"  # as in pyproject.toml, [build-system]
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
 PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
-DATA = {
-    *(f"replicator/sql/{name}.sql" for name in ("roles", "slot_lag", "source_schema")),
-    *(f"sinks/redis/lua/{name}.lua" for name in ("empty", "mark", "slide", "write")),
-    "sinks/clickhouse/table.sql",
-    *(
-        f"replicator/operations/page/assets/{name}"
-        for name in ("icon.svg", "macros.html", "page.css", "page.html", "page.js")
-    ),
-    *(f"{package}/py.typed" for package in PACKAGES),
-}
+LINK = "replicator/sql"
+"""To a folder at the top, which is none of the packages."""
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type, duration_ms) VALUES (1, 999, 'play', 7000)"
 
 
@@ -45,6 +37,11 @@ def _succeed(*command: str | Path, folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert 0 == done.returncode, done.stdout + done.stderr
     return done.stdout
+
+
+def _tracked(*folders: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, check=True)
+    return listed.stdout.decode().strip("\0").split("\0")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +58,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sdist of the tracked files, and the wheel that is built from the sdist alone."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    for name in listed.strip("\0").split("\0"):
+    for name in _tracked():
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target, follow_symlinks=False)
@@ -87,10 +83,12 @@ def installed(python: Path, built: Path) -> Path:
 
 
 def test_the_wheel_has_everything(built: Path) -> None:
-    """SQL, Lua and types; nothing that takes a common name at the top."""
+    """Every file of the packages, with SQL, Lua and types; nothing that takes a common name at the top."""
+    files = {*_tracked(*PACKAGES), *(f"replicator/{name}" for name in _tracked("sql"))} - {LINK}
+    assert {f"{LINK}/roles.sql", "sinks/redis/lua/write.lua"} <= files
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
-    assert set() == DATA - names
+    assert set() == files - names
     top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert set(PACKAGES) == top
 
