@@ -23,6 +23,7 @@ from enrichment import EVENT, EngagementLedger, EnrichmentSettings, create_enric
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
+    ReplicatorError,
     SettingsError,
     SinkBroken,
     SinkError,
@@ -134,7 +135,7 @@ class App(NamedTuple):
             try:
                 await close()
             except Exception as exc:
-                log.exception("closing failed")
+                log.exception("closing failed", extra={"code": ReplicatorError.code})
                 failure = failure or exc
         if failure and not sys.exception():
             raise failure

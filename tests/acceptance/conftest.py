@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.codes import UNCODED
 from tests.support.program import Program
-
-UNCODED = re.compile(
-    r"^\S+Z (?:WARNING|ERROR   |CRITICAL) (?:replicator|enrichment|sinks|checkpoint_store)[.:].*", re.MULTILINE
-)
-"""A warning or an error of ours that says no code."""
 
 
 @pytest.fixture

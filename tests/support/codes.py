@@ -12,6 +12,10 @@ from pathlib import Path
 
 from replicator.contracts.errors import NOTICES, ReplicatorError
 
+UNCODED = re.compile(
+    r"^\S+Z (?:WARNING|ERROR|CRITICAL) +(?:replicator|enrichment|sinks|checkpoint_store)[.:].*", re.MULTILINE
+)
+"""A line of the log with a warning or an error of ours that has no code."""
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
 
 

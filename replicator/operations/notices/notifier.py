@@ -204,4 +204,5 @@ async def guarded(what: str, work: Callable[[], Awaitable[None]]) -> None:
     try:
         await work()
     except Exception:
-        log.exception("%s: a bug has ended this until the next start; the stream goes on", what)
+        said = "%s: a bug has ended this until the next start; the stream goes on"
+        log.exception(said, what, extra={"code": ReplicatorError.code})

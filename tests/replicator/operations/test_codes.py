@@ -14,7 +14,7 @@ from tests.support.codes import PAGE, classes, codes, listed, written
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
 REGISTRY = ROOT / "replicator/contracts/errors.py"
-LEVELS = {"warning", "error", "critical"}
+LEVELS = {"warning", "error", "exception", "critical"}
 
 
 def _trees() -> dict[Path, ast.Module]:
@@ -66,7 +66,8 @@ def _fields(tree: ast.Module) -> dict[str, list[ast.expr]]:
 def _coded(fields: ast.expr, given: dict[str, list[ast.expr]]) -> bool:
     """Whether a code is among them."""
     if isinstance(fields, ast.Name):
-        return all(_coded(value, {}) for value in given.get(fields.id, [fields])) and fields.id in given
+        values = given.get(fields.id, [])
+        return bool(values) and all(_coded(value, {}) for value in values)
     return isinstance(fields, ast.Dict) and "code" in [ast.literal_eval(key) for key in fields.keys if key]
 
 

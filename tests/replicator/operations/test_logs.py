@@ -15,6 +15,7 @@ import pytest
 from replicator.contracts.errors import SinkUnavailable
 from replicator.delivery.retry import Trouble
 from replicator.operations.logs import configure_logging, printable
+from tests.support.codes import UNCODED
 
 HOSTILE = "FATAL\x1b[2J\x07\r2026-11-26T00:00:00.000Z INFO    replicator: all is well\nforged \u202egnp\x9b0m\x00\ud800"
 
@@ -53,6 +54,18 @@ def test_the_frames_of_a_sink_keep_their_lines(capsys: pytest.CaptureFixture[str
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("sink lines raised OSError")
     assert '  File "x.py", line 1\\nforged' == second
+
+
+def test_a_line_without_a_code_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """By what every acceptance test looks for in the program's log."""
+    configure_logging("info", "text")
+    log = logging.getLogger("replicator.x")
+    for say in (log.info, log.warning, log.error, log.critical):
+        say("without")
+        say("%s", SinkUnavailable(sink="http", detail="with"))
+    found = UNCODED.findall(capsys.readouterr().err)
+    assert ["WARNING", "ERROR", "CRITICAL"] == [line.split()[1] for line in found]
+    assert all(line.endswith("without") for line in found)
 
 
 def test_what_is_printed_as_it_is() -> None:
