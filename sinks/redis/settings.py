@@ -22,7 +22,7 @@ class RedisSettings(Settings):
         description="a word and a colon that begin every key, such as shop:, for a Redis that several share",
     )
     redis_timeout_seconds: float = Field(
-        default=5.0,  # a write takes some 10 ms, rebuilding the window at worst a second or so
+        default=5.0,  # no call takes more than some 10 ms
         gt=0,
         le=600,
         description="seconds that connecting to Redis, and an answer from it, may take, up to 600",

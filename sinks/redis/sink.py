@@ -1,6 +1,6 @@
 """The Redis sink: every content's newest event and exact count, and what was watched most in the last 10 minutes.
 
-A `write` is a few calls of `lua/write.lua`, each of them whole or not at all; `keys.py` makes their keys and arguments.
+A `write` is one or more calls of `lua/write.lua`, each whole or not at all; `keys.py` makes their keys and arguments.
 `window.py` keeps the ranking, `client.py` talks to Redis, `errors.py` interprets its errors; the lane
 (`replicator/delivery/lane.py`) retries.
 """
