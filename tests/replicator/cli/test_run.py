@@ -59,6 +59,7 @@ class Watching:
     """A watchdog that sees nothing."""
 
     standby = ""
+    is_up = True
 
     def __init__(self, pipeline: object, _: object, settings: CoreSettings, *_others: object) -> None:
         self.pipeline = pipeline
@@ -70,6 +71,10 @@ class Watching:
         await asyncio.Event().wait()
 
     notice = run
+
+    def state(self) -> str:
+        """For the service manager."""
+        return "reading"
 
 
 class Closing:
