@@ -18,7 +18,7 @@ from devstack.comparison import Counts, count
 from devstack.replicator import Replicator
 from devstack.stack import DevStack
 from replicator.cli.operate.picture import Reading, picture
-from replicator.operations.status import Status
+from replicator.operations.status.form import Status
 
 Rates: TypeAlias = Mapping[str, Sequence[float | None]]
 """Events a second of each sink, as `/history` has them."""

@@ -57,15 +57,15 @@ async def status(as_json: Json = False, again: Watch = False) -> int:
     It is not ready while the replicator is not, the slot is missing, lost or unread, or the checkpoint is unknown.
     """
     from replicator.cli.operate.top import watch
-    from replicator.operations import status as statuses
+    from replicator.operations.status import collect, form, text
 
     app = load_app()
-    found: statuses.Status | None = None
+    found: form.Status | None = None
 
     async def say() -> str:
         nonlocal found
-        found = await statuses.collect(app.settings, [sink.name for sink in app.sinks], app.store)
-        return statuses.as_json(found) if as_json else statuses.as_text(found)
+        found = await collect.collect(app.settings, [sink.name for sink in app.sinks], app.store)
+        return text.as_json(found) if as_json else text.as_text(found)
 
     async with app.closing():
         if again:

@@ -20,7 +20,8 @@ from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable
-from replicator.operations.status import ask_replicator, danger, differences
+from replicator.operations.status.collect import ask_replicator, differences
+from replicator.operations.status.wal import danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning, pauses, recall

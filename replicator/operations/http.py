@@ -2,7 +2,7 @@
 
 They change nothing. Anybody who reaches the port can ask, so all that a request may take has a bound: connections,
 bytes, time, log lines. That is why no web framework serves it. `watchdog.py` knows what is shown, `metrics.py`,
-`status.py` and `page/` give it its forms.
+`status/` and `page/` give it its forms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from replicator.operations.metrics import Metrics
 from replicator.operations.page.history import STEP_SECONDS
 from replicator.operations.page.live import Live
 from replicator.operations.page.traced import Traced, TraceOf
-from replicator.operations.status import as_json
+from replicator.operations.status.text import as_json
 from replicator.operations.watchdog import Watchdog
 
 CONNECTIONS = 32

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from replicator import __version__
 from replicator.contracts.events import Lsn, parse_lsn
 from replicator.delivery.lane import LATENCY_BUCKETS_SECONDS, Lane
-from replicator.operations.status import ReplicatorStatus, SinkStatus, Status
+from replicator.operations.status.form import ReplicatorStatus, SinkStatus, Status
 from replicator.operations.watchdog import Watchdog
 
 Family = type[CounterMetricFamily] | type[GaugeMetricFamily]

@@ -1,6 +1,6 @@
 """Looks at the slot from outside every few seconds, so that a pipeline that stands still can't look healthy.
 
-`pipeline.py` knows what was confirmed, PostgreSQL alone knows how far the server is. `status.py` has the form in
+`pipeline.py` knows what was confirmed, PostgreSQL alone knows how far the server is. `status/` has the form in
 which both are shown.
 """
 
@@ -23,10 +23,10 @@ from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations import status as statuses
 from replicator.operations.notices.notifier import Notifier
 from replicator.operations.notices.ring import CODES, Notices, Reason
-from replicator.operations.status import STALL_SECONDS
+from replicator.operations.status import form, parts, wal
+from replicator.operations.status.collect import STALL_SECONDS
 from replicator.pipeline import STARTING, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
@@ -118,7 +118,7 @@ class Watchdog:
         self._holder = ""
         self._silent_since = dict[str, float]()  # of each sink that has let a write wait too long, until it takes one
         self._shutting_down = 0  # looks in a row that found it so
-        self._forecast = statuses.WalForecast()
+        self._forecast = wal.WalForecast()
         self._told_at, self._told = time.monotonic(), dict[str, int]()  # events written by each sink until then
         self._breaks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
@@ -175,13 +175,13 @@ class Watchdog:
             " follow: it is no replicator, or REPLICATOR_CHECKPOINT_URL is not the same there"
         )
 
-    def status(self) -> statuses.Status:
+    def status(self) -> form.Status:
         """Everything, as of now."""
         pipeline, letters = self.pipeline, self.pipeline.letters
-        return statuses.Status(
+        return form.Status(
             reasons=self.reasons(),
             standby=self.standby,
-            replicator=statuses.ReplicatorStatus(
+            replicator=form.ReplicatorStatus(
                 version=__version__,
                 connected=pipeline.source.connected,
                 confirmed_lsn=format_lsn(pipeline.source.confirmed),
@@ -194,19 +194,19 @@ class Watchdog:
                 reading_stopped=pipeline.fan_out.reading_stopped,
                 settings=self._settings,
             ),
-            slot=statuses.of_slot(self._name, self.slot, self.trouble),
+            slot=parts.of_slot(self._name, self.slot, self.trouble),
             wal=self._forecast.see(self.slot),
-            checkpoint=statuses.of_checkpoint(pipeline.checkpoint, self.slot),
+            checkpoint=parts.of_checkpoint(pipeline.checkpoint, self.slot),
             sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.every},
-            dead_letters=statuses.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
+            dead_letters=form.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
             notifications=self.notifier.status(),
         )
 
-    def _sink(self, lane: Lane) -> statuses.SinkStatus:
+    def _sink(self, lane: Lane) -> form.SinkStatus:
         pause = self.pipeline.pauses.get(lane.name)
         trouble, seconds = self._trouble(lane)
         return structs.replace(
-            statuses.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
+            parts.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
             trouble=trouble,
             trouble_seconds=round(seconds, 1),
             paused=pause.describe(lane.name, lane.reached) if pause else "",
@@ -250,7 +250,7 @@ class Watchdog:
             self._breaks.popleft()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", msgspec.json.encode(self.status()).decode())
-        for trouble, message in ((self._stall, self._stalled()), (self._sync, statuses.in_the_way(self.slot))):
+        for trouble, message in ((self._stall, self._stalled()), (self._sync, parts.in_the_way(self.slot))):
             if message:
                 trouble.say(message)
             else:
@@ -374,7 +374,7 @@ class Watchdog:
             yield Reason("sink", lane.name, shown, lane.trouble.cure, lane.trouble.code)
         lost = self._forecast.see(self.slot).lost_in_seconds
         for name, pause in self.pipeline.pauses.items():
-            yield Reason("pause", name, *statuses.loses_slot(name, pause, lost))
+            yield Reason("pause", name, *wal.loses_slot(name, pause, lost))
 
     def _trouble(self, lane: Lane) -> tuple[str, float]:
         """Why the sink takes nothing, and for how long; a write without an answer counts once it has waited long.
@@ -402,8 +402,8 @@ class Watchdog:
     def _of_slot(self) -> Iterator[Reason]:
         yield Reason("stall", self._name, self._stalled())
         yield Reason("look", self._name, self._stale())
-        yield Reason("wal", self._name, statuses.in_danger(self.slot), statuses.cure_of(self.slot))
-        yield Reason("commits", self._name, statuses.in_the_way(self.slot))
+        yield Reason("wal", self._name, wal.in_danger(self.slot), wal.cure_of(self.slot))
+        yield Reason("commits", self._name, parts.in_the_way(self.slot))
 
     def warnings(self) -> Iterator[Reason]:
         """What will be wrong if nobody does anything. It is no reason not to be ready."""
@@ -415,7 +415,7 @@ class Watchdog:
                 cure = f"{command(f'dead-letters list {which}')} says why they were refused."
                 yield Reason("dead letters", name or self._name, f"{problem} {cure}", cure)
         yield from self.notifier.warnings()
-        if running_out := statuses.running_out(self._forecast.see(self.slot)):
+        if running_out := wal.running_out(self._forecast.see(self.slot)):
             yield Reason("wal runs out", self._name, " ".join(running_out), running_out[1])
 
     async def notice(self) -> None:

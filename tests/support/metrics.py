@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from replicator.delivery.lane import LaneStats
 from replicator.operations.metrics import Metrics
-from replicator.operations.status import (
+from replicator.operations.status.form import (
     CheckpointStatus,
     DeadLetterStatus,
     NotificationStatus,

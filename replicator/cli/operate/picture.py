@@ -11,7 +11,8 @@ from rich.text import Text
 
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
-from replicator.operations.status import SinkStatus, Status, lag, size, span
+from replicator.operations.status.form import SinkStatus, Status
+from replicator.operations.status.text import lag, size, span
 
 WIDTH = 80
 POINTS = 18

@@ -90,7 +90,7 @@ class Looks:
     async def look(self) -> None:
         """Ask it. Never raises for what does not answer."""
         from replicator.cli.operate.picture import Reading
-        from replicator.operations.status import ask_address, ask_history
+        from replicator.operations.status.collect import ask_address, ask_history
 
         status, why = await ask_address(self._address)
         if status is None:

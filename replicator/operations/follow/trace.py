@@ -21,8 +21,8 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Page
-from replicator.operations import status as statuses
-from replicator.operations.status import SinkStatus
+from replicator.operations.status import collect
+from replicator.operations.status.form import SinkStatus
 
 PAGE = 1_000
 """Dead letters in memory at once."""
@@ -70,7 +70,7 @@ async def follow(
     event = page.enriched.events[0] if page and page.enriched.events else None
     names = [sink.name for sink in sinks]
     # Before the sinks are asked: what one lacks that is past the event, it will not get by waiting.
-    now = await statuses.collect(settings, names, store)
+    now = await collect.collect(settings, names, store)
     letters = await asyncio.to_thread(_letters, store, settings.slot, event_id)
     asked = await asyncio.gather(*(_ask(sink, event_id, event) for sink in sinks))
     known = [found.held.commit_lsn for found in asked if found.held and found.held.commit_lsn]

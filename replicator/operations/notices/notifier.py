@@ -22,7 +22,7 @@ from replicator.delivery.retry import Trouble, retry
 from replicator.operations.notices.post import NotTaken, ask
 from replicator.operations.notices.ring import Notice, Notices, Reason
 from replicator.operations.notices.rule import Message, Rule, message
-from replicator.operations.status import NotificationStatus
+from replicator.operations.status.form import NotificationStatus
 
 LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 60.0

@@ -14,7 +14,7 @@ from typing import Literal
 from msgspec import Struct
 
 from replicator.operations.notices.ring import Notice
-from replicator.operations.status import span
+from replicator.operations.status.text import span
 
 PATIENCE_SECONDS = {"stream": 10.0, "slot": 10.0}
 """By kind: a restart of PostgreSQL is over sooner. The other reasons are none before they have lasted."""

@@ -15,13 +15,13 @@ from markupsafe import Markup, escape
 
 from replicator import __version__
 from replicator.contracts.errors import PROGRAM
-from replicator.operations import status as statuses
 from replicator.operations.logs import printable
 from replicator.operations.page.beside import Beside
 from replicator.operations.page.charts import LEAST_LAG_SECONDS, LEAST_RATE, Chart, chart
 from replicator.operations.page.history import History
 from replicator.operations.page.view import headline, note, sink_state
-from replicator.operations.status import SinkStatus, Status
+from replicator.operations.status import text
+from replicator.operations.status.form import SinkStatus, Status
 from replicator.operations.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def _words(text: str) -> Markup:
 
 
 def _size(count: float | None) -> str:
-    return "unknown" if count is None else statuses.size(round(count))
+    return "unknown" if count is None else text.size(round(count))
 
 
 def _seconds(seconds: float | None) -> str:
-    return "unknown" if seconds is None else statuses.lag(seconds)
+    return "unknown" if seconds is None else text.lag(seconds)
 
 
 def _moment(at: float) -> str:
@@ -75,7 +75,7 @@ def environment() -> Environment:
 
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     made.filters |= {"words": _words, "plain": printable, "size": _size, "seconds": _seconds, "count": _count}
-    made.filters |= {"rate": _rate, "duration": statuses.span, "moment": _moment}
+    made.filters |= {"rate": _rate, "duration": text.span, "moment": _moment}
     macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
     made.globals |= {
         name: getattr(macros, name) for name in ("messages", "bar", "hour", "follow")
@@ -173,7 +173,7 @@ def forecast(status: Status) -> str:
     """How long the WAL that is kept goes well."""
     wal = status.wal
     if wal.lost_in_seconds:
-        return f"Safe for {statuses.span(wal.lost_in_seconds)} at {_size(wal.growth_bytes_per_second)}/s."
+        return f"Safe for {text.span(wal.lost_in_seconds)} at {_size(wal.growth_bytes_per_second)}/s."
     if wal.lost_in_seconds is not None:
         return "No longer safe."
     if wal.kept_bytes is None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from replicator.operations.notices.ring import Reason
-from replicator.operations.status import SinkStatus, Status, pause_text, span
+from replicator.operations.status.form import SinkStatus, Status
+from replicator.operations.status.text import pause_text, span
 from replicator.operations.watchdog import BEGINNING, Watchdog
 
 State: TypeAlias = Literal["well", "starting", "paused", "standby", "trouble", "wrong"]

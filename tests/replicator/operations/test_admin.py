@@ -25,7 +25,7 @@ from replicator.operations.http import CONNECTIONS, HEAD_BYTES, Admin, exposed
 from replicator.operations.notices.ring import Notices, Reason
 from replicator.operations.page import live, traced
 from replicator.operations.page.live import VIEWERS, Live
-from replicator.operations.status import CheckpointStatus, SlotStatus, Status
+from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status
 
 STATUS = Status(
     reasons=[],

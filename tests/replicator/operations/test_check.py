@@ -14,7 +14,7 @@ from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Finding
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import check, server
-from replicator.operations.status import CheckpointStatus, SlotStatus, Status
+from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status
 from sinks.testing import MemorySink
 
 LIVE = Status(

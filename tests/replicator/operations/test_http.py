@@ -19,11 +19,11 @@ from devstack.process import free_port
 from enrichment import EVENT, EngagementEnricher, EnrichmentSettings
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings
-from replicator.operations import status
 from replicator.operations import watchdog as watchdogs
 from replicator.operations.follow.trace import Trace
 from replicator.operations.http import Admin
 from replicator.operations.page.live import Live
+from replicator.operations.status import collect
 from replicator.operations.watchdog import Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source.stream import Source
@@ -126,7 +126,7 @@ async def test_what_a_healthy_replicator_says(
         assert saved is not None
         assert 0 <= time.time() - saved < 60
         with closing(SqlCheckpointStore(replicator.settings.checkpoint_url.get_secret_value())) as store:
-            found = await status.collect(replicator.settings, ["redis"], store)
+            found = await collect.collect(replicator.settings, ["redis"], store)
         assert (True, []) == (found.ready, found.reasons)
         assert found.replicator is not None
         assert (True, 2, {"update": 1}) == (
@@ -202,7 +202,7 @@ async def test_status_does_not_take_another_program_for_the_replicator(
         await replicator.until_ready_says(200, "ready")
         other = replicator.settings.model_copy(update={"slot": "another"})
         with closing(SqlCheckpointStore(other.checkpoint_url.get_secret_value())) as store:
-            found = await status.collect(other, ["redis"], store)
+            found = await collect.collect(other, ["redis"], store)
         assert not found.ready
         reason, missing = found.reasons
         assert f"the replicator of another slot, {replicator.settings.slot}, answers at" in reason

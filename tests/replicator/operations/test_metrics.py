@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from devstack.process import find_program
 from replicator import __version__
-from replicator.operations.status import CheckpointStatus, SlotStatus, Status, WalStatus
+from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status, WalStatus
 from tests.support.metrics import PAGE, STATUS, of_status, table, value, written
 
 UNKNOWN = structs.replace(

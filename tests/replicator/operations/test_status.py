@@ -17,19 +17,19 @@ from replicator import __version__
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
 from replicator.contracts.events import Checkpoint, LetterCounts
 from replicator.contracts.settings import CoreSettings
-from replicator.operations import status
-from replicator.operations.status import (
+from replicator.operations.status import collect as collects
+from replicator.operations.status import wal
+from replicator.operations.status.form import (
     DeadLetterStatus,
     NotificationStatus,
     ReplicatorStatus,
     SinkStatus,
     Status,
-    WalForecast,
     WalStatus,
-    of_checkpoint,
-    of_sink,
-    of_slot,
 )
+from replicator.operations.status.parts import of_checkpoint, of_sink, of_slot
+from replicator.operations.status.text import as_json, as_text
+from replicator.operations.status.wal import WalForecast
 from replicator.source import slot as slots
 from tests.support.fakes import AT_200, STATE
 from tests.support.fakes import CHECKPOINT as STORED
@@ -87,9 +87,9 @@ def collect(monkeypatch: pytest.MonkeyPatch) -> Collect:
             return state
 
         monkeypatch.setattr(slots, "look", look)
-        monkeypatch.setattr(status, "LOOKS_APART_SECONDS", 0)
+        monkeypatch.setattr(collects, "LOOKS_APART_SECONDS", 0)
         settings = CoreSettings.model_validate({"slot": "s", "admin_listen": address})
-        return await status.collect(settings, ["redis"], store)  # type: ignore[arg-type]  # as much of one as it needs
+        return await collects.collect(settings, ["redis"], store)  # type: ignore[arg-type]  # as much of one as it needs
 
     return collected
 
@@ -142,7 +142,7 @@ async def test_ready(collect: Collect) -> None:
     found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
     await server.close()
     assert (True, []) == (found.ready, found.reasons)
-    assert status.as_text(found).startswith(
+    assert as_text(found).startswith(
         "replicator   ready\nslot         s: read by process 4711, WAL reserved, PostgreSQL 16.4\n"
     )
 
@@ -156,9 +156,9 @@ async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:
     assert (False, ["sink redis is away"]) == (found.ready, found.reasons)
     assert live().replicator == found.replicator
     assert structs.replace(live().sinks["redis"], lag_bytes=4_800) == found.sinks["redis"]
-    assert status.as_text(found).startswith("replicator   NOT READY: sink redis is away\n")
+    assert as_text(found).startswith("replicator   NOT READY: sink redis is away\n")
     lines = "sink         redis: 4.8 kB and 1.5 s behind, 3 events waiting: away\n  at         0/C8 (row 0/BE#3)\n"
-    assert lines in status.as_text(found)
+    assert lines in as_text(found)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ async def test_a_replicator_that_can_not_be_asked_is_not_called_down(collect: Co
     """Without an address slot and checkpoint tell: a process reads and saves, or none does."""
     found = await collect(READ, FakeStore(CHECKPOINT))
     assert found.ready
-    assert status.as_text(found).startswith("replicator   not asked: REPLICATOR_ADMIN_LISTEN is off\n")
+    assert as_text(found).startswith("replicator   not asked: REPLICATOR_ADMIN_LISTEN is off\n")
     found = await collect(STATE, FakeStore(CHECKPOINT))
     assert (False, ["no process reads replication slot s"]) == (found.ready, found.reasons)
     stale = structs.replace(CHECKPOINT, updated_at=time.time() - 61)
@@ -243,7 +243,7 @@ async def test_every_reason_has_a_line(collect: Collect) -> None:
     store = FakeStore(error=CheckpointUnavailable(detail="disk full"))
     found = await collect(SourceUnavailable(detail="down"), store)
     assert not found.ready
-    text = status.as_text(found)
+    text = as_text(found)
     assert [1, 1] == [text.count(words) for words in ("is not reachable: down", "disk full")]
     assert text.startswith("replicator   NOT READY: PostgreSQL is not reachable: down")
     assert "\n             The checkpoint database fails: disk full" in text
@@ -258,11 +258,11 @@ def test_a_slow_sink_is_named() -> None:
     assert now.replicator
     stopped = structs.replace(now.replicator, reading_stopped=True, held_bytes=1_000_000)
     now = structs.replace(now, replicator=stopped, sinks={"clickhouse": healthy, "redis": slow})
-    text = status.as_text(now)
+    text = as_text(now)
     assert text.startswith("replicator   ready\n  reading stopped: 1.0 MB wait for sink redis\nslot ")
     assert "1.5 s behind, 1 event waiting\n" in text
     assert "1.5 s behind, 2400 events waiting\n" in text
-    assert "reading stopped" not in status.as_text(live())
+    assert "reading stopped" not in as_text(live())
     assert max(map(len, text.splitlines())) < 80, "a terminal does not wrap it"
 
 
@@ -273,8 +273,8 @@ async def test_an_unknown_lag_is_not_none(collect: Collect) -> None:
     """PostgreSQL does not answer: how far a sink is behind is unknown, in bytes and in seconds."""
     found = await collect(SourceUnavailable(detail="down"), FakeStore(CHECKPOINT))
     assert (None, None) == (found.sinks["redis"].lag_bytes, found.sinks["redis"].lag_seconds)
-    assert '"lag_seconds": null' in status.as_json(found)
-    assert "an unknown amount and an unknown time behind" in status.as_text(found)
+    assert '"lag_seconds": null' in as_json(found)
+    assert "an unknown amount and an unknown time behind" in as_text(found)
 
 
 async def test_lag_begins_at_the_newest_commit_that_all_have(
@@ -299,7 +299,7 @@ async def test_a_sink_without_a_position(collect: Collect) -> None:
     """A new one; nothing is made up."""
     found = await collect(READ, FakeStore(structs.replace(CHECKPOINT, sinks={})))
     assert SinkStatus() == found.sinks["redis"]
-    assert "sink         redis: no position yet\n" in status.as_text(found)
+    assert "sink         redis: no position yet\n" in as_text(found)
 
 
 async def test_a_checkpoint_is_saved(collect: Collect) -> None:
@@ -307,8 +307,8 @@ async def test_a_checkpoint_is_saved(collect: Collect) -> None:
     found = await collect(READ, FakeStore(structs.replace(CHECKPOINT, updated_at=time.time() - 100)))
     assert found.checkpoint.saved_seconds_ago is not None
     assert 100 <= found.checkpoint.saved_seconds_ago < 150
-    assert f"checkpoint   0/C8, saved {found.checkpoint.saved_seconds_ago} s ago" in status.as_text(found)
-    assert "checkpoint   none yet" in status.as_text(await collect(READ, FakeStore()))
+    assert f"checkpoint   0/C8, saved {found.checkpoint.saved_seconds_ago} s ago" in as_text(found)
+    assert "checkpoint   none yet" in as_text(await collect(READ, FakeStore()))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ async def test_the_cure_of_a_missing_slot(collect: Collect, checkpoint: Checkpoi
     assert not found.ready
     assert "does not exist" in found.slot.trouble
     assert cure in found.slot.trouble
-    assert cure in status.as_text(found)
+    assert cure in as_text(found)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ async def test_how_long_the_wal_is_safe(
 ) -> None:
     """No number means no limit, unless the slot is lost already."""
     state = structs.replace(STATE, wal_status=wal_status, safe_wal_size=safe_wal_size)
-    assert f"WAL kept   16.8 MB, {words}" in status.as_text(await collect(state, FakeStore(CHECKPOINT)))
+    assert f"WAL kept   16.8 MB, {words}" in as_text(await collect(state, FakeStore(CHECKPOINT)))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ async def test_how_long_the_wal_is_safe(
 async def test_dead_letters(collect: Collect, store: FakeStore, words: str) -> None:
     """Those that can't be counted are unknown, not none."""
     found = await collect(READ, store)
-    assert status.as_text(found).endswith(f"\ndead letters {words}")
+    assert as_text(found).endswith(f"\ndead letters {words}")
     assert ("unknown" in words) == (found.dead_letters is None)
 
 
@@ -444,10 +444,10 @@ async def test_status_looks_twice_where_nobody_reads(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(slots, "look", look)
     settings = CoreSettings.model_validate({"slot": "s", "admin_listen": ""})
-    monkeypatch.setattr(status, "LOOKS_APART_SECONDS", 0)
-    found = await status.collect(settings, ["redis"], FakeStore(CHECKPOINT))  # type: ignore[arg-type]
+    monkeypatch.setattr(collects, "LOOKS_APART_SECONDS", 0)
+    found = await collects.collect(settings, ["redis"], FakeStore(CHECKPOINT))  # type: ignore[arg-type]
     assert 10**6 == found.wal.growth_bytes_per_second
-    assert "lost in    3 hours, if it goes on growing by 1.0 MB a second\n" in status.as_text(found)
+    assert "lost in    3 hours, if it goes on growing by 1.0 MB a second\n" in as_text(found)
 
 
 async def test_a_replicator_that_runs_has_the_forecast(collect: Collect) -> None:
@@ -489,7 +489,7 @@ async def test_what_is_printed_is_a_status(collect: Collect) -> None:
     server = await answering(msgspec.json.encode(live("s", "sink redis is away")))
     found = await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
     await server.close()
-    text = status.as_json(found)
+    text = as_json(found)
     again = msgspec.json.decode(text, type=Status)
     assert found == again
     assert msgspec.json.decode(text) == msgspec.to_builtins(again)
@@ -510,7 +510,7 @@ async def test_what_is_printed_is_a_status(collect: Collect) -> None:
 def test_wal_that_runs_out_is_a_warning(kept: int, limit: int | None, lost_in: float | None, *, told: bool) -> None:
     """Near its limit, or soon there; not for a burst while hardly any of it is used."""
     mega = 1_000_000
-    found = status.running_out(
+    found = wal.running_out(
         WalStatus(kept_bytes=kept * mega, limit_bytes=limit and limit * mega, lost_in_seconds=lost_in)
     )
     assert told == bool(found)
@@ -522,9 +522,9 @@ def test_wal_that_runs_out_is_a_warning(kept: int, limit: int | None, lost_in: f
 def test_that_nobody_is_told_is_shown() -> None:
     """A line only while it is so."""
     well = structs.replace(live(), notifications=NotificationStatus(sent=3))
-    assert "notify" not in status.as_text(well)
+    assert "notify" not in as_text(well)
     told = NotificationStatus(trouble="it answered 404", waiting=2, lost=1, heartbeat_trouble="gone")
-    shown = status.as_text(structs.replace(live(), notifications=told))
+    shown = as_text(structs.replace(live(), notifications=told))
     assert shown.endswith("notify       2 waiting, 1 lost: it answered 404\nheartbeat    gone")
 
 
@@ -534,5 +534,5 @@ def test_that_nobody_is_told_is_shown() -> None:
 )
 async def test_whoever_does_not_answer_is_named_without_a_secret(name: str, where: str) -> None:
     """An address of elsewhere is there, with or without a password in front of it."""
-    found = await status.ask_address("http://user:planted-secret@127.0.0.1:9", name)
+    found = await collects.ask_address("http://user:planted-secret@127.0.0.1:9", name)
     assert (None, f"no answer at {where}") == found

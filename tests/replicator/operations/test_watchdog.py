@@ -17,7 +17,8 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
-from replicator.operations.status import STALL_SECONDS, CheckpointStatus, SlotStatus, Status
+from replicator.operations.status.collect import STALL_SECONDS
+from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status
 from replicator.operations.watchdog import TROUBLE_SECONDS, Answers, Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots

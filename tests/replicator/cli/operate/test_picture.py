@@ -8,7 +8,7 @@ from msgspec import structs
 from rich.console import Console
 
 from replicator.cli.operate.picture import POINTS, Reading, line, picture
-from replicator.operations.status import (
+from replicator.operations.status.form import (
     CheckpointStatus,
     DeadLetterStatus,
     SinkStatus,

@@ -23,7 +23,7 @@ from replicator.operations.control.client import ask, watch
 from replicator.operations.control.pauses import Pauses
 from replicator.operations.control.server import Control
 from replicator.operations.follow.tail import Seen
-from replicator.operations.status import CheckpointStatus, SlotStatus, Status, WalStatus
+from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status, WalStatus
 
 if TYPE_CHECKING:
     from replicator.contracts.stores import CheckpointStore

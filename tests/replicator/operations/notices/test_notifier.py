@@ -21,7 +21,7 @@ from replicator.operations.notices.notifier import QUEUE, Notifier, guarded
 from replicator.operations.notices.ring import Notice, Notices, Reason
 from replicator.operations.notices.rule import message
 from replicator.operations.notices.systemd import tell
-from replicator.operations.status import NotificationStatus
+from replicator.operations.status.form import NotificationStatus
 from tests.support.certificates import sign
 from tests.support.hook import Hook, hook
 

@@ -15,7 +15,7 @@ from replicator.operations.page.beside import Running, running
 from replicator.operations.page.charts import HEIGHT, chart
 from replicator.operations.page.history import STEPS
 from replicator.operations.page.view import headline, note, sink_state
-from replicator.operations.status import CheckpointStatus, DeadLetterStatus, SinkStatus, SlotStatus, Status
+from replicator.operations.status.form import CheckpointStatus, DeadLetterStatus, SinkStatus, SlotStatus, Status
 from replicator.operations.watchdog import UNASKED
 
 REASON = Reason("sink", "redis", "sink redis is away. Start it", "Start it")

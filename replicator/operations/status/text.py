@@ -1,0 +1,143 @@
+"""The status as JSON, and as text for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import msgspec
+
+from replicator.operations.logs import printable
+from replicator.operations.status.form import (
+    CheckpointStatus,
+    DeadLetterStatus,
+    NotificationStatus,
+    SinkStatus,
+    SlotStatus,
+    Status,
+    WalStatus,
+)
+
+SHORT_SECONDS = 60.0
+"""A time is shown with a decimal below."""
+
+NO_ROW = "0/0#0"
+
+
+def as_json(status: Status) -> str:
+    """For programs."""
+    return json.dumps(msgspec.to_builtins(status), indent=2)  # in ASCII, whatever the terminal's encoding
+
+
+def as_text(status: Status) -> str:
+    """For people: a line a thing, what is wrong first."""
+    state = status.standby and f"standby: {printable(status.standby)}"
+    state = state or ("ready" if status.replicator else "not asked: REPLICATOR_ADMIN_LISTEN is off")
+    if status.reasons:
+        state = "NOT READY: " + "\n             ".join(map(printable, status.reasons))
+    lines = [f"replicator   {state}", *_stopped_text(status)]
+    lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
+    lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
+    for name, sink in status.sinks.items():
+        trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
+        trouble += f", {pause_text(sink)}" if sink.paused else ""
+        if sink.trouble_seconds:
+            trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
+        lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
+        if sink.end_lsn is not None:
+            row = "" if sink.position == NO_ROW else f" (row {sink.position})"
+            lines.append(f"  at         {sink.end_lsn}{row}")
+    return "\n".join(
+        [*lines, f"dead letters {_letters_text(status.dead_letters)}", *_untold_text(status.notifications)]
+    )
+
+
+def _untold_text(told: NotificationStatus | None) -> Iterator[str]:
+    """That people are not told; nothing while they are."""
+    if told and told.trouble:
+        lost = f", {told.lost} lost" if told.lost else ""
+        yield f"notify       {told.waiting} waiting{lost}: {printable(told.trouble)}"
+    if told and told.heartbeat_trouble:
+        yield f"heartbeat    {printable(told.heartbeat_trouble)}"
+
+
+def _stopped_text(status: Status) -> Iterator[str]:
+    live = status.replicator
+    if live and live.reading_stopped and status.sinks:
+        slowest = max(status.sinks, key=lambda name: status.sinks[name].waiting or 0)
+        yield f"  reading stopped: {size(live.held_bytes)} wait for sink {slowest}"
+
+
+def _slot_text(slot: SlotStatus) -> str:
+    if slot.server_lsn is None:
+        return "unknown"
+    reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
+    safe = f"safe for {size(slot.safe_wal_bytes)} more"
+    if slot.safe_wal_bytes is None:
+        safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
+    if slot.confirmed_lsn is None:
+        return f"{reader}, nothing is confirmed yet"
+    return (
+        f"{reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}\n"
+        f"  confirmed  {slot.confirmed_lsn}, {size(slot.lag_bytes)} behind {slot.server_lsn}\n"
+        f"  WAL kept   {size(slot.retained_bytes)}, {safe}"
+    )
+
+
+def _wal_text(wal: WalStatus) -> str:
+    if wal.lost_in_seconds:
+        rate = size(round(wal.growth_bytes_per_second or 0))
+        return f"\n  lost in    {span(wal.lost_in_seconds)}, if it goes on growing by {rate} a second"
+    return ""
+
+
+def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
+    if checkpoint.end_lsn is None:
+        return "unknown" if checkpoint.trouble else "none yet"
+    return f"{checkpoint.end_lsn}, saved {checkpoint.saved_seconds_ago} s ago"
+
+
+def _sink_text(sink: SinkStatus) -> str:
+    if sink.end_lsn is None:
+        return "no position yet"
+    seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds:.1f} s"
+    waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
+    return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
+
+
+def pause_text(sink: SinkStatus) -> str:
+    """For people; of a sink that is paused."""
+    return f"paused until {sink.paused_until or 'somebody resumes it'}"
+
+
+def _letters_text(letters: DeadLetterStatus | None) -> str:
+    if letters is None:
+        return "unknown"
+    counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
+    counts += [_count(letters.rows, "row")] if letters.rows else []
+    return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def size(count: int | None) -> str:
+    """For people."""
+    if count is None:
+        return "an unknown amount"
+    power = min(len(str(abs(count))) - 1, 12) // 3  # of 1,000
+    return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def lag(seconds: float) -> str:
+    """A short time with a decimal, a longer one in its largest fitting unit."""
+    return f"{seconds:.1f} s" if seconds < SHORT_SECONDS else span(seconds)
+
+
+def span(seconds: float) -> str:
+    """A time in its largest fitting unit."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
