@@ -192,7 +192,7 @@ async def init(
         typer.Option(
             "--accept-gap",
             help="if slot and checkpoint no longer fit together: begin where the slot is now. What is between is"
-            " missing until a backfill, whose command is printed. Also accepts what a sink is known to have lost",
+            " missing until a backfill, whose command is printed. If they fit: accept what a sink is known to lack",
         ),
     ] = False,
 ) -> int:
@@ -222,7 +222,8 @@ async def init(
             print(f"made replication slot {slot}")
         if kept:
             print(f"standbys keep a copy of replication slot {slot} from now on")
-        for name in await beginning.accept_losses() if accept_gap else ():
+        accepts = accept_gap and not taken.gap  # who accepts a gap may not know of a loss, which is larger
+        for name in await beginning.accept_losses() if accepts else ():
             print(f"accepted that sink {name} lacks what it lost; the running replicator says so until it is restarted")
         if accept_gap and taken.resumed and not taken.gap:
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")

@@ -601,6 +601,13 @@ def is_known_to_be_lost(program: Program, told: str, source: psycopg.Connection)
     assert 3 == program.run("status").code
     succeed(program.run("resume", "clickhouse"))
     assert 0 == program.stop()
+    succeed(program.run("drop-slot", "--yes"))
+    accepted = succeed(program.run("init", "--accept-gap"))
+    assert "gap accepted" in accepted
+    assert "lacks what it lost" not in accepted, "the gap's command brings less than that"
+    program.start()
+    wait_until(lambda: told in program.admin("/readyz"), "it to be told after a gap")
+    assert 0 == program.stop()
     assert "accepted that sink clickhouse lacks what it lost" in succeed(program.run("init", "--accept-gap"))
     program.start()
     program.wait_until_caught_up()
