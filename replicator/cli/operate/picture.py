@@ -11,7 +11,7 @@ from rich.text import Text
 
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
-from replicator.operations.status.form import SinkStatus, Status
+from replicator.operations.status.form import SinkStatus, Status, WalStatus
 from replicator.operations.status.text import lag, size, span
 
 WIDTH = 80
@@ -97,13 +97,19 @@ def _below(status: Status) -> Iterator[Text]:
     slot, wal, letters = status.slot, status.wal, status.dead_letters
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "nobody reads it"
     yield _fact("slot", f"{reader}, confirmed {slot.confirmed_lsn or 'nothing'}, {size(slot.lag_bytes)} behind")
-    limit = f" of {size(wal.limit_bytes)}" if wal.limit_bytes else ", no limit (max_slot_wal_keep_size)"
-    lost = f", lost in {span(wal.lost_in_seconds)} at this rate" if wal.lost_in_seconds else ""
-    yield _fact("WAL kept", f"{size(wal.kept_bytes)}{limit}{lost}")
+    yield _fact("WAL kept", f"{size(wal.kept_bytes)}{_limit(wal)}")
     yield _fact("checkpoint", f"{status.checkpoint.end_lsn or 'none yet'}, {size(status.checkpoint.lag_bytes)} behind")
     if letters and (letters.rows or letters.sinks):
         count = letters.rows + sum(letters.sinks.values())
         yield _fact("dead letters", f"{count:,}: {command('dead-letters list --summary')} says why")
+
+
+def _limit(wal: WalStatus) -> str:
+    of = f" of {size(wal.limit_bytes)}" if wal.limit_bytes else ""
+    if wal.lost_in_seconds is None:
+        return of or ", no limit (max_slot_wal_keep_size)"
+    # A lost slot has no limit any more that could be seen.
+    return f"{of}, lost in {span(wal.lost_in_seconds)} at this rate" if wal.lost_in_seconds else f"{of}, no longer safe"
 
 
 def _fact(name: str, text: str) -> Text:

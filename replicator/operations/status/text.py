@@ -73,8 +73,10 @@ def _slot_text(slot: SlotStatus) -> str:
         return "unknown"
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
     safe = f"safe for {size(slot.safe_wal_bytes)} more"
-    if slot.safe_wal_bytes is None:
-        safe = "no longer safe" if slot.wal_status == "lost" else "no limit (max_slot_wal_keep_size)"
+    if slot.wal_status == "lost" or (slot.safe_wal_bytes is not None and slot.safe_wal_bytes <= 0):
+        safe = "no longer safe"
+    elif slot.safe_wal_bytes is None:
+        safe = "no limit (max_slot_wal_keep_size)"
     if slot.confirmed_lsn is None:
         return f"{reader}, nothing is confirmed yet"
     return (

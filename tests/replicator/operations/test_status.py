@@ -329,6 +329,7 @@ async def test_the_cure_of_a_missing_slot(collect: Collect, checkpoint: Checkpoi
     [
         ("reserved", None, "no limit (max_slot_wal_keep_size)"),
         ("reserved", 5_000_000, "safe for 5.0 MB more"),
+        ("unreserved", -5_000_000, "no longer safe"),
         ("lost", None, "no longer safe"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from msgspec import structs
 from rich.console import Console
 
@@ -58,6 +59,20 @@ def test_what_is_wrong_comes_first() -> None:
     assert text.startswith(
         "no answer at http://x\nengagement_slot  NOT READY\n  sink http did not take the batch: \\x1b[2J"
     )
+
+
+@pytest.mark.parametrize(
+    ("wal", "words"),
+    [
+        (WalStatus(kept_bytes=5, limit_bytes=9), "5 bytes of 9 bytes\n"),
+        (WalStatus(kept_bytes=5), "5 bytes, no limit (max_slot_wal_keep_size)\n"),
+        (WalStatus(kept_bytes=12, limit_bytes=9, lost_in_seconds=0.0), "12 bytes of 9 bytes, no longer safe\n"),
+        (WalStatus(lost_in_seconds=0.0), "an unknown amount, no longer safe\n"),
+    ],
+)
+def test_how_long_the_wal_goes_well(wal: WalStatus, words: str) -> None:
+    """Of a slot that is lost PostgreSQL says no limit: that is not what having none looks like."""
+    assert f"\nWAL kept     {words}" in shown(Reading(1.0, structs.replace(STATUS, wal=wal)))
 
 
 def test_a_pause_and_a_trouble_that_begins_are_below() -> None:
