@@ -372,9 +372,9 @@ class Watchdog:
             text, seconds = self._trouble(lane)
             shown = text if lane.trouble.needs_operator or seconds >= TROUBLE_SECONDS else ""
             yield Reason("sink", lane.name, shown, lane.trouble.cure, lane.trouble.code)
-        lost = self._forecast.see(self.slot).lost_in_seconds
+        seen = self._forecast.see(self.slot)
         for name, pause in self.pipeline.pauses.items():
-            yield Reason("pause", name, *wal.loses_slot(name, pause, lost))
+            yield Reason("pause", name, *wal.loses_slot(name, pause, seen))
 
     def _trouble(self, lane: Lane) -> tuple[str, float]:
         """Why the sink takes nothing, and for how long; a write without an answer counts once it has waited long.

@@ -12,7 +12,7 @@ from rich.text import Text
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
 from replicator.operations.status.form import SinkStatus, Status, WalStatus
-from replicator.operations.status.text import lag, size, span
+from replicator.operations.status.text import lag, outlook, size, span
 
 WIDTH = 80
 POINTS = 18
@@ -108,8 +108,7 @@ def _limit(wal: WalStatus) -> str:
     of = f" of {size(wal.limit_bytes)}" if wal.limit_bytes else ""
     if wal.lost_in_seconds is None:
         return of or ", no limit (max_slot_wal_keep_size)"
-    # A lost slot has no limit any more that could be seen.
-    return f"{of}, lost in {span(wal.lost_in_seconds)} at this rate" if wal.lost_in_seconds else f"{of}, no longer safe"
+    return f"{of}, {outlook(wal)}"  # a lost slot has no limit any more that could be seen
 
 
 def _fact(name: str, text: str) -> Text:

@@ -15,7 +15,9 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.operations.control.address import Answer, Request
-from replicator.operations.status import form, text
+from replicator.operations.status import form
+from replicator.operations.status.text import outlook
+from replicator.operations.status.wal import standing_still
 from replicator.operations.watchdog import Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
@@ -115,16 +117,10 @@ def _refused(*lines: str) -> Answer:
 
 def _forecast(now: form.Status, pause: Pause) -> Iterator[str]:
     """How long PostgreSQL keeps the WAL while the slot stands still, and whether the pause is longer."""
-    rate, left = now.wal.written_bytes_per_second, now.slot.safe_wal_bytes
-    grows = "at a rate that is not known yet" if rate is None else f"by {text.size(int(rate))} a second"
-    if left is None:
-        yield f"WAL grows {grows}, and PostgreSQL has no limit for it (max_slot_wal_keep_size): watch its disk"
-        return
-    if not rate:
-        yield f"PostgreSQL keeps {text.size(left)} of WAL more (max_slot_wal_keep_size); it grows {grows}"
-        return
-    yield f"WAL grows {grows}: PostgreSQL keeps it for {text.span(left / rate)} more (max_slot_wal_keep_size)"
-    if pause.until is not None and time.time() + left / rate < pause.until:
+    still = standing_still(now.wal, now.slot.safe_wal_bytes)
+    yield f"WAL of the slot meanwhile: {outlook(still)}"
+    lost_in_seconds = still.lost_in_seconds
+    if lost_in_seconds is not None and pause.until is not None and time.time() + lost_in_seconds < pause.until:
         yield (
             "WARNING: that is less than the pause: PostgreSQL would give up the slot, and all sinks would lack events."
             " Pause for less, or raise max_slot_wal_keep_size"

@@ -128,7 +128,7 @@ class Renderer:
             "rates": {name: self._history.rate(name) for name in {*status.sinks, *self._charts}},
             "queued": _queued,
             "charts": self._lines(),
-            "forecast": forecast(status),
+            "forecast": _outlook(status),
             "top": self._beside.top,
             "letters": [*self._letters(status)],
             "backfills": self._beside.backfills,
@@ -169,17 +169,6 @@ def _queued(sink: SinkStatus) -> int | None:
     return None if sink.waiting is None else sink.waiting - (sink.in_flight or 0)
 
 
-def forecast(status: Status) -> str:
-    """How long the WAL that is kept goes well."""
-    wal = status.wal
-    if wal.lost_in_seconds:
-        return f"Safe for {text.span(wal.lost_in_seconds)} at {_size(wal.growth_bytes_per_second)}/s."
-    if wal.lost_in_seconds is not None:
-        return "No longer safe."
-    if wal.kept_bytes is None:
-        return "PostgreSQL has not been asked yet."
-    if wal.limit_bytes is None:
-        return "No limit: max_slot_wal_keep_size is not set. Without a reader, WAL fills the disk."
-    if wal.growth_bytes_per_second is None:
-        return "How fast it grows is not known yet."
-    return "Safe: it does not grow."
+def _outlook(status: Status) -> str:
+    said = text.outlook(status.wal)
+    return f"{said[0].upper()}{said[1:]}."

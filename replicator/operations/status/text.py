@@ -87,10 +87,21 @@ def _slot_text(slot: SlotStatus) -> str:
 
 
 def _wal_text(wal: WalStatus) -> str:
-    if wal.lost_in_seconds:
-        rate = size(round(wal.growth_bytes_per_second or 0))
-        return f"\n  lost in    {span(wal.lost_in_seconds)}, if it goes on growing by {rate} a second"
-    return ""
+    return f"\n  forecast   {outlook(wal)}" if wal.lost_in_seconds else ""
+
+
+def outlook(wal: WalStatus) -> str:
+    """How long PostgreSQL keeps the WAL that the slot needs. Nobody says it in other words."""
+    growth = wal.growth_bytes_per_second
+    rate = f"at {size(round(growth or 0))} a second"
+    if wal.lost_in_seconds is not None:
+        return f"lost in {span(wal.lost_in_seconds)} {rate}" if wal.lost_in_seconds else "no longer safe"
+    if wal.kept_bytes is None:
+        return "not known yet"
+    if wal.limit_bytes is None:
+        grows = f"it fills the disk {rate}" if growth and growth > 0 else "without a reader it fills the disk"
+        return f"no limit (max_slot_wal_keep_size): {grows}"
+    return "how fast it grows is not known yet" if growth is None else "safe: it does not grow"
 
 
 def _checkpoint_text(checkpoint: CheckpointStatus) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from msgspec import structs
+
 from replicator.contracts.errors import command
 from replicator.contracts.events import Pause
 from replicator.operations.status.form import WalStatus
-from replicator.operations.status.text import size, span
+from replicator.operations.status.text import outlook, size
 from replicator.source.slot import SlotState
 
 FORECAST_SECONDS = 120.0
@@ -119,20 +121,27 @@ def running_out(wal: WalStatus) -> tuple[str, str] | tuple[()]:
     soon = seconds is not None and seconds < SOON_SECONDS and kept >= HARDLY_USED * (limit or 0)
     if not limit or not (soon or kept >= NEARLY_USED * limit):
         return ()
-    when = f"; at this rate the slot is lost in {span(seconds)}" if seconds is not None else ""
+    when = f"; the slot is {outlook(wal)}" if seconds is not None else ""
     problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, of {size(limit)} that it may{when}."
     cure = f"{command('status')} names the sink that is behind. Mend it, or raise max_slot_wal_keep_size."
     return problem, cure
 
 
-def loses_slot(sink: str, pause: Pause, lost_in_seconds: float | None) -> tuple[str, str]:
+def standing_still(wal: WalStatus, safe_wal_bytes: int | None) -> WalStatus:
+    """The forecast for a slot that does not move from now on."""
+    rate = wal.written_bytes_per_second
+    lost_in_seconds = None if safe_wal_bytes is None or not rate else max(0, safe_wal_bytes) / rate
+    return structs.replace(wal, growth_bytes_per_second=rate, lost_in_seconds=lost_in_seconds)
+
+
+def loses_slot(sink: str, pause: Pause, wal: WalStatus) -> tuple[str, str]:
     """That this pause lasts longer than PostgreSQL keeps the WAL, and the cure; else empty."""
     left = SOON_SECONDS if pause.until is None else pause.until - time.time()
-    if lost_in_seconds is None or lost_in_seconds >= left:
+    if wal.lost_in_seconds is None or wal.lost_in_seconds >= left:
         return "", ""
     cure = f"{command(f'resume {sink}')}, or raise that setting"
     problem = (
-        f"sink {sink} is paused, and in {span(lost_in_seconds)} PostgreSQL gives up the slot at this rate"
-        " (max_slot_wal_keep_size): then all sinks lack events"
+        f"sink {sink} is paused, and the slot is {outlook(wal)} (max_slot_wal_keep_size):"
+        " when it is lost, all sinks lack events"
     )
     return f"{problem}. {cure}", cure

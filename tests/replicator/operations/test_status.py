@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ from msgspec import inspect, structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
-from replicator.contracts.events import Checkpoint, LetterCounts
+from replicator.contracts.events import Checkpoint, LetterCounts, Pause
 from replicator.contracts.settings import CoreSettings
 from replicator.operations.status import collect as collects
 from replicator.operations.status import wal
@@ -28,7 +28,7 @@ from replicator.operations.status.form import (
     WalStatus,
 )
 from replicator.operations.status.parts import of_checkpoint, of_sink, of_slot
-from replicator.operations.status.text import as_json, as_text
+from replicator.operations.status.text import as_json, as_text, outlook
 from replicator.operations.status.wal import WalForecast
 from replicator.source import slot as slots
 from tests.support.fakes import AT_200, STATE
@@ -424,6 +424,31 @@ def test_without_a_limit_and_past_it(wal_status: str, limit: int | None, seconds
     assert WalStatus(lost_in_seconds=0.0) == WalForecast().see(lost)
 
 
+OUTLOOKS: Mapping[str, WalStatus] = {
+    "not known yet": WalStatus(),
+    "no longer safe": WalStatus(kept_bytes=9, limit_bytes=8, lost_in_seconds=0.0),
+    "lost in 3 hours at 1.0 MB a second": WalStatus(
+        kept_bytes=1, limit_bytes=8, growth_bytes_per_second=1e6, lost_in_seconds=10_800.0
+    ),
+    "how fast it grows is not known yet": WalStatus(kept_bytes=1, limit_bytes=8),
+    "safe: it does not grow": WalStatus(kept_bytes=1, limit_bytes=8, growth_bytes_per_second=-5.0),
+    "no limit (max_slot_wal_keep_size): without a reader it fills the disk": WalStatus(kept_bytes=1),
+    "no limit (max_slot_wal_keep_size): it fills the disk at 1.0 MB a second": WalStatus(
+        kept_bytes=1, growth_bytes_per_second=1e6
+    ),
+}
+
+
+@pytest.mark.parametrize("said", OUTLOOKS)
+def test_the_forecast_has_one_wording(said: str) -> None:
+    """In whatever shows it: in the text, and as a warning, where it is about the slot."""
+    wal_status = OUTLOOKS[said]
+    assert said == outlook(wal_status)
+    if wal_status.lost_in_seconds is not None:
+        paused, _ = wal.loses_slot("http", Pause(until=time.time() + 20_000), wal_status)
+        assert f"and the slot is {said} (max_slot_wal_keep_size)" in paused
+
+
 def test_another_server_begins_a_new_forecast() -> None:
     """Its positions have nothing to do with those before."""
     sees = WalForecast()
@@ -448,7 +473,7 @@ async def test_status_looks_twice_where_nobody_reads(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(collects, "LOOKS_APART_SECONDS", 0)
     found = await collects.collect(settings, ["redis"], FakeStore(CHECKPOINT))  # type: ignore[arg-type]
     assert 10**6 == found.wal.growth_bytes_per_second
-    assert "lost in    3 hours, if it goes on growing by 1.0 MB a second\n" in as_text(found)
+    assert "  forecast   lost in 3 hours at 1.0 MB a second\n" in as_text(found)
 
 
 async def test_a_replicator_that_runs_has_the_forecast(collect: Collect) -> None:

@@ -485,7 +485,11 @@ def test_a_pause_that_loses_the_slot_is_a_reason(watchdog: Looking, pipeline: Pi
     watchdog.slot = lost
     for until, said in ((None, True), (time.time() + 60, True), (time.time() - 1, False)):
         pipeline.pauses["clickhouse"] = Pause(until=until)
-        told = [reason for reason in watchdog.reasons() if "sink clickhouse is paused, and in" in reason]
+        told = [
+            reason
+            for reason in watchdog.reasons()
+            if "sink clickhouse is paused, and the slot is no longer safe" in reason
+        ]
         assert said == bool(told)
 
 

@@ -220,7 +220,7 @@ def pauses(**wal: Any) -> tuple[Pauses, Any]:
         reasons=[],
         replicator=None,
         slot=SlotStatus(name="s", safe_wal_bytes=safe),
-        wal=WalStatus(**wal),
+        wal=WalStatus(kept_bytes=1, **wal),
         checkpoint=CheckpointStatus(),
         sinks={},
         dead_letters=None,
@@ -291,11 +291,12 @@ async def test_what_is_on_disk_counts_before_the_pipeline_has_read_it() -> None:
 @pytest.mark.parametrize(
     ("seconds", "wal", "expected"),
     [
-        (None, {}, "at a rate that is not known yet, and PostgreSQL has no limit for it"),
-        (None, {"safe_wal_bytes": 5_000_000}, "PostgreSQL keeps 5.0 MB of WAL more"),
-        (60.0, {"safe_wal_bytes": 36_000_000, "written_bytes_per_second": 1_000.0}, "keeps it for 10 hours more"),
+        (None, {}, "without a reader it fills the disk"),
+        (None, {"written_bytes_per_second": 1_000.0}, "it fills the disk at 1.0 kB a second"),
+        (None, {"safe_wal_bytes": 5_000_000, "limit_bytes": 10_000_000}, "how fast it grows is not known yet"),
+        (60.0, {"safe_wal_bytes": 36_000_000, "written_bytes_per_second": 1_000.0}, "lost in 10 hours at 1.0 kB a"),
         (7200.0, {"safe_wal_bytes": 3_000_000, "written_bytes_per_second": 1_000.0}, "WARNING: that is less than"),
-        (None, {"safe_wal_bytes": 3_000_000, "written_bytes_per_second": 1_000.0}, "keeps it for 50 minutes more"),
+        (None, {"safe_wal_bytes": 3_000_000, "written_bytes_per_second": 1_000.0}, "lost in 50 minutes at 1.0"),
     ],
 )
 async def test_a_pause_says_how_long_it_goes_well(seconds: float | None, wal: dict[str, Any], expected: str) -> None:
