@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from replicator.delivery.lane import Lane
     from replicator.operations.control.server import Control
     from replicator.operations.watchdog import Watchdog
+    from replicator.source.takeover import Beginning, Takeover
 
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -222,15 +223,22 @@ async def init(
             print(f"made replication slot {slot}")
         if kept:
             print(f"standbys keep a copy of replication slot {slot} from now on")
-        accepts = accept_gap and not taken.gap  # who accepts a gap may not know of a loss, which is larger
-        for name in await beginning.accept_losses() if accepts else ():
-            print(f"accepted that sink {name} lacks what it lost; the running replicator says so until it is restarted")
+        if accept_gap and not taken.gap:  # who accepts a gap may not know of a loss, which is larger
+            await _accept_losses(beginning, taken)
         if accept_gap and taken.resumed and not taken.gap:
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")
         lacking = () if taken.created_slot else emptied
         print("\n".join(taken.gap or [await app.enricher.history(lacking) or "no older rows: nothing to backfill"]))
     return 0
+
+
+async def _accept_losses(beginning: Beginning, taken: Takeover) -> None:
+    if taken.found.state and (pid := taken.found.state.active_pid):  # it knows the losses, and would keep them again
+        print(f"process {pid} reads the slot: what its sinks have lost is accepted only while it is stopped")
+        return
+    for name in await beginning.accept_losses():
+        print(f"accepted that sink {name} lacks what it lost")
 
 
 async def _copy_contents(app: App, checkpoint: Checkpoint) -> None:

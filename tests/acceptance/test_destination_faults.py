@@ -607,6 +607,7 @@ def is_known_to_be_lost(program: Program, told: str, source: psycopg.Connection)
     assert "lacks what it lost" not in accepted, "the gap's command brings less than that"
     program.start()
     wait_until(lambda: told in program.admin("/readyz"), "it to be told after a gap")
+    assert "is accepted only while it is stopped" in succeed(program.run("init", "--accept-gap"))
     assert 0 == program.stop()
     assert "accepted that sink clickhouse lacks what it lost" in succeed(program.run("init", "--accept-gap"))
     program.start()
