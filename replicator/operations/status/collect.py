@@ -17,7 +17,7 @@ from replicator.contracts.events import Checkpoint, LetterCounts, Pause, parse_l
 from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations.status.form import DeadLetterStatus, SinkStatus, Status, WalStatus
-from replicator.operations.status.parts import _ago, _lag_bytes, of_checkpoint, of_sink, of_slot
+from replicator.operations.status.parts import ago, lag_bytes, of_checkpoint, of_sink, of_slot
 from replicator.operations.status.wal import WalForecast
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -105,8 +105,8 @@ def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status 
     if stored is None:
         problem = "has nothing of it: REPLICATOR_CHECKPOINT_URL is not the reader's"
         return f"process {state.active_pid} reads replication slot {name}, but the checkpoint database {problem}"
-    seconds = _ago(stored.updated_at)
-    waiting = _lag_bytes(stored.end_lsn, state)
+    seconds = ago(stored.updated_at)
+    waiting = lag_bytes(stored.end_lsn, state)
     if live or not waiting or seconds < STALL_SECONDS:  # a replicator that can be asked knows better
         return ""
     return f"the checkpoint was saved {seconds:.0f} s ago, while {waiting} bytes wait"
@@ -176,7 +176,7 @@ def _sink(
 ) -> SinkStatus:
     known = live.sinks.get(name) if live else None
     if known and known.end_lsn:
-        return structs.replace(known, lag_bytes=_lag_bytes(parse_lsn(known.end_lsn), state))
+        return structs.replace(known, lag_bytes=lag_bytes(parse_lsn(known.end_lsn), state))
     at = stored.sinks.get(name) if stored else None
     found = of_sink(at, state) if at else SinkStatus()
     if pause:
@@ -185,5 +185,5 @@ def _sink(
         return found
     if found.lag_bytes and stored.committed_at:
         # The most that it can be: what a sink lacks was committed after the newest that all of them have.
-        return structs.replace(found, lag_seconds=_ago(stored.committed_at))
+        return structs.replace(found, lag_seconds=ago(stored.committed_at))
     return structs.replace(found, lag_seconds=0.0 if found.lag_bytes == 0 else None)

@@ -51,8 +51,8 @@ def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, trouble: s
         return CheckpointStatus(trouble=trouble)
     return CheckpointStatus(
         end_lsn=format_lsn(stored.end_lsn),
-        lag_bytes=_lag_bytes(stored.end_lsn, state),
-        saved_seconds_ago=_ago(stored.updated_at),
+        lag_bytes=lag_bytes(stored.end_lsn, state),
+        saved_seconds_ago=ago(stored.updated_at),
         system_identifier=stored.system_identifier,
         timeline=stored.timeline,
     )
@@ -63,15 +63,16 @@ def of_sink(at: SinkPosition, state: SlotState | None, lag_seconds: float | None
     return SinkStatus(
         end_lsn=format_lsn(at.end_lsn),
         position=f"{format_lsn(at.position.commit_lsn)}#{at.position.ordinal}",
-        lag_bytes=_lag_bytes(at.end_lsn, state),
+        lag_bytes=lag_bytes(at.end_lsn, state),
         lag_seconds=lag_seconds,
     )
 
 
-def _lag_bytes(lsn: Lsn, state: SlotState | None) -> int | None:
+def lag_bytes(lsn: Lsn, state: SlotState | None) -> int | None:
     """Bytes of WAL from there to the server's end; None: unknown."""
     return None if state is None else max(0, state.server_lsn - lsn)
 
 
-def _ago(at: float) -> float:
+def ago(at: float) -> float:
+    """Seconds since then, for people."""
     return round(max(0.0, time.time() - at), 1)
