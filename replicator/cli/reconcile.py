@@ -165,5 +165,5 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
         raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
     if code == 0:
         await sink.filled(generation)
-        await asyncio.to_thread(keep_memory, run.app.store, run.app.settings.slot, sink.name, "")
+        await asyncio.to_thread(keep_memory, run.app.store, run.app.settings.slot, sink.name, sink.remember())
     return code

@@ -40,6 +40,9 @@ from sinks.redis.window import Window
 
 EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
 
+RUNS = 16
+"""So many of Redis's runs are remembered: more than answer behind a proxy."""
+
 RESTARTED = (
     "Redis at %s was restarted, or another one answers now: unless it keeps an append-only file with appendfsync"
     " always, it may have lost its latest writes. %s over the last hours finds and repairs that"
@@ -75,7 +78,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._keeps_window = True
         self._resumes = False
         self._generation = ""
-        self._runs: set[str] = set()
+        self._runs = dict[str, None]()  # of Redis that we know, the latest last
         self._lost: SinkError | None = None
         self._ours: str | None = None  # empty: it can't be known
         self._rival = ""  # the owner for which we last asked who we are
@@ -132,11 +135,16 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             raise found
 
     def remember(self) -> str:
-        return LOST if self._lost else ""
+        return " ".join([LOST] * bool(self._lost) + [*self._runs])
 
     def recall(self, memory: str) -> None:
-        """Redis knows it, too, but is not asked while the sink is paused."""
-        self._lost = lost_error(SINK, self._redis.address) if memory == LOST else None
+        """That keys are missing, which Redis knows, too, but it is not asked while the sink is paused; and its runs.
+
+        A power cut ends Redis and us: Redis comes back without its latest writes, and only its run tells.
+        """
+        known = memory.split()
+        self._lost = lost_error(SINK, self._redis.address) if LOST in known else None
+        self._runs = dict.fromkeys(run for run in known if run != LOST)
 
     async def renew(self) -> None:
         self._settings = cast("RedisSettings", self.settings)
@@ -162,7 +170,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         return f"{found.word} {found.run}".strip()
 
     async def filled(self, generation: str) -> None:
-        await self._redis.mark(generation.partition(" ")[0], WHOLE, FILLING, LOST, "")
+        word, _, run = generation.partition(" ")
+        await self._redis.mark(word, WHOLE, FILLING, LOST, "")
+        self._runs |= {run: None} if run else {}
 
     async def empty(self) -> int:
         """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not."""
@@ -210,7 +220,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         before = self._generation
         found = await self._redis.generation(LOST if before or self._resumes else "")
         changed = bool(before) and before != found.word
-        if restarted := bool(before) and found.run not in self._runs:  # behind some proxies several answer in turn
+        # Behind some proxies several answer in turn. Where INFO is denied, there is no run.
+        if restarted := bool(self._runs and found.run and found.run not in self._runs):
             self.window.forget()
         lost = found.state == LOST or (found.state == FILLING and (changed or self._resumes))
         if lost or (changed and found.state != WHOLE):
@@ -223,7 +234,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
                 cure = command("reconcile --start ... --end ... --repair")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word
-        self._runs.add(found.run)
+        self._runs |= {found.run: None} if found.run else {}
+        if len(self._runs) > RUNS:
+            del self._runs[next(iter(self._runs))]
 
     async def _probe(self) -> None:
         """Run the scripts to every command in them. A missing right shows here, not between two changes of a batch."""

@@ -693,7 +693,7 @@ async def test_a_rebuild_that_was_faster(server: Server, *, runs: bool, finished
 async def test_a_paused_sink_remembers_its_loss(server: Server) -> None:
     """It is not opened, so Redis is not asked; once it is, Redis knows better."""
     async with opened(server.service.url) as first:
-        assert "" == first.remember()
+        whole = first.remember()
         server.client.flushall()
         await first._look()  # noqa: SLF001  once a second else
         memory = first.remember()
@@ -701,10 +701,12 @@ async def test_a_paused_sink_remembers_its_loss(server: Server) -> None:
         again.recall(memory)
         assert says_lost(again)
         assert any(not found.ok and "lost what it had" in found.what for found in await again.check())
-        await again.filled(await again.generation())
+        async with unopened(server.service.url) as rebuild:
+            await rebuild.filled(await rebuild.generation())
+            assert whole == rebuild.remember()
         await again.open(None)
         assert not says_lost(again)
-        assert "" == again.remember()
+        assert whole == again.remember()
 
 
 def says_lost(sink: RedisSink) -> bool:
@@ -731,6 +733,42 @@ async def test_a_restart_is_said_once(
             await sink._notice_loss()  # noqa: SLF001  once a second else
     assert 2 == caplog.text.count("was restarted, or another one answers now")
     assert "was emptied" not in caplog.text
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_a_restart_while_we_were_down(
+    server: Server, caplog: pytest.LogCaptureFixture, *, released: bool
+) -> None:
+    """A power cut ends both. What an earlier release remembers has no run in it: then nothing is said."""
+    async with opened(server.service.url) as sink:
+        await sink.write([event(1)])
+        memory = sink.remember()
+    for restarts in (False, True):
+        if restarts:
+            server.service.kill()
+            server.service.start()
+        async with unopened(server.service.url) as again:
+            again.recall(memory if released else "")
+            await again.open(WRITTEN)
+            assert (restarts and released) == ("was restarted, or another one answers now" in caplog.text)
+            assert not says_lost(again)
+            assert (memory == again.remember()) != restarts
+
+
+async def test_so_many_runs_are_remembered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest; none where INFO is denied."""
+    async with unopened(server.service.url) as sink:
+        runs = iter(["", *map(str, range(100))])
+
+        async def info(_section: str) -> dict[str, str]:
+            return {"run_id": next(runs)}
+
+        monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
+        await sink._notice_loss()  # noqa: SLF001  once a second else
+        assert "" == sink.remember()
+        for _ in range(100):
+            await sink._notice_loss()  # noqa: SLF001
+        assert [*map(str, range(84, 100))] == sink.remember().split()
 
 
 async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
