@@ -39,17 +39,22 @@ def as_text(status: Status) -> str:
     lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
-        trouble = f": {printable(sink.trouble)}" if sink.trouble and sink.trouble not in status.reasons else ""
-        trouble += f", {pause_text(sink)}" if sink.paused else ""
-        if sink.trouble_seconds:
-            trouble = f", in trouble for {sink.trouble_seconds:.0f} s{trouble}"
-        lines.append(f"sink         {name}: {_sink_text(sink)}{trouble}")
-        if sink.end_lsn is not None:
-            row = "" if sink.position == NO_ROW else f" (row {sink.position})"
-            lines.append(f"  at         {sink.end_lsn}{row}")
+        lines += [f"sink         {name}: {_sink_text(sink)}", *_below_sink(sink, status)]
     return "\n".join(
         [*lines, f"dead letters {_letters_text(status.dead_letters)}", *_untold_text(status.notifications)]
     )
+
+
+def _below_sink(sink: SinkStatus, status: Status) -> Iterator[str]:
+    if sink.end_lsn is not None:
+        row = "" if sink.position == NO_ROW else f" (row {sink.position})"
+        yield f"  at         {sink.end_lsn}{row}"
+    if sink.paused:
+        yield f"  paused     {_until(sink)}"
+    if sink.trouble:
+        lasting = "" if sink.trouble_seconds is None else f"for {span(sink.trouble_seconds)}"
+        said = "" if sink.trouble in status.reasons else printable(sink.trouble)
+        yield f"  trouble    {': '.join(filter(None, (lasting, said)))}"
 
 
 def _untold_text(told: NotificationStatus | None) -> Iterator[str]:
@@ -120,7 +125,11 @@ def _sink_text(sink: SinkStatus) -> str:
 
 def pause_text(sink: SinkStatus) -> str:
     """For people; of a sink that is paused."""
-    return f"paused until {sink.paused_until or 'somebody resumes it'}"
+    return f"paused {_until(sink)}"
+
+
+def _until(sink: SinkStatus) -> str:
+    return f"until {sink.paused_until or 'somebody resumes it'}"
 
 
 def _letters_text(letters: DeadLetterStatus | None) -> str:
