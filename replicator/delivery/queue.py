@@ -28,11 +28,10 @@ BACKLOG_EVENTS = 2_000
 """So many within `FLOW_SECONDS` are a backlog: 10,000 a second, while one is drained at 50,000 and more."""
 FLOW_SECONDS = 0.2
 
-GROW_SECONDS = 60.0
-"""A smaller size is kept at least this long, and longer after each time that the larger one was too large again."""
+GROW_SECONDS = 1.0
+"""A smaller size is kept at least this long, or as long as the refusal took, and twice as long each time that the
+larger one is refused again. So what was only a fault for a while is over in about the time that it lasted."""
 GROW_MAX_SECONDS = 3600.0
-GROW_SOON_SECONDS = 1.0
-"""Where the sink has taken as much before: something else was wrong, such as a server that was short of memory."""
 
 log = logging.getLogger(__name__)
 
@@ -49,26 +48,26 @@ class Room:
         self._taken = 0  # the most events that one write had, since the last one that was too large
         self._falling = False
 
-    def shrink(self, events: int, size: int) -> None:
-        """A write like this was too large. That its parts are too large as well, before any is taken, counts as one."""
+    def shrink(self, events: int, size: int, seconds: float = 0.0) -> None:
+        """A write like this was too large, which took so long. Its parts count as one with it until one is taken."""
         now = time.monotonic()
         if now - self._said_at >= GROW_MAX_SECONDS:
             message = "sink %s: a write of %d events is too large for it; writes get smaller, and grow again slowly"
             log.warning(message, self._sink, events, extra={"sink": self._sink, "code": BatchTooLarge.code})
             self._said_at = now
         if not self._falling:
-            self._wait_longer(events, now)
+            self._wait_longer(events, seconds, now)
         self._falling = True
         self.events, self.bytes = max(1, min(self.events, events // 2)), max(1, min(self.bytes, size // 2))
         self._changed_at = now
 
-    def _wait_longer(self, events: int, now: float) -> None:
-        if events <= self._taken:
-            self._patience_seconds = GROW_SOON_SECONDS
-        elif self._most == self.events and now - self._changed_at >= GROW_MAX_SECONDS:
+    def _wait_longer(self, events: int, seconds: float, now: float) -> None:
+        known = events <= self._taken  # it took as much before: something else was wrong, such as a lack of memory
+        if known or (self._most == self.events and now - self._changed_at >= GROW_MAX_SECONDS):
             self._patience_seconds = GROW_SECONDS
         elif events <= self.events:
-            self._patience_seconds = max(GROW_SECONDS, min(2 * self._patience_seconds, GROW_MAX_SECONDS))
+            self._patience_seconds *= 2
+        self._patience_seconds = min(max(self._patience_seconds, seconds), GROW_MAX_SECONDS)
         self._taken = 0
 
     def grow(self, events: int) -> None:

@@ -156,7 +156,7 @@ class Writer:
                     continue
                 if halved is None or isinstance(exc, BatchTooLarge):
                     halved = exc
-                    self._begin_halving(exc, part, write)
+                    self._say_halving(exc, part, write)
                 parts += halves(part)
         if suspects:
             refusals += await self._examine(suspects, write)
@@ -166,10 +166,8 @@ class Writer:
             self._end_halving(halved, write, len(suspects), len(refusals))
         return refusals
 
-    def _begin_halving(self, exc: BatchRefused, part: Sequence[Event], write: Write) -> None:
-        if isinstance(exc, BatchTooLarge):
-            self.room.shrink(len(part), weigh(part))
-        elif time.monotonic() - self._said_at > COMPLAINT_SECONDS:
+    def _say_halving(self, exc: BatchRefused, part: Sequence[Event], write: Write) -> None:
+        if not isinstance(exc, BatchTooLarge) and time.monotonic() - self._said_at > COMPLAINT_SECONDS:
             self._said_at, self._told = time.monotonic(), write
             message = "sink %s refuses %d events at once (%s): it gets parts of them until those at fault are found"
             fields = {"sink": self._sink.name, "code": exc.code}
@@ -213,11 +211,16 @@ class Writer:
 
     async def _ask_once(self, events: Sequence[Event], write: Write | None) -> Sequence[Refusal]:
         number = self._evidence.ask()
+        began = time.monotonic()
         if write:
-            write.asked_at = time.monotonic()
+            write.asked_at = began
         try:
             with self._known():
                 refusals = await self._sink.write(events)
+        except BatchTooLarge:
+            if write and len(events) > 1:
+                self.room.shrink(len(events), weigh(events), time.monotonic() - began)
+            raise
         finally:
             if write:
                 write.asked_at = 0.0

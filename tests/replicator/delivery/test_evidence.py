@@ -310,8 +310,8 @@ async def test_it_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
     world.assert_exact()
 
 
-def test_what_it_took_before_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is short of memory for a moment refuses any size, down to one event; what is new to it can wait."""
+def test_a_fault_for_a_while_is_soon_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is short of memory for a moment refuses any size, down to one event."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     room = Room("s", 100, 1_000_000)
@@ -322,17 +322,41 @@ def test_what_it_took_before_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch
         now[0] += 1
         room.grow(room.events)
     assert now[0] <= 20
-    room.grow(100)
-    for events in (100, 50, 25):
-        room.shrink(events, 10 * events)
-    now[0] += 1
-    room.grow(12)
-    assert room.events == 24
-    for events in (24, 12):
-        room.shrink(events, 10 * events)
-    now[0] += 59
-    room.grow(6)
-    assert room.events == 6
+
+
+@pytest.mark.parametrize("lasted", [2, 18, 300])
+def test_an_unsteady_destination_is_forgiven_in_the_time_that_it_was_unsteady(
+    monkeypatch: pytest.MonkeyPatch, lasted: float
+) -> None:
+    """Every other write fails, whatever its size: so the sizes fall. Each doubling afterwards takes as long at most."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    room = Room("s", 40_000, 22_000_000)
+    while now[0] < lasted:
+        now[0] += 0.1
+        room.shrink(room.events, 300 * room.events) if int(now[0] * 10) % 2 else room.grow(room.events)
+    small = room.events
+    assert small < 40_000
+    now[0] += lasted
+    room.grow(small)
+    assert room.events > small
+
+
+def test_what_is_always_too_large_is_tried_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never more often than half of the time: a front end that gives up after 30 s holds the lane so long."""
+    now, tried, lost = [0.0], 0, 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    room = Room("s", 40_000, 22_000_000)
+    while now[0] < 86_400:
+        if room.events > 10_000:
+            now[0] += 30
+            tried, lost = tried + 1, lost + 30
+            room.shrink(room.events, 300 * room.events, 30.0)
+        else:
+            now[0] += 1
+            room.grow(room.events)
+        assert lost <= 60 + now[0] / 2
+    assert tried < 40
 
 
 async def test_refused_only_for_its_size() -> None:
