@@ -37,7 +37,7 @@ prove: setup ## the promise: crash matrix, chaos, environment matrix; more than 
 demo: setup ## watch it work, without Docker, until Ctrl-C; make demo SECONDS=20 ends by itself
 	@$(BIN)/python -m devstack.demo $(if $(SECONDS),--seconds $(SECONDS))
 
-spark-demo: spark-setup ## a backfill on a Spark cluster of three processes beside the stream; make spark-demo SECONDS=30
+spark-demo: spark-setup ## stream and backfill on a Spark cluster of three processes; make spark-demo SECONDS=30
 	@$(BIN)/python -m devstack.spark_demo $(if $(SECONDS),--seconds $(SECONDS))
 
 bench: setup ## throughput and latency beside pg_recvlogical; takes minutes

@@ -28,6 +28,8 @@ class Replicator(Service):
         """Read at every start."""
         self.code = ROOT
         """The checkout that it runs."""
+        self.program = python("replicator")
+        """Its command line."""
 
     @property
     def url(self) -> str:
@@ -46,7 +48,7 @@ class Replicator(Service):
     def command(self) -> list[str]:
         """The program."""
         path = [] if self.code == ROOT else ["env", f"PYTHONPATH={self.code}"]
-        return [*path, *python("replicator")]
+        return [*path, *self.program]
 
     def variables(self) -> dict[str, str]:
         """The environment of its process."""

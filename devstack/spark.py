@@ -14,8 +14,8 @@ from devstack.replicator import PREFIX
 from devstack.watchdog import Watchdog
 
 PYTHON = ROOT / ".venv-spark/bin/python"
-EXECUTORS = ("spark.driver.host=127.0.0.1", "spark.executor.memory=512m", "spark.executor.cores=2")
-"""What a driver has to ask for, so that two Workers have an executor each."""
+EXECUTORS = ("spark.driver.host=127.0.0.1", "spark.executor.memory=512m", "spark.executor.cores=2", "spark.cores.max=4")
+"""What a driver has to ask for, so that it has an executor on each of two Workers, and another driver, too."""
 
 
 def spark_class() -> str:
@@ -70,7 +70,7 @@ class SparkMaster(SparkPart):
 
 
 class SparkWorker(SparkPart):
-    """A node that has two tasks at once."""
+    """A node with room for two drivers' executors."""
 
     name = "spark-worker"
 
@@ -81,7 +81,7 @@ class SparkWorker(SparkPart):
     def command(self) -> list[str]:
         """The Worker."""
         listen = ["--host", "127.0.0.1", "--port", str(self.port), "--webui-port", str(free_port())]
-        room = ["--cores", "2", "--memory", "1g", "--work-dir", str(self.folder / "work")]
+        room = ["--cores", "4", "--memory", "1g", "--work-dir", str(self.folder / "work")]
         return [spark_class(), "org.apache.spark.deploy.worker.Worker", *listen, *room, self._master.url]
 
 

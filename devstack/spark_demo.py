@@ -1,7 +1,8 @@
-"""`python -m devstack.spark_demo`: a backfill on a Spark cluster beside the stream, on private servers.
+"""`python -m devstack.spark_demo`: stream and backfill on a Spark cluster, on private servers.
 
-A Master and two Workers bring 100,000 older events to all sinks while the replicator streams what `traffic` inserts and
-changes. At the end `comparison` checks every field of every event. Exit code 0: the sinks have what PostgreSQL has.
+A Master and two Workers write to the sinks what `traffic` inserts while it changes contents, and beside that bring
+100,000 older events. At the end `comparison` checks every field of every event. Exit code 0: the sinks have what
+PostgreSQL has.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CREATE INDEX ON engagement_events (event_ts, id);
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo. Returns 0 if the sinks agree with PostgreSQL."""
-    parser = argparse.ArgumentParser(prog="python -m devstack.spark_demo", description="Watch a backfill on Spark.")
+    parser = argparse.ArgumentParser(prog="python -m devstack.spark_demo", description="Watch the replicator on Spark.")
     parser.add_argument("--seconds", type=float, default=30.0, help="of traffic, at least (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the traffic")  # noqa: S311
     args = parser.parse_args(arguments)
@@ -61,29 +62,32 @@ def _run(seconds: float, seed: int) -> int:
         with psycopg.connect(stack.postgres.dsn) as connection:
             connection.execute(ADD_OLDER.format(events=OLDER_EVENTS).encode())
         replicator = stack.replicator(REPLICATOR_POSTGRES_DSN=dsn)
-        replicator.start()
-        time_is_up = threading.Event()
-        threading.Timer(seconds, time_is_up.set).start()
-        with inserting(Traffic(stack.postgres.dsn, seed)):
-            _backfill(stack, replicator.settings)
-            console.print("traffic goes on until its time is up")
-            time_is_up.wait()
-        settle(stack)
-        replicator.stop()
+        console.print("starting a Spark Master and two Workers")
+        with stack.spark(**replicator.settings) as spark:
+            options = ["--master", spark.master.url, *(word for option in EXECUTORS for word in ("--conf", option))]
+            command = ["-m", "replicator_spark", "stream", *options]
+            console.print(f"$ python {' '.join(command)}")
+            replicator.program = [str(PYTHON), *command]
+            replicator.start()
+            time_is_up = threading.Event()
+            with inserting(Traffic(stack.postgres.dsn, seed)):
+                threading.Timer(seconds, time_is_up.set).start()
+                _backfill(replicator.settings, options)
+                console.print("traffic goes on until its time is up")
+                time_is_up.wait()
+            settle(stack)
+            replicator.stop()
         verdicts = compare(stack)
     return report(verdicts)
 
 
-def _backfill(stack: DevStack, settings: dict[str, str]) -> None:
+def _backfill(settings: dict[str, str], options: Sequence[str]) -> None:
     """The command, on the cluster. Raises DevStackError unless it ends well."""
-    console.print("starting a Spark Master and two Workers")
-    with stack.spark(**settings) as spark:
-        outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        options = [word for option in EXECUTORS for word in ("--conf", option)]
-        sinks = ["--sinks", "clickhouse,redis,http", "--slices", "10"]
-        command = ["-m", "replicator_spark", "backfill", *RANGE, *sinks, "--master", spark.master.url, *options]
-        console.print(f"$ python {' '.join(command)}")
-        done = subprocess.run([str(PYTHON), *command], cwd=ROOT, env={**outside, **settings}, check=False)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    sinks = ["--sinks", "clickhouse,redis,http", "--slices", "10"]
+    command = ["-m", "replicator_spark", "backfill", *RANGE, *sinks, *options]
+    console.print(f"$ python {' '.join(command)}")
+    done = subprocess.run([str(PYTHON), *command], cwd=ROOT, env={**outside, **settings}, check=False)
     if done.returncode:
         raise DevStackError(f"the backfill ended with {done.returncode}")
 

@@ -25,6 +25,12 @@ DEFAULTS = {
 
 SETTLED_SECONDS = 3.0
 """Executors of one application start within a second of each other."""
+DIED = {
+    "ExecutorLostFailure": "its executor was lost",
+    "Python worker exited unexpectedly": "its Python process died",
+}
+"""Words of Spark's, and what they mean for a task."""
+DIED_CURE = "The logs of the executors have the reason"
 TASK_CURE = (
     "Every node needs this program, installed or on PYTHONPATH, and the driver's version of Python. The logs of the"
     " executors have the reason"
@@ -88,7 +94,9 @@ class Cluster:
             [result] = self._context.parallelize([argument], 1).map(function).collect()
         except (Py4JError, PySparkException) as exc:
             log.debug("a task failed", exc_info=True)
-            raise ClusterFailed(f"Spark gave a task up ({_reason(exc)})", TASK_CURE) from exc
+            died = next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
+            problem = f"Spark gave a task up ({died or _reason(exc)})"
+            raise ClusterFailed(problem, DIED_CURE if died else TASK_CURE) from exc
         return cast("T", result)
 
     def state(self) -> State:
@@ -107,7 +115,10 @@ class Cluster:
 
     def cancel(self) -> None:
         """Give up every call that is under way."""
-        self._context.cancelAllJobs()
+        from py4j.protocol import Py4JError
+
+        with suppress(Py4JError, OSError):  # `state` says it
+            self._context.cancelAllJobs()
 
     def close(self) -> None:
         """End the application."""

@@ -183,6 +183,7 @@ class Watchdog:
             standby=self.standby,
             replicator=form.ReplicatorStatus(
                 version=__version__,
+                carrier=pipeline.source.carrier,
                 connected=pipeline.source.connected,
                 confirmed_lsn=format_lsn(pipeline.source.confirmed),
                 verified_lsn=format_lsn(pipeline.verification.lsn),

@@ -24,7 +24,7 @@ from replicator_spark.stream.wire import Answer, Errand, Report, told
 LOOK_SECONDS = 1.0
 """How often the cluster is asked what it has. It costs a millisecond."""
 DESERTED_SECONDS = 15.0
-"""So long no executor has to be there. A Worker that starts one anew takes some 5 s."""
+"""So long a task waits for an executor. A Worker takes some 5 s to start one."""
 SILENT_SECONDS = 60.0
 """Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
 TASK_EVENTS = 1_000
@@ -67,7 +67,7 @@ class Desk:
         self._tasks: set[asyncio.Task[None]] = set()
         self._state = cluster.state()
         self._say(self._state)
-        self._peopled_at = time.monotonic()
+        self._peopled_at = self._busy_since = time.monotonic()
 
     async def carry(self, carrier: Writes, events: Sequence[Event]) -> Answer:
         """Have them written by a task."""
@@ -107,7 +107,9 @@ class Desk:
             log.warning(message, state.cores, len(self._waiting), extra={"code": "R703"})
 
     def _deserted(self) -> bool:
-        return time.monotonic() - self._peopled_at >= DESERTED_SECONDS
+        """A task has waited long. Without one, a cluster that grows and shrinks may well have no executor."""
+        since = max(self._peopled_at, self._busy_since)
+        return self._running.total() > 0 and time.monotonic() - since >= DESERTED_SECONDS
 
     # -- which write is next -----------------------------------------------------------------------------------------
 
@@ -117,6 +119,8 @@ class Desk:
             pieces = self._take(name)
             if not pieces:
                 continue
+            if not self._running.total():
+                self._busy_since = time.monotonic()
             self._running[name] += 1
             task = asyncio.create_task(self._carry_out(pieces))
             self._tasks.add(task)
@@ -162,8 +166,6 @@ class Desk:
                 piece.answer.set_result(answer)
 
     async def _report(self, errand: Errand) -> Report:
-        if self._deserted():
-            raise SinkUnavailable(sink=errand.sink, detail=DESERTED)
         try:
             return await asyncio.to_thread(self._call, errand)
         except ClusterFailed as exc:

@@ -56,6 +56,7 @@ class MadeUpCluster:
         """One task; without executors it waits until it is cancelled."""
         self.calls += 1
         if isinstance(self.now, State) and not self.now.executors:
+            self.cancelled.clear()
             assert self.cancelled.wait(DEADLINE_SECONDS)
             raise ClusterFailed("Spark gave a task up (SparkException)")
         if self.failure:
@@ -352,7 +353,7 @@ class TestDesk:
             asyncio.create_task(slow.write(events(*range(number * 1000, 1000 + number * 1000)))) for number in range(5)
         ]
         async with asyncio.timeout(DEADLINE_SECONDS):
-            await nodes.sinks["slow"].called.wait()
+            await begun(nodes.sinks["slow"])
             await asyncio.gather(*(sink.write(events(1)) for sink in others))
         assert not any(task.done() for task in hanging)
         release(held)
@@ -372,8 +373,7 @@ class TestDesk:
         held = asyncio.Event()
         sink = made(cluster, nodes, steps=[held])
         first = asyncio.create_task(sink.write(events(1)))
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            await nodes.sinks["memory"].called.wait()
+        await begun(nodes.sinks["memory"])
         given_up = asyncio.create_task(sink.write(events(2)))
         await asyncio.sleep(0)
         given_up.cancel()
@@ -382,6 +382,13 @@ class TestDesk:
         await first
         await sink.write(events(3))
         assert [[1], [3]] == nodes.sinks["memory"].writes
+
+
+async def begun(sink: MemorySink) -> None:
+    """A write has begun there. Its event is of the nodes' loop, and wakes nobody on this one."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not sink.called.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 def release(held: asyncio.Event) -> None:
@@ -402,7 +409,7 @@ async def test_a_task_that_is_lost_is_a_write_that_failed(cluster: MadeUpCluster
 async def test_a_cluster_without_executors(
     cluster: MadeUpCluster, nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What waits there is given up, and what comes fails at once, until there are some again."""
+    """What waits there long is given up, and tried again; one without anything to do may well be empty."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(desk, "DESERTED_SECONDS", 0.02)
     monkeypatch.setattr(desk, "LOOK_SECONDS", 0.01)
@@ -414,7 +421,7 @@ async def test_a_cluster_without_executors(
     for _ in range(2):
         with pytest.raises(SinkUnavailable, match="no executor of Spark's takes the write: see that the cluster runs"):
             await sink.write(events(1))
-    assert 1 == cluster.calls
+    assert 2 == cluster.calls
     cluster.now = State(executors=2, cores=2)
     async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
@@ -422,7 +429,6 @@ async def test_a_cluster_without_executors(
                 await sink.write(events(1))
                 break
             await asyncio.sleep(0.01)
-    assert "Spark has 2 executors, 2 cores" in caplog.text
     watching.cancel()
 
 

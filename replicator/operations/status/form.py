@@ -82,6 +82,8 @@ class ReplicatorStatus(Struct, frozen=True, kw_only=True):
     """The running process; its counters begin with it."""
 
     version: str
+    carrier: str = ""
+    """Who carries the writes out, if it is not this process."""
     connected: bool
     confirmed_lsn: str
     verified_lsn: str

@@ -36,6 +36,8 @@ def as_text(status: Status) -> str:
     if status.reasons:
         state = "NOT READY: " + "\n             ".join(map(printable, status.reasons))
     lines = [f"replicator   {state}", *_stopped_text(status)]
+    if status.replicator and status.replicator.carrier:
+        lines.append(f"  writes     are carried out by {printable(status.replicator.carrier)}")
     lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():

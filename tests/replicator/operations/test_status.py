@@ -147,6 +147,15 @@ async def test_ready(collect: Collect) -> None:
     )
 
 
+def test_who_carries_the_writes() -> None:
+    """If it is not the process itself, it is said."""
+    found = live()
+    assert found.replicator
+    carried = structs.replace(found.replicator, carrier="Spark at local[2]")
+    told = as_text(structs.replace(found, replicator=carried))
+    assert told.startswith("replicator   ready\n  writes     are carried out by Spark at local[2]\nslot         s:")
+
+
 async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:
     """Its reasons, its process and its counters; the lag in bytes is that of the slot as it is now."""
     server = await answering(msgspec.json.encode(live("s", "sink redis is away")))
