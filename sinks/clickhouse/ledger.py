@@ -132,12 +132,12 @@ class ClickHouseLedger:
                 return False
         return True
 
-    async def count(self, keys: Collection[Key]) -> int:
-        """How many of these events are there."""
+    async def there(self, keys: Collection[Key]) -> set[Key]:
+        """Which of these events are there."""
         times = [key[1] for key in keys]
         exactly = {"start": min(times), "end": max(times) + 1, "keys": tuple(keys), "times": tuple(map(_text, times))}
-        [(count,)] = await self._select("count()", tuple[int], exactly, f"AND event_ts IN %(times)s {ONE_OF}")
-        return count
+        what = f"event_id, {US}, content_id"
+        return {*await self._select(what, tuple[int, int, int], exactly, f"AND event_ts IN %(times)s {ONE_OF}")}
 
     async def oldest(self) -> list[Key]:
         """The first event by time; empty if there is none."""
@@ -236,11 +236,15 @@ class Witnesses:
             self._remember()
 
     async def look(self) -> None:
-        """Ask for them."""
-        if keys := [*self._first, *self._last]:
-            there = await self._ledger.count(keys)
-            before, self.gone = self.gone, there < len({*keys}) if self.gone else not there
-            if self.gone != before:
+        """Ask for them. One that went for a good reason is forgotten: else it would have to be back after a loss."""
+        if keys := {*self._first, *self._last}:
+            there = await self._ledger.there(keys)
+            before, self.gone = self.gone, there != keys if self.gone else not there
+            went = not self.gone and there != keys
+            if went:
+                left = [key for key in (*self._first, *self._last) if key in there]
+                self._first, self._last = left[:WITNESSES], deque(left[WITNESSES:], WITNESSES)
+            if went or self.gone != before:
                 self._remember()
 
     def _remember(self) -> None:

@@ -722,6 +722,34 @@ class TestEmptied:
             again.look()
             assert still != again.remember()
 
+    async def test_what_went_for_a_good_reason_need_not_come_back(
+        self, clickhouse: ClickHouse, sink: ClickHouseSink
+    ) -> None:
+        """Else a table of which old partitions are dropped would lack them for ever, once it was another one."""
+        for number in range(1, 12):
+            await sink.write([event(number, ts=datetime(2025, 1, 8, tzinfo=UTC))])
+        await sink.write(events(50, 60))
+        async with sink_for(clickhouse.url) as again:
+            again.recall(sink.remember())
+            await again.write(events(61, 61))
+            memory = again.remember()
+        clickhouse.query(f"ALTER TABLE {TABLE} DROP PARTITION 202501")
+        async with sink_for(clickhouse.url) as again:
+            again.recall(memory)
+            await again.open()
+            again.look()
+            memory = again.remember()
+        for statement in EMPTIED["another one"]:
+            clickhouse.query(statement)
+        async with sink_for(clickhouse.url) as again:
+            again.recall(memory)
+            await again.open()
+            with pytest.raises(SinkEmptied):
+                again.look()
+            clickhouse.query(f"EXCHANGE TABLES other AND {TABLE}")
+            await again._ask()  # noqa: SLF001  what `look` begins
+            again.look()
+
     @pytest.mark.parametrize("memory", ["", "another release's", '{"gone": 1}', "[]"])
     async def test_what_it_does_not_understand_it_does_not_recall(self, sink: ClickHouseSink, memory: str) -> None:
         """It then knows what the table holds now."""
