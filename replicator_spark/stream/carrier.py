@@ -17,13 +17,11 @@ from replicator.contracts.sink import Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import meant_by_sink
 from replicator_spark.stream import wire
-from replicator_spark.stream.desk import Desk
+from replicator_spark.stream.desk import CARRIED_BYTES, Desk
 from replicator_spark.stream.wire import Errand, Report, Told
 
 PART_EVENTS = 10_000
 """A larger write is cut, so that several cores shape it. ClickHouse likes inserts of this size, too."""
-CARRIED_BYTES = 64_000_000
-"""Half of what Spark sends in one message (spark.rpc.message.maxSize). Only a huge event makes a write so large."""
 
 log = logging.getLogger("replicator.spark")
 

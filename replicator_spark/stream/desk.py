@@ -17,6 +17,7 @@ import msgspec
 
 from replicator.contracts.errors import ClusterFailed, SinkUnavailable
 from replicator.contracts.events import Event
+from replicator.delivery.queue import weigh
 from replicator_spark.session import Cluster, State
 from replicator_spark.stream.hands import work
 from replicator_spark.stream.wire import Answer, Errand, Report, told
@@ -29,6 +30,9 @@ SILENT_SECONDS = 60.0
 """Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
 TASK_EVENTS = 1_000
 """Fewer are not worth a task of their own: a task costs what 2,000 events cost."""
+CARRIED_BYTES = 64_000_000
+"""Half of what Spark sends in one message (spark.rpc.message.maxSize). Only huge events make a write, or several for
+one task, so large."""
 DESERTED = (
     "no executor of Spark's takes the write: see that the cluster runs, and has a free core and memory for this"
     " application"
@@ -54,6 +58,7 @@ class Writes(Protocol):
 class _Piece(NamedTuple):
     carrier: Writes
     events: Sequence[Event]
+    weight: int
     answer: asyncio.Future[Answer]
 
 
@@ -71,7 +76,7 @@ class Desk:
 
     async def carry(self, carrier: Writes, events: Sequence[Event]) -> Answer:
         """Have them written by a task."""
-        piece = _Piece(carrier, events, asyncio.get_running_loop().create_future())
+        piece = _Piece(carrier, events, weigh(events), asyncio.get_running_loop().create_future())
         self._waiting[carrier.name].append(piece)
         asyncio.get_running_loop().call_soon(self._give)  # after this turn: others come along
         return await piece.answer
@@ -136,15 +141,19 @@ class Desk:
         return ""
 
     def _take(self, name: str) -> list[_Piece]:
-        """What waits, as evenly as the free cores allow."""
+        """What waits, as evenly as the free cores allow, and no more than Spark sends."""
         waiting = self._waiting[name]
         events = sum(len(piece.events) for piece in waiting)
         share = max(TASK_EVENTS, math.ceil(events / max(1, self._state.cores - self._running.total())))
         taken: list[_Piece] = []
+        room_bytes = CARRIED_BYTES
         while waiting and sum(len(piece.events) for piece in taken) < share:
+            if taken and waiting[0].weight > room_bytes:
+                break
             piece = waiting.popleft()
             if not piece.answer.done():  # else its lane has given it up
                 taken.append(piece)
+                room_bytes -= piece.weight
         return taken
 
     def _ended(self, task: asyncio.Task[None], name: str) -> None:

@@ -26,6 +26,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Event
 from replicator.contracts.sink import Mode, Sink
+from replicator.delivery.queue import weigh
 from replicator_spark.nodes import Meant
 from replicator_spark.session import State
 from replicator_spark.stream import carrier, desk, hands
@@ -340,6 +341,16 @@ class TestDesk:
         )
         assert [5] == [number - 1 for number, answer in enumerate(answers) if isinstance(answer, BatchRefused)]
         assert 2 >= cluster.calls
+
+    async def test_a_task_is_no_larger_than_spark_sends(self, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Writes that are small enough may not be so together."""
+        writes = [events(number) for number in range(8)]
+        monkeypatch.setattr(desk, "CARRIED_BYTES", 3 * weigh(writes[0]))
+        cluster = MadeUpCluster(cores=1)
+        sink = made(cluster, nodes, concurrency=16, max_repeats=1000)
+        await asyncio.gather(*(sink.write(write) for write in writes))
+        assert 3 == cluster.calls
+        assert 8 == len(nodes.sinks["memory"].writes)
 
     async def test_a_sink_that_hangs_leaves_cores_to_the_others(self, nodes: Nodes) -> None:
         """One for each of them."""
