@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from pydantic import SecretStr
@@ -101,12 +101,16 @@ def _digest(value: object, key: bytes) -> str:
 
 
 def _without_password(secret: str) -> str:
-    """Where a URL leads; of another secret, that there is one: both sides may rotate it at their own time."""
+    """Where a URL leads; of another secret, that there is one: both sides may rotate it at their own time.
+
+    Of its options only Redis's database says where it leads; others may be secrets. A Unix socket's has no host.
+    """
     try:
         url = urlsplit(secret)
+        place = f"{url.scheme} {url.hostname} {url.port} {url.path} {parse_qs(url.query).get('db', '')}"
     except ValueError:
         return ""
-    return f"{url.scheme} {url.hostname} {url.port} {url.path}" if url.netloc else ""
+    return place if "://" in secret else ""
 
 
 async def _source(dsn: Dsn) -> str:

@@ -33,6 +33,8 @@ def _given(monkeypatch: pytest.MonkeyPatch, **changed: str) -> dict[str, str]:
         ("REPLICATOR_SLOT", "two"),
         ("REPLICATOR_REDIS_URL", "redis://:planted@other:6379/0"),
         ("REPLICATOR_REDIS_URL", "redis://:planted@redis:6379/1"),
+        ("REPLICATOR_REDIS_URL", "redis://:planted@redis:6379/0?db=3"),
+        ("REPLICATOR_REDIS_URL", "unix:///run/redis.sock"),
         ("REPLICATOR_HTTP_URL", "https://app:planted@api:8000/other"),
         ("REPLICATOR_HTTP_BATCH_SIZE", "7"),
     ],
@@ -45,10 +47,19 @@ def test_another_value_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str, va
 
 
 @pytest.mark.usefixtures("empty_directory")
+def test_another_socket_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Unix socket's URL has no host."""
+    driver = _given(monkeypatch, REPLICATOR_REDIS_URL="unix:///run/one.sock")
+    assert driver != _given(monkeypatch, REPLICATOR_REDIS_URL="unix:///run/two.sock")
+    assert driver == _given(monkeypatch, REPLICATOR_REDIS_URL="unix://:rotated@/run/one.sock")
+
+
+@pytest.mark.usefixtures("empty_directory")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("REPLICATOR_REDIS_URL", "redis://:rotated@redis:6379/0"),
+        ("REPLICATOR_REDIS_URL", "redis://redis:6379/0?password=rotated"),
         ("REPLICATOR_POSTGRES_DSN", "postgresql://app:planted@standby/engagement"),
         ("REPLICATOR_CHECKPOINT_URL", "sqlite:////elsewhere/checkpoint.db"),
         ("REPLICATOR_LOG_FORMAT", "json"),
