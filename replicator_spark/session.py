@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from replicator.contracts.errors import ClusterFailed, SettingsError
@@ -31,6 +32,8 @@ DIED = {
 }
 """Words of Spark's, and what they mean for a task."""
 DIED_CURE = "The logs of the executors have the reason"
+CLOSE_SECONDS = 5.0
+"""Spark ends within a second. What supervises the replicator gives it some seconds more than the drain takes."""
 TASK_CURE = (
     "Every node needs this program, installed or on PYTHONPATH, and the driver's version of Python. The logs of the"
     " executors have the reason"
@@ -69,8 +72,12 @@ class Cluster:
 
     @property
     def cores(self) -> int:
-        """How many tasks run at once, at this moment."""
-        return max(1, int(self._context.defaultParallelism))
+        """How many tasks run at once, at this moment.
+
+        Not `defaultParallelism`: that is spark.default.parallelism where somebody has set it, and 2 at least.
+        """
+        spark = self._context._jsc.sc()  # noqa: SLF001  PySpark itself does not tell
+        return max(1, int(spark.maxNumConcurrentTasks(spark.resourceProfileManager().defaultResourceProfile())))
 
     def settled(self) -> int:
         """The same, once no more nodes come. Blocks for some seconds. Raises ClusterFailed."""
@@ -121,7 +128,15 @@ class Cluster:
             self._context.cancelAllJobs()
 
     def close(self) -> None:
-        """End the application."""
+        """End the application. A process of Spark's that does not answer is killed: it would keep the cores."""
+        stopping = Thread(target=self._stop, daemon=True)
+        stopping.start()
+        stopping.join(CLOSE_SECONDS)
+        process = getattr(self._context._gateway, "proc", None)  # noqa: SLF001  spark-submit's is not ours
+        if stopping.is_alive() and process is not None:
+            process.kill()
+
+    def _stop(self) -> None:
         from py4j.protocol import Py4JError
 
         with suppress(Py4JError, OSError):  # it has ended by itself

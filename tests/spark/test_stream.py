@@ -135,6 +135,23 @@ def test_spark_ends_under_it(
 
 
 @pytest.mark.spark
+def test_spark_hangs(spark: SparkProgram, source: psycopg.Connection) -> None:
+    """Spark's process does not answer any more: a stop ends all the same, and leaves no process that keeps the cores.
+
+    How many cores there are is what the cluster has, whatever spark.default.parallelism says.
+    """
+    spark.options = (*spark.options, "--conf", "spark.default.parallelism=200")
+    spark.start()
+    insert_many(source, 5)
+    spark.wait_until_caught_up()
+    assert "Spark has 1 executors, 3 cores" in spark.said
+    [jvm] = spark.workers("SparkSubmit")
+    os.kill(jvm, signal.SIGSTOP)
+    assert 0 == spark.stop()
+    wait_until(lambda: not command_line(jvm), "the end of Spark's process")
+
+
+@pytest.mark.spark
 def test_an_older_checkpoint(spark: SparkProgram, source: psycopg.Connection, tmp_path: Path) -> None:
     """Restored beside a slot that has gone on, it is a gap, and told as the product tells it."""
     spark.product = True
