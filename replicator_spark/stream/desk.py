@@ -28,11 +28,13 @@ DESERTED_SECONDS = 15.0
 """So long a task waits for an executor. A Worker takes some 5 s to start one."""
 SILENT_SECONDS = 60.0
 """Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
-TASK_EVENTS = 1_000
-"""Fewer are not worth a task of their own: a task costs what 2,000 events cost."""
+TASK_EVENTS = 5_000
+"""Fewer are not worth a task of their own where others wait: a task costs 40 ms of CPU, whatever is in it."""
 CARRIED_BYTES = 64_000_000
 """Half of what Spark sends in one message (spark.rpc.message.maxSize). Only huge events make a write, or several for
 one task, so large."""
+GATHER_SECONDS = 0.01
+"""So long a write waits for others to come along: a lane that goes on begins several, one after the other."""
 DESERTED = (
     "no executor of Spark's takes the write: see that the cluster runs, and has a free core and memory for this"
     " application"
@@ -78,7 +80,7 @@ class Desk:
         """Have them written by a task."""
         piece = _Piece(carrier, events, weigh(events), asyncio.get_running_loop().create_future())
         self._waiting[carrier.name].append(piece)
-        asyncio.get_running_loop().call_soon(self._give)  # after this turn: others come along
+        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._give)
         return await piece.answer
 
     async def watch(self) -> None:
@@ -159,7 +161,7 @@ class Desk:
     def _ended(self, task: asyncio.Task[None], name: str) -> None:
         self._tasks.discard(task)
         self._running[name] -= 1
-        self._give()
+        asyncio.get_running_loop().call_later(GATHER_SECONDS, self._give)  # its lane goes on first
 
     async def _carry_out(self, pieces: Sequence[_Piece]) -> None:
         carrier = pieces[0].carrier

@@ -6,6 +6,7 @@ A sink here is opened as for a backfill: what goes by the clock, such as the win
 from __future__ import annotations
 
 import asyncio
+import gc
 import platform
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -72,6 +73,7 @@ class Hands:
         except BatchRefused as exc:  # there are no events that could be at fault
             raise SinkUnavailable(sink=made.name, detail=exc.detail) from exc
         self._sinks[errand.sink] = errand.age, made
+        gc.freeze()  # Spark collects garbage after each task: with what stays that is 35 ms of CPU, without it 2
         return made
 
 
