@@ -7,7 +7,9 @@ goes as a keyed digest.
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import parse_qs, urlsplit
@@ -27,6 +29,8 @@ from sinks.stdout.sink import StdoutSink
 
 OF_A_NODE = {"postgres_dsn", "checkpoint_url", "admin_listen", "log_level", "log_format", "memory_limit_mb"}
 """What each node may have its own of. The nodes' DSN may lead to a standby; which cluster it is of is asked."""
+
+ANOTHER = "has another value there, or leads to the machine itself (localhost, a Unix socket), which is another there"
 
 CLUSTER = "SELECT system_identifier::text || ' ' || current_database() FROM pg_control_system()"
 
@@ -60,7 +64,7 @@ def compare(driver: Meant, here: Meant) -> None:
         raise NodeDiffers(problem=f"it runs version {here.version}, not {driver.version}", expected="the same version")
     for name, digest in driver.digests.items():
         if here.digests.get(name) != digest:
-            raise NodeDiffers(problem=f"{name} has another value there", expected="the driver's settings")
+            raise NodeDiffers(problem=f"{name} {ANOTHER}", expected="the driver's settings")
     if here.source and driver.source and here.source != driver.source:
         raise NodeDiffers(
             problem="REPLICATOR_POSTGRES_DSN leads to another database there",
@@ -103,14 +107,26 @@ def _digest(value: object, key: bytes) -> str:
 def _without_password(secret: str) -> str:
     """Where a URL leads; of another secret, that there is one: both sides may rotate it at their own time.
 
-    Of its options only Redis's database says where it leads; others may be secrets. A Unix socket's has no host.
+    Of its options only Redis's database says where it leads; others may be secrets. A URL that leads to the machine
+    itself leads to another server on each.
     """
     try:
         url = urlsplit(secret)
         place = f"{url.scheme} {url.hostname} {url.port} {url.path} {parse_qs(url.query).get('db', '')}"
     except ValueError:
         return ""
-    return place if "://" in secret else ""
+    machine = platform.node() if _is_local(url.hostname) else ""
+    return f"{place} {machine}" if "://" in secret else ""
+
+
+def _is_local(host: str | None) -> bool:
+    """Whether it is the machine itself; a Unix socket's URL has no host."""
+    if host in {None, "localhost"}:
+        return True
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 async def _source(dsn: Dsn) -> str:

@@ -47,6 +47,18 @@ def test_another_value_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str, va
 
 
 @pytest.mark.usefixtures("empty_directory")
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "/run"])
+def test_localhost_is_another_server_on_another_machine(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """Its events would be where nobody looks for them, and the driver would be told that they are written."""
+    url = f"unix://{host}/redis.sock" if host == "/run" else f"redis://{host}:6379/0"
+    driver = _given(monkeypatch, REPLICATOR_REDIS_URL=url)
+    assert driver == _given(monkeypatch, REPLICATOR_REDIS_URL=url)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    node = _given(monkeypatch, REPLICATOR_REDIS_URL=url)
+    assert ["REPLICATOR_REDIS_URL"] == [each for each in driver if driver[each] != node[each]]
+
+
+@pytest.mark.usefixtures("empty_directory")
 def test_another_socket_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Unix socket's URL has no host."""
     driver = _given(monkeypatch, REPLICATOR_REDIS_URL="unix:///run/one.sock")
