@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -277,6 +278,21 @@ def test_a_checkpoint_before_the_sinks(
 # -- the nodes -----------------------------------------------------------------------------------------------------
 
 
+def assert_discreet(folder: Path) -> None:
+    """Neither a secret nor a row is in the logs there."""
+    logs = [file for file in folder.rglob("*") if file.name in {"log", "stderr", "stdout"}]
+    assert len(logs) > 3
+    said = [file.read_text(encoding="utf-8", errors="replace") for file in logs]
+    assert not [text for text in said if SECRET in text or '"4k' in text or "event_id" in text]
+
+
+def kill(pids: list[int]) -> None:
+    """Those that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.spark
 @pytest.mark.timeout(600)
 def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
@@ -309,16 +325,17 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
             wait_until(lambda: len(destinations.api()) > before, "the first of them at the API")
 
         while_it_writes(1)
-        for pid in below("pyspark.daemon"):
-            os.kill(pid, signal.SIGKILL)
+        kill(below("pyspark.daemon"))
         spark.wait_until_caught_up(90)
         while_it_writes(2)
-        os.kill(below("CoarseGrainedExecutorBackend")[0], signal.SIGKILL)
+        kill(below("CoarseGrainedExecutorBackend")[:1])
         spark.wait_until_caught_up(90)
         wait_until(lambda: WHOLE in spark.said.rpartition("Lost executor")[2], "another executor", 90)
         while_it_writes(3)
         cluster.workers[0].kill()
         spark.wait_until_caught_up(90)
+        # Both executors are the other Worker's then. One that was just starting would outlive it.
+        wait_until(lambda: WHOLE in spark.said.rpartition("worker lost")[2], "another executor", 90)
         cluster.workers[1].kill()
         insert(noted, 400, 4)
         wait_until(lambda: "no executor of Spark's takes the write" in spark.admin("/readyz"), "trouble", 90)
@@ -340,12 +357,7 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
         finally:
             second.end()
             print(second.log)  # noqa: T201  pytest shows it when the test has failed
-        logs = [file for file in (stack.folder / "spark").rglob("*") if file.name in {"log", "stderr", "stdout"}]
-        assert len(logs) > 3
-        said = [file.read_text(encoding="utf-8", errors="replace") for file in logs]
-        assert not [text for text in said if SECRET in text or '"4k' in text or "event_id" in text], (
-            "a secret, or a row"
-        )
+        assert_discreet(stack.folder / "spark")
     repeats = assert_exact(database, destinations, content_at_commit=True)
     assert repeats <= 5 * 20_000
 
