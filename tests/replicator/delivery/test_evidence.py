@@ -173,7 +173,7 @@ async def test_a_destination_that_refuses_at_random(
     monkeypatch: pytest.MonkeyPatch, share: float, max_events: int
 ) -> None:
     """Whatever is good is taken in the end; what is bad is a dead letter once it is calm again."""
-    monkeypatch.setattr(evidence, "DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr(evidence, "DOUBT_SECONDS", 1.0)  # a busy machine may stand still for 0.3 s
     seed = random.randrange(10**9)  # noqa: S311  a test's
     print(f"seed {seed}")  # noqa: T201  shown when it fails
     chance = random.Random(seed)  # noqa: S311
