@@ -109,6 +109,10 @@ class Takeover(NamedTuple):
     """Lines for the operator who accepted a gap: what may be missing, and the command that brings it."""
 
 
+def _warn(waits: SlotWaits) -> None:
+    log.warning("%s", waits, extra={"code": waits.code})
+
+
 class Beginning:
     """Takes one slot for the configured sinks."""
 
@@ -118,7 +122,7 @@ class Beginning:
         store: CheckpointStore,
         slot: str,
         sinks: Sequence[Sink],
-        waits: Callable[[SlotWaits], None] = log.warning,
+        waits: Callable[[SlotWaits], None] = _warn,
     ) -> None:
         """`waits` is told what a new slot waits for."""
         self.saving = asyncio.Lock()
