@@ -21,6 +21,7 @@ from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointMissing,
     ReplicatorError,
+    SinkBroken,
     SinkEmptied,
     SinkLeftOut,
     SlotInUse,
@@ -52,6 +53,7 @@ PAUSED = "paused: "
 """What a pause is found by, with the sink's name, among the tasks of the checkpoint database."""
 REMEMBERED = "remembered: "
 """The same of what a sink knows its data by."""
+BROKEN = "sink %s fails to remember what it knows its data by (%s): it may not see after a restart that they are gone"
 REPEATS = "sees again what it has of that time, under the same event_id"
 
 
@@ -133,6 +135,7 @@ class Beginning:
         self._sinks = sinks
         self._waits = waits
         self._memories = dict[str, str]()  # by sink, as they are kept
+        self._broken: set[str] = set()  # names of sinks that failed to say what they remember
 
     async def load(self) -> Checkpoint | None:
         """The stored checkpoint with the configured sinks only."""
@@ -248,7 +251,15 @@ class Beginning:
     async def remember(self) -> None:
         """Keep what the sinks remember, where it has changed. Raises CheckpointError."""
         for sink in self._sinks:
-            if (memory := sink.remember()) != self._memories.get(sink.name, ""):
+            if sink.name in self._broken:
+                continue
+            try:
+                memory = sink.remember()
+            except Exception as exc:  # noqa: BLE001  a sink of another package may raise anything
+                self._broken.add(sink.name)
+                _tell_broken(sink, exc)
+                continue
+            if memory != self._memories.get(sink.name, ""):
                 await asyncio.to_thread(keep_memory, self._store, self._slot, sink.name, memory)
                 self._memories[sink.name] = memory
 
@@ -293,9 +304,18 @@ def recall(store: TaskProgress, slot: str, sinks: Sequence[Sink]) -> dict[str, s
     """Give the sinks what they remembered in an earlier run; in this one they know better. Returns what is kept."""
     kept = {sink.name: store.load_progress(slot, f"{REMEMBERED}{sink.name}") or "" for sink in sinks}
     for sink in sinks:
-        if kept[sink.name] and not sink.remember():
-            sink.recall(kept[sink.name])
+        try:
+            if kept[sink.name] and not sink.remember():
+                sink.recall(kept[sink.name])
+        except Exception as exc:  # noqa: BLE001  a sink of another package may raise anything
+            _tell_broken(sink, exc)
     return kept
+
+
+def _tell_broken(sink: Sink, exc: Exception) -> None:
+    """Without the error's message, which may have anything in it."""
+    fields = {"sink": sink.name, "code": SinkBroken.code}
+    log.error(BROKEN, sink.name, type(exc).__name__, extra=fields)
 
 
 def keep_memory(store: TaskProgress, slot: str, sink: str, memory: str) -> None:

@@ -891,6 +891,27 @@ async def test_what_a_sink_remembers_is_kept_and_given_back(monkeypatch: pytest.
     assert "at the end" == world.store.kept["remembered: a"]
 
 
+async def test_a_sink_that_fails_to_remember_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """It may be of another package. It is told once, and the others' memory is kept."""
+    world = World("a", "b")
+    world.store.kept |= {"remembered: a": "before"}
+
+    def fails(*_: object) -> str:
+        raise KeyError("a row")
+
+    world.sinks[0].remember = fails  # type: ignore[method-assign]
+    world.sinks[1].memory = "whole"
+
+    async def scene() -> None:
+        world.commit(10)
+        await world.until(lambda: world.store.kept.get("remembered: b") == "whole" and 11 in world.told("confirm"))
+
+    await world.run(scene)
+    assert "before" == world.store.kept["remembered: a"]
+    assert 2 == caplog.text.count("sink a fails to remember")  # recall and remember
+    assert "a row" not in caplog.text
+
+
 async def test_what_a_paused_sink_waits_for_is_free_again() -> None:
     """A write that hangs is given up after the time of a drain, and what waited holds no memory."""
     world = World("a", "b")
