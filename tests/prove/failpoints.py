@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -342,22 +342,24 @@ BREACHES: Mapping[str, Callable[[], None]] = {
 """Ways to break the rule. `psycopg2-keepalive` alone does not, thanks to the markers."""
 
 
-def main() -> NoReturn:
-    """Run the replicator, altered."""
-    parser = argparse.ArgumentParser(prog="python -m tests.prove.failpoints", description=__doc__.partition("\n")[0])
-    parser.add_argument("--die", choices=PLACES, help="end here, without warning")
+def run_altered(
+    program: str, places: Collection[str], death: type[Death], breaches: Mapping[str, Callable[[], None]]
+) -> NoReturn:
+    """Run this package as the arguments say."""
+    parser = argparse.ArgumentParser(description=f"Run {program}, altered in memory.")
+    parser.add_argument("--die", choices=places, help="end here, without warning")
     parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")
-    parser.add_argument("--breach", choices=BREACHES, help="break the rule like this")
-    parser.add_argument("arguments", nargs="*", help="the replicator's own, after --")
+    parser.add_argument("--breach", choices=breaches, help="break the rule like this")
+    parser.add_argument("arguments", nargs="*", help="the program's own, after --")
     args = parser.parse_args()
     if args.breach:
-        BREACHES[args.breach]()
+        breaches[args.breach]()
     if args.die:
-        Death(args.die, args.after).alter()
-    sys.argv = ["replicator", *args.arguments]
-    runpy.run_module("replicator", run_name="__main__", alter_sys=True)
-    raise SystemExit("the replicator returned")
+        death(args.die, args.after).alter()
+    sys.argv = [program, *args.arguments]
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+    raise SystemExit(f"{program} returned")
 
 
 if __name__ == "__main__":
-    main()
+    run_altered("replicator", PLACES, Death, BREACHES)

@@ -7,13 +7,9 @@ It is `tests/prove/failpoints.py` for a driver, whose sinks' sockets are on the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import runpy
-import sys
 from collections.abc import Callable, Mapping
-from typing import NoReturn
 
 import msgspec
 import psycopg
@@ -21,7 +17,7 @@ import psycopg
 from replicator_spark.stream import desk, hands
 from replicator_spark.stream.desk import Desk
 from replicator_spark.stream.wire import Errand, Report
-from tests.prove.failpoints import Death, alter, checkpoint_before_sink
+from tests.prove.failpoints import Death, alter, checkpoint_before_sink, run_altered
 
 PLACES = ("received", "enriched", "given", "carried", "after-save", "after-confirm")
 """On the way from the slot to the confirmation. Given: a task has the events; carried: its answer is there."""
@@ -68,24 +64,5 @@ BREACHES: Mapping[str, Callable[[], None]] = {
 }
 
 
-def main() -> NoReturn:
-    """Run the program, altered."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.support.spark_altered", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--die", choices=PLACES, help="the driver ends here, without warning")
-    parser.add_argument("--after", type=int, default=1, metavar="ROWS", help="once so many rows were received (1)")
-    parser.add_argument("--breach", choices=BREACHES, help="break the rule like this")
-    parser.add_argument("arguments", nargs="*", help="the program's own, after --")
-    args = parser.parse_args()
-    if args.breach:
-        BREACHES[args.breach]()
-    if args.die:
-        DriversDeath(args.die, args.after).alter()
-    sys.argv = ["replicator_spark", *args.arguments]
-    runpy.run_module("replicator_spark", run_name="__main__", alter_sys=True)
-    raise SystemExit("the program returned")
-
-
 if __name__ == "__main__":
-    main()
+    run_altered("replicator_spark", PLACES, DriversDeath, BREACHES)
