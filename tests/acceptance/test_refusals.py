@@ -119,7 +119,7 @@ def test_it_refuses_events(small: Program, source: psycopg.Connection, api: Api,
 def test_it_takes_no_large_request(
     quick: Program, database: str, source: psycopg.Connection, api: Api, destinations: Destinations
 ) -> None:
-    """413: smaller ones arrive, the size is remembered, `status` has it."""
+    """413: smaller ones arrive, `status` has the size, and larger ones are tried ever more rarely."""
     api.behave(max_body_bytes=20_000)
     quick.start()
     insert_many(source, 5_000)
@@ -133,7 +133,7 @@ def test_it_takes_no_large_request(
     before = refused()
     insert_many(source, 5_000)
     quick.wait_until_caught_up()
-    assert before == refused()
+    assert refused() - before < before / 2
     ends_exact(quick, database, destinations)
 
 

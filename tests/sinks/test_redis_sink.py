@@ -20,6 +20,7 @@ import redis
 from pydantic import SecretStr
 
 from devstack import DevStack
+from devstack.process import free_port
 from enrichment import EVENT
 from replicator.contracts.errors import SinkEmptied, SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import Event, Position, SinkPosition
@@ -1237,7 +1238,8 @@ async def test_check_says_that_eviction_breaks_counts(server: Server) -> None:
 
 async def test_redis_cluster_is_named_as_the_reason() -> None:
     """It can't change keys of several slots as one."""
-    with DevStack("redis", redis_settings={"cluster-enabled": "yes"}) as stack:
+    bus = str(free_port())  # Redis's own choice is in the range of ports that connections are given
+    with DevStack("redis", redis_settings={"cluster-enabled": "yes", "cluster-port": bus}) as stack:
         client: Any = redis.Redis.from_url(stack.redis.url)
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         await until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True), "up")
