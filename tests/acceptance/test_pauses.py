@@ -39,6 +39,7 @@ def test_a_pause_lasts_over_a_kill(
     quick.start()
     insert_many(source, 10)
     quick.wait_until_caught_up()
+    wait_until(lambda: quick.status()["wal"]["kept_bytes"] is not None, "the first look at the slot")
     said = succeed(quick.run("pause", "http"))
     assert said.startswith("sink http is paused until somebody resumes it; PostgreSQL keeps the WAL after")
     assert "WAL of the slot meanwhile: no limit (max_slot_wal_keep_size): " in said
