@@ -7,12 +7,13 @@ entry point group `replicator.sinks`, name → "module:Class".
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeGuard
+from typing import cast
 
-from replicator.contracts.errors import SettingsError
+from replicator.contracts.errors import SettingsError, cited
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import Settings, load, variable
 from replicator.contracts.sink import Sink
@@ -35,26 +36,30 @@ WHOLE = "sinks that keep the contract"
 
 
 @cache
-def known_sinks() -> Mapping[str, EntryPoint]:
+def known_sinks() -> Mapping[str, Sequence[EntryPoint]]:
     """Every sink there is, built-in or installed, by its name in REPLICATOR_SINKS. Imports none of them.
 
-    Raises SettingsError if two packages use one name.
+    Several of one name: two packages use it, and none of the sinks can be chosen.
     """
-    found = {name: EntryPoint(name, where, GROUP) for name, where in BUILT_IN.items()}
+    found = {name: [EntryPoint(name, where, GROUP)] for name, where in BUILT_IN.items()}
     for entry in entry_points(group=GROUP):
-        first = found.setdefault(entry.name, entry)
-        if first.value != entry.value:
-            raise _unusable(f"two sinks are called {entry.name!r}: {first.value} and {entry.value}", "one of the two")
+        of_name = found.setdefault(entry.name, [])
+        if entry.value not in [other.value for other in of_name]:
+            of_name.append(entry)
     return found
 
 
 def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
-    """The settings of all sinks, of these first. A sink that can't be loaded is named in the log and left out."""
+    """The settings of all sinks, of these first. A sink that can't be loaded is left out.
+
+    The log names it, unless it is one of the first: whoever wants it will be told.
+    """
     for name in sorted(known_sinks(), key=lambda name: name not in first):
         try:
             yield sink_class(name).settings_class
         except SettingsError as exc:
-            _log.warning("%s", exc)
+            if name not in first:
+                _log.warning("%s", exc)
 
 
 def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
@@ -67,37 +72,51 @@ def _create(found: type[Sink], settings: Settings, contract: Contract) -> Sink:
     try:
         sink = found(settings, contract)
     except Exception as exc:  # its own words may hold a secret
-        raise _unusable(f"sink {found.name!r} can't be made ({type(exc).__name__})", WHOLE) from exc
+        raise _unusable(found.name, f"can't be made ({type(exc).__name__})", WHOLE) from exc
     most = getattr(sink, "max_events", None)
     if not isinstance(most, int) or most < 1:
-        raise _unusable(f"sink {found.name!r} has {most} as its max_events", WHOLE)
+        raise _unusable(found.name, f"has {most} as its max_events", WHOLE)
     if sink.concurrency < 1 or (sink.max_repeats is not None and sink.max_repeats < most):  # it would never write
-        problem = f"sink {found.name!r} has concurrency {sink.concurrency} and max_repeats {sink.max_repeats}"
-        raise _unusable(problem, f"{WHOLE}: at least 1, and at least max_events or None")
+        problem = f"has concurrency {sink.concurrency} and max_repeats {sink.max_repeats}"
+        raise _unusable(found.name, problem, f"{WHOLE}: at least 1, and at least max_events or None")
     return sink
 
 
 def sink_class(name: str) -> type[Sink]:
     """The class of that name. Raises SettingsError if there is none, or it is not a sink."""
-    entry = known_sinks().get(name)
-    if entry is None:
+    entries = known_sinks().get(name, ())
+    if not entries:
         expected = f"one or more of {', '.join(known_sinks())}, separated by commas"
-        raise _unusable(f"there is no sink {name!r}", expected)
+        raise SettingsError(name=variable("sinks"), problem=f"there is no sink {name!r}", expected=expected)
+    if len(entries) > 1:
+        problem = f"is the name of {len(entries)}: {' and '.join(entry.value for entry in entries)}"
+        raise _unusable(name, problem, "a name that one installed package uses")
     try:
-        found = entry.load()
+        found = entries[0].load()
     except Exception as exc:  # its module runs, and may fail at anything
-        raise _unusable(f"sink {name!r} can't be loaded: {type(exc).__name__}: {exc}", COMPLETE) from exc
-    if _is_sink(found, name):
-        return found
-    raise _unusable(f"{entry.value} is not a Sink named {name!r}", WHOLE)
+        raise _unusable(name, f"can't be loaded: {type(exc).__name__}: {cited(str(exc))}", COMPLETE) from exc
+    if flaw := _flaw(found, name):
+        raise _unusable(name, f"is {entries[0].value}, {flaw}", WHOLE)
+    return cast("type[Sink]", found)
 
 
-def _is_sink(found: object, name: str) -> TypeGuard[type[Sink]]:
-    if not (isinstance(found, type) and issubclass(found, Sink) and getattr(found, "name", None) == name):
-        return False
-    settings_class: object = found.settings_class
-    return isinstance(settings_class, type) and issubclass(settings_class, Settings) and not found.__abstractmethods__
+def _flaw(found: object, name: str) -> str:
+    """Why it can't be the sink of that name; empty if it can."""
+    if not (isinstance(found, type) and issubclass(found, Sink)):
+        return "which is no class that inherits Sink"
+    if missing := sorted(found.__abstractmethods__):
+        return f"which lacks {', '.join(missing)}"
+    if (its_name := getattr(found, "name", None)) != name:
+        return f"whose name is {its_name!r}" if its_name else "which has no name"
+    settings: object = found.settings_class
+    if not (isinstance(settings, type) and issubclass(settings, Settings)):
+        return "whose settings_class does not inherit Settings"
+    begin = re.sub(r"\W", "_", name.lower()) + "_"  # else its setting could be another's, the DSN of the source for one
+    others = [field for field in settings.model_fields if not field.startswith(begin)]
+    return f"whose setting {others[0]!r} does not begin with {begin!r}" if others else ""
 
 
-def _unusable(problem: str, expected: str) -> SettingsError:
-    return SettingsError(name=variable("sinks"), problem=problem, expected=expected)
+def _unusable(name: str, problem: str, expected: str) -> SettingsError:
+    others = ", ".join(other for other in known_sinks() if other != name)
+    problem = f"sink {name!r} {problem}"
+    return SettingsError(name=variable("sinks"), problem=problem, expected=f"{expected}; other sinks are {others}")

@@ -36,6 +36,7 @@ from replicator.contracts.errors import (
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
+    examine,
     fresh,
     given,
     load,
@@ -161,9 +162,14 @@ def _checkpoint_url(settings: CoreSettings) -> str:
 
 
 def _address(sink: Sink) -> str:
-    values = [getattr(sink.settings, name) for name in type(sink.settings).model_fields if name.endswith("_url")]
+    values = [getattr(sink.settings, name) for name in type(sink.settings).model_fields if is_address(name)]
     secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
     return " ".join([sink.name, *map(masked, secrets)])
+
+
+def is_address(setting: str) -> bool:
+    """Whether a secret of that name may be shown in part: where it leads (`masked`). Others are secret as a whole."""
+    return setting.endswith(("_url", "_dsn"))
 
 
 def all_settings(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
@@ -196,17 +202,24 @@ def _kubernetes() -> Iterator[str]:
 
 
 def unusable_parts() -> Iterator[SettingsError]:
-    """What only the parts can tell: whether there are such sinks, and a driver for the checkpoint database."""
-    uses: dict[str, Callable[[str], object]] = {
-        "sinks": lambda names: [*map(sink_class, split(names))],
-        "checkpoint_url": SqlCheckpointStore,
-    }
-    for name, use in uses.items():
+    """What only the parts can tell: whether the sinks have what they need, and the checkpoint database a driver."""
+    parts: dict[str, Callable[[str], Iterator[SettingsError]]] = {"sinks": _of_sinks, "checkpoint_url": _of_store}
+    for name, mistakes in parts.items():
         try:
             if value := given(name):
-                use(value.text)
+                yield from mistakes(value.text)
         except SettingsError as error:
             yield error
+
+
+def _of_sinks(names: str) -> Iterator[SettingsError]:
+    for name in split(names):
+        yield from examine(sink_class(name).settings_class)[1]
+
+
+def _of_store(url: str) -> Iterator[SettingsError]:
+    SqlCheckpointStore(url)
+    yield from ()
 
 
 def masked(secret: str) -> str:

@@ -124,10 +124,14 @@ def config_check() -> int:
 
     Nothing is connected to. A variable that begins with REPLICATOR_ and is not a setting is a mistake, too.
     """
+    from pydantic.fields import FieldInfo
+
     from replicator.cli.app import all_settings, unknown_settings, unusable_parts
     from replicator.contracts.settings import examine
 
-    found = [error for settings_class in all_settings() for error in examine(settings_class)[1]]
+    # A sink that needs settings is looked at where it is named (`unusable_parts`): others may lack theirs.
+    complete = (found for found in all_settings() if not any(map(FieldInfo.is_required, found.model_fields.values())))
+    found = [error for settings_class in complete for error in examine(settings_class)[1]]
     mistakes = [*dict.fromkeys([*map(str, [*found, *unusable_parts()]), *unknown_settings()])]
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
@@ -140,17 +144,16 @@ def shown_settings(classes: Iterable[type[Settings]]) -> list[dict[str, Any]]:
 
 def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:
     """The form of `--json`."""
-    from replicator.cli.app import masked
+    from replicator.cli.app import is_address, masked
     from replicator.contracts.settings import given, variable
 
     for name, field in settings_class.model_fields.items():
         default = _default(field)
         value, source = given(name) or (default, "default")
-        is_address = name.endswith(("_url", "_dsn"))  # the other secrets are all secret
         is_secret = "SecretStr" in str(field.annotation) and value != default
         yield {
             "name": variable(name),
-            "value": (masked(value) if is_address else "***") if is_secret and value else value,
+            "value": (masked(value) if is_address(name) else "***") if is_secret and value else value,
             "source": source,
             "unit": UNITS.get(name.rpartition("_")[2], ""),
             "default": default,
@@ -162,11 +165,11 @@ def _default(field: FieldInfo) -> str | None:
     """As it would be written in the environment."""
     from pydantic import SecretStr
 
-    value = field.get_default(call_default_factory=True)
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, tuple | dict):
-        return ",".join(value)  # the one dict is empty
+        return ",".join(map(str, value))  # the one dict is empty
     if isinstance(value, bool):
         return str(value).lower()
     return None if value is None else str(value)

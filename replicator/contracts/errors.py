@@ -479,7 +479,7 @@ class SinkRefusesAll(SinkError):
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} refuses everything it is asked: {detail}. All events are kept and retried slowly"
-        cure = f"Check that REPLICATOR_{sink.upper()}_URL is right, and why the destination refuses events"
+        cure = f"Check that the settings REPLICATOR_{sink.upper()}_… are right, and why the destination refuses events"
         super().__init__(sink, problem, cure, detail=detail)
 
 

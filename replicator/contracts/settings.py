@@ -38,6 +38,7 @@ PREFIX = "REPLICATOR_"
 _SECRET_FILE = f"{PREFIX}.+(?<!_CA)_FILE"
 _DOTENV_TAKES = "lines of NAME=value in UTF-8"
 _PLAINLY = {
+    "missing": "it is not set",
     "too_short": "it names none",
     "string_too_short": "a name is empty",
     "string_pattern_mismatch": "its form is wrong",

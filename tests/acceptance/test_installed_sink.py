@@ -9,7 +9,9 @@ import psycopg
 
 from tests.support.destinations import Destinations
 from tests.support.plugin import install
-from tests.support.program import Program
+from tests.support.program import Program, assert_clean
+
+OURS = "clickhouse, redis, http, stdout"
 
 
 def test_a_replicator_writes_to_an_installed_sink(
@@ -29,3 +31,19 @@ def test_a_replicator_writes_to_an_installed_sink(
     [event] = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
     assert (1, 999, "video") == (event["content_id"], event["user_id"], event["content_type"])
     assert {1: 1} == destinations.counts()
+
+
+def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path: Path) -> None:
+    """Named, it ends every command. Otherwise it is a warning, and nobody else's matter."""
+    install(tmp_path, entry_points={"lines": "replicator_lines:LinesSink", "gone": "gone:Sink"})
+    program.environment |= {"PYTHONPATH": str(tmp_path), "REPLICATOR_SINKS": "lines,gone"}
+    problem = "REPLICATOR_SINKS is unusable: sink 'gone' can't be loaded: ModuleNotFoundError: No module named 'gone'."
+    for command in (["check"], ["run"], ["config", "check"]):
+        done = program.run(*command)
+        assert_clean(done.stdout + done.stderr)
+        [line] = {line.removeprefix("replicator: ") for line in (done.stdout + done.stderr).splitlines()}
+        assert line == f"{problem} It takes sinks that are installed completely; other sinks are {OURS}, lines."
+        assert 2 == done.code
+    done = program.run("config", "check", sinks="lines")
+    assert (0, "all settings are usable\n") == (done.code, done.stdout)
+    assert [problem] == [line.partition(" It takes")[0] for line in done.stderr.splitlines()]

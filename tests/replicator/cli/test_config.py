@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from replicator.cli.app import App, all_settings, masked, unknown_settings
 from replicator.cli.main import main
 from replicator.contracts.settings import CoreSettings, load, state_directory, variable
+from sinks import known_sinks
+from tests.support.plugin import install
 
 pytestmark = pytest.mark.usefixtures("empty_directory")
 
@@ -152,6 +155,77 @@ def test_a_line_that_would_be_skipped(
     assert f".env is unusable: line {line} can't be parsed. It takes lines of NAME=value in UTF-8." in "".join(
         capsys.readouterr()
     )
+
+
+NEEDY = """
+from pydantic import Field, SecretStr
+from replicator.contracts.settings import Settings
+from replicator.contracts.sink import Sink
+class Needs(Settings):
+    needy_url: SecretStr = Field(description="where it leads")
+    needy_rows: int = 5
+    needy_ports: tuple[int, ...] = (1, 2)
+class NeedySink(Sink):
+    name, max_events, settings_class = "needy", 1, Needs
+    async def write(self, events): return []
+"""
+
+
+@pytest.fixture
+def needy(empty_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installed sink that can't do without a setting."""
+    (empty_directory / "needy.py").write_text(NEEDY, encoding="utf-8")
+    install(empty_directory, "needy", {"needy": "needy:NeedySink", "gone": "gone:Sink"})
+    monkeypatch.syspath_prepend(empty_directory)
+    known_sinks.cache_clear()
+    yield
+    known_sinks.cache_clear()
+
+
+@pytest.mark.usefixtures("needy")
+def test_settings_of_an_installed_sink_are_like_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shown and masked, checked where the sink is named, and guessed when misspelt."""
+    assert 0 == main(["config", "check"]), "nobody named it, so it needs nothing"
+    capsys.readouterr()
+    found = shown(capsys)
+    expected = ("REPLICATOR_NEEDY_URL", None, "default", "", None, "where it leads")
+    assert expected == tuple(found["REPLICATOR_NEEDY_URL"].values())
+    assert "1,2" == found["REPLICATOR_NEEDY_PORTS"]["value"]
+    monkeypatch.setenv("REPLICATOR_SINKS", "http,needy")
+    monkeypatch.setenv("REPLICATOR_NEEDY_ROWS", "many")
+    monkeypatch.setenv("REPLICATOR_NEEDY_ROW", "5")
+    assert 2 == main(["config", "check"])
+    assert [
+        "REPLICATOR_NEEDY_URL is unusable: it is not set. It takes where it leads.",
+        "REPLICATOR_NEEDY_ROWS is unusable: it is not a whole number. It takes another value.",
+        "REPLICATOR_NEEDY_ROW is not a setting; did you mean REPLICATOR_NEEDY_ROWS?",
+    ] == capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("REPLICATOR_NEEDY_URL", "x://app:hunter2@db/x")
+    assert "x://app:***@db/x" == shown(capsys)["REPLICATOR_NEEDY_URL"]["value"]
+
+
+@pytest.mark.usefixtures("needy")
+@pytest.mark.parametrize("command", [["config", "check"], ["check"], ["status"], ["init"]])
+@pytest.mark.parametrize(
+    ("sinks", "problem"),
+    [
+        ("needy", "REPLICATOR_NEEDY_URL is unusable: it is not set."),
+        (
+            "gone",
+            "REPLICATOR_SINKS is unusable: sink 'gone' can't be loaded: ModuleNotFoundError: No module named 'gone'.",
+        ),
+    ],
+)
+def test_a_sink_that_can_not_be_used_is_one_line(
+    sinks: str, problem: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every command, with exit code 2."""
+    monkeypatch.setenv("REPLICATOR_SINKS", sinks)
+    assert 2 == main(command)
+    out, err = capsys.readouterr()
+    assert problem in (out if command == ["config", "check"] else err.removeprefix("replicator: "))
 
 
 def test_a_token_is_no_address(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
