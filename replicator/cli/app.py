@@ -45,7 +45,7 @@ from replicator.contracts.settings import (
     variable,
     variables,
 )
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Carrier, Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher, History
 from replicator.operations.logs import configure_logging
@@ -65,7 +65,7 @@ class App(NamedTuple):
     enricher: Enricher
     sinks: list[Sink]
     store: CheckpointStore
-    carrier: str = ""
+    carrier: Carrier | None = None
     """Who carries the sinks' writes out, if it is not this process."""
 
     @classmethod
@@ -148,7 +148,7 @@ class App(NamedTuple):
         yield f"checkpoint {masked(self.settings.checkpoint_url.get_secret_value())}"
         yield f"sinks {', '.join(map(_address, self.sinks))}"
         if self.carrier:
-            yield f"writes are carried out by {self.carrier}"
+            yield f"writes are carried out by {self.carrier.name}"
         listen = self.settings.admin_listen
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
 

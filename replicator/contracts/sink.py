@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
+from msgspec import Struct
+
 from replicator.contracts.events import Event, Finding, Lsn, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import EventCounter, SinkLedger
@@ -24,6 +26,15 @@ class Mode(Enum):
     """By the replicator that follows the slot."""
     BACKFILL = "backfill"
     """By a command beside it: what goes by the clock, such as a sliding window, is left to the replicator."""
+
+
+class Carrier(Struct, kw_only=True):
+    """Who carries the sinks' writes out, if it is not this process: a cluster, and what it had at the last look."""
+
+    name: str
+    executors: int = 0
+    cores: int = 0
+    """How many writes run at once."""
 
 
 class Sink(ABC):

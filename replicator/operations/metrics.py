@@ -84,7 +84,7 @@ OF_STATUS: dict[str, tuple[Family, str, Callable[[Status], float | None]]] = {
         lambda now: now.dead_letters.limit if now.dead_letters else None,
     ),
 }
-OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float]]] = {
+OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float | None]]] = {
     "connected": (GAUGE, "1 while the stream runs", lambda it: it.connected),
     "confirmed_position_bytes": (
         GAUGE,
@@ -101,6 +101,16 @@ OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float]]] =
         GAUGE,
         "1 while the memory limit stops reading for a third of the time or more",
         lambda it: it.reading_stopped,
+    ),
+    "carrier_executors": (
+        GAUGE,
+        "executors of the Spark cluster that carries the writes out; absent when the process does",
+        lambda it: it.carrier.executors if it.carrier else None,
+    ),
+    "carrier_cores": (
+        GAUGE,
+        "their cores: how many writes run at once; absent likewise",
+        lambda it: it.carrier.cores if it.carrier else None,
     ),
     "rows": (COUNTER, "rows read from the slot", lambda it: it.rows),
     "refused_rows": (COUNTER, "rows that no event could be made of", lambda it: it.refused_rows),

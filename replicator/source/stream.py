@@ -24,6 +24,7 @@ from psycopg.rows import TupleRow
 
 from replicator.contracts.errors import DecodeError, SlotWaits, SourceStandby, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
+from replicator.contracts.sink import Carrier
 from replicator.contracts.stream import Shortcut
 from replicator.source import slot as slots
 from replicator.source.breaks import Breaks, end_of_stream
@@ -89,7 +90,7 @@ class Source:
         *,
         failover: bool = True,
         decoding_memory_mb: int | None = None,
-        carrier: str = "",
+        carrier: Carrier | None = None,
     ) -> None:
         self.carrier = carrier
         """Who carries the writes out, if it is not this process; PostgreSQL shows it beside the stream."""
@@ -133,7 +134,7 @@ class Source:
         """Open the connection and look at the slot. Raises SourceUnavailable, SourceUnusable."""
         self.close()
         async with answering(self._slot, None):  # the connection has its own time-out
-            name = application_name(self._slot) + (self.carrier and f" on {self.carrier}")
+            name = application_name(self._slot) + (f" on {self.carrier.name}" if self.carrier else "")
             self._connection = await connect(self._dsn, name, replication="database")
             if self._decoding_memory_mb is not None:
                 await self._connection.execute(_DECODING_MEMORY.format(sql.Literal(f"{self._decoding_memory_mb}MB")))

@@ -51,7 +51,7 @@ async def stream(master: Master = None, conf: Conf = None) -> int:
     try:
         cluster.refuse_speculation(names)
         desk = Desk(cluster, names)
-        app = app._replace(sinks=[on_cluster(sink, desk) for sink in app.sinks], carrier=f"Spark at {cluster.master}")
+        app = app._replace(sinks=[on_cluster(sink, desk) for sink in app.sinks], carrier=desk.carrier)
         return await _watched(desk, replicate(app, stopping))
     finally:
         await asyncio.to_thread(cluster.close)

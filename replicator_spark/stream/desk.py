@@ -17,6 +17,7 @@ import msgspec
 
 from replicator.contracts.errors import ClusterFailed, SinkUnavailable
 from replicator.contracts.events import Event
+from replicator.contracts.sink import Carrier
 from replicator.delivery.queue import weigh
 from replicator_spark.session import Cluster, State
 from replicator_spark.stream.hands import work
@@ -68,12 +69,13 @@ class Desk:
     """Of one application on the cluster. `watch` has to run beside it."""
 
     def __init__(self, cluster: Cluster, sinks: Sequence[str]) -> None:
+        self.carrier = Carrier(name=f"Spark at {cluster.master}")
         self._cluster = cluster
         self._waiting: dict[str, deque[_Piece]] = {name: deque() for name in sinks}
         self._running = Counter(dict.fromkeys(sinks, 0))
         self._tasks: set[asyncio.Task[None]] = set()
-        self._state = cluster.state()
-        self._say(self._state)
+        self._state = State(0, 0)
+        self._note(cluster.state())
         self._peopled_at = self._busy_since = time.monotonic()
 
     async def carry(self, carrier: Writes, events: Sequence[Event]) -> Answer:
@@ -98,14 +100,19 @@ class Desk:
             raise ClusterFailed(problem, cure) from None
 
     def _see(self, state: State) -> None:
-        if state != self._state:
-            self._say(state)
-        self._state = state
+        self._note(state)
         if state.executors:
             self._peopled_at = time.monotonic()
         elif self._deserted():
             self._cluster.cancel()
         self._give()
+
+    def _note(self, state: State) -> None:
+        if state != self._state:
+            self._say(state)
+        self._state = state
+        self.carrier.executors = state.executors
+        self.carrier.cores = state.cores if state.executors else 0
 
     def _say(self, state: State) -> None:
         log.info("Spark has %d executors, %d cores", state.executors, state.cores)

@@ -41,6 +41,8 @@ HERE = Meant(version="", key=b"", digests={}, source="")
 class MadeUpCluster:
     """Calls what it is given in a thread of this process."""
 
+    master = "local[4]"
+
     def __init__(self, cores: int = 4) -> None:
         self.now: State | Exception = State(executors=1, cores=cores)
         self.calls = 0
@@ -433,6 +435,7 @@ async def test_a_cluster_without_executors(
         with pytest.raises(SinkUnavailable, match="no executor of Spark's takes the write: see that the cluster runs"):
             await sink.write(events(1))
     assert 2 == cluster.calls
+    assert (0, 0) == (at.carrier.executors, at.carrier.cores), "what status and metrics say"
     cluster.now = State(executors=2, cores=2)
     async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
@@ -440,6 +443,7 @@ async def test_a_cluster_without_executors(
                 await sink.write(events(1))
                 break
             await asyncio.sleep(0.01)
+    assert ("Spark at local[4]", 2, 2) == (at.carrier.name, at.carrier.executors, at.carrier.cores)
     watching.cancel()
 
 

@@ -25,6 +25,7 @@ from tests.support.destinations import Destinations, expected
 from tests.support.environment import SECRET
 from tests.support.exact import assert_exact, compare, first_views
 from tests.support.load import insert_many
+from tests.support.metrics import value
 from tests.support.program import assert_clean, succeed
 from tests.support.spark import PYTHON, SparkProgram, command_line
 from tests.support.spark_altered import PLACES
@@ -80,7 +81,8 @@ def test_there_and_back(
         named = noted.execute(STREAMS, [f"%{spark.slot}%"]).fetchall()
         assert [(f"replicator {spark.slot}{carrier}",)] == named
         assert ("carried out by Spark at local[3]" in succeed(spark.run("status"))) is not product
-        assert ("Writes are carried out by Spark" in spark.admin("/")) is not product
+        assert ("Writes are carried out by Spark at local[3] (1 executor, 3 cores)." in spark.admin("/")) is not product
+        assert (None if product else 3) == value(spark.admin("/metrics"), "carrier_cores")
         assert 0 == spark.stop()
         assert_clean(spark.said)
     assert 0 == assert_exact(database, destinations, content_at_commit=True)

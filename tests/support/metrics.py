@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from replicator.contracts.sink import Carrier
 from replicator.delivery.lane import LaneStats
 from replicator.operations.metrics import Metrics
 from replicator.operations.status.form import (
@@ -40,6 +41,7 @@ STATUS = Status(
         ignored_rows={"update": 2},
         held_bytes=300,
         reading_stopped=True,
+        carrier=Carrier(name="Spark at local[4]", executors=2, cores=4),
     ),
     slot=SlotStatus(name="s", server_lsn="1/0", lag_bytes=60),
     wal=WalStatus(kept_bytes=50, limit_bytes=200, lost_in_seconds=3_600.0),

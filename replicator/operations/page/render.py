@@ -75,7 +75,7 @@ def environment() -> Environment:
 
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     made.filters |= {"words": _words, "plain": printable, "size": _size, "seconds": _seconds, "count": _count}
-    made.filters |= {"rate": _rate, "duration": text.span, "moment": _moment}
+    made.filters |= {"rate": _rate, "duration": text.span, "moment": _moment, "carrier": text.carrier_text}
     macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
     made.globals |= {
         name: getattr(macros, name) for name in ("messages", "bar", "hour", "follow")

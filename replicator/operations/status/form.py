@@ -8,6 +8,7 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from replicator import __version__
+from replicator.contracts.sink import Carrier
 
 
 class SlotStatus(Struct, frozen=True, kw_only=True):
@@ -82,8 +83,7 @@ class ReplicatorStatus(Struct, frozen=True, kw_only=True):
     """The running process; its counters begin with it."""
 
     version: str
-    carrier: str = ""
-    """Who carries the writes out, if it is not this process."""
+    carrier: Carrier | None = None
     connected: bool
     confirmed_lsn: str
     verified_lsn: str

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from replicator.contracts.sink import Carrier
 from replicator.operations.logs import printable
 from replicator.operations.status.form import (
     CheckpointStatus,
@@ -37,7 +38,7 @@ def as_text(status: Status) -> str:
         state = "NOT READY: " + "\n             ".join(map(printable, status.reasons))
     lines = [f"replicator   {state}", *_stopped_text(status)]
     if status.replicator and status.replicator.carrier:
-        lines.append(f"  writes     are carried out by {printable(status.replicator.carrier)}")
+        lines.append(f"  writes     are carried out by {carrier_text(status.replicator.carrier)}")
     lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
     lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
     for name, sink in status.sinks.items():
@@ -140,6 +141,12 @@ def _letters_text(letters: DeadLetterStatus | None) -> str:
     counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
     counts += [_count(letters.rows, "row")] if letters.rows else []
     return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
+
+
+def carrier_text(carrier: Carrier) -> str:
+    """Who it is, and what it has."""
+    has = f"{_count(carrier.executors, 'executor')}, {_count(carrier.cores, 'core')}"
+    return f"{printable(carrier.name)} ({has})"
 
 
 def _count(number: int, what: str) -> str:

@@ -63,6 +63,8 @@ def exposed(status: Status) -> str:
         ("dead_letters_limit", {}, 100),
         ("dead_letters", {"sink": "", "stage": "row"}, 4),
         ("dead_letters", {"sink": "http", "stage": "event"}, 5),
+        ("carrier_executors", {}, 2),
+        ("carrier_cores", {}, 4),
         ("ignored_rows_total", {"action": "update"}, 2),
         ("sink_retries_total", {"sink": "http", "slot": "s"}, 3),
         ("sink_position_bytes", {"sink": "http"}, 0xC4),

@@ -17,6 +17,7 @@ from replicator import __version__
 from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
 from replicator.contracts.events import Checkpoint, LetterCounts, Pause
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Carrier
 from replicator.operations.status import collect as collects
 from replicator.operations.status import wal
 from replicator.operations.status.form import (
@@ -151,9 +152,10 @@ def test_who_carries_the_writes() -> None:
     """If it is not the process itself, it is said."""
     found = live()
     assert found.replicator
-    carried = structs.replace(found.replicator, carrier="Spark at local[2]")
+    carried = structs.replace(found.replicator, carrier=Carrier(name="Spark at local[2]", executors=1, cores=2))
     told = as_text(structs.replace(found, replicator=carried))
-    assert told.startswith("replicator   ready\n  writes     are carried out by Spark at local[2]\nslot         s:")
+    line = "  writes     are carried out by Spark at local[2] (1 executor, 2 cores)\n"
+    assert told.startswith(f"replicator   ready\n{line}slot         s:")
 
 
 async def test_what_a_replicator_says_is_its_status(collect: Collect) -> None:

@@ -14,6 +14,7 @@ import pytest_asyncio
 from devstack import DevStack
 from replicator.contracts.errors import SlotInUse, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Event, Lsn, Row, parse_lsn
+from replicator.contracts.sink import Carrier
 from replicator.contracts.stream import Shortcut
 from replicator.source import stream
 from replicator.source.stream import Source
@@ -97,7 +98,7 @@ async def test_postgresql_gets_memory_for_decoding(client: Client) -> None:
 
 async def test_postgresql_shows_who_carries_the_writes(client: Client) -> None:
     """Beside the slot's name."""
-    source = Source(client.dsn, client.slot, carrier="Spark at local[2]")
+    source = Source(client.dsn, client.slot, carrier=Carrier(name="Spark at local[2]"))
     await source.connect()
     try:
         assert await source._ask("SHOW application_name") == [(f"replicator {client.slot} on Spark at local[2]",)]  # noqa: SLF001  as above
