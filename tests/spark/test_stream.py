@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from benchmarks.machine import cpu_seconds
 from devstack import DevStack
@@ -24,7 +25,7 @@ from tests.prove.shapes import NOTE_CONTENT
 from tests.support.destinations import Destinations, expected
 from tests.support.environment import SECRET
 from tests.support.exact import assert_exact, compare, first_views
-from tests.support.load import insert_many
+from tests.support.load import Load, insert_many
 from tests.support.metrics import value
 from tests.support.program import assert_clean, succeed
 from tests.support.spark import PYTHON, SparkProgram, command_line
@@ -191,13 +192,13 @@ MOVED = "SELECT confirmed_flush_lsn > %s::pg_lsn FROM pg_replication_slots WHERE
 def test_what_the_product_does_it_does_on_spark(
     spark: SparkProgram, stack: DevStack, source: psycopg.Connection, database: str, destinations: Destinations
 ) -> None:
-    """One run: a sink that is away for long, refused events, a part made meanwhile, foreign WAL."""
+    """One run: a sink that is away, refused events, a part made meanwhile, foreign WAL."""
     source.execute(PARTITIONED)
     spark.environment["REPLICATOR_POSTGRES_DSN"] += "?options=-c%20wal_sender_timeout%3D1s"
     spark.environment |= {"REPLICATOR_HTTP_TIMEOUT_SECONDS": "1", "REPLICATOR_RETRY_MAX_SECONDS": "0.5"}
     spark.start()
 
-    # The API is away for 12 s. The others go on, /readyz says so, and the stream stands.
+    # The API is away for a while. The others go on, /readyz says so, and the stream stands.
     stack.api.behave(status=503)
     insert_many(source, 2_000)
     wait_until(lambda: "sink http did not take the batch".casefold() in spark.admin("/readyz").casefold(), "trouble")
@@ -254,6 +255,8 @@ def test_contents_are_those_of_the_commit(  # noqa: PLR0917  fixtures
     distinct, _ = first_views(destinations.api())
     found = compare(wanted, distinct)
     assert ([], bool(breach)) == (found.missing, bool(found.wrong))
+    if not breach:
+        assert_exact(database, destinations, content_at_commit=True)
 
 
 @pytest.mark.spark
@@ -275,6 +278,87 @@ def test_a_checkpoint_before_the_sinks(
     assert 0 == spark.stop()
     distinct, _ = first_views(destinations.api())
     assert 100 == len(compare(expected(database), distinct).missing)
+
+
+# -- contents, repeats, and a sink that is away --------------------------------------------------------------------
+
+
+@pytest.mark.spark
+def test_contents_over_a_restart(
+    spark: SparkProgram, stack: DevStack, noted: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """Contents change within a batch, between the driver's death and its next start, and after that.
+
+    The API is away until then, so the new driver reads all of it again: each event has the content of its commit.
+    """
+    spark.start()
+    stack.api.behave(status=503)
+    insert(noted, 400, 0)
+    wait_until(lambda: 400 == sum(destinations.counts().values()), "Redis to have them")
+    spark.kill()
+    insert(noted, 400, 1)
+    stack.api.behave()
+    spark.start()
+    insert(noted, 400, 2)
+    spark.wait_until_caught_up()
+    assert 0 == spark.stop()
+    assert 0 == assert_exact(database, destinations, content_at_commit=True)
+
+
+@pytest.mark.spark
+def test_a_stop_and_a_start_repeat_nothing(spark: SparkProgram, database: str, destinations: Destinations) -> None:
+    """SIGTERM under load: after it each sink is given exactly the events that it does not have."""
+    seed = random.randrange(10**6)  # noqa: S311  not a secret
+    print(f"seed {seed}")  # noqa: T201  pytest shows it when the test has failed
+    spark.start()
+    with Load(database, random.Random(seed)):  # noqa: S311  likewise
+        wait_until(lambda: len(destinations.api()) >= 2_000, "the first of them at the API")
+        assert 0 == spark.stop()
+        before = arrived(destinations)
+        spark.start()
+    spark.wait_until_caught_up()
+    given = {sink: spark.metric("sink_events_total", sink=sink) for sink in before}
+    assert 0 == spark.stop()
+    assert {sink: len(expected(database)) - events for sink, events in before.items()} == given
+    assert 0 == assert_exact(database, destinations)
+
+
+def arrived(destinations: Destinations) -> dict[str, int]:
+    """How many events each sink has."""
+    return {
+        "clickhouse": len(destinations.clickhouse()),
+        "redis": sum(destinations.counts().values()),
+        "http": len(destinations.api()),
+    }
+
+
+WAL_SENDER_SECONDS = 5
+READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
+
+
+@pytest.mark.spark
+def test_a_sink_is_away_for_long(
+    spark: SparkProgram, stack: DevStack, noted: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """For more than twice wal_sender_timeout: PostgreSQL keeps the connection, /readyz is red, and nothing is lost."""
+    name = sql.Identifier(str(psycopg.conninfo.conninfo_to_dict(database)["dbname"]))
+    noted.execute(sql.SQL("ALTER DATABASE {} SET wal_sender_timeout = {}").format(name, f"{WAL_SENDER_SECONDS}s"))
+    spark.environment["REPLICATOR_RETRY_MAX_SECONDS"] = "0.5"
+    spark.start()
+    reader = noted.execute(READER, [spark.slot]).fetchone()
+    stack.api.behave(status=503)
+    insert(noted, 4_000, 0)
+    long = 2.2 * WAL_SENDER_SECONDS
+    wait_until(lambda: spark.status()["sinks"]["http"]["trouble_seconds"] > long, "the API to be away for long")
+    assert "sink http did not take the batch" in spark.admin("/readyz").casefold()
+    assert 4_000 == sum(destinations.counts().values())
+    assert [] == destinations.api()
+    stack.api.behave()
+    spark.wait_until_caught_up()
+    wait_until(lambda: "ready" == spark.admin("/readyz").strip(), "it to be ready")
+    assert reader == noted.execute(READER, [spark.slot]).fetchone()
+    assert 0 == spark.stop()
+    assert 0 == assert_exact(database, destinations, content_at_commit=True)
 
 
 # -- the nodes -----------------------------------------------------------------------------------------------------
