@@ -18,7 +18,7 @@ from enrichment import EVENT
 from replicator.contracts.events import Event
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
-from sinks import create_sinks, known_sinks
+from sinks import known_sinks
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
@@ -47,6 +47,13 @@ class Wired(Destination):
     def outage(self) -> Iterator[None]:
         """Connections are closed, new ones too."""
         self._proxy.behave("down")
+        yield
+        self._proxy.behave("whole")
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Connections stay open, nothing moves."""
+        self._proxy.behave("stalled")
         yield
         self._proxy.behave("whole")
 
@@ -120,14 +127,13 @@ class TestHttp(SinkConformance):
 class File(Destination):
     """The example's."""
 
+    name = "lines"
+    keeps_order = True
+
     def __init__(self, folder: Path) -> None:
         super().__init__(EVENT)
         self.refused = None
         self._folder = folder
-
-    def sink(self) -> Sink:
-        """As a user's program has it: found by its name, its settings from the environment."""
-        return create_sinks(["lines"], EVENT)[0]
 
     def read(self) -> Iterable[dict[str, Any]]:
         """Its lines."""
@@ -161,6 +167,7 @@ class Printed(Destination):
     """What was printed, into a file."""
 
     keeps_repeats = True
+    keeps_order = True
 
     def __init__(self, file: Path) -> None:
         super().__init__(EVENT)

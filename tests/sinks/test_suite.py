@@ -1,0 +1,92 @@
+"""`pytest --sink NAME` runs the conformance suite on an installed sink; the suite finds each breach of the contract."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import faulty
+from tests.support.plugin import install
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A pytest of its own, in this folder."""
+    plugin = ("-p", "pytest_asyncio.plugin", "-p", "sinks.testing.plugin")
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *plugin,
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            "/dev/null",
+            "--rootdir",
+            ".",
+            *arguments,
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder in which the sink `faulty` is installed."""
+    (tmp_path / "faulty.py").write_text(Path(faulty.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    install(tmp_path, "faulty", {"faulty": "faulty:FaultySink", "gone": "gone:Sink"})
+    return tmp_path
+
+
+def test_every_breach_of_the_contract_is_found(installed: Path) -> None:
+    """By the test that is there for it; a sink that keeps the contract passes them all. Nothing but the suite runs."""
+    (installed / "tests").mkdir()
+    (installed / "tests/conftest.py").write_text("from faulty import destination\n", encoding="utf-8")
+    (installed / "tests/test_other.py").write_text("def test_other(): assert False\n", encoding="utf-8")
+    done = run(installed, "--sink", "faulty", "-q", "-rA", "--tb=short")
+    print(done.stdout, done.stderr)  # noqa: T201  shown when the test fails
+    outcomes = re.findall(r"^(PASSED|FAILED|ERROR) \S+::(test_\w+)\[(\w+)", done.stdout, re.MULTILINE)
+    failed = {(breach, test) for outcome, test, breach in outcomes if outcome != "PASSED"}
+    expected = {(breach.__name__, test) for breach, test in faulty.BREACHES.items()}
+    assert set() == expected - failed
+    assert "Honest" not in {breach for breach, _ in failed}
+    assert set(faulty.BREACHES.values()) <= {test for _, test, breach in outcomes if breach == "Honest"}
+    assert "test_other" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("sink", "conftest", "problem"),
+    [
+        ("faultless", "from faulty import destination", "there is no sink 'faultless'"),
+        ("gone", "from faulty import destination", "sink 'gone' can't be loaded"),
+        ("faulty", "", "--sink found no conftest.py with a fixture `destination`"),
+    ],
+)
+def test_what_the_suite_can_not_run_on_is_one_line(installed: Path, sink: str, conftest: str, problem: str) -> None:
+    """A name that is wrong, a sink that is broken, a destination that nobody describes."""
+    (installed / "conftest.py").write_text(conftest, encoding="utf-8")
+    done = run(installed, "--sink", sink)
+    assert pytest.ExitCode.USAGE_ERROR == done.returncode
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    assert problem in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_without_the_option_nothing_changes(installed: Path) -> None:
+    """The plugin is in every pytest of the environment."""
+    (installed / "conftest.py").write_text("from faulty import destination\n", encoding="utf-8")
+    (installed / "test_other.py").write_text("def test_other(): pass\n", encoding="utf-8")
+    done = run(installed, "-q")
+    assert (0, "1 passed") == (done.returncode, done.stdout.splitlines()[-1].partition(" in ")[0])
