@@ -1,6 +1,6 @@
 # Everything a contributor does. The first target lists the others.
 
-.PHONY: help setup spark-setup lint types test spark-test check prove demo spark-demo bench audit lock clean
+.PHONY: help setup spark-setup lint types test spark-test check prove demo spark-demo bench spark-bench audit lock clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -42,6 +42,9 @@ spark-demo: spark-setup ## stream and backfill on a Spark cluster of three proce
 
 bench: setup ## throughput and latency beside pg_recvlogical; takes minutes
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+spark-bench: spark-setup ## stream and backfill on Spark beside the single process; takes minutes
+	@$(BIN)/python -m benchmarks.spark $(ARGS)
 
 audit: setup ## known vulnerabilities in what ships; needs the vulnerability service
 	@$(BIN)/python scripts/audit.py

@@ -114,7 +114,7 @@ def _plain(given: Round, command: Sequence[str], **environment: str) -> Drained:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=output, stderr=output, cwd=given.stack.folder
         )
-        wait_until(lambda: _reads(connection, given.slot) is not None or _ended(process.pid), "the slot to be read")
+        wait_until(lambda: reads(connection, given.slot) is not None or _ended(process.pid), "the slot to be read")
         meter, started, before = Meter(), time.monotonic(), 0.0 if _ended(process.pid) else cpu_seconds(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
@@ -143,20 +143,20 @@ def replicator(code: Path, http_batch_size: int, given: Round) -> Drained:
     program.code = code
     with ThreadPoolExecutor(1) as threads, psycopg.connect(stack.postgres.dsn, autocommit=True) as connection:
         starting = threads.submit(program.start)
-        wait_until(lambda: _reads(connection, slot) is not None or starting.done(), "the slot to be read")
+        wait_until(lambda: reads(connection, slot) is not None or starting.done(), "the slot to be read")
         meter, started = Meter(), time.monotonic()
-        processes = _processes(stack, program, _reads(connection, slot))
+        processes = _processes(stack, program, reads(connection, slot))
         clocks = {name: partial(cpu_seconds, pid) for name, pid in processes.items()}
         clocks["main thread"] = partial(main_thread_seconds, program.pid)
         before = {name: clock() for name, clock in clocks.items()}
-        seconds = _watch(stack, given.backlog, started)
+        seconds = watch(stack, given.backlog, started)
         used = {name: clock() - before[name] for name, clock in clocks.items()}
         spent = meter.read()
         starting.result()
     used["all"] = sum(used[name] for name in processes)
     peak, batches, longest = peak_memory_mb(program.pid), _batches(program), _longest_ms(stack)
     program.stop()
-    _verify(stack, given.backlog)
+    verify(stack, given.backlog)
     return Drained(
         rows=rows,
         seconds=seconds,
@@ -178,7 +178,8 @@ def empty_sinks(stack: DevStack) -> None:
     stack.api.reset()
 
 
-def _reads(connection: psycopg.Connection, slot: str) -> int | None:
+def reads(connection: psycopg.Connection, slot: str) -> int | None:
+    """PostgreSQL's process that sends the slot; None: nobody reads it."""
     row = connection.execute(READER_PID, [slot]).fetchone()
     return row[0] if row else None
 
@@ -197,7 +198,7 @@ class _Probe(NamedTuple):
     interval_seconds: float
 
 
-def _watch(stack: DevStack, backlog: Backlog, started: float) -> dict[str, list[float]]:
+def watch(stack: DevStack, backlog: Backlog, started: float) -> dict[str, list[float]]:
     """Seconds until each sink had what the marks say."""
     with redis.Redis.from_url(stack.redis.url) as client, ThreadPoolExecutor(3) as threads:
 
@@ -244,7 +245,7 @@ def _longest_ms(stack: DevStack) -> float:
     return max([SLOW_US, *calls]) / 1000
 
 
-def _verify(stack: DevStack, backlog: Backlog) -> None:
+def verify(stack: DevStack, backlog: Backlog) -> None:
     """Check the counts: a benchmark of something that loses rows is worthless."""
     counts, ids = count(stack), len(set(stack.api.event_ids()))
     distinct = int(stack.clickhouse.query("SELECT uniqExact(event_id) FROM events_enriched"))

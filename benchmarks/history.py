@@ -82,7 +82,7 @@ def _run(stack: DevStack, connection: psycopg.Connection, rows: int) -> Backfill
     copy_seconds = _copy(connection, rows)
     empty_sinks(stack)
     program = stack.replicator(f"backfill_{time.monotonic_ns()}", REPLICATOR_SINKS="clickhouse,redis")
-    command = [sys.executable, str(ROOT / "backfill.py"), "--start", _text(0), "--end", _text(rows)]
+    command = [sys.executable, str(ROOT / "backfill.py"), "--start", text(0), "--end", text(rows)]
     environment = program.variables()
     subprocess.run(
         [sys.executable, "-m", "replicator", "init"], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
@@ -119,7 +119,7 @@ def _verify(stack: DevStack, process: subprocess.Popen[bytes], rows: int) -> Non
 
 def _reconcile(environment: Mapping[str, str], rows: int) -> float:
     """Without Redis: it counts over all times, and PostgreSQL has more than this range."""
-    command = [sys.executable, "-m", "replicator", "reconcile", "--start", _text(0), "--end", _text(rows)]
+    command = [sys.executable, "-m", "replicator", "reconcile", "--start", text(0), "--end", text(rows)]
     started = time.monotonic()
     done = subprocess.run(
         [*command, "--sinks", "clickhouse"], cwd=ROOT, env=environment, check=False, capture_output=True
@@ -131,7 +131,7 @@ def _reconcile(environment: Mapping[str, str], rows: int) -> float:
 
 def _copy(connection: psycopg.Connection, rows: int) -> float:
     started = time.monotonic()
-    with connection.cursor().copy(COPY.format(begin=_text(0), end=_text(rows)).encode()) as copy:
+    with connection.cursor().copy(COPY.format(begin=text(0), end=text(rows)).encode()) as copy:
         for _ in copy:
             pass
     return time.monotonic() - started
@@ -160,7 +160,7 @@ def _bodies(stack: DevStack, rows: int) -> Iterator[str]:
         yield stack.clickhouse.query(SAME_JSON.format(columns=names, begin=begin, end=end))
 
 
-def _text(row: int) -> str:
+def text(row: int) -> str:
     """The time of a row."""
     return (BEGIN + row * STEP).isoformat()
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -57,9 +56,9 @@ def backfill(environment: dict[str, str], made: Program, tmp_path: Path) -> Iter
     log = tmp_path / "backfill.log"
     started: list[SparkBackfill] = []
 
-    def run(*arguments: str, module: str = "replicator_spark", **variables: str) -> SparkBackfill:
+    def run(*arguments: str, **variables: str) -> SparkBackfill:
         settings = {f"REPLICATOR_{name.upper()}": value for name, value in variables.items()}
-        started.append(SparkBackfill(environment | settings, log, *arguments, module=module))
+        started.append(SparkBackfill(environment | settings, log, *arguments))
         return started[-1]
 
     yield run
@@ -275,25 +274,3 @@ def test_spark_shows_no_secret(backfill: Run, source: psycopg.Connection, destin
     assert ground.SECRET not in told
     assert ground.SECRET not in running.said
     assert running.process.poll() is None, "it was to be looked at while it runs"
-
-
-# --- figures
-
-
-@pytest.mark.parametrize("master", [None, "local[1]", "local[2]"])
-def test_one_core_and_two(
-    master: str | None, backfill: Run, source: psycopg.Connection, destinations: Destinations, rows: int
-) -> None:
-    """`make spark-test ARGS="--rows 1000000 -rP -k one_core"`: how fast each is, beside the product's own (None)."""
-    source.execute(MANY, {"rows": rows})
-    source.execute(INDEX)
-    command = (*EVERYTHING, "--sinks", "clickhouse,redis", "--json")
-    cluster = ("--master", master, "--slices", "8") if master else ()
-    began = time.monotonic()
-    running = backfill(*command, *cluster, module="replicator_spark" if master else "replicator")
-    result, spent = running.measured()
-    done, whole = json.loads(succeed(result)), time.monotonic() - began
-    speed = f"{rows / done['seconds']:,.0f}/s, {spent * 1e6 / rows:.1f} µs of CPU an event"
-    print(f"{master}: {speed}, {whole - done['seconds']:.1f} s to start and end")  # noqa: T201  figures worth seeing
-    assert rows == done["events"] == done["sinks"]["redis"]["new"]
-    assert rows == sum(destinations.counts().values())

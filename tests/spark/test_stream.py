@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,6 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from benchmarks.machine import cpu_seconds
 from devstack import DevStack
 from devstack.process import wait_until
 from devstack.spark import EXECUTORS
@@ -446,55 +444,3 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
         assert_discreet(stack.folder / "spark")
     repeats = assert_exact(database, destinations, content_at_commit=True)
     assert repeats <= 5 * 20_000
-
-
-# -- figures -------------------------------------------------------------------------------------------------------
-
-EXECUTOR = ("--conf", "spark.executor.memory=512m")
-
-
-@pytest.mark.spark
-@pytest.mark.parametrize("master", [None, "local[3]", "local-cluster[1,3,512]", "local-cluster[2,3,512]"])
-def test_a_backlog(
-    master: str | None, spark: SparkProgram, source: psycopg.Connection, destinations: Destinations, rows: int
-) -> None:
-    """`make spark-test ARGS="--rows 400000 -rP -k a_backlog"`: how fast each is, beside the product's own (None)."""
-    succeed(spark.run("init"))
-    for _ in range(10):
-        insert_many(source, rows // 10)
-    spark.product, spark.options = master is None, ("--master", f"{master}", *EXECUTOR)
-    began = time.monotonic()
-    spark.start()
-    before, reads = spent(spark), time.monotonic()
-    spark.wait_until_caught_up(240)
-    took = time.monotonic() - reads
-    after = spent(spark)
-    cpu = ", ".join(f"{who} {1e6 * (after[who] - before.get(who, 0.0)) / rows:.1f}" for who in sorted(after))
-    megabytes = ", ".join(f"{who} {size:.0f}" for who, size in memory(spark).items())
-    print(f"{master}: {rows / took:,.0f}/s; µs an event: {cpu}; {reads - began:.1f} s to start; MB: {megabytes}")  # noqa: T201  figures worth seeing
-    assert 0 == spark.stop()
-    assert rows == sum(destinations.counts().values())
-
-
-def kind(pid: int, spark: SparkProgram) -> str:
-    """What a process below the driver is."""
-    words = {"pyspark.daemon": "tasks", "CoarseGrainedExecutorBackend": "executors", "java": "driver's Java"}
-    said = command_line(pid)
-    return "driver" if pid == spark.process.pid else next((who for word, who in words.items() if word in said), "other")
-
-
-def spent(spark: SparkProgram) -> dict[str, float]:
-    """CPU seconds by kind of process."""
-    found: dict[str, float] = {}
-    for pid in tree(spark.process.pid):
-        found[kind(pid, spark)] = found.get(kind(pid, spark), 0.0) + cpu_seconds(pid)
-    return found
-
-
-def memory(spark: SparkProgram) -> dict[str, float]:
-    """The largest process of each kind, megabytes."""
-    found: dict[str, float] = {}
-    for pid in tree(spark.process.pid):
-        [pages] = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1:2]
-        found[kind(pid, spark)] = max(found.get(kind(pid, spark), 0.0), int(pages) * 4096 / 1e6)
-    return found

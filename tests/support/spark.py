@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.machine import cpu_seconds
 from devstack.watchdog import send, tree
 from tests.support.program import ROOT, Program, Result
 
 PYTHON = ROOT / ".venv-spark/bin/python"
 TIMEOUT_SECONDS = 180.0
-LOOK_SECONDS = 0.1
 
 
 class SparkBackfill:
     """One run of `backfill` on local cores or on a small cluster of processes."""
 
-    def __init__(
-        self, environment: Mapping[str, str], log: Path, *arguments: str, module: str = "replicator_spark"
-    ) -> None:
-        """With another module it is the product's own, to be compared with."""
+    def __init__(self, environment: Mapping[str, str], log: Path, *arguments: str) -> None:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
         self.log = log
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [str(PYTHON), "-W", "error", "-m", module, "backfill", *arguments],
+                [str(PYTHON), "-W", "error", "-m", "replicator_spark", "backfill", *arguments],
                 cwd=ROOT,
                 env={**outside, **environment, "PYTHONPATH": str(ROOT)},  # which the nodes inherit
                 stdin=subprocess.DEVNULL,
@@ -43,16 +36,6 @@ class SparkBackfill:
         """How it ended."""
         out, _ = self.process.communicate(timeout=TIMEOUT_SECONDS)
         return Result(self.process.returncode, out, self.said)
-
-    def measured(self) -> tuple[Result, float]:
-        """How it ended, and the CPU seconds of all its processes."""
-        spent: dict[int, float] = {}
-        while self.process.poll() is None:
-            for pid in tree(self.process.pid):
-                with contextlib.suppress(OSError):  # it has ended
-                    spent[pid] = cpu_seconds(pid)
-            time.sleep(LOOK_SECONDS)
-        return self.result(), sum(spent.values())
 
     @property
     def said(self) -> str:
