@@ -15,7 +15,7 @@ from typing import cast
 
 from replicator.contracts.errors import SettingsError, cited
 from replicator.contracts.fields import Contract
-from replicator.contracts.settings import Settings, load, variable
+from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.contracts.sink import Sink
 
 GROUP = "replicator.sinks"
@@ -111,9 +111,13 @@ def _flaw(found: object, name: str) -> str:
     settings: object = found.settings_class
     if not (isinstance(settings, type) and issubclass(settings, Settings)):
         return "whose settings_class does not inherit Settings"
-    begin = re.sub(r"\W", "_", name.lower()) + "_"  # else its setting could be another's, the DSN of the source for one
+    # Else a setting could be another's as well: the address of the source would be that of a destination.
+    begin = re.sub(r"\W", "_", name.lower()) + "_"
     others = [field for field in settings.model_fields if not field.startswith(begin)]
-    return f"whose setting {others[0]!r} does not begin with {begin!r}" if others else ""
+    if others:
+        return f"whose setting {others[0]!r} does not begin with {begin!r}"
+    ours = [field for field in settings.model_fields if field in CoreSettings.model_fields]
+    return f"whose setting {ours[0]!r} is one of the replicator itself" if ours else ""
 
 
 def _unusable(name: str, problem: str, expected: str) -> SettingsError:

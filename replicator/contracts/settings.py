@@ -264,8 +264,8 @@ EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
 """Compose files pass on what may be unset as `${NAME:-}`."""
 CaFile: TypeAlias = Annotated[Annotated[Path, AfterValidator(_certificates)] | None, EmptyIsNone]
 """A PEM file with certificate authorities, or None."""
-
-
+PostgresDsn: TypeAlias = Annotated[SecretStr, AfterValidator(_conninfo)]
+"""A postgresql:// URL or libpq keywords."""
 HttpUrl: TypeAlias = Annotated[Annotated[SecretStr, AfterValidator(_http_url)] | None, EmptyIsNone]
 """An address that is a secret as a whole, as those of chat services are, or None."""
 
@@ -278,7 +278,7 @@ def number(default: float, low: float, high: float, what: str) -> Any:
 class CoreSettings(Settings):
     """Options of the reader itself."""
 
-    postgres_dsn: Annotated[SecretStr, AfterValidator(_conninfo)] = Field(
+    postgres_dsn: PostgresDsn = Field(
         SecretStr("postgresql://app:app@localhost:5432/engagement"),
         description="a postgresql:// URL or libpq keywords (sslmode and the like included)",
     )

@@ -56,6 +56,7 @@ TOP = (
     "devstack",
     "docker",
     "deploy",
+    "examples",
 )
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -163,7 +164,7 @@ def test_the_example_sink_is_the_tested_one() -> None:
     """The page on sinks shows the files that the conformance suite runs on."""
     page = (ROOT / "docs/how-to/sink.md").read_text(encoding="utf-8")
     shown = re.findall(r"^```(?:python|toml)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    files = sorted((ROOT / "tests/sinks/example").glob("*.[pt]*"))
+    files = sorted((ROOT / "examples/sinks/lines_sink").glob("*.[pt]*"))
     assert files
     assert not [file.name for file in files if file.read_text(encoding="utf-8") not in shown]
 

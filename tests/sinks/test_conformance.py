@@ -18,7 +18,6 @@ from enrichment import EVENT
 from replicator.contracts.events import Event
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
-from sinks import known_sinks
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
@@ -27,7 +26,6 @@ from sinks.redis.sink import RedisSink
 from sinks.stdout.sink import StdoutSink
 from sinks.testing import Destination, MemorySink, SinkConformance, decode
 from tests.support.destinations import Destinations
-from tests.support.plugin import install
 
 
 class Wired(Destination):
@@ -122,45 +120,6 @@ class TestHttp(SinkConformance):
         stack.api.reset()
         with Proxy(stack.api.port) as proxy:
             yield TheApi(stack, stack.api, proxy)
-
-
-class File(Destination):
-    """The example's."""
-
-    name = "lines"
-    keeps_order = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(EVENT)
-        self.refused = None
-        self._folder = folder
-
-    def read(self) -> Iterable[dict[str, Any]]:
-        """Its lines."""
-        file = self._folder / "events.jsonl"
-        return map(decode, file.read_bytes().splitlines()) if file.exists() else []
-
-    @contextmanager
-    def outage(self) -> Iterator[None]:
-        """The folder is elsewhere."""
-        self._folder.rename(self._folder.with_suffix(".away"))
-        yield
-        self._folder.with_suffix(".away").rename(self._folder)
-
-
-class TestExample(SinkConformance):
-    """A sink that is not part of the package: `tests/sinks/example`."""
-
-    @pytest.fixture
-    def destination(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Destination]:
-        """A file in a folder of its own."""
-        install(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        (tmp_path / "lines").mkdir()
-        monkeypatch.setenv("REPLICATOR_LINES_PATH", str(tmp_path / "lines" / "events.jsonl"))
-        known_sinks.cache_clear()
-        yield File(tmp_path / "lines")
-        known_sinks.cache_clear()
 
 
 class Printed(Destination):

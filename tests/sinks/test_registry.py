@@ -46,6 +46,8 @@ class Elsewhere(Settings):
     postgres_dsn: str = ""
 class Everywhere(Working):
     name, max_events, settings_class = "broken", 1, Elsewhere
+class Source(Everywhere):
+    name = "postgres"
 class Needs(Settings):
     broken_url: str
 class Needy(Working):
@@ -78,6 +80,14 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
     assert ("lines", EVENT) == (sink.name, sink.contract)
     assert {"lines_path": Path("/somewhere/events.jsonl")} == sink.settings.model_dump()
     assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
+
+
+def test_a_sink_does_not_share_a_setting_with_the_replicator(installed: Install, tmp_path: Path) -> None:
+    """It would write into the database that is read."""
+    installed("broken", {"postgres": "broken_sinks:Source"})
+    (tmp_path / "broken_sinks.py").write_text(BROKEN_SINKS, encoding="utf-8")
+    with pytest.raises(SettingsError, match="whose setting 'postgres_dsn' is one of the replicator itself"):
+        create_sinks(["postgres"], EVENT)
 
 
 def test_an_unknown_name_lists_what_there_is(installed: Install) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import faulty
-from tests.support.plugin import install
+from tests.support.plugin import EXAMPLE, install
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,15 @@ def test_every_breach_of_the_contract_is_found(installed: Path) -> None:
     assert "Honest" not in {breach for breach, _ in failed}
     assert set(faulty.BREACHES.values()) <= {test for _, test, breach in outcomes if breach == "Honest"}
     assert "test_other" not in done.stdout
+
+
+def test_the_example_keeps_the_contract(tmp_path: Path) -> None:
+    """`examples/sinks/lines_sink`, which is not part of the package."""
+    install(tmp_path)
+    shutil.copy(EXAMPLE / "conftest.py", tmp_path)
+    done = run(tmp_path, "--sink", "lines", "-q")
+    assert 0 == done.returncode, done.stdout
+    assert re.search(r"^[12][0-9] passed", done.stdout.splitlines()[-1]), done.stdout
 
 
 @pytest.mark.parametrize(

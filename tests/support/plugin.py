@@ -1,4 +1,4 @@
-"""Makes `tests/sinks/example` findable as if it were installed: its module and metadata in a folder."""
+"""Makes `examples/sinks/lines_sink` findable as if it were installed: its module and metadata in a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "sinks" / "example"
+EXAMPLE = Path(__file__).parents[2] / "examples/sinks/lines_sink"
 
 
 def install(folder: Path, name: str = "replicator-lines", entry_points: dict[str, str] | None = None) -> None:
