@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from threading import Thread
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from threading import TIMEOUT_MAX, Event, Thread, Timer
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from replicator.contracts.errors import ClusterFailed, SettingsError
@@ -89,22 +90,50 @@ class Cluster:
                 cores, since = self.cores, time.monotonic()
         return cores
 
-    def call(self, function: Callable[[A], T], argument: A) -> T:
+    def call(self, function: Callable[[A], T], argument: A, patience_seconds: float = TIMEOUT_MAX) -> T:
         """The result of one task. Blocks; calls from several threads run side by side.
 
-        Where a node dies, Spark calls again, up to spark.task.maxFailures times. Raises ClusterFailed.
+        Where a node dies, Spark calls again, up to spark.task.maxFailures times. A task that takes longer than so many
+        seconds is given up, and its process killed. Raises ClusterFailed.
         """
         from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
 
-        try:
-            [result] = self._context.parallelize([argument], 1).map(function).collect()
-        except (Py4JError, PySparkException) as exc:
-            log.debug("a task failed", exc_info=True)
-            died = next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
-            problem = f"Spark gave a task up ({died or _reason(exc)})"
-            raise ClusterFailed(problem, DIED_CURE if died else TASK_CURE) from exc
+        with self._ended_after(patience_seconds) as hung:
+            try:
+                [result] = self._context.parallelize([argument], 1).map(function).collect()
+            except (Py4JError, PySparkException) as exc:
+                log.debug("a task failed", exc_info=True)
+                silent = f"its process on the node did not answer for {patience_seconds:g} s" if hung.is_set() else ""
+                died = silent or next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
+                problem = f"Spark gave a task up ({died or _reason(exc)})"
+                raise ClusterFailed(problem, DIED_CURE if died else TASK_CURE) from exc
         return cast("T", result)
+
+    @contextmanager
+    def _ended_after(self, seconds: float) -> Iterator[Event]:
+        """Cancel this thread's job if it is not over by then; whether that was so.
+
+        Spark's own spark.python.worker.killOnIdleTimeout sends SIGTERM, which a process that is stopped does not get.
+        Of a job that is cancelled it kills the process with SIGKILL, some seconds later.
+        """
+        from py4j.protocol import Py4JError
+
+        group, over = uuid.uuid4().hex, Event()
+
+        def end() -> None:
+            over.set()
+            with suppress(Py4JError, OSError):  # Spark has ended
+                self._context.cancelJobGroup(group)
+
+        self._context.setJobGroup(group, "")
+        timer = Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield over
+        finally:
+            timer.cancel()
 
     def state(self) -> State:
         """What it has now. Raises ClusterFailed once Spark has ended: its own process, or the application."""

@@ -568,7 +568,7 @@ class CheckpointAbsent(CheckpointUnusable):
 
 
 class ClusterFailed(ReplicatorError):
-    """Spark does not start, has ended, or gave up a task that died."""
+    """Spark does not start, has ended, or gave up a task that died or hung."""
 
     code = "R700"
 

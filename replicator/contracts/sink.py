@@ -87,6 +87,8 @@ class Sink(ABC):
         Returned are events that the sink itself knows can never fit, whatever the destination says (a time that its
         format can't express): they become dead letters at once. What the destination refuses is raised.
 
+        `events` may be empty: then nothing is written, and what the sink knows to hinder it is raised all the same.
+
         Called again with the very same events after an error, and with overlapping events after a restart: the effect
         must be the same as of one call, as far as the destination allows. After BatchRefused or BatchTooLarge parts of
         them come, down to single events, and an event that was taken before may come between. May be cancelled at any

@@ -17,7 +17,7 @@ from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.retry import Stopped, Trouble, retry
 from replicator_spark.backfill.plan import Plan, Share, kept
-from replicator_spark.backfill.turn import Errand, Order, Turn, Written, run
+from replicator_spark.backfill.turn import Order, Turn, Written, run
 from replicator_spark.session import Cluster
 
 LOOK_SECONDS = 2.0
@@ -81,8 +81,7 @@ class Crew:
     async def _carry(self, number: int) -> None:
         """One slice, turn by turn."""
         while not (share := self.plan.shares[number]).done and not self._stopping.is_set():
-            errand = Errand(order=self._order, slice=share.slice, start=share.reached)
-            turn = await asyncio.to_thread(self._cluster.call, run, errand)
+            turn = await asyncio.to_thread(self._cluster.call, partial(run, self._order), share)
             if turn.trouble:
                 message = "slice %d is held, on node %s: %s"
                 log.error(message, number + 1, turn.node, turn.trouble, extra={"code": "R702"})

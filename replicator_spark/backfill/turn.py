@@ -14,13 +14,14 @@ from pathlib import Path
 import msgspec
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementHistory, Slice
+from enrichment import EngagementHistory
 from replicator.cli.app import App
 from replicator.contracts.errors import ReplicatorError
 from replicator.contracts.events import DeadLetter, Lsn
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Stopped, retry
+from replicator_spark.backfill.plan import Share
 from replicator_spark.nodes import Meant, compare, meant
 
 TURN_SECONDS = 20.0
@@ -43,14 +44,6 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     page_rows: int
     rate: float | None
     """Events a second, at most."""
-
-
-class Errand(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn: of which slice, from where on."""
-
-    order: Order
-    slice: Slice
-    start: BackfillProgress
 
 
 class Written(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,22 +71,21 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """What trying again can't help: the problem, the cure and the code."""
 
 
-def run(errand: Errand) -> Turn:
-    """One turn."""
+def run(order: Order, share: Share) -> Turn:
+    """One turn, from where the last one of this slice ended."""
     with tempfile.TemporaryDirectory(prefix="replicator-slice-") as folder:
         try:
-            return asyncio.run(_run(errand, Path(folder)))
+            return asyncio.run(_run(order, share, Path(folder)))
         except ReplicatorError as exc:
-            return Turn(
-                node=platform.node(), reached=errand.start, done=False, failure=(exc.problem, exc.cure, exc.code)
-            )
+            failure = exc.problem, exc.cure, exc.code
+            return Turn(node=platform.node(), reached=share.reached, done=False, failure=failure)
 
 
-async def _run(errand: Errand, folder: Path) -> Turn:
-    app = App.load(errand.order.sinks)
+async def _run(order: Order, share: Share, folder: Path) -> Turn:
+    app = App.load(order.sinks)
     settings = app.settings.model_copy(update={"dead_letters_max": LETTERS_MAX})
     app = app._replace(settings=settings, store=SqlCheckpointStore(f"sqlite:///{folder}/checkpoint.db"))
-    history = EngagementHistory(app.dsn, errand.slice.start, errand.slice.end, since=errand.order.since)
+    history = EngagementHistory(app.dsn, share.slice.start, share.slice.end, since=order.since)
     await asyncio.to_thread(app.store.create)
     work = Backfill(
         settings,
@@ -101,12 +93,12 @@ async def _run(errand: Errand, folder: Path) -> Turn:
         app.sinks,
         app.store,
         task="slice",
-        start=errand.start,
-        page_rows=errand.order.page_rows,
-        rate=errand.order.rate,
+        start=share.reached,
+        page_rows=order.page_rows,
+        rate=order.rate,
     )
     async with app.closing(history):
-        done = await _in_time(errand.order, app, history, work)
+        done = await _in_time(order, app, history, work)
         return Turn(
             node=platform.node(),
             reached=work.written,

@@ -23,6 +23,11 @@ from replicator_spark.stream.wire import Errand, Report, Told
 PART_EVENTS = 10_000
 """A larger write is cut, so that several cores shape it. ClickHouse likes inserts of this size, too."""
 
+PATIENCE_SECONDS = 120.0
+"""Spark waits as long for an executor (spark.network.timeout): a process may begin, or be swapped out."""
+REQUESTS = 4
+"""So many requests of the longest time-out a write may take: a sink that is opened for it asks some things first."""
+
 log = logging.getLogger("replicator.spark")
 
 
@@ -43,6 +48,12 @@ class Carrier:
         self._meant = meant_by_sink(sink.name, secrets.token_bytes(32))
         self._age = 0
         self._bugs: set[str] = set()
+
+    @property
+    def patience_seconds(self) -> float:
+        """What takes longer has hung: the sink's own time-outs end a write before."""
+        timeouts = [value for name, value in self._sink.settings if name.endswith("timeout_seconds")]
+        return PATIENCE_SECONDS + REQUESTS * max(timeouts, default=0.0)
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """As `Sink.write`."""

@@ -19,6 +19,7 @@ from replicator.contracts.errors import ClusterFailed, SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.sink import Carrier
 from replicator.delivery.queue import weigh
+from replicator.operations.status.text import counted
 from replicator_spark.session import Cluster, State
 from replicator_spark.stream.hands import work
 from replicator_spark.stream.wire import Answer, Errand, Report, told
@@ -50,6 +51,10 @@ class Writes(Protocol):
     @property
     def name(self) -> str:
         """The sink's."""
+
+    @property
+    def patience_seconds(self) -> float:
+        """What takes longer has hung."""
 
     def errand(self, writes: Sequence[Sequence[Event]]) -> Errand:
         """For a task."""
@@ -108,17 +113,17 @@ class Desk:
         self._give()
 
     def _note(self, state: State) -> None:
-        if state != self._state:
-            self._say(state)
-        self._state = state
+        changed, self._state = state != self._state, state
         self.carrier.executors = state.executors
         self.carrier.cores = state.cores if state.executors else 0
+        if changed:
+            self._say(counted(self.carrier.executors, "executor"), counted(self.carrier.cores, "core"))
 
-    def _say(self, state: State) -> None:
-        log.info("Spark has %d executors, %d cores", state.executors, state.cores)
-        if state.executors and state.cores < len(self._waiting):
-            message = "Spark has %d cores for %d sinks. Give it one for each: a silent sink holds its core"
-            log.warning(message, state.cores, len(self._waiting), extra={"code": "R703"})
+    def _say(self, executors: str, cores: str) -> None:
+        log.info("Spark has %s, %s", executors, cores)
+        if 0 < self.carrier.cores < len(self._waiting):
+            message = "Spark has %s for %d sinks. Give it one for each: a silent sink holds its core"
+            log.warning(message, cores, len(self._waiting), extra={"code": "R703"})
 
     def _deserted(self) -> bool:
         """A task has waited long. Without one, a cluster that grows and shrinks may well have no executor."""
@@ -174,7 +179,7 @@ class Desk:
         carrier = pieces[0].carrier
         errand = carrier.errand([piece.events for piece in pieces])
         try:
-            report = await self._report(errand)
+            report = await self._report(errand, carrier.patience_seconds)
             carrier.hear(errand, report)
             answers = report.answers
         except Exception as exc:  # noqa: BLE001  whoever waits for it gets it
@@ -183,13 +188,13 @@ class Desk:
             if not piece.answer.done():
                 piece.answer.set_result(answer)
 
-    async def _report(self, errand: Errand) -> Report:
+    async def _report(self, errand: Errand, patience_seconds: float) -> Report:
         try:
-            return await asyncio.to_thread(self._call, errand)
+            return await asyncio.to_thread(self._call, errand, patience_seconds)
         except ClusterFailed as exc:
             detail = DESERTED if self._deserted() else str(exc).removesuffix(".")
             raise SinkUnavailable(sink=errand.sink, detail=detail) from exc
 
-    def _call(self, errand: Errand) -> Report:
-        packed = self._cluster.call(work, msgspec.msgpack.encode(errand))
+    def _call(self, errand: Errand, patience_seconds: float) -> Report:
+        packed = self._cluster.call(work, msgspec.msgpack.encode(errand), patience_seconds)
         return msgspec.msgpack.decode(packed, type=Report)

@@ -25,6 +25,7 @@ from replicator.contracts.errors import (
     SinkUnusable,
 )
 from replicator.contracts.events import Event
+from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import Meant
@@ -32,6 +33,7 @@ from replicator_spark.session import State
 from replicator_spark.stream import carrier, desk, hands
 from replicator_spark.stream.carrier import cut, on_cluster
 from replicator_spark.stream.desk import Desk
+from sinks.http.settings import HttpSettings
 from sinks.testing import Destination, MemorySink, SinkConformance, decode
 
 DEADLINE_SECONDS = 10.0
@@ -46,6 +48,7 @@ class MadeUpCluster:
     def __init__(self, cores: int = 4) -> None:
         self.now: State | Exception = State(executors=1, cores=cores)
         self.calls = 0
+        self.patience_seconds = 0.0
         self.cancelled = threading.Event()
         self.failure: Exception | None = None
 
@@ -55,9 +58,10 @@ class MadeUpCluster:
             raise self.now
         return self.now
 
-    def call(self, function: Callable[[bytes], bytes], packed: bytes) -> bytes:
+    def call(self, function: Callable[[bytes], bytes], packed: bytes, patience_seconds: float) -> bytes:
         """One task; without executors it waits until it is cancelled."""
         self.calls += 1
+        self.patience_seconds = patience_seconds
         if isinstance(self.now, State) and not self.now.executors:
             self.cancelled.clear()
             assert self.cancelled.wait(DEADLINE_SECONDS)
@@ -265,6 +269,13 @@ async def test_when_sinks_are_opened_anew(cluster: MadeUpCluster, nodes: Nodes, 
     for _ in range(2):
         assert not await sink.write(events(1))
     assert opened == len(nodes.opened)
+
+
+async def test_a_task_has_longer_than_its_sinks_time_outs(cluster: MadeUpCluster, nodes: Nodes) -> None:
+    """They end a write; after that its process must have hung."""
+    sink = made(cluster, nodes, own=Driver(settings=load(HttpSettings, http_timeout_seconds=60.0)))
+    await sink.write(events(1))
+    assert carrier.PATIENCE_SECONDS + 4 * 60.0 == cluster.patience_seconds
 
 
 async def test_what_was_new_is_counted_once(cluster: MadeUpCluster, nodes: Nodes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from replicator.contracts.events import DeadLetter
 from replicator.contracts.settings import CoreSettings, load
 from replicator.delivery.backfill import BackfillProgress
 from replicator_spark.backfill.crew import Crew
-from replicator_spark.backfill.plan import Plan, begun
-from replicator_spark.backfill.turn import Errand, Order, Turn, Written
+from replicator_spark.backfill.plan import Plan, Share, begun
+from replicator_spark.backfill.turn import Order, Turn, Written
 from replicator_spark.nodes import Meant
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
@@ -36,8 +37,9 @@ class MadeUpCluster:
 
     cores = 2
 
-    def __init__(self, turn: Callable[[Errand], Turn] | None = None) -> None:
-        self.errands: list[Errand] = []
+    def __init__(self, turn: Callable[[Share], Turn] | None = None) -> None:
+        self.shares: list[Share] = []
+        self.rates: set[float | None] = set()
         self._turn = turn or two_turns
         self._lock = threading.Lock()
 
@@ -45,16 +47,18 @@ class MadeUpCluster:
         """No more come."""
         return self.cores
 
-    def call(self, _function: object, errand: Errand) -> Turn:
+    def call(self, function: partial[Turn], share: Share) -> Turn:
         """One turn."""
+        [order] = function.args
         with self._lock:
-            self.errands.append(errand)
-        return self._turn(errand)
+            self.rates.add(order.rate)
+            self.shares.append(share)
+        return self._turn(share)
 
 
-def two_turns(errand: Errand) -> Turn:
+def two_turns(share: Share) -> Turn:
     """Half a slice."""
-    reached = structs.replace(errand.start, place=f"{errand.start.place}+", events=errand.start.events + 10)
+    reached = structs.replace(share.reached, place=f"{share.reached.place}+", events=share.reached.events + 10)
     written = {"redis": Written(events=10, new=9)}
     return Turn(node="n", reached=reached, done=reached.events == 20, sinks=written)
 
@@ -88,7 +92,7 @@ async def test_every_slice_is_worked_off_turn_by_turn(app: App) -> None:
     crew = _crew(app, cluster, plan)
     assert await crew.run()
     assert sorted(f"{number}{turn}" for number in range(5) for turn in ("", "+")) == sorted(
-        errand.start.place for errand in cluster.errands
+        share.reached.place for share in cluster.shares
     )
     assert (100, 100) == (plan.written.events, plan.total)
     assert Written(events=100, new=90) == crew.sinks["redis"]
@@ -99,16 +103,16 @@ async def test_new_nodes_get_turns(app: App) -> None:
     """Cores that come while it runs are used: here no turn ends until six run."""
     at_once = threading.Barrier(6)
 
-    def turn(errand: Errand) -> Turn:
+    def turn(share: Share) -> Turn:
         cluster.cores = 4
-        if not errand.start.events:
+        if not share.reached.events:
             at_once.wait(20)
-        return two_turns(errand)
+        return two_turns(share)
 
     cluster = MadeUpCluster(turn)
     cluster.cores = 1
     assert await _crew(app, cluster, _plan(6)).run()
-    assert 12 == len(cluster.errands)
+    assert 12 == len(cluster.shares)
 
 
 async def test_the_rate_is_that_of_all_turns_together(app: App) -> None:
@@ -116,27 +120,27 @@ async def test_the_rate_is_that_of_all_turns_together(app: App) -> None:
     for slices, rate in ((5, 500.0), (1, 1000.0)):
         cluster = MadeUpCluster()
         await _crew(app, cluster, _plan(slices), structs.replace(ORDER, rate=1000.0)).run()
-        assert {rate} == {errand.order.rate for errand in cluster.errands}
+        assert {rate} == cluster.rates
 
 
 async def test_stopped_and_continued(app: App) -> None:
     """After `stop` no turn begins; what is kept says where each slice is, and the rest is done from there."""
     crews: list[Crew] = []
 
-    def turn(errand: Errand) -> Turn:
+    def turn(share: Share) -> Turn:
         crews[0].stop()
-        return two_turns(errand)
+        return two_turns(share)
 
     cluster = MadeUpCluster(turn)
     cluster.cores = 1
     crews.append(_crew(app, cluster, _plan(3), structs.replace(ORDER, rate=1000.0)))  # then nothing waits for a core
     assert not await crews[0].run()
-    assert 1 == len(cluster.errands)
+    assert 1 == len(cluster.shares)
     plan = msgspec.json.decode(app.store.load_progress("s", TASK) or "", type=Plan)
     assert ["0+", "1", "2"] == [share.reached.place for share in plan.shares]
     rest = MadeUpCluster()
     assert await _crew(app, rest, plan).run()
-    assert 5 == len(rest.errands)
+    assert 5 == len(rest.shares)
 
 
 async def test_a_letter_is_kept_once_and_before_the_place(app: App) -> None:
@@ -144,9 +148,9 @@ async def test_a_letter_is_kept_once_and_before_the_place(app: App) -> None:
     letters = [_letter(1), _letter(2)]
     places: list[str | None] = []
 
-    def turn(errand: Errand) -> Turn:
+    def turn(share: Share) -> Turn:
         places.append(app.store.load_progress("s", TASK))
-        return structs.replace(two_turns(errand), letters=letters)
+        return structs.replace(two_turns(share), letters=letters)
 
     crew = _crew(app, MadeUpCluster(turn), _plan(1))
     assert await crew.run()
@@ -160,9 +164,9 @@ async def test_letters_without_room_hold_the_slice(app: App, caplog: pytest.LogC
     app.store.add_dead_letters("s", [_letter(-1)])
     crews: list[Crew] = []
 
-    def turn(errand: Errand) -> Turn:
+    def turn(share: Share) -> Turn:
         crews[0].stop()
-        return structs.replace(two_turns(errand), letters=[_letter(1), _letter(2)])
+        return structs.replace(two_turns(share), letters=[_letter(1), _letter(2)])
 
     crews.append(_crew(app, MadeUpCluster(turn), _plan(1)))
     assert not await crews[0].run()
@@ -175,12 +179,12 @@ async def test_a_failure_ends_it_after_the_other_turns(app: App) -> None:
     """What trying again can't help is raised with its cure; what others had done is kept."""
     others = threading.Event()
 
-    def turn(errand: Errand) -> Turn:
-        if errand.start.place == "0":
+    def turn(share: Share) -> Turn:
+        if share.reached.place == "0":
             others.wait(10)
-            return structs.replace(two_turns(errand), failure=("the table is gone", "Make it", "R507"))
+            return structs.replace(two_turns(share), failure=("the table is gone", "Make it", "R507"))
         others.set()
-        return two_turns(errand)
+        return two_turns(share)
 
     with pytest.raises(ReplicatorError, match=r"The table is gone\. Make it\.") as raised:
         await _crew(app, MadeUpCluster(turn), _plan(2)).run()
@@ -193,6 +197,6 @@ async def test_a_failure_ends_it_after_the_other_turns(app: App) -> None:
 async def test_what_holds_a_slice_is_told(app: App, caplog: pytest.LogCaptureFixture) -> None:
     """In the driver's log, with the node, although the node tries again by itself."""
     troubles = iter(["sink redis did not take the batch", ""])
-    cluster = MadeUpCluster(lambda errand: structs.replace(two_turns(errand), trouble=next(troubles)))
+    cluster = MadeUpCluster(lambda share: structs.replace(two_turns(share), trouble=next(troubles)))
     assert await _crew(app, cluster, _plan(1)).run()
     assert "slice 1 is held, on node n: sink redis did not take the batch" in caplog.text

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.process import wait_until
-from devstack.spark import EXECUTORS
+from devstack.spark import EXECUTORS, SparkCluster
 from devstack.watchdog import tree
 from tests.prove.shapes import NOTE_CONTENT
 from tests.support.destinations import Destinations, expected
@@ -146,7 +146,7 @@ def test_spark_hangs(spark: SparkProgram, source: psycopg.Connection) -> None:
     spark.start()
     insert_many(source, 5)
     spark.wait_until_caught_up()
-    assert "Spark has 1 executors, 3 cores" in spark.said
+    assert "Spark has 1 executor, 3 cores" in spark.said
     [jvm] = spark.workers("SparkSubmit")
     os.kill(jvm, signal.SIGSTOP)
     assert 0 == spark.stop()
@@ -370,11 +370,20 @@ def assert_discreet(folder: Path) -> None:
     assert not [text for text in said if SECRET in text or '"4k' in text or "event_id" in text]
 
 
-def kill(pids: list[int]) -> None:
+PYTHONS, EXECUTOR = "pyspark.daemon", "CoarseGrainedExecutorBackend"
+
+
+def below(cluster: SparkCluster, word: str) -> list[int]:
+    """Processes of the Workers whose command line has this word."""
+    pids = [pid for worker in cluster.workers if worker.running for pid in tree(worker.pid)]
+    return [pid for pid in pids if word in command_line(pid)]
+
+
+def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
     """Those that are still there."""
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 @pytest.mark.spark
@@ -399,20 +408,16 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
         insert(noted, 400, 0)
         spark.wait_until_caught_up()
 
-        def below(word: str) -> list[int]:
-            pids = [pid for worker in cluster.workers if worker.running for pid in tree(worker.pid)]
-            return [pid for pid in pids if word in command_line(pid)]
-
         def while_it_writes(turn: int) -> None:
             before = len(destinations.api())
             insert(noted, 12_000, turn)
             wait_until(lambda: len(destinations.api()) > before, "the first of them at the API")
 
         while_it_writes(1)
-        kill(below("pyspark.daemon"))
+        kill(below(cluster, PYTHONS))
         spark.wait_until_caught_up(90)
         while_it_writes(2)
-        kill(below("CoarseGrainedExecutorBackend")[:1])
+        kill(below(cluster, EXECUTOR)[:1])
         spark.wait_until_caught_up(90)
         wait_until(lambda: WHOLE in spark.said.rpartition("Lost executor")[2], "another executor", 90)
         while_it_writes(3)
@@ -444,3 +449,58 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
         assert_discreet(stack.folder / "spark")
     repeats = assert_exact(database, destinations, content_at_commit=True)
     assert repeats <= 5 * 20_000
+
+
+SOON = (
+    "spark.network.timeout=12s",
+    "spark.network.timeoutInterval=2s",
+    "spark.executor.heartbeatInterval=2s",
+    "spark.task.reaper.killTimeout=5s",
+)
+"""What Spark takes a minute or two for."""
+
+
+@pytest.mark.spark
+@pytest.mark.timeout(600)
+def test_whatever_hangs_on_the_nodes(  # noqa: PLR0917  fixtures
+    spark: SparkProgram,
+    environment: dict[str, str],
+    stack: DevStack,
+    noted: psycopg.Connection,
+    database: str,
+    destinations: Destinations,
+) -> None:
+    """SIGSTOP while they write: for Python processes, then for the executors, then for all Python on the nodes.
+
+    Spark is named, not the sink; what they had is written again. What hangs is ended and replaced.
+    """
+    spark.altered = ("--breach", "impatient")
+    spark.environment["REPLICATOR_RETRY_MAX_SECONDS"] = "0.5"
+    options = [word for option in (*EXECUTORS, *SOON) for word in ("--conf", option)]
+    with stack.spark(**environment) as cluster:
+        spark.options = ("--master", cluster.master.url, *options)
+        spark.start()
+        insert(noted, 400, 0)
+        spark.wait_until_caught_up()
+
+        def hang(turn: int, pids: Callable[[], list[int]]) -> None:
+            stack.api.behave(delay_seconds=5)
+            before, said = len(destinations.api()), len(spark.said)
+            insert(noted, 4_000, turn)
+            wait_until(lambda: len(destinations.api()) > before, "the first of them at the API")
+            kill(stopped := pids(), signal.SIGSTOP)
+            stack.api.behave()
+            wait_until(lambda: GIVEN_UP in spark.said[said:], "trouble", 90)
+            spark.wait_until_caught_up(90)
+            wait_until(lambda: not any(command_line(pid) for pid in stopped), "the end of what hangs", 90)
+
+        hang(1, lambda: [pid for pid in below(cluster, PYTHONS) if [pid] == tree(pid)])
+        hang(2, lambda: below(cluster, EXECUTOR))
+        hang(3, lambda: below(cluster, PYTHONS))
+        assert 0 == spark.stop()
+        assert_clean(spark.said)
+    repeats = assert_exact(database, destinations, content_at_commit=True)
+    assert repeats <= 3 * 20_000
+
+
+GIVEN_UP = "Sink http did not take the batch: Spark gave a task up (its process on the node did not answer for 8 s)"

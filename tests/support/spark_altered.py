@@ -15,10 +15,12 @@ import msgspec
 import psycopg
 
 from replicator_spark.stream import desk, hands
+from replicator_spark.stream.carrier import Carrier
 from replicator_spark.stream.desk import Desk
 from replicator_spark.stream.wire import Errand, Report
 from tests.prove.failpoints import Death, alter, checkpoint_before_sink, run_altered
 
+IMPATIENT_SECONDS = 8.0
 PLACES = ("received", "enriched", "given", "carried", "after-save", "after-confirm")
 """On the way from the slot to the confirmation. Given: a task has the events; carried: its answer is there."""
 
@@ -31,10 +33,10 @@ class DriversDeath(Death):
         super().alter()
         alter(Desk, "_call", self._call)
 
-    def _call(self, original: Callable[[Desk, Errand], Report]) -> Callable[[Desk, Errand], Report]:
-        def call(at: Desk, errand: Errand) -> Report:
+    def _call(self, original: Callable[[Desk, Errand, float], Report]) -> Callable[[Desk, Errand, float], Report]:
+        def call(at: Desk, errand: Errand, patience_seconds: float) -> Report:
             self._pass("given")
-            report = original(at, errand)
+            report = original(at, errand, patience_seconds)
             self._pass("carried")
             return report
 
@@ -58,9 +60,15 @@ def looking_up(packed: bytes) -> bytes:
     return hands.work(msgspec.msgpack.encode(errand))
 
 
+def impatient() -> None:
+    """No breach: it just gives a task up earlier, for tests that can't wait."""
+    alter(Carrier, "patience_seconds", lambda _: IMPATIENT_SECONDS)
+
+
 BREACHES: Mapping[str, Callable[[], None]] = {
     "checkpoint-before-sink": checkpoint_before_sink,
     "contents-on-the-nodes": contents_on_the_nodes,
+    "impatient": impatient,
 }
 
 

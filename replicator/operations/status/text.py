@@ -122,7 +122,7 @@ def _sink_text(sink: SinkStatus) -> str:
     if sink.end_lsn is None:
         return "no position yet"
     seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds:.1f} s"
-    waiting = "" if sink.waiting is None else f", {_count(sink.waiting, 'event')} waiting"
+    waiting = "" if sink.waiting is None else f", {counted(sink.waiting, 'event')} waiting"
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
@@ -139,17 +139,18 @@ def _letters_text(letters: DeadLetterStatus | None) -> str:
     if letters is None:
         return "unknown"
     counts = [f"{count} of {name}" for name, count in letters.sinks.items()]
-    counts += [_count(letters.rows, "row")] if letters.rows else []
+    counts += [counted(letters.rows, "row")] if letters.rows else []
     return f"{', '.join(counts) or 'none'} (at most {letters.limit} of each sink)"
 
 
 def carrier_text(carrier: Carrier) -> str:
     """Who it is, and what it has."""
-    has = f"{_count(carrier.executors, 'executor')}, {_count(carrier.cores, 'core')}"
+    has = f"{counted(carrier.executors, 'executor')}, {counted(carrier.cores, 'core')}"
     return f"{printable(carrier.name)} ({has})"
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """For people."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
