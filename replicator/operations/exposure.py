@@ -29,14 +29,20 @@ def secrets_in_clear(settings: CoreSettings, sinks: Sequence[Sink]) -> Iterator[
             if url.scheme in SAFE and not is_here(url.hostname) and (url.password or len(secrets) > 1):
                 cure = f"Use {SAFE[url.scheme]}:// in {variable(name)}"
                 yield Finding(True, f"sink {sink.name}: a secret goes to {url.hostname} in clear", cure)
+            yield from _postgres(f"sink {sink.name}", secret, variable(name))
     for name in ("notify_url", "heartbeat_url"):
         url = _parsed(getattr(settings, name) or SecretStr(""))
         if url.scheme == "http" and not is_here(url.hostname):
             yield Finding(True, f"{variable(name)}: it goes to {url.hostname} in clear", "Use https:// in it")
-    url = _parsed(settings.checkpoint_url)
+    yield from _postgres("the checkpoint database", settings.checkpoint_url, variable("checkpoint_url"))
+
+
+def _postgres(who: str, secret: SecretStr, setting: str) -> Iterator[Finding]:
+    """The same of a URL, if it is one of PostgreSQL."""
+    url = _parsed(secret)
     [mode] = parse_qs(url.query).get("sslmode", ["prefer"])[-1:]
-    if url.scheme.startswith("postgres") and not is_here(url.hostname):
-        yield from unverified("the checkpoint database", url.hostname, mode, variable("checkpoint_url"))
+    if url.scheme.startswith("postgres"):
+        yield from unverified(who, url.hostname, mode, setting)
 
 
 def unverified(who: str, host: str | None, sslmode: str, setting: str) -> Iterator[Finding]:

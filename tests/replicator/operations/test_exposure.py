@@ -6,13 +6,14 @@ import pytest
 from pydantic import SecretStr
 
 from enrichment import EVENT
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, PostgresDsn, Settings
 from replicator.contracts.sink import Sink
 from replicator.operations.exposure import is_here, secrets_in_clear, unverified
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
+from sinks.testing import MemorySink
 
 CORE = CoreSettings.model_validate({})
 
@@ -43,6 +44,27 @@ def test_a_sink_s_secret_in_clear(sink: Sink, advice: str | None) -> None:
     found = [*secrets_in_clear(CORE, [sink])]
     assert [advice] * bool(advice) == [finding.cure for finding in found]
     assert all(finding.ok and "hunter2" not in finding.what for finding in found)
+
+
+class _Settings(Settings):
+    """Of a sink that writes to PostgreSQL."""
+
+    memory_dsn: PostgresDsn
+
+
+@pytest.mark.parametrize(
+    ("dsn", "lines"),
+    [
+        ("postgresql://app:hunter2@db.example.com/x", 1),
+        ("postgresql://app:hunter2@db.example.com/x?sslmode=verify-full", 0),
+        ("postgresql://app:hunter2@localhost/x", 0),
+    ],
+)
+def test_a_sink_that_writes_to_postgresql(dsn: str, lines: int) -> None:
+    """Its server has to prove itself, as the source has."""
+    found = [*secrets_in_clear(CORE, [MemorySink(_Settings.model_validate({"memory_dsn": dsn}))])]
+    said = ["sink memory at db.example.com: with sslmode=prefer an impostor would get the password"]
+    assert said * lines == [finding.what for finding in found]
 
 
 @pytest.mark.parametrize(
