@@ -1,5 +1,5 @@
 """The replicator on a Spark cluster. An extra: nothing in the product imports it, and only it knows Spark.
 
 `stream/` follows the slot, `backfill/` sends older events again. `nodes.py` sees that driver and nodes mean the same
-servers, `session.py` reaches the cluster.
+servers, `settings.py` that Spark's own settings may be so, `session.py` reaches the cluster.
 """

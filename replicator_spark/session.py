@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from threading import TIMEOUT_MAX, Event, Thread, Timer
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -64,12 +64,8 @@ class Cluster:
         self._spark = _start(name, master, {**DEFAULTS, **options})
         self._context = self._spark.sparkContext
         self.master = str(self._context.master)
-
-    def refuse_speculation(self, sinks: Sequence[str]) -> None:
-        """Raises SettingsError where a task may run twice at once and the API is among the sinks."""
-        if "http" in sinks and self._context.getConf().get("spark.speculation", "false") == "true":
-            problem = "it is true, and a task that runs twice at once sends every event to the API twice"
-            raise SettingsError(name="spark.speculation", problem=problem, expected="false, or sinks without http")
+        self.conf = dict(self._context.getConf().getAll())
+        """Spark's settings, wherever they are from."""
 
     @property
     def cores(self) -> int:
@@ -201,18 +197,3 @@ def _start(name: str, master: str | None, options: Mapping[str, str]) -> SparkSe
         log.debug("Spark does not start", exc_info=True)
         cure = "Check --master, and that Java 17 or later is there (`java -version`). Spark's own words are above"
         raise ClusterFailed(f"Spark does not start ({type(exc).__name__})", cure) from exc
-
-
-def pairs(options: Sequence[str]) -> dict[str, str]:
-    """What `--conf` says. Raises SettingsError."""
-    found = {}
-    for option in options:
-        name, separator, value = option.partition("=")
-        problem = "" if name.startswith("spark.") else f"{name!r} is no setting of Spark"
-        if not separator:
-            problem = problem or f"{name!r} has no value"
-        if problem:
-            expected = "a setting of Spark and its value, such as spark.executor.memory=1g"
-            raise SettingsError(name="--conf", problem=problem, expected=expected)
-        found[name] = value
-    return found

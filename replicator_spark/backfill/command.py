@@ -75,7 +75,7 @@ async def backfill(
     """Send the events of a range of time to the sinks again, on many cores."""
     from enrichment import EngagementHistory
     from replicator_spark.nodes import refuse_single
-    from replicator_spark.session import pairs
+    from replicator_spark.settings import pairs
     from sinks import known_sinks
 
     when = arg.time_range(start, end, last)
@@ -103,12 +103,13 @@ async def backfill(
 async def _on_cluster(run: Run, master: str | None, options: dict[str, str]) -> int:
     from replicator_spark.backfill.crew import Crew
     from replicator_spark.session import Cluster
+    from replicator_spark.settings import refuse
 
     order = await _prepare(run)
     plan = await _begin(run)
     cluster = await asyncio.to_thread(Cluster, run.task, master, options)
     try:
-        cluster.refuse_speculation(order.sinks)
+        refuse(cluster.conf, run.app.sinks)
         return await _deliver(run, Crew(run.app, cluster, plan, order, task=run.task))
     finally:
         await asyncio.to_thread(cluster.close)

@@ -40,7 +40,8 @@ log = logging.getLogger("replicator.spark")
 async def stream(master: Master = None, conf: Conf = None) -> int:
     """Replicate until SIGTERM or Ctrl-C; the nodes of a cluster write to the sinks."""
     from replicator_spark.nodes import refuse_single
-    from replicator_spark.session import Cluster, pairs
+    from replicator_spark.session import Cluster
+    from replicator_spark.settings import pairs, refuse, refuse_retries
     from replicator_spark.stream.carrier import on_cluster
     from replicator_spark.stream.desk import Desk
 
@@ -51,7 +52,8 @@ async def stream(master: Master = None, conf: Conf = None) -> int:
     names = [sink.name for sink in app.sinks]
     cluster = await asyncio.to_thread(Cluster, f"replicator {app.settings.slot}", master, options)
     try:
-        cluster.refuse_speculation(names)
+        refuse(cluster.conf, app.sinks)
+        refuse_retries(cluster.conf, app.sinks)
         desk = Desk(cluster, names)
         app = app._replace(sinks=[on_cluster(sink, desk) for sink in app.sinks], carrier=desk.carrier)
         return await _watched(desk, replicate(app, stopping))

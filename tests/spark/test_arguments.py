@@ -45,6 +45,10 @@ def test_help_fits(capsys: pytest.CaptureFixture[str], name: str) -> None:
         (["--slices", "1001"], "--slices is unusable: 1001 is more than 1000"),
         (["--conf", "executor.memory=1g"], "--conf is unusable: 'executor.memory' is no setting of Spark"),
         (["--conf", "spark.executor.memory"], "--conf is unusable: 'spark.executor.memory' has no value"),
+        (
+            ["--conf", "spark.executorEnv.REPLICATOR_REDIS_URL=redis://:planted@redis"],
+            "spark.executorEnv.REPLICATOR_REDIS_URL is unusable: it may have a secret in it",
+        ),
         (["--slice", "3"], "No such option: --slice. Did you mean --slices?"),
         (["--sinks", "kafka"], "--sinks is unusable: 'kafka' is not the name of a sink"),
     ],
@@ -55,6 +59,7 @@ def test_a_mistake_is_one_line(arguments: list[str], told: str, capsys: pytest.C
     assert 2 == main(["backfill", *RANGE, *arguments], app)
     [line] = capsys.readouterr().err.splitlines()
     assert told in line
+    assert "planted" not in line
 
 
 @pytest.mark.usefixtures("empty_directory")

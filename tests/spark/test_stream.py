@@ -174,6 +174,25 @@ def test_an_older_checkpoint(spark: SparkProgram, source: psycopg.Connection, tm
     assert "init --accept-gap" in spark.said
 
 
+@pytest.mark.spark
+def test_settings_of_spark_that_are_refused(
+    spark: SparkProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exit code 2 and one line, before anything is written: retries of Spark's, and a secret for the nodes."""
+    spark.options = (*spark.options, "--conf", "spark.task.maxFailures=4")
+    spark.spawn()
+    assert 2 == spark.process.wait(DIES_SECONDS)
+    assert "spark.task.maxFailures is unusable: Spark would try a task up to 4 times, and http could see" in spark.said
+    secret = f"spark.executorEnv.REPLICATOR_REDIS_URL redis://:{SECRET}@127.0.0.1\n"
+    (tmp_path / "spark-defaults.conf").write_text(secret, encoding="utf-8")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    spark.options = spark.options[:2]
+    spark.spawn()
+    assert 2 == spark.process.wait(DIES_SECONDS)
+    assert "spark.executorEnv.REPLICATOR_REDIS_URL is unusable: it may have a secret in it" in spark.said
+    assert SECRET not in spark.said
+
+
 # -- one run, many things ------------------------------------------------------------------------------------------
 
 PARTITIONED = """
