@@ -21,8 +21,8 @@ from replicator.contracts.events import Event, Mark, Position
 
 EVENT_OVERHEAD_BYTES = 250
 """What an event holds beside its JSON: the struct, its integers, list slots (measured with sys.getsizeof)."""
-WRITE_MAX_BYTES = 22_000_000
-"""The most that one write weighs, unless a single event is more: 40,000 ordinary events, but not 40,000 of 3 MB."""
+WRITE_MAX_BYTES = 32_000_000
+"""The most that one write weighs, unless a single event is more: 58,000 ordinary events, but not 58,000 of 3 MB."""
 
 BACKLOG_EVENTS = 2_000
 """So many within `FLOW_SECONDS` are a backlog: 10,000 a second, while one is drained at 50,000 and more."""

@@ -63,7 +63,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
 
     name = SINK
     settings_class: ClassVar = RedisSettings
-    max_events = 32_000  # in a backlog: a content costs most, and once a write
+    max_events = 64_000  # in a backlog: a content costs most, and once a write
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
     def __init__(self, settings: RedisSettings, contract: Contract, *, clock: Callable[[], float] = time.time) -> None:

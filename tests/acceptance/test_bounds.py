@@ -184,7 +184,7 @@ def test_a_million_rows_for_a_dead_api(quick: Program, source: psycopg.Connectio
 def test_huge_values(
     quick: Program, database: str, source: psycopg.Connection, api: Api, destinations: Destinations
 ) -> None:
-    """3 MB a row, in fields that every sink gets and in one that none gets: no write weighs more than 22 MB."""
+    """3 MB a row, in fields that every sink gets and in one that none gets: no write weighs more than 32 MB."""
     quick.start()
     values = (
         "SELECT 1, n, 'play', repeat(chr(97 + n % 26), 3000000), to_json(repeat('x', 3000000)) FROM generate_series"

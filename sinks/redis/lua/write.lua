@@ -120,7 +120,7 @@ for i = 0, N_BUCKETS do
 end
 
 -- 3. Keep what is newest. Again it changes nothing.
-local moments, totals = {}, {}
+local moments, totals, texts = {}, {}, {} -- a number becomes text slowly, and most totals are alike
 for content = 1, N_CONTENTS do
   local moment = ARGV[MOMENT + content]
   if not newest[content] or newest[content] <= moment then
@@ -134,7 +134,13 @@ for content = 1, N_CONTENTS do
   end
   if new[content] then
     totals[#totals + 1] = KEYS[COUNT + content]
-    totals[#totals + 1] = counts[content] + new[content]
+    local total = counts[content] + new[content]
+    local text = texts[total]
+    if not text then
+      text = string.format('%.0f', total)
+      texts[total] = text
+    end
+    totals[#totals + 1] = text
   end
 end
 set(moments)
