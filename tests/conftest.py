@@ -17,6 +17,7 @@ from tests.prove.failpoints import BREACHES
 from tests.support import environment as ground
 from tests.support import program
 from tests.support.destinations import Destinations
+from tests.support.warehouse import Warehouse
 
 # How fast a busy machine makes up examples, and runs one, says nothing about the program.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -109,6 +110,15 @@ def api(stack: DevStack) -> Api:
 def plain_dsn(stack: DevStack, database: str) -> str:
     """DSN of the role that sql/roles.sql makes, for the test's own database."""
     return ground.plain_role(stack, database)
+
+
+@pytest.fixture
+def warehouse(stack: DevStack) -> Iterator[Warehouse]:
+    """Another database of the same server, with the tables that `examples/sinks/postgres_sink` writes to."""
+    with ground.fresh_database(stack) as dsn:
+        warehouse = Warehouse(stack, dsn)
+        warehouse.make()
+        yield warehouse
 
 
 @pytest.fixture

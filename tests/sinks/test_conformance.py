@@ -24,8 +24,9 @@ from sinks.http.sink import HttpSink
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
 from sinks.stdout.sink import StdoutSink
-from sinks.testing import Destination, MemorySink, SinkConformance, decode
+from sinks.testing import Destination, MemorySink, SinkConformance, decode, sample
 from tests.support.destinations import Destinations
+from tests.support.warehouse import Warehouse
 
 
 class Wired(Destination):
@@ -120,6 +121,33 @@ class TestHttp(SinkConformance):
         stack.api.reset()
         with Proxy(stack.api.port) as proxy:
             yield TheApi(stack, stack.api, proxy)
+
+
+class TestWarehouse(SinkConformance):
+    """An example that is not part of the package: another PostgreSQL database, as a role with the least rights."""
+
+    @pytest.fixture
+    def destination(self, stack: DevStack, warehouse: Warehouse) -> Iterator[Destination]:
+        """Its table."""
+
+        class Rows(Wired):
+            def sink(self) -> Sink:
+                return warehouse.sink(self.url(warehouse.plain_dsn))
+
+            def read(self) -> Iterable[dict[str, Any]]:
+                return warehouse.read()
+
+            @contextmanager
+            def refusal(self, event: Event) -> Iterator[None]:
+                warehouse.execute(f"ALTER TABLE events ADD CONSTRAINT no CHECK (event_id <> {event.id})")
+                yield
+                warehouse.execute("ALTER TABLE events DROP CONSTRAINT no")
+
+        with Proxy(stack.postgres.port) as proxy:
+            rows = Rows(stack, stack.postgres, proxy)
+            rows.samples.append(sample(EVENT, -100, None))  # infinity is a time there
+            rows.refused = None
+            yield rows
 
 
 class Printed(Destination):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import faulty
-from tests.support.plugin import EXAMPLE, install
+from tests.support.plugin import LINES, install
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_every_breach_of_the_contract_is_found(installed: Path) -> None:
 def test_the_example_keeps_the_contract(tmp_path: Path) -> None:
     """`examples/sinks/lines_sink`, which is not part of the package."""
     install(tmp_path)
-    shutil.copy(EXAMPLE / "conftest.py", tmp_path)
+    shutil.copy(LINES / "conftest.py", tmp_path)
     done = run(tmp_path, "--sink", "lines", "-q")
     assert 0 == done.returncode, done.stdout
     assert re.search(r"^[12][0-9] passed", done.stdout.splitlines()[-1]), done.stdout

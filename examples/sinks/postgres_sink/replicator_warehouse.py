@@ -1,0 +1,107 @@
+"""A sink: a table in another PostgreSQL database, an event a row, written in one transaction with its position."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import psycopg
+from pydantic import Field
+
+from replicator.contracts import errors, events, fields, settings, sink
+
+ANSWER_SECONDS, UNDEFINED_TABLE = 30, "42P01"
+CURE = "Check REPLICATOR_WAREHOUSE_DSN, the two tables, and what the role may do (README.md of replicator-warehouse)"
+REFUSED = {"22": errors.BatchRefused, "23": errors.BatchRefused, "P0": errors.BatchRefused, "54": errors.BatchTooLarge}
+"""By the SQLSTATE's class: a value, a constraint, a trigger; a limit of PostgreSQL."""
+TURNED_AWAY = ("28", "3D", "3F", "42")  # who we are, the database, the schema, a table or our rights in it
+DURABLE = "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
+POSITION = """CREATE TABLE events_position (one boolean PRIMARY KEY CHECK (one), commit_lsn pg_lsn, ordinal bigint);
+    INSERT INTO events_position VALUES (true, '0/0', 0)"""
+MOVE = """UPDATE events_position SET (commit_lsn, ordinal) = (
+    SELECT * FROM (VALUES (commit_lsn, ordinal), (%s::pg_lsn, %s)) AS places ORDER BY 1 DESC, 2 DESC LIMIT 1)"""
+
+
+class WarehouseSettings(settings.Settings):
+    warehouse_dsn: settings.PostgresDsn = Field(
+        description="a postgresql:// URL or libpq keywords of the database to write to, sslmode and the like included"
+    )
+
+
+class WarehouseSink(sink.Sink):
+    name, max_events, linger_seconds, settings_class = "warehouse", 5000, 0.2, WarehouseSettings
+    settings: WarehouseSettings
+    _connection: psycopg.AsyncConnection | None = None
+    _live = False
+
+    def __init__(self, given: WarehouseSettings, contract: fields.Contract) -> None:
+        super().__init__(given, contract)
+        key, names = contract.field(fields.Role.IDENTITY).name, [field.name for field in contract.fields] + ["_lsn"]
+        columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in contract.fields), "_lsn bigint"])
+        self._tables = {"events": f"CREATE TABLE events ({columns}, PRIMARY KEY ({key}))", "events_position": POSITION}
+        # A backfill may bring a newer view of an event than the stream did, or an older one.
+        self._upsert = f"""INSERT INTO events ({", ".join(names)})
+            SELECT DISTINCT ON ({key}) {", ".join(names)} FROM json_to_recordset(%s::json) AS new ({columns})
+            ORDER BY {key}, _lsn DESC
+            ON CONFLICT ({key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in names)}
+            WHERE events._lsn <= excluded._lsn"""  # noqa: S608  the contract's names
+
+    async def create(self) -> list[str]:
+        async with self._transaction() as connection:
+            looks = {table: await connection.execute("SELECT to_regclass(%s)", [table]) for table in self._tables}
+            missing = [table for table, look in looks.items() if await look.fetchone() == (None,)]
+            for table in missing:
+                await connection.execute(self._tables[table])
+        return [f"PostgreSQL: made table {table}" for table in missing]
+
+    async def check(self) -> list[events.Finding]:
+        try:
+            await self.write([])
+        except errors.SinkError as exc:
+            return [events.Finding(False, exc.problem, exc.cure or CURE, made_by_init=UNDEFINED_TABLE in exc.detail)]
+        return [events.Finding(True, "sink warehouse: PostgreSQL takes events")]
+
+    async def open(self, start: events.SinkPosition | None = None, mode: sink.Mode = sink.Mode.LIVE) -> None:
+        self._live = mode is sink.Mode.LIVE
+        await self.write([])
+
+    async def write(self, new: Sequence[events.Event]) -> Sequence[events.Refusal]:
+        rows = b",".join(b'%b,"_lsn":%d}' % (event.json[:-1], event.commit_lsn) for event in new)
+        last = (events.format_lsn(new[-1].commit_lsn), new[-1].ordinal) if new and self._live else ("0/0", 0)
+        async with self._transaction() as connection:
+            await connection.execute(self._upsert, [f"[{rows.decode()}]"])
+            moved = await connection.execute(MOVE, last)
+        if not moved.rowcount:
+            raise errors.SinkUnusable(sink=self.name, detail="events_position has lost its row", cure=CURE)
+        return []
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[psycopg.AsyncConnection]:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                if self._connection is None:
+                    dsn = self.settings.warehouse_dsn.get_secret_value()
+                    self._connection = await psycopg.AsyncConnection.connect(dsn, prepare_threshold=None)
+                async with self._connection.transaction():
+                    await self._connection.execute(DURABLE)
+                    yield self._connection
+        except BaseException as exc:
+            await self.close()  # whatever state it is in
+            if isinstance(exc, psycopg.Error | TimeoutError):
+                raise _meaning(exc) from exc
+            raise
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await connection.close()
+
+
+def _meaning(exc: psycopg.Error | TimeoutError) -> errors.SinkError:
+    """What PostgreSQL says may quote the row: only a dead letter has it."""
+    state = getattr(exc, "sqlstate", None) or ""
+    if refused := REFUSED.get(state[:2]):
+        return refused(sink="warehouse", detail=f"PostgreSQL error {state}", reason=errors.cited(str(exc)))
+    words = errors.cited(str(exc)) or f"no answer for {ANSWER_SECONDS} s"
+    if state.startswith(TURNED_AWAY) or "FATAL:  " in str(exc):  # without a state libpq speaks, of a connection
+        return errors.SinkMisconfigured(sink="warehouse", detail=f"{state} {words}".strip(), cure=CURE)
+    return errors.SinkUnavailable(sink="warehouse", detail=f"PostgreSQL error {state}" if state else words)
