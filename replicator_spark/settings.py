@@ -60,7 +60,7 @@ def refuse_retries(conf: Mapping[str, str], sinks: Sequence[Sink]) -> None:
 
 def _refuse_secrets(conf: Mapping[str, str]) -> None:
     for name, value in conf.items():
-        if SECRET_NAME.fullmatch(name) or SECRET_VALUE.search(value):
+        if value and (SECRET_NAME.fullmatch(name) or SECRET_VALUE.search(value)):
             problem = "it may have a secret in it, which command lines, Spark's pages and its logs show"
             raise SettingsError(name=name, problem=problem, expected=CURE)
 

@@ -45,6 +45,8 @@ there when the backfill began.
 SIGTERM and Ctrl-C end it after the turns that run, 20 seconds or so. --resume continues there, and also after a crash.
 """
 
+DESERTED = "no executor of Spark's takes it: see that the cluster runs, and has a free core and memory for it"
+
 log = logging.getLogger("replicator.spark")
 
 
@@ -202,7 +204,8 @@ async def _show_progress(crew: Crew) -> None:
         await asyncio.sleep(LINE_SECONDS)
         left, slices = len(crew.plan.left), len(crew.plan.shares)
         line = progress(first, crew.plan.written, time.monotonic() - started)
-        print(f"{line}, {slices - left} of {slices} slices", file=sys.stderr, flush=True)
+        hindered = f"; {DESERTED}" if await asyncio.to_thread(crew.is_deserted) else ""
+        print(f"{line}, {slices - left} of {slices} slices{hindered}", file=sys.stderr, flush=True)
 
 
 def _summary(crew: Crew, before: BackfillProgress, seconds: float) -> dict[str, Any]:

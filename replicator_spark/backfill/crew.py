@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from contextlib import suppress
 from functools import partial
 
 from msgspec import structs
 
 from replicator.cli.app import App
-from replicator.contracts.errors import CheckpointUnavailable, ReplicatorError
+from replicator.contracts.errors import CheckpointUnavailable, ClusterFailed, ReplicatorError
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.retry import Stopped, Trouble, retry
 from replicator_spark.backfill.plan import Plan, Share, kept
@@ -52,6 +53,12 @@ class Crew:
     def stop(self) -> None:
         """Begin no more turns; `run` returns when those that run have ended."""
         self._stopping.set()
+
+    def is_deserted(self) -> bool:
+        """There is no executor: no turn begins. Blocks."""
+        with suppress(ClusterFailed):  # the turns that run are told
+            return not self._cluster.state().executors
+        return False
 
     async def run(self) -> bool:
         """All of it. False: `stop` came first. Raises the first failure, after the other turns have ended."""

@@ -36,6 +36,7 @@ docker exec -it redis redis-cli ZREVRANGE top:content:10m 0 10 WITHSCORES
 docker logs -f external-api
 """.splitlines()  # noqa: E501  verbatim
 """What users type. docker-compose.yml has to fit these commands, not the other way round."""
+SPARK_PAGE = ROOT / "docs/how-to/operate/spark.md"
 SPARK_DOCKERFILE = (ROOT / "docker/spark/Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 
@@ -126,6 +127,32 @@ def test_the_replicator_on_spark_takes_its_place() -> None:
     assert {name: plain[name] for name in same} == {name: service[name] for name in same}
     assert plain["depends_on"].items() <= service["depends_on"].items()
     assert f"spark.driver.host={service['hostname']}" in service["command"]
+
+
+def test_a_second_slot_on_the_cluster() -> None:
+    """The page's override follows the specification; driver and nodes mean the same, and both drivers have room."""
+    [text] = re.findall(r"```yaml\n(services:.*?)```", SPARK_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    override = yaml.safe_load(text.replace("!override ", ""))["services"]
+    PyCompose.from_yaml(yaml.safe_dump({"services": override})).validate()
+    first, second = _service(ON_SPARK), override["replicator-spark-two"]
+    words = shlex.split(second["command"])
+    assert f"spark.driver.host={second['hostname']}" in words
+    assert {word for word in first["command"] if word.startswith(("spark.cores", "spark.executor"))} <= set(words)
+    environment = first["environment"] | second["environment"]
+    given = dict(word.partition("REPLICATOR_")[2].split("=") for word in words if "executorEnv" in word)
+    assert {
+        "REDIS_PREFIX": environment["REPLICATOR_REDIS_PREFIX"],
+        "CLICKHOUSE_URL": "",
+        "CLICKHOUSE_URL_FILE": "/run/two/clickhouse_url",
+    } == given
+    assert environment["REPLICATOR_CLICKHOUSE_URL"] in SPARK_PAGE.read_text(encoding="utf-8").partition("```yaml")[0]
+    [mount] = override["spark-worker"]["volumes"]
+    assert given["CLICKHOUSE_URL_FILE"].startswith(mount.split(":")[1])
+    apart = ("SLOT", "POSTGRES_DSN", "CLICKHOUSE_URL", "CHECKPOINT_URL")
+    assert not [
+        name for name in apart if first["environment"].get(f"REPLICATOR_{name}") == environment[f"REPLICATOR_{name}"]
+    ]
+    assert set(first["ports"]).isdisjoint(second["ports"])
 
 
 def test_the_spark_image_has_the_whole_program() -> None:

@@ -46,6 +46,7 @@ def test_a_secret_that_spark_would_show(option: str) -> None:
     [
         "spark.executorEnv.REPLICATOR_REDIS_PREFIX=two:",
         "spark.executorEnv.REPLICATOR_CLICKHOUSE_URL_FILE=/run/secrets/two",
+        "spark.executorEnv.REPLICATOR_CLICKHOUSE_URL=",
         "spark.executorEnv.REPLICATOR_HTTP_BATCH_SIZE=7",
         "spark.executorEnv.PYTHONPATH=/app",
         "spark.executorEnv.PROXY=http://proxy:3128",

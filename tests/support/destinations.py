@@ -14,6 +14,7 @@ import psycopg
 import redis
 
 from devstack import DevStack
+from devstack.clickhouse import DATABASE
 from devstack.control import fetch
 
 EXPECTED_SQL = (Path(__file__).parents[0] / "expected.sql").read_text(encoding="utf-8")
@@ -30,7 +31,7 @@ Event: TypeAlias = dict[str, Any]
 _decode = msgspec.json.Decoder(float_hook=Decimal).decode
 
 _CLICKHOUSE = f"""
-SELECT {", ".join(FIELDS)} FROM events_enriched FINAL ORDER BY event_id
+SELECT {", ".join(FIELDS)} FROM {{database}}.events_enriched FINAL ORDER BY event_id
 SETTINGS date_time_output_format = 'iso', output_format_json_quote_64bit_integers = 0,
          output_format_json_quote_decimals = 0
 FORMAT JSONEachRow
@@ -49,15 +50,20 @@ def expected(dsn: str, *, content_at_commit: bool = False) -> list[Event]:
 
 
 class Destinations:
-    """The sinks of a stack."""
+    """The sinks of a stack: what a replicator writes there without a database, a prefix and an API of its own."""
 
-    def __init__(self, stack: DevStack) -> None:
+    def __init__(
+        self, stack: DevStack, *, database: str = DATABASE, prefix: str = "", api_url: str | None = None
+    ) -> None:
         self._stack = stack
+        self._database = database
+        self._prefix = prefix
+        self._api_url = api_url
         self.redis = redis.Redis.from_url(stack.redis.url, decode_responses=True)
 
     def api(self) -> list[Event]:
         """What the API accepted, in order, repeats included."""
-        events: list[Event] = _decode(fetch(self._stack.api.url))
+        events: list[Event] = _decode(fetch(self._api_url or self._stack.api.url))
         return events
 
     def api_text(self) -> str:
@@ -66,19 +72,20 @@ class Destinations:
 
     def clickhouse(self) -> list[Event]:
         """What ClickHouse has, by id, under FINAL."""
-        return [_decode(line) for line in self._stack.clickhouse.query(_CLICKHOUSE).splitlines()]
+        query = _CLICKHOUSE.format(database=self._database)
+        return [_decode(line) for line in self._stack.clickhouse.query(query).splitlines()]
 
     def counts(self) -> dict[int, int]:
         """Redis: content → its number of events."""
-        return {content: int(text) for content, text in self._by_content("content:count:").items()}
+        return {content: int(text) for content, text in self._by_content(f"{self._prefix}content:count:").items()}
 
     def last(self) -> dict[int, Event]:
         """Redis: content → its newest event."""
-        return {content: _decode(text) for content, text in self._by_content("content:last:").items()}
+        return {content: _decode(text) for content, text in self._by_content(f"{self._prefix}content:last:").items()}
 
     def top(self) -> dict[int, int]:
         """Redis: content → events in the last ten minutes."""
-        pairs: list[tuple[str, float]] = self.redis.zrange("top:content:10m", 0, -1, withscores=True)  # type: ignore[assignment]  # the stub has a wider type
+        pairs: list[tuple[str, float]] = self.redis.zrange(f"{self._prefix}top:content:10m", 0, -1, withscores=True)  # type: ignore[assignment]  # the stub has a wider type
         return {int(content): int(score) for content, score in pairs}
 
     def _by_content(self, prefix: str) -> dict[int, str]:

@@ -5,27 +5,36 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from devstack.watchdog import send, tree
 from tests.support.program import ROOT, Program, Result
 
 PYTHON = ROOT / ".venv-spark/bin/python"
+SUBMIT = ROOT / ".venv-spark/bin/spark-submit"
+OF_SPARK = {"PYTHONPATH": str(ROOT), "PYSPARK_PYTHON": str(PYTHON)}
+"""Nodes of this machine inherit the first; spark-submit starts the second."""
 TIMEOUT_SECONDS = 180.0
 
 
 class SparkBackfill:
     """One run of `backfill` on local cores or on a small cluster of processes."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path, *arguments: str) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], log: Path, *arguments: str, submit: Sequence[str] | None = None
+    ) -> None:
+        """With options for `submit`, spark-submit starts it."""
+        program = [str(PYTHON), "-W", "error", "-m", "replicator_spark"]
+        if submit is not None:
+            program = [str(SUBMIT), *submit, "replicator_spark/__main__.py"]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
         self.log = log
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [str(PYTHON), "-W", "error", "-m", "replicator_spark", "backfill", *arguments],
+                [*program, "backfill", *arguments],
                 cwd=ROOT,
-                env={**outside, **environment, "PYTHONPATH": str(ROOT)},  # which the nodes inherit
+                env={**outside, **environment, **OF_SPARK},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -66,17 +75,21 @@ class SparkProgram(Program):
 
     options: tuple[str, ...] = ("--master", "local[3]")
     """Of `stream`."""
+    submitted = False
+    """Whether spark-submit starts it."""
     product = False
     """Whether `run` is the product's own."""
 
     def _command(self, arguments: tuple[str, ...]) -> list[str]:
         if arguments or self.product:
             return super()._command(arguments)
+        if self.submitted:
+            return [str(SUBMIT), *self.options, "replicator_spark/__main__.py", "stream"]
         program = ("tests.support.spark_altered", *self.altered, "--") if self.altered else ("replicator_spark",)
         return [str(PYTHON), "-W", "error", "-m", *program, "stream", *self.options]
 
     def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
-        return {**super()._environment(variables), "PYTHONPATH": str(self.root)}  # which the nodes inherit
+        return {**super()._environment(variables), **OF_SPARK, "PYTHONPATH": str(self.root)}
 
     def workers(self, word: str = "pyspark.daemon") -> list[int]:
         """Processes under the driver whose command line has this word."""
