@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,50 @@ def test_types_are_published(installed: Path, tmp_path: Path) -> None:
 def test_sql_is_printed(installed: Path, tmp_path: Path, name: str, text: str) -> None:
     """From its own files."""
     assert text in _succeed(installed, "sql", name, folder=tmp_path)
+
+
+TYPED = """
+export PATH={here}:$PATH
+pytest() {{ python -m pytest -p no:cacheprovider "$@"; }}
+set -euxo pipefail
+"""
+"""Before what the page says. pytest is of this environment, and has to run in the new one."""
+
+
+def test_the_page_on_sinks_can_be_typed(built: Path, database: str, tmp_path: Path) -> None:
+    """Line by line in an empty folder: from the environment to an event in the file."""
+    page = (ROOT / "docs/how-to/sink.md").read_text(encoding="utf-8")
+    for name in ("replicator_lines.py", "pyproject.toml", "conftest.py"):
+        typed = (ROOT / "examples/sinks/lines_sink" / name).read_text(encoding="utf-8")
+        assert typed in page
+        (tmp_path / name).write_text(typed, encoding="utf-8")
+    environment, *others = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    create, install = environment.splitlines()
+    known = f"echo {sysconfig.get_path('purelib')} > $(echo .venv/lib/python*/site-packages)/dependencies.pth"
+    install = install.replace("path/to/engagement-replicator", str(next(built.glob("*.whl"))))
+    script = "\n".join([TYPED.format(here=Path(sys.executable).parent), create, known, install, *others])
+    settings = {
+        "PIP_QUIET": "1",
+        "REPLICATOR_POSTGRES_DSN": database,
+        "REPLICATOR_ADMIN_LISTEN": "",
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("REPLICATOR_", "PYT"))}
+    done = subprocess.run(
+        ["timeout", "120", "bash", "-c", script],
+        cwd=tmp_path,
+        env={**outside, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout, done.stderr)  # noqa: T201  shown when the test fails
+    assert 0 == done.returncode
+    for said in ("REPLICATOR_LINES_PATH = events.jsonl  (default)", " passed", "everything is as it has to be"):
+        assert said in done.stdout
+    [event] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"event_id":1,')]
+    assert 999 == event["user_id"]
+    assert "Traceback" not in done.stderr
 
 
 class Installed:
