@@ -18,13 +18,14 @@ from collections.abc import Sequence
 import psycopg
 
 from devstack.comparison import compare
-from devstack.demo import console, inserting, prepare, report, settle
+from devstack.demo import console, inserting, look_around, prepare, report, settle
 from devstack.process import ROOT, DevStackError
 from devstack.replicator import PREFIX
 from devstack.spark import EXECUTORS, PYTHON
 from devstack.stack import DevStack
 from devstack.traffic import Traffic
 
+SHOWN = PYTHON.relative_to(ROOT)
 OLDER_EVENTS = 100_000
 RANGE = ("--start", "2026-01-08T09:00:00", "--end", "2026-01-08T10:00:00")
 
@@ -66,9 +67,10 @@ def _run(seconds: float, seed: int) -> int:
         with stack.spark(**replicator.settings) as spark:
             options = ["--master", spark.master.url, *(word for option in EXECUTORS for word in ("--conf", option))]
             command = ["-m", "replicator_spark", "stream", *options]
-            console.print(f"$ python {' '.join(command)}")
+            console.print(f"$ {SHOWN} {' '.join(command)}")
             replicator.program = [str(PYTHON), *command]
             replicator.start()
+            console.print(look_around(stack, replicator))
             time_is_up = threading.Event()
             with inserting(Traffic(stack.postgres.dsn, seed)):
                 threading.Timer(seconds, time_is_up.set).start()
@@ -86,8 +88,9 @@ def _backfill(settings: dict[str, str], options: Sequence[str]) -> None:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     sinks = ["--sinks", "clickhouse,redis,http", "--slices", "10"]
     command = ["-m", "replicator_spark", "backfill", *RANGE, *sinks, *options]
-    console.print(f"$ python {' '.join(command)}")
-    done = subprocess.run([str(PYTHON), *command], cwd=ROOT, env={**outside, **settings}, check=False)
+    console.print(f"$ {SHOWN} {' '.join(command)}")
+    environment = {**outside, **settings, "SPARK_LOCAL_IP": "127.0.0.1"}  # else Java wonders which address is meant
+    done = subprocess.run([str(PYTHON), *command], cwd=ROOT, env=environment, check=False)
     if done.returncode:
         raise DevStackError(f"the backfill ended with {done.returncode}")
 
