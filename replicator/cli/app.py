@@ -178,6 +178,14 @@ def all_settings(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
     yield from settings_classes(first)
 
 
+def named_sinks() -> tuple[str, ...]:
+    """Those of REPLICATOR_SINKS, if it can be read and is set."""
+    with suppress(SettingsError):
+        if value := given("sinks"):
+            return split(value.text)
+    return ()
+
+
 def unknown_settings(sinks: Sequence[str] = ()) -> Iterator[str]:
     """A message for each variable with our prefix that nothing reads; sinks that are not named are asked last."""
     names = {name for name in variables() if name.startswith(variable(""))} - NOT_A_SETTING - set(_kubernetes())

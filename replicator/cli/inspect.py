@@ -126,13 +126,16 @@ def config_check() -> int:
     """
     from pydantic.fields import FieldInfo
 
-    from replicator.cli.app import all_settings, unknown_settings, unusable_parts
+    from replicator.cli.app import all_settings, named_sinks, unknown_settings, unusable_parts
     from replicator.contracts.settings import examine
 
     # A sink that needs settings is looked at where it is named (`unusable_parts`): others may lack theirs.
-    complete = (found for found in all_settings() if not any(map(FieldInfo.is_required, found.model_fields.values())))
+    named = named_sinks()
+    complete = (
+        found for found in all_settings(named) if not any(map(FieldInfo.is_required, found.model_fields.values()))
+    )
     found = [error for settings_class in complete for error in examine(settings_class)[1]]
-    mistakes = [*dict.fromkeys([*map(str, [*found, *unusable_parts()]), *unknown_settings()])]
+    mistakes = [*dict.fromkeys([*map(str, [*found, *unusable_parts()]), *unknown_settings(named)])]
     print("\n".join(mistakes) if mistakes else "all settings are usable")
     return UNUSABLE if mistakes else 0
 

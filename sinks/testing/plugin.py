@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         sink_class(name)
     except SettingsError as exc:
-        raise pytest.UsageError(exc.problem) from exc
+        raise pytest.UsageError(str(exc)) from exc
     Destination.name = name
 
 

@@ -41,7 +41,7 @@ def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path
     for command in (["check"], ["run"], ["config", "check"]):
         done = program.run(*command)
         assert_clean(done.stdout + done.stderr)
-        [line] = {line.removeprefix("replicator: ") for line in (done.stdout + done.stderr).splitlines()}
+        [line] = [line.removeprefix("replicator: ") for line in (done.stdout + done.stderr).splitlines()]
         assert line == f"{problem} It takes sinks that are installed completely; other sinks are {OURS}, lines."
         assert 2 == done.code
     done = program.run("config", "check", sinks="lines")

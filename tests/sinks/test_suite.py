@@ -79,7 +79,11 @@ def test_the_example_keeps_the_contract(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sink", "conftest", "problem"),
     [
-        ("faultless", "from faulty import destination", "there is no sink 'faultless'"),
+        (
+            "faultless",
+            "from faulty import destination",
+            "there is no sink 'faultless'. It takes one or more of clickhouse,",
+        ),
         ("gone", "from faulty import destination", "sink 'gone' can't be loaded"),
         ("faulty", "", "--sink found no conftest.py with a fixture `destination`"),
     ],
