@@ -89,7 +89,10 @@ async def test_a_sink_that_can_not_be_closed_hides_nothing() -> None:
     [
         (SinkUnavailable(sink="redis", detail="away"), "Sink redis failed: away."),
         (SinkMisconfigured(sink="redis", detail="WRONGPASS", cure="See x"), "Sink redis failed: WRONGPASS. See x."),
-        (SinkRefusesAll(sink="redis", detail="422"), "Sink redis failed: 422. Check that the settings REPLICATOR_REDIS_…"),
+        (
+            SinkRefusesAll(sink="redis", detail="422"),
+            "Sink redis failed: 422. Check that the settings REPLICATOR_REDIS_…",
+        ),
     ],
 )
 async def test_a_command_does_not_promise_to_try_again(error: SinkError, told: str) -> None:
