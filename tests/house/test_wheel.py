@@ -134,7 +134,7 @@ def test_the_page_on_sinks_can_be_typed(built: Path, database: str, tmp_path: Pa
     }
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("REPLICATOR_", "PYT"))}
     done = subprocess.run(
-        ["timeout", "120", "bash", "-c", script],
+        ["timeout", "240", "bash", "-c", script],
         cwd=tmp_path,
         env={**outside, **settings},
         capture_output=True,
