@@ -42,7 +42,9 @@ class SinkConformance:
         async with destination.opened(mode) as sink:
             more = [sample(destination.contract, number) for number in range(8, sink.max_events)]
             events = [*destination.samples, *more][: sink.max_events if count is None else count]
-            assert not await sink.write(events)
+            refusals = await sink.write(events)
+            assert isinstance(refusals, Sequence), f"`write` returns the refused events, such as [], not {refusals!r}"
+            assert not refusals
             destination.assert_holds(events)
 
     async def test_events_that_come_again_change_nothing(self, destination: Destination) -> None:
@@ -139,7 +141,8 @@ class SinkConformance:
                         await sink.write(events)
                     _assert_discreet(sink, str(caught.value))
                 findings = await sink.check()
-                assert any(not finding.ok and finding.cure for finding in findings)
+                named = any(not finding.ok and finding.cure for finding in findings)
+                assert named, f"`check` does not name the outage, or no cure: {findings}"
                 _assert_discreet(sink, *(f"{finding.what} {finding.cure}" for finding in findings))
             await _write_when_up(sink, events)
         destination.assert_holds(events)

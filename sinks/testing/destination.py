@@ -62,7 +62,7 @@ class Destination(ABC):
         numbers = [INT64_MIN, INT64_MAX, *range(1, 8)]
         self.samples = [sample(contract, number) for number in numbers]
         self.refused: Event | None = sample(contract, 100, None)
-        """An event that it can't hold, if there is one."""
+        """An event that it can't hold: this one's time is infinite. None: it holds every event."""
         self.contract = contract
 
     def sink(self) -> Sink:
@@ -75,7 +75,7 @@ class Destination(ABC):
 
     @abstractmethod
     def outage(self) -> AbstractContextManager[None]:
-        """Makes it unreachable until the end."""
+        """Makes it unreachable until the end; also before a sink has made anything there."""
 
     def silence(self) -> AbstractContextManager[None] | None:
         """Until the end it answers nothing; None: it can't be made to. May be ended by another thread."""

@@ -150,6 +150,12 @@ class Alters(FaultySink):
         await super().put(Event(event.commit_lsn, event.ordinal, event.id, event.key, event.ts_us, event.json.lower()))
 
 
+class ReturnsNothing(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        refusals = await super().write(events)
+        return refusals or None  # type: ignore[return-value]  its author has no type checker
+
+
 class RefusesTheWrongOne(FaultySink):
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         refusals = await super().write(events)
@@ -312,6 +318,7 @@ BREACHES: dict[type[FaultySink], str] = {
     Truncates: "test_what_is_written_is_there_exactly",
     Reorders: "test_the_order_is_kept",
     Alters: "test_what_is_written_is_there_exactly",
+    ReturnsNothing: "test_what_is_written_is_there_exactly",
     RefusesTheWrongOne: "test_what_it_can_not_hold_is_refused_alone",
     RefusesWhatFits: "test_what_is_written_is_there_exactly",
     RefusesForgetfully: "test_what_it_can_not_hold_is_refused_alone",
