@@ -86,7 +86,7 @@ async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> Async
 async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:
     """What it finds. A sink of another package may raise anything: the others are looked at all the same."""
     try:
-        return await check()
+        return [*await check()]  # it may return anything, too
     except ReplicatorError as exc:
         return [Finding(False, exc.problem, exc.cure)]
     except Exception as exc:

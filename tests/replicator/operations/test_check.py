@@ -35,6 +35,14 @@ class Breaking(MemorySink):
         raise OSError("s3cret")
 
 
+class Silent(MemorySink):
+    """Another one: its check ends without a `return`."""
+
+    async def check(self) -> list[Finding]:
+        """Return nothing."""
+        return None  # type: ignore[return-value]  its author has no type checker
+
+
 async def found(
     monkeypatch: pytest.MonkeyPatch,
     live: Status | None,
@@ -61,8 +69,11 @@ async def found(
 
 async def test_a_check_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a finding with the kind of the error, whose text may be anything; the next sink is looked at."""
-    _, broken, *_ = await found(monkeypatch, None, Breaking(name="lines"), MemorySink(name="redis"))
+    sinks = Breaking(name="lines"), Silent(name="rows"), MemorySink(name="redis")
+    _, broken, silent, well, *_ = await found(monkeypatch, None, *sinks)
     assert (False, "sink lines: its check failed in an unexpected way (OSError)") == broken[:2]
+    assert (False, "sink rows: its check failed in an unexpected way (TypeError)") == silent[:2]
+    assert (True, "memory") == well[:2]
 
 
 @pytest.mark.parametrize(
