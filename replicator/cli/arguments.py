@@ -122,7 +122,7 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
 def sinks_of(text: str | None, known: Iterable[str]) -> list[str]:
     """The names in an option, or the usual ones. Raises SettingsError for one that is not known."""
     if text is None:
-        return _usual_sinks()
+        return _usual_sinks(known)
     names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
     if not names or set(names) - set(known):
         expected = f"one or more of {', '.join(known)}, separated by commas"
@@ -139,13 +139,16 @@ def _not_of(text: str, others: set[str]) -> str:
     return f"{text!r} is not the name of a sink"
 
 
-def _usual_sinks() -> list[str]:
+def _usual_sinks(known: Iterable[str]) -> list[str]:
     """Never one that the replicator does not write to: its address may be the default, and somebody else's."""
     from replicator.contracts.settings import CoreSettings, load
 
-    if not (names := [sink for sink in USUAL_SINKS if sink in load(CoreSettings).sinks]):
-        problem = f"REPLICATOR_SINKS has none of {', '.join(USUAL_SINKS)}"
-        raise SettingsError(name="--sinks", problem=problem, expected="the name of a sink")
+    configured, known = load(CoreSettings).sinks, list(known)
+    if not (names := [sink for sink in USUAL_SINKS if sink in configured]):
+        problem = f"it is missing, and REPLICATOR_SINKS has neither {' nor '.join(USUAL_SINKS)}, its default"
+        choice = [sink for sink in configured if sink in known] or known
+        expected = f"one or more of {', '.join(choice)}, separated by commas"
+        raise SettingsError(name="--sinks", problem=problem, expected=expected)
     return names
 
 

@@ -113,7 +113,8 @@ def config_show(as_json: Json = False) -> int:
         return 0
     for setting in shown:
         unit = f" {setting['unit']}" if setting["unit"] and setting["value"] else ""
-        default = "" if setting["source"] == "default" else f"; default: {setting['default']}"
+        is_default = setting["source"] == "default" or setting["default"] is None
+        default = "" if is_default else f"; default: {setting['default']}"
         print(f"{setting['name']} = {setting['value'] or ''}{unit}  ({setting['source']}{default})")
     print("".join(f"{message}\n" for message in unknown), end="")
     return 0
@@ -152,7 +153,7 @@ def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:
 
     for name, field in settings_class.model_fields.items():
         default = _default(field)
-        value, source = given(name) or (default, "default")
+        value, source = given(name) or (default, "missing" if field.is_required() else "default")
         is_secret = "SecretStr" in str(field.annotation) and value != default
         yield {
             "name": variable(name),

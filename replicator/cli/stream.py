@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from msgspec import structs
 
-from replicator.cli.arguments import Yes, confirmed, load_app
+from replicator.cli.arguments import USUAL_SINKS, Yes, confirmed, load_app
 from replicator.contracts.errors import (
     Overtaken,
     ReplicatorError,
@@ -229,8 +229,20 @@ async def init(
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")
         lacking = () if taken.created_slot else emptied
-        print("\n".join(taken.gap or [await app.enricher.history(lacking) or "no older rows: nothing to backfill"]))
+        older = await app.enricher.history(lacking)
+        print("\n".join(taken.gap or [older or "no older rows: nothing to backfill"]))
+        if older and not taken.gap and not lacking:
+            _say_who_is_left_out(app.settings.sinks)
     return 0
+
+
+def _say_who_is_left_out(names: Sequence[str]) -> None:
+    """Of a backfill as it was just printed: a sink of another package, which may lack the older rows as well."""
+    from sinks import BUILT_IN
+
+    if others := [name for name in names if name not in BUILT_IN]:
+        named = ",".join(name for name in names if name in (*USUAL_SINKS, *others))
+        print(f"Without --sinks {named} it leaves out {', '.join(others)}.")
 
 
 async def _accept_losses(beginning: Beginning, taken: Takeover) -> None:

@@ -9,7 +9,7 @@ import psycopg
 
 from tests.support.destinations import Destinations
 from tests.support.plugin import install
-from tests.support.program import Program, assert_clean
+from tests.support.program import Program, assert_clean, succeed
 
 OURS = "clickhouse, redis, http, stdout"
 
@@ -31,6 +31,24 @@ def test_a_replicator_writes_to_an_installed_sink(
     [event] = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
     assert (1, 999, "video") == (event["content_id"], event["user_id"], event["content_type"])
     assert {1: 1} == destinations.counts()
+
+
+def test_init_says_how_an_installed_sink_gets_the_older_rows(
+    program: Program, source: psycopg.Connection, tmp_path: Path
+) -> None:
+    """A backfill that does not name it leaves it out."""
+    install(tmp_path)
+    lines = tmp_path / "events.jsonl"
+    program.environment |= {
+        "PYTHONPATH": str(tmp_path),
+        "REPLICATOR_SINKS": "lines,redis,http",
+        "REPLICATOR_LINES_PATH": str(lines),
+    }
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 999, 'play')")
+    assert succeed(program.run("init")).endswith("Without --sinks lines,redis it leaves out lines.\n")
+    succeed(program.run("backfill", "--last", "1h", "--sinks", "lines,redis"))
+    [event] = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
+    assert 999 == event["user_id"]
 
 
 def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path: Path) -> None:

@@ -53,14 +53,16 @@ def test_the_usual_sinks_are_those_that_the_replicator_has(
     assert chosen == sinks_of(None, USUAL_SINKS)
 
 
-@pytest.mark.parametrize("command", ["backfill", "reconcile"])
+@pytest.mark.parametrize(("command", "choice"), [("backfill", "http"), ("reconcile", "clickhouse, redis")])
 def test_without_a_usual_sink_one_has_to_be_named(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, choice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An API gets a backfill only if it is named."""
     monkeypatch.setenv("REPLICATOR_SINKS", "http")
     assert 2 == main([command, "--last", "1h"])
-    assert "--sinks is unusable: REPLICATOR_SINKS has none of clickhouse, redis" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--sinks is unusable: it is missing, and REPLICATOR_SINKS has neither clickhouse nor redis" in said
+    assert f", its default. It takes one or more of {choice}, separated by commas." in said
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,11 @@ def test_settings_of_an_installed_sink_are_like_ours(
     assert 0 == main(["config", "check"]), "nobody named it, so it needs nothing"
     capsys.readouterr()
     found = shown(capsys)
-    expected = ("REPLICATOR_NEEDY_URL", None, "default", "", None, "where it leads")
+    expected = ("REPLICATOR_NEEDY_URL", None, "missing", "", None, "where it leads")
     assert expected == tuple(found["REPLICATOR_NEEDY_URL"].values())
     assert "1,2" == found["REPLICATOR_NEEDY_PORTS"]["value"]
+    main(["config", "show"])
+    assert "REPLICATOR_NEEDY_URL =   (missing)\n" in capsys.readouterr().out
     monkeypatch.setenv("REPLICATOR_SINKS", "http,needy")
     monkeypatch.setenv("REPLICATOR_NEEDY_ROWS", "many")
     monkeypatch.setenv("REPLICATOR_NEEDY_ROW", "5")
