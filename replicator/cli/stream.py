@@ -229,20 +229,21 @@ async def init(
             print(f"there is no gap: the slot has everything after the checkpoint, {end}")
         print(f"slot {slot}: replication begins after {end}")
         lacking = () if taken.created_slot else emptied
-        older = await app.enricher.history(lacking)
-        print("\n".join(taken.gap or [older or "no older rows: nothing to backfill"]))
-        if older and not taken.gap and not lacking:
-            _say_who_is_left_out(app.settings.sinks)
+        print("\n".join(taken.gap or await _older_rows(app, lacking)))
     return 0
 
 
-def _say_who_is_left_out(names: Sequence[str]) -> None:
-    """Of a backfill as it was just printed: a sink of another package, which may lack the older rows as well."""
+async def _older_rows(app: App, lacking: Sequence[str]) -> list[str]:
+    """How a backfill brings them. Those of other packages are none of its usual sinks, and lack the rows as well."""
     from sinks import BUILT_IN
 
-    if others := [name for name in names if name not in BUILT_IN]:
-        named = ",".join(name for name in names if name in (*USUAL_SINKS, *others))
-        print(f"Without --sinks {named} it leaves out {', '.join(others)}.")
+    if not (older := await app.enricher.history(lacking)):
+        return ["no older rows: nothing to backfill"]
+    names = app.settings.sinks
+    if lacking or not (others := [name for name in names if name not in BUILT_IN]):
+        return [older]
+    named = ",".join(name for name in names if name in (*USUAL_SINKS, *others))
+    return [older, f"Without --sinks {named} it leaves out {', '.join(others)}."]
 
 
 async def _accept_losses(beginning: Beginning, taken: Takeover) -> None:

@@ -153,7 +153,7 @@ class Alters(FaultySink):
 class ReturnsNothing(FaultySink):
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         refusals = await super().write(events)
-        return refusals or None  # type: ignore[return-value]  its author has no type checker
+        return refusals or None  # type: ignore[return-value]  # its author has no type checker
 
 
 class RefusesTheWrongOne(FaultySink):

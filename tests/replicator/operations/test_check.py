@@ -40,7 +40,7 @@ class Silent(MemorySink):
 
     async def check(self) -> list[Finding]:
         """Return nothing."""
-        return None  # type: ignore[return-value]  its author has no type checker
+        return None  # type: ignore[return-value]  # its author has no type checker
 
 
 async def found(
