@@ -18,7 +18,9 @@ class LinesSettings(settings.Settings):
 
 
 class LinesSink(sink.Sink):
-    name, max_events, settings_class = "lines", 1000, LinesSettings
+    name = "lines"
+    max_events = 1000
+    settings_class = LinesSettings
     settings: LinesSettings
 
     def __init__(self, given: LinesSettings, contract: fields.Contract) -> None:
