@@ -118,10 +118,13 @@ class Store:
         self.last_event_id: int | None = None
         self._file = path.open("ab+", buffering=0) if path else None
         if path:
-            with path.open("rb") as lines:  # its own: an unbuffered file is read byte by byte
+            with path.open("r+b") as lines:  # its own: an unbuffered file is read byte by byte
+                size = 0
                 for line in lines:
                     if line.endswith(b"\n"):  # otherwise it crashed before it answered
                         self._remember(read(line))
+                        size += len(line)
+                lines.truncate(size)
 
     def add(self, taken: Taken) -> None:
         """Keep it. On return the operating system has it."""

@@ -368,6 +368,17 @@ def test_api_refuses_what_is_no_event(api: Api, http: httpx.Client, body: bytes)
     assert api.events() == []
 
 
+def test_api_crashed_within_a_write(stack: DevStack, api: Api, http: httpx.Client) -> None:
+    """What it had not finished writing was not answered; it is gone, and spoils nothing that comes later."""
+    http.post(api.url, content=b'{"event_id": 1}')
+    with (api.folder / "events").open("ab") as events:
+        events.write(b'{"event_')
+    _crash(stack.api)
+    http.post(api.url, content=b'{"event_id": 2}')
+    _crash(stack.api)
+    assert [1, 2] == api.event_ids()
+
+
 def test_api_remembers_requests(api: Api, http: httpx.Client) -> None:
     """Method, headers, status and number of events of each request; one line each in the log."""
     http.post(api.url, content=b'[{"event_id": 8}, {"event_id": 9}]', headers={"Idempotency-Key": "k"})
