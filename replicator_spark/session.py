@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -22,6 +23,8 @@ DEFAULTS = {
     "spark.log.level": "ERROR",  # a failed task is told by us
     "spark.ui.showConsoleProgress": "false",  # our own line is
     "spark.ui.enabled": "false",  # it listens on every address, without authentication
+    "spark.task.reaper.enabled": "true",  # ends an executor that can't end a task which was given up
+    "spark.task.reaper.killTimeout": "60s",
 }
 """What `--conf` may change. Everything else is spark-defaults.conf's."""
 
@@ -33,8 +36,15 @@ DIED = {
 }
 """Words of Spark's, and what they mean for a task."""
 DIED_CURE = "The logs of the executors have the reason"
+PATIENCE_SECONDS = 120.0
+"""Spark waits as long for an executor (spark.network.timeout): a process may begin, or be swapped out."""
+SILENT_SECONDS = 60.0
+"""Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
 CLOSE_SECONDS = 5.0
 """Spark ends within a second. What supervises the replicator gives it some seconds more than the drain takes."""
+DISK_CURE = (
+    "See that spark.local.dir on the driver is there and its disk has room. If that does not help, start it again"
+)
 TASK_CURE = (
     "Every node needs this program, installed or on PYTHONPATH, and the driver's version of Python. The logs of the"
     " executors have the reason"
@@ -104,6 +114,9 @@ class Cluster:
                 died = silent or next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
                 problem = f"Spark gave a task up ({died or _reason(exc)})"
                 raise ClusterFailed(problem, DIED_CURE if died else TASK_CURE) from exc
+            except OSError as exc:
+                problem = f"Spark's process on the driver was not given a task ({exc.strerror or type(exc).__name__})"
+                raise ClusterFailed(problem, DISK_CURE) from exc
         return cast("T", result)
 
     @contextmanager
@@ -168,6 +181,16 @@ class Cluster:
             self._spark.stop()
 
 
+async def look(cluster: Cluster) -> State:
+    """What it has now. Raises ClusterFailed once Spark has ended, or does not answer."""
+    try:
+        async with asyncio.timeout(SILENT_SECONDS):
+            return await asyncio.to_thread(cluster.state)
+    except TimeoutError:
+        problem, cure = "Spark's process on the driver does not answer", "Start the replicator again"
+        raise ClusterFailed(problem, cure) from None
+
+
 def _reason(exc: Exception) -> str:
     """The kind of the error on the node. Its words may hold anything."""
     kinds = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception|Failure))\b", str(exc), re.MULTILINE)
@@ -195,5 +218,5 @@ def _start(name: str, master: str | None, options: Mapping[str, str]) -> SparkSe
         return builder.getOrCreate()
     except (Py4JError, PySparkException, OSError) as exc:
         log.debug("Spark does not start", exc_info=True)
-        cure = "Check --master, and that Java 17 or later is there (`java -version`). Spark's own words are above"
+        cure = "Check --master, --conf, and that Java 17 or later is there (`java -version`). Spark's words are above"
         raise ClusterFailed(f"Spark does not start ({type(exc).__name__})", cure) from exc

@@ -45,7 +45,10 @@ there when the backfill began.
 SIGTERM and Ctrl-C end it after the turns that run, 20 seconds or so. --resume continues there, and also after a crash.
 """
 
-DESERTED = "no executor of Spark's takes it: see that the cluster runs, and has a free core and memory for it"
+DESERTED = (
+    "no executor of Spark's takes it: see that the cluster runs, and has a free core and memory for it. If its Master"
+    " was restarted, end this, and continue it with --resume"
+)
 
 log = logging.getLogger("replicator.spark")
 

@@ -16,6 +16,7 @@ from replicator.contracts.events import Event, Refusal
 from replicator.contracts.sink import Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import meant_by_sink
+from replicator_spark.session import PATIENCE_SECONDS
 from replicator_spark.stream import wire
 from replicator_spark.stream.desk import CARRIED_BYTES, Desk
 from replicator_spark.stream.wire import Errand, Report, Told
@@ -23,8 +24,6 @@ from replicator_spark.stream.wire import Errand, Report, Told
 PART_EVENTS = 10_000
 """A larger write is cut, so that several cores shape it. ClickHouse likes inserts of this size, too."""
 
-PATIENCE_SECONDS = 120.0
-"""Spark waits as long for an executor (spark.network.timeout): a process may begin, or be swapped out."""
 REQUESTS = 4
 """So many requests of the longest time-out a write may take: a sink that is opened for it asks some things first."""
 

@@ -29,8 +29,6 @@ Spark's own end is this program's: it ends with exit code 1, for whoever starts 
 
 DEFAULTS = {
     "spark.task.maxFailures": "1",  # the lane repeats, and counts what it repeats
-    "spark.task.reaper.enabled": "true",  # ends an executor that can't end a task which was given up
-    "spark.task.reaper.killTimeout": "60s",
 }
 """What `--conf` may change, beside `session.DEFAULTS`."""
 

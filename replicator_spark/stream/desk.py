@@ -20,7 +20,7 @@ from replicator.contracts.events import Event
 from replicator.contracts.sink import Carrier
 from replicator.delivery.queue import weigh
 from replicator.operations.status.text import counted
-from replicator_spark.session import Cluster, State
+from replicator_spark.session import Cluster, State, look
 from replicator_spark.stream.hands import work
 from replicator_spark.stream.wire import Answer, Errand, Report, told
 
@@ -28,8 +28,9 @@ LOOK_SECONDS = 1.0
 """How often the cluster is asked what it has. It costs a millisecond."""
 DESERTED_SECONDS = 15.0
 """So long a task waits for an executor. A Worker takes some 5 s to start one."""
-SILENT_SECONDS = 60.0
-"""Spark's own process answers in milliseconds; one that does not for so long is as good as dead."""
+ABANDONED_SECONDS = 300.0
+"""A standalone cluster whose Master was restarted has forgotten its applications: an executor comes to a new one only.
+One that is merely full gives a new one its turn, too."""
 TASK_EVENTS = 5_000
 """Fewer are not worth a task of their own where others wait: a task costs 40 ms of CPU, whatever is in it."""
 CARRIED_BYTES = 64_000_000
@@ -40,6 +41,10 @@ GATHER_SECONDS = 0.01
 DESERTED = (
     "no executor of Spark's takes the write: see that the cluster runs, and has a free core and memory for this"
     " application"
+)
+ABANDONED_CURE = (
+    "A Master that was restarted does not know an application any more. Start the replicator again, as its supervisor"
+    " does"
 )
 
 log = logging.getLogger("replicator.spark")
@@ -82,6 +87,7 @@ class Desk:
         self._state = State(0, 0)
         self._note(cluster.state())
         self._peopled_at = self._busy_since = time.monotonic()
+        self._deserted_at: float | None = None
 
     async def carry(self, carrier: Writes, events: Sequence[Event]) -> Answer:
         """Have them written by a task."""
@@ -91,26 +97,25 @@ class Desk:
         return await piece.answer
 
     async def watch(self) -> None:
-        """Ask the cluster what it has, until cancelled. Raises ClusterFailed once Spark has ended."""
+        """Ask the cluster what it has, until cancelled. Raises ClusterFailed once Spark has ended, or forgotten us."""
         while True:
-            self._see(await self._ask())
+            self._see(await look(self._cluster))
             await asyncio.sleep(LOOK_SECONDS)
-
-    async def _ask(self) -> State:
-        try:
-            async with asyncio.timeout(SILENT_SECONDS):
-                return await asyncio.to_thread(self._cluster.state)
-        except TimeoutError:
-            problem, cure = "Spark's process on the driver does not answer", "Start the replicator again"
-            raise ClusterFailed(problem, cure) from None
 
     def _see(self, state: State) -> None:
         self._note(state)
         if state.executors:
-            self._peopled_at = time.monotonic()
+            self._peopled_at, self._deserted_at = time.monotonic(), None
         elif self._deserted():
+            self._end_if_abandoned()
             self._cluster.cancel()
         self._give()
+
+    def _end_if_abandoned(self) -> None:
+        self._deserted_at = self._deserted_at or time.monotonic()
+        lasts = time.monotonic() - self._deserted_at >= ABANDONED_SECONDS
+        if lasts and self._cluster.master.startswith("spark://"):
+            raise ClusterFailed(f"Spark has had no executor for {ABANDONED_SECONDS:g} s", ABANDONED_CURE)
 
     def _note(self, state: State) -> None:
         changed, self._state = state != self._state, state

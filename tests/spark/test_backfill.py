@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +18,7 @@ from devstack import DevStack
 from devstack.control import fetch
 from devstack.process import free_port, wait_until
 from devstack.spark import EXECUTORS
+from devstack.watchdog import tree
 from tests.support import environment as ground
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
@@ -56,9 +57,9 @@ def backfill(environment: dict[str, str], made: Program, tmp_path: Path) -> Iter
     log = tmp_path / "backfill.log"
     started: list[SparkBackfill] = []
 
-    def run(*arguments: str, **variables: str) -> SparkBackfill:
+    def run(*arguments: str, altered: Sequence[str] = (), **variables: str) -> SparkBackfill:
         settings = {f"REPLICATOR_{name.upper()}": value for name, value in variables.items()}
-        started.append(SparkBackfill(environment | settings, log, *arguments))
+        started.append(SparkBackfill(environment | settings, log, *arguments, altered=altered))
         return started[-1]
 
     yield run
@@ -92,6 +93,22 @@ def test_a_killed_task_costs_a_turn(
     for pid in running.children("pyspark.daemon"):
         os.kill(pid, signal.SIGKILL)
     assert "read        20000 events of 20000" in succeed(running.result())
+    assert 0 < assert_exact(database, destinations) <= 10_000
+
+
+def test_a_task_that_hangs_costs_a_turn(
+    backfill: Run, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """SIGSTOP for both Python workers while they write: Spark is told to end them, and their turns are given again."""
+    source.execute(MANY, {"rows": 20_000})
+    command = (*EVERYTHING, *ALL_SINKS, "--master", "local[2]", "--slices", "4", "--rate", "4000")
+    running = backfill(*command, altered=("--breach", "impatient"))
+    wait_until(lambda: len(destinations.api()) >= 2_000, "the first turns")
+    for pid in running.children("pyspark.daemon"):
+        if [pid] == tree(pid):
+            os.kill(pid, signal.SIGSTOP)
+    assert "read        20000 events of 20000" in succeed(running.result())
+    assert "those that run have hung" in running.said
     assert 0 < assert_exact(database, destinations) <= 10_000
 
 

@@ -29,7 +29,7 @@ from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import Meant
-from replicator_spark.session import State
+from replicator_spark.session import PATIENCE_SECONDS, State
 from replicator_spark.stream import carrier, desk, hands
 from replicator_spark.stream.carrier import cut, on_cluster
 from replicator_spark.stream.desk import Desk
@@ -275,7 +275,7 @@ async def test_a_task_has_longer_than_its_sinks_time_outs(cluster: MadeUpCluster
     """They end a write; after that its process must have hung."""
     sink = made(cluster, nodes, own=Driver(settings=load(HttpSettings, http_timeout_seconds=60.0)))
     await sink.write(events(1))
-    assert carrier.PATIENCE_SECONDS + 4 * 60.0 == cluster.patience_seconds
+    assert PATIENCE_SECONDS + 4 * 60.0 == cluster.patience_seconds
 
 
 async def test_what_was_new_is_counted_once(cluster: MadeUpCluster, nodes: Nodes) -> None:
@@ -456,6 +456,37 @@ async def test_a_cluster_without_executors(
             await asyncio.sleep(0.01)
     assert ("Spark at local[4]", 2, 2) == (at.carrier.name, at.carrier.executors, at.carrier.cores)
     watching.cancel()
+
+
+@pytest.mark.parametrize("master", ["spark://h:7077", "yarn"])
+async def test_a_master_that_forgot_the_application(
+    cluster: MadeUpCluster, nodes: Nodes, monkeypatch: pytest.MonkeyPatch, master: str
+) -> None:
+    """A write gets no executor for minutes: on a standalone cluster it ends, for whoever starts it again.
+
+    With nothing to write there may be none for as long as you like.
+    """
+    for name, seconds in (("DESERTED_SECONDS", 0.0), ("LOOK_SECONDS", 0.001), ("ABANDONED_SECONDS", 0.02)):
+        monkeypatch.setattr(desk, name, seconds)
+    nodes.sinks["memory"] = MemorySink()
+    cluster.master, cluster.now = master, State(executors=0, cores=1)
+    at = Desk(cluster, ["memory"])  # type: ignore[arg-type]  # it is made up
+    sink = on_cluster(Driver(), at)
+    watching = asyncio.create_task(at.watch())
+    tries = 0
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not watching.done() and tries < 60:
+            with suppress(SinkUnavailable):
+                await asyncio.wait(
+                    [watching, asyncio.create_task(sink.write(events(1)))], return_when=asyncio.FIRST_COMPLETED
+                )
+            tries += 1
+    if master == "yarn":
+        assert watching.cancel()
+    else:
+        with pytest.raises(ClusterFailed, match=r"no executor for 0\.02 s\. A Master that was restarted"):
+            await watching
+    cluster.cancel()
 
 
 async def test_spark_ends(cluster: MadeUpCluster) -> None:

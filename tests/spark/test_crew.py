@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,14 +17,17 @@ from msgspec import structs
 from checkpoint_store import SqlCheckpointStore
 from enrichment import Slice
 from replicator.cli.app import App
-from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.errors import ClusterFailed, ReplicatorError
 from replicator.contracts.events import DeadLetter
 from replicator.contracts.settings import CoreSettings, load
 from replicator.delivery.backfill import BackfillProgress
+from replicator_spark import session
+from replicator_spark.backfill import crew as at
 from replicator_spark.backfill.crew import Crew
 from replicator_spark.backfill.plan import Plan, Share, begun
 from replicator_spark.backfill.turn import Order, Turn, Written
 from replicator_spark.nodes import Meant
+from replicator_spark.session import State
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 ORDER = Order(
@@ -40,12 +44,34 @@ class MadeUpCluster:
     def __init__(self, turn: Callable[[Share], Turn] | None = None) -> None:
         self.shares: list[Share] = []
         self.rates: set[float | None] = set()
+        self.executors = 1
+        self.hung = self.looks = 0
         self._turn = turn or two_turns
         self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+
+    def state(self) -> State:
+        """As a test says."""
+        self.looks += 1
+        return State(self.executors, self.cores)
 
     def settled(self) -> int:
         """No more come."""
+        self._wait()
         return self.cores
+
+    def cancel(self) -> None:
+        """All calls."""
+        self._cancelled.set()
+
+    def _wait(self) -> None:
+        """Without an executor, or in a process that has hung, until it is cancelled."""
+        if self.executors and not self.hung:
+            return
+        self.hung -= 1
+        assert self._cancelled.wait(10)
+        self._cancelled.clear()
+        raise ClusterFailed("Spark gave a task up (SparkException)")
 
     def call(self, function: partial[Turn], share: Share) -> Turn:
         """One turn."""
@@ -53,6 +79,7 @@ class MadeUpCluster:
         with self._lock:
             self.rates.add(order.rate)
             self.shares.append(share)
+        self._wait()
         return self._turn(share)
 
 
@@ -200,3 +227,69 @@ async def test_what_holds_a_slice_is_told(app: App, caplog: pytest.LogCaptureFix
     cluster = MadeUpCluster(lambda share: structs.replace(two_turns(share), trouble=next(troubles)))
     assert await _crew(app, cluster, _plan(1)).run()
     assert "slice 1 is held, on node n: sink redis did not take the batch" in caplog.text
+
+
+# --- a cluster that stands still
+
+
+async def test_turns_that_hang_are_given_again(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A turn ends by itself. Where none does, their processes have hung, and Spark ends them."""
+    monkeypatch.setattr(at, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(at, "STALLED_SECONDS", 0.1)
+    cluster = MadeUpCluster()
+    cluster.hung = 1
+    assert await _crew(app, cluster, _plan(1)).run()
+    assert ["0", "0", "0+"] == [share.reached.place for share in cluster.shares]
+    assert "no turn has ended for 0.1 s" in caplog.text
+
+
+async def test_what_waits_for_the_driver_has_not_hung(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no room for the dead letters of the only turn, for however long."""
+    monkeypatch.setattr(at, "LOOK_SECONDS", 0.01)
+    app.store.add_dead_letters("s", [_letter(-1)])
+    cluster = MadeUpCluster(lambda share: structs.replace(two_turns(share), letters=[_letter(1), _letter(2)]))
+    crew = _crew(app, cluster, _plan(1))
+    running = asyncio.create_task(crew.run())
+    await _until(lambda: "would pass the limit" in caplog.text)
+    monkeypatch.setattr(at, "STALLED_SECONDS", 0.005)
+    before = cluster.looks
+    await _until(lambda: cluster.looks > before + 5)
+    crew.stop()
+    assert not await running
+    assert "have hung" not in caplog.text
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  it has no event
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("rate", [None, 1000.0])
+async def test_a_stop_without_executors(app: App, monkeypatch: pytest.MonkeyPatch, rate: float | None) -> None:
+    """It waits for none: nothing that runs has to end."""
+    monkeypatch.setattr(at, "LOOK_SECONDS", 0.01)
+    cluster = MadeUpCluster()
+    cluster.executors = 0
+    crew = _crew(app, cluster, _plan(1), structs.replace(ORDER, rate=rate))
+    running = asyncio.create_task(crew.run())
+    await _until(lambda: cluster.looks > 2)
+    assert not running.done()
+    crew.stop()
+    assert not await running
+    assert ["0"] == [share.reached.place for share in crew.plan.shares]
+
+
+async def test_a_spark_that_does_not_answer(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may be stopped: the backfill ends, and is continued with another."""
+    monkeypatch.setattr(session, "SILENT_SECONDS", 0.05)
+    answer = threading.Event()
+    cluster = MadeUpCluster()
+    cluster.state = answer.wait  # type: ignore[assignment, method-assign]  # what it says does not matter
+    with pytest.raises(ClusterFailed, match="does not answer"):
+        await _crew(app, cluster, _plan(1)).run()
+    answer.set()

@@ -137,16 +137,25 @@ def test_spark_ends_under_it(
 
 
 @pytest.mark.spark
-def test_spark_hangs(spark: SparkProgram, source: psycopg.Connection) -> None:
+def test_spark_hangs(spark: SparkProgram, source: psycopg.Connection, tmp_path: Path) -> None:
     """Spark's process does not answer any more: a stop ends all the same, and leaves no process that keeps the cores.
 
-    How many cores there are is what the cluster has, whatever spark.default.parallelism says.
+    Before, its folder is gone for a while. How many cores there are is what the cluster has, whatever
+    spark.default.parallelism says.
     """
-    spark.options = (*spark.options, "--conf", "spark.default.parallelism=200")
+    folder = tmp_path / "spark"
+    folder.mkdir()
+    spark.options = (*spark.options, "--conf", "spark.default.parallelism=200", "--conf", f"spark.local.dir={folder}")
+    spark.environment["REPLICATOR_RETRY_MAX_SECONDS"] = "0.5"
     spark.start()
     insert_many(source, 5)
     spark.wait_until_caught_up()
     assert "Spark has 1 executor, 3 cores" in spark.said
+    folder.rename(tmp_path / "away")
+    insert_many(source, 5)
+    wait_until(lambda: "was not given a task (No such file or directory)" in spark.admin("/readyz"), "trouble")
+    (tmp_path / "away").rename(folder)
+    spark.wait_until_caught_up()
     [jvm] = spark.workers("SparkSubmit")
     os.kill(jvm, signal.SIGSTOP)
     assert 0 == spark.stop()

@@ -22,10 +22,16 @@ class SparkBackfill:
     """One run of `backfill` on local cores or on a small cluster of processes."""
 
     def __init__(
-        self, environment: Mapping[str, str], log: Path, *arguments: str, submit: Sequence[str] | None = None
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        *arguments: str,
+        submit: Sequence[str] | None = None,
+        altered: Sequence[str] = (),
     ) -> None:
-        """With options for `submit`, spark-submit starts it."""
-        program = [str(PYTHON), "-W", "error", "-m", "replicator_spark"]
+        """With options for `submit`, spark-submit starts it; `altered` are arguments for `spark_altered.py`."""
+        module = ("tests.support.spark_altered", *altered, "--") if altered else ("replicator_spark",)
+        program = [str(PYTHON), "-W", "error", "-m", *module]
         if submit is not None:
             program = [str(SUBMIT), *submit, "replicator_spark/__main__.py"]
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import psycopg
 
+from replicator_spark.backfill import crew
 from replicator_spark.stream import desk, hands
 from replicator_spark.stream.carrier import Carrier
 from replicator_spark.stream.desk import Desk
@@ -63,6 +64,7 @@ def looking_up(packed: bytes) -> bytes:
 def impatient() -> None:
     """No breach: it just gives a task up earlier, for tests that can't wait."""
     alter(Carrier, "patience_seconds", lambda _: IMPATIENT_SECONDS)
+    alter(crew, "STALLED_SECONDS", lambda _: 2 * IMPATIENT_SECONDS)
 
 
 BREACHES: Mapping[str, Callable[[], None]] = {
