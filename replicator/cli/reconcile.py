@@ -7,6 +7,7 @@ Redis counts an event once, whether the stream or the backfill brings it first.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -70,7 +71,7 @@ async def reconcile(
     when = arg.time_range(start, end, last)
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
-    app = arg.load_app(arg.sinks_of(sinks, arg.USUAL_SINKS))
+    app = arg.load_app(arg.sinks_of(sinks, _comparable()))
     ledger = EngagementLedger(app.dsn, with_content=with_content)
     work = Reconcile(
         app.settings,
@@ -89,6 +90,19 @@ async def reconcile(
     if as_json:
         print(msgspec.json.encode(report).decode())
     return report.exit_code
+
+
+def _comparable() -> list[str]:
+    """The sinks that can be asked what they have. Of other packages' those that say so."""
+    from replicator.contracts.sink import HasCounter, HasLedger
+    from sinks import BUILT_IN, known_sinks, sink_class
+
+    names = [*arg.USUAL_SINKS]
+    for name in known_sinks():
+        with suppress(SettingsError):  # whoever names it is told what is wrong with it
+            if name not in BUILT_IN and issubclass(sink_class(name), HasLedger | HasCounter):
+                names.append(name)
+    return names
 
 
 REBUILD = """\

@@ -11,6 +11,21 @@ from tests.support.destinations import Destinations
 from tests.support.plugin import install
 from tests.support.program import Program, assert_clean, succeed
 
+COUNTS = """
+import json
+from replicator.contracts.sink import HasCounter
+from replicator_lines import LinesSink
+class CountedSink(LinesSink, HasCounter):
+    def counter(self):
+        return self
+    def lines(self):
+        path = self.settings.lines_path
+        return [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
+    async def counts(self, keys):
+        return [sum(event["content_id"] == key for event in self.lines()) for key in keys]
+    async def unseen(self, ids):
+        return sorted({*ids} - {event["event_id"] for event in self.lines()})
+"""
 OURS = "clickhouse, redis, http, stdout"
 
 
@@ -49,6 +64,26 @@ def test_init_says_how_an_installed_sink_gets_the_older_rows(
     succeed(program.run("backfill", "--last", "1h", "--sinks", "lines,redis"))
     [event] = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
     assert 999 == event["user_id"]
+
+
+def test_reconcile_compares_an_installed_sink_that_can_be_asked(
+    program: Program, source: psycopg.Connection, tmp_path: Path
+) -> None:
+    """`HasCounter` is all it needs: what is missing is found, and repaired."""
+    install(tmp_path, entry_points={"lines": "counted:CountedSink", "gone": "gone:Sink"})
+    (tmp_path / "counted.py").write_text(COUNTS, encoding="utf-8")
+    program.environment |= {
+        "PYTHONPATH": str(tmp_path),
+        "REPLICATOR_SINKS": "lines",
+        "REPLICATOR_LINES_PATH": str(tmp_path / "events.jsonl"),
+    }
+    succeed(program.run("init"))
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 999, 'play')")
+    compare = "reconcile", "--last", "1h", "--sinks", "lines"
+    first = program.run(*compare)
+    assert (3, 1) == (first.code, first.stdout.count("lines       not counted 1"))
+    assert "lines       not counted 1" in succeed(program.run(*compare, "--repair"))
+    assert "lines       not counted 0" in succeed(program.run(*compare))
 
 
 def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path: Path) -> None:
