@@ -82,6 +82,16 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
     assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
 
 
+async def test_the_example_checks_its_file(installed: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is none, and where there is no folder there will be no file."""
+    installed()
+    for path, expected in ((tmp_path / "new.jsonl", True), (tmp_path, False), (tmp_path / "none" / "new.jsonl", False)):
+        monkeypatch.setenv("REPLICATOR_LINES_PATH", str(path))
+        [sink] = create_sinks(["lines"], EVENT)
+        [finding] = await sink.check()
+        assert (expected, expected) == (finding.ok, not finding.cure)
+
+
 def test_a_sink_does_not_share_a_setting_with_the_replicator(installed: Install, tmp_path: Path) -> None:
     """It would write into the database that is read."""
     installed("broken", {"postgres": "broken_sinks:Source"})

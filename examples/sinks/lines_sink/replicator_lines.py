@@ -29,8 +29,9 @@ class LinesSink(sink.Sink):
         self._ids, self._end = set[int](), 0  # of the lines in the first `_end` bytes of the file
 
     async def check(self) -> list[events.Finding]:
-        ok = os.access(self.settings.lines_path.parent, os.W_OK)
-        return [events.Finding(ok, f"{self.settings.lines_path}", "" if ok else "Make its folder writable")]
+        path = self.settings.lines_path
+        ok = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+        return [events.Finding(ok, f"sink lines: {path}", "" if ok else "Name a file that can be written to")]
 
     async def write(self, new: Sequence[events.Event]) -> Sequence[events.Refusal]:
         try:
