@@ -15,6 +15,7 @@ from replicator.contracts.errors import ClusterFailed
 from replicator_spark.arguments import Conf, Master
 
 if TYPE_CHECKING:
+    from replicator_spark.session import Cluster
     from replicator_spark.stream.desk import Desk
 
 MANUAL = """\
@@ -48,7 +49,10 @@ async def stream(master: Master = None, conf: Conf = None) -> int:
     app = load_app()
     refuse_single(app.sinks)
     names = [sink.name for sink in app.sinks]
-    cluster = await asyncio.to_thread(Cluster, f"replicator {app.settings.slot}", master, options)
+    starting = asyncio.to_thread(Cluster, f"replicator {app.settings.slot}", master, options)
+    cluster = await _unless(stopping, starting)
+    if cluster is None:
+        return 0
     try:
         refuse(cluster.conf, app.sinks)
         refuse_retries(cluster.conf, app.sinks)
@@ -57,6 +61,14 @@ async def stream(master: Master = None, conf: Conf = None) -> int:
         return await _watched(desk, replicate(app, stopping))
     finally:
         await asyncio.to_thread(cluster.close)
+
+
+async def _unless(stopping: asyncio.Event, starting: Coroutine[None, None, Cluster]) -> Cluster | None:
+    """The cluster. None: it is to stop first; Spark's process ends with this one."""
+    start, stop = asyncio.create_task(starting), asyncio.create_task(stopping.wait())
+    await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    return await start if start.done() else None
 
 
 async def _watched(desk: Desk, work: Coroutine[None, None, int]) -> int:

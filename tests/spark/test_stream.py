@@ -163,6 +163,18 @@ def test_spark_hangs(spark: SparkProgram, source: psycopg.Connection, tmp_path: 
 
 
 @pytest.mark.spark
+def test_a_stop_while_spark_starts(spark: SparkProgram) -> None:
+    """No Master answers, which Spark finds out in a minute: a stop ends it at once, and its process with it."""
+    spark.options = "--master", "spark://127.0.0.1:1"
+    spark.spawn()
+    wait_until(lambda: "Setting Spark log level" in spark.said, "Spark's process")
+    started = spark.workers("SparkSubmit")
+    assert 0 == spark.stop()
+    wait_until(lambda: not any(map(command_line, started)), "the end of Spark's process")
+    assert_clean(spark.said)
+
+
+@pytest.mark.spark
 def test_an_older_checkpoint(spark: SparkProgram, source: psycopg.Connection, tmp_path: Path) -> None:
     """Restored beside a slot that has gone on, it is a gap, and told as the product tells it."""
     spark.product = True
