@@ -216,7 +216,7 @@ class Writer:
             write.asked_at = began
         try:
             with self._known():
-                refusals = await self._sink.write(events)
+                refusals = [*await self._sink.write(events)]  # a sink that returns None is broken like any other
         except BatchTooLarge:
             if write and len(events) > 1:
                 self.room.shrink(len(events), weigh(events), time.monotonic() - began)

@@ -79,7 +79,7 @@ class Hands:
 
 async def _write(sink: Sink, events: Sequence[Event]) -> Answer:
     try:
-        refusals = await sink.write(events)
+        refusals = [*await sink.write(events)]
     except Exception as exc:  # noqa: BLE001  likewise
         return Answer(error=told(exc))
     numbers = {id(event): number for number, event in enumerate(events)} if refusals else {}

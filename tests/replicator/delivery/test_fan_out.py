@@ -467,6 +467,26 @@ async def test_what_only_an_operator_mends_holds_the_lane(error: Exception, capl
     assert ("no table" if isinstance(error, SinkUnusable) else "in an unexpected way: KeyError") in caplog.text
 
 
+class Silent(MemorySink):
+    """Its first write ends without a `return`."""
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """Take them, and say nothing the first time."""
+        refusals = await super().write(events)
+        return refusals if self.writes[1:] else None  # type: ignore[return-value]  # its author has no type checker
+
+
+async def test_a_write_that_returns_nothing_holds_the_lane(caplog: pytest.LogCaptureFixture) -> None:
+    """It is a bug like any other of a sink, and ends neither the lane nor the replicator."""
+    sink = Silent()
+    harness = Harness(sink)
+    harness.put(10, 1)
+    async with harness.running():
+        await harness.until(15)
+    assert sink.writes == [[1001], [1001]]
+    assert "in an unexpected way: TypeError" in caplog.text
+
+
 async def test_what_only_an_operator_mends_ends_a_backfill() -> None:
     """It is not retried, and its position stays."""
     for error in (SinkUnusable(sink="memory", detail="no table", cure="init"), KeyError("x")):
