@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+from pydantic import SecretStr
 
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.settings import variable
 from replicator.contracts.sink import Sink
 
 SECRET_NAME = re.compile(
@@ -42,7 +45,8 @@ def refuse(conf: Mapping[str, str], sinks: Sequence[Sink]) -> None:
 
     `conf` also has what is from spark-submit and spark-defaults.conf.
     """
-    _refuse_secrets({name: value for name, value in conf.items() if name.startswith(OF_NODES)})
+    of_nodes = {name: value for name, value in conf.items() if name.startswith(OF_NODES)}
+    _refuse_secrets(of_nodes, {f"{OF_NODES}{variable(field)}" for sink in sinks for field in _secrets(sink)})
     if (names := _seeing(sinks)) and conf.get("spark.speculation", "").lower() == "true":
         problem = f"it is true, and a task that runs twice at once sends every event twice to {names}"
         raise SettingsError(name="spark.speculation", problem=problem, expected=f"false, or sinks without {names}")
@@ -58,9 +62,14 @@ def refuse_retries(conf: Mapping[str, str], sinks: Sequence[Sink]) -> None:
         raise SettingsError(name=name, problem=problem, expected=f"{expected}, or sinks without {names}")
 
 
-def _refuse_secrets(conf: Mapping[str, str]) -> None:
+def _secrets(sink: Sink) -> list[str]:
+    """Settings that it declares as secrets, whatever they are called."""
+    return [field for field, value in sink.settings if isinstance(value, SecretStr)]
+
+
+def _refuse_secrets(conf: Mapping[str, str], known: Collection[str] = ()) -> None:
     for name, value in conf.items():
-        if value and (SECRET_NAME.fullmatch(name) or SECRET_VALUE.search(value)):
+        if value and (name in known or SECRET_NAME.fullmatch(name) or SECRET_VALUE.search(value)):
             problem = "it may have a secret in it, which command lines, Spark's pages and its logs show"
             raise SettingsError(name=name, problem=problem, expected=CURE)
 

@@ -80,7 +80,7 @@ async def backfill(
     """Send the events of a range of time to the sinks again, on many cores."""
     from enrichment import EngagementHistory
     from replicator_spark.nodes import refuse_single
-    from replicator_spark.settings import pairs
+    from replicator_spark.settings import pairs, refuse
     from sinks import known_sinks
 
     when = arg.time_range(start, end, last)
@@ -88,6 +88,7 @@ async def backfill(
     options = pairs(conf or [])
     app = load_app(chosen)
     refuse_single(app.sinks)
+    refuse(options, app.sinks)  # before Spark shows it
     names = ",".join(sorted(sink.name for sink in app.sinks))
     command = f"python -m replicator_spark backfill {when} --sinks {shlex.quote(','.join(chosen))}"
     run = Run(

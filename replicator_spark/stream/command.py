@@ -48,6 +48,7 @@ async def stream(master: Master = None, conf: Conf = None) -> int:
     options = {**DEFAULTS, **pairs(conf or [])}
     app = load_app()
     refuse_single(app.sinks)
+    refuse(options, app.sinks)  # before Spark shows it
     names = [sink.name for sink in app.sinks]
     starting = asyncio.to_thread(Cluster, f"replicator {app.settings.slot}", master, options)
     cluster = await _unless(stopping, starting)

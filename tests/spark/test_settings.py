@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+from pydantic import SecretStr
 
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.settings import Settings
 from replicator_spark.settings import pairs, refuse, refuse_retries
 from sinks.testing import MemorySink
 
@@ -69,6 +71,19 @@ def test_wherever_it_is_from() -> None:
     refuse({"spark.authenticate.secret": "planted"}, [SAME])  # Spark hides it
     with pytest.raises(SettingsError, match="REPLICATOR_POSTGRES_DSN is unusable"):
         refuse({"spark.executorEnv.REPLICATOR_POSTGRES_DSN": "postgresql://db/x"}, [SAME])
+
+
+def test_what_a_sink_calls_a_secret() -> None:
+    """One of another package may give it any name."""
+
+    class Own(Settings):
+        own_api_key: SecretStr = SecretStr("planted")
+
+    sink = MemorySink(name="own", settings=Own())
+    with pytest.raises(SettingsError, match="OWN_API_KEY is unusable") as caught:
+        refuse({"spark.executorEnv.REPLICATOR_OWN_API_KEY": "planted"}, [SAME, sink])
+    assert "planted" not in str(caught.value)
+    refuse({"spark.executorEnv.REPLICATOR_OWN_API_KEY_FILE": "/run/own"}, [SAME, sink])
 
 
 @pytest.mark.parametrize(
