@@ -102,36 +102,28 @@ class Cluster:
         Where a node dies, Spark calls again, up to spark.task.maxFailures times. A task that takes longer than so many
         seconds is given up, and its process killed. Raises ClusterFailed.
         """
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
-        with self._ended_after(patience_seconds) as hung:
-            try:
+        hung = Event()
+        try:
+            with self._ended_after(patience_seconds, hung):
                 [result] = self._context.parallelize([argument], 1).map(function).collect()
-            except (Py4JError, PySparkException) as exc:
-                log.debug("a task failed", exc_info=True)
-                silent = f"its process on the node did not answer for {patience_seconds:g} s" if hung.is_set() else ""
-                died = silent or next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
-                problem = f"Spark gave a task up ({died or _reason(exc)})"
-                raise ClusterFailed(problem, DIED_CURE if died else TASK_CURE) from exc
-            except OSError as exc:
-                problem = f"Spark's process on the driver was not given a task ({exc.strerror or type(exc).__name__})"
-                raise ClusterFailed(problem, DISK_CURE) from exc
+        except Exception as exc:
+            log.debug("a task failed", exc_info=True)
+            raise _failed(exc, patience_seconds if hung.is_set() else 0.0) from exc
         return cast("T", result)
 
     @contextmanager
-    def _ended_after(self, seconds: float) -> Iterator[Event]:
-        """Cancel this thread's job if it is not over by then; whether that was so.
+    def _ended_after(self, seconds: float, hung: Event) -> Iterator[None]:
+        """Cancel this thread's job if it is not over by then, and set `hung`.
 
         Spark's own spark.python.worker.killOnIdleTimeout sends SIGTERM, which a process that is stopped does not get.
         Of a job that is cancelled it kills the process with SIGKILL, some seconds later.
         """
         from py4j.protocol import Py4JError
 
-        group, over = uuid.uuid4().hex, Event()
+        group = uuid.uuid4().hex
 
         def end() -> None:
-            over.set()
+            hung.set()
             with suppress(Py4JError, OSError):  # Spark has ended
                 self._context.cancelJobGroup(group)
 
@@ -140,7 +132,7 @@ class Cluster:
         timer.daemon = True
         timer.start()
         try:
-            yield over
+            yield
         finally:
             timer.cancel()
 
@@ -154,7 +146,7 @@ class Cluster:
                 raise ClusterFailed("Spark has ended the application", ENDED_CURE)
             executors = int(spark.getExecutorMemoryStatus().size())
         except (Py4JError, OSError) as exc:
-            raise ClusterFailed(f"Spark's process on the driver has ended ({type(exc).__name__})", ENDED_CURE) from exc
+            raise _ended(exc) from exc
         local = self.master.startswith("local") and "cluster" not in self.master
         return State(executors if local else executors - 1, self.cores)  # the driver counts as one
 
@@ -189,6 +181,26 @@ async def look(cluster: Cluster) -> State:
     except TimeoutError:
         problem, cure = "Spark's process on the driver does not answer", "Start the replicator again"
         raise ClusterFailed(problem, cure) from None
+
+
+def _failed(exc: Exception, silent_seconds: float) -> ClusterFailed:
+    """What PySpark raised of a task, as ours."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    if isinstance(exc, (Py4JJavaError, PySparkException)):
+        silent = f"its process on the node did not answer for {silent_seconds:g} s" if silent_seconds else ""
+        died = silent or next((meaning for words, meaning in DIED.items() if words in str(exc)), "")
+        return ClusterFailed(f"Spark gave a task up ({died or _reason(exc)})", DIED_CURE if died else TASK_CURE)
+    if isinstance(exc, OSError) and not isinstance(exc, ConnectionError):
+        problem = f"Spark's process on the driver was not given a task ({exc.strerror or type(exc).__name__})"
+        return ClusterFailed(problem, DISK_CURE)
+    return _ended(exc)
+
+
+def _ended(exc: Exception) -> ClusterFailed:
+    """What PySpark raises then is of many kinds, some of them its own bugs."""
+    return ClusterFailed(f"Spark's process on the driver has ended ({type(exc).__name__})", ENDED_CURE)
 
 
 def _reason(exc: Exception) -> str:

@@ -23,7 +23,7 @@ from tests.support import environment as ground
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.program import Program, assert_clean, succeed
-from tests.support.spark import PYTHON, SparkBackfill, command_line
+from tests.support.spark import PYTHON, SparkBackfill, command_line, shown
 
 pytestmark = [
     pytest.mark.spark,
@@ -275,18 +275,12 @@ def test_spark_shows_no_secret(backfill: Run, source: psycopg.Connection, destin
     """Neither its UI nor its REST API, neither logs nor command lines."""
     source.execute(MANY, {"rows": 20_000})
     port = free_port()
-    shown = ("--conf", "spark.ui.enabled=true", "--conf", f"spark.ui.port={port}")
+    page = ("--conf", "spark.ui.enabled=true", "--conf", f"spark.ui.port={port}")
     running = backfill(
-        *EVERYTHING, *ALL_SINKS, "--master", "local[2]", *shown, "--slices", "10", "--rate", "500", log_level="debug"
+        *EVERYTHING, *ALL_SINKS, "--master", "local[2]", *page, "--slices", "10", "--rate", "500", log_level="debug"
     )
     wait_until(lambda: len(destinations.api()) >= 500, "the first turns")
-    base = f"http://127.0.0.1:{port}"
-    [application] = json.loads(fetch(f"{base}/api/v1/applications"))
-    of_it = f"{base}/api/v1/applications/{application['id']}"
-    pages = [f"{of_it}/{page}" for page in ("environment", "jobs", "stages", "executors", "allexecutors")]
-    pages += [f"{base}/{page}/" for page in ("jobs", "stages", "environment", "executors")]
-    told = "".join(fetch(page).decode() for page in pages)
-    told += "".join(map(command_line, running.children("")))
+    told = shown(port) + "".join(map(command_line, running.children("")))
     assert "spark backfill 2000-01-01" in told
     assert ground.SECRET not in told
     assert ground.SECRET not in running.said

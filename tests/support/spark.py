@@ -8,6 +8,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
+from devstack.control import fetch
 from devstack.watchdog import send, tree
 from tests.support.program import ROOT, Program, Result
 
@@ -74,6 +77,16 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def shown(port: int) -> str:
+    """What Spark's UI and REST API, on this port, show of the one application there."""
+    base = f"http://127.0.0.1:{port}"
+    [application] = msgspec.json.decode(fetch(f"{base}/api/v1/applications"))
+    of_it = f"{base}/api/v1/applications/{application['id']}"
+    pages = [f"{of_it}/{page}" for page in ("environment", "jobs", "stages", "executors", "allexecutors")]
+    pages += [f"{base}/{page}/" for page in ("jobs", "stages", "environment", "executors")]
+    return "".join(fetch(page).decode() for page in pages)
 
 
 class SparkProgram(Program):
