@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,8 @@ class SparkCluster(NamedTuple):
 @contextmanager
 def cluster(folder: Path, watchdog: Watchdog, settings: Mapping[str, str], workers: int = 2) -> Iterator[SparkCluster]:
     """A Master and some Workers, until the block ends."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # an earlier one's logs may be there
+    folder = Path(tempfile.mkdtemp(dir=folder))
     made = SparkCluster(SparkMaster(folder, watchdog, settings), [])
     for number in range(workers):
         place = folder / f"node-{number}"
