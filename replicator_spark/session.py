@@ -66,6 +66,22 @@ class State(NamedTuple):
     """How many tasks run at once."""
 
 
+def _ended(exc: Exception) -> ClusterFailed:
+    """What PySpark raises then is of many kinds, some of them its own bugs."""
+    return ClusterFailed(f"Spark's process on the driver has ended ({type(exc).__name__})", ENDED_CURE)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What a question to Spark's process raises, as that."""
+    try:
+        yield
+    except ClusterFailed:
+        raise
+    except Exception as exc:
+        raise _ended(exc) from exc
+
+
 class Cluster:
     """A Spark application. It calls functions on the nodes."""
 
@@ -78,8 +94,9 @@ class Cluster:
         """Spark's settings, wherever they are from."""
 
     @property
+    @_said()
     def cores(self) -> int:
-        """How many tasks run at once, at this moment.
+        """How many tasks run at once, at this moment. Raises ClusterFailed once Spark has ended.
 
         Not `defaultParallelism`: that is spark.default.parallelism where somebody has set it, and 2 at least.
         """
@@ -136,17 +153,13 @@ class Cluster:
         finally:
             timer.cancel()
 
+    @_said()
     def state(self) -> State:
         """What it has now. Raises ClusterFailed once Spark has ended: its own process, or the application."""
-        from py4j.protocol import Py4JError
-
-        try:
-            spark = self._context._jsc.sc()  # noqa: SLF001  PySpark itself does not tell
-            if spark.isStopped():
-                raise ClusterFailed("Spark has ended the application", ENDED_CURE)
-            executors = int(spark.getExecutorMemoryStatus().size())
-        except (Py4JError, OSError) as exc:
-            raise _ended(exc) from exc
+        spark = self._context._jsc.sc()  # noqa: SLF001  PySpark itself does not tell
+        if spark.isStopped():
+            raise ClusterFailed("Spark has ended the application", ENDED_CURE)
+        executors = int(spark.getExecutorMemoryStatus().size())
         local = self.master.startswith("local") and "cluster" not in self.master
         return State(executors if local else executors - 1, self.cores)  # the driver counts as one
 
@@ -196,11 +209,6 @@ def _failed(exc: Exception, silent_seconds: float) -> ClusterFailed:
         problem = f"Spark's process on the driver was not given a task ({exc.strerror or type(exc).__name__})"
         return ClusterFailed(problem, DISK_CURE)
     return _ended(exc)
-
-
-def _ended(exc: Exception) -> ClusterFailed:
-    """What PySpark raises then is of many kinds, some of them its own bugs."""
-    return ClusterFailed(f"Spark's process on the driver has ended ({type(exc).__name__})", ENDED_CURE)
 
 
 def _reason(exc: Exception) -> str:
