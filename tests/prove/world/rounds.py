@@ -51,6 +51,7 @@ CAUGHT_UP_SECONDS = 180.0
 READY_SECONDS = 60.0
 RULE_SECONDS = 0.1
 LOG_SHOWN = 8_000
+TRACEBACK_SHOWN = 4_000
 EXPECTED = re.compile("dead letter of sink .* event_ts is|dead letter of sink .* its time is")
 """What the log says of odd events."""
 
@@ -223,7 +224,9 @@ class Round:
             found += [*wrong, *sorted(world.complaints)]
         if world.elsewhere.requests:
             found.append(f"a redirect was followed {world.elsewhere.requests} times")
-        found += [text for text in ("Traceback", ground.SECRET) if text in world.program.log]
+        _, traceback, rest = world.program.log.partition("Traceback")
+        found += [traceback + rest[:TRACEBACK_SHOWN]] * bool(traceback)
+        found += [ground.SECRET] * (ground.SECRET in world.program.log)
         if found:
             raise WrongError("\n".join(found))
         self.events = len(truth.events)
