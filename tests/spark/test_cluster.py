@@ -35,15 +35,6 @@ def options(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--conf", setting)]
 
 
-@pytest.fixture
-def spark(environment: dict[str, str], database: str, tmp_path: Path) -> Iterator[SparkProgram]:
-    """The first slot's, not started; its log is shown on failure."""
-    program = SparkProgram(environment, database, tmp_path / "replicator.log")
-    yield program
-    program.end()
-    print(program.log)  # noqa: T201  pytest shows it when the test has failed
-
-
 def test_spark_submit(  # noqa: PLR0917  fixtures
     spark: SparkProgram,
     environment: dict[str, str],

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,15 +35,6 @@ STREAMS = "SELECT application_name FROM pg_stat_replication WHERE application_na
 CHANGE = "UPDATE content SET length_seconds = %s, content_type = 'film' WHERE content_id < 3"
 DIES_SECONDS = 90.0
 WHOLE = "Spark has 2 executors, 4 cores"
-
-
-@pytest.fixture
-def spark(environment: dict[str, str], database: str, tmp_path: Path) -> Iterator[SparkProgram]:
-    """The replicator on three cores of this machine, not started; its log is shown on failure."""
-    program = SparkProgram(environment, database, tmp_path / "replicator.log")
-    yield program
-    program.end()
-    print(program.log)  # noqa: T201  pytest shows it when the test has failed
 
 
 @pytest.fixture
