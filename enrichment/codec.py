@@ -10,33 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Final, TypeAlias
+from decimal import Decimal
+from functools import cache, partial
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import EVENT, EVENTS, IDENTITY, JOINED, KEY, OWN, TIME
+from enrichment.tables.declared import Tables
 from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, decode_row
-from replicator.contracts.fields import BIGINT, INT64_MAX, Derived, Field
+from replicator.contracts.fields import INT64_MAX, Derived, Field
 
 Draft: TypeAlias = Sequence[Any]
-"""A row that has been read: commit_lsn, ordinal, then the values of `OWN`, the time as a datetime or, outside Python's
-years, as text. Plain: it costs a third of anything with names."""
-
-DRAFT_ID: Final = 2 + OWN.index(IDENTITY)
-DRAFT_KEY: Final = 2 + OWN.index(KEY)
-DRAFT_TIME: Final = 2 + OWN.index(TIME)
-"""Where a draft has its id, its content_id and its time."""
+"""A row that has been read: commit_lsn, ordinal, then the values of its own columns, the time as a datetime or, outside
+Python's years, as text. Plain: it costs a third of anything with names."""
 
 Content: TypeAlias = tuple[Any, ...]
-"""The values of `JOINED`: what an event takes over from its content."""
-
-MISSING: Content = (None,) * len(JOINED)
-"""There is no such content: a left join."""
+"""The values of the joined columns: what an event takes over from its content."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-_INTEGERS = {field.column or field.joined for field in (*OWN, *JOINED) if field.type.python is int}
 _integer = re.compile(r"-?\d{1,19}", re.ASCII).fullmatch
 _BEYOND_PYTHON = re.compile(r"-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?\+00( BC)?", re.ASCII)
 """Timestamps that PostgreSQL holds and Python does not."""
@@ -50,41 +43,33 @@ class ShapeUnusable(RowUnusable):
     """Nor of any other of that shape: a column is missing, or of another type."""
 
 
-def check(columns: Iterable[Column]) -> None:
-    """Raise RowUnusable for the first column whose value does not fit; of two with one name both are looked at."""
-    for column in columns:
-        for field in OWN:
-            if column.name == field.column and not field.type.fits(column.value):
-                if column.value is None:
-                    raise RowUnusable(f"{EVENTS}.{field.column} is NULL, not {field.type.words}")
-                raise _misfit(field)
-
-
-def unquote(columns: Iterable[Column]) -> bool:
-    """Integers of a domain type, which wal2json quotes, become integers; whether there were any."""
-    found = False
-    for column in columns:
-        if column.name in _INTEGERS and type(column.value) is str and _integer(column.value):
-            column.value, found = int(column.value), True
-    return found
-
-
-def _misfit(field: Field) -> RowUnusable:
-    return ShapeUnusable(f"{EVENTS}.{field.column} is not {field.type.words}")
-
-
 def microseconds(moment: datetime) -> int:
     """Since 1970, exactly."""
     since = moment - EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
-def _each(form: str, between: str = ", ", fields: Iterable[Field] = OWN) -> str:
+def exactly(number: Decimal | int) -> msgspec.Raw:
+    """As JSON, with the digits that it has; a Decimal's own text may have an exponent."""
+    return msgspec.Raw(format(number, "f").encode())
+
+
+def rfc3339(text: str, zone: str) -> str:
+    """A timestamp of PostgreSQL's, in UTC if it has a zone; what Python's calendar does not have stays as it is."""
+    try:
+        return datetime.fromisoformat(text).replace(tzinfo=None).isoformat(timespec="microseconds") + zone
+    except ValueError:
+        return text
+
+
+def _each(form: str, fields: Iterable[Field], between: str = ", ") -> str:
     return between.join(form.format(field.name) for field in fields)
 
 
 def _typed(field: Field) -> str:
-    test = f"type({field.name}) is {field.type.python.__name__}"
+    if field.type.fit:
+        return f"_fits_{field.name}({field.name})"
+    test = f"_type({field.name}) is _{field.type.python.__name__}"
     return f"({field.name} is None or {test})" if field.type.optional else test
 
 
@@ -92,38 +77,224 @@ def _bits(field: Field) -> str:
     return f"({field.name} or 0)" if field.type.optional else field.name
 
 
+_NAMES: Mapping[str, object] = {
+    "_type": type,
+    "_int": int,
+    "_str": str,
+    "_bool": bool,
+    "_float": float,
+    "_exactly": exactly,
+    "_rfc3339": rfc3339,
+    "_datetime": datetime,
+    "_UTC": UTC,
+    "_EPOCH": EPOCH,
+    "_Event": Event,
+    "_fromisoformat": datetime.fromisoformat,
+    "_beyond_python": _BEYOND_PYTHON.fullmatch,
+    "_encode": msgspec.json.Encoder().encode,
+}
+
+
 def _made(source: str, name: str, names: Mapping[str, object], **words: object) -> Any:
-    """The function of that name, compiled from source; `names` are what it may use besides this module's."""
-    namespace = {**globals(), **names}
-    exec(source.format(**words), namespace)  # noqa: S102  our own source, with names from the contract
+    """The function of that name, compiled from source. A field's name is a variable there; all else begins with `_`."""
+    namespace = {**_NAMES, **names}
+    exec(source.format(**words), namespace)  # noqa: S102  our own source, with names from the declaration
     return namespace[name]
 
 
 _READ = """
-def read(self, row):
-    columns = row.columns
-    {places} = self._places
+def _read(_self, _row):
+    _columns = _row.columns
+    {places} = _self.places
     try:
         {cells}
     except IndexError:
-        return self._read_again(row)
+        return _self.read_again(_row)
     if {renamed}:
-        return self._read_again(row)
+        return _self.read_again(_row)
     {values}
     # None negative and their bits together a signed 64-bit integer: so is each. Others are looked at one by one.
     if not ({typed} and 0 <= {bits} <= {most}):
-        if unquote(columns):
-            return self.read(row)
-        check(columns)
+        if _unquote(_columns):
+            return _self.read(_row)
+        _check(_columns)
     try:
-        moment = fromisoformat({time})
-        in_utc = moment.tzinfo is UTC
+        _moment = _fromisoformat({time})
+        _in_utc = _moment.tzinfo is _UTC
     except ValueError:
-        moment, in_utc = {time}, beyond_python({time})
-    if not in_utc:
-        raise misfit(TIME)
-    return row.commit_lsn, row.ordinal, {draft}
+        _moment, _in_utc = {time}, _beyond_python({time})
+    if not _in_utc:
+        raise _misfit()
+    return _row.commit_lsn, _row.ordinal, {draft}
 """
+
+FINISH = """
+        {derived}
+        if _type({time}) is _datetime:
+            _since = {time} - _EPOCH
+            _microseconds = _since.microseconds
+            _ts_us = (_since.days * 86_400 + _since.seconds) * 1_000_000 + _microseconds
+            if not _microseconds:  # as a datetime it would come without its six digits
+                {time} = {time}.isoformat()[:19] + ".000000Z"
+        else:
+            _ts_us = None
+        _event = _Event(_commit_lsn, _ordinal, {identity}, {key}, _ts_us, _encode(_Enriched({every})))
+"""
+"""From the values of a row and of its content, and a position, to the event."""
+
+_BUILD = f"""
+def _build_events(_drafts, _contents, _events):
+    _append = _events.append
+    for _commit_lsn, _ordinal, {{own}} in _drafts:
+        {{content}}{FINISH}
+        _append(_event)
+"""
+
+
+def _computed(name: str, derived: Derived) -> str:
+    null = " or ".join(f"{argument} is None" for argument in derived.of)
+    call = f"_compute_{name}({', '.join(derived.of)})"
+    return f"{name} = None if {null} else {f'{derived.shortcut} else {call}' if derived.shortcut else call}"
+
+
+class Codec:
+    """What is made of a stream's declaration; `codec_of` gives it."""
+
+    build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], None]
+    """Append the events of drafts. Every content must be known, if only as `missing`."""
+    read: Callable[[RowReader, Row], Draft]
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        stream, own, joined = tables.stream, tables.own, tables.joined
+        self.missing: Content = (None,) * len(joined)
+        """There is no such content: a left join."""
+        self.draft_id = 2 + own.index(tables.identity)
+        self.draft_key = 2 + own.index(tables.key)
+        self.draft_on = 2 + own.index(tables.on) if tables.on else None
+        self.draft_time = 2 + own.index(tables.time)
+        """Where a draft has its identity, its key, what its content is found by, and its time."""
+        self._integers = {field.column or field.joined for field in (*own, *joined) if field.type.python is int}
+        self._integers |= {tables.content_key}
+        kept = (*(field.column for field in own), *(field.joined for field in joined), tables.content_key)
+        self._kept = [*dict.fromkeys(kept)]
+        self._stored = msgspec.json.Decoder(_stored(tables))
+        self.fits = {f"_fits_{field.name}": field.type.fits for field in stream.fields if field.type.fit}
+        self.read = self._reader()
+        self.build_events = self.finishing(_BUILD, "_build_events", {"_missing": self.missing})
+
+    def _reader(self) -> Any:
+        own, time = self.tables.own, self.tables.time
+        integers = [field for field in own if field.type.python is int]
+        return _made(
+            _READ,
+            "_read",
+            {"_unquote": self.unquote, "_check": self.check, "_misfit": partial(self._misfit, time), **self.fits},
+            places=_each("_at_{0}", own) + ",",
+            cells=_each("_c_{0} = _columns[_at_{0}]", own, "; "),
+            renamed=" or ".join(f"_c_{field.name}.name != {field.column!r}" for field in own),
+            values=_each("{0} = _c_{0}.value", own, "; "),
+            typed=" and ".join(map(_typed, own)),
+            bits=" | ".join(map(_bits, integers)) or "0",
+            most=INT64_MAX,
+            time=time.name,
+            draft=", ".join("_moment" if field is time else field.name for field in own),
+        )
+
+    def finishing(self, source: str, name: str, names: Mapping[str, object] | None = None) -> Any:
+        """The function of that name, compiled from source that has `FINISH` in it."""
+        tables = self.tables
+        fields = tables.stream.fields
+        derived = [(field, field.derived) for field in fields if field.derived]
+        return _made(
+            source,
+            name,
+            {
+                "_Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in fields], gc=False),
+                **{f"_compute_{field.name}": function.function for field, function in derived},
+                **self.fits,
+                **(names or {}),
+            },
+            own=_each("{0}", tables.own),
+            values=_each("{0} = _columns.{0}.value", tables.own, "; "),
+            content=self._content(),
+            unfit="".join(f" or not {_typed(field)}" for field in tables.own if field.type.fit),
+            key=tables.key.name,
+            identity=tables.identity.name,
+            time=tables.time.name,
+            derived="; ".join(_computed(field.name, function) for field, function in derived) or "pass",
+            every=", ".join(map(self._shown, fields)),
+        )
+
+    def _content(self) -> str:
+        """Source that sets the joined columns."""
+        if not (self.tables.on and self.tables.joined):
+            return "pass"
+        found = f"_contents[{self.tables.on.name}]"
+        if self.tables.on.type.optional:
+            found = f"_missing if {self.tables.on.name} is None else {found}"
+        return f"[{_each('{0}', self.tables.joined)}] = {found}"
+
+    def _shown(self, field: Field) -> str:
+        return field.name if field is self.tables.time else field.type.shown.format(field.name)
+
+    def check(self, columns: Iterable[Column]) -> None:
+        """Raise RowUnusable for the first column whose value does not fit; of two with one name both are looked at."""
+        for column in columns:
+            for field in self.tables.own:
+                if column.name == field.column and not field.type.fits(column.value):
+                    if column.value is None:
+                        name = f"{self.tables.stream.table}.{field.column}"
+                        raise RowUnusable(f"{name} is NULL, not {field.type.words}")
+                    raise self._misfit(field)
+
+    def unquote(self, columns: Iterable[Column]) -> bool:
+        """Integers of a domain type, which wal2json quotes, become integers; whether there were any."""
+        found = False
+        for column in columns:
+            if column.name in self._integers and type(column.value) is str and _integer(column.value):
+                column.value, found = int(column.value), True
+        return found
+
+    def _misfit(self, field: Field, *_: object) -> RowUnusable:
+        return ShapeUnusable(f"{self.tables.stream.table}.{field.column} is not {field.type.words}")
+
+    def dead_letter(self, row: Row, reason: str) -> DeadLetter:
+        """Keeps the row that no event can be made of, with the columns that events are made from."""
+        columns, identity = self._keep(row.columns), self._keep(row.identity)
+        # The letter has its own position.
+        kept = structs.replace(row, columns=columns, identity=identity, commit_lsn=0, ordinal=0)
+        self.unquote(kept.columns)
+        known = self.tables.identity
+        event_id = next((column.value for column in kept.columns if column.name == known.column), None)
+        return DeadLetter(
+            sink=None,
+            position=Position(row.commit_lsn, row.ordinal),
+            event_id=event_id if known.type.fits(event_id) else None,
+            reason=reason,
+            payload=_encode_row(kept),
+        )
+
+    def _keep(self, columns: Iterable[Column]) -> list[Column]:
+        """In one order: a row looks the same from the stream and from the table, and is kept once.
+
+        Other columns, such as raw_payload, may be nobody's business.
+        """
+        kept = self._kept
+        return sorted((column for column in columns if column.name in kept), key=lambda column: kept.index(column.name))
+
+    def stored_event(self, letter: DeadLetter) -> Event:
+        """The event that a sink refused, from its JSON. Raises RowUnusable."""
+        try:
+            stored = self._stored.decode(letter.payload)
+        except msgspec.MsgspecError as exc:
+            raise RowUnusable(f"the dead letter's payload is no event: {exc}") from exc
+        try:
+            ts_us = microseconds(datetime.fromisoformat(stored.time))
+        except ValueError:
+            ts_us = None  # infinite, or outside Python's years, as it was
+        commit_lsn, ordinal = letter.replay_position
+        return Event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, letter.payload)
 
 
 class RowReader:
@@ -133,112 +304,37 @@ class RowReader:
     meanwhile can give a wrong value.
     """
 
-    read: ClassVar[Callable[[RowReader, Row], Draft]] = _made(
-        _READ,
-        "read",
-        {"fromisoformat": datetime.fromisoformat, "beyond_python": _BEYOND_PYTHON.fullmatch, "misfit": _misfit},
-        places=_each("at_{0}"),
-        cells=_each("c_{0} = columns[at_{0}]", "; "),
-        renamed=" or ".join(f"c_{field.name}.name != {field.column!r}" for field in OWN),
-        values=_each("{0} = c_{0}.value", "; "),
-        typed=" and ".join(map(_typed, OWN)),
-        bits=" | ".join(_bits(field) for field in OWN if field.type.python is int),
-        most=INT64_MAX,
-        time=TIME.name,
-        draft=", ".join("moment" if field is TIME else field.name for field in OWN),
-    )
-    """The row as a draft. Raises RowUnusable."""
+    def __init__(self, codec: Codec) -> None:
+        self._tables = codec.tables
+        self.places = tuple(range(len(codec.tables.own)))
+        self.read: Callable[[Row], Draft] = partial(codec.read, self)
+        """The row as a draft. Raises RowUnusable."""
 
-    def __init__(self) -> None:
-        self._places = tuple(range(len(OWN)))
-
-    def _read_again(self, row: Row) -> Draft:
+    def read_again(self, row: Row) -> Draft:
         """The table has another shape now: find the columns by name."""
         places = {column.name: place for place, column in enumerate(row.columns)}
-        for field in OWN:
+        for field in self._tables.own:
             if field.column not in places:
-                raise ShapeUnusable(f"{EVENTS} has no column {field.column}; expected {field.type.words}")
-        self._places = tuple(places[field.column] for field in OWN)
+                what = f"{self._tables.stream.table} has no column {field.column}"
+                raise ShapeUnusable(f"{what}; expected {field.type.words}")
+        self.places = tuple(places[field.column] for field in self._tables.own)
         return self.read(row)
 
 
-FINISH = """
-        {derived}
-        if type({time}) is datetime:
-            since = {time} - EPOCH
-            microseconds = since.microseconds
-            ts_us = (since.days * 86_400 + since.seconds) * 1_000_000 + microseconds
-            if not microseconds:  # as a datetime it would come without its six digits
-                {time} = {time}.isoformat()[:19] + ".000000Z"
-        else:
-            ts_us = None
-        event = Event(commit_lsn, ordinal, {identity}, {key}, ts_us, encode(Enriched({every})))
-"""
-"""From the values of `OWN` and `JOINED`, and a position, to the event."""
+@cache
+def codec_of(tables: Tables) -> Codec:
+    """Compiled once."""
+    return Codec(tables)
 
 
-def _computed(name: str, derived: Derived) -> str:
-    null = " or ".join(f"{argument} is None" for argument in derived.of)
-    return f"{name} = None if {null} else {derived.shortcut} else compute_{name}({', '.join(derived.of)})"
+def _stored(tables: Tables) -> Any:
+    """What an event's JSON has to have."""
+    roles = {"identity": tables.identity, "key": tables.key, "time": tables.time}
+    fields = [(name, field.type.python) for name, field in roles.items()]
+    return msgspec.defstruct("Stored", fields, rename={name: field.name for name, field in roles.items()}, gc=False)
 
-
-def finishing(source: str, name: str, names: Mapping[str, object] | None = None) -> Any:
-    """The function of that name, compiled from source that has `FINISH` in it."""
-    return _made(
-        source,
-        name,
-        {
-            "encode": msgspec.json.Encoder().encode,
-            "Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in EVENT.fields], gc=False),
-            **{f"compute_{field.name}": field.derived.function for field in EVENT.fields if field.derived},
-            **(names or {}),
-        },
-        own=_each("{0}"),
-        values=_each("{0} = columns.{0}.value", "; "),
-        joined=_each("{0}", fields=JOINED),
-        key=KEY.name,
-        identity=IDENTITY.name,
-        time=TIME.name,
-        derived="; ".join(_computed(field.name, field.derived) for field in EVENT.fields if field.derived),
-        every=_each("{0}", fields=EVENT.fields),
-    )
-
-
-_BUILD = f"""
-def build_events(drafts, contents, events):
-    append = events.append
-    for commit_lsn, ordinal, {{own}} in drafts:
-        [{{joined}}] = contents[{{key}}]{FINISH}
-        append(event)
-"""
-
-build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], None] = finishing(_BUILD, "build_events")
-"""Append the events of drafts. Every content must be known, if only as MISSING."""
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode
-
-_KEPT = [*(field.column for field in OWN), *(field.joined for field in JOINED)]
-"""The columns that a dead letter keeps; others, such as raw_payload, may be nobody's business."""
-
-
-def _kept(columns: Iterable[Column]) -> list[Column]:
-    """In one order: a row looks the same from the stream and from the table, and is kept once."""
-    return sorted((column for column in columns if column.name in _KEPT), key=lambda column: _KEPT.index(column.name))
-
-
-def dead_letter(row: Row, reason: str) -> DeadLetter:
-    """Keeps the row that no event can be made of, with the columns that events are made from."""
-    columns, identity = _kept(row.columns), _kept(row.identity)
-    kept = structs.replace(row, columns=columns, identity=identity, commit_lsn=0, ordinal=0)  # the letter has its own
-    unquote(kept.columns)
-    event_id = next((column.value for column in kept.columns if column.name == IDENTITY.column), None)
-    return DeadLetter(
-        sink=None,
-        position=Position(row.commit_lsn, row.ordinal),
-        event_id=event_id if BIGINT.fits(event_id) else None,
-        reason=reason,
-        payload=_encode_row(kept),
-    )
 
 
 def stored_row(letter: DeadLetter) -> Row:
@@ -250,26 +346,3 @@ def stored_row(letter: DeadLetter) -> Row:
         raise RowUnusable(f"the dead letter's payload is no row: {problem}") from None
     row.commit_lsn, row.ordinal = letter.replay_position
     return row
-
-
-class _Stored(msgspec.Struct, gc=False):
-    event_id: int
-    content_id: int
-    event_ts: str
-
-
-_decode_stored = msgspec.json.Decoder(_Stored).decode
-
-
-def stored_event(letter: DeadLetter) -> Event:
-    """The event that a sink refused, from its JSON. Raises RowUnusable."""
-    try:
-        stored = _decode_stored(letter.payload)
-    except msgspec.MsgspecError as exc:
-        raise RowUnusable(f"the dead letter's payload is no event: {exc}") from exc
-    try:
-        ts_us = microseconds(datetime.fromisoformat(stored.event_ts))
-    except ValueError:
-        ts_us = None  # infinite, or outside Python's years, as it was
-    commit_lsn, ordinal = letter.replay_position
-    return Event(commit_lsn, ordinal, stored.event_id, stored.content_id, ts_us, letter.payload)

@@ -22,16 +22,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from enrichment.codec import MISSING, Content, RowUnusable, unquote
-from enrichment.contract import CONTENT, CONTENT_TABLE, JOINED, rows_of
+from enrichment.codec import Codec, Content, RowUnusable
 from enrichment.database import Database
+from enrichment.tables.declared import Tables, quoted
 from replicator.contracts import stores
 from replicator.contracts.events import Column, ContentChange, Lsn, Position, Row
 from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
 
 log = logging.getLogger(__name__)
-
-CONTENT_ID: Final = "content_id"
 
 PRELOAD_PAGE = 50_000
 """Contents per query: under 0.2 s of the server's time and of the event loop's."""
@@ -44,18 +42,30 @@ TOO_MANY = (
     " do: sinks may differ in it. It goes on by itself"
 )
 
-_COLUMNS = ", ".join(f"{field.joined}::{field.type.postgres}" for field in JOINED)
 
-PRELOAD = f"""
+def _selected(tables: Tables) -> str:
+    columns = ", ".join(
+        [quoted(tables.content_key), *(field.type.select(quoted(field.joined)) for field in tables.joined)]
+    )
+    return f"SELECT {columns} FROM {tables.rows_of(tables.content)} AS c"  # noqa: S608  names in the declaration
+
+
+def preload(tables: Tables) -> str:
+    """The newest contents up to an id, newest first: they are the ones that people engage with."""
+    key = quoted(tables.content_key)
+    return f"""
 -- The newest contents up to an id, newest first: they are the ones that people engage with.
-SELECT content_id, {_COLUMNS} FROM {rows_of(CONTENT_TABLE)} AS c
-WHERE content_id <= %(highest)s::bigint ORDER BY content_id DESC LIMIT %(count)s
-"""  # noqa: S608  names in the contract
+{_selected(tables)}
+WHERE {key} <= %(highest)s::bigint ORDER BY {key} DESC LIMIT %(count)s
+"""
 
-LOOK_UP = f"""
+
+def look_up(tables: Tables) -> str:
+    """The contents with some ids."""
+    return f"""
 -- The contents with these ids. An id without a row has no content.
-SELECT content_id, {_COLUMNS} FROM {rows_of(CONTENT_TABLE)} AS c WHERE content_id = ANY(%(ids)s::bigint[])
-"""  # noqa: S608  names in the contract
+{_selected(tables)} WHERE {quoted(tables.content_key)} = ANY(%(ids)s::bigint[])
+"""
 
 
 class Change(NamedTuple):
@@ -78,8 +88,9 @@ Page: TypeAlias = list[tuple[int, Content]]
 class Copy:
     """The copy of one slot, in the store's thread."""
 
-    def __init__(self, store: stores.Contents, slot: str) -> None:
+    def __init__(self, store: stores.Contents, slot: str, missing: Content) -> None:
         self._store = store
+        self._missing = missing
         self._slot = slot
 
     async def clear(self) -> None:
@@ -94,7 +105,7 @@ class Copy:
     async def find(self, ids: Collection[int]) -> dict[int, Content]:
         """The content of each id."""
         found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
-        return dict.fromkeys(ids, MISSING) | {content_id: _parsed(text) for content_id, text in found.items()}
+        return dict.fromkeys(ids, self._missing) | {content_id: _parsed(text) for content_id, text in found.items()}
 
     async def newest(self, highest: int, most: int) -> Page:
         """Those with the highest ids up to this one, highest first."""
@@ -105,11 +116,13 @@ class Copy:
 class Contents:
     """The contents that are known, at most `size` after each `trim`."""
 
-    def __init__(self, database: Database, size: int) -> None:
+    def __init__(self, database: Database, size: int, codec: Codec) -> None:
         self._database = database
+        self._missing = codec.missing
+        self._preload, self._look_up = preload(codec.tables), look_up(codec.tables)
         self._size = size
         self.known: dict[int, Content] = {}
-        """By content_id, oldest first; MISSING where there is no such content."""
+        """By content_id, oldest first; what is missing where there is no such content."""
         self.copied = False
         """The copy and the changes after it are all that there is."""
         self._copy: Copy | None = None
@@ -166,7 +179,7 @@ class Contents:
         self.known.update(reversed(loaded.items()))
 
     async def _page(self, highest: int, count: int) -> Page:
-        page = await self._database.rows(PRELOAD, {"highest": highest, "count": count})
+        page = await self._database.rows(self._preload, {"highest": highest, "count": count})
         return [(content_id, _interned(values)) for content_id, *values in page]
 
     async def find(self, ids: Collection[int]) -> dict[int, Content]:
@@ -176,14 +189,14 @@ class Contents:
         # Before the copy is asked: meanwhile it may take them over.
         since = {content_id: self._since[content_id][1] for content_id in ids if content_id in self._since}
         left = [content_id for content_id in ids if content_id not in since]
-        return since | (dict.fromkeys(left, MISSING) if None in self._since else await self._copy.find(left))
+        return since | (dict.fromkeys(left, self._missing) if None in self._since else await self._copy.find(left))
 
     async def look_up(self, ids: Collection[int]) -> dict[int, Content]:
         """The content of each id today. One query, or none without ids. Raises as `Database.rows`."""
         if not ids:
             return {}
-        rows = await self._database.rows(LOOK_UP, {"ids": list(ids)})
-        return dict.fromkeys(ids, MISSING) | {content_id: _interned(values) for content_id, *values in rows}
+        rows = await self._database.rows(self._look_up, {"ids": list(ids)})
+        return dict.fromkeys(ids, self._missing) | {content_id: _interned(values) for content_id, *values in rows}
 
     def apply(self, change: Change, found: Mapping[int, Content], at: Position) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
@@ -193,20 +206,20 @@ class Contents:
             self.known.update(found)
             self.lose(at.commit_lsn)
         elif change.content_id is None:
-            self.known.update(dict.fromkeys(self.known, MISSING))
+            self.known.update(dict.fromkeys(self.known, self._missing))
         else:
             content = found[change.content_id] if content is None else content
             self.known[change.content_id] = content
         # After a reconnect the stream repeats what was read before.
         if self.copied and at >= self._reached:
-            self._note(change.content_id, content or MISSING, at)
+            self._note(change.content_id, content or self._missing, at)
             if len(self._changes) > MOST_CHANGES:
                 log.warning(TOO_MANY, MOST_CHANGES, extra={"code": "R408"})
                 self.lose(at.commit_lsn)
 
     def _note(self, content_id: int | None, content: Content, at: Position) -> None:
         self._reached = at
-        text = None if content == MISSING else _text(content)
+        text = None if content == self._missing else _text(content)
         self._changes.append(ContentChange(at.commit_lsn, content_id, text))
         if content_id is None:
             self._since.clear()
@@ -244,33 +257,35 @@ class Contents:
             del self.known[content_id]
 
 
-def changes(row: Row, *, part: bool) -> list[Change]:
+def changes(codec: Codec, row: Row, *, part: bool) -> list[Change]:
     """What a row of the table changes; `part`: it has others. Raises RowUnusable when it does not name its content."""
+    missing = codec.missing
     if row.action == "T":
-        return [FORGET if part else Change(None, MISSING)]
+        return [FORGET if part else Change(None, missing)]
     if row.action == "D":
-        return [Change(_id(row.identity, "identity"), MISSING)]
-    content_id = _id(row.columns, "columns")
-    change = Change(content_id, _content(row.columns))
-    if row.action == "U" and (old_id := _id(row.identity, "identity")) != content_id:
-        return [Change(old_id, MISSING), change]
+        return [Change(_id(codec, row.identity, "identity"), missing)]
+    content_id = _id(codec, row.columns, "columns")
+    change = Change(content_id, _content(codec.tables, row.columns))
+    if row.action == "U" and (old_id := _id(codec, row.identity, "identity")) != content_id:
+        return [Change(old_id, missing), change]
     return [change]
 
 
-def _id(columns: Iterable[Column], where: str) -> int:
-    columns = list(columns)
-    unquote(columns)
+def _id(codec: Codec, columns: Iterable[Column], where: str) -> int:
+    columns, tables = list(columns), codec.tables
+    codec.unquote(columns)
     for column in columns:
-        if column.name == CONTENT_ID and BIGINT.fits(column.value):
+        if column.name == tables.content_key and BIGINT.fits(column.value):
             return int(column.value)
-    raise RowUnusable(f"{CONTENT} has no content_id, a 64-bit integer, in the row's {where}")
+    name = tables.named_in_schema(tables.content)
+    raise RowUnusable(f"{name} has no {tables.content_key}, a 64-bit integer, in the row's {where}")
 
 
-def _content(columns: Iterable[Column]) -> Content | None:
+def _content(tables: Tables, columns: Iterable[Column]) -> Content | None:
     """The row's content; None unless all of it is there (an unchanged TOASTed column is not) and of the right types."""
     values = {column.name: column.value for column in columns}
-    if all(field.joined in values and field.type.fits(values[field.joined]) for field in JOINED):
-        return _interned(values[field.joined] for field in JOINED)
+    if all(field.joined in values and field.type.fits(values[field.joined]) for field in tables.joined):
+        return _interned(values[field.joined] for field in tables.joined)
     return None
 
 

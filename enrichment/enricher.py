@@ -15,23 +15,13 @@ from typing import TypeVar
 import msgspec
 from msgspec import structs
 
-from enrichment import codec
-from enrichment.codec import DRAFT_ID, DRAFT_KEY, Content, Draft, RowUnusable, ShapeUnusable
+from enrichment.codec import Codec, Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
 from enrichment.content import FORGET, Change, Contents, Copy, changes
-from enrichment.contract import (
-    CONTENT,
-    CONTENT_TABLE,
-    EVENTS,
-    EVENTS_TABLE,
-    RENAMED,
-    SCHEMA,
-    EnrichmentSettings,
-    rows_of,
-)
 from enrichment.database import Database
 from enrichment.shortcut import Layout, Shortcuts
 from enrichment.tables import fit
 from enrichment.tables.check import check
+from enrichment.tables.declared import EnrichmentSettings, Tables, quoted, tables_of
 from enrichment.tables.guard import Guard, Record, contents, swaps
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts import stores
@@ -52,14 +42,19 @@ from replicator.contracts.settings import load
 from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
 from replicator.source.connection import Dsn
 
-HISTORY = f"""
+
+def history_query(tables: Tables) -> str:
+    """What stands in the table, and when it was."""
+    time = quoted(tables.time.column)
+    return f"""
 -- The number of events, and the shortest range of whole seconds, end excluded, that holds them all. Events at infinity
 -- and outside the years 1 to 9999 can't be backfilled.
-SELECT count(*), to_char(min(event_ts) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
-       to_char(max(event_ts) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
-FROM {rows_of(EVENTS_TABLE)} AS e
-WHERE event_ts >= '0001-01-01 00:00:00+00' AND event_ts < '9999-12-31 00:00:00+00'
-"""  # noqa: S608  names in the contract
+SELECT count(*), to_char(min({time}) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
+       to_char(max({time}) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
+FROM {tables.rows_of(tables.events)} AS e
+WHERE {time} >= '0001-01-01 00:00:00+00' AND {time} < '9999-12-31 00:00:00+00'
+"""  # noqa: S608  names in the declaration
+
 
 IDS_AGAIN = (
     "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
@@ -92,7 +87,8 @@ def create_enricher(dsn: Dsn) -> EngagementEnricher:
 class _Plan:
     """What some rows mean, before anything is changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
         self.drafts: list[Draft] = []
         self.changes: list[tuple[int, Position, Change]] = []
         """Each with the number of drafts before it, and where its row stands."""
@@ -113,7 +109,7 @@ class _Plan:
 
     def change(self, row: Row, *, part: bool) -> None:
         """A row of the content table, or of a part of it. Raises RowUnusable."""
-        for change in changes(row, part=part):
+        for change in changes(self._codec, row, part=part):
             self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), change))
             if change == FORGET:
                 self.forgotten = True
@@ -132,20 +128,22 @@ class _Plan:
 
 
 class EngagementEnricher:
-    """Enriches `public.engagement_events` with `public.content`."""
+    """Enriches the rows of the stream's table with those of its dimension."""
 
     def __init__(self, dsn: Dsn, settings: EnrichmentSettings) -> None:
         self._dsn = dsn
         self._database = Database(dsn)
         self._guarding = Database(dsn)
-        self._guard = Guard(self._guarding)
-        self._contents = Contents(self._database, settings.content_cache_size)
+        self._tables = tables_of(settings)
+        self._codec = codec_of(self._tables)
+        self._guard = Guard(self._guarding, self._tables)
+        self._contents = Contents(self._database, settings.content_cache_size, self._codec)
         self._keeps_contents = True
         self._content_until: Lsn = 0
         """Up to there changes of content are in the copy, or another table's."""
-        self._shortcuts = Shortcuts(self._contents.known)
-        self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
-        self._reader = codec.RowReader()
+        self._shortcuts = Shortcuts(self._codec, self._contents.known)
+        self._shortcuts.begin(self._guard.names(self._tables.events))
+        self._reader = RowReader(self._codec)
         self._skipped = 0
         self.ignored: Counter[str] = Counter()
 
@@ -156,35 +154,37 @@ class EngagementEnricher:
     async def look(self, record: str | None, after: Lsn) -> History | None:
         before = await self._guard.look(None if record is None else msgspec.json.decode(record, type=Record), after)
         shape = self._guard.shape
-        if hidden := fit.hidden(shape):
-            log.info("%s %s: it is looked up for every event", CONTENT, hidden.what)
+        tables = self._tables
+        if hidden := fit.hidden(tables, shape):
+            log.info("%s %s: it is looked up for every event", self._content_name, hidden.what)
         self._keeps_contents = hidden is None
-        self._shortcuts.begin(self._guard.names(EVENTS_TABLE))
+        self._shortcuts.begin(self._guard.names(tables.events))
         if before is None:
             return None
-        if fit.replaced(before.shape, shape):
-            log.warning("%s is another table than before. %s", EVENTS, IDS_AGAIN, extra={"code": "R405"})
-        for told in swaps(before.shape, shape):
+        if fit.replaced(tables, before.shape, shape):
+            log.warning("%s is another table than before. %s", tables.stream.table, IDS_AGAIN, extra={"code": "R405"})
+        for told in swaps(tables, before.shape, shape):
             log.warning("%s", told, extra={"code": "R406"})
-        return MissedHistory.since(self._dsn, before, shape)
+        return MissedHistory.since(self._dsn, tables, before, shape)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
         self._content_until = self._guard.content_until
-        if not self._keeps_contents:
+        if not (self._keeps_contents and self._tables.content):
             self._contents.forget()
             return
-        copy = Copy(store, checkpoint.slot) if store and checkpoint else None
+        copy = Copy(store, checkpoint.slot, self._codec.missing) if store and checkpoint else None
         table, until = _copied(checkpoint)
-        if usable := table == contents(self._guard.shape):
+        if usable := table == contents(self._tables, self._guard.shape):
             self._content_until = until
         if checkpoint and checkpoint.sinks and not usable:
-            log.info("%s is copied as it is now: events that were committed before and come now carry that", CONTENT)
-        await _asked(self._contents.open(copy, usable=usable))
+            told = "%s is copied as it is now: events that were committed before and come now carry that"
+            log.info(told, self._content_name)
+        await self._asked(self._contents.open(copy, usable=usable))
 
     def changed(self, before: Lsn) -> ContentChanges:
         if not self._contents.copied:
             return ContentChanges(None, [])
-        name = f"{contents(self._guard.shape)} {format_lsn(self._content_until)} {format_lsn(before)}"
+        name = f"{contents(self._tables, self._guard.shape)} {format_lsn(self._content_until)} {format_lsn(before)}"
         return ContentChanges(name, self._contents.changes(before))
 
     def saved(self, end_lsn: Lsn) -> None:
@@ -205,7 +205,7 @@ class EngagementEnricher:
     async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         last = self._last_insert(rows)
         layout = Layout.of(last) if last else None
-        if RENAMED:
+        if self._tables.renamed:
             rows = [self._renamed(row) for row in rows]
             last = self._last_insert(rows)
         events, refused = await self._enrich(rows) if rows else Enriched([], [])
@@ -217,17 +217,17 @@ class EngagementEnricher:
 
     def _last_insert(self, rows: Sequence[Row]) -> Row | None:
         inserts = (row for row in reversed(rows) if row.action == "I")
-        return next((row for row in inserts if self._guard.root(row) == EVENTS_TABLE), None)
+        return next((row for row in inserts if self._guard.root(row) == self._tables.events), None)
 
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
-        await _asked(self._contents.renew())
+        await self._asked(self._contents.renew())
         plan = self._plan(rows)
-        events = self._carry_out(plan, await _asked(self._look_up(plan)))
+        events = self._carry_out(plan, await self._asked(self._look_up(plan)))
         self.ignored.update(plan.ignored)
         if plan.drafts:
-            self._guard.saw_event(plan.drafts[-1][DRAFT_ID])
+            self._guard.saw_event(plan.drafts[-1][self._codec.draft_id])
         self._tell(plan)
         if plan.lost_track:
             self._contents.lose(max(rows[-1].commit_lsn, self._content_until))
@@ -252,9 +252,11 @@ class EngagementEnricher:
         reshaped = self._guard.reshaped
         inserts = [row for row in rows if row.action == "I" and row.commit_lsn < reshaped]
         try:
-            await as_now(self._database, [row for row in inserts if self._guard.root(row) == EVENTS_TABLE])
+            events = [row for row in inserts if self._guard.root(row) == self._tables.events]
+            await as_now(self._database, self._tables, events)
         except SourceUnusable as exc:
-            raise TablesUnfit(problem=f"{EVENTS} can't be read: {exc.detail}", cure=exc.cure) from exc
+            problem = f"{self._tables.stream.table} can't be read: {exc.detail}"
+            raise TablesUnfit(problem=problem, cure=exc.cure) from exc
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
         """A row is enriched with today's content."""
@@ -263,11 +265,11 @@ class EngagementEnricher:
         for letter in letters:
             try:
                 if letter.stage == "row":
-                    again = await self._enrich([codec.stored_row(letter)])
+                    again = await self._enrich([stored_row(letter)])
                     events += again.events
                     refused += again.refused
                 else:
-                    events.append(codec.stored_event(letter))
+                    events.append(self._codec.stored_event(letter))
             except RowUnusable as exc:
                 refused.append(structs.replace(letter, reason=str(exc)))
         return Enriched(events, refused)
@@ -275,7 +277,7 @@ class EngagementEnricher:
     async def history(self, emptied: Sequence[str] = ()) -> str:
         database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
         try:
-            [(count, start, end)] = await database.rows(HISTORY)
+            [(count, start, end)] = await database.rows(history_query(self._tables))
         except SourceUnusable as exc:
             return f"older rows could not be counted: {exc}"
         finally:
@@ -286,7 +288,7 @@ class EngagementEnricher:
         if emptied:
             why = f"what {' and '.join(emptied)} needs was only made now, and lacks those from before"
             chosen = f" --sinks {','.join(emptied)}"
-        message = f"{EVENTS} holds {count} rows; {why}"
+        message = f"{self._tables.stream.table} holds {count} rows; {why}"
         return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}{chosen}"
 
     async def origin(self) -> str:
@@ -300,25 +302,38 @@ class EngagementEnricher:
         return f"cluster {cluster}, database {name}, timeline {timeline}" if timeline else ""
 
     async def check(self) -> list[Finding]:
-        return await check(self._dsn)
+        return await check(self._dsn, self._tables)
 
     async def close(self) -> None:
         await self._guarding.close()
         await self._database.close()
 
+    async def _asked(self, answer: Awaitable[T]) -> T:
+        """Of the content: that it may not be read is a state of the tables, which ends. Raises TablesUnfit."""
+        try:
+            return await answer
+        except SourceUnusable as exc:
+            raise TablesUnfit(problem=f"{self._content_name} can't be read: {exc.detail}", cure=exc.cure) from exc
+
+    @property
+    def _content_name(self) -> str:
+        return self._tables.named_in_schema(self._tables.content)
+
     def _plan(self, rows: Sequence[Row]) -> _Plan:
-        plan, read, known = _Plan(), self._reader.read, self._contents.known
-        append, changed = plan.drafts.append, plan.changed
+        plan, read, known = _Plan(self._codec), self._reader.read, self._contents.known
+        append, changed, on = plan.drafts.append, plan.changed, self._codec.draft_on
+        schema, table = self._tables.schema, self._tables.events
         for row in rows:
             try:
-                if (row.table != EVENTS_TABLE or row.schema != SCHEMA) and not self._is_event(row, plan):
+                if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
                     known = {} if plan.forgotten else known
                     continue
                 if row.action == "I":
                     draft = read(row)
-                    content_id = draft[DRAFT_KEY]
-                    if content_id not in known and content_id not in changed:
-                        plan.wanted.add(content_id)
+                    if on is not None:
+                        content_id = draft[on]
+                        if content_id not in known and content_id not in changed and content_id is not None:
+                            plan.wanted.add(content_id)
                     append(draft)
                 else:
                     plan.ignored[row.action] += 1
@@ -330,7 +345,7 @@ class EngagementEnricher:
 
     def _renamed(self, row: Row) -> Row:
         """The row with the names that we know its columns by; the given one stays, as it may be given again."""
-        names = {theirs: ours for ours, theirs in RENAMED.get(self._guard.root(row) or "", {}).items()}
+        names = {theirs: ours for ours, theirs in self._tables.renamed.get(self._guard.root(row) or "", {}).items()}
         return structs.replace(row, columns=_named(row.columns, names), identity=_named(row.identity, names))
 
     def _is_event(self, row: Row, plan: _Plan) -> bool:
@@ -340,38 +355,38 @@ class EngagementEnricher:
         if root is None:
             raise RowUnusable(f"{row.schema}.{row.table} is not a table that events are made of")
         if root:
-            row.schema, row.table = SCHEMA, root
-        if root == CONTENT_TABLE:
+            row.schema, _, row.table = self._tables.named_in_schema(root).partition(".")
+        if root == self._tables.content:
             if row.commit_lsn > self._content_until:
-                plan.change(row, part=self._guard.shape.parted(CONTENT_TABLE))
+                plan.change(row, part=self._guard.shape.parted(root))
             else:
                 plan.lose_track(row)
-        return root == EVENTS_TABLE
+        return root == self._tables.events
 
     def _refuse(self, row: Row, exc: RowUnusable, plan: _Plan) -> None:
         if isinstance(exc, ShapeUnusable) and row.commit_lsn <= self._guard.until:
             plan.other_shape += 1
             return
-        plan.refused.append(codec.dead_letter(row, str(exc)))
-        if row.table == CONTENT_TABLE:
+        plan.refused.append(self._codec.dead_letter(row, str(exc)))
+        if row.table == self._tables.content:
             plan.lose_track(row)
 
     def _tell(self, plan: _Plan) -> None:
         if plan.other_shape and not self._skipped:
-            log.info("rows from before the change of %s come as they are in the table now", EVENTS)
+            log.info("rows from before the change of %s come as they are in the table now", self._tables.stream.table)
         self._skipped += plan.other_shape
         if plan.ignored["T"]:
-            log.warning("%s was truncated. %s", EVENTS, IDS_AGAIN, extra={"code": "R407"})
+            log.warning("%s was truncated. %s", self._tables.stream.table, IDS_AGAIN, extra={"code": "R407"})
 
     def _carry_out(self, plan: _Plan, today: dict[int, Content]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""
         events: list[Event] = []
         done = 0
         for count, at, change in plan.changes:
-            codec.build_events(plan.drafts[done:count], self._contents.known, events)
+            self._codec.build_events(plan.drafts[done:count], self._contents.known, events)
             self._contents.apply(change, today, at)
             done = count
-        codec.build_events(plan.drafts[done:], self._contents.known, events)
+        self._codec.build_events(plan.drafts[done:], self._contents.known, events)
         return events
 
 
@@ -384,14 +399,6 @@ def _copied(checkpoint: Checkpoint | None) -> tuple[str, Lsn]:
     if checkpoint is None or parts[2:] != [format_lsn(checkpoint.end_lsn)]:
         return "", 0
     return parts[0], parse_lsn(parts[1])
-
-
-async def _asked(answer: Awaitable[T]) -> T:
-    """Of the content: that it may not be read is a state of the tables, which an operator ends. Raises TablesUnfit."""
-    try:
-        return await answer
-    except SourceUnusable as exc:
-        raise TablesUnfit(problem=f"{CONTENT} can't be read: {exc.detail}", cure=exc.cure) from exc
 
 
 def _named(columns: Sequence[Column], names: dict[str, str]) -> list[Column]:

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import structs
 
-from enrichment.codec import DRAFT_KEY, DRAFT_TIME, Content, Draft, RowUnusable, build_events, check, dead_letter
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, IDENTITY, JOINED, OWN, SCHEMA, TIME, named, rows_of
+from enrichment.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.database import Database
+from enrichment.tables.declared import Tables, configured, quoted
 from replicator.contracts.errors import SourceUnavailable
-from replicator.contracts.events import Column, DeadLetter, Event, Lsn, Position, Row, format_lsn, parse_lsn
+from replicator.contracts.events import Column, DeadLetter, Event, Id, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
@@ -48,31 +49,6 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)
 END = datetime.max.replace(tzinfo=UTC)
 """Stands for the moment after it, the end of the year 9999: all events end there."""
 
-INDEX = "CREATE INDEX CONCURRENTLY engagement_events_event_ts_id ON public.engagement_events (event_ts, id)"
-"""Makes a backfill of a short range fast on a long table."""
-
-INDEXED = f"""
--- Whether an index gives events in the order of event_ts.
-SELECT EXISTS (
-    SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = 'public.engagement_events'::regclass AND a.attname = {named(EVENTS_TABLE, TIME.column)!r}
-      AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
-"""  # noqa: S608  names in the contract
-
-SPAN = f"""
--- The number of events in a range, their first id and their last.
-SELECT count(*), min(id)::bigint, max(id)::bigint FROM {rows_of(EVENTS_TABLE)} AS e
-WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
-"""  # noqa: S608  names in the contract
-
-HOURS = f"""
--- The number of events in each hour of a range, by the hour's start in seconds since 1970.
-SELECT floor(extract(epoch FROM event_ts) / 3600)::bigint * 3600, count(*) FROM {rows_of(EVENTS_TABLE)} AS e
-WHERE event_ts >= %(start)s::timestamptz AND event_ts < %(end)s::timestamptz
-GROUP BY 1 ORDER BY 1
-"""  # noqa: S608  names in the contract
-
 WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
 REPLAYED = (
     "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)::text"
@@ -82,51 +58,138 @@ REPLAYED = (
 WAL_BLOCK_BYTES = 8192
 PAGE_HEADER_BYTES = 40
 
-IN_RANGE = "p.event_ts >= %(start)s::timestamptz AND p.event_ts < %(end)s::timestamptz"
-BY_TIME = """
-(event_ts, id) >= (%(ts)s::timestamptz, %(id)s::bigint) AND event_ts < %(end)s::timestamptz
-AND id <= %(last_id)s::bigint ORDER BY event_ts, id LIMIT %(rows)s"""
-BY_ID = "id BETWEEN %(id)s::bigint AND %(last_id)s::bigint ORDER BY id LIMIT %(rows)s"
-BY_IDS = "id = ANY(%(ids)s::bigint[])"
-
-_TEXTS = [f"coalesce(octet_length({field.column}::text), 0)" for field in OWN if field.type.postgres == "text"]
-_OWN = ", ".join(f"p.{field.column}::{field.type.postgres}{'::text' * (field is TIME)}" for field in OWN)
-_JOINED = ", ".join(f"c.{field.joined}::{field.type.postgres}" for field in JOINED)
-_USABLE = " AND ".join(f"p.{field.column} IS NOT NULL" for field in OWN if not field.type.optional)
+Order: TypeAlias = Literal["event_ts", "id"]
 
 
-def _page(rows: str, order: str, wanted: str = IN_RANGE, wal_end: str = WAL_END) -> str:
-    return f"""
+class Queries:
+    """The SQL that reads the tables of a stream; `queries_of` gives it."""
+
+    def __init__(self, tables: Tables) -> None:
+        identity, time = quoted(tables.identity.column), quoted(tables.time.column)
+        self._tables, self._identity, self._time = tables, identity, time
+        self._events = f"{tables.rows_of(tables.events)} AS e"
+        self.counted = tables.identity.type.python is int
+        """Whether identities are numbers, which begin somewhere and end somewhere."""
+        self._type = tables.identity.type.postgres
+        self._up_to = f"AND p.{identity} <= %(last_id)s::bigint" if self.counted else ""
+        within = f"{time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz"
+        self._in_range = f"p.{time} >= %(start)s::timestamptz AND p.{time} < %(end)s::timestamptz"
+        name = tables.named(tables.events, tables.time.column)
+        self.index = (
+            f"CREATE INDEX CONCURRENTLY {tables.events}_{name}_{tables.named(tables.events, tables.identity.column)}"
+            f" ON {tables.stream.table} ({name}, {tables.named(tables.events, tables.identity.column)})"
+        )
+        """Makes a backfill of a short range fast on a long table."""
+        self.indexed = f"""
+-- Whether an index gives events in the order of their time.
+SELECT EXISTS (
+    SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+    WHERE i.indrelid = '{".".join(map(quoted, tables.stream.table.split(".")))}'::regclass AND a.attname = {name!r}
+      AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
+"""  # noqa: S608  names in the declaration
+        ends = f"min({identity})::bigint, max({identity})::bigint" if self.counted else "NULL, NULL"
+        self.span = f"""
+-- The number of events in a range, their first id and their last.
+SELECT count(*), {ends} FROM {self._events}
+WHERE {within}
+"""  # noqa: S608  names in the declaration
+        self.hours = f"""
+-- The number of events in each hour of a range, by the hour's start in seconds since 1970.
+SELECT floor(extract(epoch FROM {time}) / 3600)::bigint * 3600, count(*) FROM {self._events}
+WHERE {within}
+GROUP BY 1 ORDER BY 1
+"""  # noqa: S608  names in the declaration
+
+    @cache  # noqa: B019  there are as many objects as streams
+    def page(self, order: Order, *, begun: bool = True, standby: bool = False) -> str:
+        """The page after an event, or, for ids that are not numbers, the first one."""
+        wal_end = REPLAYED if standby else WAL_END
+        p_time, p_id = f"p.{self._time}", f"p.{self._identity}"
+        if order == "event_ts":
+            return self._page(self._by_time(begun=begun), f"{p_time}, {p_id}", self._in_range, wal_end)
+        return self._page(self._by_id(begun=begun), p_id, self._in_range, wal_end)
+
+    def _by_time(self, *, begun: bool) -> str:
+        time, identity = self._time, self._identity
+        if self.counted:
+            return f"""
+({time}, {identity}) >= (%(ts)s::timestamptz, %(id)s::bigint) AND {time} < %(end)s::timestamptz
+AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s"""
+        after = f"({time}, {identity}) > (%(ts)s::timestamptz, %(id)s::{self._type})"
+        begins = after if begun else f"{time} >= %(ts)s::timestamptz"
+        return f"{begins} AND {time} < %(end)s::timestamptz ORDER BY {time}, {identity} LIMIT %(rows)s"
+
+    def _by_id(self, *, begun: bool) -> str:
+        identity = self._identity
+        if self.counted:
+            return f"{identity} BETWEEN %(id)s::bigint AND %(last_id)s::bigint ORDER BY {identity} LIMIT %(rows)s"
+        begins = f"{identity} > %(id)s::{self._type}" if begun else "true"
+        return f"{begins} ORDER BY {identity} LIMIT %(rows)s"
+
+    @property
+    def picked(self) -> str:
+        """The events of some ids, in the order in which Python sorts them."""
+        order = f'p.{self._identity} COLLATE "C"' if self._type == "text" else f"p.{self._identity}"
+        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, "true", WAL_END)
+
+    def _page(self, rows: str, order: str, wanted: str, wal_end: str) -> str:
+        tables = self._tables
+        own, joined = tables.own, tables.joined
+        texts = [f"coalesce(octet_length({quoted(field.column)}::text), 0)" for field in own if field.type.is_long]
+        listed = ", ".join(quoted(field.column) for field in own)
+        selected = ", ".join(field.type.select(f"p.{quoted(field.column)}") for field in own)
+        of_content = ", ".join(field.type.select(f"c.{quoted(field.joined)}") for field in joined)
+        usable = " AND ".join(f"p.{quoted(field.column)} IS NOT NULL" for field in own if not field.type.optional)
+        return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
 -- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
 WITH found AS MATERIALIZED (
-    SELECT p.*, {" + ".join(["1", *_TEXTS])} AS size
-    FROM (SELECT {", ".join(field.column for field in OWN)} FROM {rows_of(EVENTS_TABLE)} AS e WHERE {rows}) p
+    SELECT p.*, {" + ".join(["1", *texts])} AS "_size"
+    FROM (SELECT {listed} FROM {tables.rows_of(tables.events)} AS e WHERE {rows}) p
 ), measured AS (
-    SELECT p.*, sum(size) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_up_to FROM found p
-), page AS MATERIALIZED (SELECT * FROM measured WHERE size_up_to - size < %(bytes)s::bigint)
-SELECT ({wal_end}), {wanted}, {_USABLE},
-       {_OWN},
-       {_JOINED}
-FROM page p LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = p.content_id
-WHERE {wanted} OR p.size_up_to = (SELECT max(size_up_to) FROM page)
-ORDER BY p.size_up_to
-"""  # noqa: S608  names in the contract
+    SELECT p.*, sum("_size") OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS "_size_up_to" FROM found p
+), page AS MATERIALIZED (SELECT * FROM measured WHERE "_size_up_to" - "_size" < %(bytes)s::bigint)
+SELECT ({wal_end}), {wanted}, {usable},
+       {selected}{"," * bool(joined)}
+       {of_content}
+FROM page p{self._join()}
+WHERE {wanted} OR p."_size_up_to" = (SELECT max("_size_up_to") FROM page)
+ORDER BY p."_size_up_to"
+"""  # noqa: S608  names in the declaration
+
+    def _join(self) -> str:
+        tables = self._tables
+        if not (tables.on and tables.joined):
+            return ""
+        on = f"c.{quoted(tables.content_key)} = p.{quoted(tables.on.column)}"
+        return f" LEFT JOIN {tables.rows_of(tables.content)} AS c ON {on}"
+
+    def spans(self, order: Order) -> str:
+        """The events of a range in equal spans of their order."""
+        key, number = (
+            (self._time, "extract(epoch FROM {})::numeric") if order == "event_ts" else (self._identity, "{}::numeric")
+        )
+        events = f"{self._tables.rows_of(self._tables.events)} AS p"
+        wanted = f"{self._in_range} {self._up_to}"
+        bounds = f"{number.format(f'p.{key}')}, {number.format('low')}, {number.format('high')} + 1"
+        return f"""
+-- The events of a range in equal spans of their order: how many each span has, and where its first one is.
+WITH ends AS (SELECT min(p.{key}) AS low, max(p.{key}) AS high FROM {events} WHERE {wanted})
+SELECT count(*), min(p.{key})::text FROM {events} CROSS JOIN ends WHERE {wanted}
+GROUP BY width_bucket({bounds}, %(spans)s::int) ORDER BY min(p.{key})
+"""  # noqa: S608  names in the declaration
 
 
-Order: TypeAlias = Literal["event_ts", "id"]
+@cache
+def queries_of(tables: Tables) -> Queries:
+    """Made once."""
+    return Queries(tables)
 
-PAGES: Mapping[Order, str] = {"event_ts": _page(BY_TIME, "p.event_ts, p.id"), "id": _page(BY_ID, "p.id")}
-STANDBY_PAGES: Mapping[Order, str] = {
-    "event_ts": _page(BY_TIME, "p.event_ts, p.id", wal_end=REPLAYED),
-    "id": _page(BY_ID, "p.id", wal_end=REPLAYED),
-}
-PICKED_PAGE = _page(BY_IDS, "p.id", "true")
 
-_OWN_VALUES = slice(3, 3 + len(OWN))
-_JOINED_VALUES = slice(_OWN_VALUES.stop, None)
-"""Where a row of a page has the values of `OWN` and of `JOINED`. The WAL's end, wanted, usable are before them."""
+_OWN_BEGINS = 3
+"""Where a row of a page has the values of its own columns. The WAL's end, wanted, usable are before them."""
 
 
 def last_end(lsn: Lsn) -> Lsn:
@@ -139,7 +202,7 @@ def last_end(lsn: Lsn) -> Lsn:
 
 
 def between(start: datetime, end: datetime) -> dict[str, object]:
-    """Parameters for `start <= event_ts < end`; as text, so that neither driver nor time zone has a say."""
+    """Parameters for `start <= time < end`; as text, so that neither driver nor time zone has a say."""
     return {"start": start.isoformat(), "end": "10000-01-01T00:00:00+00:00" if end == END else end.isoformat()}
 
 
@@ -148,19 +211,26 @@ class _Place(msgspec.Struct, frozen=True, kw_only=True):
 
     order: Order
     ts: str
-    """The next event is not before it. Only the order by event_ts uses it."""
-    id: int
-    """The next event's id is not below it."""
-    last_id: int
+    """The next event is not before it. Only the order by time uses it."""
+    id: Id | None
+    """The next event's id is not below it; of ids that are no numbers the last one, None before the first."""
+    last_id: int | None
 
-    def after(self, event_id: int, ts: str) -> _Place:
+    def after(self, event_id: Id, ts: str) -> _Place:
         """Where the page after this event begins."""
+        if isinstance(event_id, str):
+            return structs.replace(self, ts=ts, id=event_id)
         if self.order == "id":
             return structs.replace(self, id=event_id + 1)
         if event_id < INT64_MAX:
             return structs.replace(self, ts=ts, id=event_id + 1)
         later = datetime.fromisoformat(ts) + timedelta(microseconds=1)
         return structs.replace(self, ts=later.isoformat(), id=INT64_MIN)
+
+    @property
+    def over(self) -> bool:
+        """Whether all ids up to the last one are read."""
+        return self.order == "id" and isinstance(self.id, int) and self.id > (self.last_id or 0)
 
     def __str__(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -179,24 +249,6 @@ SPANS_A_SLICE = 50
 """So that slices differ by some two per cent in size, where the events are spread out."""
 
 
-def _spans(key: str, number: str) -> str:
-    events = f"{rows_of(EVENTS_TABLE)} AS p"
-    wanted = f"{IN_RANGE} AND p.id <= %(last_id)s::bigint"
-    bounds = f"{number.format(f'p.{key}')}, {number.format('low')}, {number.format('high')} + 1"
-    return f"""
--- The events of a range in equal spans of their order: how many each span has, and where its first one is.
-WITH ends AS (SELECT min(p.{key}) AS low, max(p.{key}) AS high FROM {events} WHERE {wanted})
-SELECT count(*), min(p.{key})::text FROM {events} CROSS JOIN ends WHERE {wanted}
-GROUP BY width_bucket({bounds}, %(spans)s::int) ORDER BY min(p.{key})
-"""  # noqa: S608  names in the contract
-
-
-SPANS: Mapping[Order, str] = {
-    "event_ts": _spans("event_ts", "extract(epoch FROM {})::numeric"),
-    "id": _spans("id", "{}::numeric"),
-}
-
-
 def cuts(spans: Sequence[tuple[int, str]], most: int) -> list[str]:
     """Where to cut spans, each with its events and its first place, into at most so many parts of about one size."""
     share = sum(count for count, _ in spans) / most
@@ -211,22 +263,25 @@ def cuts(spans: Sequence[tuple[int, str]], most: int) -> list[str]:
 
 
 class EngagementHistory:
-    """The events of `public.engagement_events` with `start <= event_ts < end`."""
+    """The events of the stream's table with `start <= time < end`."""
 
-    def __init__(self, dsn: Dsn, start: datetime, end: datetime, *, since: Lsn | None = None) -> None:
+    def __init__(
+        self, dsn: Dsn, start: datetime, end: datetime, *, since: Lsn | None = None, tables: Tables | None = None
+    ) -> None:
         """With `since` a standby will do, once it has replayed the WAL up to there."""
         self._start, self._end, self._since = start, end, since
         self._range = between(start, end)
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
-        self._queries = PAGES if since is None else STANDBY_PAGES
+        tables = tables or configured()
+        self._codec, self._queries = codec_of(tables), queries_of(tables)
         self._indexed = False
 
     async def open(self) -> None:
         """See which order the table can be read in, and that it can be read: rights, columns, a primary."""
-        [(self._indexed,)] = await self._scans.rows(INDEXED)
+        [(self._indexed,)] = await self._scans.rows(self._queries.indexed)
         first = {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
-        await self._pages.rows(self._queries["id"], first)
+        await self._pages.rows(self._queries.page("id", begun=False, standby=self._since is not None), first)
         reached = await self.wal_end()
         if self._since is not None and reached < self._since:
             detail = f"the standby has replayed the WAL up to {format_lsn(reached)}, not yet to"
@@ -243,13 +298,17 @@ class EngagementHistory:
 
     async def begin(self) -> tuple[str, int]:
         if not self._indexed:
-            log.info("no index begins with event_ts, the table is read in the order of id; to be faster: %s", INDEX)
-        [(count, first_id, last_id)] = await self._scans.rows(SPAN, self._range)
+            told = "no index begins with %s, the table is read in the order of %s; to be faster: %s"
+            tables = self._codec.tables
+            log.info(told, tables.time.column, tables.identity.column, self._queries.index)
+        [(count, first_id, last_id)] = await self._scans.rows(self._queries.span, self._range)
+        if self._queries.counted and (self._indexed or not count):
+            first_id = INT64_MIN
         place = _Place(
             order="event_ts" if self._indexed else "id",
             ts=str(self._range["start"]),
-            id=INT64_MIN if self._indexed or not count else first_id,
-            last_id=last_id if count else INT64_MIN,
+            id=first_id,
+            last_id=last_id if count or not self._queries.counted else INT64_MIN,
         )
         return str(place), count
 
@@ -257,8 +316,10 @@ class EngagementHistory:
         """The range from its beginning, a place that `begin` gave, in at most so many parts to be read side by side."""
         here = msgspec.json.decode(place, type=_Place)
         wanted = {**self._range, "last_id": here.last_id, "spans": most * SPANS_A_SLICE}
-        found = cuts(await self._scans.rows(SPANS[here.order], wanted), most)
-        if here.order == "id":
+        if here.order == "id" and not self._queries.counted:
+            return [Slice(start=self._start, end=self._end, place=place)]
+        found = cuts(await self._scans.rows(self._queries.spans(here.order), wanted), most)
+        if here.order == "id" and isinstance(here.id, int) and here.last_id is not None:
             firsts = [here.id, *map(int, found)]
             lasts = [*(first - 1 for first in firsts[1:]), here.last_id]
             places = [structs.replace(here, id=first, last_id=last) for first, last in zip(firsts, lasts, strict=True)]
@@ -271,15 +332,16 @@ class EngagementHistory:
 
     async def hours(self) -> dict[int, int]:
         """The number of events in each hour, by its start in Unix seconds; hours without events are absent."""
-        return dict(await self._scans.rows(HOURS, self._range))
+        return dict(await self._scans.rows(self._queries.hours, self._range))
 
     async def read(self, place: str, after: Position, rows: int) -> Page | None:
         here = msgspec.json.decode(place, type=_Place)
-        if here.id > here.last_id and here.order == "id":
+        if here.over:
             return None
         wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
-        found = await self._pages.rows(self._queries[here.order], wanted)
-        return make_page(found, after, str(here.after(*last_event(found)))) if found else None
+        query = self._queries.page(here.order, begun=here.id is not None, standby=self._since is not None)
+        found = await self._pages.rows(query, wanted)
+        return make_page(self._codec, found, after, str(here.after(*last_event(self._codec, found)))) if found else None
 
     async def close(self) -> None:
         await self._scans.close()
@@ -292,9 +354,11 @@ class PickedHistory:
     A place is a number of ids.
     """
 
-    def __init__(self, dsn: Dsn, ids: Sequence[int]) -> None:
+    def __init__(self, dsn: Dsn, ids: Sequence[Id], tables: Tables | None = None) -> None:
+        tables = tables or configured()
         self._ids = sorted(ids)
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
+        self._codec, self._query = codec_of(tables), queries_of(tables).picked
 
     async def open(self) -> None:
         await self.find([])
@@ -310,30 +374,33 @@ class PickedHistory:
         found = await self.find(ids)
         if not found:
             return Page(Enriched([], []), after, str(int(place) + len(ids)))
-        last_id, _ = last_event(found)
+        last_id, _ = last_event(self._codec, found)
         # The ids up to the page's last event are done: those between have gone, later ones may have been cut off.
-        return make_page(found, after, str(bisect_right(self._ids, last_id)))
+        return make_page(self._codec, found, after, str(bisect_right(self._ids, last_id)))
 
     async def close(self) -> None:
         await self._pages.close()
 
-    async def find(self, ids: Sequence[int]) -> Found:
-        return await self._pages.rows(PICKED_PAGE, {"ids": list(ids), "bytes": PAGE_BYTES})
+    async def find(self, ids: Sequence[Id]) -> Found:
+        return await self._pages.rows(self._query, {"ids": list(ids), "bytes": PAGE_BYTES})
 
 
 Found: TypeAlias = list[tuple[Any, ...]]
 """The rows of a page."""
 
 
-def last_event(found: Found) -> tuple[int, str]:
+def last_event(codec: Codec, found: Found) -> tuple[Id, str]:
     """Id and time of the page's last event."""
-    last = dict(zip(OWN, found[-1][_OWN_VALUES], strict=True))
-    return last[IDENTITY], last[TIME]
+    tables = codec.tables
+    last = dict(zip(tables.own, found[-1][_OWN_BEGINS:], strict=False))
+    return last[tables.identity], last[tables.time]
 
 
-def make_page(found: Found, after: Position, next_place: str) -> Page:
+def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> Page:
     """The events of a page's rows. The loop is where a backfill spends its time, beside `build_events`."""
     [wal_end, *_], *_ = found
+    own = slice(_OWN_BEGINS, _OWN_BEGINS + len(codec.tables.own))
+    joined = slice(own.stop, None)
     lsn = max(parse_lsn(wal_end), after.commit_lsn)  # after a failover the WAL may end before that
     ordinal = after.ordinal
     drafts: list[Draft] = []
@@ -344,15 +411,16 @@ def make_page(found: Found, after: Position, next_place: str) -> Page:
         if not wanted:
             continue
         ordinal += 1
-        draft = [lsn, ordinal, *row[_OWN_VALUES]]
+        draft = [lsn, ordinal, *row[own]]
         if not usable:
-            refused.append(_refused(row[_OWN_VALUES], lsn, ordinal))
+            refused.append(_refused(codec, row[own], lsn, ordinal))
             continue
-        draft[DRAFT_TIME] = _moment(draft[DRAFT_TIME])
+        draft[codec.draft_time] = _moment(draft[codec.draft_time])
         drafts.append(draft)
-        contents[draft[DRAFT_KEY]] = row[_JOINED_VALUES]
+        if codec.draft_on is not None:
+            contents[draft[codec.draft_on]] = row[joined]
     events: list[Event] = []
-    build_events(drafts, contents, events)
+    codec.build_events(drafts, contents, events)
     return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
 
 
@@ -364,11 +432,12 @@ def _moment(text: str) -> datetime | str:
         return text
 
 
-def _refused(values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:
+def _refused(codec: Codec, values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> DeadLetter:
     """As from the stream: the row as it is, and in the same words what is wrong with it."""
-    columns = [Column(field.column, value) for field, value in zip(OWN, values, strict=True)]
+    tables = codec.tables
+    columns = [Column(field.column, value) for field, value in zip(tables.own, values, strict=True)]
     try:
-        check(columns)
+        codec.check(columns)
     except RowUnusable as exc:
-        return dead_letter(Row("I", SCHEMA, EVENTS_TABLE, columns, [], lsn, ordinal), str(exc))
-    raise AssertionError  # a NULL that the contract does not allow
+        return codec.dead_letter(Row("I", tables.schema, tables.events, columns, [], lsn, ordinal), str(exc))
+    raise AssertionError  # a NULL that the declaration does not allow

@@ -1,4 +1,4 @@
-"""The engagement events that PostgreSQL holds, as digests that a sink can compute as well; a `ledger.SourceLedger`.
+"""The events that PostgreSQL holds, as digests that a sink can compute as well; a `ledger.SourceLedger`.
 
 An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
 of the line's MD5. A sink makes the same line from the same contract.
@@ -11,11 +11,11 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from enrichment.contract import CONTENT_TABLE, EVENT, EVENTS_TABLE, JOINED, OWN, TIME, rows_of
 from enrichment.database import Database
-from enrichment.history import BEGINNING, END, INDEXED, WAL_END, PickedHistory, between, last_end
-from replicator.contracts.events import Lsn, parse_lsn
-from replicator.contracts.fields import Field
+from enrichment.history import BEGINNING, END, WAL_END, PickedHistory, between, last_end, queries_of
+from enrichment.tables.declared import Tables, configured, quoted
+from replicator.contracts.events import Id, Lsn, parse_lsn
+from replicator.contracts.fields import Field, Role
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.source.connection import Dsn
 
@@ -27,61 +27,80 @@ CHUNK = 5_000
 SETTINGS = {"enable_sort": "off"}  # the groups are few; the planner expects as many as there are rows
 ID_SETTINGS = {"enable_hashagg": "off"}  # sorted on disk: a group's ids in memory, not all groups'
 
-_SQL = {field.name: f"e.{field.column}" for field in OWN} | {field.name: f"c.{field.joined}" for field in JOINED}
-_US = TIME.type.postgres_line.format(_SQL[TIME.name])
-_REQUIRED = " AND ".join(f"{_SQL[field.name]} IS NOT NULL" for field in OWN if not field.type.optional)
-
-EVENTS = f"""FROM {rows_of(EVENTS_TABLE)} AS e {{join}}
-WHERE e.event_ts >= %(start)s::timestamptz AND e.event_ts < %(end)s::timestamptz AND {_REQUIRED}"""
-"""Those that an event can be made of."""
-
-JOIN = f"LEFT JOIN {rows_of(CONTENT_TABLE)} AS c ON c.content_id = e.content_id"
 HASH = "('x' || left(md5(convert_to(concat_ws('|', {line}), 'UTF8')), 15))::bit(60)::bigint"
-BUCKET = f"({_US} - %(origin_us)s::bigint) / %(width_us)s::bigint"
-REMAINDER = "mod(mod(e.id, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
-IN_SLICE = f"AND {BUCKET} = ANY(%(buckets)s::bigint[]) AND {REMAINDER} = ANY(%(remainders)s::bigint[])"
+MICROSECONDS = "(extract(epoch FROM {0}) * 1000000)::bigint"
+NUMBER_OF = "('x' || left(md5({0}::text), 15))::bit(60)::bigint"
+"""Of an identity that is none."""
 
 NEXT_TRANSACTION = "SELECT txid_current()"  # takes one: a snapshot's xmax is after the last that has ended, not begun
 OLDEST_TRANSACTION = "SELECT txid_snapshot_xmin(txid_current_snapshot())"
 
 
-def _text(field: Field) -> str:
-    value = field.derived.postgres.format_map(_SQL) if field.derived else _SQL[field.name]
-    return field.type.postgres_line.format(value)
-
-
 class EngagementLedger:
-    """The events of `public.engagement_events`."""
+    """The events of the stream's table."""
 
     slices_are_cheap = False
 
-    def __init__(self, dsn: Dsn, *, with_content: bool) -> None:
-        self._dsn = dsn
+    def __init__(self, dsn: Dsn, *, with_content: bool, tables: Tables | None = None) -> None:
+        tables = tables or configured()
+        self._dsn, self._tables = dsn, tables
         self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=SETTINGS)
         self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=ID_SETTINGS)
-        self._hash = HASH.format(line=", ".join(map(_text, EVENT.compared(with_joined=with_content))))
-        self._event = f"e.id::bigint, {_US}, e.content_id::bigint, {self._hash}"
-        self._events = EVENTS.format(join=JOIN if with_content else "")
+        self._sql = {field.name: f"e.{quoted(field.column)}" for field in tables.own}
+        self._sql |= {field.name: f"c.{quoted(field.joined)}" for field in tables.joined}
+        self._id, self._key, time = (self._sql[field.name] for field in (tables.identity, tables.key, tables.time))
+        self._us = MICROSECONDS.format(time)
+        compared = tables.stream.compared(with_joined=with_content)
+        self._hash = HASH.format(line=", ".join(map(self._text, compared)))
+        of_id, of_key = tables.identity.type, tables.key.type
+        self._event = f"{of_id.select(self._id)}, {self._us}, {of_key.select(self._key)}, {self._hash}"
+        self._ids, self._keys = f"{self._id} = ANY(%(ids)s::{of_id.postgres}[])", f"ANY(%(keys)s::{of_key.postgres}[])"
+        number = self._id if of_id.python is int else NUMBER_OF.format(self._id)
+        self._bucket = f"({self._us} - %(origin_us)s::bigint) / %(width_us)s::bigint"
+        self._remainder = f"mod(mod({number}, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
+        required = " AND ".join(
+            f"{self._sql[field.name]} IS NOT NULL" for field in tables.own if not field.type.optional
+        )
+        # Those that an event can be made of.
+        self._events = f"""FROM {tables.rows_of(tables.events)} AS e {self._join() if with_content else ""}
+WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {required}"""
+
+    def _join(self) -> str:
+        tables = self._tables
+        if not (tables.on and tables.joined):
+            return ""
+        on = f"c.{quoted(tables.content_key)} = e.{quoted(tables.on.column)}"
+        return f"LEFT JOIN {tables.rows_of(tables.content)} AS c ON {on}"
+
+    def _text(self, field: Field) -> str:
+        if field.role is Role.TIME:  # here it is never infinite
+            return self._us
+        value = field.derived.postgres.format_map(self._sql) if field.derived else self._sql[field.name]
+        return field.type.postgres_line.format(value)
 
     async def open(self) -> None:
-        [(self.slices_are_cheap,)] = await self._scans.rows(INDEXED)
+        [(self.slices_are_cheap,)] = await self._scans.rows(queries_of(self._tables).indexed)
         await self._select(self._event, _between(0, 0), "LIMIT 0")  # the columns are there
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        [(events, first, last)] = await self._select(f"count(*), min({_US}), max({_US})", _between(start_us, end_us))
+        [(events, first, last)] = await self._select(
+            f"count(*), min({self._us}), max({self._us})", _between(start_us, end_us)
+        )
         return events, first or 0, last or 0
 
     async def digests(self, part: Slice) -> dict[int, Digest]:
-        group = BUCKET if part.modulus == 1 else REMAINDER
+        group = self._bucket if part.modulus == 1 else self._remainder
         rows = await self._select(f"{group}, count(*), sum({self._hash})", _of(part), "GROUP BY 1")
         return {int(number): Digest(int(events), int(total)) for number, events, total in rows}
 
     async def events(self, part: Slice) -> list[EventDigest]:
-        return [EventDigest(*row) for row in await self._select(self._event, _of(part), IN_SLICE)]
+        buckets, remainders = f"{self._bucket} = ANY(%(buckets)s", f"{self._remainder} = ANY(%(remainders)s"
+        in_slice = f"AND {buckets}::bigint[]) AND {remainders}::bigint[])"
+        return [EventDigest(*row) for row in await self._select(self._event, _of(part), in_slice)]
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+    async def find(self, ids: Sequence[Id], start_us: int, end_us: int) -> list[EventDigest]:
         wanted = {**_between(start_us, end_us), "ids": list(ids)}
-        rows = await self._select(self._event, wanted, "AND e.id = ANY(%(ids)s::bigint[])")
+        rows = await self._select(self._event, wanted, f"AND {self._ids}")
         return [EventDigest(*row) for row in rows]
 
     async def lsn(self) -> Lsn:
@@ -96,32 +115,42 @@ class EngagementLedger:
         [(number,)] = await self._scans.rows(OLDEST_TRANSACTION)
         return int(number)
 
-    async def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[int]]:
+    async def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[Id]]:
+        if self._tables.identity.type.python is not int:
+            async for chunk in self._chunks(f"SELECT {self._id}::text {self._events}", _between(start_us, end_us)):
+                yield [name for (name,) in chunk]
+            return
         # At most 65,536 neighbours in a row, each as eight bytes.
-        query = f"SELECT string_agg(int8send(e.id::bigint), ''::bytea) {self._events} GROUP BY e.id >> 16"
+        packing = f"string_agg(int8send({self._id}::bigint), ''::bytea)"
+        query = f"SELECT {packing} {self._events} GROUP BY {self._id} >> 16"
         async for (packed,) in self._streams.stream(query, _between(start_us, end_us)):
             ids = array.array("q", packed)
             if sys.byteorder == "little":
                 ids.byteswap()
             yield ids
 
-    async def counts(self) -> AsyncIterator[Sequence[tuple[int, int]]]:
-        query = f"SELECT e.content_id::bigint, count(*) {self._events} GROUP BY 1 ORDER BY 1"
-        chunk: list[tuple[int, int]] = []
-        async for key, count in self._streams.stream(query, between(BEGINNING, END)):
-            chunk.append((key, count))
+    async def counts(self) -> AsyncIterator[Sequence[tuple[Id, int]]]:
+        key = self._tables.key.type.select(self._key)
+        query = f"SELECT {key}, count(*) {self._events} GROUP BY 1 ORDER BY 1"
+        async for chunk in self._chunks(query, between(BEGINNING, END)):
+            yield chunk
+
+    async def _chunks(self, query: str, parameters: Mapping[str, object]) -> AsyncIterator[list[Any]]:
+        chunk: list[Any] = []
+        async for row in self._streams.stream(query, parameters):
+            chunk.append(row)
             if len(chunk) == CHUNK:
                 yield chunk
                 chunk = []
         yield chunk
 
-    async def counts_of(self, keys: Sequence[int]) -> dict[int, int]:
+    async def counts_of(self, keys: Sequence[Id]) -> dict[Id, int]:
         wanted = {**between(BEGINNING, END), "keys": list(keys)}
-        of_keys = "AND e.content_id = ANY(%(keys)s::bigint[]) GROUP BY 1"
-        return dict(await self._select("e.content_id::bigint, count(*)", wanted, of_keys))
+        of_keys = f"AND {self._key} = {self._keys} GROUP BY 1"
+        return dict(await self._select(f"{self._tables.key.type.select(self._key)}, count(*)", wanted, of_keys))
 
-    def picked(self, ids: Sequence[int]) -> PickedHistory:
-        return PickedHistory(self._dsn, ids)
+    def picked(self, ids: Sequence[Id]) -> PickedHistory:
+        return PickedHistory(self._dsn, ids, self._tables)
 
     async def close(self) -> None:
         await self._scans.close()

@@ -10,14 +10,12 @@ decides what becomes of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from enrichment.codec import FINISH, Content, finishing
-from enrichment.contract import OWN
+from enrichment.codec import FINISH, Codec, Content
 from replicator.contracts.events import Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
 from replicator.contracts.stream import Shortcut
@@ -26,31 +24,22 @@ MOST_LAYOUTS = 16
 """Parts of a table may have their columns in different orders; making a type takes some 0.5 ms."""
 
 _MAKE = f"""
-def make(decode, contents):
-    def shortcut(payload, commit_lsn, ordinal):
+def _make(_decode, _contents):
+    def _shortcut(_payload, _commit_lsn, _ordinal):
         try:
-            columns = decode(payload).columns
+            _columns = _decode(_payload).columns
             {{values}}
-            {{time}} = fromisoformat({{time}})
-            [{{joined}}] = contents[{{key}}]
-        except UNUSUAL:
+            {{time}} = _fromisoformat({{time}})
+            {{content}}
+        except _UNUSUAL:
             return None
-        if {{time}}.tzinfo is not UTC:
+        if {{time}}.tzinfo is not _UTC{{unfit}}:
             return None{FINISH}
-        return event
-    return shortcut
+        return _event
+    return _shortcut
 """
 
-_make = finishing(
-    _MAKE,
-    "make",
-    {
-        "fromisoformat": datetime.fromisoformat,
-        "UNUSUAL": (msgspec.MsgspecError, ValueError, KeyError, ArithmeticError, RecursionError),
-    },
-)
-
-_BY_COLUMN = {field.column: field for field in OWN}
+_UNUSUAL = (msgspec.MsgspecError, ValueError, KeyError, ArithmeticError, RecursionError)
 
 
 class Layout(NamedTuple):
@@ -68,8 +57,10 @@ class Layout(NamedTuple):
 class Shortcuts:
     """Makes the shortcut for the layout of the last row that went the general way, in any table of its schema."""
 
-    def __init__(self, contents: Mapping[int, Content]) -> None:
+    def __init__(self, codec: Codec, contents: Mapping[int, Content]) -> None:
         self.current: Shortcut | None = None
+        self._own = {field.column: field for field in codec.tables.own}
+        self._make = codec.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL, "_missing": codec.missing})
         self._contents = contents
         self._tables: dict[str, list[str]] = {}
         self._made: dict[Layout, Shortcut | None] = {}
@@ -90,10 +81,10 @@ class Shortcuts:
         self.current = self._made[layout]
 
     def _new(self, layout: Layout, known: Sequence[str]) -> Shortcut | None:
-        if layout.schema not in self._tables or not _BY_COLUMN.keys() <= set(known) or len(set(known)) < len(known):
+        if layout.schema not in self._tables or not self._own.keys() <= set(known) or len(set(known)) < len(known):
             return None
         columns = (
-            _column(name, _BY_COLUMN.get(column), number)
+            _column(name, self._own.get(column), number)
             for number, (name, column) in enumerate(zip(layout.columns, known, strict=True))
         )
         # Longer and shorter rows do not fit: an array-like type that forbids unknown fields has a fixed length.
@@ -109,7 +100,7 @@ class Shortcuts:
             ],
             gc=False,
         )
-        shortcut: Shortcut = _make(msgspec.json.Decoder(message, float_hook=Decimal).decode, self._contents)
+        shortcut: Shortcut = self._make(msgspec.json.Decoder(message, float_hook=Decimal).decode, self._contents)
         return shortcut
 
 

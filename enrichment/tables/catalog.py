@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, SCHEMA
+from enrichment.tables.declared import Tables
 
 NOW = """
 -- Where the WAL ends, the server's clock, and the oldest transaction that was not over yet. The snapshot is older than
@@ -46,7 +46,7 @@ SHAPE = """
 WITH RECURSIVE family AS (
     SELECT t.relname AS root, t.oid, 0::oid AS parent, '' AS link
     FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace
-    WHERE n.nspname = %(schema)s AND t.relname = ANY(%(tables)s::name[])
+    WHERE (n.nspname, t.relname) IN (SELECT * FROM unnest(%(schemas)s::name[], %(tables)s::name[]))
     UNION
     SELECT f.root, i.inhrelid, i.inhparent, i.xmin::text FROM family f JOIN pg_inherits i ON i.inhparent = f.oid
 ), members AS (
@@ -83,7 +83,13 @@ SELECT coalesce(json_agg(json_build_object(
 FROM members m JOIN pg_class t ON t.oid = m.oid JOIN pg_namespace n ON n.oid = t.relnamespace
 WHERE t.relpersistence <> 't'
 """
-PARAMETERS = {"schema": SCHEMA, "tables": [EVENTS_TABLE, CONTENT_TABLE], "keyed": CONTENT_TABLE}
+
+
+def parameters(tables: Tables) -> dict[str, object]:
+    """Those of `SHAPE`."""
+    names = {tables.events: tables.schema, **({tables.content: tables.content_schema} if tables.content else {})}
+    return {"schemas": [*names.values()], "tables": [*names], "keyed": tables.content}
+
 
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 """By pg_class.relkind: those that have no changes in the WAL."""

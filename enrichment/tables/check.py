@@ -1,4 +1,4 @@
-"""The enrichment's part of `check`: are the tables what the contract needs?
+"""The enrichment's part of `check`: are the tables what the stream needs?
 
 Everything is read from the catalog, so that a role without rights on the tables learns which ones it lacks. Whether the
 tables fit is `fit.py`'s answer, the same as for `run`.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, NEEDED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
-from enrichment.tables.catalog import PARAMETERS, SHAPE, Shape
+from enrichment.tables.catalog import SHAPE, Shape, parameters
+from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Finding
@@ -29,18 +29,16 @@ WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND a.attname = ANY(%(col
 GROUP BY t.oid, t.relnamespace
 """
 
-PURPOSE = {
-    CONTENT_TABLE: "content is looked up in it",
-    EVENTS_TABLE: "backfill reads it, and `run` when it has changed",
-}
+CONTENT_PURPOSE = "content is looked up in it"
+EVENTS_PURPOSE = "backfill reads it, and `run` when it has changed"
 
 
-async def check(dsn: Dsn) -> list[Finding]:
+async def check(dsn: Dsn, tables: Tables) -> list[Finding]:
     """Look at everything. A failure on the way is a finding too."""
     database = Database(dsn)
     found: list[Finding] = []
     try:
-        async for finding in _findings(database):
+        async for finding in _findings(database, tables):
             found.append(finding)  # noqa: PERF401  what was found stays found when the next query fails
     except SourceError as exc:
         found.append(Finding(False, "source tables", str(exc)))
@@ -49,39 +47,41 @@ async def check(dsn: Dsn) -> list[Finding]:
     return found
 
 
-async def _findings(database: Database) -> AsyncIterator[Finding]:
+async def _findings(database: Database, tables: Tables) -> AsyncIterator[Finding]:
     [(encoding,)] = await database.rows(ENCODING)
     cure = "" if encoding == "UTF8" else "Move the tables to a database made with ENCODING 'UTF8'"
     yield Finding(not cure, f"server_encoding = {encoding}", cure)
-    [(text,)] = await database.rows(SHAPE, PARAMETERS)
+    [(text,)] = await database.rows(SHAPE, parameters(tables))
     shape = Shape.parse(text)
-    for table in NEEDED:
-        missing = fit.storage(shape, table)
-        yield _finding(table, missing, "there" if table == CONTENT_TABLE else "there, and in the WAL")
+    for table in tables.needed:
+        name, purpose = tables.named_in_schema(table), CONTENT_PURPOSE if table == tables.content else EVENTS_PURPOSE
+        missing = fit.storage(tables, shape, table)
+        yield _finding(name, missing, "there" if table == tables.content else "there, and in the WAL")
         if shape.table(table) is None:
             continue
-        yield _finding(table, fit.misfits(shape, table), "has the columns it needs")
-        names = {"schema": SCHEMA, "table": table, "columns": [named(table, column) for column in NEEDED[table]]}
-        yield _finding(table, _rights(table, await database.rows(RIGHTS, names)), f"may be read ({PURPOSE[table]})")
-    if hidden := fit.hidden(shape):
-        what = f"table {SCHEMA}.{CONTENT_TABLE}: {hidden.what}; it is looked up again for every event"
-        yield Finding(True, what, hidden.cure)
-    elif shape.table(CONTENT_TABLE):
-        yield _finding(CONTENT_TABLE, None, "the stream tells which content changed")
+        yield _finding(name, fit.misfits(tables, shape, table), "has the columns it needs")
+        columns = [tables.named(table, column) for column in tables.needed[table]]
+        names = {"schema": name.partition(".")[0], "table": table, "columns": columns}
+        yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
+    content = tables.named_in_schema(tables.content)
+    if hidden := fit.hidden(tables, shape):
+        yield Finding(True, f"table {content}: {hidden.what}; it is looked up again for every event", hidden.cure)
+    elif shape.table(tables.content):
+        yield _finding(content, None, "the stream tells which content changed")
 
 
-def _finding(table: str, problem: Problem | None, fine: str) -> Finding:
+def _finding(name: str, problem: Problem | None, fine: str) -> Finding:
     what, cure = problem or (fine, "")
-    return Finding(problem is None, f"table {SCHEMA}.{table}: {what}", cure)
+    return Finding(problem is None, f"table {name}: {what}", cure)
 
 
-def _rights(table: str, rows: list[tuple[str, bool, bool]]) -> Problem | None:
+def _rights(name: str, purpose: str, rows: list[tuple[str, bool, bool]]) -> Problem | None:
     [(role, hides_rows, readable)] = rows or [("", False, True)]  # without any of the columns there is nothing to read
     if hides_rows:
         cure = "if no policy hides rows from us, `-c row_security=on` in the DSN's options"
-        what = f"row-level security applies to us ({PURPOSE[table]})"
+        what = f"row-level security applies to us ({purpose})"
         return Problem(what, f"ALTER ROLE {role} BYPASSRLS; {cure}")
     if readable:
         return None
-    cure = f"GRANT USAGE ON SCHEMA {SCHEMA} TO {role}; GRANT SELECT ON {SCHEMA}.{table} TO {role}"
-    return Problem(f"may not be read ({PURPOSE[table]})", cure)
+    cure = f"GRANT USAGE ON SCHEMA {name.partition('.')[0]} TO {role}; GRANT SELECT ON {name} TO {role}"
+    return Problem(f"may not be read ({purpose})", cure)

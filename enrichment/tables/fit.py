@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from enrichment.contract import CONTENT, CONTENT_TABLE, EVENTS_TABLE, KEY, NEEDED, SCHEMA, named
 from enrichment.tables.catalog import KINDS, Relation, Shape
+from enrichment.tables.declared import Tables
 from replicator.contracts.errors import TablesUnfit
 from replicator.contracts.settings import variable
 
@@ -21,26 +21,26 @@ class Problem(NamedTuple):
     cure: str
 
 
-def require(shape: Shape) -> None:
+def require(tables: Tables, shape: Shape) -> None:
     """Raise TablesUnfit for what is wrong."""
-    found = [(table, problem) for table in NEEDED for problem in problems(shape, table)]
+    found = [(table, problem) for table in tables.needed for problem in problems(tables, shape, table)]
     if found:
-        what = ", and ".join(f"table {SCHEMA}.{table} {problem.what}" for table, problem in found)
+        what = ", and ".join(f"table {tables.named_in_schema(table)} {problem.what}" for table, problem in found)
         raise TablesUnfit(problem=what, cure="; ".join(dict.fromkeys(problem.cure for _, problem in found)))
 
 
-def problems(shape: Shape, table: str) -> Iterator[Problem]:
+def problems(tables: Tables, shape: Shape, table: str) -> Iterator[Problem]:
     """Why no event can be made with this table."""
-    return (problem for problem in (storage(shape, table), misfits(shape, table)) if problem)
+    return (problem for problem in (storage(tables, shape, table), misfits(tables, shape, table)) if problem)
 
 
-def storage(shape: Shape, table: str) -> Problem | None:
+def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     """That a table is not there, or that rows of it never come through the stream."""
-    name, found = f"{SCHEMA}.{table}", shape.table(table)
+    name, found = tables.named_in_schema(table), shape.table(table)
     if found is None or found.kind not in TABLE_KINDS:
-        cure = f"Rename it back, or move it back to schema {SCHEMA}; in a new database, psql -f sql/source_schema.sql"
-        return Problem("does not exist", cure)
-    if table == CONTENT_TABLE:  # `hidden` says what it lacks
+        made = "; in a new database, psql -f sql/source_schema.sql" if tables.are_engagement else ""
+        return Problem("does not exist", f"Rename it back, or move it back to schema {name.partition('.')[0]}{made}")
+    if table == tables.content:  # `hidden` says what it lacks
         return None
     if found.kind in KINDS:
         what = f"is {KINDS[found.kind]}, whose rows are not in the WAL"
@@ -58,28 +58,29 @@ def _not_in_the_wal(name: str, part: Relation) -> Problem:
     return Problem(f"has rows{of} that are not in the WAL (UNLOGGED)", f"ALTER TABLE {part} SET LOGGED")
 
 
-def misfits(shape: Shape, table: str) -> Problem | None:
+def misfits(tables: Tables, shape: Shape, table: str) -> Problem | None:
     """Columns that are missing or of another type."""
     if (found := shape.table(table)) is None or found.kind not in TABLE_KINDS:
         return None
-    name, columns = f"{SCHEMA}.{table}", {column.name: column for column in found.columns}
+    name, columns = tables.named_in_schema(table), {column.name: column for column in found.columns}
     whats, cures = [], []
-    for ours, needed in NEEDED[table].items():
-        column = named(table, ours)
+    for ours, needed in tables.needed[table].items():
+        column = tables.named(table, ours)
         if column not in columns:
             whats.append(f"has no column {column} ({needed})")
-            cures.append(_absent(table, ours, column, there=ours in columns))
-        elif columns[column].type != needed:
+            cures.append(_absent(tables, table, ours, there=ours in columns))
+        elif needed not in (columns[column].type, columns[column].declared):
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
             quoted = _quoted(column, ours)
             cures.append(f"ALTER TABLE {name} ALTER COLUMN {quoted} TYPE {needed} USING {quoted}::{needed}")
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
 
 
-def _absent(table: str, ours: str, column: str, *, there: bool) -> str:
+def _absent(tables: Tables, table: str, ours: str, *, there: bool) -> str:
     """The cure for a column that is missing; `there`: but the one that has our name is not."""
-    name, needed, quoted = f"{SCHEMA}.{table}", NEEDED[table][ours], _quoted(column, ours)
-    setting = f"{'' if table == EVENTS_TABLE else f'{table}.'}{ours}"
+    column, needed = tables.named(table, ours), tables.needed[table][ours]
+    name, quoted = tables.named_in_schema(table), _quoted(column, ours)
+    setting = f"{'' if table == tables.events else f'{table}.'}{ours}"
     back = f"Rename it back (ALTER TABLE {name} RENAME COLUMN … TO {quoted})"
     if there and column != ours:
         return f"{back}, or take {setting}={column} out of {variable('columns')} and restart the replicator"
@@ -92,34 +93,34 @@ def _quoted(column: str, ours: str) -> str:
     return column if column == ours else '"' + column.replace('"', '""') + '"'
 
 
-def replaced(before: Shape, now: Shape) -> bool:
+def replaced(tables: Tables, before: Shape, now: Shape) -> bool:
     """Whether the events are in another table than before: it has nothing of the former one, not even as a part."""
-    old, new = ({part.oid for part in shape.of(EVENTS_TABLE)} for shape in (before, now))
+    old, new = ({part.oid for part in shape.of(tables.events)} for shape in (before, now))
     return bool(old and new) and old.isdisjoint(new)
 
 
-def hidden(shape: Shape) -> Problem | None:
+def hidden(tables: Tables, shape: Shape) -> Problem | None:
     """Why the stream does not show every change of content; then it is looked up again for every event."""
-    found = shape.table(CONTENT_TABLE)
+    found = shape.table(tables.content)
     if found is None:
         return None
     if found.kind in KINDS:
         return Problem(f"is {KINDS[found.kind]}, so its changes are not in the stream", "An ordinary table is faster")
-    for part in shape.of(CONTENT_TABLE):
+    for part in shape.of(tables.content):
         if not part.streamed:
             return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
-        if part.kind == "r" and not _tells(part):
+        if part.kind == "r" and not _tells(tables, part):
             what = f"has a replica identity that does not tell which content was changed or deleted ({part})"
-            cure = "DEFAULT" if any(_names(key.columns) for key in part.keys if key.primary) else "FULL"
-            return Problem(what, f"ALTER TABLE {CONTENT if part.top else part} REPLICA IDENTITY {cure} is faster")
+            cure = "DEFAULT" if any(_names(tables, key.columns) for key in part.keys if key.primary) else "FULL"
+            return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {cure} is faster")
     return None
 
 
-def _tells(part: Relation) -> bool:
+def _tells(tables: Tables, part: Relation) -> bool:
     """Whether its replica identity names the content: (f)ull, (d)efault, or an (i)ndex."""
     chosen = [key for key in part.keys if (key.primary if part.identity == "d" else key.identity)]
-    return part.identity == "f" or (part.identity in "di" and any(_names(key.columns) for key in chosen))
+    return part.identity == "f" or (part.identity in "di" and any(_names(tables, key.columns) for key in chosen))
 
 
-def _names(columns: tuple[str, ...] | None) -> bool:
-    return named(CONTENT_TABLE, KEY.column) in (columns or ())
+def _names(tables: Tables, columns: tuple[str, ...] | None) -> bool:
+    return tables.named(tables.content, tables.content_key) in (columns or ())

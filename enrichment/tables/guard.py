@@ -16,12 +16,12 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.contract import CONTENT_TABLE, EVENTS_TABLE, JOINED, KEY, NEEDED, RENAMED, SCHEMA, named
 from enrichment.database import Database
 from enrichment.tables import fit
-from enrichment.tables.catalog import LOCKS, NOW, PARAMETERS, SHAPE, Column, Relation, Shape
+from enrichment.tables.catalog import LOCKS, NOW, SHAPE, Column, Relation, Shape, parameters
+from enrichment.tables.declared import Tables
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
-from replicator.contracts.events import Lsn, Row
+from replicator.contracts.events import Id, Lsn, Row
 from replicator.contracts.settings import variable
 
 SHOWN_SECONDS = 3.0
@@ -66,7 +66,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Guard:
     """Looks at the tables over a connection of its own: no look-up holds it up."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, tables: Tables) -> None:
         self.shape = Shape(())
         """What the stream assumes."""
         self.highest_id: int | None = None
@@ -80,8 +80,11 @@ class Guard:
         self.record: Record | None = None
         """What the next look compares with."""
         self._database = database
+        self._tables = tables
+        self._looked = (SHAPE, parameters(tables))
         self._text = ""
-        self._names: dict[Name, str] = {(SCHEMA, EVENTS_TABLE): EVENTS_TABLE, (SCHEMA, CONTENT_TABLE): CONTENT_TABLE}
+        schemas = {tables.events: tables.schema, tables.content: tables.content_schema}
+        self._names: dict[Name, str] = {(schema, table): table for table, schema in schemas.items() if table}
         self._former: dict[Name, str] = {}
         self._seen = Now(0, 0.0, 0)
         self._waiting: tuple[Now, set[str]] | None = None  # a position, and the transactions that it waits for
@@ -102,18 +105,18 @@ class Guard:
 
         Raises TablesUnfit.
         """
-        [[now], [(text,)]] = await self._database.each((NOW, {}), (SHAPE, PARAMETERS))
+        [[now], [(text,)]] = await self._database.each((NOW, {}), self._looked)
         shape = Shape.parse(text)
-        fit.require(shape)
+        fit.require(self._tables, shape)
         record = self.record or record
         changed = record is not None and record.shape != shape
-        self.shape, self._text, self._names = shape, text, _names(shape)
+        self.shape, self._text, self._names = shape, text, _names(self._tables, shape)
         self._former, self.until = {}, 0
         if record and (changed or after < record.until):
-            self._former = {**_names(record.shape), **_parsed(record.former)}
+            self._former = {**_names(self._tables, record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn
-            reshaped = self.until if _reshaped(record.shape, shape) else record.reshaped
-            same = contents(record.shape) == contents(shape)
+            reshaped = self.until if _reshaped(self._tables, record.shape, shape) else record.reshaped
+            same = contents(self._tables, record.shape) == contents(self._tables, shape)
             content_until = _content_until(record) if same else self.until
             # A part that is here now may be gone before the next record, and leave no other trace.
             former = _packed({**self._former, **self._names})
@@ -134,7 +137,7 @@ class Guard:
         Raises TablesChanged, and TablesUnsettled while a transaction may be changing them.
         """
         locked = (LOCKS, {"oids": self.shape.oids})
-        [[now], locks, [(text,)]] = await self._database.each((NOW, {}), locked, (SHAPE, PARAMETERS))
+        [[now], locks, [(text,)]] = await self._database.each((NOW, {}), locked, self._looked)
         if text != self._text:
             self._adopt(text)
         self._seen, self._puzzled_at = self._settled(Now(*now), dict(locks)), 0.0
@@ -179,8 +182,10 @@ class Guard:
         )
         return self.record
 
-    def saw_event(self, event_id: int) -> None:
+    def saw_event(self, event_id: Id) -> None:
         """An event of the stream, one in each chunk."""
+        if isinstance(event_id, str):
+            return
         self.highest_id = max(event_id, event_id if self.highest_id is None else self.highest_id)
 
     def saw(self, row: Row) -> None:
@@ -197,10 +202,10 @@ class Guard:
         return former if former is None or row.commit_lsn <= self.until else ""
 
 
-def contents(shape: Shape) -> str:
+def contents(tables: Tables, shape: Shape) -> str:
     """Names the content table as it is, with its parts and the columns that we read: another one has another name."""
-    columns = [named(CONTENT_TABLE, column) for column in (KEY.column, *(str(field.joined) for field in JOINED))]
-    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(CONTENT_TABLE)])).hexdigest()[:24]
+    columns = [tables.named(tables.content, column) for column in tables.needed[tables.content]]
+    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(tables.content)])).hexdigest()[:24]
 
 
 def _content_until(record: Record | None) -> Lsn:
@@ -218,38 +223,38 @@ def exchanged(old: Relation, new: Relation) -> list[str]:
     return sorted(column.name for column in new.columns if before[column.name] != column)
 
 
-def swaps(before: Shape, now: Shape) -> Iterator[str]:
+def swaps(tables: Tables, before: Shape, now: Shape) -> Iterator[str]:
     """What to tell when columns that events are made of seem to have swapped their names, and no setting says so."""
-    for table in NEEDED:
+    for table in tables.needed:
         old, new = before.table(table), now.table(table)
         others = exchanged(old, new) if old and new and old.oid == new.oid else []
-        names = [name for name in others if name in NEEDED[table]]
-        if len(names) > 1 and RENAMED.get(table, {}).keys().isdisjoint(names):
-            prefix = "" if table == EVENTS_TABLE else f"{table}."
+        names = [name for name in others if name in tables.needed[table]]
+        if len(names) > 1 and tables.renamed.get(table, {}).keys().isdisjoint(names):
+            prefix = "" if table == tables.events else f"{table}."
             pair = f"{prefix}{names[0]}={names[1]},{prefix}{names[1]}={names[0]}"
             yield (
-                f"{SCHEMA}.{table} has other columns under the names {', '.join(names)} than before. If names were"
-                f" swapped, events have the values under the wrong names now: swap them back, or set"
+                f"{tables.named_in_schema(table)} has other columns under the names {', '.join(names)} than before. If"
+                f" names were swapped, events have the values under the wrong names now: swap them back, or set"
                 f" {variable('columns')}={pair} or whatever is so, and restart the replicator"
             )
 
 
-def _names(shape: Shape) -> dict[Name, str]:
+def _names(tables: Tables, shape: Shape) -> dict[Name, str]:
     """Of everything whose rows the stream should show; those of content only if it shows all of its changes."""
-    shown = (EVENTS_TABLE,) if fit.hidden(shape) else (EVENTS_TABLE, CONTENT_TABLE)
+    shown = (tables.events,) if fit.hidden(tables, shape) else (tables.events, tables.content)
     newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
     return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
 
 
-def _reshaped(before: Shape, now: Shape) -> bool:
+def _reshaped(tables: Tables, before: Shape, now: Shape) -> bool:
     """Whether rows from before have to be read again by their ids. In another table, an id may be another row's."""
-    return _columns(before) != _columns(now) and not fit.replaced(before, now)
+    return _columns(tables, before) != _columns(tables, now) and not fit.replaced(tables, before, now)
 
 
-def _columns(shape: Shape) -> list[Column]:
+def _columns(tables: Tables, shape: Shape) -> list[Column]:
     """Those that events are made of, with their versions."""
-    needed = {named(EVENTS_TABLE, column) for column in NEEDED[EVENTS_TABLE]}
-    table = shape.table(EVENTS_TABLE)
+    needed = {tables.named(tables.events, column) for column in tables.needed[tables.events]}
+    table = shape.table(tables.events)
     return [column for column in table.columns if column.name in needed] if table else []
 
 

@@ -6,22 +6,21 @@ it may have been filled before it was attached; in the others what was written s
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from psycopg import sql
 
-from enrichment.codec import unquote
-from enrichment.contract import EVENTS_TABLE, IDENTITY, OWN, RENAMED, SCHEMA, TIME, rows_of
+from enrichment.codec import codec_of
 from enrichment.database import Database
 from enrichment.history import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
+from enrichment.tables.declared import Tables, quoted
 from enrichment.tables.guard import Record
 from replicator.contracts.errors import SourceUnusable, TablesUnfit
-from replicator.contracts.events import Column, Position, Row
-from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
+from replicator.contracts.events import Column, Id, Position, Row
+from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
 
@@ -42,38 +41,56 @@ FROM pg_class WHERE oid = %(oid)s::oid
 """
 
 EVERYTHING = "true"
-RECENT = "(event_ts >= to_timestamp(%(time)s) OR id > %(highest_id)s::bigint)"
 WRITTEN_SINCE = """(pg_snapshot_xmax(pg_current_snapshot())::text::int8 - %(xid)s::int8 > 2000000000
  OR age(xmin) <= age(mod(%(xid)s::int8, 4294967296)::text::xid))"""
 """Transaction ids wrap: beyond two billion their order is not known."""
 
-FIND = "SELECT id FROM {} AS e WHERE id >= %(id)s::bigint AND {} ORDER BY id LIMIT %(count)s"
+
+def _recent(tables: Tables) -> str:
+    if tables.identity.type.python is not int:
+        return EVERYTHING
+    time, identity = quoted(tables.time.column), quoted(tables.identity.column)
+    return f"({time} >= to_timestamp(%(time)s) OR {identity} > %(highest_id)s::bigint)"
 
 
-AS_NOW = f"""
+def _find(tables: Tables, source: str, condition: str, *, begun: bool) -> str:
+    identity, kind = quoted(tables.identity.column), tables.identity.type
+    order = f'{identity} COLLATE "C"' if kind.postgres == "text" else identity
+    after = f"{identity} >= %(id)s::bigint" if kind.python is int else f"{order} > %(id)s::{kind.postgres}"
+    selected = identity if kind.python is int else f"{identity}::text"
+    where = f"{after if begun or kind.python is int else 'true'} AND {condition} ORDER BY {order} LIMIT %(count)s"
+    return f"SELECT {selected} FROM {tables.rows_of(tables.events, source)} AS e WHERE {where}"  # noqa: S608
+
+
+def as_now_query(tables: Tables) -> str:
+    """Events by id, in the form of the stream's rows."""
+    selected = ", ".join(field.type.select(f"e.{quoted(field.column)}") for field in tables.own)
+    known = f"{quoted(tables.identity.column)} = ANY(%(ids)s::{tables.identity.type.postgres}[])"
+    return f"""
 -- Events by id, in the form of the stream's rows.
-SELECT {", ".join(f"e.{field.column}::{field.type.postgres}{'::text' * (field is TIME)}" for field in OWN)}
-FROM {rows_of(EVENTS_TABLE)} AS e WHERE id = ANY(%(ids)s::bigint[])
-"""  # noqa: S608  names in the contract
+SELECT {selected}
+FROM {tables.rows_of(tables.events)} AS e WHERE {known}
+"""  # noqa: S608  names in the declaration
 
 
-async def as_now(database: Database, rows: Sequence[Row]) -> None:
+async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> None:
     """Give inserted rows of the stream the values that they have in the table now.
 
     They were committed while its columns may have been others: a type that is no longer there, or a name that was
     another column's. A row that is no longer in the table stays as it is.
     """
+    identity, unquote = tables.identity, codec_of(tables).unquote
     for row in rows:
         unquote(row.columns)
     by_id: dict[object, list[Row]] = {}  # several, of one that was moved to another partition
     for row in rows:
         for column in row.columns:
-            if column.name == IDENTITY.column:
+            if column.name == identity.column:
                 by_id.setdefault(column.value, []).append(row)
-    ids = [event_id for event_id in by_id if BIGINT.fits(event_id)]
-    names = [field.column for field in OWN]
-    for values in await database.rows(AS_NOW, {"ids": ids}) if ids else ():
-        for row in by_id[values[names.index(IDENTITY.column)]]:
+    ids = [event_id for event_id in by_id if identity.type.fits(event_id)]
+    names = [field.column for field in tables.own]
+    for values in await database.rows(as_now_query(tables), {"ids": ids}) if ids else ():
+        for row in by_id[values[names.index(identity.column)]]:
             row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
 
 
@@ -85,8 +102,10 @@ class _Part(NamedTuple):
 class MissedHistory:
     """Rows that the stream could not show. A place is the number of a part and an id in it."""
 
-    def __init__(self, dsn: Dsn, record: Record, parts: list[_Part]) -> None:
+    def __init__(self, dsn: Dsn, tables: Tables, record: Record, parts: list[_Part]) -> None:
         highest = INT64_MIN if record.highest_id is None else record.highest_id - MARGIN_IDS  # none seen: any is new
+        self._tables, self._codec = tables, codec_of(tables)
+        self._counted = tables.identity.type.python is int
         self._parameters: Mapping[str, object] = {
             "time": record.time - MARGIN_SECONDS,
             "highest_id": max(highest, INT64_MIN),
@@ -95,24 +114,34 @@ class MissedHistory:
         }
         self._parts = parts
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
-        self._picked = PickedHistory(dsn, [])
+        self._picked = PickedHistory(dsn, [], tables)
         self._part = -1
-        self._ids = array("q")
+        self._ids: Sequence[Id] = []
 
     @classmethod
-    def since(cls, dsn: Dsn, record: Record, shape: Shape) -> MissedHistory | None:
+    def since(cls, dsn: Dsn, tables: Tables, record: Record, shape: Shape) -> MissedHistory | None:
         """What may have been missed since the record; None: nothing."""
-        parts = list(_changed(record.shape, shape))
-        return cls(dsn, record, parts) if parts else None
+        parts = list(_changed(tables, record.shape, shape))
+        return cls(dsn, tables, record, parts) if parts else None
 
     async def open(self) -> None:
         await self._picked.open()
 
     async def begin(self) -> tuple[str, int]:
-        return f"0 {INT64_MIN}", 0
+        return self._place(0), 0
+
+    def _place(self, part: int, first: Id | None = None) -> str:
+        """`first`: as `_Place.id` of a history; None: the beginning of the part."""
+        if first is None:
+            first = INT64_MIN if self._counted else None
+        return str(part) if first is None else f"{part} {first}"
+
+    def _parsed(self, place: str) -> tuple[int, Id | None]:
+        number, begun, text = place.partition(" ")
+        return int(number), int(text) if self._counted else text if begun else None
 
     async def read(self, place: str, after: Position, rows: int) -> Page | None:
-        part, first = map(int, place.split())
+        part, first = self._parsed(place)
         if part == len(self._parts):
             return None
         try:
@@ -124,46 +153,56 @@ class MissedHistory:
         await self._scans.close()
         await self._picked.close()
 
-    async def _read(self, part: int, first: int, after: Position, rows: int) -> Page:
+    async def _read(self, part: int, first: Id | None, after: Position, rows: int) -> Page:
         ids = await self._upcoming(part, first, rows)
         found = await self._picked.find(ids) if ids else []
-        last = last_event(found)[0] if found else ids[-1] if ids else INT64_MAX
-        place = f"{part + 1} {INT64_MIN}" if last == INT64_MAX else f"{part} {last + 1}"
-        return make_page(found, after, place) if found else Page(Enriched([], []), after, place)
+        last = last_event(self._codec, found)[0] if found else ids[-1] if ids else None
+        if isinstance(last, int):
+            last = None if last == INT64_MAX else last + 1
+        place = self._place(part + 1) if last is None else self._place(part, last)
+        return make_page(self._codec, found, after, place) if found else Page(Enriched([], []), after, place)
 
-    async def _upcoming(self, part: int, first: int, rows: int) -> list[int]:
-        at = bisect_left(self._ids, first)
+    async def _upcoming(self, part: int, first: Id | None, rows: int) -> list[Id]:
+        at = self._at(first)
         if self._part != part or (at == len(self._ids) == FIND_IDS):
-            query = await self._query(self._parts[part])
+            query = await self._query(self._parts[part], begun=first is not None)
             found = await self._scans.rows(query, {**self._parameters, "id": first})
-            self._part, self._ids, at = part, array("q", (event_id for (event_id,) in found)), 0
+            self._part, self._ids, at = part, [event_id for (event_id,) in found], 0
         return list(self._ids[at : at + rows])
 
-    async def _query(self, part: _Part) -> str:
-        oid = part.relation.oid
+    def _at(self, first: Id | None) -> int:
+        """Where the next ids are among those that were found."""
+        if first is None:
+            return 0
+        find = bisect_left if self._counted else bisect_right
+        return find(self._ids, first)
+
+    async def _query(self, part: _Part, *, begun: bool) -> str:
+        oid, tables = part.relation.oid, self._tables
         [(readable, constraint)] = await self._scans.rows(PARTS, {"oid": oid}) or [(False, "false")]
         if readable:
             name = sql.Identifier(part.relation.schema, part.relation.name)
-            return _composed(sql.SQL("ONLY {}").format(name), part.condition)
-        escaped = "true" if EVENTS_TABLE in RENAMED else constraint.replace("%", "%%")  # it has the table's own names
-        name = sql.Identifier(SCHEMA, EVENTS_TABLE)
-        return _composed(sql.SQL("{}").format(name), f"tableoid = {oid} AND {escaped} AND {part.condition}")
+            return self._composed(sql.SQL("ONLY {}").format(name), part.condition, begun=begun)
+        # It has the table's own names.
+        escaped = "true" if tables.events in tables.renamed else constraint.replace("%", "%%")
+        name = sql.Identifier(tables.schema, tables.events)
+        condition = f"tableoid = {oid} AND {escaped} AND {part.condition}"
+        return self._composed(sql.SQL("{}").format(name), condition, begun=begun)
+
+    def _composed(self, source: sql.Composed, condition: str, *, begun: bool) -> str:
+        return _find(self._tables, source.as_string().replace("%", "%%"), condition, begun=begun)
 
 
-def _composed(source: sql.Composed, condition: str) -> str:
-    return FIND.format(rows_of(EVENTS_TABLE, source.as_string().replace("%", "%%")), condition)
-
-
-def _changed(before: Shape, after: Shape) -> Iterator[_Part]:
+def _changed(tables: Tables, before: Shape, after: Shape) -> Iterator[_Part]:
     known = {relation.oid: relation for relation in before.relations}
-    tables = [shape.table(EVENTS_TABLE) for shape in (before, after)]
+    found = [shape.table(tables.events) for shape in (before, after)]
     # A column that is renamed is another one in every part, and the catalog shows it in the table alone.
-    [columns_before, columns] = [table.columns if table else () for table in tables]
-    for part in after.of(EVENTS_TABLE):
+    [columns_before, columns] = [table.columns if table else () for table in found]
+    for part in after.of(tables.events):
         old = known.get(part.oid)
         if part.kind != "r" or (old == part and columns_before == columns):
             continue
         if old is not None:
-            yield _Part(part, f"{RECENT} AND {WRITTEN_SINCE}")
+            yield _Part(part, f"{_recent(tables)} AND {WRITTEN_SINCE}")
         else:
-            yield _Part(part, RECENT if part.top else EVERYTHING)
+            yield _Part(part, _recent(tables) if part.top else EVERYTHING)

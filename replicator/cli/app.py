@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EVENT, EngagementLedger, EnrichmentSettings, create_enricher
+from enrichment import EngagementLedger, EnrichmentSettings, configured, create_enricher
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -79,7 +79,7 @@ class App(NamedTuple):
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         enricher = create_enricher(partial(_dsn, settings))
-        made = create_sinks(settings.sinks if sinks is None else sinks, EVENT)
+        made = create_sinks(settings.sinks if sinks is None else sinks, configured().stream)
         for sink in made:
             sink.origin = enricher.origin
         return cls(

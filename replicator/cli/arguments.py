@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 import typer
 
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.events import Id
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -52,11 +53,17 @@ def letter_id(given: str) -> int:
     return _whole(given, 2**63 - 1)
 
 
-def event_id(given: str) -> int:
-    """An event's id: 64 bits, with a sign."""
-    if not (re.fullmatch("-?[0-9]{1,19}", given) and -(2**63) <= int(given) < 2**63):
-        raise typer.BadParameter(f"{given!r} is not an event's id")
-    return int(given)
+def event_id(given: str) -> Id:
+    """An event's id, of the kind that the stream's identity is. Raises SettingsError."""
+    from enrichment import configured
+
+    wanted = configured().identity.type
+    found: Id = given
+    if wanted.python is int and re.fullmatch("-?[0-9]{1,19}", given):
+        found = int(given)
+    if not wanted.fits(found):
+        raise SettingsError(name="ID", problem=f"{given!r} is not an event's id", expected=wanted.words)
+    return found
 
 
 def _whole(given: str | int, most: int) -> int:

@@ -90,9 +90,9 @@ class _Chosen:
 
     def _refuse_unknown_fields(self) -> None:
         """A misspelt name would look as if there were no such letters."""
-        from enrichment import EVENT
+        from enrichment import configured
 
-        known = [field.name for field in EVENT.fields]
+        known = [field.name for field in configured().stream.fields]
         for field, _ in self._where:
             if field not in self._fields.union(known):
                 close = get_close_matches(field, known, n=1)
@@ -150,13 +150,14 @@ def _condition(text: str) -> tuple[str, str]:
 
 def _values(letter: DeadLetter) -> dict[str, Any]:
     """Of the event, or of the row: by its columns' names in the table, and by the event's."""
-    from enrichment.contract import EVENTS_TABLE, OWN, named
+    from enrichment import configured
 
     found = json.loads(letter.payload)
     if letter.stage == "event":
         return dict(found)
     row = {column["name"]: column.get("value") for column in found["columns"]}
-    theirs = {field.name: named(EVENTS_TABLE, field.column) for field in OWN}
+    tables = configured()
+    theirs = {field.name: tables.named(tables.events, field.column) for field in tables.own}
     return row | {ours: row[column] for ours, column in theirs.items() if column in row}
 
 

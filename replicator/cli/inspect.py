@@ -88,10 +88,10 @@ def sql(name: SqlFile) -> None:
     slot, with a verdict. clickhouse: the table, as `init` creates it.
     """
     if name == "clickhouse":
-        from enrichment import EVENT
+        from enrichment import configured
         from sinks.clickhouse.table import ddl
 
-        print(ddl(EVENT), end="")
+        print(ddl(configured().stream), end="")
     else:
         print((files("replicator") / "sql" / f"{name.replace('-', '_')}.sql").read_text(encoding="utf-8"), end="")
 

@@ -16,6 +16,9 @@ import msgspec
 Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset that the text form stands for, `16/B374D848`."""
 
+Id: TypeAlias = int | str
+"""What makes two events the same, or what they are about: a signed 64-bit integer, or a text (of a uuid, too)."""
+
 _fits_lsn = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})").fullmatch
 
 
@@ -114,14 +117,21 @@ class Event(msgspec.Struct, gc=False):
 
     commit_lsn: Lsn
     ordinal: int
-    id: int
-    """The source row's primary key: the event's identity everywhere (signed 64 bits)."""
-    key: int
-    """What the event is about (the content's id, signed 64 bits): Redis keys and rankings go by it."""
+    id: Id
+    """The source row's primary key: the event's identity everywhere."""
+    key: Id
+    """What the event is about (the content's id, for instance): Redis keys and rankings go by it."""
     ts_us: int | None
     """Event time, microseconds since 1970-01-01 UTC; None when it is infinite or outside the years 1 to 9999."""
     json: bytes
     """The event as one JSON object, fields in the contract's order, UTF-8, no trailing newline."""
+    deleted: bool = False
+    """The row is gone; `json` has what the source's replica identity tells of it, the identity at least."""
+
+    @property
+    def version(self) -> int:
+        """Of a row that changes: the higher the later."""
+        return (self.commit_lsn << 64) | self.ordinal
 
 
 class Refusal(NamedTuple):
@@ -149,8 +159,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin = "stream"
     position: Position | None
     """Where the row stands in the stream; None for a letter of a backfill, or from before a gap was accepted."""
-    event_id: int | None
-    """The source row's primary key; None when the row has none that fits 64 bits."""
+    event_id: Id | None
+    """The source row's primary key; None when the row has none that fits."""
     reason: str
     payload: bytes
     """The event's JSON; at stage `row` the row as wal2json sent it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
-from replicator.contracts.events import Lsn
+from replicator.contracts.events import Id, Lsn
 from replicator.contracts.stream import History
 
 
@@ -24,9 +24,9 @@ class Digest(NamedTuple):
 class EventDigest(NamedTuple):
     """One event as one place holds it."""
 
-    id: int
+    id: Id
     ts_us: int
-    key: int
+    key: Id
     """With `id` and `ts_us` the identity of the event; see `events.Event`."""
     hash: int
     """60 bits of the MD5 of its fields as text."""
@@ -35,7 +35,7 @@ class EventDigest(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A subset of the events: some buckets of time and, inside them, some remainders of `id`."""
+    """A subset of the events: some buckets of time and, inside them, some remainders of the identity."""
 
     origin_us: int
     width_us: int
@@ -43,7 +43,7 @@ class Slice(NamedTuple):
     """Ascending. Bucket n begins at `origin_us + n * width_us`."""
     modulus: int = 1
     remainders: tuple[int, ...] = (0,)
-    """Of `id` divided by `modulus`, never negative."""
+    """Of the identity, or of its hash if it is a text, divided by `modulus`; never negative."""
 
     @property
     def start_us(self) -> int:
@@ -74,7 +74,7 @@ class Ledger(Protocol):
     async def events(self, part: Slice) -> list[EventDigest]:
         """The events of the slice, in any order."""
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+    async def find(self, ids: Sequence[Id], start_us: int, end_us: int) -> list[EventDigest]:
         """The events with these ids and `start <= ts < end`, in any order."""
 
 
@@ -100,24 +100,24 @@ class SourceLedger(Ledger, Protocol):
     async def oldest_transaction(self) -> int:
         """The lowest number of an open transaction. The rows of lower ones are visible, or never will be."""
 
-    def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[int]]:
+    def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[Id]]:
         """The ids of the events with `start <= ts < end`, in chunks."""
 
-    def counts(self) -> AsyncIterator[Sequence[tuple[int, int]]]:
+    def counts(self) -> AsyncIterator[Sequence[tuple[Id, int]]]:
         """`(key, number of events)` of every key over all times, ascending by key, in chunks."""
 
-    async def counts_of(self, keys: Sequence[int]) -> dict[int, int]:
+    async def counts_of(self, keys: Sequence[Id]) -> dict[Id, int]:
         """The same for these keys. Keys without events are absent."""
 
-    def picked(self, ids: Sequence[int]) -> History:
+    def picked(self, ids: Sequence[Id]) -> History:
         """These events, ready to be sent to sinks."""
 
 
 class EventCounter(Protocol):
     """A place that counts events by key, each event once."""
 
-    async def counts(self, keys: Sequence[int]) -> list[int]:
+    async def counts(self, keys: Sequence[Id]) -> list[int]:
         """The count of each key, 0 for a key that is not there."""
 
-    async def unseen(self, ids: Sequence[int]) -> list[int]:
+    async def unseen(self, ids: Sequence[Id]) -> list[Id]:
         """Those of these events that were not counted yet."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from msgspec import Struct
 
-from replicator.contracts.events import Event, Finding, Lsn, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Id, Lsn, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import EventCounter, SinkLedger
 from replicator.contracts.settings import Settings, fresh
@@ -175,7 +175,7 @@ class Ranks(ABC):
     """A sink that knows which contents have the most events of late."""
 
     @abstractmethod
-    async def top(self, most: int) -> list[tuple[int, int]]:
+    async def top(self, most: int) -> list[tuple[Id, int]]:
         """Those contents, so many at most, and their events in the last minutes. Raises as `write`, but no refusals."""
 
 
@@ -196,7 +196,7 @@ class Traces(ABC):
     """A sink that can say what it has of one event."""
 
     @abstractmethod
-    async def trace(self, event_id: int, event: Event | None) -> Held:
+    async def trace(self, event_id: Id, event: Event | None) -> Held:
         """The event of this id; `event` is as PostgreSQL has it now, None when it has none. Raises as `write`."""
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from replicator.contracts.events import Id
 from replicator.contracts.ledger import Digest, EventDigest, Ledger, Slice
 
 BUCKETS = 4_096
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class Candidates(NamedTuple):
     """Events that may differ, with `start <= ts < end`."""
 
-    ids: list[int]
+    ids: list[Id]
     start_us: int
     end_us: int
 
@@ -94,7 +95,7 @@ class Comparison:
             yield whole._replace(remainders=chunk)
 
 
-def candidate_ids(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> list[int]:
+def candidate_ids(wanted: Iterable[EventDigest], found: Iterable[EventDigest]) -> list[Id]:
     """The ids of all events that are not the same on both sides."""
     return sorted({row[0] for row in {row[:4] for row in wanted} ^ {row[:4] for row in found}})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import array
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Iterable, Iterator, MutableSequence, Sequence
+from typing import Any, NamedTuple
 
-from replicator.contracts.events import Lsn, format_lsn
+from replicator.contracts.events import Id, Lsn, format_lsn
 from replicator.contracts.ledger import EventCounter, EventDigest, Ledger, SourceLedger
 from replicator.reconcile.compare import CHUNK, QUERY_EVENTS, Candidates
 from replicator.reconcile.report import WrongCount
@@ -27,6 +27,26 @@ class Verdict(NamedTuple):
     """As the destination has them, with another hash than at the source."""
     extra: list[EventDigest]
     """Only the destination has them."""
+
+
+class _Ids:
+    """Any number of them; 8 bytes each, if they are integers."""
+
+    def __init__(self) -> None:
+        self._ids: MutableSequence[Any] | None = None
+
+    def extend(self, ids: Iterable[Id]) -> None:
+        """Behind those that are there."""
+        new = list(ids)
+        if self._ids is None and new:
+            self._ids = array.array("q") if isinstance(new[0], int) else []
+        if self._ids is not None:
+            self._ids.extend(new)
+
+    def chunks(self) -> Iterator[list[Id]]:
+        """All of them."""
+        ids = self._ids or []
+        return (list(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK))
 
 
 class Underway:
@@ -106,7 +126,7 @@ async def recheck(
 
 async def unseen(
     source: SourceLedger, counter: EventCounter, start_us: int, end_us: int, underway: Underway | None = None
-) -> AsyncIterator[list[int]]:
+) -> AsyncIterator[list[Id]]:
     """Ids of events that were not counted, in chunks; with `underway`, looked at again when they had time to arrive."""
     events, first, last = await source.span(start_us, end_us)
     if not events:
@@ -114,31 +134,31 @@ async def unseen(
     pieces = -(-events // QUERY_EVENTS) if source.slices_are_cheap else 1
     width = -(-(last + 1 - first) // pieces)
     for start in range(first, last + 1, width):
-        found = array.array("q")  # 8 bytes each; no query is open while they are worked on
+        found = _Ids()  # no query is open while they are worked on
         async for ids in source.ids(start, min(start + width, last + 1)):
             found.extend(await counter.unseen(ids))
-        for at in range(0, len(found), CHUNK):
-            chunk = list(found[at : at + CHUNK])
-            if underway is not None:
+        for chunk in found.chunks():
+            if underway is None:
+                yield chunk
+            else:
                 await underway.delivered(await source.lsn())
-                chunk = await counter.unseen(chunk)
-            yield chunk
+                yield await counter.unseen(chunk)
 
 
 async def wrong_counts(
     source: SourceLedger, counter: EventCounter, underway: Underway
 ) -> AsyncIterator[list[WrongCount]]:
     """Counts of the source's keys that don't agree with it, over all times, in chunks."""
-    keys = array.array("q")
+    keys = _Ids()
     async for chunk in source.counts():
         found = await counter.counts([key for key, _ in chunk])
         keys.extend(key for (key, events), count in zip(chunk, found, strict=True) if events != count)
-    for at in range(0, len(keys), CHUNK):
-        yield await recheck_counts(source, counter, underway, keys[at : at + CHUNK])
+    for some in keys.chunks():
+        yield await recheck_counts(source, counter, underway, some)
 
 
 async def recheck_counts(
-    source: SourceLedger, counter: EventCounter, underway: Underway, keys: Sequence[int]
+    source: SourceLedger, counter: EventCounter, underway: Underway, keys: Sequence[Id]
 ) -> list[WrongCount]:
     """Counts below what the source had before the slot passed, or above what it has afterwards."""
     least = await source.counts_of(keys)

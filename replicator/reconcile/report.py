@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from replicator.contracts.events import Id
+
 SHOWN = 20
 """How many of a kind are named; all are counted."""
 
@@ -18,7 +20,7 @@ Kind: TypeAlias = Literal["missing", "different", "extra", "not_counted", "count
 class WrongCount(msgspec.Struct, frozen=True):
     """A sink's count of one key; the source had `least` events before the sink was asked, and `most` afterwards."""
 
-    key: int
+    key: Id
     found: int
     least: int
     most: int
@@ -32,9 +34,9 @@ class Tally(msgspec.Struct):
     """How many of a kind there are, and the first of them: event ids, or counts."""
 
     count: int = 0
-    first: list[int | WrongCount] = []
+    first: list[Id | WrongCount] = []
 
-    def add(self, found: Iterable[int | WrongCount]) -> None:
+    def add(self, found: Iterable[Id | WrongCount]) -> None:
         """Count these."""
         for one in found:
             self.count += 1
@@ -61,7 +63,7 @@ class SinkReport(msgspec.Struct):
     hints: list[str] = []
     """What the operator can do."""
 
-    def add(self, kind: Kind, found: Iterable[int | WrongCount] = ()) -> None:
+    def add(self, kind: Kind, found: Iterable[Id | WrongCount] = ()) -> None:
         """Count these; report the kind even if there are none."""
         self.found.setdefault(kind, Tally()).add(found)
 

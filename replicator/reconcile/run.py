@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from replicator.contracts.errors import command
-from replicator.contracts.events import Lsn
+from replicator.contracts.events import Id, Lsn
 from replicator.contracts.ledger import EventCounter, SinkLedger, SourceLedger
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import HasCounter, HasLedger, Mode, Rebuildable, Sink
@@ -152,7 +152,7 @@ class Reconcile:
         if ids := {row.id for row in (*verdict.missing, *verdict.different)}:
             await self._send(sink, sorted(ids))
 
-    async def _send(self, sink: Sink, ids: Sequence[int]) -> None:
+    async def _send(self, sink: Sink, ids: Sequence[Id]) -> None:
         """Send these events, with today's content, as a backfill does."""
         await asyncio.to_thread(self.store.create)
         history = self.source.picked(ids)

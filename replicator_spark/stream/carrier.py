@@ -10,9 +10,10 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from zlib import crc32
 
 from replicator.contracts.errors import BatchRefused, SinkBroken, SinkError, SinkUnavailable
-from replicator.contracts.events import Event, Refusal
+from replicator.contracts.events import Event, Id, Refusal
 from replicator.contracts.sink import Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import meant_by_sink
@@ -109,10 +110,15 @@ def cut(events: Sequence[Event]) -> list[Sequence[Event]]:
         return [events]
     cut_up: list[list[Event]] = [[] for _ in range(parts)]
     for event in events:
-        cut_up[event.key % parts].append(event)
+        cut_up[_number(event.key) % parts].append(event)
     return [part for part in cut_up if part]
 
 
 def _first(errors: Sequence[SinkError]) -> SinkError:
     """What the lane hears. A refusal comes last: of the parts that failed for another reason it says nothing."""
     return min(errors, key=lambda error: isinstance(error, BatchRefused))
+
+
+def _number(key: Id) -> int:
+    """The same in every process."""
+    return key if isinstance(key, int) else crc32(key.encode())

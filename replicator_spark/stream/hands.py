@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-from enrichment import EVENT
+from enrichment import configured
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.sink import Mode, Sink
@@ -67,7 +67,7 @@ class Hands:
             with suppress(Exception):  # whatever was wrong with it: there is a new one
                 await sink.close()
         compare(errand.meant, meant_by_sink(errand.sink, errand.meant.key))
-        [made] = create_sinks([errand.sink], EVENT)
+        [made] = create_sinks([errand.sink], configured().stream)
         try:
             await made.open(None, Mode.BACKFILL)
         except BatchRefused as exc:  # there are no events that could be at fault

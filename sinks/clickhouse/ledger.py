@@ -22,32 +22,23 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from replicator.contracts.errors import SinkUnavailable
-from replicator.contracts.events import Event
-from replicator.contracts.fields import TIMESTAMPTZ, Contract, Role
+from replicator.contracts.events import Event, Id
+from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
 from sinks.clickhouse.errors import SINK
-from sinks.clickhouse.table import Look
+from sinks.clickhouse.table import Look, version
 
 CHUNK = 5_000
 """Ids a statement, and twice the keys: below ClickHouse's 256 kB for the text of one."""
 
-US = "toUnixTimestamp64Micro(event_ts)"
-HASH = "bitShiftRight(reinterpretAsUInt64(reverse(substring(MD5(concat({line})), 1, 8))), 4)"
-BUCKET = f"intDiv({US} - %(origin_us)s, %(width_us)s)"
-REMAINDER = "positiveModulo(event_id, %(modulus)s)"
-IN_SLICE = f"AND {BUCKET} IN %(buckets)s AND {REMAINDER} IN %(remainders)s"
-WITHIN = (
-    "event_ts >= fromUnixTimestamp64Micro(%(start)s, 'UTC') AND event_ts < fromUnixTimestamp64Micro(%(end)s, 'UTC')"
-)
+HASH = "bitShiftRight(reinterpretAsUInt64(reverse(substring(MD5({line}), 1, 8))), 4)"
 
-ONE_OF = f"AND (event_id, {US}, content_id) IN %(keys)s"
-
-DELETE = f"""
+DELETE = """
 -- Lightweight: the rows are gone from every query at once, and from the disk with the next merge.
-DELETE FROM {{table}} WHERE {WITHIN} {ONE_OF}
-"""  # noqa: S608  our own names
+DELETE FROM {table} WHERE {exactly}
+"""
 
 SENT_BYTES = 4_000_000
 """Of events whose rows are fetched by one statement."""
@@ -64,8 +55,8 @@ COPIES = 100
 
 T = TypeVar("T")
 
-Key: TypeAlias = tuple[int, int, int]
-"""An event's id, time in µs, and content."""
+Key: TypeAlias = tuple[Id, int, Id]
+"""An event's identity, time in µs, and key."""
 
 
 class ClickHouseLedger:
@@ -76,75 +67,115 @@ class ClickHouseLedger:
     def __init__(self, client: Client, table: str, contract: Contract, *, with_content: bool) -> None:
         self._client = client
         self._table = table
+        self._contract = contract
         compared = contract.compared(with_joined=with_content)
         line = ", '|', ".join(field.type.clickhouse_line.format(field.name) for field in compared)
-        self._hash = HASH.format(line=line)
-        self._time = contract.field(Role.TIME).name
-        self._values = [field.name for field in contract.fields if field.type is not TIMESTAMPTZ]
-        self._event = f"event_id, {US}, content_id, {self._hash}, _lsn"
+        self._hash = HASH.format(line=f"concat({line})")
+        self._time, self._id, self._key = (field.name for field in (contract.time, contract.identity, contract.key))
+        self._values = [field.name for field in contract.fields if "DateTime64" not in field.type.clickhouse]
+        kinds = contract.identity.type.python, contract.key.type.python
+        self._id_row: type[tuple[Any, int]] = tuple[kinds[0], int]  # type: ignore[valid-type]
+        self._key_row: type[Key] = tuple[kinds[0], int, kinds[1]]  # type: ignore[valid-type]
+        self._digest_row: type[tuple[Any, ...]] = tuple[kinds[0], int, kinds[1], int, int]  # type: ignore[valid-type]
+        self._us = f"toUnixTimestamp64Micro({self._time})"
+        self._lsn = "toUInt64(bitShiftRight(_version, 64))" if contract.follows else "_lsn"
+        self._event = f"{self._id}, {self._us}, {self._key}, {self._hash}, {self._lsn}"
+        text = contract.identity.type.clickhouse_line.format(self._id)
+        number = self._id if contract.identity.type.python is int else HASH.format(line=text)
+        self._bucket = f"intDiv({self._us} - %(origin_us)s, %(width_us)s)"
+        self._remainder = f"positiveModulo({number}, %(modulus)s)"
+        self._within = (
+            f"{self._time} >= fromUnixTimestamp64Micro(%(start)s, 'UTC')"
+            f" AND {self._time} < fromUnixTimestamp64Micro(%(end)s, 'UTC')"
+        )
+        self._one_of = f"AND ({self._id}, {self._us}, {self._key}) IN %(keys)s"
 
     async def span(self, start_us: int, end_us: int) -> tuple[int, int, int]:
-        what = f"count(), min({US}), max({US})"
+        what = f"count(), min({self._us}), max({self._us})"
         [(events, first, last)] = await self._select(what, tuple[int, int, int], {"start": start_us, "end": end_us})
         return events, first if events else 0, last if events else 0
 
     async def digests(self, part: Slice) -> dict[int, Digest]:
-        group = BUCKET if part.modulus == 1 else REMAINDER
+        group = self._bucket if part.modulus == 1 else self._remainder
         what = f"{group} AS n, count(), sum(toUInt128({self._hash}))"
         rows = await self._select(what, tuple[int, int, int], _of(part), "GROUP BY n")
         return {number: Digest(events, total) for number, events, total in rows}
 
     async def events(self, part: Slice) -> list[EventDigest]:
-        return await self._select(self._event, EventDigest, _of(part), IN_SLICE)
+        in_slice = f"AND {self._bucket} IN %(buckets)s AND {self._remainder} IN %(remainders)s"
+        return await self._digests(_of(part), in_slice)
 
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         """As `CountsByHour.hours`."""
-        hour = f"intDiv({US} - positiveModulo({US}, 3600000000), 1000000)"
+        hour = f"intDiv({self._us} - positiveModulo({self._us}, 3600000000), 1000000)"
         within = {"start": start_us, "end": end_us}
         return dict(await self._select(f"{hour} AS n, count()", tuple[int, int], within, "GROUP BY n"))
 
-    async def find(self, ids: Sequence[int], start_us: int, end_us: int) -> list[EventDigest]:
+    async def find(self, ids: Sequence[Id], start_us: int, end_us: int) -> list[EventDigest]:
         found: list[EventDigest] = []
         for at in range(0, len(ids), CHUNK):
             wanted = {"start": start_us, "end": end_us, "ids": tuple(ids[at : at + CHUNK])}
-            found += await self._select(self._event, EventDigest, wanted, "AND event_id IN %(ids)s")
+            found += await self._digests(wanted, f"AND {self._id} IN %(ids)s")
         return found
+
+    async def _digests(self, parameters: Mapping[str, object], more: str) -> list[EventDigest]:
+        rows = await self._select(self._event, self._digest_row, parameters, more)
+        return [EventDigest(*row) for row in rows]
 
     async def delete(self, doomed: Sequence[EventDigest]) -> None:
         ordered = sorted(doomed, key=lambda row: row.ts_us)  # those of a statement are near each other in time
         for at in range(0, len(ordered), CHUNK // 2):  # a key is three numbers
             keys = tuple((row.id, row.ts_us, row.key) for row in ordered[at : at + CHUNK // 2])
             exactly = {"start": keys[0][1], "end": keys[-1][1] + 1, "keys": keys}
-            await self._client.command(DELETE.format(table=self._table), exactly)
-            [(left,)] = await self._select("count()", tuple[int], exactly, ONE_OF)
+            delete = DELETE.format(table=self._table, exactly=f"{self._within} {self._one_of}")
+            await self._client.command(delete, exactly)
+            [(left,)] = await self._select("count()", tuple[int], exactly, self._one_of)
             if left:
                 raise SinkUnavailable(sink=SINK, detail=f"{left} rows are still there after they were deleted")
 
     async def holds(self, events: Sequence[Event]) -> bool:
         """Whether the table has each of these events as it is here, or a later view of it."""
-        what = f"event_id, {US}, content_id, _lsn, {', '.join(self._values)}"
+        if self._contract.follows:
+            return await self._follows(events)
+        what = f"{self._id}, {self._us}, {self._key}, {self._lsn}, {', '.join(self._values)}"
         for piece in _pieces(sorted(events, key=lambda event: event.ts_us or 0)):
             keys = tuple((event.id, event.ts_us, event.key) for event in piece)
             exactly = {"start": piece[0].ts_us, "end": (piece[-1].ts_us or 0) + 1, "keys": keys}
-            rows = await self._select(what, list[Any], exactly, f"{ONE_OF} {AS_SENT}")
+            rows = await self._select(what, list[Any], exactly, f"{self._one_of} {AS_SENT}")
             there = {tuple(row[:3]): row[3:] for row in rows}
             if not all(self._is_or_follows(there.get((event.id, event.ts_us, event.key)), event) for event in piece):
                 return False
         return True
 
+    async def _follows(self, events: Sequence[Event]) -> bool:
+        """Whether the table has each of these versions, or a later one; also of rows that are gone."""
+        for piece in _pieces(events):
+            found = await self._versions([event.id for event in piece])
+            if any(found.get(event.id, -1) < event.version for event in piece):
+                return False
+        return True
+
+    async def _versions(self, ids: Sequence[Id]) -> dict[Id, int]:
+        query = f"SELECT {self._id}, max(_version) FROM {self._table} WHERE {self._id} IN %(ids)s GROUP BY 1"  # noqa: S608
+        wanted = {"ids": tuple(dict.fromkeys(ids))}
+        return dict(await self._client.query(query, self._id_row, wanted, seconds=LONG_SECONDS))
+
     async def there(self, keys: Collection[Key]) -> set[Key]:
-        """Which of these events are there."""
+        """Which of these events are there; a row that is gone has left its last version."""
+        if self._contract.follows:
+            found = await self._versions([key[0] for key in keys])
+            return {key for key in keys if key[0] in found}
         times = [key[1] for key in keys]
         exactly = {"start": min(times), "end": max(times) + 1, "keys": tuple(keys), "times": tuple(map(_text, times))}
-        what = f"event_id, {US}, content_id"
-        return {*await self._select(what, tuple[int, int, int], exactly, f"AND event_ts IN %(times)s {ONE_OF}")}
+        what = f"{self._id}, {self._us}, {self._key}"
+        return {*await self._select(what, self._key_row, exactly, f"AND {self._time} IN %(times)s {self._one_of}")}
 
     async def oldest(self) -> list[Key]:
         """The first event by time; empty if there is none."""
-        what = f"SELECT event_id, {US}, content_id FROM {self._table} ORDER BY event_ts LIMIT 1"  # noqa: S608  our own names
-        return await self._client.query(what, tuple[int, int, int])
+        what = f"SELECT {self._id}, {self._us}, {self._key} FROM {self._table} ORDER BY {self._time} LIMIT 1"  # noqa: S608  our own names
+        return await self._client.query(what, self._key_row)
 
-    async def trace(self, event_id: int, event: Event | None) -> Held:
+    async def trace(self, event_id: Id, event: Event | None) -> Held:
         """What the table has of one event: all copies, of which `FINAL` shows the last."""
         at_its_time = event is not None and event.ts_us is not None
         rows = await self._copies(event_id, event.ts_us) if at_its_time and event else []
@@ -159,12 +190,13 @@ class ClickHouseLedger:
         notes += [f"it is there at {views} times"] if views > 1 else []
         return Held(True, fields, lsn, notes)
 
-    async def _copies(self, event_id: int, ts_us: int | None) -> list[list[Any]]:
+    async def _copies(self, event_id: Id, ts_us: int | None) -> list[list[Any]]:
         """At its time, which the table is sorted by, or at any."""
-        at = "" if ts_us is None else f"AND {WITHIN}"
-        query = f"SELECT {US}, _lsn, {', '.join(self._values)} FROM {self._table} WHERE event_id = %(id)s {at}"  # noqa: S608  our own names
+        at = "" if ts_us is None else f"AND {self._within}"
+        what = f"{self._us}, {self._lsn}, {', '.join(self._values)}"
+        query = f"SELECT {what} FROM {self._table} WHERE {self._id} = %(id)s {at}"  # noqa: S608  our own names
         parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
-        more = f"ORDER BY _lsn LIMIT {COPIES} {AS_SENT}"
+        more = f"ORDER BY {version(self._contract)} LIMIT {COPIES} {AS_SENT}"
         return await self._client.query(f"{query} {more}", list[Any], parameters, seconds=LONG_SECONDS)
 
     def _is_or_follows(self, row: list[Any] | None, event: Event) -> bool:
@@ -174,7 +206,7 @@ class ClickHouseLedger:
         return row[1:] == [fields[name] for name in self._values]
 
     async def _select(self, what: str, row: type[T], parameters: Mapping[str, object], more: str = "") -> list[T]:
-        query = f"SELECT {what} FROM {self._table} FINAL WHERE {WITHIN} {more}"  # noqa: S608  our own names
+        query = f"SELECT {what} FROM {self._table} FINAL WHERE {self._within} {more}"  # noqa: S608  our own names
         return await self._client.query(query, row, parameters, seconds=LONG_SECONDS)
 
 

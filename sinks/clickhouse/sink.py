@@ -34,7 +34,7 @@ from replicator.contracts.errors import (
     cited,
     command,
 )
-from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
@@ -136,7 +136,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         address = parse_url(settings.clickhouse_url.get_secret_value())
         self._server, self._database = address.server, address.database
         self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
-        self._table = qualified(self._database)
+        self._table = qualified(self._database, contract)
         self._password = address.password
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
@@ -146,6 +146,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = 0.0  # time.monotonic()
         self._is_open = False
+        self._rows = versions if contract.follows else rows
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.contract)
@@ -161,7 +162,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             [version] = await self._client.one("SELECT version()", tuple[str])
             findings.append(Finding(True, f"ClickHouse {cited(version)} at {self._server}"))
             findings += open_to_all([Path(self._server.removeprefix("chdb://"))])  # of a server there is no such file
-            if missing := await to_be_made(self._client, self._database):
+            if missing := await to_be_made(self._client, self._database, self.contract):
                 return [*findings, missing]
             seen = await self._look()
             await self._insert([])
@@ -199,7 +200,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         first, last = await self._range()
 
         def fits(event: Event) -> bool:
-            return event.ts_us is not None and first <= event.ts_us <= last
+            return event.deleted or (event.ts_us is not None and first <= event.ts_us <= last)
 
         outside = [Refusal(event, _OUTSIDE_RANGE) for event in filterfalse(fits, events)]
         fitting = list(filter(fits, events)) if outside else events
@@ -214,7 +215,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     async def hours(self, start_us: int, end_us: int) -> dict[int, int]:
         return await self.ledger(with_content=False).hours(start_us, end_us)
 
-    async def trace(self, event_id: int, event: Event | None) -> Held:
+    async def trace(self, event_id: Id, event: Event | None) -> Held:
         return await self.ledger(with_content=True).trace(event_id, event)
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
@@ -298,7 +299,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         token = hashlib.sha256(self._run)
         body = []
         for first in range(0, len(events), PIECE):
-            body.append(rows(events[first : first + PIECE]))
+            body.append(self._rows(events[first : first + PIECE]))
             token.update(body[-1])  # not the positions, which can't tell two views of an event apart
             if len(body) % PIECES_A_TURN == 0:
                 await asyncio.sleep(0)  # the loop's other work
@@ -331,3 +332,10 @@ def _proves(receipt: Receipt, sent: int, seen: Look) -> bool:
 def rows(events: Sequence[Event]) -> bytes:
     """The events as JSON lines, each with the `_lsn` of its commit after its own fields."""
     return b"".join([b'%b,"_lsn":%d}\n' % (event.json[:-1], event.commit_lsn) for event in events])
+
+
+def versions(events: Sequence[Event]) -> bytes:
+    """The same of rows that change: each with its version, the higher the later, and whether it is gone."""
+    return b"".join(
+        [b'%b,"_version":%d,"_deleted":%d}\n' % (event.json[:-1], event.version, event.deleted) for event in events]
+    )

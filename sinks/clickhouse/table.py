@@ -16,7 +16,6 @@ from replicator.contracts.fields import Contract, Role
 from sinks.clickhouse.client import Client
 from sinks.clickhouse.errors import SINK, not_clickhouse
 
-TABLE = "events_enriched"
 FSYNC = "fsync_after_insert = 1, fsync_part_directory = 1"
 
 _WHOLE_INSERT_ROWS = 1_048_576  # above any clickhouse_max_events: an insert is parsed into one block
@@ -95,19 +94,31 @@ _SETTINGS_CURE = (
 _ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename it away and run {_INIT}"
 
 
-def qualified(database: str) -> str:
-    """The table's name in SQL."""
-    return f"`{database}`.{TABLE}"
+def table_of(contract: Contract) -> str:
+    """The table's name."""
+    return contract.destination or contract.name
+
+
+def qualified(database: str, contract: Contract) -> str:
+    """The same in SQL."""
+    return f"`{database}`.{table_of(contract)}"
 
 
 def columns(contract: Contract) -> dict[str, str]:
     """Name and type of what an insert fills. A table may have more columns if they have defaults."""
-    return {field.name: field.type.clickhouse for field in contract.fields} | {"_lsn": "UInt64"}
+    versions = {"_version": "UInt128", "_deleted": "UInt8"} if contract.follows else {"_lsn": "UInt64"}
+    return {field.name: field.type.clickhouse for field in contract.fields} | versions
+
+
+def version(contract: Contract) -> str:
+    """What decides between versions of an event: a row that changes may do so several times in one commit."""
+    return "_version, _deleted" if contract.follows else "_lsn"
 
 
 def sort_key(contract: Contract) -> str:
-    """The identity of an event, led by time."""
-    return ", ".join(contract.field(role).name for role in (Role.TIME, Role.KEY, Role.IDENTITY))
+    """The identity of an event, led by time where that never changes."""
+    roles = (Role.IDENTITY,) if contract.follows else (Role.TIME, Role.KEY, Role.IDENTITY)
+    return ", ".join(contract.field(role).name for role in roles)
 
 
 def ddl(contract: Contract, database: str = "engagement") -> str:
@@ -115,9 +126,10 @@ def ddl(contract: Contract, database: str = "engagement") -> str:
     template = Template(files("sinks.clickhouse").joinpath("table.sql").read_text(encoding="utf-8"))
     return template.substitute(
         database=database,
-        table=TABLE,
+        table=table_of(contract),
         columns="\n".join(f"    {name} {type_}," for name, type_ in columns(contract).items()),
-        time=contract.field(Role.TIME).name,
+        version=version(contract),
+        partition="" if contract.follows else f"PARTITION BY toYYYYMM({contract.time.name})\n",
         sort_key=sort_key(contract),
     )
 
@@ -129,7 +141,10 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
     """
     database_sql, table_sql, _ = ddl(contract, database).split(";")
     made = []
-    for sql, what, name in ((database_sql, "database", f"`{database}`"), (table_sql, "table", qualified(database))):
+    for sql, what, name in (
+        (database_sql, "database", f"`{database}`"),
+        (table_sql, "table", qualified(database, contract)),
+    ):
         if not await _exists(client, what, name):
             await client.command(sql)
             if not await _exists(client, what, name):
@@ -138,11 +153,11 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
     return made
 
 
-async def to_be_made(client: Client, database: str) -> Finding | None:
+async def to_be_made(client: Client, database: str, contract: Contract) -> Finding | None:
     """What `check` says of a table that is not there, by whether this user may make it. Raises SinkError."""
-    if await _exists(client, "table", qualified(database)):
+    if await _exists(client, "table", qualified(database, contract)):
         return None
-    what = f"ClickHouse: table {database}.{TABLE} does not exist"
+    what = f"ClickHouse: table {database}.{table_of(contract)} does not exist"
     there = await _exists(client, "database", f"`{database}`")
     rights = f"CREATE TABLE ON `{database}`.*" if there else f"CREATE DATABASE, CREATE TABLE ON `{database}`.*"
     if await _may(client, rights):
@@ -168,25 +183,25 @@ async def _exists(client: Client, what: str, name: str) -> bool:
 
 async def look(client: Client, database: str, contract: Contract) -> Look:
     """Raises SinkUnusable if the table would lose, change or multiply events, SinkMisconfigured if inserts would."""
-    names = {"database": database, "table": TABLE}
+    names = {"database": database, "table": (name := table_of(contract))}
     found = await client.query(_TABLE_SQL, _Row, names, settings=INSERT_SETTINGS)
     if not found:
-        raise SinkUnusable(sink=SINK, detail=f"table {database}.{TABLE} does not exist", cure=INIT)
+        raise SinkUnusable(sink=SINK, detail=f"table {database}.{name} does not exist", cure=INIT)
     [row] = found
     types = dict(zip(*row.columns, strict=False))
     wrong = [
-        f"column {name} as {types[name]} and not {type_}" if name in types else f"no column {name} {type_}"
-        for name, type_ in columns(contract).items()
-        if types.get(name) != type_
+        f"column {column} as {types[column]} and not {type_}" if column in types else f"no column {column} {type_}"
+        for column, type_ in columns(contract).items()
+        if types.get(column) != type_
     ]
     # Replicated... and Shared... variants are as good.
-    if not row.engine.endswith("ReplacingMergeTree") or not re.search(r"\b_lsn\)", row.definition):
-        wrong.append(f"the engine {row.engine} and not ReplacingMergeTree(_lsn)")
+    if not row.engine.endswith("ReplacingMergeTree") or not re.search(rf"\b{version(contract)}\)", row.definition):
+        wrong.append(f"the engine {row.engine} and not ReplacingMergeTree({version(contract)})")
     if row.order != sort_key(contract):
         wrong.append(f"the sort key ({row.order}) and not ({sort_key(contract)})")
     if wrong:
         raise SinkUnusable(
-            sink=SINK, detail=cited(f"table {database}.{TABLE} has {', '.join(wrong)}", most=2_000), cure=_ALTER
+            sink=SINK, detail=cited(f"table {database}.{name} has {', '.join(wrong)}", most=2_000), cure=_ALTER
         )
     if row.different:
         detail = f"settings that are sent with each insert do not arrive at {client.server}: {', '.join(row.different)}"

@@ -20,9 +20,8 @@ CREATE TABLE IF NOT EXISTS `$database`.$table
 $columns
     _inserted_at DateTime64(3, 'UTC') DEFAULT now64(3)
 )
-ENGINE = ReplacingMergeTree(_lsn)
-PARTITION BY toYYYYMM($time)
--- The identity of an event, led by time because that is what queries ask for. None of the three ever changes.
+ENGINE = ReplacingMergeTree($version)
+$partition-- The identity of an event, led by time because that is what queries ask for. None of the three ever changes.
 ORDER BY ($sort_key)
 -- A batch that is sent again within the last 1000 inserts (a quarter of an hour) is recognised by its token and not
 -- stored twice. Off by default on tables that are not replicated.

@@ -94,8 +94,8 @@ class HttpSink(Sink):
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """POST `events`. Returns those whose time JSON can't express."""
-        refusals = [Refusal(event, NO_TIME) for event in events if event.ts_us is None]
-        timed = [event for event in events if event.ts_us is not None] if refusals else events
+        refusals = [Refusal(event, NO_TIME) for event in events if event.ts_us is None and not event.deleted]
+        timed = [event for event in events if event.ts_us is not None or event.deleted] if refusals else events
         if timed:
             await self._post(timed)
         return refusals
@@ -122,8 +122,9 @@ class HttpSink(Sink):
         return cures.get(type(exc), REFUSED_CURE)
 
     async def _post(self, events: Sequence[Event]) -> None:
-        body = events[0].json if self.max_events == 1 else b"[" + b",".join([event.json for event in events]) + b"]"
-        key = event_key(events)
+        sent = [*map(changed, events)] if self.contract.follows else [event.json for event in events]
+        body = sent[0] if self.max_events == 1 else b"[" + b",".join(sent) + b"]"
+        key = change_key(events) if self.contract.follows else event_key(events)
         headers = {"idempotency-key": key, "webhook-id": key}
         if self._webhook:
             now = datetime.now(UTC)
@@ -178,10 +179,28 @@ class HttpSink(Sink):
 def event_key(events: Sequence[Event]) -> str:
     """The `Idempotency-Key` of these events: always the same for the same ids in the same order."""
     first = events[0].id
+    if isinstance(first, str):
+        return f"events-{_digest([event.id for event in events])}"
     if len(events) == 1:
         return f"event-{first}"
     ids = struct.pack(f"<{len(events)}q", *[event.id for event in events])
     return f"events-{first}-{events[-1].id}-{hashlib.sha256(ids).hexdigest()[:32]}"
+
+
+def change_key(events: Sequence[Event]) -> str:
+    """The same of changes, of which a row has many."""
+    return f"changes-{_digest([(event.id, event.version) for event in events])}"
+
+
+def changed(event: Event) -> bytes:
+    """The row's JSON, with what has happened, and a version: the higher text of two is the later change."""
+    operation = b"delete" if event.deleted else b"upsert"
+    version = b"%016X%016X" % (event.commit_lsn, event.ordinal)
+    return b'%b,"_operation":"%b","_version":"%b"}' % (event.json[:-1], operation, version)
+
+
+def _digest(names: object) -> str:
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:32]
 
 
 def _authorization(settings: HttpSettings) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha1
 from importlib.resources import files
@@ -22,9 +22,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.typing import EncodableT
 
 from replicator.contracts.errors import SinkUnavailable
+from replicator.contracts.events import Id
 from sinks.redis.errors import is_read_only, shown, sink_error
 from sinks.redis.info import Info
-from sinks.redis.keys import GENERATION, OWNER, Call
+from sinks.redis.keys import GENERATION, OWNER, Call, naming
 
 SINK = "redis"
 
@@ -142,18 +143,24 @@ class Generation(NamedTuple):
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
-    `prefix` begins every key. `answer_seconds` is how long an answer may take, whatever the URL says; by default
-    `timeout_seconds`.
+    `prefix` begins every key; `named` says what a key is called there. `answer_seconds` is how long an answer may take,
+    whatever the URL says; by default `timeout_seconds`.
     """
 
     def __init__(
-        self, url: SecretStr, timeout_seconds: float, prefix: str = "", answer_seconds: float | None = None
+        self,
+        url: SecretStr,
+        timeout_seconds: float,
+        prefix: str = "",
+        answer_seconds: float | None = None,
+        named: Callable[[str], str] | None = None,
     ) -> None:
         pool = connections(url, timeout_seconds)
         if answer_seconds:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
         self._prefix = prefix
+        self.named = named or naming(prefix)
         self._mark = script("mark")
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
@@ -170,7 +177,7 @@ class RedisClient:
         Redis has the script by digest; it gets the text when it has forgotten it. Never by SCRIPT LOAD: behind a proxy
         that may reach another server than the call, and is a right more.
         """
-        keys = [self._prefix + key for key in call.keys] if self._prefix else call.keys
+        keys = call.keys if self.named is str else [*map(self.named, call.keys)]
         async with self._translated():
             try:
                 answer = await self._redis.evalsha(script.digest, len(keys), *keys, *call.args)
@@ -187,14 +194,14 @@ class RedisClient:
             used: set[str] = set()
             known: set[Script] = set()
             for script, call in calls:
-                keys = [f"{self._prefix}{key}:probe" for key in call.keys]
+                keys = [f"{self.named(key)}:probe" for key in call.keys]
                 if script in known:
                     pipeline.evalsha(script.digest, len(keys), *keys, *call.args)
                 else:
                     pipeline.eval(script.text, len(keys), *keys, *call.args)
                 known.add(script)
                 used.update(keys)
-            pipeline.getrange(f"{self._prefix}{OWNER}:probe", 0, 0)  # a right that no script needs
+            pipeline.getrange(f"{self.named(OWNER)}:probe", 0, 0)  # a right that no script needs
             pipeline.delete(*used)
             await pipeline.execute()
 
@@ -202,8 +209,8 @@ class RedisClient:
         """What it is; made with the state `new` if there is none: Redis is new, or was emptied."""
         run = ""
         async with self._translated():
-            made = await self._redis.set(self._prefix + GENERATION, f"{secrets.token_hex(8)} {new}".strip(), nx=True)
-            value = (cast("bytes | None", await self._redis.get(self._prefix + GENERATION)) or b"").decode()
+            made = await self._redis.set(self.named(GENERATION), f"{secrets.token_hex(8)} {new}".strip(), nx=True)
+            value = (cast("bytes | None", await self._redis.get(self.named(GENERATION))) or b"").decode()
             with suppress(ResponseError):  # INFO is denied or unknown: a restart goes unnoticed
                 run = str((await self._redis.info("server")).get("run_id", ""))
         word, _, state = value.partition(" ")
@@ -217,16 +224,16 @@ class RedisClient:
     async def owner(self, ours: str, *, claim: bool) -> str:
         """Whose events are counted here; `ours` if nobody's are: then they are ours from now on, with `claim`."""
         async with self._translated():
-            owner = cast("bytes | None", await self._redis.get(self._prefix + OWNER))
+            owner = cast("bytes | None", await self._redis.get(self.named(OWNER)))
             if owner is None and claim:
-                await self._redis.set(self._prefix + OWNER, ours, nx=True)
-                owner = cast("bytes | None", await self._redis.get(self._prefix + OWNER))
+                await self._redis.set(self.named(OWNER), ours, nx=True)
+                owner = cast("bytes | None", await self._redis.get(self.named(OWNER)))
         return ours if owner is None else shown(owner.decode(errors="replace"))
 
     async def adopt(self, ours: str) -> None:
         """From now on the keys are ours, whoever had them."""
         async with self._translated():
-            await self._redis.set(self._prefix + OWNER, ours)
+            await self._redis.set(self.named(OWNER), ours)
 
     async def info(self) -> Info | None:
         """Redis's INFO; None where it is denied."""
@@ -239,29 +246,39 @@ class RedisClient:
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:
         """The values of these keys."""
         async with self._translated():
-            named = [self._prefix + key for key in keys]
+            named = [*map(self.named, keys)]
             return cast("list[bytes | None]", await self._redis.mget(named)) if named else []
 
-    async def highest(self, key: str, most: int) -> list[tuple[int, int]]:
-        """The members of a sorted set that have the highest scores, the highest first; both are whole numbers."""
+    async def fields(self, key: str, names: Sequence[str]) -> list[bytes | None]:
+        """The values of these fields of a hash."""
+        async with self._translated():
+            found: object = await self._redis.hmget(self.named(key), [*names]) if names else []
+            return cast("list[bytes | None]", found)
+
+    async def highest(self, key: str, most: int, member: type[Id] = int) -> list[tuple[Id, int]]:
+        """The members of a sorted set that have the highest scores, the highest first."""
         # With `desc` redis-py sends ZREVRANGE, which is a right more.
-        return (await self.members(key, -most, most))[::-1]
+        return (await self._ranked(key, -most, most, member))[::-1]
+
+    async def _ranked(self, key: str, start: int, most: int, member: type[Id]) -> list[tuple[Id, int]]:
+        async with self._translated():
+            found = await self._redis.zrange(self.named(key), start, start + most - 1, withscores=True)
+            ranked = cast("list[tuple[bytes, float]]", found)
+            return [(member(name.decode()), int(score)) for name, score in ranked]
 
     async def members(self, key: str, start: int, most: int) -> list[tuple[int, int]]:
         """Members of a sorted set from that place on, and their scores; all are whole numbers."""
-        async with self._translated():
-            found = await self._redis.zrange(self._prefix + key, start, start + most - 1, withscores=True)
-            return [(int(member), int(score)) for member, score in cast("list[tuple[bytes, float]]", found)]
+        return cast("list[tuple[int, int]]", await self._ranked(key, start, most, int))
 
     async def begin(self, key: str, value: bytes, seconds: int) -> None:
         """Set a value for so long, unless there is one."""
         async with self._translated():
-            await self._redis.set(self._prefix + key, value, nx=True, ex=seconds)
+            await self._redis.set(self.named(key), value, nx=True, ex=seconds)
 
     async def part(self, key: str, start: int, size: int) -> bytes:
         """So many bytes of a string from there on; fewer at its end."""
         async with self._translated():
-            found: object = await self._redis.getrange(self._prefix + key, start, start + size - 1)
+            found: object = await self._redis.getrange(self.named(key), start, start + size - 1)
             if not isinstance(found, bytes):
                 raise InvalidResponse(NO_ANSWER)
             return found

@@ -6,10 +6,10 @@ Every key is made here: a script that makes up its keys escapes access rules.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from replicator.contracts.events import Event, Refusal
 
@@ -20,6 +20,7 @@ BUILDING = "top:content:building"
 """The window while it is built."""
 
 COUNT_PREFIX, LAST_PREFIX, SEEN_PREFIX = "content:count:", "content:last:", "engagement:seen:"
+NEWEST_PREFIX = "content:newest:"
 OWNER = "engagement:seen:owner"
 """Which database the counted events come from: event ids of another one would be taken for repeats."""
 GENERATION = "engagement:seen:generation"
@@ -32,7 +33,7 @@ WHOLE = "whole"
 """A rebuild has finished."""
 PREFIXES = (
     COUNT_PREFIX,
-    "content:newest:",
+    NEWEST_PREFIX,
     LAST_PREFIX,
     SEEN_PREFIX,
     "top:content:bucket:",
@@ -76,6 +77,17 @@ def continues(ours: str, owner: str) -> bool:
     """
     (name, _, timeline), (known, _, at) = (source.partition(", timeline ") for source in (ours, owner))
     return name == known and (at or "0").isdecimal() and int(at or 0) <= int(timeline or 0)
+
+
+def naming(prefix: str = "", noun: str = "content", name: str = "engagement") -> Callable[[str], str]:
+    """From a key as it is called here, which is the engagement stream's, to what it is called in Redis."""
+    words = {"content:": f"{noun}:", "top:content:": f"top:{noun}:", "engagement:": f"{name}:"}
+
+    def named(key: str) -> str:
+        ours = next(word for word in words if key.startswith(word))
+        return f"{prefix}{words[ours]}{key[len(ours) :]}"
+
+    return named if [*words] != [*words.values()] else (lambda key: prefix + key) if prefix else str
 
 
 class Call(NamedTuple):
@@ -135,7 +147,8 @@ def moment(event: Event) -> str:
 
     So a later version of the same event, such as a backfill's with corrected content, replaces an earlier one.
     """
-    return f"{(event.ts_us or 0) + _TS_BIAS}{event.id + _ID_BIAS:020}{event.commit_lsn:020}"
+    number: Any = event.id
+    return f"{(event.ts_us or 0) + _TS_BIAS}{number + _ID_BIAS:020}{event.commit_lsn:020}"
 
 
 def refusals(events: Iterable[Event]) -> list[Refusal]:
@@ -167,12 +180,12 @@ def _parts(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
     return parts
 
 
-def _part(events: Iterator[Event], now: float) -> Write | None:
+def _part(events: Iterator[Any], now: float) -> Write | None:
     """Take events for one call. In it, they are indices into the lists of keys, from 1 (bucket 0: none).
 
     One loop over plain ints and dictionaries, because it runs for every event on the reader's loop (0.3 µs each).
     """
-    earliest_us, latest_us = _rankable_us(now)
+    earliest_us, latest_us = rankable_us(now)
     contents: dict[int, int] = {}
     newest: list[Event] = []
     runs: dict[tuple[int, int | None], list[int]] = {}
@@ -199,7 +212,7 @@ def _part(events: Iterator[Event], now: float) -> Write | None:
     return _write(runs, newest, now) if newest else None
 
 
-def _rankable_us(now: float) -> tuple[int, int]:
+def rankable_us(now: float) -> tuple[int, int]:
     """The range of event times whose buckets are kept, in microseconds. Older buckets have expired by now."""
     earliest = bucket_of(now - BUCKET_EXPIRY_SECONDS) + BUCKET_SECONDS
     return earliest * _US, int((now + FUTURE_SECONDS_MAX) * _US)
@@ -229,7 +242,7 @@ def _write_call(
     keys = [WINDOW, WINDOW_STATE, *(f"{SEEN_PREFIX}{page}" for page in pages)]
     keys += [*map(bucket_key, buckets), *map(log_key, buckets)]
     keys += [COUNT_PREFIX + content for content in contents]
-    keys += ["content:newest:" + content for content in contents]
+    keys += [NEWEST_PREFIX + content for content in contents]
     keys += [LAST_PREFIX + content for content in contents]
     args: list[str | int | bytes] = [len(pages), len(buckets), LAST_EXPIRY_SECONDS, packed]
     args.append(struct.pack(f"<{len(newest)}q", *(event.key for event in newest)))

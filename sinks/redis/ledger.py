@@ -8,11 +8,14 @@ from decimal import Decimal
 from typing import Any
 
 from replicator.contracts.errors import SinkUnusable
-from replicator.contracts.events import Event
+from replicator.contracts.events import Event, Id
+from replicator.contracts.fields import Field
 from replicator.contracts.sink import Held
 from sinks.redis.client import SINK, RedisClient
 from sinks.redis.errors import FOREIGN_CURE
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, LAST_PREFIX, PAGE_BITS, SEEN_PREFIX
+from sinks.redis.rows.plan import State
+from sinks.redis.rows.writer import RowsWriter
 
 PAGES = 64  # half a megabyte an answer
 
@@ -20,12 +23,16 @@ PAGES = 64  # half a megabyte an answer
 class RedisLedger:
     """The counts in `redis`."""
 
-    def __init__(self, redis: RedisClient, require_ours: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, redis: RedisClient, require_ours: Callable[[], Awaitable[None]], rows: RowsWriter | None, identity: Field
+    ) -> None:
         """`require_ours` raises SinkUnusable if what is counted here are another source's events."""
         self._redis = redis
+        self._rows = rows
+        self._identity = identity.name
         self._require_ours = require_ours
 
-    async def counts(self, keys: Sequence[int]) -> list[int]:
+    async def counts(self, keys: Sequence[Id]) -> list[int]:
         await self._require_ours()
         found = await self._redis.values([f"{COUNT_PREFIX}{key}" for key in keys])
         try:
@@ -34,8 +41,14 @@ class RedisLedger:
             detail = "a key of content:count:* is not a number"
             raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
 
-    async def unseen(self, ids: Sequence[int]) -> list[int]:
+    async def unseen(self, ids: Sequence[Id]) -> list[Id]:
         await self._require_ours()
+        if self._rows:
+            states = await self._rows.states(ids)
+            return [event_id for event_id in ids if State.parse(states[event_id]).key is None]
+        return list(await self._unset([int(event_id) for event_id in ids]))
+
+    async def _unset(self, ids: Sequence[int]) -> list[int]:
         pages = sorted({event_id >> PAGE_BITS for event_id in ids})
         unseen: list[int] = []
         for start in range(0, len(pages), PAGES):
@@ -45,7 +58,7 @@ class RedisLedger:
             unseen += [event_id for event_id in ids if event_id >> PAGE_BITS in bits and not _is_set(bits, event_id)]
         return unseen
 
-    async def trace(self, event_id: int, event: Event | None) -> Held:
+    async def trace(self, event_id: Id, event: Event | None) -> Held:
         """Whether one event was counted, and what is kept of its content."""
         counted = not await self.unseen([event_id])
         if event is None:
@@ -57,9 +70,9 @@ class RedisLedger:
             fields: dict[str, Any] = dict(json.loads(text, parse_float=Decimal)) if text else {}
         except (ValueError, TypeError):
             return Held(counted, notes=[*notes, f"{last} is no event"])
-        if fields.get("event_id") == event_id:
+        if fields.get(self._identity) == event_id:
             return Held(counted, fields, notes=notes)
-        other = f"is event {fields.get('event_id')}" if fields else "has expired, an hour after the newest event"
+        other = f"is event {fields.get(self._identity)}" if fields else "has expired, an hour after the newest event"
         return Held(counted, notes=[*notes, f"{last} {other}"] if counted else notes)
 
 

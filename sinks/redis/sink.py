@@ -15,7 +15,7 @@ from functools import partial
 from typing import ClassVar, cast
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, SourceError, command
-from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
@@ -31,10 +31,12 @@ from sinks.redis.keys import (
     WINDOW,
     Call,
     continues,
+    naming,
     pack,
     refusals,
 )
 from sinks.redis.ledger import RedisLedger
+from sinks.redis.rows.writer import CALL_EVENTS, RowsWriter, UnionWindow
 from sinks.redis.settings import RedisSettings
 from sinks.redis.window import Window
 
@@ -71,10 +73,13 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self.new_events: int = 0
         self._settings = settings
         self._prefix = settings.redis_prefix
-        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix)
+        self._named = naming(self._prefix, contract.noun or contract.name, contract.name)
+        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix, named=self._named)
         self._script = script("write")
         self._clock = clock
-        self.window = Window(self._redis, clock)
+        numbered = contract.identity.type.python is contract.key.type.python is int
+        self._rows = None if numbered and not contract.follows else self._rows_of(contract)
+        self.window = UnionWindow(self._redis, clock) if self._rows else Window(self._redis, clock)
         self._keeps_window = True
         self._resumes = False
         self._generation = ""
@@ -117,6 +122,11 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """Also raises what hinders the window, or has ended its task."""
         self._raise_what_lasts()
+        if self._rows:
+            self.new_events += await self._rows.write(events)
+            if self._keeps_window and self.window.failure:
+                await self.window.slide()
+            return []
         refused = refusals(events)
         kept = [event for event in events if event.ts_us is not None] if refused else events
         for part in pack(kept, self._clock()):
@@ -157,12 +167,12 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             await self._redis.close()
 
     def counter(self) -> RedisLedger:
-        return RedisLedger(self._redis, partial(self._require_ours, claim=False))
+        return RedisLedger(self._redis, partial(self._require_ours, claim=False), self._rows, self.contract.identity)
 
-    async def top(self, most: int) -> list[tuple[int, int]]:
-        return await self._redis.highest(WINDOW, most)
+    async def top(self, most: int) -> list[tuple[Id, int]]:
+        return await self._redis.highest(WINDOW, most, self.contract.key.type.python)
 
-    async def trace(self, event_id: int, event: Event | None) -> Held:
+    async def trace(self, event_id: Id, event: Event | None) -> Held:
         return await self.counter().trace(event_id, event)
 
     async def generation(self) -> str:
@@ -177,14 +187,17 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     async def empty(self) -> int:
         """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not."""
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
-        patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS)
+        patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS, self._named)
         try:
-            [deleted] = await patient.run(
-                script("empty"), Call([], [self._prefix + one for one in PREFIXES]), returns=1
-            )
+            [deleted] = await patient.run(script("empty"), Call([], [*map(self._named, PREFIXES)]), returns=1)
         finally:
             await patient.close()
         return deleted
+
+    def _rows_of(self, contract: Contract) -> RowsWriter:
+        self.max_events = CALL_EVENTS
+        self.concurrency = 1
+        return RowsWriter(self._redis, self._clock, follows=contract.follows)
 
     def _raise_what_lasts(self) -> None:
         self.window.raise_bug()
@@ -211,7 +224,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
                 if known := await self.origin():
                     self._ours, self._rival = known, owner
         if not continues(self._ours, owner):
-            raise foreign_error(SINK, owner, self._ours, self._prefix + OWNER)
+            raise foreign_error(SINK, owner, self._ours, self._named(OWNER))
         if claim:
             await self._redis.adopt(self._ours)
 
@@ -241,6 +254,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     async def _probe(self) -> None:
         """Run the scripts to every command in them. A missing right shows here, not between two changes of a batch."""
         now = self._clock()
+        if self._rows:
+            await self._redis.probe([*self._rows.probes(_probe_event(1, now)), *self.window.probes()])
+            return
         writes = [
             (self._script, part.call) for event_id in (1, 2, 2) for part in pack([_probe_event(event_id, now)], now)
         ]

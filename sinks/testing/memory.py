@@ -9,12 +9,23 @@ from typing import TypeAlias
 
 from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Contract, Field, Role, Stream
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 
 Step: TypeAlias = Exception | asyncio.Event | Callable[[Sequence[Event]], Awaitable[Sequence[Refusal] | None]]
 """What one `write` does first: raise this, wait for that, or call this, whose refusals are then the write's."""
+
+
+NUMBERED = Stream(
+    "memory",
+    "public.memory",
+    (
+        Field("id", BIGINT, role=Role.IDENTITY),
+        Field("key", BIGINT, role=Role.KEY),
+        Field("time", TIMESTAMPTZ, role=Role.TIME),
+    ),
+)
 
 
 class MemorySink(Sink):
@@ -39,7 +50,7 @@ class MemorySink(Sink):
         refused: Iterable[int] = (),
         room: int | None = None,
     ) -> None:
-        super().__init__(settings or Settings(), contract or Contract(()))
+        super().__init__(settings or Settings(), contract or NUMBERED)
         self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
         self.steps, self.unfit, self.refused, self.room = list(steps), {*unfit}, {*refused}, room
         self.down = False

@@ -14,20 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from enrichment.codec import (
-    DRAFT_KEY,
-    MISSING,
-    Content,
-    RowReader,
-    RowUnusable,
-    build_events,
-    dead_letter,
-    stored_event,
-    stored_row,
-)
-from enrichment.contract import OWN, engagement_pct, engagement_seconds
+from enrichment.codec import Content, RowReader, RowUnusable, stored_row
+from enrichment.contract import engagement_pct, engagement_seconds
 from replicator.contracts.events import Column, Event, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
+from tests.support.rows import CODEC, EVENT_TABLES
 
 WIDE = Context(prec=60, rounding=ROUND_HALF_UP)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -51,9 +42,9 @@ def _row(values: dict[str, Any]) -> Row:
 
 
 def _event(content: Content = VIDEO, reader: RowReader | None = None, **values: Any) -> Event:
-    draft = (reader or RowReader()).read(_row(ROW | values))
+    draft = (reader or RowReader(CODEC)).read(_row(ROW | values))
     events: list[Event] = []
-    build_events([draft], {draft[DRAFT_KEY]: content}, events)
+    CODEC.build_events([draft], {draft[CODEC.draft_key]: content}, events)
     return events[0]
 
 
@@ -80,7 +71,7 @@ def test_the_event_byte_for_byte() -> None:
 
 def test_nulls_and_a_missing_content() -> None:
     """A left join: what is not there is null, and everything that would be computed from it."""
-    fields = _fields(_event(MISSING, duration_ms=None, device=None))
+    fields = _fields(_event(CODEC.missing, duration_ms=None, device=None))
     assert list(fields.values())[5:] == [None] * 6
     assert len(fields) == 11
 
@@ -209,7 +200,7 @@ def test_unicode_is_not_escaped() -> None:
 
 def test_columns_move_between_two_rows() -> None:
     """One reader, a table that changes under it: added, reordered and dropped columns never give a wrong value."""
-    reader = RowReader()
+    reader = RowReader(CODEC)
     shapes = [
         list(ROW),
         ["added", *ROW],
@@ -222,29 +213,29 @@ def test_columns_move_between_two_rows() -> None:
     for names in shapes:
         draft = reader.read(_row({name: ROW.get(name, 4711) for name in names}))
         events: list[Event] = []
-        build_events([draft], {1: VIDEO}, events)
+        CODEC.build_events([draft], {1: VIDEO}, events)
         assert [expected] == events
 
 
 @given(st.permutations(list(ROW)), st.permutations(list(ROW)))
 def test_any_order_after_any_order(before: list[str], after: list[str]) -> None:
     """What the reader remembers of one row is never believed of the next."""
-    reader = RowReader()
+    reader = RowReader(CODEC)
     reader.read(_row({name: ROW[name] for name in before}))
-    assert RowReader().read(_row(ROW)) == reader.read(_row({name: ROW[name] for name in after}))
+    assert RowReader(CODEC).read(_row(ROW)) == reader.read(_row({name: ROW[name] for name in after}))
 
 
-@pytest.mark.parametrize("name", [field.column for field in OWN])
+@pytest.mark.parametrize("name", [field.column for field in EVENT_TABLES.own])
 def test_a_dropped_or_renamed_column_is_refused(name: str) -> None:
     """The reason names the table, the column and what it has to be; the next whole row is read as ever."""
-    reader = RowReader()
+    reader = RowReader(CODEC)
     reader.read(_row(ROW))
     dropped = {column: value for column, value in ROW.items() if column != name}
     renamed = {column + "_old" * (column == name): value for column, value in ROW.items()}
     for row, missing in ((_row(dropped), name), (_row(renamed), name), (_row({}), "id")):
         with pytest.raises(RowUnusable, match=rf"public\.engagement_events has no column {missing}; expected \w"):
             reader.read(row)
-    assert RowReader().read(_row(ROW)) == reader.read(_row(ROW))
+    assert RowReader(CODEC).read(_row(ROW)) == reader.read(_row(ROW))
 
 
 @pytest.mark.parametrize(
@@ -278,8 +269,8 @@ def test_a_wrong_type_is_refused(name: str, value: object) -> None:
     row = _row(told | {name: value})
     kept = [column for column in row.columns if column.name != "raw_payload"]
     with pytest.raises(RowUnusable) as refused:
-        RowReader().read(row)
-    letter = dead_letter(row, str(refused.value))
+        RowReader(CODEC).read(row)
+    letter = CODEC.dead_letter(row, str(refused.value))
     null = "NULL, " if value is None else ""
     assert letter.reason.startswith(f"public.engagement_events.{name} is {null}not ")
     assert not [value for value in ("secret", "a7d1", "00:00:07", "web") if value in letter.reason]
@@ -298,15 +289,15 @@ def test_a_negative_id_is_an_id() -> None:
 def test_an_event_comes_back_from_its_dead_letter(text: str) -> None:
     """A replay sends the bytes that were refused, under the same identity."""
     event = _event(event_ts=text)
-    letter = msgspec.structs.replace(dead_letter(_row(ROW), "refused"), sink="clickhouse", payload=event.json)
-    assert event == stored_event(letter)
+    letter = msgspec.structs.replace(CODEC.dead_letter(_row(ROW), "refused"), sink="clickhouse", payload=event.json)
+    assert event == CODEC.stored_event(letter)
 
 
 @pytest.mark.parametrize("payload", [b"", b"{}", b"[]", b'{"event_id":"1"}'])
 def test_a_damaged_dead_letter_is_no_event(payload: bytes) -> None:
     """It is refused with a reason, not restored as something else."""
-    letter = msgspec.structs.replace(dead_letter(_row(ROW), "refused"), payload=payload)
+    letter = msgspec.structs.replace(CODEC.dead_letter(_row(ROW), "refused"), payload=payload)
     with pytest.raises(RowUnusable, match="payload is no event"):
-        stored_event(letter)
+        CODEC.stored_event(letter)
     with pytest.raises(RowUnusable, match="payload is no row"):
         stored_row(letter)

@@ -14,10 +14,10 @@ from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EngagementEnricher, EnrichmentSettings, content
-from enrichment.content import LOOK_UP, PRELOAD
+from enrichment.content import look_up, preload
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Checkpoint, Event, Lsn, Position, Row
-from tests.support.rows import columns_of, insert
+from tests.support.rows import EVENT_TABLES, columns_of, insert
 
 Table = dict[int, tuple[str, int | None]]
 """Contents by their ids."""
@@ -38,10 +38,10 @@ class Source:
         """As `enrichment.database.Database`."""
         if self.away:
             raise SourceUnavailable(detail="away")
-        if query == PRELOAD:
+        if query == preload(EVENT_TABLES):
             ids = sorted((number for number in self.today if number <= parameters["highest"]), reverse=True)
             return [(number, *self.today[number]) for number in ids[: parameters["count"]]]
-        assert query == LOOK_UP
+        assert query == look_up(EVENT_TABLES)
         self.looked_up += parameters["ids"]
         return [(number, *self.today[number]) for number in parameters["ids"] if number in self.today]
 

@@ -17,13 +17,14 @@ from psycopg import sql
 from devstack import DevStack
 from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
-from enrichment.contract import CONTENT, engagement_pct
+from enrichment.contract import EVENT, engagement_pct
 from enrichment.database import Database
 from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
 from replicator.contracts.settings import load
 from replicator.source import wal2json
 from tests.support.pgbouncer import pgbouncer
+from tests.support.rows import CODEC
 
 EXPECTED = (Path(__file__).parents[1] / "support/expected.sql").read_text(encoding="utf-8")
 SLOT = "enrichment_test"
@@ -343,7 +344,7 @@ async def _counting(dsn: str, size: int) -> tuple[EngagementEnricher, CountingDa
     enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
     database = CountingDatabase(dsn)
     enricher._database = database  # noqa: SLF001  the only way to count what goes over the wire
-    enricher._contents = Contents(database, size)  # noqa: SLF001
+    enricher._contents = Contents(database, size, CODEC)  # noqa: SLF001
     await enricher.open()
     database.queries.clear()
     return enricher, database
@@ -398,12 +399,12 @@ async def test_preload_takes_the_newest_up_to_the_bound(database: str, stream: S
     stream.run("TRUNCATE content")
     stream.run("INSERT INTO content SELECT n, 'video', n FROM generate_series(1, %s) n", PRELOAD_PAGE + 30)
     stream.run("INSERT INTO content VALUES (-9223372036854775808, 'least', 1), (9223372036854775807, 'most', 1)")
-    contents = Contents(Database(database), PRELOAD_PAGE + 20)
+    contents = Contents(Database(database), PRELOAD_PAGE + 20, CODEC)
     await contents.preload()
     known = list(contents.known)
     assert [*range(12, PRELOAD_PAGE + 31), 2**63 - 1] == known
     await contents._database.close()  # noqa: SLF001
-    contents = Contents(Database(database), 10 * PRELOAD_PAGE)
+    contents = Contents(Database(database), 10 * PRELOAD_PAGE, CODEC)
     await contents.preload()
     assert list(contents.known)[:2] == [-(2**63), 1]
     assert len(contents.known) == PRELOAD_PAGE + 32
@@ -523,7 +524,7 @@ async def test_a_content_change_without_its_key(enricher: EngagementEnricher) ->
     """What is known is given up, and the operator finds a letter: nothing stale goes on unnoticed."""
     row = Row("D", "public", "content", [], [Column("content_type", "video")], commit_lsn=7, ordinal=1)
     made = await enricher.enrich([row])
-    reason = f"{CONTENT} has no content_id, a 64-bit integer, in the row's identity"
+    reason = f"{EVENT.dimension.table} has no content_id, a 64-bit integer, in the row's identity"
     assert [reason] == [letter.reason for letter in made.refused]
     assert enricher._contents.known == {}  # noqa: SLF001
 
@@ -531,7 +532,7 @@ async def test_a_content_change_without_its_key(enricher: EngagementEnricher) ->
 def test_a_content_row_of_the_wrong_type_is_looked_up() -> None:
     """Its own words are not believed; the database says what it is."""
     columns = [Column("content_id", 1), Column("content_type", "video"), Column("length_seconds", "five minutes")]
-    [change] = changes(Row("I", "public", "content", columns), part=False)
+    [change] = changes(CODEC, Row("I", "public", "content", columns), part=False)
     assert change == (1, None)
 
 

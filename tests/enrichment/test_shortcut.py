@@ -15,9 +15,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from enrichment import EngagementEnricher, codec
-from enrichment import enricher as enrichers
-from enrichment.codec import RowReader, build_events
+from enrichment import EVENT, EngagementEnricher, Tables, codec
+from enrichment.codec import RowReader
 from enrichment.shortcut import MOST_LAYOUTS
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Row
@@ -25,7 +24,7 @@ from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Shortcut
 from replicator.source.wal2json import DecodedChunk, StreamDecoder
 from tests.support.damage import mutate
-from tests.support.rows import GOOD, NAMES, VALUES, columns_of, enricher, insert, rows
+from tests.support.rows import CODEC, GOOD, NAMES, VALUES, columns_of, enricher, insert, rows
 
 FUZZ_SECONDS = float(os.environ.get("REPLICATOR_FUZZ_SECONDS", "5"))
 BEGIN = b'{"action":"B","timestamp":"2026-01-08 14:21:52.5+00","lsn":"0/5","nextlsn":"0/8"}'
@@ -75,7 +74,7 @@ def general(payload: bytes) -> Event | None:
         decoder.feed(payload)
         for row in decoder.take().rows:
             if (row.action, row.schema, row.table) == ("I", "public", "engagement_events"):
-                build_events([RowReader().read(row)], {1: ("video", 300)}, events)
+                CODEC.build_events([RowReader(CODEC).read(row)], {1: ("video", 300)}, events)
     except (DecodeError, codec.RowUnusable, KeyError):
         return None
     return events[0] if events else None
@@ -233,14 +232,15 @@ async def test_every_truncation() -> None:
     ],
     ids=["renamed", "swapped", "chain", "chain in the other order"],
 )
-async def test_renamed_columns(renamed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_renamed_columns(renamed: dict[str, str]) -> None:
     """REPLICATOR_COLUMNS: both ways take them under their names, given once or again; a former name is not ours."""
-    monkeypatch.setattr(enrichers, "RENAMED", {"engagement_events": renamed})
     pairs = [*((renamed.get(name, name), value) for name, value in GOOD.items())]
     pairs += [(name, "not this one") for name in renamed.keys() - set(renamed.values())]
     row = Row("I", "public", "engagement_events", columns_of(pairs), commit_lsn=5, ordinal=1)
     expected = general(ordinary())
-    made = await taught(row)
+    subject = enricher()
+    subject._tables = Tables(EVENT, {"engagement_events": renamed})  # noqa: SLF001  as the setting would have it
+    made = await taught(row, made=subject)
     shortcut = made.shortcut()
     assert shortcut
     assert [expected] == (await made.enrich([row])).events

@@ -8,16 +8,17 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from enrichment import contract
+from enrichment import EVENT, Tables
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables import guard as guards
-from enrichment.tables.catalog import PARAMETERS, SHAPE, Shape
+from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.guard import Guard, difference, swaps
 from enrichment.tables.missed import MissedHistory, as_now
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Column, Position, Row, parse_lsn
 from replicator.contracts.fields import INT64_MIN
+from tests.support.rows import EVENT_TABLES
 
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'x')"
 
@@ -35,7 +36,7 @@ async def guard(database: str, admin: psycopg.Connection) -> AsyncIterator[Guard
     """It has seen the tables once."""
     assert not admin.closed
     connection = Database(database)
-    guard = Guard(connection)
+    guard = Guard(connection, EVENT_TABLES)
     await guard.look(None, 0)
     yield guard
     await connection.close()
@@ -148,7 +149,7 @@ async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Conne
     assert seen
     assert record == structs.replace(seen, former={}, until=0)
     assert "engagement_events" == seen.former['["public","filled"]'], "its rows of that time are events"
-    history = MissedHistory.since(database, record, guard.shape)
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
     assert history
     assert [5, 6, 7] == sorted(await _all(history))
     assert "public.filled is a new part of engagement_events" in difference(record.shape, guard.shape)
@@ -166,7 +167,7 @@ async def test_a_column_of_the_table_is_one_of_its_parts(
     admin.execute("ALTER TABLE engagement_events RENAME dev TO device")
     record = await guard.look(None, 0)
     assert record
-    history = MissedHistory.since(database, record, guard.shape)
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
     assert history
     assert [1, 2] == sorted(await _all(history))
 
@@ -194,45 +195,46 @@ async def test_columns_that_came_went_or_swapped_names(guard: Guard, admin: psyc
     renamed = await _shape(guard)
     table = "public.engagement_events"
     assert f"{table} has new columns (dev) and has lost columns (device)" == difference(before, renamed)
-    assert not list(swaps(before, renamed))
+    assert not list(swaps(EVENT_TABLES, before, renamed))
     admin.execute("ALTER TABLE engagement_events RENAME event_type TO device")
     admin.execute("ALTER TABLE engagement_events RENAME dev TO event_type")
     swapped = await _shape(guard)
     assert f"{table} has other columns under the names device, event_type" == difference(before, swapped)
-    [told] = swaps(before, swapped)
+    [told] = swaps(EVENT_TABLES, before, swapped)
     assert "set REPLICATOR_COLUMNS=device=event_type,event_type=device" in told
     admin.execute("ALTER TABLE content ADD again int, DROP length_seconds, ADD length_seconds int")
     again = await _shape(guard)
-    assert not list(swaps(swapped, again)), "one alone was made again"
+    assert not list(swaps(EVENT_TABLES, swapped, again)), "one alone was made again"
     columns = "length_seconds, again, content_type, content_id"
     admin.execute("ALTER TABLE content RENAME TO x")
     admin.execute(f"CREATE TABLE content AS SELECT {columns} FROM x")  # noqa: S608  ours
     other = await _shape(guard)
-    assert not list(swaps(again, other)), "another table may have its columns in another order"
+    assert not list(swaps(EVENT_TABLES, again, other)), "another table may have its columns in another order"
 
 
-async def test_a_column_that_is_missing(
-    guard: Guard, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_column_that_is_missing(guard: Guard, admin: psycopg.Connection) -> None:
     """A setting takes effect with a restart; one that is no longer true is to be taken out."""
-    monkeypatch.setattr(contract, "RENAMED", {"engagement_events": {"device": "dev"}})
-    [[what, cure]] = fit.problems(guard.shape, "engagement_events")
+    [[what, cure]] = fit.problems(_named("dev"), guard.shape, "engagement_events")
     assert "has no column dev (text)" == what
     assert cure.endswith("or take device=dev out of REPLICATOR_COLUMNS and restart the replicator")
     admin.execute("ALTER TABLE engagement_events RENAME device TO other")
-    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    [[_, cure]] = fit.problems(EVENT_TABLES, await _shape(guard), "engagement_events")
     assert cure.endswith("or name it in REPLICATOR_COLUMNS=device=… and restart the replicator")
-    monkeypatch.setattr(contract, "RENAMED", {"engagement_events": {"device": "The Device"}})
-    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    named = _named("The Device")
+    [[_, cure]] = fit.problems(named, await _shape(guard), "engagement_events")
     assert 'RENAME COLUMN … TO "The Device")' in cure
     assert 'ADD COLUMN "The Device" text' in cure
     admin.execute('ALTER TABLE engagement_events ADD "The Device" int')
-    [[_, cure]] = fit.problems(await _shape(guard), "engagement_events")
+    [[_, cure]] = fit.problems(named, await _shape(guard), "engagement_events")
     assert cure.endswith('ALTER COLUMN "The Device" TYPE text USING "The Device"::text')
 
 
+def _named(device: str) -> Tables:
+    return Tables(EVENT, {"engagement_events": {"device": device}})
+
+
 async def _shape(guard: Guard) -> Shape:
-    [(text,)] = await guard._database.rows(SHAPE, PARAMETERS)  # noqa: SLF001  its connection
+    [(text,)] = await guard._database.rows(SHAPE, parameters(EVENT_TABLES))  # noqa: SLF001  its connection
     return Shape.parse(text)
 
 
@@ -261,7 +263,7 @@ async def test_rows_as_they_are_now(database: str, admin: psycopg.Connection) ->
     connection = Database(database)
     rows = [Row("I", "public", "part", [Column("id", value), Column("device", "old")]) for value in (1, "1", 2, "x")]
     try:
-        await as_now(connection, rows)
+        await as_now(connection, EVENT_TABLES, rows)
     finally:
         await connection.close()
     old = [Column("device", "old")]

@@ -29,7 +29,7 @@ from replicator.contracts.errors import (
 from replicator.contracts.events import Event
 from replicator.contracts.ledger import EventDigest, Slice
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
-from sinks.clickhouse.table import TABLE
+from sinks.clickhouse.table import table_of
 from sinks.testing import sample
 from tests.support.front import Answer, Asked, Front, Lie, front_end
 

@@ -34,7 +34,9 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Event, Finding
 from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
-from sinks.clickhouse.table import INIT, TABLE, columns
+from sinks.clickhouse.table import INIT, columns, table_of
+
+TABLE = table_of(EVENT)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NOON = datetime(2026, 1, 8, 12, tzinfo=UTC)

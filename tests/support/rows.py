@@ -8,8 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from enrichment import EngagementEnricher
-from enrichment.contract import OWN, EnrichmentSettings
+from enrichment import EngagementEnricher, EnrichmentSettings, configured
+from enrichment.codec import codec_of
 from replicator.contracts.events import Column, Row
 
 GOOD: dict[str, Any] = {
@@ -22,7 +22,10 @@ GOOD: dict[str, Any] = {
     "device": "web",
     "raw_payload": None,
 }
-NAMES = [field.column for field in OWN]
+EVENT_TABLES = configured()
+"""Of the engagement stream."""
+CODEC = codec_of(EVENT_TABLES)
+NAMES = [field.column for field in EVENT_TABLES.own]
 
 NUMBERS = st.integers() | st.sampled_from([2**63, -(2**63), 2**63 - 1, -(2**63) - 1, 10**4_299, 0, -1, 2**53 + 1])
 FRACTIONS = st.decimals(allow_nan=False, allow_infinity=False).filter(

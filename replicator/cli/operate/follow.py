@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from enrichment.history import PickedHistory
     from replicator.cli.app import App
+    from replicator.contracts.events import Id
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.operations.follow.tail import Seen
@@ -32,9 +33,7 @@ SinkName: TypeAlias = Annotated[
 
 
 async def trace(
-    number: Annotated[
-        int, typer.Argument(parser=event_id, metavar="ID", help="an event's id; a negative one behind --")
-    ],
+    event: Annotated[str, typer.Argument(metavar="ID", help="an event's id; a negative one behind --")],
     as_json: Json = False,
 ) -> int:
     """Show what became of one event.
@@ -46,7 +45,7 @@ async def trace(
     from enrichment import EngagementLedger
     from replicator.operations.follow import trace as traces
 
-    app = load_app()
+    app, number = load_app(), event_id(event)
     history = EngagementLedger(app.dsn, with_content=True).picked([number])
     async with app.closing(history):
         found = await _traced(app, number, history, app.sinks, app.store)
@@ -54,22 +53,21 @@ async def trace(
     return DIFFERENT if found.differs else 0
 
 
-async def trace_beside(app: App, store: CheckpointStore, number: int) -> Trace:
+async def trace_beside(app: App, store: CheckpointStore, event: str) -> Trace:
     """The same in the running replicator, beside the stream: with connections of its own."""
-    from enrichment import EVENT, EngagementLedger
+    from enrichment import EngagementLedger, configured
     from sinks import create_sinks
 
+    number = event_id(event)
     history = EngagementLedger(app.dsn, with_content=True).picked([number])
-    sinks = create_sinks(app.settings.sinks, EVENT)
+    sinks = create_sinks(app.settings.sinks, configured().stream)
     try:
         return await _traced(app, number, history, sinks, store)
     finally:
         await asyncio.gather(history.close(), *(sink.close() for sink in sinks))
 
 
-async def _traced(
-    app: App, number: int, history: PickedHistory, sinks: Sequence[Sink], store: CheckpointStore
-) -> Trace:
+async def _traced(app: App, number: Id, history: PickedHistory, sinks: Sequence[Sink], store: CheckpointStore) -> Trace:
     from replicator.contracts.events import Position
     from replicator.operations.follow import trace as traces
 

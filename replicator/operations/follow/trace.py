@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from replicator.contracts.errors import SinkError, SourceError
-from replicator.contracts.events import DeadLetter, Event, Lsn, format_lsn, parse_lsn
+from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
@@ -48,7 +48,7 @@ class Place(Struct, frozen=True, kw_only=True):
 class Trace(Struct, frozen=True, kw_only=True):
     """One event everywhere. docs/reference/commands.md says what each field means."""
 
-    event_id: int
+    event_id: Id
     in_postgresql: bool
     event: Any
     """As it would be made today; None when there is none."""
@@ -64,7 +64,7 @@ class Trace(Struct, frozen=True, kw_only=True):
 
 
 async def follow(
-    event_id: int, page: Page | None, sinks: Sequence[Sink], settings: CoreSettings, store: CheckpointStore
+    event_id: Id, page: Page | None, sinks: Sequence[Sink], settings: CoreSettings, store: CheckpointStore
 ) -> Trace:
     """The event of this id; `page` is what the tables have of it, read before."""
     event = page.enriched.events[0] if page and page.enriched.events else None
@@ -106,7 +106,7 @@ class _Asked(NamedTuple):
     why: str = ""
 
 
-def _letters(store: CheckpointStore, slot: str, event_id: int) -> list[DeadLetter]:
+def _letters(store: CheckpointStore, slot: str, event_id: Id) -> list[DeadLetter]:
     """Those of this event, the newest last."""
     found: list[DeadLetter] = []
     after = 0
@@ -121,7 +121,7 @@ def _letter_of(sink: str, letters: Sequence[DeadLetter]) -> DeadLetter | None:
     return next((letter for letter in reversed(letters) if letter.sink in (sink, None)), None)
 
 
-async def _ask(sink: Sink, event_id: int, event: Event | None) -> _Asked:
+async def _ask(sink: Sink, event_id: Id, event: Event | None) -> _Asked:
     if not isinstance(sink, Traces):
         return _Asked(None, NO_QUESTIONS)
     try:

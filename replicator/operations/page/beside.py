@@ -15,6 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.events import Id
 from replicator.contracts.sink import Ranks
 from replicator.contracts.stores import Task, TaskProgress
 from replicator.delivery.backfill import BackfillProgress
@@ -115,7 +116,7 @@ class Beside:
         self.top.stop()
         self.backfills.stop()
 
-    async def _top(self) -> list[tuple[int, int]] | None:
+    async def _top(self) -> list[tuple[Id, int]] | None:
         sinks = [lane.sink for lane in self._watchdog.pipeline.fan_out.lanes]
         ranking = next((sink for sink in sinks if isinstance(sink, Ranks)), None)
         return await ranking.top(TOP) if ranking else None

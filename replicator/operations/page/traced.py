@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from replicator.contracts.errors import PROGRAM, ReplicatorError
-from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.operations.follow.trace import BAD, Trace, number
 from replicator.operations.page.render import ASSETS, environment
 
@@ -22,7 +22,7 @@ TRACE_SECONDS = 4.0
 STATES = {"written": "well", "waiting": "paused", "unknown": "silent"} | dict.fromkeys(BAD, "wrong")
 """What became of it → its colour."""
 
-TraceOf = Callable[[int], Awaitable[Trace]]
+TraceOf = Callable[[str], Awaitable[Trace]]
 
 
 class Traced:
@@ -41,14 +41,11 @@ class Traced:
 
     async def _found(self, asked: str) -> tuple[Trace | None, str]:
         """What became of it, or why that is not known."""
-        event_id = _event_id(asked)
-        if event_id is None:
-            return None, "An event's id is a whole number of 64 bits."
         try:
             async with asyncio.timeout(TRACE_SECONDS), self._one_at_a_time:
-                return await self._trace(event_id), ""
+                return await self._trace(asked), ""
         except TimeoutError:
-            command = f"`{PROGRAM} trace {event_id}`"
+            command = f"`{PROGRAM} trace {shlex.quote(asked)}`"
             return None, f"The servers have not answered within {TRACE_SECONDS:g} s. {command} waits longer."
         except ReplicatorError as exc:
             return None, str(exc)
@@ -56,14 +53,6 @@ class Traced:
     @cached_property
     def _page(self) -> Template:
         return environment().from_string((ASSETS / "trace.html").read_text(encoding="utf-8"))
-
-
-def _event_id(asked: str) -> int | None:
-    try:
-        found = int(asked[:20])
-    except ValueError:
-        return None
-    return found if INT64_MIN <= found <= INT64_MAX and len(asked) <= len(str(INT64_MIN)) else None
 
 
 def _shown(value: object) -> str:

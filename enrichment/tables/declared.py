@@ -1,0 +1,162 @@
+"""The stream that is configured, and its tables: which columns it needs, and what they are called there."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Final
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from replicator.contracts.fields import BIGINT, Role, Stream
+from replicator.contracts.settings import Settings, load, split
+
+ENGAGEMENT: Final = "enrichment.contract:EVENT"
+
+
+@cache
+def declaration(named: str) -> Stream:
+    """The stream of that name, `module:NAME`; its module may be in the working directory. Raises ValueError."""
+    module, _, name = named.partition(":")
+    sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name or "STREAM", None)
+    except Exception as exc:  # a module runs, and may fail at anything
+        raise ValueError(f"{module} can't be imported: {type(exc).__name__}: {exc}") from exc
+    finally:
+        sys.path.pop()
+    if not isinstance(found, Stream):
+        raise ValueError(f"{named} is no Stream")  # noqa: TRY004  pydantic takes it for its own
+    return found
+
+
+def _declared(named: str) -> str:
+    declaration(named)
+    return named
+
+
+def _renamed(value: object, info: ValidationInfo) -> object:
+    """`device=dev, content.length_seconds=length`: table to column to its name there."""
+    if not isinstance(value, str) or "stream" not in info.data:
+        return value if isinstance(value, dict) else {}
+    tables = Tables(declaration(info.data["stream"]))
+    found: dict[str, dict[str, str]] = {}
+    for pair in split(value):
+        ours, _, theirs = pair.partition("=")
+        table, _, column = ours.rpartition(".")
+        table = table or tables.events
+        if column not in tables.needed.get(table, {}):
+            raise ValueError(f"{ours} is no column that events are made of; they are {', '.join(tables.columns())}")
+        if found.setdefault(table, {}).setdefault(column, theirs) != theirs:
+            raise ValueError(f"{ours} has two names, {found[table][column]} and {theirs}")
+    for table, names in found.items():
+        for theirs, count in Counter(names.get(column, column) for column in tables.needed[table]).items():
+            if count > 1:
+                raise ValueError(f"{theirs} of {table} would be {count} columns at once; a swap is two pairs: a=b,b=a")
+    return found
+
+
+class EnrichmentSettings(Settings):
+    """Options of the enrichment."""
+
+    stream: Annotated[str, AfterValidator(_declared)] = Field(
+        ENGAGEMENT, description="module:NAME, a Stream that a Python module declares"
+    )
+    content_cache_size: int = Field(
+        100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
+        ge=1,
+        le=100_000_000,
+        description="how many contents are kept in memory, 1 to 100000000; some 200 bytes each",
+    )
+    columns: Annotated[dict[str, dict[str, Annotated[str, MinLen(1)]]], BeforeValidator(_renamed)] = Field(
+        {}, description="names of renamed columns: device=dev, content.length_seconds=length, separated by commas"
+    )
+
+
+class Tables:
+    """A stream's tables: the one of its events, and the one that they are joined with, if there is one."""
+
+    def __init__(self, stream: Stream, renamed: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """`renamed`: table to column to the name that it has there, where that is another one."""
+        self.stream = stream
+        self.renamed = renamed or {}
+        self.schema, _, self.events = stream.table.partition(".")
+        self.content_schema, _, self.content = (stream.dimension.table if stream.dimension else ".").partition(".")
+        self.own = tuple(field for field in stream.fields if field.column)
+        """The fields that are columns of the events' table."""
+        self.joined = tuple(field for field in stream.fields if field.joined)
+        """The fields that are columns of the other table, which an event finds by its field `on`."""
+        self.identity, self.key, self.time = (stream.field(role) for role in Role)
+        self.content_key = stream.dimension.key if stream.dimension else ""
+        on = stream.dimension.on if stream.dimension else ""
+        self.on = next((field for field in self.own if field.name == on), None)
+        self.needed: Mapping[str, Mapping[str, str]] = {
+            **({self.content: self._content_columns()} if self.content else {}),
+            self.events: {field.column: field.type.postgres for field in self.own},
+        }
+        """Table to column to type."""
+
+    def _content_columns(self) -> dict[str, str]:
+        return {self.content_key: BIGINT.postgres, **{field.joined: field.type.postgres for field in self.joined}}
+
+    @property
+    def are_engagement(self) -> bool:
+        """Whether `sql/source_schema.sql` makes them."""
+        return self.stream is declaration(ENGAGEMENT)
+
+    @property
+    def all(self) -> list[str]:
+        """Their names without the schema."""
+        return [*self.needed]
+
+    def named_in_schema(self, table: str) -> str:
+        """`schema.table`."""
+        return f"{self.schema if table == self.events else self.content_schema}.{table}"
+
+    def named(self, table: str, column: str) -> str:
+        """What a column is called in its table."""
+        return self.renamed.get(table, {}).get(column, column)
+
+    def columns(self) -> Iterator[str]:
+        """As REPLICATOR_COLUMNS names them."""
+        for table in reversed(self.all):
+            yield from (column if table == self.events else f"{table}.{column}" for column in self.needed[table])
+
+    def rows_of(self, table: str, source: str = "") -> str:
+        """SQL for a table, or for a part of it, with its columns under our names."""
+        source = source or ".".join(map(quoted, self.named_in_schema(table).split(".")))
+        if table not in self.renamed:
+            return source
+        listed = (f"{quoted(self.named(table, column))} AS {quoted(column)}" for column in self.needed[table])
+        hidden = "xmin, tableoid, " if table == self.events else ""  # content may be a view, which has none
+        return f"(SELECT {hidden}{', '.join(listed)} FROM {source})"  # noqa: S608  quoted names
+
+
+def quoted(name: str) -> str:
+    """As SQL takes any name, a keyword for instance; for a query that has parameters."""
+    escaped = name.replace('"', '""').replace("%", "%%")
+    return f'"{escaped}"'
+
+
+def configured() -> Tables:
+    """Those of the settings. Raises SettingsError."""
+    return tables_of(load(EnrichmentSettings))
+
+
+def tables_of(settings: EnrichmentSettings) -> Tables:
+    """The same object for the same settings: code is compiled for it."""
+    names = tuple((table, *pair) for table, pairs in settings.columns.items() for pair in pairs.items())
+    return _tables(settings.stream, names)
+
+
+@cache
+def _tables(stream: str, names: tuple[tuple[str, str, str], ...]) -> Tables:
+    renamed: dict[str, dict[str, str]] = {}
+    for table, ours, theirs in names:
+        renamed.setdefault(table, {})[ours] = theirs
+    return Tables(declaration(stream), renamed)

@@ -1,0 +1,153 @@
+"""The types of fields: how each kind of value looks in wal2json, in PostgreSQL's SQL, in ClickHouse in a checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+EXACT_DIGITS_MAX = 76
+"""What ClickHouse's widest decimal holds."""
+
+
+@dataclass(frozen=True)
+class Type:
+    """A kind of value, and how it looks in each place."""
+
+    words: str
+    """What a row must hold, for messages."""
+    python: type
+    """What wal2json gives for it."""
+    postgres: str
+    """The source column's type; narrower integers and other kinds of text do as well."""
+    clickhouse: str
+    postgres_line: str
+    clickhouse_line: str
+    """SQL for the text that reconcile's checksum is made of, the same text in both; `{0}` is the value."""
+    optional: bool = False
+    read: str = ""
+    """SQL that gives the value as wal2json does; empty: a cast."""
+    shown: str = "{0}"
+    """Python that makes of it what the event's JSON has; functions are those of `enrichment/codec.py`."""
+    fit: Callable[[object], bool] | None = None
+    """Whether a value fits that is not NULL; None: its Python type tells."""
+
+    def nullable(self) -> Type:
+        """The same, or NULL. A NULL is `~` in a checksum, where text begins with its length."""
+        return replace(
+            self,
+            words=f"{self.words} or NULL",
+            clickhouse=_nullable(self.clickhouse),
+            postgres_line=f"coalesce(({self.postgres_line})::text, '~')",
+            clickhouse_line=f"ifNull({self.clickhouse_line}, '~')",
+            optional=True,
+            shown=self.shown if self.shown == "{0}" else f"(None if {{0}} is None else {self.shown})",
+        )
+
+    def low_cardinality(self) -> Type:
+        """The same, for a column with few different values: ClickHouse keeps a dictionary of them."""
+        return replace(self, clickhouse=f"LowCardinality({self.clickhouse})")
+
+    def fits(self, value: object) -> bool:
+        """Whether a value of wal2json's is of this type. Of a timestamp this only says that it is text."""
+        if value is None:
+            return self.optional
+        if self.fit is not None:
+            return self.fit(value)
+        return type(value) is self.python and (not isinstance(value, int) or INT64_MIN <= value <= INT64_MAX)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a value may have any length."""
+        return self.clickhouse.find("String") >= 0
+
+    def select(self, expression: str) -> str:
+        """SQL for the value as wal2json gives it."""
+        return self.read.format(expression) if self.read else f"{expression}::{self.postgres}"
+
+
+def _nullable(clickhouse: str) -> str:
+    inner = clickhouse.removeprefix("LowCardinality(")
+    return f"Nullable({clickhouse})" if inner == clickhouse else f"LowCardinality(Nullable({inner[:-1]}))"
+
+
+BIGINT = Type("a 64-bit integer", int, "bigint", "Int64", "{0}", "toString({0})")
+
+
+def _textual(words: str, postgres: str, read: str = "{0}::text", select: str = "") -> Type:
+    lines = f"length({read}) || ':' || {read}", "concat(toString(lengthUTF8({0})), ':', {0})"
+    return Type(words, str, postgres, "String", *lines, read=select)
+
+
+TEXT = _textual("text", "text")
+JSONB = _textual("jsonb", "jsonb", select="{0}::text")
+"""Its text as PostgreSQL writes it: what JSON can say and a destination can't is kept, such as long numbers."""
+JSON = _textual("json", "json", select="{0}::text")
+BYTEA = _textual("bytea", "bytea", "encode({0}, 'hex')", "encode({0}, 'hex')")
+"""As hexadecimal digits."""
+UUID = Type("a uuid", str, "uuid", "UUID", "{0}", "toString({0})", read="{0}::text")
+BOOLEAN = Type("true or false", bool, "bool", "Bool", "{0}::int", "toString(toUInt8({0}))")
+DATE = Type("a date", str, "date", "Date32", "{0}::text", "toString({0})", read="{0}::text")
+
+_MICROSECONDS = "CASE WHEN isfinite({0}) THEN (extract(epoch FROM {0}) * 1000000)::bigint::text ELSE {0}::text END"
+
+TIMESTAMPTZ = Type(
+    "a timestamp with time zone, in UTC", str, "timestamptz", "DateTime64(6, 'UTC')",
+    _MICROSECONDS, "toString(toUnixTimestamp64Micro({0}))", read="{0}::timestamptz::text", shown="_rfc3339({0}, 'Z')",
+)  # fmt: skip
+TIMESTAMP = Type(
+    "a timestamp", str, "timestamp", "DateTime64(6, 'UTC')",
+    _MICROSECONDS, "toString(toUnixTimestamp64Micro({0}))", read="{0}::text", shown="_rfc3339({0}, '')",
+)  # fmt: skip
+"""Without a time zone. ClickHouse is told that it is UTC, so that no server's own zone changes it."""
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (Decimal, int, float)
+
+
+def _float(words: str, postgres: str, clickhouse: str) -> Type:
+    bits = f"encode({postgres}send({{0}}), 'hex')", "lower(hex(reverse(reinterpretAsFixedString({0}))))"
+    return Type(words, float, postgres, clickhouse, *bits, shown="_float({0})", fit=_is_number)
+
+
+REAL = _float("a number", "float4", "Float32")
+DOUBLE = _float("a number", "float8", "Float64")
+"""wal2json has NULL for NaN and the infinities, and JSON has no words for them."""
+
+
+def numeric(digits: int, scale: int) -> Type:
+    """`numeric(digits, scale)`, digit by digit. wal2json has NULL for NaN."""
+    if not 0 <= scale <= digits <= EXACT_DIGITS_MAX or digits < 1:
+        raise ValueError(f"numeric({digits}, {scale}): 1 to {EXACT_DIGITS_MAX} digits, 0 to all of them a fraction")
+
+    def fit(value: object) -> bool:
+        if type(value) is int:
+            return len(str(abs(value))) <= digits - scale or value == 0
+        if not isinstance(value, Decimal) or not value.is_finite():
+            return False
+        return -int(value.as_tuple().exponent) <= scale and value.adjusted() < digits - scale
+
+    return Type(
+        f"a number of {digits} digits, {scale} of them a fraction",
+        Decimal,
+        "numeric",
+        f"Decimal({digits}, {scale})",
+        f"round({{0}} * {10**scale})",
+        f"toString(toInt256(toDecimal256({{0}}, {scale}) * toInt256('{10**scale}')))",
+        shown="_exactly({0})",
+        fit=fit,
+    )
+
+
+def decimal(digits: int, scale: int) -> Type:
+    """An exact fraction. In PostgreSQL its expression counts units of the last digit: 1.25 is 125 at a scale of 2."""
+    units = f"toInt128(toDecimal128({{0}}, {scale}) * {10**scale})"
+    return Type("a number", float, "numeric", f"Decimal({digits}, {scale})", "{0}", f"toString({units})")
+
+
+def as_text(postgres: str) -> Type:
+    """Any other type, such as `interval`, `inet` or `text[]`, by its name in PostgreSQL: its text."""
+    return _textual(postgres, postgres, select="{0}::text")
