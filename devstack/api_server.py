@@ -86,7 +86,7 @@ class Taken(NamedTuple):
 
 
 class _EventId(msgspec.Struct):
-    event_id: int
+    event_id: int = 0  # of another stream than engagement, whose identity has another name
 
 
 _decode_array = msgspec.json.Decoder(list[_EventId]).decode

@@ -39,6 +39,10 @@ class RowUnusable(Exception):
     """No event can be made of a row. The text names table, column and what is expected, never a value."""
 
 
+class DerivedUnusable(RowUnusable):
+    """A function of the declaration has failed, or its result does not fit."""
+
+
 class ShapeUnusable(RowUnusable):
     """Nor of any other of that shape: a column is missing, or of another type."""
 
@@ -179,6 +183,8 @@ class Codec:
         kept = (*(field.column for field in own), *(field.joined for field in joined), tables.content_key)
         self._kept = [*dict.fromkeys(kept)]
         self._stored = msgspec.json.Decoder(_stored(tables))
+        self.derives = any(field.derived and not field.derived.shortcut for field in stream.fields)
+        """Whether making an event may raise DerivedUnusable."""
         self.fits = {f"_fits_{field.name}": field.type.fits for field in stream.fields if field.type.fit}
         self.read = self._reader()
         self.build_events = self.finishing(_BUILD, "_build_events", {"_missing": self.missing})
@@ -211,7 +217,7 @@ class Codec:
             name,
             {
                 "_Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in fields], gc=False),
-                **{f"_compute_{field.name}": function.function for field, function in derived},
+                **{f"_compute_{field.name}": self._function(field, function) for field, function in derived},
                 **self.fits,
                 **(names or {}),
             },
@@ -225,6 +231,29 @@ class Codec:
             derived="; ".join(_computed(field.name, function) for field, function in derived) or "pass",
             every=", ".join(map(self._shown, fields)),
         )
+
+    def _function(self, field: Field, derived: Derived) -> Callable[..., object]:
+        """The declaration's own function is trusted where it has a shortcut, which is ours."""
+        if derived.shortcut:
+            return derived.function
+        types = {known.name: known.type.python for known in self.tables.stream.fields}
+        exact = [types[name] in {Decimal, float} for name in derived.of]
+        kinds = [types[name] for name in derived.of]
+
+        def compute(*values: object) -> object:
+            # A whole number of them comes as an integer.
+            given = (
+                kind(value) if is_exact else value for kind, is_exact, value in zip(kinds, exact, values, strict=True)
+            )
+            try:
+                found = derived.function(*given)
+            except Exception as exc:  # anything at all
+                raise DerivedUnusable(f"{field.name} can't be derived: {type(exc).__name__}") from exc
+            if not field.type.fits(found):
+                raise DerivedUnusable(f"{field.name} is derived, and is not {field.type.words}")
+            return found
+
+        return compute
 
     def _content(self) -> str:
         """Source that sets the joined columns."""
@@ -283,17 +312,70 @@ class Codec:
         kept = self._kept
         return sorted((column for column in columns if column.name in kept), key=lambda column: kept.index(column.name))
 
+    def build(self, drafts: Sequence[Draft], contents: Mapping[Any, Content], events: list[Event]) -> list[DeadLetter]:
+        """As `build_events`; what no event can be made of."""
+        if not self.derives:
+            self.build_events(drafts, contents, events)
+            return []
+        refused = []
+        for draft in drafts:
+            try:
+                self.build_events([draft], contents, events)
+            except DerivedUnusable as exc:
+                refused.append(self._refused(draft, str(exc)))
+        return refused
+
+    def _refused(self, draft: Draft, reason: str) -> DeadLetter:
+        commit_lsn, ordinal, *values = draft
+        texts = (str(value) if isinstance(value, datetime) else value for value in values)
+        columns = [Column(field.column, value) for field, value in zip(self.tables.own, texts, strict=True)]
+        return self.dead_letter(
+            Row("I", self.tables.schema, self.tables.events, columns, [], commit_lsn, ordinal), reason
+        )
+
+    def complete(self, row: Row, found: Mapping[str, Any] | None) -> bool:
+        """Give an update the columns that it lacks because they are long and did not change; whether it has all now.
+
+        They are in its old row, or in `found`, the row as it is now.
+        """
+        names = {column.name for column in row.columns}
+        known = {column.name: column.value for column in row.identity} | dict(found or {})
+        lacking = [field.column for field in self.tables.own if field.column not in names]
+        row.columns += [Column(name, known[name]) for name in lacking if name in known]
+        return all(name in known for name in lacking)
+
+    def deletion(self, row: Row) -> Event:
+        """The event of a row that is gone. Raises RowUnusable."""
+        self.unquote(row.identity)
+        old = {column.name: column.value for column in row.identity}
+        fields = {field: old[field.column] for field in self.tables.own if field.column in old}
+        wrong = next((field for field, value in fields.items() if not field.type.fits(value)), None)
+        if wrong or self.tables.identity not in fields:
+            raise self._misfit(wrong or self.tables.identity)
+        json = self._encode_old(fields)
+        key = fields.get(self.tables.key, self.tables.key.type.python())
+        return Event(row.commit_lsn, row.ordinal, fields[self.tables.identity], key, None, json, deleted=True)
+
+    def _encode_old(self, fields: Mapping[Field, Any]) -> bytes:
+        shown = {
+            field.name: eval(field.type.shown.format("_value"), {**_NAMES, "_value": value})  # noqa: S307  our own source
+            for field, value in fields.items()
+        }
+        return msgspec.json.encode(shown)
+
     def stored_event(self, letter: DeadLetter) -> Event:
         """The event that a sink refused, from its JSON. Raises RowUnusable."""
         try:
             stored = self._stored.decode(letter.payload)
         except msgspec.MsgspecError as exc:
             raise RowUnusable(f"the dead letter's payload is no event: {exc}") from exc
+        commit_lsn, ordinal = letter.replay_position
+        if stored.time is None:
+            return Event(commit_lsn, ordinal, stored.identity, stored.key, None, letter.payload, deleted=True)
         try:
             ts_us = microseconds(datetime.fromisoformat(stored.time))
         except ValueError:
             ts_us = None  # infinite, or outside Python's years, as it was
-        commit_lsn, ordinal = letter.replay_position
         return Event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, letter.payload)
 
 
@@ -330,7 +412,10 @@ def codec_of(tables: Tables) -> Codec:
 def _stored(tables: Tables) -> Any:
     """What an event's JSON has to have."""
     roles = {"identity": tables.identity, "key": tables.key, "time": tables.time}
-    fields = [(name, field.type.python) for name, field in roles.items()]
+    identity, key, time = ((name, field.type.python) for name, field in roles.items())
+    fields: list[Any] = [identity, key, time]
+    if tables.stream.follows:  # of a row that is gone the replica identity may tell no more
+        fields = [identity, (*key, key[1]()), ("time", str | None, None)]
     return msgspec.defstruct("Stored", fields, rename={name: field.name for name, field in roles.items()}, gc=False)
 
 

@@ -16,6 +16,7 @@ import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from decimal import Decimal
 from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -294,8 +295,8 @@ def _interned(values: Iterable[Any]) -> Content:
     return tuple(sys.intern(value) if type(value) is str else value for value in values)
 
 
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(tuple[Any, ...]).decode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+_decode = msgspec.json.Decoder(tuple[Any, ...], float_hook=Decimal).decode
 
 
 def _text(content: Content) -> str:

@@ -23,7 +23,7 @@ from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.declared import EnrichmentSettings, Tables, quoted, tables_of
 from enrichment.tables.guard import Guard, Record, contents, swaps
-from enrichment.tables.missed import MissedHistory, as_now
+from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
 from replicator.contracts.events import (
@@ -32,6 +32,7 @@ from replicator.contracts.events import (
     DeadLetter,
     Event,
     Finding,
+    Id,
     Lsn,
     Position,
     Row,
@@ -90,14 +91,16 @@ class _Plan:
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self.drafts: list[Draft] = []
-        self.changes: list[tuple[int, Position, Change]] = []
-        """Each with the number of drafts before it, and where its row stands."""
+        self.changes: list[tuple[int, Position, Change | Event]] = []
+        """Of contents, and rows that are gone; each with the number of drafts before it, and where its row stands."""
         self.changed: set[int] = set()
         """Ids of contents that these rows change."""
         self.wanted: set[int] = set()
         """Ids of contents that are not known and an event needs."""
         self.partial: set[int] = set()
         """Ids of contents that a row changes without carrying all of them."""
+        self.was: dict[Position, Id] = {}
+        """The former identities of rows that have another one now."""
         self.refused: list[DeadLetter] = []
         self.ignored: Counter[str] = Counter()
         self.other_shape = 0
@@ -223,7 +226,7 @@ class EngagementEnricher:
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
         await self._asked(self._contents.renew())
-        plan = self._plan(rows)
+        plan = self._plan(await self._completed(rows) if self._tables.stream.follows else rows)
         events = self._carry_out(plan, await self._asked(self._look_up(plan)))
         self.ignored.update(plan.ignored)
         if plan.drafts:
@@ -247,10 +250,17 @@ class EngagementEnricher:
             self._contents.known.setdefault(content_id, content)
         return today
 
+    async def _completed(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rows with all of their columns; without those that nobody needs any more."""
+        updates = [row for row in rows if row.action == "U" and self._guard.root(row) == self._tables.events]
+        gone = await complete(self._database, self._tables, updates) if updates else set()
+        return [row for row in rows if (row.commit_lsn, row.ordinal) not in gone] if gone else rows
+
     async def _look_again(self, rows: Sequence[Row]) -> None:
         """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
         reshaped = self._guard.reshaped
-        inserts = [row for row in rows if row.action == "I" and row.commit_lsn < reshaped]
+        actions = "IU" if self._tables.stream.updates == "upsert" else "I"
+        inserts = [row for row in rows if row.action in actions and row.commit_lsn < reshaped]
         try:
             events = [row for row in inserts if self._guard.root(row) == self._tables.events]
             await as_now(self._database, self._tables, events)
@@ -323,18 +333,25 @@ class EngagementEnricher:
         plan, read, known = _Plan(self._codec), self._reader.read, self._contents.known
         append, changed, on = plan.drafts.append, plan.changed, self._codec.draft_on
         schema, table = self._tables.schema, self._tables.events
+        upserts, deletes = self._tables.stream.updates == "upsert", self._tables.stream.deletes == "delete"
         for row in rows:
             try:
                 if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
                     known = {} if plan.forgotten else known
                     continue
-                if row.action == "I":
+                if row.action == "I" or (row.action == "U" and upserts):
                     draft = read(row)
+                    if row.action == "U":
+                        self._note_identity(row, draft, plan)
                     if on is not None:
                         content_id = draft[on]
                         if content_id not in known and content_id not in changed and content_id is not None:
                             plan.wanted.add(content_id)
                     append(draft)
+                elif row.action == "D" and deletes:
+                    plan.changes.append(
+                        (len(plan.drafts), Position(row.commit_lsn, row.ordinal), self._codec.deletion(row))
+                    )
                 else:
                     plan.ignored[row.action] += 1
                     self._guard.saw(row)
@@ -342,6 +359,12 @@ class EngagementEnricher:
                 self._refuse(row, exc, plan)
                 known = {} if plan.forgotten else known
         return plan
+
+    def _note_identity(self, row: Row, draft: Draft, plan: _Plan) -> None:
+        """An update may give a row another identity: under the old one it is gone."""
+        old = self._codec.deletion(row).id
+        if old != draft[self._codec.draft_id]:
+            plan.was[Position(row.commit_lsn, row.ordinal)] = old
 
     def _renamed(self, row: Row) -> Row:
         """The row with the names that we know its columns by; the given one stays, as it may be given again."""
@@ -383,10 +406,15 @@ class EngagementEnricher:
         events: list[Event] = []
         done = 0
         for count, at, change in plan.changes:
-            self._codec.build_events(plan.drafts[done:count], self._contents.known, events)
-            self._contents.apply(change, today, at)
+            plan.refused += self._codec.build(plan.drafts[done:count], self._contents.known, events)
+            if isinstance(change, Event):
+                events.append(change)
+            else:
+                self._contents.apply(change, today, at)
             done = count
-        self._codec.build_events(plan.drafts[done:], self._contents.known, events)
+        plan.refused += self._codec.build(plan.drafts[done:], self._contents.known, events)
+        for event in events if plan.was else ():
+            event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))
         return events
 
 

@@ -420,7 +420,7 @@ def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> P
         if codec.draft_on is not None:
             contents[draft[codec.draft_on]] = row[joined]
     events: list[Event] = []
-    codec.build_events(drafts, contents, events)
+    refused += codec.build(drafts, contents, events)
     return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
 
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from enrichment.codec import FINISH, Codec, Content
-from replicator.contracts.events import Row
+from enrichment.codec import FINISH, Codec, Content, DerivedUnusable
+from replicator.contracts.events import Event, Lsn, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
 from replicator.contracts.stream import Shortcut
 
@@ -59,6 +59,7 @@ class Shortcuts:
 
     def __init__(self, codec: Codec, contents: Mapping[int, Content]) -> None:
         self.current: Shortcut | None = None
+        self._derives = codec.derives
         self._own = {field.column: field for field in codec.tables.own}
         self._make = codec.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL, "_missing": codec.missing})
         self._contents = contents
@@ -100,8 +101,23 @@ class Shortcuts:
             ],
             gc=False,
         )
-        shortcut: Shortcut = self._make(msgspec.json.Decoder(message, float_hook=Decimal).decode, self._contents)
+        shortcut: Shortcut = self._wrapped(
+            self._make(msgspec.json.Decoder(message, float_hook=Decimal).decode, self._contents)
+        )
         return shortcut
+
+    def _wrapped(self, shortcut: Shortcut) -> Shortcut:
+        """Without the declaration's own errors: the general way tells them."""
+        if not self._derives:
+            return shortcut
+
+        def careful(payload: memoryview | bytes, commit_lsn: Lsn, ordinal: int) -> Event | None:
+            try:
+                return shortcut(payload, commit_lsn, ordinal)
+            except DerivedUnusable:
+                return None
+
+        return careful
 
 
 def _column(name: str, field: Field | None, number: int) -> tuple[str, type]:

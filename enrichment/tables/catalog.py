@@ -71,7 +71,7 @@ SELECT coalesce(json_agg(json_build_object(
         FROM pg_attribute a JOIN under USING (attnum) JOIN pg_type b ON b.oid = under.type AND b.typtype <> 'd'
         WHERE a.attrelid = m.oid AND NOT a.attisdropped
     ) ELSE '[]' END,
-    'keys', CASE WHEN m.root = %(keyed)s THEN coalesce((
+    'keys', CASE WHEN m.root = ANY(%(keyed)s::name[]) THEN coalesce((
         SELECT json_agg(json_build_object(
             'primary', i.indisprimary AND i.indimmediate, 'identity', i.indisreplident,
             'version', concat_ws(' ', i.indexrelid, i.xmin),
@@ -88,7 +88,8 @@ WHERE t.relpersistence <> 't'
 def parameters(tables: Tables) -> dict[str, object]:
     """Those of `SHAPE`."""
     names = {tables.events: tables.schema, **({tables.content: tables.content_schema} if tables.content else {})}
-    return {"schemas": [*names.values()], "tables": [*names], "keyed": tables.content}
+    keyed = [tables.content, *([tables.events] if tables.stream.follows else [])]
+    return {"schemas": [*names.values()], "tables": [*names], "keyed": keyed}
 
 
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}

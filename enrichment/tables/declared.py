@@ -105,6 +105,11 @@ class Tables:
         return {self.content_key: BIGINT.postgres, **{field.joined: field.type.postgres for field in self.joined}}
 
     @property
+    def identity_name(self) -> str:
+        """What the identity's column is called in its table."""
+        return self.named(self.events, self.identity.column)
+
+    @property
     def are_engagement(self) -> bool:
         """Whether `sql/source_schema.sql` makes them."""
         return self.stream is declaration(ENGAGEMENT)

@@ -48,6 +48,9 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     for part in shape.of(table):
         if not part.streamed:
             return _not_in_the_wal(name, part)
+        if tables.stream.follows and part.kind == "r" and not _tells(tables.identity_name, part):
+            what = f"has a replica identity that does not tell which row was changed or deleted ({part})"
+            return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY FULL")
     return None
 
 
@@ -101,7 +104,7 @@ def replaced(tables: Tables, before: Shape, now: Shape) -> bool:
 
 def hidden(tables: Tables, shape: Shape) -> Problem | None:
     """Why the stream does not show every change of content; then it is looked up again for every event."""
-    found = shape.table(tables.content)
+    found, key = shape.table(tables.content), tables.named(tables.content, tables.content_key)
     if found is None:
         return None
     if found.kind in KINDS:
@@ -109,18 +112,14 @@ def hidden(tables: Tables, shape: Shape) -> Problem | None:
     for part in shape.of(tables.content):
         if not part.streamed:
             return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
-        if part.kind == "r" and not _tells(tables, part):
+        if part.kind == "r" and not _tells(key, part):
             what = f"has a replica identity that does not tell which content was changed or deleted ({part})"
-            cure = "DEFAULT" if any(_names(tables, key.columns) for key in part.keys if key.primary) else "FULL"
+            cure = "DEFAULT" if any(key in (index.columns or ()) for index in part.keys if index.primary) else "FULL"
             return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {cure} is faster")
     return None
 
 
-def _tells(tables: Tables, part: Relation) -> bool:
-    """Whether its replica identity names the content: (f)ull, (d)efault, or an (i)ndex."""
-    chosen = [key for key in part.keys if (key.primary if part.identity == "d" else key.identity)]
-    return part.identity == "f" or (part.identity in "di" and any(_names(tables, key.columns) for key in chosen))
-
-
-def _names(tables: Tables, columns: tuple[str, ...] | None) -> bool:
-    return tables.named(tables.content, tables.content_key) in (columns or ())
+def _tells(key: str, part: Relation) -> bool:
+    """Whether its replica identity has this column: (f)ull, (d)efault, or an (i)ndex."""
+    chosen = [index for index in part.keys if (index.primary if part.identity == "d" else index.identity)]
+    return part.identity == "f" or (part.identity in "di" and any(key in (index.columns or ()) for index in chosen))

@@ -94,6 +94,26 @@ async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> Non
             row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
 
 
+async def complete(database: Database, tables: Tables, rows: Sequence[Row]) -> set[Position]:
+    """Give updates what they lack because it did not change; the positions of those that are past being completed.
+
+    Their rows are gone by now, or have another identity: a later change of the stream says so.
+    """
+    codec, identity = codec_of(tables), tables.identity.column
+    lacking = [row for row in rows if not codec.complete(row, None)]
+    ids = {column.value for row in lacking for column in row.columns if column.name == identity}
+    wanted = [one for one in ids if tables.identity.type.fits(one)]
+    names = [field.column for field in tables.own]
+    found = await database.rows(as_now_query(tables), {"ids": wanted}) if wanted else []
+    now = {values[names.index(identity)]: dict(zip(names, values, strict=True)) for values in found}
+    gone = set()
+    for row in lacking:
+        event_id = next((column.value for column in row.columns if column.name == identity), None)
+        if not codec.complete(row, now.get(event_id)):
+            gone.add(Position(row.commit_lsn, row.ordinal))
+    return gone
+
+
 class _Part(NamedTuple):
     relation: Relation
     condition: str

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -127,11 +128,25 @@ class Event(msgspec.Struct, gc=False):
     """The event as one JSON object, fields in the contract's order, UTF-8, no trailing newline."""
     deleted: bool = False
     """The row is gone; `json` has what the source's replica identity tells of it, the identity at least."""
+    was: Id | None = None
+    """The identity that the row had until this change: it is gone under that one."""
 
     @property
     def version(self) -> int:
         """Of a row that changes: the higher the later."""
         return (self.commit_lsn << 64) | self.ordinal
+
+
+def unfolded(events: Iterable[Event], identity: str) -> Iterator[Event]:
+    """Changes of rows, each of one identity: a row whose identity has changed is gone, and then there.
+
+    `identity` is the name of the field. Both have one position, so they are one event until a sink writes it.
+    """
+    for event in events:
+        if event.was is not None:
+            json = msgspec.json.encode({identity: event.was})
+            yield Event(event.commit_lsn, event.ordinal, event.was, event.key, None, json, deleted=True)
+        yield event
 
 
 class Refusal(NamedTuple):

@@ -23,7 +23,7 @@ import msgspec
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Id
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import TIMESTAMPTZ, Contract
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
@@ -38,6 +38,12 @@ HASH = "bitShiftRight(reinterpretAsUInt64(reverse(substring(MD5({line}), 1, 8)))
 DELETE = """
 -- Lightweight: the rows are gone from every query at once, and from the disk with the next merge.
 DELETE FROM {table} WHERE {exactly}
+"""
+
+BURY = """
+-- Rows that change: one version more, which says that the row is gone.
+INSERT INTO {table} ({id}, _version, _deleted)
+SELECT {id}, max(_version) + 1, 1 FROM {table} WHERE {id} IN %(ids)s GROUP BY {id}
 """
 
 SENT_BYTES = 4_000_000
@@ -77,6 +83,7 @@ class ClickHouseLedger:
         self._id_row: type[tuple[Any, int]] = tuple[kinds[0], int]  # type: ignore[valid-type]
         self._key_row: type[Key] = tuple[kinds[0], int, kinds[1]]  # type: ignore[valid-type]
         self._digest_row: type[tuple[Any, ...]] = tuple[kinds[0], int, kinds[1], int, int]  # type: ignore[valid-type]
+        self._moments = [field for field in contract.fields if "DateTime64" in field.type.clickhouse]
         self._us = f"toUnixTimestamp64Micro({self._time})"
         self._lsn = "toUInt64(bitShiftRight(_version, 64))" if contract.follows else "_lsn"
         self._event = f"{self._id}, {self._us}, {self._key}, {self._hash}, {self._lsn}"
@@ -123,6 +130,8 @@ class ClickHouseLedger:
         return [EventDigest(*row) for row in rows]
 
     async def delete(self, doomed: Sequence[EventDigest]) -> None:
+        if self._contract.follows:
+            return await self._bury(doomed)
         ordered = sorted(doomed, key=lambda row: row.ts_us)  # those of a statement are near each other in time
         for at in range(0, len(ordered), CHUNK // 2):  # a key is three numbers
             keys = tuple((row.id, row.ts_us, row.key) for row in ordered[at : at + CHUNK // 2])
@@ -132,6 +141,12 @@ class ClickHouseLedger:
             [(left,)] = await self._select("count()", tuple[int], exactly, self._one_of)
             if left:
                 raise SinkUnavailable(sink=SINK, detail=f"{left} rows are still there after they were deleted")
+
+    async def _bury(self, doomed: Sequence[EventDigest]) -> None:
+        """Rows that change have older versions, which would come to light: a last version says that they are gone."""
+        for at in range(0, len(doomed), CHUNK):
+            ids = {"ids": tuple(row.id for row in doomed[at : at + CHUNK])}
+            await self._client.command(BURY.format(table=self._table, id=self._id), ids)
 
     async def holds(self, events: Sequence[Event]) -> bool:
         """Whether the table has each of these events as it is here, or a later view of it."""
@@ -182,18 +197,26 @@ class ClickHouseLedger:
         rows = rows or await self._copies(event_id, None)
         if not rows:
             return Held(False)
-        ts_us, lsn, *values = rows[-1]
-        fields = dict(zip(self._values, values, strict=True))
-        fields[self._time] = _moment(ts_us)
-        views = len({row[0] for row in rows})
+        lsn, gone, *values = rows[-1]
+        if gone:
+            return Held(False, commit_lsn=lsn, notes=["it was deleted"])
+        names = [*self._values, *(field.name for field in self._moments)]
+        fields = dict(zip(names, values, strict=True))
+        for field in self._moments:
+            if fields[field.name] is not None:
+                fields[field.name] = _moment(fields[field.name]) + "Z" * (field.type.postgres == TIMESTAMPTZ.postgres)
+        at = names.index(self._time) + 2
+        views = 1 if self._contract.follows else len({row[at] for row in rows})
         notes = [f"{len(rows)} copies until the next merge; FINAL shows the newest"] if len(rows) > 1 else []
         notes += [f"it is there at {views} times"] if views > 1 else []
         return Held(True, fields, lsn, notes)
 
     async def _copies(self, event_id: Id, ts_us: int | None) -> list[list[Any]]:
         """At its time, which the table is sorted by, or at any."""
-        at = "" if ts_us is None else f"AND {self._within}"
-        what = f"{self._us}, {self._lsn}, {', '.join(self._values)}"
+        at = "" if ts_us is None or self._contract.follows else f"AND {self._within}"
+        moments = (f"toUnixTimestamp64Micro({field.name})" for field in self._moments)
+        gone = "_deleted" if self._contract.follows else "0"
+        what = ", ".join([self._lsn, gone, *self._values, *moments])
         query = f"SELECT {what} FROM {self._table} WHERE {self._id} = %(id)s {at}"  # noqa: S608  our own names
         parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
         more = f"ORDER BY {version(self._contract)} LIMIT {COPIES} {AS_SENT}"
@@ -291,7 +314,7 @@ def _text(ts_us: int) -> str:
 def _moment(us: int) -> str:
     """As an event's JSON has it."""
     try:
-        return f"{(EPOCH + timedelta(microseconds=us)).isoformat(timespec='microseconds')}Z"
+        return (EPOCH + timedelta(microseconds=us)).isoformat(timespec="microseconds")
     except OverflowError:  # no event of ours
         return f"{us} µs"
 

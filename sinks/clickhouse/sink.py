@@ -34,7 +34,7 @@ from replicator.contracts.errors import (
     cited,
     command,
 )
-from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition, unfolded
 from replicator.contracts.fields import Contract
 from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
@@ -198,6 +198,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert. Returns those whose time does not fit."""
         first, last = await self._range()
+        if self.contract.follows:
+            events = [*unfolded(events, self.contract.identity.name)]
 
         def fits(event: Event) -> bool:
             return event.deleted or (event.ts_us is not None and first <= event.ts_us <= last)

@@ -21,6 +21,7 @@ from typing import ClassVar, cast
 
 import aiohttp
 import httpx
+import msgspec
 from standardwebhooks import Webhook
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
@@ -71,7 +72,7 @@ class HttpSink(Sink):
     ) -> None:
         super().__init__(settings, contract)
         self.max_events = settings.http_batch_size
-        self.concurrency = settings.http_concurrency
+        self.concurrency = 1 if contract.follows else settings.http_concurrency  # changes of a row in their order
         self.max_repeats = max(settings.http_max_repeats, self.max_events)
         self._url = httpx.URL(settings.http_url.get_secret_value()).copy_with(userinfo=b"", fragment=None)
         # What messages name. Not the path: chat services put a secret in there.
@@ -122,7 +123,7 @@ class HttpSink(Sink):
         return cures.get(type(exc), REFUSED_CURE)
 
     async def _post(self, events: Sequence[Event]) -> None:
-        sent = [*map(changed, events)] if self.contract.follows else [event.json for event in events]
+        sent = [changed(event) for event in events] if self.contract.follows else [event.json for event in events]
         body = sent[0] if self.max_events == 1 else b"[" + b",".join(sent) + b"]"
         key = change_key(events) if self.contract.follows else event_key(events)
         headers = {"idempotency-key": key, "webhook-id": key}
@@ -193,10 +194,14 @@ def change_key(events: Sequence[Event]) -> str:
 
 
 def changed(event: Event) -> bytes:
-    """The row's JSON, with what has happened, and a version: the higher text of two is the later change."""
+    """The row's JSON, with what has happened, and a version: the higher text of two is the later change.
+
+    `_was` is the identity that it had until now, if that is another one: there the row is gone.
+    """
     operation = b"delete" if event.deleted else b"upsert"
     version = b"%016X%016X" % (event.commit_lsn, event.ordinal)
-    return b'%b,"_operation":"%b","_version":"%b"}' % (event.json[:-1], operation, version)
+    was = b',"_was":%b' % msgspec.json.encode(event.was) if event.was is not None else b""
+    return b'%b,"_operation":"%b","_version":"%b"%b}' % (event.json[:-1], operation, version, was)
 
 
 def _digest(names: object) -> str:

@@ -33,6 +33,8 @@ from sinks.clickhouse.table import table_of
 from sinks.testing import sample
 from tests.support.front import Answer, Asked, Front, Lie, front_end
 
+TABLE = table_of(EVENT)
+
 MEMORY = b"Code: 241. DB::Exception: Memory limit (total) exceeded. (MEMORY_LIMIT_EXCEEDED) (version 26.9.2.1)\n"
 PAGE = b"<html><body>We are back in a minute</body></html>"
 ALLOWED = {"query", "database", "default_format", "user", "password", "no_cache", "buffer_size"}

@@ -71,7 +71,7 @@ class Plan:
         self._before, self._newest_before = states, newest
         self._states: dict[Id, State] = {}
         self._newest = dict(newest)
-        self._lasts: dict[str, bytes | None] = {}
+        self._lasts: dict[str, str | None] = {}
         self._same: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._ranks: Counter[tuple[int, str]] = Counter()
@@ -104,7 +104,7 @@ class Plan:
         if order + name >= before or before.endswith(name):
             if not self._follows and before == order + name and key not in self._lasts:
                 self._same.add(key)
-            self._newest[key], self._lasts[key] = order + name, event.json
+            self._newest[key], self._lasts[key] = order + name, event.json.decode()  # Redis reads no binary values
 
     def _bucket(self, event: Event) -> int | None:
         first, end = self._rankable
@@ -148,7 +148,7 @@ class Plan:
         }
         return Call([*keys], [_encode(plan)])
 
-    def _last(self, newest: int, last: int, key: str, json: bytes | None) -> list[list[Any]]:
+    def _last(self, newest: int, last: int, key: str, json: str | None) -> list[list[Any]]:
         if json is None:
             return [["UNLINK", newest], ["UNLINK", last]]
         keep: list[Any] = (

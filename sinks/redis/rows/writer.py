@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from replicator.contracts.errors import SinkUnavailable
-from replicator.contracts.events import Event, Id
+from replicator.contracts.events import Event, Id, unfolded
 from sinks.redis.client import SINK, RedisClient, Script, script
 from sinks.redis.keys import NEWEST_PREFIX, WINDOW, WINDOW_EXPIRY_SECONDS, Call, bucket_key, window_buckets
 from sinks.redis.rows.plan import ROWS, Plan, newest_of
@@ -28,6 +28,7 @@ class RowsWriter:
 
     async def write(self, events: Sequence[Event]) -> int:
         """Apply them, each version once; how many of the rows are new."""
+        events = [*unfolded(events, "")]
         starts = range(0, len(events), CALL_EVENTS)
         return sum([await self._write(events[start : start + CALL_EVENTS]) for start in starts])
 
