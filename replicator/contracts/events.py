@@ -17,8 +17,9 @@ import msgspec
 Lsn: TypeAlias = int
 """A position in PostgreSQL's write-ahead log: the 64-bit byte offset that the text form stands for, `16/B374D848`."""
 
-Id: TypeAlias = int | str
-"""What makes two events the same, or what they are about: a signed 64-bit integer, or a text (of a uuid, too)."""
+Id: TypeAlias = Any
+"""What makes two events the same, or what they are about: a signed 64-bit integer, or a text (of a uuid, too). Any,
+because all of a stream's are of one kind, which whoever works with them knows."""
 
 _fits_lsn = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})").fullmatch
 

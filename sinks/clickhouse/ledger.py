@@ -131,7 +131,8 @@ class ClickHouseLedger:
 
     async def delete(self, doomed: Sequence[EventDigest]) -> None:
         if self._contract.follows:
-            return await self._bury(doomed)
+            await self._bury(doomed)
+            return
         ordered = sorted(doomed, key=lambda row: row.ts_us)  # those of a statement are near each other in time
         for at in range(0, len(ordered), CHUNK // 2):  # a key is three numbers
             keys = tuple((row.id, row.ts_us, row.key) for row in ordered[at : at + CHUNK // 2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -42,7 +41,8 @@ CREATE TRIGGER log AFTER INSERT OR UPDATE ON shop.orders FOR EACH ROW EXECUTE FU
 EXPECTED = """
 WITH last AS (SELECT DISTINCT ON (order_id) * FROM shop.writes ORDER BY order_id, seq DESC)
 SELECT row_to_json(x)::text FROM (
-    SELECT order_id, o.customer_id, to_char(ordered_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS ordered_at,
+    SELECT order_id, o.customer_id,
+           to_char(ordered_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS ordered_at,
            status, trim_scale(total) AS total, lines::text AS lines, note,
            to_char(shipped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS shipped_at,
            w.customer, w.country, trim_scale(w.vat_percent) AS vat_percent,
@@ -200,7 +200,6 @@ def test_backfill_and_reconcile(
     orders: Program,
     source: psycopg.Connection,
     stack: DevStack,
-    destinations: Destinations,
     chance: random.Random,
 ) -> None:
     """What stood in the table before, and what was lost in a sink."""
@@ -231,7 +230,7 @@ def test_backfill_and_reconcile(
         assert "redis        written" in succeed(orders.run("trace", order_id))
 
 
-def test_declarations_that_can_not_be_used(orders: Program, source: psycopg.Connection, tmp_path: Path) -> None:
+def test_declarations_that_can_not_be_used(orders: Program) -> None:
     """One clear line each."""
     orders.environment["REPLICATOR_STREAM"] = "nowhere:STREAM"
     found = orders.run("check")

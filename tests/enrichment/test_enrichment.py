@@ -17,7 +17,7 @@ from psycopg import sql
 from devstack import DevStack
 from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
-from enrichment.contract import EVENT, engagement_pct
+from enrichment.contract import engagement_pct
 from enrichment.database import Database
 from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
@@ -524,7 +524,7 @@ async def test_a_content_change_without_its_key(enricher: EngagementEnricher) ->
     """What is known is given up, and the operator finds a letter: nothing stale goes on unnoticed."""
     row = Row("D", "public", "content", [], [Column("content_type", "video")], commit_lsn=7, ordinal=1)
     made = await enricher.enrich([row])
-    reason = f"{EVENT.dimension.table} has no content_id, a 64-bit integer, in the row's identity"
+    reason = "public.content has no content_id, a 64-bit integer, in the row's identity"
     assert [reason] == [letter.reason for letter in made.refused]
     assert enricher._contents.known == {}  # noqa: SLF001
 

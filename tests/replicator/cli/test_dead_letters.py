@@ -136,7 +136,7 @@ def test_a_row_is_found_by_the_events_names(
     stored: SqlCheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its columns may have other names: of the one that `event_id` is made of, or those in REPLICATOR_COLUMNS."""
-    monkeypatch.setattr("enrichment.contract.RENAMED", {"engagement_events": {"user_id": "uid"}})
+    monkeypatch.setenv("REPLICATOR_COLUMNS", "user_id=uid")
     row = {"columns": [{"name": "id", "value": 9}, {"name": "uid", "value": 7}]}
     stored.add_dead_letters("engagement_slot", [letter(9, None, payload=row)])
     for condition in ("user_id=7", "uid=7", "event_id=9", "id=9"):

@@ -16,6 +16,7 @@ import pytest
 from msgspec import structs
 
 from devstack.process import free_port
+from replicator.cli import arguments
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.stores import Task
 from replicator.delivery.retry import Trouble
@@ -97,7 +98,8 @@ class Served:
         self.traced: list[int] = []
         self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page, self._trace)  # type: ignore[arg-type]  # likewise
 
-    async def _trace(self, number: int) -> Trace:
+    async def _trace(self, event_id: str) -> Trace:
+        number = arguments.event_id(event_id)
         self.traced.append(number)
         if number == HANGS:
             await asyncio.Event().wait()
@@ -210,7 +212,7 @@ async def test_one_event_is_traced(served: Served) -> None:
 @pytest.mark.parametrize("query", ["", "?id=", "?id=x", "?id=1e3", "?id=9223372036854775808", "?id=" + "9" * 5000])
 async def test_what_is_no_id_is_not_asked_for(served: Served, query: str) -> None:
     """It says what an id is, and asks no server."""
-    assert b"a whole number of 64 bits" in await served.get(f"/trace{query}")
+    assert b"It takes a 64-bit integer" in await served.get(f"/trace{query}")
     assert [] == served.traced
 
 
