@@ -55,7 +55,7 @@ def microseconds(moment: datetime) -> int:
 
 def exactly(number: Decimal | int) -> msgspec.Raw:
     """As JSON, with the digits that it has; a Decimal's own text may have an exponent."""
-    return msgspec.Raw(format(number, "f").encode())
+    return msgspec.Raw((format(number, "f") if isinstance(number, Decimal) else str(number)).encode())
 
 
 def rfc3339(text: str, zone: str) -> str:

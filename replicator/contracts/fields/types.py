@@ -150,4 +150,6 @@ def decimal(digits: int, scale: int) -> Type:
 
 def as_text(postgres: str) -> Type:
     """Any other type, such as `interval`, `inet` or `text[]`, by its name in PostgreSQL: its text."""
-    return _textual(postgres, postgres, select="{0}::text")
+    # As the type's output function writes it, and so the slot. A cast differs: of an inet, for one.
+    written = "CASE WHEN {0} IS NOT NULL THEN concat({0}) END"
+    return _textual(postgres, postgres, written, written)
