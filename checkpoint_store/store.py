@@ -135,7 +135,8 @@ class SqlCheckpointStore:
 
     def clear_contents(self, slot: str) -> None:
         with self._connection(writes=True) as connection:
-            connection.execute(checkpoints.update().where(checkpoints.c.slot == slot).values(contents=None))
+            of_slot = checkpoints.c.slot == slot.partition("/")[0]  # the copy may be one stream's
+            connection.execute(checkpoints.update().where(of_slot).values(contents=None))
             contents.clear(connection, slot)
 
     def add_contents(self, slot: str, found: Mapping[int, str]) -> None:

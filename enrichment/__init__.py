@@ -4,10 +4,11 @@
 """
 
 from enrichment.contract import EVENT
-from enrichment.enricher import EngagementEnricher, create_enricher
+from enrichment.enricher import EngagementEnricher
 from enrichment.history import BEGINNING, END, EngagementHistory, Slice
 from enrichment.ledger import EngagementLedger
-from enrichment.tables.declared import EnrichmentSettings, Tables, configured
+from enrichment.streams.several import SeveralStreams, create_enricher
+from enrichment.tables.declared import EnrichmentSettings, Tables, configured, tables_of
 
 __all__ = [
     "BEGINNING",
@@ -17,8 +18,10 @@ __all__ = [
     "EngagementHistory",
     "EngagementLedger",
     "EnrichmentSettings",
+    "SeveralStreams",
     "Slice",
     "Tables",
     "configured",
     "create_enricher",
+    "tables_of",
 ]

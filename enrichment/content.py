@@ -233,7 +233,7 @@ class Contents:
     def saved(self, end_lsn: Lsn) -> None:
         """A checkpoint at this position is on disk: the copy has what it passed."""
         passed = self._passed(end_lsn)
-        for _, content_id, _ in self._changes[:passed]:
+        for _, content_id, *_ in self._changes[:passed]:
             if content_id in self._since and self._since[content_id][0] < end_lsn:
                 del self._since[content_id]
         del self._changes[:passed]

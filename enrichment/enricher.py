@@ -39,7 +39,6 @@ from replicator.contracts.events import (
     format_lsn,
     parse_lsn,
 )
-from replicator.contracts.settings import load
 from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
 from replicator.source.connection import Dsn
 
@@ -78,11 +77,6 @@ HISTORY_TIMEOUT_SECONDS = 600
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def create_enricher(dsn: Dsn) -> EngagementEnricher:
-    """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
-    return EngagementEnricher(dsn, load(EnrichmentSettings))
 
 
 class _Plan:
@@ -133,11 +127,11 @@ class _Plan:
 class EngagementEnricher:
     """Enriches the rows of the stream's table with those of its dimension."""
 
-    def __init__(self, dsn: Dsn, settings: EnrichmentSettings) -> None:
+    def __init__(self, dsn: Dsn, settings: EnrichmentSettings, tables: Tables | None = None) -> None:
         self._dsn = dsn
         self._database = Database(dsn)
         self._guarding = Database(dsn)
-        self._tables = tables_of(settings)
+        self._tables = tables or tables_of(settings)[0]
         self._codec = codec_of(self._tables)
         self._guard = Guard(self._guarding, self._tables)
         self._contents = Contents(self._database, settings.content_cache_size, self._codec)
@@ -149,6 +143,27 @@ class EngagementEnricher:
         self._reader = RowReader(self._codec)
         self._skipped = 0
         self.ignored: Counter[str] = Counter()
+
+    @property
+    def name(self) -> str:
+        """The stream's."""
+        return self._tables.stream.name
+
+    @property
+    def contents_name(self) -> str:
+        """Of its content as it is, the copy's name; empty where there is none."""
+        return contents(self._tables, self._guard.shape) if self._tables.content and self._keeps_contents else ""
+
+    def knows(self, row: Row) -> bool:
+        """Whether its table is, or was, one of the stream's."""
+        return self._guard.root(row) is not None
+
+    def made(self, letter: DeadLetter) -> bool:
+        """Whether the letter is of a row of the stream's tables."""
+        try:
+            return self.knows(stored_row(letter))
+        except RowUnusable:
+            return False
 
     @property
     def tables(self) -> Sequence[tuple[str, str]]:
@@ -176,7 +191,7 @@ class EngagementEnricher:
             self._contents.forget()
             return
         copy = Copy(store, checkpoint.slot, self._codec.missing) if store and checkpoint else None
-        table, until = _copied(checkpoint)
+        table, until = copied(checkpoint)
         if usable := table == contents(self._tables, self._guard.shape):
             self._content_until = until
         if checkpoint and checkpoint.sinks and not usable:
@@ -418,7 +433,7 @@ class EngagementEnricher:
         return events
 
 
-def _copied(checkpoint: Checkpoint | None) -> tuple[str, Lsn]:
+def copied(checkpoint: Checkpoint | None) -> tuple[str, Lsn]:
     """Which table the copy is of, and from where on it needs changes; empty where the checkpoint has no copy.
 
     An older release moves the checkpoint and leaves the rest as it is: then the copy is not as of there.

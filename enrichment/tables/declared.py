@@ -13,8 +13,9 @@ from typing import Annotated, Final
 from annotated_types import MinLen
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from replicator.contracts.errors import SettingsError
 from replicator.contracts.fields import BIGINT, Role, Stream
-from replicator.contracts.settings import Settings, load, split
+from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
 
@@ -35,16 +36,26 @@ def declaration(named: str) -> Stream:
     return found
 
 
-def _declared(named: str) -> str:
-    declaration(named)
+def _split(value: object) -> object:
+    return split(value) if isinstance(value, str) else value
+
+
+def _declared(named: tuple[str, ...]) -> tuple[str, ...]:
+    streams = [declaration(one) for one in named]
+    for what in ("name", "destination", "noun"):
+        names = [getattr(stream, what) or stream.name for stream in streams]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several streams have the {what} {', '.join(doubles)}")
     return named
 
 
 def _renamed(value: object, info: ValidationInfo) -> object:
     """`device=dev, content.length_seconds=length`: table to column to its name there."""
-    if not isinstance(value, str) or "stream" not in info.data:
+    if not (isinstance(value, str) and value and "stream" in info.data):
         return value if isinstance(value, dict) else {}
-    tables = Tables(declaration(info.data["stream"]))
+    if len(info.data["stream"]) > 1:
+        raise ValueError("it is for one stream alone; of several each names its columns: Field(name, type, column=…)")
+    tables = Tables(declaration(info.data["stream"][0]))
     found: dict[str, dict[str, str]] = {}
     for pair in split(value):
         ours, _, theirs = pair.partition("=")
@@ -64,8 +75,10 @@ def _renamed(value: object, info: ValidationInfo) -> object:
 class EnrichmentSettings(Settings):
     """Options of the enrichment."""
 
-    stream: Annotated[str, AfterValidator(_declared)] = Field(
-        ENGAGEMENT, description="module:NAME, a Stream that a Python module declares"
+    stream: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_declared)] = Field(
+        (ENGAGEMENT,),
+        min_length=1,
+        description="module:NAME, a Stream that a Python module declares; several of them separated by commas",
     )
     content_cache_size: int = Field(
         100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
@@ -149,14 +162,21 @@ def quoted(name: str) -> str:
 
 
 def configured() -> Tables:
-    """Those of the settings. Raises SettingsError."""
-    return tables_of(load(EnrichmentSettings))
+    """Those of the settings, where there is one stream. Raises SettingsError."""
+    settings = load(EnrichmentSettings)
+    if len(settings.stream) > 1:
+        raise SettingsError(
+            name=variable("stream"),
+            problem=f"this command works on one stream, and there are {len(settings.stream)}",
+            expected=f"one of {', '.join(settings.stream)}, for this command alone",
+        )
+    return tables_of(settings)[0]
 
 
-def tables_of(settings: EnrichmentSettings) -> Tables:
-    """The same object for the same settings: code is compiled for it."""
+def tables_of(settings: EnrichmentSettings) -> list[Tables]:
+    """Of each stream; the same objects for the same settings: code is compiled for them."""
     names = tuple((table, *pair) for table, pairs in settings.columns.items() for pair in pairs.items())
-    return _tables(settings.stream, names)
+    return [_tables(stream, names) for stream in settings.stream]
 
 
 @cache

@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementLedger, EnrichmentSettings, configured, create_enricher
+from enrichment import EngagementLedger, EnrichmentSettings, create_enricher, tables_of
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -79,7 +79,9 @@ class App(NamedTuple):
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         enricher = create_enricher(partial(_dsn, settings))
-        made = create_sinks(settings.sinks if sinks is None else sinks, configured().stream)
+        made = list(_sinks(settings.sinks if sinks is None else sinks))
+        if sinks is None:  # one for each stream
+            settings = settings.model_copy(update={"sinks": tuple(sink.name for sink in made)})
         for sink in made:
             sink.origin = enricher.origin
         return cls(
@@ -151,6 +153,16 @@ class App(NamedTuple):
             yield f"writes are carried out by {self.carrier.name}"
         listen = self.settings.admin_listen
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
+
+
+def _sinks(names: Sequence[str]) -> Iterator[Sink]:
+    """One of each name for each stream. Of several streams they are called after both: `redis/orders`."""
+    streams = [tables.stream for tables in tables_of(load(EnrichmentSettings))]
+    for stream in streams:
+        for sink in create_sinks(names, stream):
+            if len(streams) > 1:
+                sink.name = f"{sink.name}/{stream.name}"
+            yield sink
 
 
 def _dsn(settings: CoreSettings) -> str:

@@ -131,6 +131,8 @@ class Event(msgspec.Struct, gc=False):
     """The row is gone; `json` has what the source's replica identity tells of it, the identity at least."""
     was: Id | None = None
     """The identity that the row had until this change: it is gone under that one."""
+    stream: str = ""
+    """Which one it is of, where a slot has several."""
 
     @property
     def version(self) -> int:
@@ -217,6 +219,8 @@ class ContentChange(NamedTuple):
     """None: of every content."""
     content: str | None
     """In the enricher's own form; None: it is gone."""
+    stream: str = ""
+    """Whose contents they are, where a slot has several streams."""
 
 
 class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):

@@ -171,15 +171,24 @@ class FanOut:
             await asyncio.wait(writers, timeout=self._drain_timeout_seconds)
             await cancel(writers)
 
-    def put(self, events: list[Event], mark: Mark | None) -> Batch:
-        """Give the events to every lane; without a mark they come from beside the stream."""
-        beside = mark is None
-        batch = Batch(events, mark or Mark(), weigh(events), holders=len(self.lanes), beside=beside)
-        self._shared.hold(batch.size)
+    def put(self, events: list[Event], mark: Mark | None) -> list[Batch]:
+        """Give the events to every lane of their stream; without a mark they come from beside it."""
         self._shared.flow.add(len(events))
         for tap in self.taps:
             tap("", events)
-        for lane in self.lanes:
+        streams = {lane.stream for lane in self.lanes}
+        if len(streams) <= 1:
+            return [self._put(events, mark, self.lanes)]
+        shares = {stream: [event for event in events if event.stream == stream] for stream in streams}
+        return [
+            self._put(share, mark, [lane for lane in self.lanes if lane.stream == stream])
+            for stream, share in shares.items()
+        ]
+
+    def _put(self, events: list[Event], mark: Mark | None, lanes: Sequence[Lane]) -> Batch:
+        batch = Batch(events, mark or Mark(), weigh(events), holders=len(lanes), beside=mark is None)
+        self._shared.hold(batch.size)
+        for lane in lanes:
             lane.put(batch)
         return batch
 

@@ -132,6 +132,8 @@ class Lane:
     def __init__(self, sink: Sink, start: SinkPosition, shared: Shared, stats: LaneStats | None = None) -> None:
         self.sink = sink
         self.name = sink.name
+        self.stream = sink.contract.name
+        """Whose events it takes."""
         self.mark = Mark(start.position, start.end_lsn)
         """How far the sink is."""
         self.stats = stats or LaneStats()

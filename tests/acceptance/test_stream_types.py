@@ -27,6 +27,7 @@ TIMES = [
     "2026-06-30 12:00:00.5+02",
     "2026-01-08 14:21:52+00",
 ]
+WRITTEN = "CASE WHEN {0} IS NOT NULL THEN concat({0}) END"
 STAMP = """to_char({0}{1}, 'YYYY-MM-DD"T"HH24:MI:SS.US"{2}"')"""
 
 
@@ -69,7 +70,7 @@ KINDS = {
     "blob": Kind("bytea", "BYTEA", "encode({}, 'hex')", ["\\x", "\\x00ff41"]),
     "many": Kind("integer[]", 'as_text("integer[]")', "{}::text", ["{}", "{1,NULL,3}", "{{1,2},{3,4}}"]),
     "tags": Kind("text[]", 'as_text("text[]")', "{}::text", ['{"a b","c\\"d",NULL}', "{}"]),
-    "address": Kind("inet", 'as_text("inet")', "CASE WHEN {0} IS NOT NULL THEN concat({0}) END", ["10.0.0.1", "10.0.0.0/8", "::1"]),
+    "address": Kind("inet", 'as_text("inet")', WRITTEN, ["10.0.0.1", "10.0.0.0/8", "::1"]),
     "bits": Kind("bit varying", 'as_text("bit varying")', "{}::text", ["", "1011"]),
     "place": Kind("point", 'as_text("point")', "{}::text", ["(1,2)", "(-0.5,1e+20)"]),
     "within": Kind("int4range", 'as_text("int4range")', "{}::text", ["[1,5)", "empty"]),

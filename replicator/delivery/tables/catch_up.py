@@ -32,17 +32,17 @@ class CatchUp:
         self._letters = letters
         self._longest = longest
         self._history: History | None = None
-        self._last: Batch | None = None
+        self._underway: list[Batch] = []
 
     def begin(self, history: History | None) -> None:
         """This is to be brought; None: nothing."""
-        self._history, self._last = history, None
+        self._history, self._underway = history, []
         self.trouble.clear()  # that of the stream before, whose task was cancelled
 
     @property
     def done(self) -> bool:
         """Every sink has all of it."""
-        return self._history is None and (self._last is None or not self._last.holders)
+        return self._history is None and not any(batch.holders for batch in self._underway)
 
     @property
     def reason(self) -> str:
@@ -79,5 +79,6 @@ class CatchUp:
         if refused:
             await retry(lambda: self._letters.keep(refused), self.trouble, self._longest)
         if events:
-            self._last = self._fan_out.put(events, None)
+            self._underway = [batch for batch in self._underway if batch.holders]
+            self._underway += self._fan_out.put(events, None)
         await asyncio.sleep(0)  # the lanes' turn

@@ -1,0 +1,1 @@
+"""More than one stream in a slot."""

@@ -1,0 +1,229 @@
+"""Several streams in one slot; a `contracts.stream.Enricher` made of one for each.
+
+A row goes to the streams that its table belongs to, and an event says which stream it is of. Each stream has a copy of
+its contents; the checkpoint names them together, so they can be used all or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+from msgspec import structs
+
+from enrichment.enricher import EngagementEnricher, copied
+from enrichment.tables.declared import EnrichmentSettings, tables_of
+from replicator.contracts import stores
+from replicator.contracts.events import (
+    Checkpoint,
+    ContentChange,
+    DeadLetter,
+    Event,
+    Finding,
+    Lsn,
+    Position,
+    Row,
+    format_lsn,
+    parse_lsn,
+)
+from replicator.contracts.settings import load
+from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut
+from replicator.source.connection import Dsn
+
+_decode_records = msgspec.json.Decoder(dict[str, str]).decode
+
+
+def create_enricher(dsn: Dsn) -> Enricher:
+    """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
+    settings = load(EnrichmentSettings)
+    made = [EngagementEnricher(dsn, settings, tables) for tables in tables_of(settings)]
+    return SeveralStreams(made) if len(made) > 1 else made[0]
+
+
+class SeveralStreams:
+    """What each of these makes of the slot."""
+
+    def __init__(self, streams: Sequence[EngagementEnricher]) -> None:
+        self._streams = {stream.name: stream for stream in streams}
+        self._done: tuple[list[Position], dict[str, Enriched]] = ([], {})
+        """What some of the streams made of rows that have to be given again."""
+
+    @property
+    def tables(self) -> Sequence[tuple[str, str]]:
+        return list(dict.fromkeys(table for stream in self._streams.values() for table in stream.tables))
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        return sum((stream.ignored for stream in self._streams.values()), Counter[str]())
+
+    async def look(self, record: str | None, after: Lsn) -> History | None:
+        records = _records(record)
+        found = {name: await stream.look(records.get(name), after) for name, stream in self._streams.items()}
+        missed = {name: history for name, history in found.items() if history is not None}
+        return MissedHistories(missed) if missed else None
+
+    async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
+        self._done = ([], {})
+        name, until = copied(checkpoint)
+        usable = name == self._contents_name
+        for stream_name, stream in self._streams.items():
+            theirs = checkpoint
+            if checkpoint is not None:
+                end = format_lsn(checkpoint.end_lsn)
+                contents = f"{stream.contents_name} {format_lsn(until)} {end}" if usable else None
+                slot = f"{checkpoint.slot}/{stream_name}"
+                theirs = structs.replace(checkpoint, slot=slot, contents=contents)
+            await stream.open(store, theirs)
+
+    @property
+    def _contents_name(self) -> str:
+        names = " ".join(stream.contents_name for stream in self._streams.values())
+        return hashlib.sha256(names.encode()).hexdigest()[:24]
+
+    def changed(self, before: Lsn) -> ContentChanges:
+        """The changes of those that are copied, in any case: a copy that misses some is none."""
+        changes: list[ContentChange] = []
+        untils: list[Lsn] = []
+        whole = True
+        for name, stream in self._streams.items():
+            contents, theirs = stream.changed(before)
+            changes += [change._replace(stream=name) for change in theirs]
+            if contents is not None:
+                untils.append(parse_lsn(contents.split()[1]))
+            elif stream.contents_name:
+                whole = False
+        until = format_lsn(max(untils, default=0))
+        return ContentChanges(f"{self._contents_name} {until} {format_lsn(before)}" if whole else None, changes)
+
+    def saved(self, end_lsn: Lsn) -> None:
+        for stream in self._streams.values():
+            stream.saved(end_lsn)
+
+    async def verify(self) -> Lsn:
+        return min([await stream.verify() for stream in self._streams.values()])
+
+    def accept(self) -> None:
+        for stream in self._streams.values():
+            stream.accept()
+
+    def record(self) -> str:
+        return msgspec.json.encode({name: stream.record() for name, stream in self._streams.items()}).decode()
+
+    def shortcut(self) -> Shortcut | None:
+        known = [(name, shortcut) for name, stream in self._streams.items() if (shortcut := stream.shortcut())]
+
+        def first(payload: memoryview | bytes, commit_lsn: Lsn, ordinal: int) -> Event | None:
+            for name, shortcut in known:
+                if event := shortcut(payload, commit_lsn, ordinal):
+                    event.stream = name
+                    return event
+            return None
+
+        return first if known else None
+
+    async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
+        positions = [Position(row.commit_lsn, row.ordinal) for row in rows]
+        if self._done[0] != positions:
+            self._done = (positions, {})
+        for name, theirs in self._shares(rows).items():
+            if name not in self._done[1]:  # a later one may not be able to look something up: then all come again
+                earlier = [event for event in before if event.stream == name]
+                self._done[1][name] = _named(await self._streams[name].enrich(theirs, earlier), name)
+        made, self._done = self._done[1].values(), ([], {})
+        return Enriched([event for one in made for event in one.events], [row for one in made for row in one.refused])
+
+    def _shares(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """By stream, in their order. What belongs to none of them the first one refuses."""
+        shares: dict[str, list[Row]] = {name: [] for name in self._streams}
+        first = next(iter(self._streams))
+        for row in rows:
+            for name in [name for name, stream in self._streams.items() if stream.knows(row)] or [first]:
+                shares[name].append(row)
+        return shares
+
+    async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
+        events: list[Event] = []
+        refused: list[DeadLetter] = []
+        for letter in letters:
+            name = self._of(letter)
+            again = _named(await self._streams[name].restore([letter]), name)
+            events += again.events
+            refused += again.refused
+        return Enriched(events, refused)
+
+    def _of(self, letter: DeadLetter) -> str:
+        if letter.sink is not None:
+            return letter.sink.rpartition("/")[2]
+        known = (name for name, stream in self._streams.items() if stream.made(letter))
+        return next(known, next(iter(self._streams)))
+
+    async def history(self, emptied: Sequence[str] = ()) -> str:
+        return "; ".join(filter(None, [await stream.history(emptied) for stream in self._streams.values()]))
+
+    async def origin(self) -> str:
+        return await next(iter(self._streams.values())).origin()
+
+    async def check(self) -> list[Finding]:
+        return list(dict.fromkeys([finding for stream in self._streams.values() for finding in await stream.check()]))
+
+    async def close(self) -> None:
+        for stream in self._streams.values():
+            await stream.close()
+
+
+class _Place(NamedTuple):
+    """Where a page of some histories begins."""
+
+    name: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.place}"
+
+
+class MissedHistories:
+    """What several streams have missed, one after the other."""
+
+    def __init__(self, histories: Mapping[str, History]) -> None:
+        self._histories = histories
+        self._names = list(histories)
+
+    async def open(self) -> None:
+        for history in self._histories.values():
+            await history.open()
+
+    async def begin(self) -> tuple[str, int]:
+        place, _ = await self._histories[self._names[0]].begin()
+        return str(_Place(self._names[0], place)), 0
+
+    async def read(self, place: str, after: Position, rows: int) -> Page | None:
+        name, _, at = place.partition(" ")
+        page = await self._histories[name].read(at, after, rows)
+        if page is not None:
+            return page._replace(enriched=_named(page.enriched, name), place=str(_Place(name, page.place)))
+        later = self._names[self._names.index(name) + 1 :]
+        if not later:
+            return None
+        begins, _ = await self._histories[later[0]].begin()
+        return Page(Enriched([], []), after, str(_Place(later[0], begins)))
+
+    async def close(self) -> None:
+        for history in self._histories.values():
+            await history.close()
+
+
+def _named(enriched: Enriched, name: str) -> Enriched:
+    for event in enriched.events:
+        event.stream = name
+    return enriched
+
+
+def _records(record: str | None) -> dict[str, str]:
+    """By stream; what one stream alone has recorded earlier says nothing here."""
+    try:
+        return _decode_records(record) if record else {}
+    except msgspec.ValidationError:
+        return {}
