@@ -8,16 +8,34 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from enrichment.codec import codec_of
 from enrichment.database import Database
+from enrichment.history import BEGINNING, END, PAGE_BYTES, between, make_page, queries_of
 from enrichment.tables import fit
 from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError
-from replicator.contracts.events import Finding
+from replicator.contracts.events import Finding, Position
+from replicator.contracts.fields import INT64_MAX, INT64_MIN
+from replicator.contracts.settings import variable
 from replicator.source.connection import Dsn
 
 ENCODING = "SELECT current_setting('server_encoding')"
+
+SAMPLE_ROWS = 100
+
+UNIQUE = """
+-- Whether the values of a column are unique, as far as PostgreSQL can say: an index of a partitioned table has to have
+-- the columns that it is partitioned by, too.
+SELECT EXISTS (
+    SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
+    WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+      AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
+      AND NOT EXISTS (SELECT FROM pg_attribute a
+                      WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s
+                        AND a.attnum <> ALL(coalesce(p.partattrs::int2[], '{}'))))
+"""
 
 RIGHTS = """
 -- Our role, whether a policy hides rows of a table from us, and whether we may read these columns of it.
@@ -63,11 +81,34 @@ async def _findings(database: Database, tables: Tables) -> AsyncIterator[Finding
         columns = [tables.named(table, column) for column in tables.needed[table]]
         names = {"schema": name.partition(".")[0], "table": table, "columns": columns}
         yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
+    if not tables.are_engagement and not any([*fit.problems(tables, shape, table)] for table in tables.needed):
+        yield await _unique(database, tables)
+        yield await _sample(database, tables)
     content = tables.named_in_schema(tables.content)
     if hidden := fit.hidden(tables, shape):
         yield Finding(True, f"table {content}: {hidden.what}; it is looked up again for every event", hidden.cure)
     elif shape.table(tables.content):
         yield _finding(content, None, "the stream tells which content changed")
+
+
+async def _unique(database: Database, tables: Tables) -> Finding:
+    name, column = tables.stream.table, tables.identity_name
+    schema, table = (f'"{part}"' for part in name.split("."))
+    [(unique,)] = await database.rows(UNIQUE, {"table": f"{schema}.{table}", "column": column})
+    problem = Problem(f"its identity {column} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column})")
+    return _finding(name, None if unique else problem, f"its identity {column} is unique")
+
+
+async def _sample(database: Database, tables: Tables) -> Finding:
+    """Make events of some rows: functions of the declaration have never run before."""
+    ends = {**between(BEGINNING, END), "id": INT64_MIN, "last_id": INT64_MAX, "rows": SAMPLE_ROWS, "bytes": PAGE_BYTES}
+    found = await database.rows(queries_of(tables).page("id", begun=False), ends)
+    if not found:
+        return _finding(tables.stream.table, None, "is empty, so no event was made of it")
+    [*refused] = make_page(codec_of(tables), found, Position(0, 0), "").enriched.refused
+    what = f"no event can be made of {len(refused)} of {len(found)} rows: {refused[0].reason}" if refused else ""
+    problem = Problem(what, f"Correct the declaration ({variable('stream')}), or the rows") if refused else None
+    return _finding(tables.stream.table, problem, f"events can be made of its first {len(found)} rows")
 
 
 def _finding(name: str, problem: Problem | None, fine: str) -> Finding:

@@ -110,12 +110,13 @@ class Tables:
         self.on = next((field for field in self.own if field.name == on), None)
         self.needed: Mapping[str, Mapping[str, str]] = {
             **({self.content: self._content_columns()} if self.content else {}),
-            self.events: {field.column: field.type.postgres for field in self.own},
+            self.events: {field.column: field.type.declared or field.type.postgres for field in self.own},
         }
         """Table to column to type."""
 
     def _content_columns(self) -> dict[str, str]:
-        return {self.content_key: BIGINT.postgres, **{field.joined: field.type.postgres for field in self.joined}}
+        joined = {field.joined: field.type.declared or field.type.postgres for field in self.joined}
+        return {self.content_key: BIGINT.postgres, **joined}
 
     @property
     def identity_name(self) -> str:

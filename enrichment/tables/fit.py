@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from enrichment.tables.catalog import KINDS, Relation, Shape
+from enrichment.tables.catalog import KINDS, Column, Relation, Shape
 from enrichment.tables.declared import Tables
 from replicator.contracts.errors import TablesUnfit
 from replicator.contracts.settings import variable
+
+_DIGITS = re.compile(r"numeric\((\d+),(\d+)\)")
 
 TABLE_KINDS = {"r", "p", *KINDS}
 """By pg_class.relkind: what can be read as a table."""
@@ -72,11 +75,22 @@ def misfits(tables: Tables, shape: Shape, table: str) -> Problem | None:
         if column not in columns:
             whats.append(f"has no column {column} ({needed})")
             cures.append(_absent(tables, table, ours, there=ours in columns))
-        elif needed not in (columns[column].type, columns[column].declared):
+        elif not _is(columns[column], needed):
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
             quoted = _quoted(column, ours)
             cures.append(f"ALTER TABLE {name} ALTER COLUMN {quoted} TYPE {needed} USING {quoted}::{needed}")
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
+
+
+def _is(column: Column, needed: str) -> bool:
+    """Whether all of its values are of this type."""
+    if needed in {column.type, column.declared}:
+        return True
+    ours, theirs = _DIGITS.fullmatch(needed), _DIGITS.fullmatch(column.declared)
+    if not (ours and theirs):
+        return False
+    (digits, scale), (its_digits, its_scale) = map(int, ours.groups()), map(int, theirs.groups())
+    return its_scale <= scale and its_digits - its_scale <= digits - scale
 
 
 def _absent(tables: Tables, table: str, ours: str, *, there: bool) -> str:

@@ -52,7 +52,7 @@ _PLAINLY = {
 }
 """By pydantic's type of the error, where its own words are about Python."""
 
-DECISIVE = ("columns", "redis_prefix")
+DECISIVE = ("columns", "redis_prefix", "stream")
 """Where two programs differ in these, what the one writes the other does not find. An address may have two names."""
 
 T = TypeVar("T", bound="Settings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -235,12 +236,50 @@ def test_backfill_and_reconcile(
         assert "redis        written" in succeed(orders.run("trace", order_id))
 
 
-def test_declarations_that_can_not_be_used(orders: Program) -> None:
-    """One clear line each."""
-    orders.environment["REPLICATOR_STREAM"] = "nowhere:STREAM"
+WRONG = {
+    "nowhere:STREAM": (2, "REPLICATOR_STREAM is unusable: nowhere can't be imported: ModuleNotFoundError"),
+    "examples.orders.orders_stream:vat": (2, "REPLICATOR_STREAM is unusable: examples.orders.orders_stream:vat is no"),
+    "Stream('orders', 'orders', ())": (2, "'orders' is no table; it takes schema.table, in lower case"),
+    "replace(STREAM, table='shop.refunds')": (1, "table shop.refunds: does not exist"),
+    "plus(Field('weight', BIGINT))": (1, "table shop.orders: has no column weight (bigint)"),
+    "plus(Field('again', numeric(9, 1), column='number'))": (1, "has a column number of type numeric(9,2) instead of"),
+    "plus(Field('fails', BIGINT.nullable(), derived=Derived(lambda total: 1 // 0, of=('total',))))": (
+        1,
+        "table shop.orders: no event can be made of 1 of 1 rows: fails can't be derived: ZeroDivisionError",
+    ),
+    "plus(Field('wide', numeric(3, 2).nullable(), derived=Derived(lambda total: total, of=('total',))))": (
+        1,
+        "no event can be made of 1 of 1 rows: wide is derived, and is not a number of 3 digits, 2 of them a fraction",
+    ),
+    "replace(STREAM, fields=(Field('order_id', TEXT, role=Role.IDENTITY, column='note'), *STREAM.fields[1:6]))": (
+        1,
+        "table shop.orders: its identity note is not unique",
+    ),
+}
+
+
+@pytest.mark.parametrize("declared", WRONG)
+def test_a_wrong_declaration_is_one_line(
+    orders: Program, source: psycopg.Connection, tmp_path: Path, declared: str
+) -> None:
+    """Of `check`, with the exit code of settings, or of what is not as it has to be."""
+    code, problem = WRONG[declared]
+    source.execute("ALTER TABLE shop.orders ADD number numeric(9, 2), REPLICA IDENTITY FULL")
+    for part in ("2026_01", "2026_02", "later"):
+        source.execute(f"ALTER TABLE shop.orders_{part} REPLICA IDENTITY FULL".encode())
+    source.execute("INSERT INTO shop.orders (customer_id, total, lines, note) VALUES (1, 12.50, '[]', 'one')")
+    if "(" in declared:
+        text = "from dataclasses import replace\nfrom replicator import *\n"
+        text += "from examples.orders.orders_stream import STREAM\n"
+        text += "def plus(*more): return replace(STREAM, fields=(*STREAM.fields, *more))\n"
+        (tmp_path / "declared.py").write_text(f"{text}MINE = {declared}\n", encoding="utf-8")
+        orders.environment["PYTHONPATH"] = str(tmp_path)
+        declared = "declared:MINE"
+    orders.environment["REPLICATOR_STREAM"] = declared
     found = orders.run("check")
-    assert 2 == found.code
-    assert "REPLICATOR_STREAM is unusable: nowhere can't be imported: ModuleNotFoundError" in found.stderr
+    assert code == found.code
+    [line] = [line for line in (found.stdout + found.stderr).splitlines() if problem in line]
+    assert "Traceback" not in line
 
 
 def test_two_streams_in_one_slot(

@@ -5,6 +5,7 @@ What reads, encodes, stores and compares events is made from it. Ours is `enrich
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,8 +155,9 @@ def _problems_of_names(stream: Stream) -> Iterator[str]:
     for name, count in Counter(field.name for field in stream.fields).items():
         if count > 1:
             yield f"{count} fields have the name {name}"
-        if not _NAME.fullmatch(name):
-            yield f"{name!r} is no field's name; it takes up to 41 lower-case letters, digits and underscores"
+        if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+            what = "up to 41 lower-case letters, digits and underscores, no keyword of Python's"
+            yield f"{name!r} is no field's name; it takes {what}"
 
 
 def _problems_of_roles(stream: Stream) -> Iterator[str]:

@@ -29,6 +29,8 @@ class Type:
     optional: bool = False
     read: str = ""
     """SQL that gives the value as wal2json does; empty: a cast."""
+    declared: str = ""
+    """The source column's type with its digits, where it has any."""
     shown: str = "{0}"
     """Python that makes of it what the event's JSON has; functions are those of `enrichment/codec.py`."""
     fit: Callable[[object], bool] | None = None
@@ -137,6 +139,7 @@ def numeric(digits: int, scale: int) -> Type:
         f"Decimal({digits}, {scale})",
         f"round({{0}} * {10**scale})",
         f"toString(toInt256(toDecimal256({{0}}, {scale}) * toInt256('{10**scale}')))",
+        declared=f"numeric({digits},{scale})",
         shown="_exactly({0})",
         fit=fit,
     )

@@ -1,0 +1,92 @@
+"""Declarations: what is wrong with one is said in a line, and numbers are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+
+from replicator import BIGINT, JSONB, TEXT, TIMESTAMPTZ, UUID, Derived, Dimension, Field, Role, Stream, numeric
+from replicator.contracts.fields import StreamUnusable
+
+ORDER = Field("order_id", UUID, role=Role.IDENTITY)
+CUSTOMER = Field("customer_id", BIGINT, role=Role.KEY)
+AT = Field("ordered_at", TIMESTAMPTZ, role=Role.TIME)
+GOOD = Stream("orders", "shop.orders", (ORDER, CUSTOMER, AT, Field("total", numeric(12, 2))))
+CUSTOMERS = Dimension("shop.customers", key="customer_id")
+
+
+def with_(*more: Field) -> Callable[[], Stream]:
+    """The good one with other fields, too."""
+    return lambda: replace(GOOD, fields=(*GOOD.fields, *more))
+
+
+WRONG: dict[str, Callable[[], Stream]] = {
+    "'Orders' is no name; it takes up to 41": lambda: replace(GOOD, name="Orders"),
+    "'orders' is no table; it takes schema.table": lambda: replace(GOOD, table="orders"),
+    "2 fields have the name total": with_(Field("total", BIGINT)),
+    "'from' is no field's name": with_(Field("from", BIGINT)),
+    "no fields have the role KEY; exactly one has to": lambda: replace(GOOD, fields=(ORDER, AT)),
+    "2 fields have the role KEY; exactly one has to": with_(Field("other", BIGINT, role=Role.KEY)),
+    "the field order_id is jsonb; an identity and a key are BIGINT, UUID or TEXT": lambda: replace(
+        GOOD, fields=(Field("order_id", JSONB, role=Role.IDENTITY), CUSTOMER, AT)
+    ),
+    "the field ordered_at is text; the time is a TIMESTAMPTZ": lambda: replace(
+        GOOD, fields=(ORDER, CUSTOMER, Field("ordered_at", TEXT, role=Role.TIME))
+    ),
+    "the field customer_id has a role, so it has to be a column that is never NULL": lambda: replace(
+        GOOD, fields=(ORDER, replace(CUSTOMER, type=BIGINT.nullable()), AT)
+    ),
+    "the field name is joined, and there is no dimension": with_(Field("name", TEXT.nullable(), joined="name")),
+    "the field name is joined, so it has to be nullable": lambda: replace(
+        GOOD, dimension=CUSTOMERS, fields=(*GOOD.fields, Field("name", TEXT, joined="name"))
+    ),
+    "the field vat is derived from net, which is no column's field": with_(
+        Field("vat", numeric(12, 2), derived=Derived(max, of=("net",)))
+    ),
+    "the field both has more than one source": with_(Field("both", BIGINT, column="a", joined="b")),
+    "2 fields are the column total": with_(Field("again", BIGINT, column="total")),
+    "shop.customers is joined on order_id, which is no field of type BIGINT": lambda: replace(
+        GOOD, dimension=Dimension("shop.customers", key="customer_id", on="order_id")
+    ),
+    "its table and its dimension have the same name": lambda: replace(
+        GOOD, dimension=Dimension("crm.orders", key="customer_id")
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", WRONG)
+def test_what_is_wrong_is_one_line(problem: str) -> None:
+    """It names the stream and the field."""
+    with pytest.raises(StreamUnusable) as caught:
+        WRONG[problem]()
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        (Decimal("9999999999.99"), True),
+        (Decimal("-0.01"), True),
+        (12, True),
+        (0, True),
+        (Decimal("10000000000.00"), False),
+        (10**10, False),
+        (Decimal("0.001"), False),
+        (Decimal("NaN"), False),
+        ("1", False),
+        (None, False),
+        (True, False),
+    ],
+)
+def test_a_number_is_exact_or_refused(value: object, fits: bool) -> None:
+    """ClickHouse cuts digits that a column does not have."""
+    assert fits is numeric(12, 2).fits(value)
+
+
+def test_nullable_and_low_cardinality_in_any_order() -> None:
+    """ClickHouse takes one of them."""
+    assert TEXT.nullable().low_cardinality().clickhouse == TEXT.low_cardinality().nullable().clickhouse
