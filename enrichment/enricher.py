@@ -62,6 +62,11 @@ IDS_AGAIN = (
     " in the table now, and nothing else"
 )
 
+TRUNCATED = (
+    f"TRUNCATE: the sinks keep its rows. {command('reconcile --repair --delete-extra')} takes them out of ClickHouse,"
+    f" {command('rebuild-redis --from-empty')} out of Redis"
+)
+
 ORIGIN = """
 -- A promoted copy has the same cluster and a later timeline. The control file has the new one only after a checkpoint.
 SELECT system_identifier, current_database(),
@@ -348,7 +353,7 @@ class EngagementEnricher:
         plan, read, known = _Plan(self._codec), self._reader.read, self._contents.known
         append, changed, on = plan.drafts.append, plan.changed, self._codec.draft_on
         schema, table = self._tables.schema, self._tables.events
-        upserts, deletes = self._tables.stream.updates == "upsert", self._tables.stream.deletes == "delete"
+        upserts = self._tables.stream.updates == "upsert"
         for row in rows:
             try:
                 if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
@@ -363,17 +368,24 @@ class EngagementEnricher:
                         if content_id not in known and content_id not in changed and content_id is not None:
                             plan.wanted.add(content_id)
                     append(draft)
-                elif row.action == "D" and deletes:
-                    plan.changes.append(
-                        (len(plan.drafts), Position(row.commit_lsn, row.ordinal), self._codec.deletion(row))
-                    )
                 else:
-                    plan.ignored[row.action] += 1
-                    self._guard.saw(row)
+                    self._drop(row, plan)
             except RowUnusable as exc:
                 self._refuse(row, exc, plan)
                 known = {} if plan.forgotten else known
         return plan
+
+    def _drop(self, row: Row, plan: _Plan) -> None:
+        """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
+        ends = self._tables.stream.deletes == "delete"
+        if ends and row.action == "D":
+            at = Position(row.commit_lsn, row.ordinal)
+            plan.changes.append((len(plan.drafts), at, self._codec.deletion(row)))
+            return
+        plan.ignored[row.action] += 1
+        self._guard.saw(row)
+        if ends and row.action == "T":
+            raise RowUnusable(TRUNCATED)
 
     def _note_identity(self, row: Row, draft: Draft, plan: _Plan) -> None:
         """An update may give a row another identity: under the old one it is gone."""
@@ -413,7 +425,7 @@ class EngagementEnricher:
         if plan.other_shape and not self._skipped:
             log.info("rows from before the change of %s come as they are in the table now", self._tables.stream.table)
         self._skipped += plan.other_shape
-        if plan.ignored["T"]:
+        if plan.ignored["T"] and self._tables.stream.deletes == "ignore":
             log.warning("%s was truncated. %s", self._tables.stream.table, IDS_AGAIN, extra={"code": "R407"})
 
     def _carry_out(self, plan: _Plan, today: dict[int, Content]) -> list[Event]:

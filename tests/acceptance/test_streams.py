@@ -325,3 +325,14 @@ def assert_engagement(destinations: Destinations, source: psycopg.Connection) ->
     [(count,)] = source.execute("SELECT count(*) FROM engagement_events").fetchall()
     assert count == len(destinations.clickhouse()) == sum(destinations.counts().values())
     return int(count)
+
+
+def test_a_truncate_is_a_dead_letter(orders: Program, source: psycopg.Connection, chance: random.Random) -> None:
+    """The sinks keep the rows: somebody has to see that."""
+    succeed(orders.run("init"))
+    orders.start()
+    Shop(source, chance).trade(3)
+    source.execute("TRUNCATE shop.orders")
+    orders.wait_until_caught_up()
+    found = succeed(orders.run("dead-letters", "list", "--stage", "row"))
+    assert "TRUNCATE: the sinks keep its rows. `python -m replicator reconcile --repair --delete-extra` takes" in found
