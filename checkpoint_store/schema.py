@@ -11,8 +11,10 @@ from sqlalchemy import Column, String
 from replicator.contracts.errors import CheckpointAbsent, CheckpointUnusable, command
 from replicator.contracts.events import parse_lsn
 
-VERSION = 5
-"""A program reads and writes the tables of its own version only; `create` brings the version before up to it."""
+VERSION = 6
+"""A program reads and writes the tables of its own version only; `create` brings older ones up to it."""
+OLDEST = 4
+"""The version that had no contents. Version 5 had no names of events."""
 
 NAME = String(255)  # MySQL wants a bound for what is in a key, and two of these fit its 3,072 bytes
 CREATE_LOCK_KEY = 0x7265706C  # of an advisory lock; "repl", which other programs are unlikely to use
@@ -74,6 +76,7 @@ dead_letters = sa.Table(
     Column("commit_lsn", LsnText),  # NULL, like ordinal: it has no position
     Column("ordinal", sa.BigInteger),
     Column("event_id", sa.BigInteger),
+    Column("event_name", sa.Text),  # the identity, where it is no number
     Column("reason", sa.Text, nullable=False),
     Column("payload", sa.LargeBinary(2**30), nullable=False),  # MySQL's plain BLOB ends at 64 kB
     Column("created_at", sa.Double, nullable=False),  # Unix seconds
@@ -107,7 +110,7 @@ def create(connection: sa.Connection) -> list[str]:
     if connection.dialect.name == "postgresql":  # replicators that start together; SQLite's write lock does this
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CREATE_LOCK_KEY)))
     if sa.inspect(connection).has_table(schema_version.name):
-        if _version(connection) == VERSION - 1:
+        if _is_older(_version(connection)):
             return [_upgrade(connection)]
         require(connection)
         return []
@@ -117,12 +120,17 @@ def create(connection: sa.Connection) -> list[str]:
 
 
 def _upgrade(connection: sa.Connection) -> str:
-    """From the version before, which kept no contents."""
-    if all(column["name"] != "contents" for column in sa.inspect(connection).get_columns(checkpoints.name)):
-        connection.execute(sa.text(f"ALTER TABLE {checkpoints.name} ADD COLUMN contents VARCHAR(64)"))
+    """From an older version, which lacks columns."""
+    for table, name, kind in ((checkpoints, "contents", "VARCHAR(64)"), (dead_letters, "event_name", "TEXT")):
+        if all(column["name"] != name for column in sa.inspect(connection).get_columns(table.name)):
+            connection.execute(sa.text(f"ALTER TABLE {table.name} ADD COLUMN {name} {kind}"))
     metadata.create_all(connection)
     connection.execute(schema_version.update().values(version=VERSION))
     return f"brought the checkpoint tables to schema version {VERSION}"
+
+
+def _is_older(version: int | None) -> bool:
+    return version is not None and OLDEST <= version < VERSION
 
 
 def _version(connection: sa.Connection) -> int | None:
@@ -138,6 +146,6 @@ def require(connection: sa.Connection) -> None:
     if found != VERSION:
         problem = f"its tables have schema version {found}, this program needs {VERSION}"
         cure = "Run the release that made them, or name another database in REPLICATOR_CHECKPOINT_URL"
-        if found == VERSION - 1:
+        if _is_older(found):
             cure = f"Run {command('init')}, or `run`: both bring them up to it"
         raise CheckpointUnusable(problem=problem, cure=cure)

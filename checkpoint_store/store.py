@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from replicator.contracts.events import (
     Checkpoint,
     ContentChange,
     DeadLetter,
+    Id,
     LetterCounts,
     Position,
     SinkPosition,
@@ -30,6 +32,7 @@ from replicator.contracts.events import (
 )
 from replicator.contracts.stores import Task
 
+MOST_OF_A_NAME = 100  # a text may be an identity, and a key has a bound
 VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
 
@@ -241,18 +244,27 @@ def _known_keys(connection: Connection, slot: str, keys: Sequence[str]) -> set[s
     return {key for piece in pieces for key in piece.scalars()}
 
 
-def _known_rows(connection: Connection, slot: str, rows: Sequence[dict[str, Any]]) -> set[tuple[int, bytes]]:
+def _known_rows(connection: Connection, slot: str, rows: Sequence[dict[str, Any]]) -> set[tuple[Id, bytes]]:
     """Those that no event can be made of: one may come through the stream and be read from the table as well."""
-    ids = [row["event_id"] for row in rows if row["sink"] is None and row["event_id"] is not None]
+    known: set[tuple[Id, bytes]] = set()
+    for name in ("event_id", "event_name"):
+        known |= _known_by(
+            connection, slot, name, [row[name] for row in rows if row["sink"] is None and row[name] is not None]
+        )
+    return known
+
+
+def _known_by(connection: Connection, slot: str, name: str, ids: Sequence[Id]) -> set[tuple[Id, bytes]]:
     columns = dead_letters.c
-    query = select(columns.event_id, columns.payload).where(columns.slot == slot, columns.sink.is_(None))
-    found = (connection.execute(query.where(columns.event_id.in_(piece))) for piece in _pieces(ids))
+    query = select(columns[name], columns.payload).where(columns.slot == slot, columns.sink.is_(None))
+    found = (connection.execute(query.where(columns[name].in_(piece))) for piece in _pieces(ids))
     return {(event_id, bytes(payload)) for piece in found for event_id, payload in piece}
 
 
-def _content(row: dict[str, Any]) -> tuple[int, bytes] | None:
+def _content(row: dict[str, Any]) -> tuple[Id, bytes] | None:
     """What makes two rows the same; None for a letter of a sink: each refusal is one."""
-    return (row["event_id"], row["payload"]) if row["sink"] is None else None
+    event_id = row["event_id"] if row["event_name"] is None else row["event_name"]
+    return (event_id, row["payload"]) if row["sink"] is None else None
 
 
 def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -263,6 +275,8 @@ def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _letter_key(letter: DeadLetter) -> str:
     """What makes two letters of a slot the same."""
     identity = f"event {letter.event_id}"
+    if len(identity) > MOST_OF_A_NAME:
+        identity = f"event {sha256(identity.encode()).hexdigest()}"
     if letter.position is not None:
         identity = f"{format_lsn(letter.position.commit_lsn)}#{letter.position.ordinal}"
     return f"{letter.origin}/{letter.sink or ''}/{identity}"
@@ -271,6 +285,8 @@ def _letter_key(letter: DeadLetter) -> str:
 def _letter_row(slot: str, letter: DeadLetter) -> dict[str, Any]:
     row = structs.asdict(letter) | {"slot": slot, "letter_key": _letter_key(letter), "created_at": time.time()}
     del row["id"]
+    row["event_name"] = row["event_id"] if isinstance(row["event_id"], str) else None
+    row["event_id"] = None if isinstance(row["event_id"], str) else row["event_id"]
     row["commit_lsn"], row["ordinal"] = row.pop("position") or (None, None)
     # A destination's words may hold what a text column can't: NUL in PostgreSQL, lone surrogates anywhere.
     row["reason"] = letter.reason.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
@@ -279,5 +295,6 @@ def _letter_row(slot: str, letter: DeadLetter) -> dict[str, Any]:
 
 def _letter(row: RowMapping) -> DeadLetter:
     position = None if row["commit_lsn"] is None else Position(row["commit_lsn"], row["ordinal"])
-    same = {name: row[name] for name in ("id", "sink", "origin", "event_id", "reason", "payload", "created_at")}
+    same = {name: row[name] for name in ("id", "sink", "origin", "reason", "payload", "created_at")}
+    same["event_id"] = row["event_id"] if row["event_name"] is None else row["event_name"]
     return DeadLetter(position=position, **same)
