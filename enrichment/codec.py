@@ -8,7 +8,7 @@ made from the contract and compiled, as dataclasses are: they are the hot path, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, partial
@@ -178,6 +178,9 @@ class Codec:
         self.draft_on = 2 + own.index(tables.on) if tables.on else None
         self.draft_time = 2 + own.index(tables.time)
         """Where a draft has its identity, its key, what its content is found by, and its time."""
+        names = [field.name for field in own]
+        self._draft_where = 2 + names.index(stream.where.field) if stream.where else None
+        self._values = frozenset(stream.where.values) if stream.where else frozenset()
         self._integers = {field.column or field.joined for field in (*own, *joined) if field.type.python is int}
         self._integers |= {tables.content_key}
         kept = (*(field.column for field in own), *(field.joined for field in joined), tables.content_key)
@@ -224,7 +227,7 @@ class Codec:
             own=_each("{0}", tables.own),
             values=_each("{0} = _columns.{0}.value", tables.own, "; "),
             content=self._content(),
-            unfit="".join(f" or not {_typed(field)}" for field in tables.own if field.type.fit),
+            unfit="".join(f" or not {test}" for test in self._tests()),
             key=tables.key.name,
             identity=tables.identity.name,
             time=tables.time.name,
@@ -254,6 +257,16 @@ class Codec:
             return found
 
         return compute
+
+    def _tests(self) -> Iterator[str]:
+        """What a row of the right types has to pass, in source."""
+        yield from (_typed(field) for field in self.tables.own if field.type.fit)
+        if where := self.tables.stream.where:
+            yield f"({where.field} in {set(where.values)!r})"
+
+    def takes(self, draft: Draft) -> bool:
+        """Whether the stream takes this row."""
+        return self._draft_where is None or draft[self._draft_where] in self._values
 
     def _content(self) -> str:
         """Source that sets the joined columns."""

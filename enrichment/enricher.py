@@ -361,6 +361,9 @@ class EngagementEnricher:
                     continue
                 if row.action == "I" or (row.action == "U" and upserts):
                     draft = read(row)
+                    if not self._codec.takes(draft):
+                        self._leave_out(row, plan)
+                        continue
                     if row.action == "U":
                         self._note_identity(row, draft, plan)
                     if on is not None:
@@ -375,12 +378,21 @@ class EngagementEnricher:
                 known = {} if plan.forgotten else known
         return plan
 
+    def _leave_out(self, row: Row, plan: _Plan) -> None:
+        """A row that the stream does not take; one that it took until now is gone."""
+        if row.action == "U":
+            self._remove(row, plan)
+        else:
+            plan.ignored[row.action] += 1
+
+    def _remove(self, row: Row, plan: _Plan) -> None:
+        plan.changes.append((len(plan.drafts), Position(row.commit_lsn, row.ordinal), self._codec.deletion(row)))
+
     def _drop(self, row: Row, plan: _Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
         if ends and row.action == "D":
-            at = Position(row.commit_lsn, row.ordinal)
-            plan.changes.append((len(plan.drafts), at, self._codec.deletion(row)))
+            self._remove(row, plan)
             return
         plan.ignored[row.action] += 1
         self._guard.saw(row)

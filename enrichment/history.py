@@ -72,8 +72,11 @@ class Queries:
         """Whether identities are numbers, which begin somewhere and end somewhere."""
         self._type = tables.identity.type.postgres
         self._up_to = f"AND p.{identity} <= %(last_id)s::bigint" if self.counted else ""
-        within = f"{time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz"
-        self._in_range = f"p.{time} >= %(start)s::timestamptz AND p.{time} < %(end)s::timestamptz"
+        within = " AND ".join(
+            filter(None, [f"{time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz", tables.wanted("e")])
+        )
+        in_range = f"p.{time} >= %(start)s::timestamptz AND p.{time} < %(end)s::timestamptz"
+        self._in_range = " AND ".join(filter(None, [in_range, tables.wanted("p")]))
         name = tables.named(tables.events, tables.time.column)
         self.index = (
             f"CREATE INDEX CONCURRENTLY {tables.events}_{name}_{tables.named(tables.events, tables.identity.column)}"
@@ -131,7 +134,8 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
     def picked(self) -> str:
         """The events of some ids, in the order in which Python sorts them."""
         order = f'p.{self._identity} COLLATE "C"' if self._type == "text" else f"p.{self._identity}"
-        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, "true", WAL_END)
+        wanted = self._tables.wanted("p") or "true"
+        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, wanted, WAL_END)
 
     def _page(self, rows: str, order: str, wanted: str, wal_end: str) -> str:
         tables = self._tables

@@ -58,12 +58,11 @@ class EngagementLedger:
         number = self._id if of_id.python is int else NUMBER_OF.format(self._id)
         self._bucket = f"({self._us} - %(origin_us)s::bigint) / %(width_us)s::bigint"
         self._remainder = f"mod(mod({number}, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
-        required = " AND ".join(
-            f"{self._sql[field.name]} IS NOT NULL" for field in tables.own if not field.type.optional
-        )
+        required = [f"{self._sql[field.name]} IS NOT NULL" for field in tables.own if not field.type.optional]
+        usable = " AND ".join(filter(None, [*required, tables.wanted("e")]))
         # Those that an event can be made of.
         self._events = f"""FROM {tables.rows_of(tables.events)} AS e {self._join() if with_content else ""}
-WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {required}"""
+WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {usable}"""
 
     def _join(self) -> str:
         tables = self._tables

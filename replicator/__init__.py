@@ -18,6 +18,7 @@ from replicator.contracts.fields import (
     Field,
     Role,
     Stream,
+    Where,
     as_text,
     numeric,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Field",
     "Role",
     "Stream",
+    "Where",
     "as_text",
     "numeric",
 ]

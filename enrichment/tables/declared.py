@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from annotated_types import MinLen
+from psycopg import sql
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from replicator.contracts.errors import SettingsError
@@ -132,6 +133,14 @@ class Tables:
     def all(self) -> list[str]:
         """Their names without the schema."""
         return [*self.needed]
+
+    def wanted(self, alias: str) -> str:
+        """SQL for which rows the stream takes, in a query with parameters; empty: all."""
+        if not (where := self.stream.where):
+            return ""
+        column = next(field.column for field in self.own if field.name == where.field)
+        values = ", ".join(sql.Literal(value).as_string() for value in where.values).replace("%", "%%")
+        return f"{alias}.{quoted(column)} IN ({values})"
 
     def named_in_schema(self, table: str) -> str:
         """`schema.table`."""

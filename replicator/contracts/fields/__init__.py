@@ -1,6 +1,6 @@
 """The declaration of a stream: `stream.py` has its shape and its checks, `types.py` the types of its fields."""
 
-from replicator.contracts.fields.stream import Contract, Derived, Dimension, Field, Role, Stream, StreamUnusable
+from replicator.contracts.fields.stream import Contract, Derived, Dimension, Field, Role, Stream, StreamUnusable, Where
 from replicator.contracts.fields.types import (
     BIGINT,
     BOOLEAN,
@@ -45,6 +45,7 @@ __all__ = [
     "Stream",
     "StreamUnusable",
     "Type",
+    "Where",
     "as_text",
     "decimal",
     "numeric",

@@ -60,6 +60,14 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Where:
+    """Only the rows whose field, a column of the table, has one of these values."""
+
+    field: str
+    values: tuple[str | int | bool, ...]
+
+
+@dataclass(frozen=True)
 class Dimension:
     """A table of which an event takes over columns: those of the row whose `key` is the event's field `on`."""
 
@@ -90,6 +98,8 @@ class Stream:
     updates: Literal["ignore", "upsert"] = "ignore"
     deletes: Literal["ignore", "delete"] = "ignore"
     """What an update and a delete of a row mean; ignored ones are counted."""
+    where: Where | None = None
+    """Which rows it takes; None: all."""
     destination: str = ""
     """Another name for the table in ClickHouse."""
     noun: str = ""
@@ -140,6 +150,7 @@ def _problems(stream: Stream) -> Iterator[str]:
             yield f"{count or 'no'} fields have the role {role.name}; exactly one has to"
     yield from _problems_of_roles(stream)
     yield from _problems_of_sources(stream)
+    yield from _problems_of_where(stream)
 
 
 def _problems_of_names(stream: Stream) -> Iterator[str]:
@@ -190,6 +201,16 @@ def _problems_of_sources(stream: Stream) -> Iterator[str]:
         joins = plain.get(stream.dimension.on)
         if joins is None or not joins.column or joins.type.postgres != BIGINT.postgres:
             yield f"{stream.dimension.table} is joined on {stream.dimension.on}, which is no field of type BIGINT"
+
+
+def _problems_of_where(stream: Stream) -> Iterator[str]:
+    if (where := stream.where) is None:
+        return
+    field = next((field for field in stream.fields if field.name == where.field and field.column), None)
+    if field is None or field.type.python not in {str, int, bool}:
+        yield f"its condition is on {where.field}, which has to be a column's field: a text, an integer or a boolean"
+    elif not where.values or not all(map(field.type.fits, where.values)):
+        yield f"its condition on {where.field} has values that are not {field.type.words}, or none"
 
 
 Contract = Stream

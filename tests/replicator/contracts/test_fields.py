@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 
-from replicator import BIGINT, JSONB, TEXT, TIMESTAMPTZ, UUID, Derived, Dimension, Field, Role, Stream, numeric
+from replicator import BIGINT, JSONB, TEXT, TIMESTAMPTZ, UUID, Derived, Dimension, Field, Role, Stream, Where, numeric
 from replicator.contracts.fields import StreamUnusable
 
 ORDER = Field("order_id", UUID, role=Role.IDENTITY)
@@ -50,6 +50,12 @@ WRONG: dict[str, Callable[[], Stream]] = {
     "2 fields are the column total": with_(Field("again", BIGINT, column="total")),
     "shop.customers is joined on order_id, which is no field of type BIGINT": lambda: replace(
         GOOD, dimension=Dimension("shop.customers", key="customer_id", on="order_id")
+    ),
+    "its condition is on total, which has to be a column's field: a text, an integer or a boolean": lambda: replace(
+        GOOD, where=Where("total", (1,))
+    ),
+    "its condition on customer_id has values that are not a 64-bit integer, or none": lambda: replace(
+        GOOD, where=Where("customer_id", ("one",))
     ),
     "its table and its dimension have the same name": lambda: replace(
         GOOD, dimension=Dimension("crm.orders", key="customer_id")
