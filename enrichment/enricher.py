@@ -159,6 +159,11 @@ class EngagementEnricher:
         """Of its content as it is, the copy's name; empty where there is none."""
         return contents(self._tables, self._guard.shape) if self._tables.content and self._keeps_contents else ""
 
+    @property
+    def event_tables(self) -> set[tuple[str, str]]:
+        """Those of them whose rows make events."""
+        return {*self._guard.names(self._tables.events)}
+
     def knows(self, row: Row) -> bool:
         """Whether its table is, or was, one of the stream's."""
         return self._guard.root(row) is not None

@@ -113,6 +113,9 @@ class SeveralStreams:
         return msgspec.json.encode({name: stream.record() for name, stream in self._streams.items()}).decode()
 
     def shortcut(self) -> Shortcut | None:
+        """None where a row means something to several: only `enrich` gives it to each."""
+        if self._shared_tables():
+            return None
         known = [(name, shortcut) for name, stream in self._streams.items() if (shortcut := stream.shortcut())]
 
         def first(payload: memoryview | bytes, commit_lsn: Lsn, ordinal: int) -> Event | None:
@@ -123,6 +126,12 @@ class SeveralStreams:
             return None
 
         return first if known else None
+
+    def _shared_tables(self) -> bool:
+        streams = self._streams.values()
+        return any(
+            not one.event_tables.isdisjoint(other.tables) for one in streams for other in streams if one is not other
+        )
 
     async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         positions = [Position(row.commit_lsn, row.ordinal) for row in rows]

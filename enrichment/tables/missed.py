@@ -47,7 +47,7 @@ WRITTEN_SINCE = """(pg_snapshot_xmax(pg_current_snapshot())::text::int8 - %(xid)
 
 
 def _recent(tables: Tables) -> str:
-    if tables.identity.type.python is not int:
+    if tables.identity.type.python is not int or tables.stream.follows:  # a row may be old, and its change new
         return EVERYTHING
     time, identity = quoted(tables.time.column), quoted(tables.identity.column)
     return f"({time} >= to_timestamp(%(time)s) OR {identity} > %(highest_id)s::bigint)"
