@@ -251,7 +251,7 @@ class EngagementEnricher:
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
         await self._asked(self._contents.renew())
-        plan = self._plan(await self._completed(rows) if self._tables.stream.follows else rows)
+        plan = self._plan(rows, await self._complete(rows))
         events = self._carry_out(plan, await self._asked(self._look_up(plan)))
         self.ignored.update(plan.ignored)
         if plan.drafts:
@@ -275,11 +275,12 @@ class EngagementEnricher:
             self._contents.known.setdefault(content_id, content)
         return today
 
-    async def _completed(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Rows with all of their columns; without those that nobody needs any more."""
+    async def _complete(self, rows: Sequence[Row]) -> set[Position]:
+        """Give updates all of their columns; the positions of those whose rows are gone by now."""
+        if self._tables.stream.updates == "ignore":
+            return set()
         updates = [row for row in rows if row.action == "U" and self._guard.root(row) == self._tables.events]
-        gone = await complete(self._database, self._tables, updates) if updates else set()
-        return [row for row in rows if (row.commit_lsn, row.ordinal) not in gone] if gone else rows
+        return await complete(self._database, self._tables, updates) if updates else set()
 
     async def _look_again(self, rows: Sequence[Row]) -> None:
         """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
@@ -354,7 +355,7 @@ class EngagementEnricher:
     def _content_name(self) -> str:
         return self._tables.named_in_schema(self._tables.content)
 
-    def _plan(self, rows: Sequence[Row]) -> _Plan:
+    def _plan(self, rows: Sequence[Row], gone: set[Position]) -> _Plan:
         plan, read, known = _Plan(self._codec), self._reader.read, self._contents.known
         append, changed, on = plan.drafts.append, plan.changed, self._codec.draft_on
         schema, table = self._tables.schema, self._tables.events
@@ -364,7 +365,7 @@ class EngagementEnricher:
                 if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
                     known = {} if plan.forgotten else known
                     continue
-                if row.action == "I" or (row.action == "U" and upserts):
+                if row.action == "I" or (row.action == "U" and upserts and (row.commit_lsn, row.ordinal) not in gone):
                     draft = read(row)
                     if not self._codec.takes(draft):
                         self._leave_out(row, plan)
@@ -396,13 +397,20 @@ class EngagementEnricher:
     def _drop(self, row: Row, plan: _Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
-        if ends and row.action == "D":
+        upserts = self._tables.stream.updates == "upsert"
+        if (ends and (row.action == "D" or (row.action == "U" and upserts))) or (upserts and self._is_renamed(row)):
             self._remove(row, plan)
             return
         plan.ignored[row.action] += 1
         self._guard.saw(row)
         if ends and row.action == "T":
             raise RowUnusable(TRUNCATED)
+
+    def _is_renamed(self, row: Row) -> bool:
+        """Whether it is an update that gives the row another identity."""
+        identity = self._tables.identity.column
+        new = next((column.value for column in row.columns if column.name == identity), None)
+        return row.action == "U" and self._codec.deletion(row).id != new
 
     def _note_identity(self, row: Row, draft: Draft, plan: _Plan) -> None:
         """An update may give a row another identity: under the old one it is gone."""
