@@ -1,0 +1,171 @@
+"""Rows that change: whatever comes again, in batches of any cut, and from beside the stream, the last version stays."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import pytest
+import redis
+
+from devstack import DevStack
+from replicator import BIGINT, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
+from replicator.contracts.events import Event, Id
+from replicator.contracts.settings import load
+from replicator.contracts.sink import Mode, Sink
+from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
+from sinks.redis.settings import RedisSettings
+from sinks.redis.sink import RedisSink
+
+STREAM = Stream(
+    "parcels",
+    "public.parcels",
+    (
+        Field("parcel_id", TEXT, role=Role.IDENTITY),
+        Field("depot", TEXT, role=Role.KEY),
+        Field("at", TIMESTAMPTZ, role=Role.TIME),
+        Field("weight", BIGINT.nullable()),
+    ),
+    updates="upsert",
+    deletes="delete",
+)
+ONCE = Stream(
+    "visits",
+    "public.visits",
+    (
+        Field("visit_id", UUID, role=Role.IDENTITY),
+        Field("depot", BIGINT, role=Role.KEY),
+        Field("at", TIMESTAMPTZ, role=Role.TIME),
+    ),
+)
+PARCELS = [f"parcel {number} ü|'\\" for number in range(6)]
+DEPOTS = ["north", "süd", "a:b c"]
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """A generator whose seed is shown when the test fails."""
+    seed = random.randrange(10**9)  # noqa: S311  not a secret
+    print(f"seed {seed}")  # noqa: T201  pytest shows it when the test has failed
+    return random.Random(seed)  # noqa: S311
+
+
+class History:
+    """Random changes of a few parcels, and what is there after all of them."""
+
+    def __init__(self, chance: random.Random, changes: int) -> None:
+        self.events: list[Event] = []
+        self.there: dict[Id, Event] = {}
+        self.last: dict[str, Event | None] = {}
+        lsn = 100
+        for _ in range(changes):
+            lsn += chance.randint(0, 1)
+            self._change(chance, lsn, ordinal=len(self.events) + 1)
+
+    def _change(self, chance: random.Random, lsn: int, ordinal: int) -> None:
+        parcel = chance.choice(PARCELS)
+        old = self.there.get(parcel)
+        if old is not None and chance.random() < 0.3:
+            self._end(parcel)
+            json = msgspec.json.encode({"parcel_id": parcel})
+            self.events.append(Event(lsn, ordinal, parcel, "", None, json, deleted=True))
+            return
+        was = next((one for one in PARCELS if one in self.there and one != parcel), None)
+        if old is not None or chance.random() < 0.7:
+            was = None
+        for ended in (parcel, was):
+            if ended is not None:
+                self._end(ended)
+        event = upsert(lsn, ordinal, parcel, chance.choice(DEPOTS), weight=ordinal)
+        event.was = was
+        self.events.append(event)
+        self.there[parcel] = self.last[event.key] = event
+
+    def _end(self, parcel: Id) -> None:
+        event = self.there.pop(parcel, None)
+        for depot, last in self.last.items():
+            if last is not None and last is event:
+                self.last[depot] = None
+
+    def seen_again(self, chance: random.Random) -> Iterator[Sequence[Event]]:
+        """In batches, each perhaps after a restart, which goes back; and from a backfill."""
+        at = 0
+        while at < len(self.events):
+            size = chance.randint(1, 12)
+            yield self.events[at : at + size]
+            at = max(0, at + size - chance.choice([0, 0, 0, chance.randint(0, 30)]))
+        yield [chance.choice(self.events) for _ in range(20)]
+
+
+def upsert(lsn: int, ordinal: int, parcel: Id, depot: Id, **more: object) -> Event:
+    """A row that is there."""
+    ts_us = int(time.time() * 1e6)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts_us // 10**6)) + f".{ts_us % 10**6:06}Z"
+    names = ("parcel_id", "depot") if isinstance(depot, str) else ("visit_id", "depot")
+    json = msgspec.json.encode({names[0]: parcel, names[1]: depot, "at": stamp, **more})
+    return Event(lsn, ordinal, parcel, depot, ts_us, json)
+
+
+async def write(sink: Sink, batches: Iterator[Sequence[Event]]) -> None:
+    """All of them."""
+    await sink.create()
+    await sink.open(None, Mode.LIVE)
+    try:
+        for batch in batches:
+            assert not await sink.write(batch)
+    finally:
+        await sink.close()
+
+
+async def test_redis(redis_url: str, monkeypatch: pytest.MonkeyPatch, chance: random.Random) -> None:
+    """Counts of what is there, the row that was changed last, and the ranking of it."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    history = History(chance, 200)
+    sink = RedisSink(load(RedisSettings), STREAM)
+    await write(sink, history.seen_again(chance))
+    sink = RedisSink(load(RedisSettings), STREAM)
+    await sink.open(None, Mode.LIVE)
+    await sink.window.slide()
+    wanted = Counter(str(event.key) for event in history.there.values())
+    assert dict(wanted) == dict(await sink.top(10))
+    assert [wanted[depot] for depot in DEPOTS] == await sink.counter().counts(DEPOTS)
+    assert [one for one in PARCELS if one not in history.there] == await sink.counter().unseen(PARCELS)
+    await sink.close()
+    with redis.Redis.from_url(redis_url) as client:
+        found = {depot: client.get(f"parcels:last:{depot}") for depot in history.last}
+    assert {depot: event and event.json for depot, event in history.last.items()} == found
+
+
+async def test_clickhouse(
+    stack: DevStack, clickhouse_url: str, monkeypatch: pytest.MonkeyPatch, chance: random.Random
+) -> None:
+    """Under FINAL, each row that is there once."""
+    monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", clickhouse_url)
+    history = History(chance, 200)
+    await write(ClickHouseSink(load(ClickHouseSettings), STREAM), history.seen_again(chance))
+    found = stack.clickhouse.query(
+        "SELECT parcel_id, depot, weight FROM parcels FINAL ORDER BY 1 FORMAT JSONCompactEachRow"
+        " SETTINGS output_format_json_quote_64bit_integers = 0"
+    )
+    wanted = [msgspec.json.decode(event.json) for _, event in sorted(history.there.items())]
+    assert [[row["parcel_id"], row["depot"], row["weight"]] for row in wanted] == [
+        msgspec.json.decode(line) for line in found.splitlines()
+    ]
+
+
+async def test_rows_that_come_once(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of identities that are no numbers: each is counted once, and the newest by time is the last."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    events = [upsert(100, number, f"00000000-0000-0000-0000-{number:012}", number % 3) for number in range(1, 100)]
+    sink = RedisSink(load(RedisSettings), ONCE)
+    await write(sink, iter([events[50:], events[:60], events[::-1], events]))
+    assert 99 == sink.new_events
+    with redis.Redis.from_url(redis_url) as client:
+        assert [33, 33, 33] == [int(client.get(f"visits:count:{depot}") or 0) for depot in range(3)]
+        newest = [
+            max((event for event in events if event.key == depot), key=lambda e: e.ts_us or 0) for depot in range(3)
+        ]
+        assert [event.json for event in newest] == [client.get(f"visits:last:{depot}") for depot in range(3)]
