@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ from psycopg import sql
 from devstack import DevStack
 from devstack.control import fetch
 from devstack.process import wait_until
+from tests.prove.failpoints import PLACES
 from tests.support.destinations import Destinations
 from tests.support.environment import ROLE
 from tests.support.program import ROOT, Program, succeed
@@ -364,3 +366,29 @@ def test_only_some_rows(
     assert [order["order_id"] for order in wanted] == [order["order_id"] for order in found]
     assert [order["total"] for order in wanted] == [order["total"] for order in found]
     assert "equal" in succeed(orders.run("reconcile", *when, "--with-content"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_at(
+    orders: Program,
+    source: psycopg.Connection,
+    stack: DevStack,
+    *,
+    destinations: Destinations,
+    chance: random.Random,
+    place: str,
+) -> None:
+    """SIGKILL at a named place: after a restart every order is as it is in PostgreSQL."""
+    shop = Shop(source, chance)
+    shop.trade(5)
+    succeed(orders.run("init"))
+    succeed(orders.run("backfill", "--start", "2025-01-01", "--end", "2100-01-01", "--sinks", "clickhouse,redis,http"))
+    orders.altered = ("--die", place, "--after", str(chance.randint(1, 60)))
+    process = orders.spawn()
+    shop.trade(40)
+    assert -signal.SIGKILL == process.wait(60)
+    orders.altered = ()
+    orders.start()
+    shop.trade(10)
+    orders.wait_until_caught_up()
+    assert_exact(source, stack, destinations)

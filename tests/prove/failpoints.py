@@ -52,8 +52,8 @@ PLACES: Mapping[str, str] = {
 }
 """The named places between slot and confirmation."""
 
-EVENT = b'"event_id":'
-"""A text that everything sent to a sink contains, and nothing else."""
+EVENTS = (b'"event_id":', b'"order_id":')
+"""Everything sent to a sink contains one of these texts, and nothing else does: of engagement, of examples/orders."""
 ANSWER_SECONDS = 60.0
 
 
@@ -138,7 +138,7 @@ class Death:
             sent = original(sock, data, *args)
             parts = [memoryview(part) for part in data] if isinstance(data, list | tuple) else [memoryview(data)]
             whole = sent is None or sent == sum(part.nbytes for part in parts)
-            if whole and any(EVENT in bytes(part) for part in parts):
+            if whole and any(event in bytes(part) for part in parts for event in EVENTS):
                 self._pass(f"sent-{self._sink(sock)}")
                 if self._armed:
                     self._asked.add(sock)
