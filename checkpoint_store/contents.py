@@ -7,24 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Table, select
 
-from checkpoint_store.schema import contents
-from replicator.contracts.events import ContentChange
+from checkpoint_store.schema import contents, named_contents
+from replicator.contracts.events import ContentChange, Id
 
 IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
 
 
 def clear(connection: Connection, slot: str) -> None:
     """Forget all of them."""
-    connection.execute(contents.delete().where(contents.c.slot == slot))
+    for table in (contents, named_contents):
+        connection.execute(table.delete().where(table.c.slot == slot))
 
 
-def add(connection: Connection, slot: str, found: Mapping[int, str]) -> None:
+def _table(ids: Iterable[Id]) -> Table:
+    """Of contents with these ids: all are numbers, or none is."""
+    return named_contents if isinstance(next(iter(ids), 0), str) else contents
+
+
+def add(connection: Connection, slot: str, found: Mapping[Id, str]) -> None:
     """They are not there yet."""
     if found:
         rows = [{"slot": slot, "content_id": content_id, "content": content} for content_id, content in found.items()]
-        connection.execute(contents.insert(), rows)
+        connection.execute(_table(found).insert(), rows)
 
 
 def apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) -> None:
@@ -42,7 +48,7 @@ def copy_of(slot: str, stream: str) -> str:
 
 
 def _apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) -> None:
-    last: dict[int, str | None] = {}
+    last: dict[Id, str | None] = {}
     for _, content_id, content, _ in changes:
         if content_id is None:
             clear(connection, slot)
@@ -53,29 +59,30 @@ def _apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) 
     add(connection, slot, {content_id: content for content_id, content in last.items() if content is not None})
 
 
-def find(connection: Connection, slot: str, ids: Collection[int]) -> dict[int, str]:
+def find(connection: Connection, slot: str, ids: Collection[Id]) -> dict[Id, str]:
     """Those that there are."""
-    query = select(contents.c.content_id, contents.c.content).where(contents.c.slot == slot)
-    found: dict[int, str] = {}
+    columns = _table(ids).c
+    query = select(columns.content_id, columns.content).where(columns.slot == slot)
+    found: dict[Id, str] = {}
     for piece in _pieces([*ids]):
-        rows = connection.execute(query.where(contents.c.content_id.in_(piece)))
+        rows = connection.execute(query.where(columns.content_id.in_(piece)))
         found.update((content_id, content) for content_id, content in rows)
     return found
 
 
-def newest(connection: Connection, slot: str, highest: int, most: int) -> dict[int, str]:
+def newest(connection: Connection, slot: str, highest: Id, most: int) -> dict[Id, str]:
     """Those with the highest ids, from this one down, highest first."""
-    query = select(contents.c.content_id, contents.c.content).where(
-        contents.c.slot == slot, contents.c.content_id <= highest
-    )
-    rows = connection.execute(query.order_by(contents.c.content_id.desc()).limit(most))
+    columns = _table([highest]).c
+    query = select(columns.content_id, columns.content).where(columns.slot == slot, columns.content_id <= highest)
+    rows = connection.execute(query.order_by(columns.content_id.desc()).limit(most))
     return {content_id: content for content_id, content in rows}  # noqa: C416  mypy types it by this
 
 
-def _remove(connection: Connection, slot: str, ids: Sequence[int]) -> None:
+def _remove(connection: Connection, slot: str, ids: Sequence[Id]) -> None:
+    table = _table(ids)
     for piece in _pieces(ids):
-        connection.execute(contents.delete().where(contents.c.slot == slot, contents.c.content_id.in_(piece)))
+        connection.execute(table.delete().where(table.c.slot == slot, table.c.content_id.in_(piece)))
 
 
-def _pieces(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+def _pieces(ids: Sequence[Id]) -> Iterable[Sequence[Id]]:
     return (ids[start : start + IDS_PER_STATEMENT] for start in range(0, len(ids), IDS_PER_STATEMENT))

@@ -105,6 +105,16 @@ contents = sa.Table(
 )
 
 
+named_contents = sa.Table(
+    "replicator_named_contents",
+    metadata,
+    Column("slot", NAME, primary_key=True),
+    Column("content_id", String(36), primary_key=True),  # a uuid
+    Column("content", sa.Text, nullable=False),  # JSON
+    sqlite_with_rowid=False,
+)
+
+
 def create(connection: sa.Connection) -> list[str]:
     """Make the tables inside the caller's transaction; a line for each thing done."""
     if connection.dialect.name == "postgresql":  # replicators that start together; SQLite's write lock does this

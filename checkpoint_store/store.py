@@ -142,15 +142,15 @@ class SqlCheckpointStore:
             connection.execute(checkpoints.update().where(of_slot).values(contents=None))
             contents.clear(connection, slot)
 
-    def add_contents(self, slot: str, found: Mapping[int, str]) -> None:
+    def add_contents(self, slot: str, found: Mapping[Id, str]) -> None:
         with self._connection(writes=True) as connection:
             contents.add(connection, slot, found)
 
-    def find_contents(self, slot: str, ids: Collection[int]) -> dict[int, str]:
+    def find_contents(self, slot: str, ids: Collection[Id]) -> dict[Id, str]:
         with self._connection() as connection:
             return contents.find(connection, slot, ids)
 
-    def newest_contents(self, slot: str, highest: int, most: int) -> dict[int, str]:
+    def newest_contents(self, slot: str, highest: Id, most: int) -> dict[Id, str]:
         with self._connection() as connection:
             return contents.newest(connection, slot, highest, most)
 

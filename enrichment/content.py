@@ -20,6 +20,7 @@ from decimal import Decimal
 from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias
+from uuid import UUID
 
 import msgspec
 
@@ -27,13 +28,15 @@ from enrichment.codec import Codec, Content, RowUnusable
 from enrichment.database import Database
 from enrichment.tables.declared import Tables, quoted
 from replicator.contracts import stores
-from replicator.contracts.events import Column, ContentChange, Lsn, Position, Row
-from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN
+from replicator.contracts.events import Column, ContentChange, Id, Lsn, Position, Row
+from replicator.contracts.fields import INT64_MAX, INT64_MIN
 
 log = logging.getLogger(__name__)
 
 PRELOAD_PAGE = 50_000
 """Contents per query: under 0.2 s of the server's time and of the event loop's."""
+
+UUIDS: Final = 2**128
 
 MOST_CHANGES: Final = 200_000
 """Changes that wait for the checkpoint, some 400 bytes each: 80 MB."""
@@ -44,10 +47,13 @@ TOO_MANY = (
 )
 
 
+def _key(tables: Tables) -> str:
+    key = quoted(tables.content_key)
+    return key if tables.content_type.python is int else tables.content_type.select(key)
+
+
 def _selected(tables: Tables) -> str:
-    columns = ", ".join(
-        [quoted(tables.content_key), *(field.type.select(quoted(field.joined)) for field in tables.joined)]
-    )
+    columns = ", ".join([_key(tables), *(field.type.select(quoted(field.joined)) for field in tables.joined)])
     return f"SELECT {columns} FROM {tables.rows_of(tables.content)} AS c"  # noqa: S608  names in the declaration
 
 
@@ -57,7 +63,7 @@ def preload(tables: Tables) -> str:
     return f"""
 -- The newest contents up to an id, newest first: they are the ones that people engage with.
 {_selected(tables)}
-WHERE {key} <= %(highest)s::bigint ORDER BY {key} DESC LIMIT %(count)s
+WHERE {key} <= %(highest)s::{tables.content_type.postgres} ORDER BY {key} DESC LIMIT %(count)s
 """
 
 
@@ -65,14 +71,14 @@ def look_up(tables: Tables) -> str:
     """The contents with some ids."""
     return f"""
 -- The contents with these ids. An id without a row has no content.
-{_selected(tables)} WHERE {quoted(tables.content_key)} = ANY(%(ids)s::bigint[])
+{_selected(tables)} WHERE {quoted(tables.content_key)} = ANY(%(ids)s::{tables.content_type.postgres}[])
 """
 
 
 class Change(NamedTuple):
     """What a row of the stream changes."""
 
-    content_id: int | None
+    content_id: Id | None
     """None: every content that is known."""
     content: Content | None
     """None: the row does not carry all of it, so it has to be looked up."""
@@ -82,7 +88,7 @@ FORGET: Final = Change(None, None)
 """Nobody knows which contents are gone: a part of the table was emptied."""
 
 
-Page: TypeAlias = list[tuple[int, Content]]
+Page: TypeAlias = list[tuple[Id, Content]]
 """Contents with their ids, highest first; a table with children may have an id twice."""
 
 
@@ -103,12 +109,12 @@ class Copy:
         texts = {content_id: _text(content) for content_id, content in found}
         await asyncio.to_thread(self._store.add_contents, self._slot, texts)
 
-    async def find(self, ids: Collection[int]) -> dict[int, Content]:
+    async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id."""
         found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
         return dict.fromkeys(ids, self._missing) | {content_id: _parsed(text) for content_id, text in found.items()}
 
-    async def newest(self, highest: int, most: int) -> Page:
+    async def newest(self, highest: Id, most: int) -> Page:
         """Those with the highest ids up to this one, highest first."""
         found = await asyncio.to_thread(self._store.newest_contents, self._slot, highest, most)
         return [(content_id, _parsed(text)) for content_id, text in found.items()]
@@ -120,16 +126,17 @@ class Contents:
     def __init__(self, database: Database, size: int, codec: Codec) -> None:
         self._database = database
         self._missing = codec.missing
+        self._highest: Id = INT64_MAX if codec.tables.content_type.python is int else str(UUID(int=UUIDS - 1))
         self._preload, self._look_up = preload(codec.tables), look_up(codec.tables)
         self._size = size
-        self.known: dict[int, Content] = {}
+        self.known: dict[Id, Content] = {}
         """By content_id, oldest first; what is missing where there is no such content."""
         self.copied = False
         """The copy and the changes after it are all that there is."""
         self._copy: Copy | None = None
         self._changes: list[ContentChange] = []
         """After the copy."""
-        self._since: dict[int | None, tuple[Lsn, Content]] = {}
+        self._since: dict[Id | None, tuple[Lsn, Content]] = {}
         """What they have made of each content, and when. None: every content was gone before these."""
         self._reached = Position(0, 0)
         self._saved: Lsn = 0
@@ -165,25 +172,25 @@ class Contents:
         self._changes.clear()
         self._since.clear()
 
-    async def _fill(self, page: Callable[[int, int], Awaitable[Page]], copy: Copy | None = None) -> None:
+    async def _fill(self, page: Callable[[Id, int], Awaitable[Page]], copy: Copy | None = None) -> None:
         """Page by page, the newest first; all of them into the copy. Until the end nothing is changed but that."""
-        loaded: dict[int, Content] = {}
-        highest = INT64_MAX
-        while highest >= INT64_MIN and (copy or len(loaded) < self._size):
+        loaded: dict[Id, Content] = {}
+        highest: Id | None = self._highest
+        while highest is not None and (copy or len(loaded) < self._size):
             count = PRELOAD_PAGE if copy else min(PRELOAD_PAGE, self._size - len(loaded))
             found = await page(highest, count)
             if copy:
                 await copy.add(found)
             loaded.update(found[: self._size - len(loaded)])
-            highest = found[-1][0] - 1 if len(found) == count else INT64_MIN - 1
+            highest = _before(found[-1][0]) if len(found) == count else None
         self.known.clear()
         self.known.update(reversed(loaded.items()))
 
-    async def _page(self, highest: int, count: int) -> Page:
+    async def _page(self, highest: Id, count: int) -> Page:
         page = await self._database.rows(self._preload, {"highest": highest, "count": count})
         return [(content_id, _interned(values)) for content_id, *values in page]
 
-    async def find(self, ids: Collection[int]) -> dict[int, Content]:
+    async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id as of the rows so far. Raises as `look_up`, CheckpointError."""
         if not (ids and self._copy and self.copied):
             return await self.look_up(ids)
@@ -192,14 +199,14 @@ class Contents:
         left = [content_id for content_id in ids if content_id not in since]
         return since | (dict.fromkeys(left, self._missing) if None in self._since else await self._copy.find(left))
 
-    async def look_up(self, ids: Collection[int]) -> dict[int, Content]:
+    async def look_up(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id today. One query, or none without ids. Raises as `Database.rows`."""
         if not ids:
             return {}
         rows = await self._database.rows(self._look_up, {"ids": list(ids)})
         return dict.fromkeys(ids, self._missing) | {content_id: _interned(values) for content_id, *values in rows}
 
-    def apply(self, change: Change, found: Mapping[int, Content], at: Position) -> None:
+    def apply(self, change: Change, found: Mapping[Id, Content], at: Position) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
         content = change.content
         if change == FORGET:
@@ -218,7 +225,7 @@ class Contents:
                 log.warning(TOO_MANY, MOST_CHANGES, extra={"code": "R408"})
                 self.lose(at.commit_lsn)
 
-    def _note(self, content_id: int | None, content: Content, at: Position) -> None:
+    def _note(self, content_id: Id | None, content: Content, at: Position) -> None:
         self._reached = at
         text = None if content == self._missing else _text(content)
         self._changes.append(ContentChange(at.commit_lsn, content_id, text))
@@ -272,14 +279,15 @@ def changes(codec: Codec, row: Row, *, part: bool) -> list[Change]:
     return [change]
 
 
-def _id(codec: Codec, columns: Iterable[Column], where: str) -> int:
+def _id(codec: Codec, columns: Iterable[Column], where: str) -> Id:
     columns, tables = list(columns), codec.tables
     codec.unquote(columns)
     for column in columns:
-        if column.name == tables.content_key and BIGINT.fits(column.value):
-            return int(column.value)
+        if column.name == tables.content_key and column.value is not None and tables.content_type.fits(column.value):
+            return column.value
     name = tables.named_in_schema(tables.content)
-    raise RowUnusable(f"{name} has no {tables.content_key}, a 64-bit integer, in the row's {where}")
+    what = tables.content_type.words.removesuffix(" or NULL")
+    raise RowUnusable(f"{name} has no {tables.content_key}, {what}, in the row's {where}")
 
 
 def _content(tables: Tables, columns: Iterable[Column]) -> Content | None:
@@ -288,6 +296,14 @@ def _content(tables: Tables, columns: Iterable[Column]) -> Content | None:
     if all(field.joined in values and field.type.fits(values[field.joined]) for field in tables.joined):
         return _interned(values[field.joined] for field in tables.joined)
     return None
+
+
+def _before(content_id: Id) -> Id | None:
+    """The highest id below this one."""
+    if isinstance(content_id, int):
+        return content_id - 1 if content_id > INT64_MIN else None
+    number = UUID(content_id).int
+    return str(UUID(int=number - 1)) if number else None
 
 
 def _interned(values: Iterable[Any]) -> Content:

@@ -92,11 +92,11 @@ class _Plan:
         self.drafts: list[Draft] = []
         self.changes: list[tuple[int, Position, Change | Event]] = []
         """Of contents, and rows that are gone; each with the number of drafts before it, and where its row stands."""
-        self.changed: set[int] = set()
+        self.changed: set[Id] = set()
         """Ids of contents that these rows change."""
-        self.wanted: set[int] = set()
+        self.wanted: set[Id] = set()
         """Ids of contents that are not known and an event needs."""
-        self.partial: set[int] = set()
+        self.partial: set[Id] = set()
         """Ids of contents that a row changes without carrying all of them."""
         self.was: dict[Position, Id] = {}
         """The former identities of rows that have another one now."""
@@ -264,7 +264,7 @@ class EngagementEnricher:
         self._contents.trim()
         return Enriched(events, plan.refused)
 
-    async def _look_up(self, plan: _Plan) -> dict[int, Content]:
+    async def _look_up(self, plan: _Plan) -> dict[Id, Content]:
         """Make known what is wanted; the contents today of those that have to be looked up in the table."""
         if self._contents.copied and not plan.forgotten:
             found = await self._contents.find(plan.wanted)
@@ -453,7 +453,7 @@ class EngagementEnricher:
         if plan.ignored["T"] and self._tables.stream.deletes == "ignore":
             log.warning("%s was truncated. %s", self._tables.stream.table, IDS_AGAIN, extra={"code": "R407"})
 
-    def _carry_out(self, plan: _Plan, today: dict[int, Content]) -> list[Event]:
+    def _carry_out(self, plan: _Plan, today: dict[Id, Content]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""
         events: list[Event] = []
         done = 0

@@ -15,7 +15,7 @@ from psycopg import sql
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.fields import BIGINT, Role, Stream
+from replicator.contracts.fields import BIGINT, Role, Stream, Type
 from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
@@ -117,7 +117,12 @@ class Tables:
 
     def _content_columns(self) -> dict[str, str]:
         joined = {field.joined: field.type.declared or field.type.postgres for field in self.joined}
-        return {self.content_key: BIGINT.postgres, **joined}
+        return {self.content_key: self.content_type.postgres, **joined}
+
+    @property
+    def content_type(self) -> Type:
+        """Of the key that events are joined by."""
+        return self.on.type if self.on else BIGINT
 
     @property
     def identity_name(self) -> str:

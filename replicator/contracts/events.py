@@ -215,7 +215,7 @@ class ContentChange(NamedTuple):
     """What the stream has made of a content."""
 
     commit_lsn: Lsn
-    content_id: int | None
+    content_id: Id | None
     """None: of every content."""
     content: str | None
     """In the enricher's own form; None: it is gone."""

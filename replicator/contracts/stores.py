@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, LetterCounts, Stage
+from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, Id, LetterCounts, Stage
 
 
 class Checkpoints(Protocol):
@@ -101,13 +101,13 @@ class Contents(Protocol):
     def clear_contents(self, slot: str) -> None:
         """Begin a copy. While it is made, no checkpoint may name it."""
 
-    def add_contents(self, slot: str, found: Mapping[int, str]) -> None:
+    def add_contents(self, slot: str, found: Mapping[Id, str]) -> None:
         """Go on with it; none of these is there yet."""
 
-    def find_contents(self, slot: str, ids: Collection[int]) -> dict[int, str]:
+    def find_contents(self, slot: str, ids: Collection[Id]) -> dict[Id, str]:
         """Those of these ids that there are."""
 
-    def newest_contents(self, slot: str, highest: int, most: int) -> dict[int, str]:
+    def newest_contents(self, slot: str, highest: Id, most: int) -> dict[Id, str]:
         """Those with the highest ids up to this one, highest first, at most so many."""
 
 

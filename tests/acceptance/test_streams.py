@@ -331,6 +331,56 @@ def assert_engagement(destinations: Destinations, source: psycopg.Connection) ->
     return int(count)
 
 
+BY_UUID = """
+CREATE TABLE places (place_id uuid PRIMARY KEY, name text);
+CREATE TABLE visits (id bigserial PRIMARY KEY, place_id uuid, who text NOT NULL, at timestamptz NOT NULL DEFAULT now(),
+                     was text);
+CREATE FUNCTION was() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.was := (SELECT name FROM places WHERE place_id = NEW.place_id);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER was BEFORE INSERT ON visits FOR EACH ROW EXECUTE FUNCTION was();
+INSERT INTO places SELECT gen_random_uuid(), 'place ' || n FROM generate_series(1, 50) n;
+GRANT SELECT ON places, visits TO replicator;
+"""
+VISITS = """
+from replicator import *
+STREAM = Stream("visits", "public.visits", dimension=Dimension("public.places", key="place_id"), fields=(
+    Field("id", BIGINT, role=Role.IDENTITY), Field("who", TEXT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME),
+    Field("place_id", UUID.nullable()), Field("was", TEXT.nullable()), Field("name", TEXT.nullable(), joined="name")))
+"""
+VISITED = """
+INSERT INTO visits (place_id, who)
+SELECT (SELECT place_id FROM places WHERE n > 0 AND n % 9 > 0 ORDER BY random() LIMIT 1), 'who ' || n % 7
+FROM generate_series(1, 100) n
+"""
+
+
+def test_joined_by_a_uuid(quick: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path) -> None:
+    """Each event carries the place as of its commit, also what comes again after a kill, or what it has no place."""
+    source.execute(BY_UUID.encode())
+    (tmp_path / "visits_stream.py").write_text(VISITS, encoding="utf-8")
+    quick.environment |= {"REPLICATOR_STREAM": "visits_stream:STREAM", "PYTHONPATH": str(tmp_path)}
+    succeed(quick.run("init"))
+    quick.start()
+    for turn in range(6):
+        if turn == 3:
+            quick.kill()
+        source.execute(VISITED.encode())
+        source.execute("UPDATE places SET name = name || '+' WHERE random() < 0.5")
+        source.execute("UPDATE places SET place_id = gen_random_uuid() WHERE random() < 0.1")
+    quick.start()
+    quick.wait_until_caught_up()
+    rows = stack.clickhouse.query("SELECT id, who, place_id, name, was FROM visits FINAL FORMAT JSONEachRow")
+    found = [_decode(row) for row in rows.splitlines()]
+    assert 600 == len(found)
+    assert any(row["name"] for row in found)
+    assert any(row["name"] is None for row in found)
+    assert [] == [row for row in found if row["name"] != row["was"]]
+
+
 def test_a_truncate_is_a_dead_letter(orders: Program, source: psycopg.Connection, chance: random.Random) -> None:
     """The sinks keep the rows: somebody has to see that."""
     succeed(orders.run("init"))

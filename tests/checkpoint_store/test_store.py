@@ -462,6 +462,28 @@ def test_an_older_version_is_brought_up(database: Database, store: CheckpointSto
     other.close()
 
 
+def test_contents_may_have_names(store: CheckpointStore, other: CheckpointStore) -> None:
+    """Of one stream among several, by uuid: copied, changed, found, and paged from the highest down."""
+    ids = [f"00000000-0000-4000-8000-{number:012x}" for number in range(40)]
+    store.save(at(1000))
+    store.add_contents("s/orders", {one: f"first {one}" for one in ids})
+    store.add_contents("s", {1: "a number's"})
+    changes = [
+        ContentChange(1500, ids[3], "changed", "orders"),
+        ContentChange(1500, 1, "changed"),
+        ContentChange(1600, ids[4], None, "orders"),
+    ]
+    store.save(at(2000), changes)
+    assert {ids[3]: "changed", ids[5]: f"first {ids[5]}"} == other.find_contents("s/orders", ids[3:6])
+    assert {1: "changed"} == other.find_contents("s", [1])
+    assert [*reversed(ids[18:21])] == list(other.newest_contents("s/orders", ids[20], 3))
+    store.save(at(3000), [ContentChange(2500, None, None, "orders"), ContentChange(2600, ids[7], "new", "orders")])
+    assert {ids[7]: "new"} == other.find_contents("s/orders", ids)
+    store.clear_contents("s/orders")
+    assert {} == other.find_contents("s/orders", ids)
+    assert {1: "changed"} == other.find_contents("s", [1])
+
+
 def test_an_event_may_have_a_name(store: CheckpointStore, other: CheckpointStore) -> None:
     """An identity that is a text, of any length, comes back as it was, and tells two letters apart."""
     names = ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "ü" * 500, "ü" * 499 + "u", "7", ""]

@@ -199,8 +199,9 @@ def _problems_of_sources(stream: Stream) -> Iterator[str]:
         yield from (f"{count} fields are the column {name}" for name, count in columns.items() if count > 1)
     if stream.dimension:
         joins = plain.get(stream.dimension.on)
-        if joins is None or not joins.column or joins.type.postgres != BIGINT.postgres:
-            yield f"{stream.dimension.table} is joined on {stream.dimension.on}, which is no field of type BIGINT"
+        if joins is None or not joins.column or joins.type.postgres not in {BIGINT.postgres, UUID.postgres}:
+            what = "which is no column's field of type BIGINT or UUID"
+            yield f"{stream.dimension.table} is joined on {stream.dimension.on}, {what}"
 
 
 def _problems_of_where(stream: Stream) -> Iterator[str]:

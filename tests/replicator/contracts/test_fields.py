@@ -48,8 +48,8 @@ WRONG: dict[str, Callable[[], Stream]] = {
     ),
     "the field both has more than one source": with_(Field("both", BIGINT, column="a", joined="b")),
     "2 fields are the column total": with_(Field("again", BIGINT, column="total")),
-    "shop.customers is joined on order_id, which is no field of type BIGINT": lambda: replace(
-        GOOD, dimension=Dimension("shop.customers", key="customer_id", on="order_id")
+    "shop.customers is joined on total, which is no column's field of type BIGINT or UUID": lambda: replace(
+        GOOD, dimension=Dimension("shop.customers", key="customer_id", on="total")
     ),
     "its condition is on total, which has to be a column's field: a text, an integer or a boolean": lambda: replace(
         GOOD, where=Where("total", (1,))
