@@ -69,6 +69,10 @@ def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
 
 
 def _create(found: type[Sink], settings: Settings, contract: Contract) -> Sink:
+    numbered = contract.identity.type.python is contract.key.type.python is int
+    if not found.takes_any_stream and (contract.follows or not numbered):
+        problem = "takes no stream whose rows change, or whose identity or key is no number"
+        raise _unusable(found.name, problem, f"another sink for the stream {contract.name!r}")
     try:
         sink = found(settings, contract)
     except Exception as exc:  # its own words may hold a secret

@@ -152,6 +152,17 @@ def unfolded(events: Iterable[Event], identity: str) -> Iterator[Event]:
         yield event
 
 
+def change(event: Event) -> bytes:
+    """The row's JSON, with what has happened, and a version: the higher text of two is the later change.
+
+    `_was` is the identity that it had until now, if that is another one: there the row is gone.
+    """
+    operation = b"delete" if event.deleted else b"upsert"
+    version = b"%016X%016X" % (event.commit_lsn, event.ordinal)
+    was = b',"_was":%b' % msgspec.json.encode(event.was) if event.was is not None else b""
+    return b'%b,"_operation":"%b","_version":"%b"%b}' % (event.json[:-1], operation, version, was)
+
+
 class Refusal(NamedTuple):
     """An event that a destination will never take."""
 

@@ -42,6 +42,8 @@ class Sink(ABC):
 
     settings_class: ClassVar[type[Settings]] = Settings
     """Its options, each an environment variable; the default has none."""
+    takes_any_stream: ClassVar[bool] = False
+    """Whether it knows what to do with `Event.deleted` and `Event.was`, and with identities that are no numbers."""
     name: str
     """As in REPLICATOR_SINKS; the key of its position in the checkpoint."""
     max_events: int

@@ -127,6 +127,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
 
     name = "clickhouse"
     settings_class: ClassVar = ClickHouseSettings
+    takes_any_stream = True
     concurrency = 1  # concurrent inserts into one table gain nothing, and in order the latest view is the last
 
     def __init__(self, settings: ClickHouseSettings, contract: Contract) -> None:

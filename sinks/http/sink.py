@@ -21,11 +21,10 @@ from typing import ClassVar, cast
 
 import aiohttp
 import httpx
-import msgspec
 from standardwebhooks import Webhook
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
-from replicator.contracts.events import Event, Finding, Refusal
+from replicator.contracts.events import Event, Finding, Refusal, change
 from replicator.contracts.fields import Contract
 from replicator.contracts.sink import Sink
 from sinks.http.errors import judge, status_text
@@ -62,6 +61,7 @@ class HttpSink(Sink):
 
     name = "http"
     settings_class: ClassVar = HttpSettings
+    takes_any_stream = True
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class HttpSink(Sink):
         return cures.get(type(exc), REFUSED_CURE)
 
     async def _post(self, events: Sequence[Event]) -> None:
-        sent = [changed(event) for event in events] if self.contract.follows else [event.json for event in events]
+        sent = [change(event) for event in events] if self.contract.follows else [event.json for event in events]
         body = sent[0] if self.max_events == 1 else b"[" + b",".join(sent) + b"]"
         key = change_key(events) if self.contract.follows else event_key(events)
         headers = {"idempotency-key": key, "webhook-id": key}
@@ -191,17 +191,6 @@ def event_key(events: Sequence[Event]) -> str:
 def change_key(events: Sequence[Event]) -> str:
     """The same of changes, of which a row has many."""
     return f"changes-{_digest([(event.id, event.version) for event in events])}"
-
-
-def changed(event: Event) -> bytes:
-    """The row's JSON, with what has happened, and a version: the higher text of two is the later change.
-
-    `_was` is the identity that it had until now, if that is another one: there the row is gone.
-    """
-    operation = b"delete" if event.deleted else b"upsert"
-    version = b"%016X%016X" % (event.commit_lsn, event.ordinal)
-    was = b',"_was":%b' % msgspec.json.encode(event.was) if event.was is not None else b""
-    return b'%b,"_operation":"%b","_version":"%b"%b}' % (event.json[:-1], operation, version, was)
 
 
 def _digest(names: object) -> str:

@@ -23,7 +23,7 @@ from redis.typing import EncodableT
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Id
-from sinks.redis.errors import is_read_only, shown, sink_error
+from sinks.redis.errors import is_read_only, rights_on, shown, sink_error
 from sinks.redis.info import Info
 from sinks.redis.keys import GENERATION, OWNER, Call, naming
 
@@ -159,8 +159,9 @@ class RedisClient:
         if answer_seconds:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
-        self._prefix = prefix
         self.named = named or naming(prefix)
+        self.rights = rights_on(self.named)
+        """What the user needs."""
         self._mark = script("mark")
         options = pool.connection_kwargs
         self.address = str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
@@ -310,4 +311,4 @@ class RedisClient:
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise sink_error(SINK, exc, filter(None, [self._login.password]), self._prefix) from exc
+            raise sink_error(SINK, exc, filter(None, [self._login.password]), self.rights) from exc

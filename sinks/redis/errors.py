@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from redis import exceptions
 from redis.exceptions import RedisError
@@ -61,12 +61,12 @@ _ELSEWHERE = re.compile(r"\b(ASK|MOVED) \d+ ")
 """What a cluster's node says of a key of another one: the words alone may be anybody's."""
 
 
-def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = (), prefix: str = "") -> SinkError:
+def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = (), rights: str = "") -> SinkError:
     """What to raise for `exc`. What is not known to be for ever is tried again."""
     detail = _detail(exc, secrets)
     words = _words(exc)
     if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
-        return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure(prefix))
+        return SinkMisconfigured(sink=sink, detail=detail, cure=turned_away_cure(rights))
     if _ELSEWHERE.search(detail):
         return SinkUnusable(sink=sink, detail=detail, cure=CLUSTER_CURE)
     for known, error, cure in _KNOWN:
@@ -75,12 +75,18 @@ def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = ()
     return SinkUnavailable(sink=sink, detail=detail)
 
 
-def turned_away_cure(prefix: str = "") -> str:
+def turned_away_cure(rights: str = "") -> str:
     """How to let the sink in: the least rights that work."""
     return (
         "Check user and password in REPLICATOR_REDIS_URL, and that the user has what the sink needs: ACL SETUSER name "
-        f"~{prefix}content:* ~{prefix}top:content:* ~{prefix}engagement:seen:* {COMMANDS}"
+        f"{rights or rights_on(str)}"
     )
+
+
+def rights_on(named: Callable[[str], str]) -> str:
+    """For keys that are called so."""
+    patterns = ("content:*", "top:content:*", "engagement:seen:*")
+    return " ".join([*(f"~{named(pattern)}" for pattern in patterns), COMMANDS])
 
 
 def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:

@@ -20,7 +20,7 @@ from replicator.contracts.fields import Contract
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
 from sinks.redis.client import SINK, RedisClient, script
-from sinks.redis.errors import foreign_error, lost_error
+from sinks.redis.errors import OF_ROWS, foreign_error, lost_error
 from sinks.redis.info import findings
 from sinks.redis.keys import (
     FILLING,
@@ -65,6 +65,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
 
     name = SINK
     settings_class: ClassVar = RedisSettings
+    takes_any_stream = True
     max_events = 64_000  # in a backlog: a content costs most, and once a write
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
@@ -195,6 +196,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         return deleted
 
     def _rows_of(self, contract: Contract) -> RowsWriter:
+        self._redis.rights += OF_ROWS
         self.max_events = CALL_EVENTS
         self.concurrency = 1
         return RowsWriter(self._redis, self._clock, follows=contract.follows)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from replicator.contracts.errors import SinkUnavailable
-from replicator.contracts.events import Event, Finding, Refusal
+from replicator.contracts.events import Event, Finding, Refusal, change
 from replicator.contracts.fields import Contract
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
@@ -32,6 +32,7 @@ class StdoutSink(Sink):
     """Writes lines whole and in order; after a crash or a slow reader, some come again. Tests pass another `output`."""
 
     name = "stdout"
+    takes_any_stream = True
     max_events = 1000
 
     def __init__(self, settings: Settings, contract: Contract, *, output: int = STDOUT) -> None:
@@ -50,7 +51,8 @@ class StdoutSink(Sink):
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         if events:
-            await self._print(b"\n".join([*(event.json for event in events), b""]))
+            lines = map(change, events) if self.contract.follows else (event.json for event in events)
+            await self._print(b"\n".join([*lines, b""]))
         return []
 
     async def _print(self, lines: bytes) -> None:

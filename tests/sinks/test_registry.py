@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from enrichment import EVENT
+from replicator.contracts import fields
 from replicator.contracts.errors import SettingsError
 from sinks import create_sinks, known_sinks, settings_classes
 from tests.support.plugin import install
@@ -90,6 +92,16 @@ async def test_the_example_checks_its_file(installed: Install, tmp_path: Path, m
         [sink] = create_sinks(["lines"], EVENT)
         [finding] = await sink.check()
         assert (expected, expected) == (finding.ok, not finding.cure)
+
+
+def test_a_sink_gets_no_stream_that_it_does_not_know(installed: Install) -> None:
+    """It would take a row that is gone for an event, or an identity for a number."""
+    installed()
+    named = fields.Field("event_id", fields.TEXT, column="id", role=fields.Role.IDENTITY)
+    for other in (replace(EVENT, updates="upsert"), replace(EVENT, fields=(named, *EVENT.fields[1:]))):
+        with pytest.raises(SettingsError, match="'lines' takes no stream whose rows change, or whose identity or key"):
+            create_sinks(["lines"], other)
+        assert ["stdout"] == [sink.name for sink in create_sinks(["stdout"], other)]
 
 
 def test_a_sink_does_not_share_a_setting_with_the_replicator(installed: Install, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ import redis
 
 from devstack import DevStack
 from replicator import BIGINT, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
+from replicator.contracts.errors import SinkMisconfigured
 from replicator.contracts.events import Event, Id
 from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
@@ -169,3 +171,38 @@ async def test_rows_that_come_once(redis_url: str, monkeypatch: pytest.MonkeyPat
             max((event for event in events if event.key == depot), key=lambda e: e.ts_us or 0) for depot in range(3)
         ]
         assert [event.json for event in newest] == [client.get(f"visits:last:{depot}") for depot in range(3)]
+
+
+@pytest.fixture
+def writer(redis_url: str) -> Iterator[Any]:
+    """A connection that may give rights to the user `writer`."""
+    client: Any = redis.Redis.from_url(redis_url)
+    with client:
+        yield client
+        client.execute_command("ACL", "DELUSER", "writer")
+
+
+async def test_a_right_that_is_lost_while_it_writes(
+    redis_url: str, writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rights that the cure names suffice; a batch is counted whole, once a lost one is back."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url.replace("://", "://writer:secret@"))
+    sink = RedisSink(load(RedisSettings), STREAM)
+    rights = sink._redis.rights.split()  # noqa: SLF001  what a message names
+    writer.execute_command("ACL", "SETUSER", "writer", "on", ">secret", *rights)
+    await sink.open(None, Mode.LIVE)
+    assert all(finding.ok for finding in await sink.check())
+    await sink.write([upsert(100, 1, PARCELS[0], "north")])
+    changes = [upsert(101, 1, PARCELS[0], "süd"), upsert(101, 2, PARCELS[1], "süd")]
+    for lost in ("hset", "incrby", "zincrby", "expire", "setex", "hmget", "zcard"):
+        writer.execute_command("ACL", "SETUSER", "writer", f"-{lost}")
+        with pytest.raises(SinkMisconfigured, match="parcels:"):
+            await sink.write(changes)
+        writer.execute_command("ACL", "SETUSER", "writer", f"+{lost}")
+        assert [1, 0, 0] == await sink.counter().counts(DEPOTS)
+        assert PARCELS[1:] == await sink.counter().unseen(PARCELS)
+    await sink.write(changes)
+    await sink.window.slide()
+    assert [0, 2, 0] == await sink.counter().counts(DEPOTS)
+    assert [("süd", 2)] == await sink.top(10)
+    await sink.close()
