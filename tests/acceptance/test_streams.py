@@ -312,16 +312,21 @@ def test_two_streams_in_one_slot(
 
     stack.clickhouse.query("RENAME TABLE orders TO away")
     shop.trade(5)
+    source.execute("INSERT INTO shop.orders (customer_id, total, lines) VALUES (1, 1, '[]')")
     source.execute(PLAYED, [1_001, 1_500])
     wait_until(lambda: 1_500 == len(destinations.clickhouse()), "the events to pass what waits for the orders' table")
-    found = {name: sink["trouble"] for name, sink in orders.status()["sinks"].items()}
-    assert ["clickhouse/orders"] == [name for name, trouble in found.items() if trouble]
+    wait_until(lambda: ["clickhouse/orders"] == in_trouble(orders), "the sink of the orders, and no other, to say so")
     stack.clickhouse.query("RENAME TABLE away TO orders")
     orders.wait_until_caught_up()
     assert_exact(source, stack, destinations)
     backfill = orders.run("backfill", "--start", "2026-01-01", "--end", "2027-01-01")
     assert 2 == backfill.code
     assert "REPLICATOR_STREAM is unusable: this command works on one stream, and there are 2" in backfill.stderr
+
+
+def in_trouble(program: Program) -> list[str]:
+    """The sinks that say that something is wrong."""
+    return [name for name, sink in program.status()["sinks"].items() if sink["trouble"]]
 
 
 def assert_engagement(destinations: Destinations, source: psycopg.Connection) -> int:
