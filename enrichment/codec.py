@@ -18,7 +18,7 @@ import msgspec
 from msgspec import structs
 
 from enrichment.tables.declared import Tables
-from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, decode_row
+from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, RowChange, decode_row
 from replicator.contracts.fields import INT64_MAX, Derived, Field
 
 Draft: TypeAlias = Sequence[Any]
@@ -92,7 +92,6 @@ _NAMES: Mapping[str, object] = {
     "_datetime": datetime,
     "_UTC": UTC,
     "_EPOCH": EPOCH,
-    "_Event": Event,
     "_fromisoformat": datetime.fromisoformat,
     "_beyond_python": _BEYOND_PYTHON.fullmatch,
     "_encode": msgspec.json.Encoder().encode,
@@ -142,7 +141,7 @@ FINISH = """
                 {time} = {time}.isoformat()[:19] + ".000000Z"
         else:
             _ts_us = None
-        _event = _Event(_commit_lsn, _ordinal, {identity}, {key}, _ts_us, _encode(_Enriched({every})))
+        _event = _Event(_commit_lsn, _ordinal, {identity}, {key}, _ts_us, _encode(_Enriched({every})){label})
 """
 """From the values of a row and of its content, and a position, to the event."""
 
@@ -171,6 +170,11 @@ class Codec:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         stream, own, joined = tables.stream, tables.own, tables.joined
+        self._event = Event
+        self._label: tuple[str, ...] = ()
+        if stream.follows or tables.of_several:
+            self._event, self._label = RowChange, (stream.name,)
+        self._gone = partial(RowChange, stream=stream.name, deleted=True)
         self.missing: Content = (None,) * len(joined)
         """There is no such content: a left join."""
         self.draft_id = 2 + own.index(tables.identity)
@@ -221,6 +225,7 @@ class Codec:
             {
                 "_Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in fields], gc=False),
                 **{f"_compute_{field.name}": self._function(field, function) for field, function in derived},
+                "_Event": self._event,
                 **self.fits,
                 **(names or {}),
             },
@@ -233,6 +238,7 @@ class Codec:
             time=tables.time.name,
             derived="; ".join(_computed(field.name, function) for field, function in derived) or "pass",
             every=", ".join(map(self._shown, fields)),
+            label="".join(f", {value!r}" for value in self._label),
         )
 
     def _function(self, field: Field, derived: Derived) -> Callable[..., object]:
@@ -367,7 +373,8 @@ class Codec:
             raise self._misfit(wrong or self.tables.identity)
         json = self._encode_old(fields)
         key = fields.get(self.tables.key, self.tables.key.type.python())
-        return Event(row.commit_lsn, row.ordinal, fields[self.tables.identity], key, None, json, deleted=True)
+        identity = fields[self.tables.identity]
+        return self._gone(row.commit_lsn, row.ordinal, identity, key, None, json)
 
     def _encode_old(self, fields: Mapping[Field, Any]) -> bytes:
         shown = {
@@ -384,12 +391,12 @@ class Codec:
             raise RowUnusable(f"the dead letter's payload is no event: {exc}") from exc
         commit_lsn, ordinal = letter.replay_position
         if stored.time is None:
-            return Event(commit_lsn, ordinal, stored.identity, stored.key, None, letter.payload, deleted=True)
+            return self._gone(commit_lsn, ordinal, stored.identity, stored.key, None, letter.payload)
         try:
             ts_us = microseconds(datetime.fromisoformat(stored.time))
         except ValueError:
             ts_us = None  # infinite, or outside Python's years, as it was
-        return Event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, letter.payload)
+        return self._event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, letter.payload, *self._label)
 
 
 class RowReader:

@@ -36,6 +36,7 @@ from replicator.contracts.events import (
     Lsn,
     Position,
     Row,
+    RowChange,
     format_lsn,
     parse_lsn,
 )
@@ -466,7 +467,8 @@ class EngagementEnricher:
             done = count
         plan.refused += self._codec.build(plan.drafts[done:], self._contents.known, events)
         for event in events if plan.was else ():
-            event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))
+            if isinstance(event, RowChange):
+                event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))
         return events
 
 

@@ -116,12 +116,11 @@ class SeveralStreams:
         """None where a row means something to several: only `enrich` gives it to each."""
         if self._shared_tables():
             return None
-        known = [(name, shortcut) for name, stream in self._streams.items() if (shortcut := stream.shortcut())]
+        known = [shortcut for stream in self._streams.values() if (shortcut := stream.shortcut())]
 
         def first(payload: memoryview | bytes, commit_lsn: Lsn, ordinal: int) -> Event | None:
-            for name, shortcut in known:
+            for shortcut in known:
                 if event := shortcut(payload, commit_lsn, ordinal):
-                    event.stream = name
                     return event
             return None
 
@@ -140,7 +139,7 @@ class SeveralStreams:
         for name, theirs in self._shares(rows).items():
             if name not in self._done[1]:  # a later one may not be able to look something up: then all come again
                 earlier = [event for event in before if event.stream == name]
-                self._done[1][name] = _named(await self._streams[name].enrich(theirs, earlier), name)
+                self._done[1][name] = await self._streams[name].enrich(theirs, earlier)
         made, self._done = self._done[1].values(), ([], {})
         return Enriched([event for one in made for event in one.events], [row for one in made for row in one.refused])
 
@@ -158,7 +157,7 @@ class SeveralStreams:
         refused: list[DeadLetter] = []
         for letter in letters:
             name = self._of(letter)
-            again = _named(await self._streams[name].restore([letter]), name)
+            again = await self._streams[name].restore([letter])
             events += again.events
             refused += again.refused
         return Enriched(events, refused)
@@ -212,7 +211,7 @@ class MissedHistories:
         name, _, at = place.partition(" ")
         page = await self._histories[name].read(at, after, rows)
         if page is not None:
-            return page._replace(enriched=_named(page.enriched, name), place=str(_Place(name, page.place)))
+            return page._replace(place=str(_Place(name, page.place)))
         later = self._names[self._names.index(name) + 1 :]
         if not later:
             return None
@@ -222,12 +221,6 @@ class MissedHistories:
     async def close(self) -> None:
         for history in self._histories.values():
             await history.close()
-
-
-def _named(enriched: Enriched, name: str) -> Enriched:
-    for event in enriched.events:
-        event.stream = name
-    return enriched
 
 
 def _records(record: str | None) -> dict[str, str]:

@@ -95,9 +95,13 @@ class EnrichmentSettings(Settings):
 class Tables:
     """A stream's tables: the one of its events, and the one that they are joined with, if there is one."""
 
-    def __init__(self, stream: Stream, renamed: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def __init__(
+        self, stream: Stream, renamed: Mapping[str, Mapping[str, str]] | None = None, *, of_several: bool = False
+    ) -> None:
         """`renamed`: table to column to the name that it has there, where that is another one."""
         self.stream = stream
+        self.of_several = of_several
+        """Whether the slot has other streams, too."""
         self.renamed = renamed or {}
         self.schema, _, self.events = stream.table.partition(".")
         self.content_schema, _, self.content = (stream.dimension.table if stream.dimension else ".").partition(".")
@@ -191,12 +195,12 @@ def configured() -> Tables:
 def tables_of(settings: EnrichmentSettings) -> list[Tables]:
     """Of each stream; the same objects for the same settings: code is compiled for them."""
     names = tuple((table, *pair) for table, pairs in settings.columns.items() for pair in pairs.items())
-    return [_tables(stream, names) for stream in settings.stream]
+    return [_tables(stream, names, of_several=len(settings.stream) > 1) for stream in settings.stream]
 
 
 @cache
-def _tables(stream: str, names: tuple[tuple[str, str, str], ...]) -> Tables:
+def _tables(stream: str, names: tuple[tuple[str, str, str], ...], *, of_several: bool) -> Tables:
     renamed: dict[str, dict[str, str]] = {}
     for table, ours, theirs in names:
         renamed.setdefault(table, {})[ours] = theirs
-    return Tables(declaration(stream), renamed)
+    return Tables(declaration(stream), renamed, of_several=of_several)

@@ -15,7 +15,7 @@ import redis
 from devstack import DevStack
 from replicator import BIGINT, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
 from replicator.contracts.errors import SinkMisconfigured
-from replicator.contracts.events import Event, Id
+from replicator.contracts.events import Event, Id, RowChange
 from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
@@ -73,7 +73,7 @@ class History:
         if old is not None and chance.random() < 0.3:
             self._end(parcel)
             json = msgspec.json.encode({"parcel_id": parcel})
-            self.events.append(Event(lsn, ordinal, parcel, "", None, json, deleted=True))
+            self.events.append(RowChange(lsn, ordinal, parcel, "", None, json, deleted=True))
             return
         was = next((one for one in PARCELS if one in self.there and one != parcel), None)
         if old is not None or chance.random() < 0.7:
@@ -102,13 +102,13 @@ class History:
         yield [chance.choice(self.events) for _ in range(20)]
 
 
-def upsert(lsn: int, ordinal: int, parcel: Id, depot: Id, **more: object) -> Event:
+def upsert(lsn: int, ordinal: int, parcel: Id, depot: Id, **more: object) -> RowChange:
     """A row that is there."""
     ts_us = int(time.time() * 1e6)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts_us // 10**6)) + f".{ts_us % 10**6:06}Z"
     names = ("parcel_id", "depot") if isinstance(depot, str) else ("visit_id", "depot")
     json = msgspec.json.encode({names[0]: parcel, names[1]: depot, "at": stamp, **more})
-    return Event(lsn, ordinal, parcel, depot, ts_us, json)
+    return RowChange(lsn, ordinal, parcel, depot, ts_us, json)
 
 
 async def write(sink: Sink, batches: Iterator[Sequence[Event]]) -> None:
