@@ -203,7 +203,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             events = [*unfolded(events, self.contract.identity.name)]
 
         def fits(event: Event) -> bool:
-            return event.deleted or (event.ts_us is not None and first <= event.ts_us <= last)
+            return (event.ts_us is not None and first <= event.ts_us <= last) or event.deleted
 
         outside = [Refusal(event, _OUTSIDE_RANGE) for event in filterfalse(fits, events)]
         fitting = list(filter(fits, events)) if outside else events
