@@ -4,9 +4,9 @@
 """
 
 from enrichment.contract import EVENT
-from enrichment.enricher import EngagementEnricher
-from enrichment.history import BEGINNING, END, EngagementHistory, Slice
-from enrichment.ledger import EngagementLedger
+from enrichment.enricher import StreamEnricher
+from enrichment.history import BEGINNING, END, RangeHistory, Slice
+from enrichment.ledger import TableLedger
 from enrichment.streams.several import SeveralStreams, create_enricher
 from enrichment.tables.declared import EnrichmentSettings, Tables, configured, tables_of
 
@@ -14,12 +14,12 @@ __all__ = [
     "BEGINNING",
     "END",
     "EVENT",
-    "EngagementEnricher",
-    "EngagementHistory",
-    "EngagementLedger",
     "EnrichmentSettings",
+    "RangeHistory",
     "SeveralStreams",
     "Slice",
+    "StreamEnricher",
+    "TableLedger",
     "Tables",
     "configured",
     "create_enricher",

@@ -1,4 +1,4 @@
-"""The engagement enricher: rows in stream order to events; the `contracts.stream.Enricher`.
+"""The enricher of one stream: its rows in stream order to events; a `contracts.stream.Enricher`.
 
 Three steps: `codec.py` reads the rows, `content.py` looks up what is not known, and then events are made and content
 changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed. Events that
@@ -130,7 +130,7 @@ class _Plan:
             self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), FORGET))
 
 
-class EngagementEnricher:
+class StreamEnricher:
     """Enriches the rows of the stream's table with those of its dimension."""
 
     def __init__(self, dsn: Dsn, settings: EnrichmentSettings, tables: Tables | None = None) -> None:

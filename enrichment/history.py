@@ -266,7 +266,7 @@ def cuts(spans: Sequence[tuple[int, str]], most: int) -> list[str]:
     return found
 
 
-class EngagementHistory:
+class RangeHistory:
     """The events of the stream's table with `start <= time < end`."""
 
     def __init__(

@@ -36,7 +36,7 @@ NEXT_TRANSACTION = "SELECT txid_current()"  # takes one: a snapshot's xmax is af
 OLDEST_TRANSACTION = "SELECT txid_snapshot_xmin(txid_current_snapshot())"
 
 
-class EngagementLedger:
+class TableLedger:
     """The events of the stream's table."""
 
     slices_are_cheap = False

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import structs
 
-from enrichment.enricher import EngagementEnricher, copied
+from enrichment.enricher import StreamEnricher, copied
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
 from replicator.contracts.events import (
@@ -39,14 +39,14 @@ _decode_records = msgspec.json.Decoder(dict[str, str]).decode
 def create_enricher(dsn: Dsn) -> Enricher:
     """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
     settings = load(EnrichmentSettings)
-    made = [EngagementEnricher(dsn, settings, tables) for tables in tables_of(settings)]
+    made = [StreamEnricher(dsn, settings, tables) for tables in tables_of(settings)]
     return SeveralStreams(made) if len(made) > 1 else made[0]
 
 
 class SeveralStreams:
     """What each of these makes of the slot."""
 
-    def __init__(self, streams: Sequence[EngagementEnricher]) -> None:
+    def __init__(self, streams: Sequence[StreamEnricher]) -> None:
         self._streams = {stream.name: stream for stream in streams}
         self._done: tuple[list[Position], dict[str, Enriched]] = ([], {})
         """What some of the streams made of rows that have to be given again."""

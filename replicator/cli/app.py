@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementLedger, EnrichmentSettings, create_enricher, tables_of
+from enrichment import EnrichmentSettings, TableLedger, create_enricher, tables_of
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -111,7 +111,7 @@ class App(NamedTuple):
         )
 
     @asynccontextmanager
-    async def closing(self, *readers: History | EngagementLedger) -> AsyncIterator[None]:
+    async def closing(self, *readers: History | TableLedger) -> AsyncIterator[None]:
         """Release all connections at the end, those of readers of the tables, too: they don't try again."""
         try:
             yield
@@ -129,7 +129,7 @@ class App(NamedTuple):
         finally:
             await self._close(*readers)
 
-    async def _close(self, *readers: History | EngagementLedger) -> None:
+    async def _close(self, *readers: History | TableLedger) -> None:
         """Close everything. A failure is raised, unless the command has ended with one: then it is logged."""
         failure = sys.exception()
         closing: list[Callable[[], Awaitable[None]]] = [opened.close for opened in (*readers, *self.sinks)]

@@ -26,7 +26,7 @@ from replicator.cli.stream import say_what_stops, stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, command
 
 if TYPE_CHECKING:
-    from enrichment import EngagementHistory
+    from enrichment import RangeHistory
     from replicator.cli.app import App
     from replicator.contracts.settings import CoreSettings
     from replicator.delivery.backfill import Backfill, BackfillProgress
@@ -72,7 +72,7 @@ async def backfill(
     as_json: arg.Json = False,
 ) -> int:
     """Send the events of a range of time to the sinks again."""
-    from enrichment import EngagementHistory
+    from enrichment import RangeHistory
     from sinks import known_sinks
 
     when = arg.time_range(start, end, last)
@@ -82,7 +82,7 @@ async def backfill(
     options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
     run = Run(
         app=app,
-        history=EngagementHistory(app.dsn, when.start, when.end),
+        history=RangeHistory(app.dsn, when.start, when.end),
         task=f"backfill {iso(when.start)} {iso(when.end)} {names}",
         batch_size=batch_size,
         rate=rate,
@@ -98,7 +98,7 @@ class Run(NamedTuple):
     """One backfill, or one rebuild."""
 
     app: App
-    history: EngagementHistory
+    history: RangeHistory
     task: str
     """What an interrupted run is found by."""
     batch_size: int
@@ -277,13 +277,13 @@ async def _dry_run(run: Run, when: arg.TimeRange) -> int:
 
 async def _uncounted(run: Run, sink: Any, start_us: int, end_us: int) -> dict[str, Any]:
     """How many events a sink has not counted; empty if it can't be asked."""
-    from enrichment import EngagementLedger
+    from enrichment import TableLedger
     from replicator.contracts.sink import HasCounter
     from replicator.reconcile.recheck import unseen
 
     if not isinstance(sink, HasCounter):
         return {}
-    ledger = EngagementLedger(run.app.dsn, with_content=False)
+    ledger = TableLedger(run.app.dsn, with_content=False)
     try:
         await ledger.open()
         return {"not_counted": sum([len(ids) async for ids in unseen(ledger, sink.counter(), start_us, end_us)])}

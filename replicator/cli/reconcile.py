@@ -65,14 +65,14 @@ async def reconcile(
     """Compare PostgreSQL with the sinks, repair what differs."""
     import msgspec
 
-    from enrichment import EngagementLedger
+    from enrichment import TableLedger
     from replicator.reconcile.run import Reconcile
 
     when = arg.time_range(start, end, last)
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
     app = arg.load_app(arg.sinks_of(sinks, _comparable()))
-    ledger = EngagementLedger(app.dsn, with_content=with_content)
+    ledger = TableLedger(app.dsn, with_content=with_content)
     work = Reconcile(
         app.settings,
         ledger,
@@ -132,7 +132,7 @@ async def rebuild_redis(
     yes: arg.Yes = False,
 ) -> int:
     """Make all of Redis's keys again from PostgreSQL."""
-    from enrichment import BEGINNING, END, EngagementHistory
+    from enrichment import BEGINNING, END, RangeHistory
     from replicator.cli.backfill import Run
 
     if resume and from_empty:
@@ -145,7 +145,7 @@ async def rebuild_redis(
     if from_empty and not arg.confirmed(question, yes=yes):
         return 1
     options = f" --rate {rate}" if rate else ""
-    history = EngagementHistory(app.dsn, BEGINNING, END)
+    history = RangeHistory(app.dsn, BEGINNING, END)
     again = command(f"rebuild-redis{options} --resume")
     run = Run(
         app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again

@@ -25,7 +25,7 @@ from replicator.contracts.errors import SinkUnavailable
 from replicator_spark.arguments import Conf, Master
 
 if TYPE_CHECKING:
-    from enrichment import EngagementHistory
+    from enrichment import RangeHistory
     from replicator.cli.app import App
     from replicator.delivery.backfill import BackfillProgress
     from replicator_spark.backfill.crew import Crew
@@ -78,7 +78,7 @@ async def backfill(
     as_json: arg.Json = False,
 ) -> int:
     """Send the events of a range of time to the sinks again, on many cores."""
-    from enrichment import EngagementHistory
+    from enrichment import RangeHistory
     from replicator_spark.nodes import refuse_single
     from replicator_spark.settings import pairs, refuse
     from sinks import known_sinks
@@ -93,7 +93,7 @@ async def backfill(
     command = f"python -m replicator_spark backfill {when} --sinks {shlex.quote(','.join(chosen))}"
     run = Run(
         app=app,
-        history=EngagementHistory(app.dsn, when.start, when.end),
+        history=RangeHistory(app.dsn, when.start, when.end),
         task=f"spark backfill {iso(when.start)} {iso(when.end)} {names}",
         slices=slices,
         batch_size=batch_size,
@@ -125,7 +125,7 @@ class Run(NamedTuple):
     """One backfill."""
 
     app: App
-    history: EngagementHistory
+    history: RangeHistory
     task: str
     """What an interrupted run is found by."""
     slices: int | None

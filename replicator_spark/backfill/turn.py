@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementHistory
+from enrichment import RangeHistory
 from replicator.cli.app import App
 from replicator.contracts.errors import ReplicatorError
 from replicator.contracts.events import DeadLetter, Lsn
@@ -85,7 +85,7 @@ async def _run(order: Order, share: Share, folder: Path) -> Turn:
     app = App.load(order.sinks)
     settings = app.settings.model_copy(update={"dead_letters_max": LETTERS_MAX})
     app = app._replace(settings=settings, store=SqlCheckpointStore(f"sqlite:///{folder}/checkpoint.db"))
-    history = EngagementHistory(app.dsn, share.slice.start, share.slice.end, since=order.since)
+    history = RangeHistory(app.dsn, share.slice.start, share.slice.end, since=order.since)
     await asyncio.to_thread(app.store.create)
     work = Backfill(
         settings,
@@ -110,7 +110,7 @@ async def _run(order: Order, share: Share, folder: Path) -> Turn:
         )
 
 
-async def _in_time(order: Order, app: App, history: EngagementHistory, work: Backfill) -> bool:
+async def _in_time(order: Order, app: App, history: RangeHistory, work: Backfill) -> bool:
     """Work for a turn; whether the slice is done."""
 
     async def begin() -> None:

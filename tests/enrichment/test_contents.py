@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EngagementEnricher, EnrichmentSettings, content
+from enrichment import EnrichmentSettings, StreamEnricher, content
 from enrichment.content import look_up, preload
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Checkpoint, Event, Lsn, Position, Row
@@ -122,9 +122,9 @@ def found(event: Event) -> tuple[str | None, int | None]:
     return fields["content_type"], fields["length_seconds"]
 
 
-def enricher(source: Source, size: int) -> EngagementEnricher:
+def enricher(source: Source, size: int) -> StreamEnricher:
     """A new process on that database."""
-    made = EngagementEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}))
+    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}))
     made._contents._database = made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made
 
@@ -145,7 +145,7 @@ def stored(store: SqlCheckpointStore) -> Checkpoint:
     return checkpoint
 
 
-async def save(store: SqlCheckpointStore, made: EngagementEnricher, end_lsn: Lsn, *, heard: bool = True) -> None:
+async def save(store: SqlCheckpointStore, made: StreamEnricher, end_lsn: Lsn, *, heard: bool = True) -> None:
     """A checkpoint; not `heard`: the answer is lost."""
     contents, changes = made.changed(end_lsn)
     checkpoint = structs.replace(stored(store), end_lsn=end_lsn, contents=contents)
@@ -154,7 +154,7 @@ async def save(store: SqlCheckpointStore, made: EngagementEnricher, end_lsn: Lsn
         made.saved(end_lsn)
 
 
-async def compare(made: EngagementEnricher, transactions: Sequence[Transaction], chance: random.Random) -> None:
+async def compare(made: StreamEnricher, transactions: Sequence[Transaction], chance: random.Random) -> None:
     """Enrich them in pieces of any size; every event has the content of its commit."""
     rows = [row for transaction in transactions for row in transaction.rows]
     wanted = {at: value for transaction in transactions for at, value in transaction.wanted.items()}
@@ -335,7 +335,7 @@ async def test_a_checkpoint_that_an_older_release_has_moved_has_no_copy(store: S
     assert [("film", 2)] == await enriched(made, insert(content_id=1))
 
 
-async def enriched(made: EngagementEnricher, *rows: Row) -> list[tuple[str | None, int | None]]:
+async def enriched(made: StreamEnricher, *rows: Row) -> list[tuple[str | None, int | None]]:
     """The contents of the events of one transaction, which come in one piece."""
     rows = tuple(structs.replace(row, commit_lsn=FIRST, ordinal=n) for n, row in enumerate(rows, 1))
     return [found(event) for event in (await made.enrich(rows)).events]

@@ -15,7 +15,7 @@ import pytest
 from psycopg import sql
 
 from devstack import DevStack
-from enrichment import EngagementEnricher, EnrichmentSettings, create_enricher
+from enrichment import EnrichmentSettings, StreamEnricher, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
 from enrichment.contract import engagement_pct
 from enrichment.database import Database
@@ -55,7 +55,7 @@ class Stream:
         """What was committed since the last call."""
         options = {
             **wal2json.OPTIONS,
-            "add-tables": wal2json.listed(EngagementEnricher("", EnrichmentSettings.model_validate({})).tables),
+            "add-tables": wal2json.listed(StreamEnricher("", EnrichmentSettings.model_validate({})).tables),
         }
         flat = [text for option in options.items() for text in option]
         got = self.run("SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, VARIADIC %s)", self._slot, flat)
@@ -94,10 +94,10 @@ def stream(database: str) -> Iterator[Stream]:
 
 
 @pytest.fixture
-async def enricher(database: str, stream: Stream) -> AsyncIterator[EngagementEnricher]:
+async def enricher(database: str, stream: Stream) -> AsyncIterator[StreamEnricher]:
     """Open on that database, everything preloaded."""
     assert stream is not None
-    enricher = EngagementEnricher(database, load(EnrichmentSettings))
+    enricher = StreamEnricher(database, load(EnrichmentSettings))
     await enricher.open()
     yield enricher
     await enricher.close()
@@ -154,7 +154,7 @@ def _random_event(event_id: int, chance: random.Random) -> tuple[object, ...]:
     )
 
 
-async def test_random_events_are_what_postgresql_computes(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_random_events_are_what_postgresql_computes(enricher: StreamEnricher, stream: Stream) -> None:
     """20,000 events of all shapes, through wal2json, field by field; the microseconds as well."""
     chance = _chance()
     lengths = [None, 0, 1, -1, 300, -300, 2**31 - 1, -(2**31)]
@@ -214,7 +214,7 @@ def test_rounding_agrees_with_postgresql(stream: Stream, sample: str) -> None:
 # -- content, in the order of the stream -------------------------------------------------------------------------
 
 
-async def test_a_change_applies_to_the_events_after_it(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_a_change_applies_to_the_events_after_it(enricher: StreamEnricher, stream: Stream) -> None:
     """Insert, update, delete, and a key that changes: each event has what was committed before it."""
     statements = [
         None,
@@ -236,7 +236,7 @@ async def test_a_change_applies_to_the_events_after_it(enricher: EngagementEnric
     assert expected == _contents(events)
 
 
-async def test_a_change_applies_across_calls(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_a_change_applies_across_calls(enricher: StreamEnricher, stream: Stream) -> None:
     """What one call learned holds for the next, whatever the calls' borders."""
     stream.run("UPDATE content SET length_seconds = 10 WHERE content_id = 1")
     assert (await enricher.enrich(stream.rows())).events == []
@@ -244,7 +244,7 @@ async def test_a_change_applies_across_calls(enricher: EngagementEnricher, strea
     assert _contents((await enricher.enrich(stream.rows())).events) == [("video", 10)]
 
 
-async def test_truncate_leaves_no_content(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_truncate_leaves_no_content(enricher: StreamEnricher, stream: Stream) -> None:
     """Everything is missing until it is inserted again."""
     stream.insert_event(1)
     stream.run("TRUNCATE content")
@@ -256,7 +256,7 @@ async def test_truncate_leaves_no_content(enricher: EngagementEnricher, stream: 
     assert _contents(events) == [("video", 300), (None, None), ("audio", 60), (None, None)]
 
 
-async def test_an_unchanged_toasted_column_is_looked_up(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_an_unchanged_toasted_column_is_looked_up(enricher: StreamEnricher, stream: Stream) -> None:
     """The update's row does not carry the long text; the event after it has it all the same."""
     stream.run("ALTER TABLE content ALTER COLUMN content_type SET STORAGE EXTERNAL")
     long = "x" * 10_000
@@ -269,7 +269,7 @@ async def test_an_unchanged_toasted_column_is_looked_up(enricher: EngagementEnri
     assert [(long, 1), (long, 2)] == _contents((await enricher.enrich(rows)).events)
 
 
-async def test_a_new_content_in_the_same_transaction(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_a_new_content_in_the_same_transaction(enricher: StreamEnricher, stream: Stream) -> None:
     """Content and its first event committed together, the foreign key's way."""
     with stream._connection.transaction():  # noqa: SLF001  our own class, one file
         stream.run("INSERT INTO content VALUES (8, 'live', 0)")
@@ -304,7 +304,7 @@ def _random_step(stream: Stream, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("identity", ["DEFAULT", "FULL"])
-async def test_any_history_in_any_portions(enricher: EngagementEnricher, stream: Stream, identity: str) -> None:
+async def test_any_history_in_any_portions(enricher: StreamEnricher, stream: Stream, identity: str) -> None:
     """Random changes and events: each event is what PostgreSQL computed when it was inserted."""
     chance = _chance()
     stream.run(f"ALTER TABLE content REPLICA IDENTITY {identity}")
@@ -340,8 +340,8 @@ class CountingDatabase(Database):
         return await super().rows(query, parameters)
 
 
-async def _counting(dsn: str, size: int) -> tuple[EngagementEnricher, CountingDatabase]:
-    enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
+async def _counting(dsn: str, size: int) -> tuple[StreamEnricher, CountingDatabase]:
+    enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
     database = CountingDatabase(dsn)
     enricher._database = database  # noqa: SLF001  the only way to count what goes over the wire
     enricher._contents = Contents(database, size, CODEC)  # noqa: SLF001
@@ -415,7 +415,7 @@ async def test_preload_takes_the_newest_up_to_the_bound(database: str, stream: S
 
 
 async def test_a_row_without_a_column_is_a_dead_letter_and_the_rest_goes_on(
-    enricher: EngagementEnricher, stream: Stream
+    enricher: StreamEnricher, stream: Stream
 ) -> None:
     """Columns are dropped and changed while we read; the letter can be replayed when the column is back."""
     good = [stream.insert_event(1)]
@@ -441,7 +441,7 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
     return {name: getattr(letter, name) for name in letter.__struct_fields__}
 
 
-async def test_wider_columns_stay_exact(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_wider_columns_stay_exact(enricher: StreamEnricher, stream: Stream) -> None:
     """Bigint durations and lengths, varchar and enum texts: numbers past 2^53 in full."""
     stream.run("ALTER TABLE engagement_events ALTER duration_ms TYPE bigint, ALTER device TYPE varchar(20)")
     stream.run("CREATE TYPE kind AS ENUM ('video', 'article')")
@@ -458,7 +458,7 @@ async def test_wider_columns_stay_exact(enricher: EngagementEnricher, stream: St
     assert stream.expected() == [_parse(event.json) for event in made.events]
 
 
-async def test_fractions_are_refused_not_cut(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_fractions_are_refused_not_cut(enricher: StreamEnricher, stream: Stream) -> None:
     """A numeric duration is a number we could round, and must not."""
     stream.run("ALTER TABLE engagement_events ALTER duration_ms TYPE numeric")
     stream.insert_event(1, duration_ms=Decimal("7000.5"))
@@ -469,9 +469,7 @@ async def test_fractions_are_refused_not_cut(enricher: EngagementEnricher, strea
     assert len(made.events) == 1
 
 
-async def test_updates_deletes_and_truncates_of_events_are_counted(
-    enricher: EngagementEnricher, stream: Stream
-) -> None:
+async def test_updates_deletes_and_truncates_of_events_are_counted(enricher: StreamEnricher, stream: Stream) -> None:
     """New rows only; what happens to old ones makes no event and no fuss."""
     ids = [stream.insert_event(1), stream.insert_event(1)]
     stream.run("UPDATE engagement_events SET device = 'x'")
@@ -483,9 +481,7 @@ async def test_updates_deletes_and_truncates_of_events_are_counted(
     assert dict(enricher.ignored) == {"U": 2, "D": 1, "T": 1}
 
 
-async def test_a_truncate_is_told(
-    enricher: EngagementEnricher, stream: Stream, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_truncate_is_told(enricher: StreamEnricher, stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
     """With RESTART IDENTITY ids are given a second time, and Redis counts an id once: the cure is named."""
     stream.insert_event(1)
     await enricher.enrich(stream.rows())
@@ -496,7 +492,7 @@ async def test_a_truncate_is_told(
     assert "rebuild-redis --from-empty" in told
 
 
-async def test_integers_of_a_domain(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_integers_of_a_domain(enricher: StreamEnricher, stream: Stream) -> None:
     """wal2json quotes them; in the events, in the contents, in a dead letter that is replayed, and NULL."""
     stream.run("CREATE DOMAIN ms AS int CHECK (VALUE >= 0)")
     stream.run("CREATE DOMAIN big AS bigint")
@@ -520,7 +516,7 @@ async def test_integers_of_a_domain(enricher: EngagementEnricher, stream: Stream
     assert [lacking] == [event.id for event in again.events]
 
 
-async def test_a_content_change_without_its_key(enricher: EngagementEnricher) -> None:
+async def test_a_content_change_without_its_key(enricher: StreamEnricher) -> None:
     """What is known is given up, and the operator finds a letter: nothing stale goes on unnoticed."""
     row = Row("D", "public", "content", [], [Column("content_type", "video")], commit_lsn=7, ordinal=1)
     made = await enricher.enrich([row])
@@ -536,7 +532,7 @@ def test_a_content_row_of_the_wrong_type_is_looked_up() -> None:
     assert change == (1, None)
 
 
-async def test_a_row_of_another_table_is_a_dead_letter(enricher: EngagementEnricher) -> None:
+async def test_a_row_of_another_table_is_a_dead_letter(enricher: StreamEnricher) -> None:
     """It can't come, and if it does it is not dropped in silence."""
     made = await enricher.enrich([Row("I", "public", "users", [Column("id", 1)], commit_lsn=7, ordinal=1)])
     assert [letter.reason for letter in made.refused] == ["public.users is not a table that events are made of"]
@@ -545,7 +541,7 @@ async def test_a_row_of_another_table_is_a_dead_letter(enricher: EngagementEnric
 # -- trouble -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_lost_connection_changes_nothing(stack: DevStack, enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_a_lost_connection_changes_nothing(stack: DevStack, enricher: StreamEnricher, stream: Stream) -> None:
     """The look-up fails: SourceUnavailable; the same rows again give the same events, and nothing counted twice."""
     stream.insert_event(1)
     stream.run("UPDATE content SET length_seconds = 301 WHERE content_id = 1")
@@ -564,7 +560,7 @@ async def test_a_lost_connection_changes_nothing(stack: DevStack, enricher: Enga
 
 async def test_a_server_that_is_away(stack: DevStack, database: str) -> None:
     """`open` says so, as often as it is tried, and succeeds when the server is back."""
-    enricher = EngagementEnricher(database, load(EnrichmentSettings))
+    enricher = StreamEnricher(database, load(EnrichmentSettings))
     stack.postgres.stop()
     try:
         with pytest.raises(SourceUnavailable) as away:
@@ -598,7 +594,7 @@ async def test_the_connection_can_only_read(database: str) -> None:
     await ours.close()
 
 
-async def test_a_missing_table_is_waited_for(stream: Stream, enricher: EngagementEnricher) -> None:
+async def test_a_missing_table_is_waited_for(stream: Stream, enricher: StreamEnricher) -> None:
     """It says which, with a cure."""
     stream.run("ALTER TABLE content RENAME TO contents")
     with pytest.raises(TablesUnfit, match=r'relation "public.content" does not exist.*python -m replicator check'):
@@ -624,7 +620,7 @@ def test_settings_name_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- preflight and history ---------------------------------------------------------------------------------------
 
 
-async def test_check_passes_on_the_contracts_tables(enricher: EngagementEnricher) -> None:
+async def test_check_passes_on_the_contracts_tables(enricher: StreamEnricher) -> None:
     """Every line ok, no cure."""
     findings = await enricher.check()
     assert _failing(findings) == []
@@ -664,7 +660,7 @@ UNLOGGED_PART = "CREATE UNLOGGED TABLE part PARTITION OF engagement_events DEFAU
     ],
 )
 async def test_check_finds(
-    enricher: EngagementEnricher, stream: Stream, statements: list[str], what: str, cure: str
+    enricher: StreamEnricher, stream: Stream, statements: list[str], what: str, cure: str
 ) -> None:
     """What is wrong with the tables is named, with the command that mends it."""
     for statement in statements:
@@ -689,7 +685,7 @@ async def test_check_finds(
     ],
 )
 async def test_check_advises(
-    enricher: EngagementEnricher, stream: Stream, statements: list[str], what: str, cure: str
+    enricher: StreamEnricher, stream: Stream, statements: list[str], what: str, cure: str
 ) -> None:
     """A content whose changes the stream does not show works, and is slower."""
     stream.run("ALTER TABLE engagement_events DROP CONSTRAINT IF EXISTS engagement_events_content_id_fkey")
@@ -717,7 +713,7 @@ async def test_check_advises(
     ],
 )
 async def test_check_lets_pass_what_does_as_well(
-    enricher: EngagementEnricher, stream: Stream, statements: list[str]
+    enricher: StreamEnricher, stream: Stream, statements: list[str]
 ) -> None:
     """Other replica identities, narrower integers, other texts, other columns: no finding."""
     for statement in statements:
@@ -746,7 +742,7 @@ def plain(stack: DevStack, database: str, stream: Stream) -> Iterator[Plain]:
 async def test_check_tells_a_plain_role_what_it_lacks(plain: Plain, stream: Stream) -> None:
     """Without rights, with rights on some columns only, with all."""
     name, dsn = plain
-    enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
+    enricher = StreamEnricher(dsn, load(EnrichmentSettings))
     with pytest.raises(TablesUnfit, match="permission denied for table content"):
         await enricher.open()
     assert "could not be counted" in await enricher.history()
@@ -766,14 +762,14 @@ async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     name, dsn = plain
     stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
     stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
-    enricher = EngagementEnricher(dsn, load(EnrichmentSettings))
+    enricher = StreamEnricher(dsn, load(EnrichmentSettings))
     with pytest.raises(TablesUnfit, match='affected by row-level security policy for table "content"'):
         await enricher.open()
     [finding] = _failing(await enricher.check())
     assert finding.what.startswith("table public.content: row-level security applies to us")
     assert "BYPASSRLS" in finding.cure
     stream.run(f"CREATE POLICY everything ON content TO {name} USING (true)")
-    harmless = EngagementEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
+    harmless = StreamEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
     assert _failing(await harmless.check()) == []
     await harmless.open()
     await harmless.close()
@@ -807,7 +803,7 @@ async def test_rows_that_a_policy_hides_behind_a_pooler(
         await ours.close()
 
 
-async def test_history_names_the_command_that_brings_it(enricher: EngagementEnricher, stream: Stream) -> None:
+async def test_history_names_the_command_that_brings_it(enricher: StreamEnricher, stream: Stream) -> None:
     """The range in whole seconds, end excluded; what no range holds is left out."""
     assert await enricher.history() == ""
     stream.insert_event(1, event_ts="infinity")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from enrichment import EVENT, EngagementEnricher, Tables, codec
+from enrichment import EVENT, StreamEnricher, Tables, codec
 from enrichment.codec import RowReader
 from enrichment.shortcut import MOST_LAYOUTS
 from replicator.contracts.errors import DecodeError
@@ -51,7 +51,7 @@ def ordinary(**values: Any) -> bytes:
     return message(insert(**values))
 
 
-async def taught(*shown: Row, made: EngagementEnricher | None = None) -> EngagementEnricher:
+async def taught(*shown: Row, made: StreamEnricher | None = None) -> StreamEnricher:
     """An enricher that has seen these rows, of content 1."""
     made = made or enricher()
     await made.enrich(shown or [insert()])

@@ -10,7 +10,7 @@ import pytest
 
 from devstack import DevStack
 from devstack.process import wait_until
-from enrichment import EngagementHistory
+from enrichment import RangeHistory
 from replicator.contracts.errors import SourceError, SourceUnavailable
 from replicator.contracts.events import Position
 from tests.support.environment import SQL
@@ -26,7 +26,7 @@ FROM generate_series(1, 4800) AS n ORDER BY md5(n::text)
 """
 
 
-async def _ids(history: EngagementHistory, place: str) -> list[int]:
+async def _ids(history: RangeHistory, place: str) -> list[int]:
     """All events from there on."""
     found: list[int] = []
     after, here = Position(0, 0), place
@@ -44,14 +44,14 @@ async def test_slices_are_the_range(index: str | None, most: int, database: str)
         source.execute(EVENTS)
         if index:
             source.execute(index)
-    whole = EngagementHistory(database, START, END)
+    whole = RangeHistory(database, START, END)
     await whole.open()
     place, total = await whole.begin()
     slices = await whole.slices(place, most)
     assert 1 <= len(slices) <= most
     parts = []
     for part in slices:
-        history = EngagementHistory(database, part.start, part.end)
+        history = RangeHistory(database, part.start, part.end)
         parts += await _ids(history, part.place)
         await history.close()
     assert sorted(await _ids(whole, place)) == sorted(parts)
@@ -61,7 +61,7 @@ async def test_slices_are_the_range(index: str | None, most: int, database: str)
 
 async def test_an_empty_range_is_one_slice(database: str) -> None:
     """Nothing is in it."""
-    whole = EngagementHistory(database, START, END)
+    whole = RangeHistory(database, START, END)
     await whole.open()
     place, total = await whole.begin()
     [part] = await whole.slices(place, 5)
@@ -84,7 +84,7 @@ def pair() -> Iterator[tuple[str, str]]:
 async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> None:
     """It shows what it has replayed: without what was there when the backfill began, events would be missing."""
     primary, standby = pair
-    first = EngagementHistory(primary, START, END)
+    first = RangeHistory(primary, START, END)
     await first.open()
     with psycopg.connect(standby, autocommit=True) as replaying:
         replaying.execute("SELECT pg_wal_replay_pause()")
@@ -93,7 +93,7 @@ async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> 
         with psycopg.connect(primary) as source:
             source.execute("UPDATE content SET length_seconds = 7")
         since = await first.wal_end()
-        second = EngagementHistory(standby, START, END, since=since)
+        second = RangeHistory(standby, START, END, since=since)
         with pytest.raises(SourceUnavailable, match="The standby is behind: the standby has replayed the WAL up to"):
             await second.open()
         replaying.execute("SELECT pg_wal_replay_resume()")
@@ -113,7 +113,7 @@ async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> 
 async def test_a_standby_is_refused_otherwise(pair: tuple[str, str]) -> None:
     """A backfill that has not said how far it has to be reads the primary."""
     _, standby = pair
-    history = EngagementHistory(standby, START, END)
+    history = RangeHistory(standby, START, END)
     with pytest.raises(SourceError):
         await history.open()
     await history.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from enrichment import EngagementEnricher, EnrichmentSettings, configured
+from enrichment import EnrichmentSettings, StreamEnricher, configured
 from enrichment.codec import codec_of
 from replicator.contracts.events import Column, Row
 
@@ -72,8 +72,8 @@ class Database:
         return [(1, "video", 300)] if 1 in parameters["ids"] else []
 
 
-def enricher() -> EngagementEnricher:
+def enricher() -> StreamEnricher:
     """On a database of one content."""
-    made = EngagementEnricher("", EnrichmentSettings.model_validate({"content_cache_size": 100}))
+    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": 100}))
     made._contents._database = Database()  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made

@@ -42,11 +42,11 @@ async def trace(
     be asked, such as the HTTP API, has everything up to its position. What differs only because its content has changed
     since is no difference.
     """
-    from enrichment import EngagementLedger
+    from enrichment import TableLedger
     from replicator.operations.follow import trace as traces
 
     app, number = load_app(), event_id(event)
-    history = EngagementLedger(app.dsn, with_content=True).picked([number])
+    history = TableLedger(app.dsn, with_content=True).picked([number])
     async with app.closing(history):
         found = await _traced(app, number, history, app.sinks, app.store)
     print(traces.as_json(found) if as_json else "\n".join(traces.as_text(found)))
@@ -55,11 +55,11 @@ async def trace(
 
 async def trace_beside(app: App, store: CheckpointStore, event: str) -> Trace:
     """The same in the running replicator, beside the stream: with connections of its own."""
-    from enrichment import EngagementLedger, configured
+    from enrichment import TableLedger, configured
     from sinks import create_sinks
 
     number = event_id(event)
-    history = EngagementLedger(app.dsn, with_content=True).picked([number])
+    history = TableLedger(app.dsn, with_content=True).picked([number])
     sinks = create_sinks(app.settings.sinks, configured().stream)
     try:
         return await _traced(app, number, history, sinks, store)

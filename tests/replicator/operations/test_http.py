@@ -16,7 +16,7 @@ import pytest
 from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
 from devstack.process import free_port
-from enrichment import EVENT, EngagementEnricher, EnrichmentSettings
+from enrichment import EVENT, EnrichmentSettings, StreamEnricher
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings
 from replicator.operations import watchdog as watchdogs
@@ -79,7 +79,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
             "admin_listen": f"127.0.0.1:{free_port()}",
         }
     )
-    enricher = EngagementEnricher(dsn, EnrichmentSettings.model_validate({}))
+    enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({}))
     sinks = create_sinks(settings.sinks, EVENT)
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     answers = Answers(store)
