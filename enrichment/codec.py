@@ -2,7 +2,7 @@
 
 A `RowReader` makes a draft of an inserted row, `build_events` adds its content and encodes it; in between `enricher.py`
 sees to it that the content is known. `shortcut.py` does all of it at once for ordinary inserts. All are Python source
-made from the contract and compiled, as dataclasses are: they are the hot path, and run for every event.
+made from the declaration and compiled, as dataclasses are: they are the hot path, and run for every event.
 """
 
 from __future__ import annotations

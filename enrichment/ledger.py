@@ -1,7 +1,7 @@
 """The events that PostgreSQL holds, as digests that a sink can compute as well; a `ledger.SourceLedger`.
 
 An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
-of the line's MD5. A sink makes the same line from the same contract.
+of the line's MD5. A sink makes the same line from the same declaration.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _digests(classes: Sequence[type[Settings]], key: bytes) -> Digests:
 
 def refuse_single(sinks: Sequence[Sink]) -> None:
     """What is one process's: its standard output, the embedded ClickHouse, several streams. Raises SettingsError."""
-    if len({sink.contract.name for sink in sinks}) > 1:
+    if len({sink.stream.name for sink in sinks}) > 1:
         problem, expected = "nodes write one stream", "one stream, and a slot for each"
         raise SettingsError(name=variable("stream"), problem=problem, expected=expected)
     for sink in sinks:

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from replicator.contracts.errors import SettingsError, cited
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.contracts.sink import Sink
 
@@ -62,19 +62,19 @@ def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
                 _log.warning("%s", exc)
 
 
-def create_sinks(names: Iterable[str], contract: Contract) -> list[Sink]:
+def create_sinks(names: Iterable[str], stream: Stream) -> list[Sink]:
     """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
     classes = [sink_class(name) for name in dict.fromkeys(names)]
-    return [_create(found, load(found.settings_class), contract) for found in classes]
+    return [_create(found, load(found.settings_class), stream) for found in classes]
 
 
-def _create(found: type[Sink], settings: Settings, contract: Contract) -> Sink:
-    numbered = contract.identity.type.python is contract.key.type.python is int
-    if not found.takes_any_stream and (contract.follows or not numbered):
+def _create(found: type[Sink], settings: Settings, stream: Stream) -> Sink:
+    numbered = stream.identity.type.python is stream.key.type.python is int
+    if not found.takes_any_stream and (stream.follows or not numbered):
         problem = "takes no stream whose rows change, or whose identity or key is no number"
-        raise _unusable(found.name, problem, f"another sink for the stream {contract.name!r}")
+        raise _unusable(found.name, problem, f"another sink for the stream {stream.name!r}")
     try:
-        sink = found(settings, contract)
+        sink = found(settings, stream)
     except Exception as exc:  # its own words may hold a secret
         raise _unusable(found.name, f"can't be made ({type(exc).__name__})", WHOLE) from exc
     most = getattr(sink, "max_events", None)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from msgspec import Struct
 
 from replicator.contracts.events import Event, Finding, Id, Lsn, Refusal, SinkPosition
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.ledger import EventCounter, SinkLedger
 from replicator.contracts.settings import Settings, fresh
 
@@ -38,7 +38,7 @@ class Carrier(Struct, kw_only=True):
 
 
 class Sink(ABC):
-    """A destination. `sinks.create_sinks` makes one as `sink_class(load(sink_class.settings_class), contract)`."""
+    """A destination. `sinks.create_sinks` makes one as `sink_class(load(sink_class.settings_class), stream)`."""
 
     settings_class: ClassVar[type[Settings]] = Settings
     """Its options, each an environment variable; the default has none."""
@@ -60,9 +60,9 @@ class Sink(ABC):
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
 
-    def __init__(self, settings: Settings, contract: Contract) -> None:
+    def __init__(self, settings: Settings, stream: Stream) -> None:
         self.settings = settings
-        self.contract = contract
+        self.stream = stream
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done.

@@ -132,7 +132,7 @@ class Lane:
     def __init__(self, sink: Sink, start: SinkPosition, shared: Shared, stats: LaneStats | None = None) -> None:
         self.sink = sink
         self.name = sink.name
-        self.stream = sink.contract.name
+        self.stream = sink.stream.name
         """Whose events it takes."""
         self.mark = Mark(start.position, start.end_lsn)
         """How far the sink is."""

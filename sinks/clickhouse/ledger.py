@@ -4,7 +4,7 @@
 show that the table was emptied.
 
 An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
-of the line's MD5. The source makes the same line from the same contract.
+of the line's MD5. The source makes the same line from the same declaration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Id
-from replicator.contracts.fields import TIMESTAMPTZ, Contract
+from replicator.contracts.fields import TIMESTAMPTZ, Stream
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
@@ -70,25 +70,25 @@ class ClickHouseLedger:
 
     slices_are_cheap = True
 
-    def __init__(self, client: Client, table: str, contract: Contract, *, with_content: bool) -> None:
+    def __init__(self, client: Client, table: str, stream: Stream, *, with_content: bool) -> None:
         self._client = client
         self._table = table
-        self._contract = contract
-        compared = contract.compared(with_joined=with_content)
+        self._stream = stream
+        compared = stream.compared(with_joined=with_content)
         line = ", '|', ".join(field.type.clickhouse_line.format(field.name) for field in compared)
         self._hash = HASH.format(line=f"concat({line})")
-        self._time, self._id, self._key = (field.name for field in (contract.time, contract.identity, contract.key))
-        self._values = [field.name for field in contract.fields if "DateTime64" not in field.type.clickhouse]
-        kinds = contract.identity.type.python, contract.key.type.python
+        self._time, self._id, self._key = (field.name for field in (stream.time, stream.identity, stream.key))
+        self._values = [field.name for field in stream.fields if "DateTime64" not in field.type.clickhouse]
+        kinds = stream.identity.type.python, stream.key.type.python
         self._id_row: type[tuple[Any, int]] = tuple[kinds[0], int]  # type: ignore[valid-type]
         self._key_row: type[Key] = tuple[kinds[0], int, kinds[1]]  # type: ignore[valid-type]
         self._digest_row: type[tuple[Any, ...]] = tuple[kinds[0], int, kinds[1], int, int]  # type: ignore[valid-type]
-        self._moments = [field for field in contract.fields if "DateTime64" in field.type.clickhouse]
+        self._moments = [field for field in stream.fields if "DateTime64" in field.type.clickhouse]
         self._us = f"toUnixTimestamp64Micro({self._time})"
-        self._lsn = "toUInt64(bitShiftRight(_version, 64))" if contract.follows else "_lsn"
+        self._lsn = "toUInt64(bitShiftRight(_version, 64))" if stream.follows else "_lsn"
         self._event = f"{self._id}, {self._us}, {self._key}, {self._hash}, {self._lsn}"
-        text = contract.identity.type.clickhouse_line.format(self._id)
-        number = self._id if contract.identity.type.python is int else HASH.format(line=text)
+        text = stream.identity.type.clickhouse_line.format(self._id)
+        number = self._id if stream.identity.type.python is int else HASH.format(line=text)
         self._bucket = f"intDiv({self._us} - %(origin_us)s, %(width_us)s)"
         self._remainder = f"positiveModulo({number}, %(modulus)s)"
         self._within = (
@@ -130,7 +130,7 @@ class ClickHouseLedger:
         return [EventDigest(*row) for row in rows]
 
     async def delete(self, doomed: Sequence[EventDigest]) -> None:
-        if self._contract.follows:
+        if self._stream.follows:
             await self._bury(doomed)
             return
         ordered = sorted(doomed, key=lambda row: row.ts_us)  # those of a statement are near each other in time
@@ -151,7 +151,7 @@ class ClickHouseLedger:
 
     async def holds(self, events: Sequence[Event]) -> bool:
         """Whether the table has each of these events as it is here, or a later view of it."""
-        if self._contract.follows:
+        if self._stream.follows:
             return await self._follows(events)
         what = f"{self._id}, {self._us}, {self._key}, {self._lsn}, {', '.join(self._values)}"
         for piece in _pieces(sorted(events, key=lambda event: event.ts_us or 0)):
@@ -178,7 +178,7 @@ class ClickHouseLedger:
 
     async def there(self, keys: Collection[Key]) -> set[Key]:
         """Which of these events are there; a row that is gone has left its last version."""
-        if self._contract.follows:
+        if self._stream.follows:
             found = await self._versions([key[0] for key in keys])
             return {key for key in keys if key[0] in found}
         times = [key[1] for key in keys]
@@ -207,20 +207,20 @@ class ClickHouseLedger:
             if fields[field.name] is not None:
                 fields[field.name] = _moment(fields[field.name]) + "Z" * (field.type.postgres == TIMESTAMPTZ.postgres)
         at = names.index(self._time) + 2
-        views = 1 if self._contract.follows else len({row[at] for row in rows})
+        views = 1 if self._stream.follows else len({row[at] for row in rows})
         notes = [f"{len(rows)} copies until the next merge; FINAL shows the newest"] if len(rows) > 1 else []
         notes += [f"it is there at {views} times"] if views > 1 else []
         return Held(True, fields, lsn, notes)
 
     async def _copies(self, event_id: Id, ts_us: int | None) -> list[list[Any]]:
         """At its time, which the table is sorted by, or at any."""
-        at = "" if ts_us is None or self._contract.follows else f"AND {self._within}"
+        at = "" if ts_us is None or self._stream.follows else f"AND {self._within}"
         moments = (f"toUnixTimestamp64Micro({field.name})" for field in self._moments)
-        gone = "_deleted" if self._contract.follows else "0"
+        gone = "_deleted" if self._stream.follows else "0"
         what = ", ".join([self._lsn, gone, *self._values, *moments])
         query = f"SELECT {what} FROM {self._table} WHERE {self._id} = %(id)s {at}"  # noqa: S608  our own names
         parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
-        more = f"ORDER BY {version(self._contract)} LIMIT {COPIES} {AS_SENT}"
+        more = f"ORDER BY {version(self._stream)} LIMIT {COPIES} {AS_SENT}"
         return await self._client.query(f"{query} {more}", list[Any], parameters, seconds=LONG_SECONDS)
 
     def _is_or_follows(self, row: list[Any] | None, event: Event) -> bool:

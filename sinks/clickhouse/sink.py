@@ -35,7 +35,7 @@ from replicator.contracts.errors import (
     command,
 )
 from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition, unfolded
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
 from replicator.contracts.sink import CountsByHour, HasLedger, Held, Mode, Sink, Traces
@@ -130,14 +130,14 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     takes_any_stream = True
     concurrency = 1  # concurrent inserts into one table gain nothing, and in order the latest view is the last
 
-    def __init__(self, settings: ClickHouseSettings, contract: Contract) -> None:
-        super().__init__(settings, contract)
+    def __init__(self, settings: ClickHouseSettings, stream: Stream) -> None:
+        super().__init__(settings, stream)
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
         address = parse_url(settings.clickhouse_url.get_secret_value())
         self._server, self._database = address.server, address.database
         self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
-        self._table = qualified(self._database, contract)
+        self._table = qualified(self._database, stream)
         self._password = address.password
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
@@ -147,10 +147,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = 0.0  # time.monotonic()
         self._is_open = False
-        self._rows = versions if contract.follows else rows
+        self._rows = versions if stream.follows else rows
 
     async def create(self) -> list[str]:
-        return await create(self._client, self._database, self.contract)
+        return await create(self._client, self._database, self.stream)
 
     async def check(self) -> list[Finding]:
         """Is it reachable, is the table as it should be, and does an insert of no rows go through?"""
@@ -163,7 +163,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             [version] = await self._client.one("SELECT version()", tuple[str])
             findings.append(Finding(True, f"ClickHouse {cited(version)} at {self._server}"))
             findings += open_to_all([Path(self._server.removeprefix("chdb://"))])  # of a server there is no such file
-            if missing := await to_be_made(self._client, self._database, self.contract):
+            if missing := await to_be_made(self._client, self._database, self.stream):
                 return [*findings, missing]
             seen = await self._look()
             await self._insert([])
@@ -199,8 +199,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert. Returns those whose time does not fit."""
         first, last = await self._range()
-        if self.contract.follows:
-            events = [*unfolded(events, self.contract.identity.name)]
+        if self.stream.follows:
+            events = [*unfolded(events, self.stream.identity.name)]
 
         def fits(event: Event) -> bool:
             return (event.ts_us is not None and first <= event.ts_us <= last) or event.deleted
@@ -222,7 +222,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         return await self.ledger(with_content=True).trace(event_id, event)
 
     def ledger(self, *, with_content: bool) -> ClickHouseLedger:
-        return ClickHouseLedger(self._client, self._table, self.contract, with_content=with_content)
+        return ClickHouseLedger(self._client, self._table, self.stream, with_content=with_content)
 
     async def renew(self) -> None:
         settings = cast("ClickHouseSettings", self.settings)
@@ -264,7 +264,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         return self._range_us
 
     async def _look(self) -> Look:
-        return await look(self._client, self._database, self.contract)
+        return await look(self._client, self._database, self.stream)
 
     async def _insert(self, events: Sequence[Event]) -> None:
         if self._was_wrong:  # it may be repaired between an insert, whose rows it cuts, and the look after that
@@ -307,7 +307,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             if len(body) % PIECES_A_TURN == 0:
                 await asyncio.sleep(0)  # the loop's other work
         settings = {**INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
-        return await self._client.insert(self._table, list(columns(self.contract)), body, settings)
+        return await self._client.insert(self._table, list(columns(self.stream)), body, settings)
 
     def _explained(self, failure: Failed, seen: Look, count: int) -> SinkError:
         """What an error of an insert means when the table and the settings are as they should be."""

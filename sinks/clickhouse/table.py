@@ -1,4 +1,4 @@
-"""The table in ClickHouse: `table.sql` with the contract's columns in it, and what an insert needs of a table.
+"""The table in ClickHouse: `table.sql` with the stream's columns in it, and what an insert needs of a table.
 
 `sink.py` writes to it. The functions raise what a `Client` raises.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from replicator.contracts.errors import SinkMisconfigured, SinkUnusable, cited, command
 from replicator.contracts.events import Finding
-from replicator.contracts.fields import Contract, Role
+from replicator.contracts.fields import Role, Stream
 from sinks.clickhouse.client import Client
 from sinks.clickhouse.errors import SINK, not_clickhouse
 
@@ -94,56 +94,56 @@ _SETTINGS_CURE = (
 _ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename it away and run {_INIT}"
 
 
-def table_of(contract: Contract) -> str:
+def table_of(stream: Stream) -> str:
     """The table's name."""
-    return contract.destination or contract.name
+    return stream.destination or stream.name
 
 
-def qualified(database: str, contract: Contract) -> str:
+def qualified(database: str, stream: Stream) -> str:
     """The same in SQL."""
-    return f"`{database}`.{table_of(contract)}"
+    return f"`{database}`.{table_of(stream)}"
 
 
-def columns(contract: Contract) -> dict[str, str]:
+def columns(stream: Stream) -> dict[str, str]:
     """Name and type of what an insert fills. A table may have more columns if they have defaults."""
-    versions = {"_version": "UInt128", "_deleted": "UInt8"} if contract.follows else {"_lsn": "UInt64"}
-    return {field.name: field.type.clickhouse for field in contract.fields} | versions
+    versions = {"_version": "UInt128", "_deleted": "UInt8"} if stream.follows else {"_lsn": "UInt64"}
+    return {field.name: field.type.clickhouse for field in stream.fields} | versions
 
 
-def version(contract: Contract) -> str:
+def version(stream: Stream) -> str:
     """What decides between versions of an event: a row that changes may do so several times in one commit."""
-    return "_version, _deleted" if contract.follows else "_lsn"
+    return "_version, _deleted" if stream.follows else "_lsn"
 
 
-def sort_key(contract: Contract) -> str:
+def sort_key(stream: Stream) -> str:
     """The identity of an event, led by time where that never changes."""
-    roles = (Role.IDENTITY,) if contract.follows else (Role.TIME, Role.KEY, Role.IDENTITY)
-    return ", ".join(contract.field(role).name for role in roles)
+    roles = (Role.IDENTITY,) if stream.follows else (Role.TIME, Role.KEY, Role.IDENTITY)
+    return ", ".join(stream.field(role).name for role in roles)
 
 
-def ddl(contract: Contract, database: str = "engagement") -> str:
+def ddl(stream: Stream, database: str = "engagement") -> str:
     """The statements that create the database and the table, each with a semicolon at its end."""
     template = Template(files("sinks.clickhouse").joinpath("table.sql").read_text(encoding="utf-8"))
     return template.substitute(
         database=database,
-        table=table_of(contract),
-        columns="\n".join(f"    {name} {type_}," for name, type_ in columns(contract).items()),
-        version=version(contract),
-        partition="" if contract.follows else f"PARTITION BY toYYYYMM({contract.time.name})\n",
-        sort_key=sort_key(contract),
+        table=table_of(stream),
+        columns="\n".join(f"    {name} {type_}," for name, type_ in columns(stream).items()),
+        version=version(stream),
+        partition="" if stream.follows else f"PARTITION BY toYYYYMM({stream.time.name})\n",
+        sort_key=sort_key(stream),
     )
 
 
-async def create(client: Client, database: str, contract: Contract) -> list[str]:
+async def create(client: Client, database: str, stream: Stream) -> list[str]:
     """Create the database and the table, each only if it is missing: a plain user may not create databases.
 
     Returns a line for each thing created.
     """
-    database_sql, table_sql, _ = ddl(contract, database).split(";")
+    database_sql, table_sql, _ = ddl(stream, database).split(";")
     made = []
     for sql, what, name in (
         (database_sql, "database", f"`{database}`"),
-        (table_sql, "table", qualified(database, contract)),
+        (table_sql, "table", qualified(database, stream)),
     ):
         if not await _exists(client, what, name):
             await client.command(sql)
@@ -153,11 +153,11 @@ async def create(client: Client, database: str, contract: Contract) -> list[str]
     return made
 
 
-async def to_be_made(client: Client, database: str, contract: Contract) -> Finding | None:
+async def to_be_made(client: Client, database: str, stream: Stream) -> Finding | None:
     """What `check` says of a table that is not there, by whether this user may make it. Raises SinkError."""
-    if await _exists(client, "table", qualified(database, contract)):
+    if await _exists(client, "table", qualified(database, stream)):
         return None
-    what = f"ClickHouse: table {database}.{table_of(contract)} does not exist"
+    what = f"ClickHouse: table {database}.{table_of(stream)} does not exist"
     there = await _exists(client, "database", f"`{database}`")
     rights = f"CREATE TABLE ON `{database}`.*" if there else f"CREATE DATABASE, CREATE TABLE ON `{database}`.*"
     if await _may(client, rights):
@@ -181,9 +181,9 @@ async def _exists(client: Client, what: str, name: str) -> bool:
     return bool(exists)
 
 
-async def look(client: Client, database: str, contract: Contract) -> Look:
+async def look(client: Client, database: str, stream: Stream) -> Look:
     """Raises SinkUnusable if the table would lose, change or multiply events, SinkMisconfigured if inserts would."""
-    names = {"database": database, "table": (name := table_of(contract))}
+    names = {"database": database, "table": (name := table_of(stream))}
     found = await client.query(_TABLE_SQL, _Row, names, settings=INSERT_SETTINGS)
     if not found:
         raise SinkUnusable(sink=SINK, detail=f"table {database}.{name} does not exist", cure=INIT)
@@ -191,14 +191,14 @@ async def look(client: Client, database: str, contract: Contract) -> Look:
     types = dict(zip(*row.columns, strict=False))
     wrong = [
         f"column {column} as {types[column]} and not {type_}" if column in types else f"no column {column} {type_}"
-        for column, type_ in columns(contract).items()
+        for column, type_ in columns(stream).items()
         if types.get(column) != type_
     ]
     # Replicated... and Shared... variants are as good.
-    if not row.engine.endswith("ReplacingMergeTree") or not re.search(rf"\b{version(contract)}\)", row.definition):
-        wrong.append(f"the engine {row.engine} and not ReplacingMergeTree({version(contract)})")
-    if row.order.removeprefix("(").removesuffix(")") != sort_key(contract):  # of one column it has them
-        wrong.append(f"the sort key ({row.order}) and not ({sort_key(contract)})")
+    if not row.engine.endswith("ReplacingMergeTree") or not re.search(rf"\b{version(stream)}\)", row.definition):
+        wrong.append(f"the engine {row.engine} and not ReplacingMergeTree({version(stream)})")
+    if row.order.removeprefix("(").removesuffix(")") != sort_key(stream):  # of one column it has them
+        wrong.append(f"the sort key ({row.order}) and not ({sort_key(stream)})")
     if wrong:
         raise SinkUnusable(
             sink=SINK, detail=cited(f"table {database}.{name} has {', '.join(wrong)}", most=2_000), cure=_ALTER

@@ -25,7 +25,7 @@ from standardwebhooks import Webhook
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
 from replicator.contracts.events import Event, Finding, Refusal, change
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.sink import Sink
 from sinks.http.errors import judge, status_text
 from sinks.http.settings import HttpSettings
@@ -66,13 +66,13 @@ class HttpSink(Sink):
     def __init__(
         self,
         settings: HttpSettings,
-        contract: Contract,
+        stream: Stream,
         *,
         transport: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
-        super().__init__(settings, contract)
+        super().__init__(settings, stream)
         self.max_events = settings.http_batch_size
-        self.concurrency = 1 if contract.follows else settings.http_concurrency  # changes of a row in their order
+        self.concurrency = 1 if stream.follows else settings.http_concurrency  # changes of a row in their order
         self.max_repeats = max(settings.http_max_repeats, self.max_events)
         self._url = httpx.URL(settings.http_url.get_secret_value()).copy_with(userinfo=b"", fragment=None)
         # What messages name. Not the path: chat services put a secret in there.
@@ -123,9 +123,9 @@ class HttpSink(Sink):
         return cures.get(type(exc), REFUSED_CURE)
 
     async def _post(self, events: Sequence[Event]) -> None:
-        sent = [change(event) for event in events] if self.contract.follows else [event.json for event in events]
+        sent = [change(event) for event in events] if self.stream.follows else [event.json for event in events]
         body = sent[0] if self.max_events == 1 else b"[" + b",".join(sent) + b"]"
-        key = change_key(events) if self.contract.follows else event_key(events)
+        key = change_key(events) if self.stream.follows else event_key(events)
         headers = {"idempotency-key": key, "webhook-id": key}
         if self._webhook:
             now = datetime.now(UTC)

@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 
 from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable, SourceError, command
 from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
 from sinks.redis.client import SINK, RedisClient, script
@@ -69,17 +69,17 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     max_events = 64_000  # in a backlog: a content costs most, and once a write
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
-    def __init__(self, settings: RedisSettings, contract: Contract, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(settings, contract)
+    def __init__(self, settings: RedisSettings, stream: Stream, *, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(settings, stream)
         self.new_events: int = 0
         self._settings = settings
         self._prefix = settings.redis_prefix
-        self._named = naming(self._prefix, contract.noun or contract.name, contract.name)
+        self._named = naming(self._prefix, stream.noun or stream.name, stream.name)
         self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix, named=self._named)
         self._script = script("write")
         self._clock = clock
-        numbered = contract.identity.type.python is contract.key.type.python is int
-        self._rows = None if numbered and not contract.follows else self._rows_of(contract)
+        numbered = stream.identity.type.python is stream.key.type.python is int
+        self._rows = None if numbered and not stream.follows else self._rows_of(stream)
         self.window = UnionWindow(self._redis, clock) if self._rows else Window(self._redis, clock)
         self._keeps_window = True
         self._resumes = False
@@ -168,10 +168,10 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             await self._redis.close()
 
     def counter(self) -> RedisLedger:
-        return RedisLedger(self._redis, partial(self._require_ours, claim=False), self._rows, self.contract.identity)
+        return RedisLedger(self._redis, partial(self._require_ours, claim=False), self._rows, self.stream.identity)
 
     async def top(self, most: int) -> list[tuple[Id, int]]:
-        return await self._redis.highest(WINDOW, most, self.contract.key.type.python)
+        return await self._redis.highest(WINDOW, most, self.stream.key.type.python)
 
     async def trace(self, event_id: Id, event: Event | None) -> Held:
         return await self.counter().trace(event_id, event)
@@ -195,11 +195,11 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             await patient.close()
         return deleted
 
-    def _rows_of(self, contract: Contract) -> RowsWriter:
+    def _rows_of(self, stream: Stream) -> RowsWriter:
         self._redis.rights += OF_ROWS
         self.max_events = CALL_EVENTS
         self.concurrency = 1
-        return RowsWriter(self._redis, self._clock, follows=contract.follows)
+        return RowsWriter(self._redis, self._clock, follows=stream.follows)
 
     def _raise_what_lasts(self) -> None:
         self.window.raise_bug()

@@ -14,7 +14,7 @@ from functools import partial
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal, change
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 from sinks.threads import BlockingCalls
@@ -35,8 +35,8 @@ class StdoutSink(Sink):
     takes_any_stream = True
     max_events = 1000
 
-    def __init__(self, settings: Settings, contract: Contract, *, output: int = STDOUT) -> None:
-        super().__init__(settings, contract)
+    def __init__(self, settings: Settings, stream: Stream, *, output: int = STDOUT) -> None:
+        super().__init__(settings, stream)
         self._output = output
         self._calls = BlockingCalls("stdout")
         self._cut = False
@@ -51,7 +51,7 @@ class StdoutSink(Sink):
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         if events:
-            lines = map(change, events) if self.contract.follows else (event.json for event in events)
+            lines = map(change, events) if self.stream.follows else (event.json for event in events)
             await self._print(b"\n".join([*lines, b""]))
         return []
 

@@ -40,7 +40,7 @@ class SinkConformance:
         It is there when `write` returns: PostgreSQL may forget it then.
         """
         async with destination.opened(mode) as sink:
-            more = [sample(destination.contract, number) for number in range(8, sink.max_events)]
+            more = [sample(destination.stream, number) for number in range(8, sink.max_events)]
             events = [*destination.samples, *more][: sink.max_events if count is None else count]
             refusals = await sink.write(events)
             assert isinstance(refusals, Sequence), f"`write` returns the refused events, such as [], not {refusals!r}"
@@ -82,7 +82,7 @@ class SinkConformance:
         async with destination.opened() as sink:
             for batch in (events[:6], events[6:]):
                 assert not await sink.write(batch)
-        identity = destination.contract.field(Role.IDENTITY).name
+        identity = destination.stream.field(Role.IDENTITY).name
         assert [event[identity] for event in destination.read()] == [event.id for event in events]
 
     async def test_what_it_can_not_hold_is_refused_alone(self, destination: Destination) -> None:

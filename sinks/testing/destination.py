@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from replicator.contracts.events import Event, SinkPosition
-from replicator.contracts.fields import INT64_MAX, INT64_MIN, Contract, Role
+from replicator.contracts.fields import INT64_MAX, INT64_MIN, Role, Stream
 from replicator.contracts.sink import Mode, Sink
 from sinks import create_sinks
 
@@ -24,14 +24,14 @@ decode: Callable[[bytes | str], dict[str, Any]] = msgspec.json.Decoder(dict[str,
 """An event's JSON, with numbers as exact as there."""
 
 
-def sample(contract: Contract, number: int, time: datetime | None = SAMPLE_TIME) -> Event:
+def sample(stream: Stream, number: int, time: datetime | None = SAMPLE_TIME) -> Event:
     """Event `number`, of its own key: text in Unicode and numbers of 64 bits; every other one has nulls.
 
     Without a time, `event_ts` is infinity.
     """
     values: dict[str, Any] = {}
-    sources = {name for field in contract.fields if field.derived for name in field.derived.of}
-    for field in contract.fields:
+    sources = {name for field in stream.fields if field.derived for name in field.derived.of}
+    for field in stream.fields:
         if field.derived:
             values[field.name] = field.derived.function(*(values[name] for name in field.derived.of))
         elif field.role is Role.TIME:
@@ -58,16 +58,16 @@ class Destination(ABC):
     keeps_order = False
     """Whether `read` gives the events in the order in which they came."""
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, stream: Stream) -> None:
         numbers = [INT64_MIN, INT64_MAX, *range(1, 8)]
-        self.samples = [sample(contract, number) for number in numbers]
-        self.refused: Event | None = sample(contract, 100, None)
+        self.samples = [sample(stream, number) for number in numbers]
+        self.refused: Event | None = sample(stream, 100, None)
         """An event that it can't hold: this one's time is infinite. None: it holds every event."""
-        self.contract = contract
+        self.stream = stream
 
     def sink(self) -> Sink:
         """A new sink that writes here, neither created nor open: the one of that name, with the settings of now."""
-        return create_sinks([self.name], self.contract)[0]
+        return create_sinks([self.name], self.stream)[0]
 
     @abstractmethod
     def read(self) -> Iterable[dict[str, Any]]:
@@ -98,7 +98,7 @@ class Destination(ABC):
 
     def assert_holds(self, events: Sequence[Event]) -> None:
         """These events and no others are there, in every field."""
-        identity = self.contract.field(Role.IDENTITY).name
+        identity = self.stream.field(Role.IDENTITY).name
         there = sorted(self.read(), key=lambda event: int(event[identity]))
         if self.keeps_repeats:
             there = [event for event, _ in groupby(there)]

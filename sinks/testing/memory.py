@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal
-from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Contract, Field, Role, Stream
+from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 
@@ -39,7 +39,7 @@ class MemorySink(Sink):
     def __init__(
         self,
         settings: Settings | None = None,
-        contract: Contract | None = None,
+        stream: Stream | None = None,
         *,
         name: str = "memory",
         max_events: int = 100,
@@ -50,7 +50,7 @@ class MemorySink(Sink):
         refused: Iterable[int] = (),
         room: int | None = None,
     ) -> None:
-        super().__init__(settings or Settings(), contract or NUMBERED)
+        super().__init__(settings or Settings(), stream or NUMBERED)
         self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
         self.steps, self.unfit, self.refused, self.room = list(steps), {*unfit}, {*refused}, room
         self.down = False

@@ -32,7 +32,7 @@ class NoMost(Working):
     name = "broken"
 class NoStart(Working):
     name, max_events = "broken", 1
-    def __init__(self, settings, contract): raise RuntimeError("hunter2")
+    def __init__(self, settings, stream): raise RuntimeError("hunter2")
 class Divides(Settings):
     broken_x: Annotated[int, AfterValidator(lambda x: 1 // x)] = 0
 class NoRoom(Working):
@@ -79,7 +79,7 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
     installed()
     monkeypatch.setenv("REPLICATOR_LINES_PATH", "/somewhere/events.jsonl")
     [sink] = create_sinks(["lines", "lines"], EVENT)
-    assert ("lines", EVENT) == (sink.name, sink.contract)
+    assert ("lines", EVENT) == (sink.name, sink.stream)
     assert {"lines_path": Path("/somewhere/events.jsonl")} == sink.settings.model_dump()
     assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
 

@@ -23,8 +23,8 @@ class LinesSink(sink.Sink):
     settings_class = LinesSettings
     settings: LinesSettings
 
-    def __init__(self, given: LinesSettings, contract: fields.Contract) -> None:
-        super().__init__(given, contract)
+    def __init__(self, given: LinesSettings, stream: fields.Stream) -> None:
+        super().__init__(given, stream)
         self._calls = BlockingCalls("lines")
         self._ids, self._end = set[int](), 0  # of the lines in the first `_end` bytes of the file
 

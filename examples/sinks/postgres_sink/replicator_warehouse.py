@@ -33,17 +33,17 @@ class WarehouseSink(sink.Sink):
     _connection: psycopg.AsyncConnection | None = None
     _live = False
 
-    def __init__(self, given: WarehouseSettings, contract: fields.Contract) -> None:
-        super().__init__(given, contract)
-        key, names = contract.field(fields.Role.IDENTITY).name, [field.name for field in contract.fields] + ["_lsn"]
-        columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in contract.fields), "_lsn bigint"])
+    def __init__(self, given: WarehouseSettings, stream: fields.Stream) -> None:
+        super().__init__(given, stream)
+        key, names = stream.field(fields.Role.IDENTITY).name, [field.name for field in stream.fields] + ["_lsn"]
+        columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in stream.fields), "_lsn bigint"])
         self._tables = {"events": f"CREATE TABLE events ({columns}, PRIMARY KEY ({key}))", "events_position": POSITION}
         # A backfill may bring a newer view of an event than the stream did, or an older one.
         self._upsert = f"""INSERT INTO events ({", ".join(names)})
             SELECT DISTINCT ON ({key}) {", ".join(names)} FROM json_to_recordset(%s::json) AS new ({columns})
             ORDER BY {key}, _lsn DESC
             ON CONFLICT ({key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in names)}
-            WHERE events._lsn <= excluded._lsn"""  # noqa: S608  the contract's names
+            WHERE events._lsn <= excluded._lsn"""  # noqa: S608  the declaration's names
 
     async def create(self) -> list[str]:
         async with self._transaction() as connection:

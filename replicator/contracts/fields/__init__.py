@@ -1,6 +1,6 @@
 """The declaration of a stream: `stream.py` has its shape and its checks, `types.py` the types of its fields."""
 
-from replicator.contracts.fields.stream import Contract, Derived, Dimension, Field, Role, Stream, StreamUnusable, Where
+from replicator.contracts.fields.stream import Derived, Dimension, Field, Role, Stream, StreamUnusable, Where
 from replicator.contracts.fields.types import (
     BIGINT,
     BOOLEAN,
@@ -37,7 +37,6 @@ __all__ = [
     "TIMESTAMP",
     "TIMESTAMPTZ",
     "UUID",
-    "Contract",
     "Derived",
     "Dimension",
     "Field",

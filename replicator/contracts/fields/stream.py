@@ -212,7 +212,3 @@ def _problems_of_where(stream: Stream) -> Iterator[str]:
         yield f"its condition is on {where.field}, which has to be a column's field: a text, an integer or a boolean"
     elif not where.values or not all(map(field.type.fits, where.values)):
         yield f"its condition on {where.field} has values that are not {field.type.words}, or none"
-
-
-Contract = Stream
-"""The name that sinks know it by."""

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from replicator.contracts.errors import SinkError, SourceError
 from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
-from replicator.contracts.fields import Contract
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
 from replicator.contracts.stores import CheckpointStore
@@ -77,7 +77,7 @@ async def follow(
     known += [letter.position.commit_lsn for letter in letters if letter.position]
     row = _Row(event, page.position.commit_lsn if page and (event or page.enriched.refused) else None, known)
     places = (
-        _place(row, found, _letter_of(sink.name, letters), now.sinks[sink.name], sink.contract)
+        _place(row, found, _letter_of(sink.name, letters), now.sinks[sink.name], sink.stream)
         for sink, found in zip(sinks, asked, strict=True)
     )
     return Trace(
@@ -130,12 +130,12 @@ async def _ask(sink: Sink, event_id: Id, event: Event | None) -> _Asked:
         return _Asked(None, f"it could not be asked: {exc.detail or exc.problem}")
 
 
-def _place(row: _Row, asked: _Asked, letter: DeadLetter | None, at: SinkStatus, contract: Contract) -> Place:
+def _place(row: _Row, asked: _Asked, letter: DeadLetter | None, at: SinkStatus, stream: Stream) -> Place:
     held = asked.held
     notes = [*(held.notes if held else ()), *filter(None, (asked.why, at.paused, at.trouble))]
     if held and held.there:
         kept = [f"dead letter {letter.id} of it is still kept"] if letter else []
-        return _compared(row.event, held, contract, [*notes, *kept])
+        return _compared(row.event, held, stream, [*notes, *kept])
     if letter:
         return Place(state="dead letter", dead_letter=letter.id, reason=letter.reason, notes=notes)
     state = _by_position(held, at, row)
@@ -156,16 +156,14 @@ def _by_position(held: Held | None, at: SinkStatus, row: _Row) -> State:
     return "waiting" if held or row.known else "unknown"
 
 
-def _compared(event: Event | None, held: Held, contract: Contract, notes: list[str]) -> Place:
+def _compared(event: Event | None, held: Held, stream: Stream, notes: list[str]) -> Place:
     """Written; but does it say the same?"""
     if event is None or held.fields is None:
         return Place(state="written", notes=notes)
     wanted: dict[str, Any] = json.loads(event.json, parse_float=Decimal)
     found = held.fields
     differences = {name: (value, found.get(name)) for name, value in wanted.items() if value != found.get(name)}
-    of_content = {field.name for field in contract.fields} - {
-        field.name for field in contract.compared(with_joined=False)
-    }
+    of_content = {field.name for field in stream.fields} - {field.name for field in stream.compared(with_joined=False)}
     if differences and of_content.issuperset(differences):
         return Place(state="written", notes=[*notes, f"its content has changed since: {_changes(differences)}"])
     return Place(state="differs" if differences else "written", differences=differences, notes=notes)
