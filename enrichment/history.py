@@ -6,11 +6,16 @@ become drafts as the stream's do. Pages are read
 - by `(event_ts, id)` if an index begins with event_ts: a page costs what it holds;
 - otherwise by id, from the first to the last event of the range: the primary key is enough, and the rows in between are
   read once, wanted or not. No page is ever found by reading the table from its beginning.
+
+Rows that never change may be told as of a moment after the snapshot, whatever else is committed meanwhile. Rows that
+change must not: such a view would replace changes that it does not show, and bring back rows that are gone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -54,6 +59,25 @@ REPLAYED = (
     "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)::text"
 )
 """The same of a standby, too, which shows what it has replayed."""
+
+WRITERS = """
+-- Transactions that have written to a table, or a part of it, and are not over. Their commit may be in the WAL already
+-- while no snapshot shows it yet; with synchronous replication for as long as the other server takes.
+WITH RECURSIVE family AS (
+    SELECT %(table)s::regclass::oid AS oid
+    UNION SELECT i.inhrelid FROM family f JOIN pg_inherits i ON i.inhparent = f.oid
+), held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
+SELECT DISTINCT l.virtualtransaction, coalesce('process ' || l.pid, 'a prepared transaction')
+FROM held l
+WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.relation IN (SELECT oid FROM family) AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+  AND EXISTS (SELECT FROM held x
+              WHERE x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
+                AND x.virtualtransaction = l.virtualtransaction)
+"""
+WRITERS_SECONDS = 5.0
+"""After so long somebody should know what a page waits for."""
+WRITERS_POLL_SECONDS = 0.02
 
 WAL_BLOCK_BYTES = 8192
 PAGE_HEADER_BYTES = 40
@@ -107,7 +131,7 @@ GROUP BY 1 ORDER BY 1
     @cache  # noqa: B019  there are as many objects as streams
     def page(self, order: Order, *, begun: bool = True, standby: bool = False) -> str:
         """The page after an event, or, for ids that are not numbers, the first one."""
-        wal_end = REPLAYED if standby else WAL_END
+        wal_end = self._moment(REPLAYED if standby else WAL_END)
         p_time, p_id = f"p.{self._time}", f"p.{self._identity}"
         if order == "event_ts":
             return self._page(self._by_time(begun=begun), f"{p_time}, {p_id}", self._in_range, wal_end)
@@ -135,7 +159,11 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
         """The events of some ids, in the order in which Python sorts them."""
         order = f'p.{self._identity} COLLATE "C"' if self._type == "text" else f"p.{self._identity}"
         wanted = self._tables.wanted("p") or "true"
-        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, wanted, WAL_END)
+        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, wanted, self._moment(WAL_END))
+
+    def _moment(self, wal_end: str) -> str:
+        """SQL for the position that the page is as of."""
+        return "%(as_of)s::text" if self._tables.stream.follows else wal_end
 
     def _page(self, rows: str, order: str, wanted: str, wal_end: str) -> str:
         tables = self._tables
@@ -148,7 +176,8 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
         return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
--- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken.
+-- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken; where rows
+-- change, before that (`as_of`).
 WITH found AS MATERIALIZED (
     SELECT p.*, {" + ".join(["1", *texts])} AS "_size"
     FROM (SELECT {listed} FROM {tables.rows_of(tables.events)} AS e WHERE {rows}) p
@@ -203,6 +232,39 @@ def last_end(lsn: Lsn) -> Lsn:
     """
     over = lsn % WAL_BLOCK_BYTES
     return lsn - over if over <= PAGE_HEADER_BYTES else lsn
+
+
+async def as_of(database: Database, tables: Tables, *, standby: bool = False) -> str:
+    """For rows that change: a position that every commit is before which a snapshot taken from now on shows.
+
+    Every other one is after it. It is between two commits, so that no change is at it. Raises SourceUnavailable.
+    """
+    if not tables.stream.follows:
+        return ""
+    [(text,)] = await database.rows(REPLAYED)
+    position = format_lsn(last_end(parse_lsn(text)) - 1)
+    if standby:  # there a commit is visible before the replayed position passes it
+        return position
+    await _settled(database, tables)
+    return position
+
+
+async def _settled(database: Database, tables: Tables) -> None:
+    """Return when the transactions are over that have written by now."""
+    until = time.monotonic() + WRITERS_SECONDS
+    writers: dict[str, str] | None = None
+    while True:
+        now = dict(await database.rows(WRITERS, {"table": tables.stream.table}))
+        writers = {one: who for one, who in now.items() if writers is None or one in writers}
+        if not writers:
+            return
+        if time.monotonic() > until:
+            raise SourceUnavailable(
+                problem=f"{tables.stream.table} is being written to",
+                detail=f"{min(writers.values())} has not ended its transaction",
+                cure="Its rows are read as soon as it has (see pg_stat_activity)",
+            )
+        await asyncio.sleep(WRITERS_POLL_SECONDS)
 
 
 def between(start: datetime, end: datetime) -> dict[str, object]:
@@ -284,7 +346,7 @@ class RangeHistory:
     async def open(self) -> None:
         """See which order the table can be read in, and that it can be read: rights, columns, a primary."""
         [(self._indexed,)] = await self._scans.rows(self._queries.indexed)
-        first = {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES}
+        first = {**self._range, "id": 0, "last_id": -1, "rows": 1, "bytes": PAGE_BYTES, "as_of": ""}
         await self._pages.rows(self._queries.page("id", begun=False, standby=self._since is not None), first)
         reached = await self.wal_end()
         if self._since is not None and reached < self._since:
@@ -343,7 +405,9 @@ class RangeHistory:
         if here.over:
             return None
         wanted = {**self._range, **structs.asdict(here), "rows": rows, "bytes": PAGE_BYTES}
-        query = self._queries.page(here.order, begun=here.id is not None, standby=self._since is not None)
+        standby = self._since is not None
+        wanted["as_of"] = await as_of(self._pages, self._codec.tables, standby=standby)
+        query = self._queries.page(here.order, begun=here.id is not None, standby=standby)
         found = await self._pages.rows(query, wanted)
         return make_page(self._codec, found, after, str(here.after(*last_event(self._codec, found)))) if found else None
 
@@ -386,7 +450,8 @@ class PickedHistory:
         await self._pages.close()
 
     async def find(self, ids: Sequence[Id]) -> Found:
-        return await self._pages.rows(self._query, {"ids": list(ids), "bytes": PAGE_BYTES})
+        position = await as_of(self._pages, self._codec.tables) if ids else ""
+        return await self._pages.rows(self._query, {"ids": list(ids), "bytes": PAGE_BYTES, "as_of": position})
 
 
 Found: TypeAlias = list[tuple[Any, ...]]

@@ -16,7 +16,7 @@ from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError
-from replicator.contracts.events import Finding, Position
+from replicator.contracts.events import Finding, Position, format_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.settings import variable
 from replicator.source.connection import Dsn
@@ -101,7 +101,8 @@ async def _unique(database: Database, tables: Tables) -> Finding:
 
 async def _sample(database: Database, tables: Tables) -> Finding:
     """Make events of some rows: functions of the declaration have never run before."""
-    ends = {**between(BEGINNING, END), "id": INT64_MIN, "last_id": INT64_MAX, "rows": SAMPLE_ROWS, "bytes": PAGE_BYTES}
+    ends = {**between(BEGINNING, END), "id": INT64_MIN, "last_id": INT64_MAX, "as_of": format_lsn(0)}
+    ends |= {"rows": SAMPLE_ROWS, "bytes": PAGE_BYTES}
     found = await database.rows(queries_of(tables).page("id", begun=False), ends)
     if not found:
         return _finding(tables.stream.table, None, "is empty, so no event was made of it")

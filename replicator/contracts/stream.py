@@ -132,8 +132,9 @@ class Page(NamedTuple):
 class History(Protocol):
     """Reads what stands in the tables already, as the stream would have told it. Knows the tables.
 
-    An event's `commit_lsn` is where the WAL ended right after its page's snapshot was taken: after the commit of every
-    row that the snapshot sees, so this view replaces the stream's, and before that of every row it does not see.
+    An event's `commit_lsn` is after the commit of every row that its page's snapshot sees, so this view replaces the
+    stream's. It is where the WAL ended right after the snapshot was taken; where rows change, a position before every
+    commit that the snapshot does not see, so that the stream replaces this view.
     """
 
     async def open(self) -> None:
