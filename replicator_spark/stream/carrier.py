@@ -10,10 +10,11 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from typing import cast
 from zlib import crc32
 
 from replicator.contracts.errors import BatchRefused, SinkBroken, SinkError, SinkUnavailable
-from replicator.contracts.events import Event, Id, Refusal
+from replicator.contracts.events import Event, Id, Refusal, RowChange
 from replicator.contracts.sink import Sink
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import meant_by_sink
@@ -73,7 +74,8 @@ class Carrier:
 
     def errand(self, writes: Sequence[Sequence[Event]]) -> Errand:
         """For a task."""
-        return Errand(sink=self.name, meant=self._meant, age=self._age, writes=[[*events] for events in writes])
+        sent = cast("list[list[RowChange]]", [[*events] for events in writes])
+        return Errand(sink=self.name, meant=self._meant, age=self._age, writes=sent)
 
     def hear(self, errand: Errand, report: Report) -> None:
         """What the task says beside its answers."""

@@ -21,7 +21,7 @@ from replicator.contracts.errors import (
     SinkUnavailable,
     SinkUnusable,
 )
-from replicator.contracts.events import Event, Refusal
+from replicator.contracts.events import Event, Refusal, RowChange
 from replicator_spark.nodes import Meant
 
 FACTS: dict[type[SinkError], tuple[str, ...]] = {
@@ -44,7 +44,8 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
     meant: Meant
     age: int
     """A sink that was opened for a smaller one is opened anew."""
-    writes: list[list[Event]]
+    writes: list[list[RowChange]]
+    """As a node reads them. What is sent of an `Event` has the rest by default: its row never changes."""
 
 
 class Told(msgspec.Struct, frozen=True):

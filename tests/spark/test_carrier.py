@@ -24,7 +24,7 @@ from replicator.contracts.errors import (
     SinkUnavailable,
     SinkUnusable,
 )
-from replicator.contracts.events import Event
+from replicator.contracts.events import Event, RowChange
 from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.queue import weigh
@@ -240,6 +240,18 @@ async def test_refusals_are_the_drivers_own_events(cluster: MadeUpCluster, nodes
     [refusal] = await sink.write(given)
     assert refusal.event is given[1]
     assert [1, 3] == own.noticed
+
+
+async def test_what_happened_to_a_row_reaches_the_node(cluster: MadeUpCluster, nodes: Nodes) -> None:
+    """That it is gone, or was called otherwise; of a row that never changes nothing but itself."""
+    sink = made(cluster, nodes)
+    gone = RowChange(100, 1, 7, 70, None, b"{}", stream="orders", deleted=True)
+    changed = RowChange(100, 2, 8, 70, 1, b"{}", stream="orders", was=9)
+    [plain] = events(1)
+    await sink.write([gone, changed, plain])
+    there = nodes.sinks["memory"].events
+    assert [gone, changed] == [there[7], there[8]]
+    assert (plain.json, plain.version, False, None) == (there[1].json, there[1].version, there[1].deleted, there[1].was)
 
 
 async def test_what_the_driver_knows_comes_first(cluster: MadeUpCluster, nodes: Nodes) -> None:
