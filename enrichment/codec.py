@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import structs
@@ -384,19 +384,24 @@ class Codec:
         return msgspec.json.encode(shown)
 
     def stored_event(self, letter: DeadLetter) -> Event:
-        """The event that a sink refused, from its JSON. Raises RowUnusable."""
+        """The event that a sink refused, from its JSON, or from what `change` made of it. Raises RowUnusable."""
         try:
             stored = self._stored.decode(letter.payload)
         except msgspec.MsgspecError as exc:
             raise RowUnusable(f"the dead letter's payload is no event: {exc}") from exc
+        begins, marked, _ = letter.payload.rpartition(b',"_operation":')
+        json = begins + b"}" if marked else letter.payload
         commit_lsn, ordinal = letter.replay_position
-        if stored.time is None:
-            return self._gone(commit_lsn, ordinal, stored.identity, stored.key, None, letter.payload)
+        if stored.time is None or stored.operation == "delete":
+            return self._gone(commit_lsn, ordinal, stored.identity, stored.key, None, json)
         try:
             ts_us = microseconds(datetime.fromisoformat(stored.time))
         except ValueError:
             ts_us = None  # infinite, or outside Python's years, as it was
-        return self._event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, letter.payload, *self._label)
+        event = self._event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, json, *self._label)
+        if isinstance(event, RowChange):
+            event.was = stored.was
+        return event
 
 
 class RowReader:
@@ -430,13 +435,15 @@ def codec_of(tables: Tables) -> Codec:
 
 
 def _stored(tables: Tables) -> Any:
-    """What an event's JSON has to have."""
+    """What the JSON of an event, or of a change, has to have."""
     roles = {"identity": tables.identity, "key": tables.key, "time": tables.time}
     identity, key, time = ((name, field.type.python) for name, field in roles.items())
     fields: list[Any] = [identity, key, time]
     if tables.stream.follows:  # of a row that is gone the replica identity may tell no more
         fields = [identity, (*key, key[1]()), ("time", str | None, None)]
-    return msgspec.defstruct("Stored", fields, rename={name: field.name for name, field in roles.items()}, gc=False)
+    fields += [("operation", Literal["upsert", "delete"], "upsert"), ("was", identity[1] | None, None)]
+    names = {name: field.name for name, field in roles.items()} | {"operation": "_operation", "was": "_was"}
+    return msgspec.defstruct("Stored", fields, rename=names, gc=False)
 
 
 _encode_row = msgspec.json.Encoder(decimal_format="number").encode

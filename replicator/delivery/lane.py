@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
-from replicator.contracts.events import DeadLetter, Event, Mark, Position, Refusal, SinkPosition
+from replicator.contracts.events import DeadLetter, Event, Mark, Position, Refusal, SinkPosition, change
 from replicator.contracts.sink import Mode, Sink
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.queue import WRITE_MAX_BYTES, Batch, Flow, Queue, Room, Write
@@ -308,7 +308,7 @@ class Lane:
         with suppress(Stopped):
             refusals = await self._writer.write(write)
             if refusals:
-                letters = [_dead_letter(self.name, refusal) for refusal in refusals]
+                letters = [_dead_letter(self.sink, refusal) for refusal in refusals]
                 details = [refusal.detail for refusal in refusals]
                 await self._writer.retry(lambda: self._shared.letters.keep(letters, details))
                 self.stats.dead_letters += len(letters)
@@ -344,12 +344,12 @@ class Lane:
         self._shared.progress.set()
 
 
-def _dead_letter(sink: str, refusal: Refusal) -> DeadLetter:
+def _dead_letter(sink: Sink, refusal: Refusal) -> DeadLetter:
     event = refusal.event
     return DeadLetter(
-        sink=sink,
+        sink=sink.name,
         position=Position(event.commit_lsn, event.ordinal),
         event_id=event.id,
         reason=refusal.reason,
-        payload=event.json,
+        payload=change(event) if sink.stream.follows else event.json,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import psycopg
 
@@ -13,6 +14,19 @@ from tests.support.program import Program, succeed
 INSERT = (
     "INSERT INTO engagement_events (content_id, user_id, event_type) SELECT 1, n, 'play' FROM generate_series(1, 9) n"
 )
+
+
+PARCELS = """
+from replicator import *
+STREAM = Stream("parcels", "public.parcels", updates="upsert", deletes="delete", fields=(
+    Field("event_id", BIGINT, role=Role.IDENTITY), Field("depot", TEXT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME)))
+"""
+MADE = """
+CREATE TABLE parcels (event_id bigint PRIMARY KEY, depot text NOT NULL, at timestamptz NOT NULL DEFAULT now());
+ALTER TABLE parcels REPLICA IDENTITY FULL;
+GRANT SELECT ON parcels TO replicator;
+"""
 
 
 def listed(program: Program, *arguments: str) -> list[str]:
@@ -138,3 +152,25 @@ def test_a_row_that_no_event_can_be_made_of(
     assert 1 == program.run("dead-letters", "replay").code  # refused as before
     assert letters == listed(program)
     assert 0 == program.stop()
+
+
+def test_changes_of_rows(quick: Program, source: psycopg.Connection, api: Api, tmp_path: Path) -> None:
+    """What happened to a row is kept with it: a replay deletes what was deleted, and ends the former identity."""
+    source.execute(MADE.encode())
+    (tmp_path / "parcels_stream.py").write_text(PARCELS, encoding="utf-8")
+    quick.environment |= {"REPLICATOR_STREAM": "parcels_stream:STREAM", "PYTHONPATH": str(tmp_path)}
+    succeed(quick.run("init"))
+    quick.start()
+    source.execute("INSERT INTO parcels SELECT n, 'north' FROM generate_series(1, 9) n")
+    quick.wait_until_caught_up()
+    api.behave(refuse_event_ids=[3, 50])
+    source.execute("DELETE FROM parcels WHERE event_id = 3")
+    source.execute("UPDATE parcels SET event_id = 50 WHERE event_id = 5")
+    source.execute("UPDATE parcels SET depot = 'south' WHERE event_id < 3")
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    api.behave()
+    assert "2 taken, 0 left\n" == succeed(quick.run("dead-letters", "replay"))
+    gone, moved = api.events()[-2:]
+    assert (3, "delete") == (gone["event_id"], gone["_operation"])
+    assert (50, "upsert", 5) == (moved["event_id"], moved["_operation"], moved["_was"])

@@ -14,9 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from enrichment.codec import Content, RowReader, RowUnusable, stored_row
+from enrichment import Tables
+from enrichment.codec import Content, RowReader, RowUnusable, codec_of, stored_row
 from enrichment.contract import engagement_pct, engagement_seconds
-from replicator.contracts.events import Column, Event, Row
+from examples.orders.orders_stream import STREAM as ORDERS
+from replicator.contracts.events import Column, Event, Position, Row, RowChange, change
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from tests.support.rows import CODEC, EVENT_TABLES
 
@@ -291,6 +293,19 @@ def test_an_event_comes_back_from_its_dead_letter(text: str) -> None:
     event = _event(event_ts=text)
     letter = msgspec.structs.replace(CODEC.dead_letter(_row(ROW), "refused"), sink="clickhouse", payload=event.json)
     assert event == CODEC.stored_event(letter)
+
+
+def test_a_change_comes_back_from_its_dead_letter() -> None:
+    """With what happened to the row, however much its old row tells."""
+    codec = codec_of(Tables(ORDERS))
+    old = {"order_id": "a", "customer_id": 1, "ordered_at": "2026-01-08 14:21:52+00", "note": ',"_operation":"upsert"'}
+    columns = [Column(name, value) for name, value in old.items()]
+    gone = codec.deletion(Row("D", "shop", "orders", identity=columns, commit_lsn=5, ordinal=2))
+    moved = RowChange(5, 3, "c", 1, 1_767_882_112_000_000, gone.json.replace(b'"a"', b'"c"'), "orders", was="b")
+    for event in (gone, moved):
+        letter = msgspec.structs.replace(CODEC.dead_letter(_row(ROW), ""), sink="http", payload=change(event))
+        letter = msgspec.structs.replace(letter, position=Position(event.commit_lsn, event.ordinal))
+        assert event == codec.stored_event(letter)
 
 
 @pytest.mark.parametrize("payload", [b"", b"{}", b"[]", b'{"event_id":"1"}'])
