@@ -74,7 +74,7 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
     def _text(self, field: Field) -> str:
         if field.role is Role.TIME:  # here it is never infinite
             return self._us
-        value = field.derived.postgres.format_map(self._sql) if field.derived else self._sql[field.name]
+        value = f"({field.derived.postgres.format_map(self._sql)})" if field.derived else self._sql[field.name]
         return field.type.postgres_line.format(value)
 
     async def open(self) -> None:
