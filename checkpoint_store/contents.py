@@ -35,16 +35,11 @@ def add(connection: Connection, slot: str, found: Mapping[Id, str]) -> None:
 
 def apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) -> None:
     """Change them in this order; only the last change of a content is written."""
-    by_stream: dict[str, list[ContentChange]] = {}
+    by_copy: dict[str, list[ContentChange]] = {}
     for change in changes:
-        by_stream.setdefault(change.stream, []).append(change)
-    for stream, theirs in by_stream.items():
-        _apply(connection, copy_of(slot, stream), theirs)
-
-
-def copy_of(slot: str, stream: str) -> str:
-    """Of several streams in a slot each has a copy under a name of its own."""
-    return f"{slot}/{stream}" if stream else slot
+        by_copy.setdefault(change.copy, []).append(change)
+    for copy, theirs in by_copy.items():
+        _apply(connection, f"{slot}/{copy}" if copy else slot, theirs)
 
 
 def _apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) -> None:

@@ -138,7 +138,7 @@ class SqlCheckpointStore:
 
     def clear_contents(self, slot: str) -> None:
         with self._connection(writes=True) as connection:
-            of_slot = checkpoints.c.slot == slot.partition("/")[0]  # the copy may be one stream's
+            of_slot = checkpoints.c.slot == slot.partition("/")[0]  # the copy may be one of several
             connection.execute(checkpoints.update().where(of_slot).values(contents=None))
             contents.clear(connection, slot)
 

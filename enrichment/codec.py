@@ -8,7 +8,7 @@ made from the declaration and compiled, as dataclasses are: they are the hot pat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, partial
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.tables.declared import Tables
+from enrichment.tables.declared import Join, Tables
 from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, RowChange, decode_row
 from replicator.contracts.fields import INT64_MAX, Derived, Field
 
@@ -26,7 +26,7 @@ Draft: TypeAlias = Sequence[Any]
 Python's years, as text. Plain: it costs a third of anything with names."""
 
 Content: TypeAlias = tuple[Any, ...]
-"""The values of the joined columns: what an event takes over from its content."""
+"""The values of a dimension's columns: what an event takes over from its content there."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -146,7 +146,7 @@ FINISH = """
 """From the values of a row and of its content, and a position, to the event."""
 
 _BUILD = f"""
-def _build_events(_drafts, _contents, _events):
+def _build_events(_drafts, {{known}}_events):
     _append = _events.append
     for _commit_lsn, _ordinal, {{own}} in _drafts:
         {{content}}{FINISH}
@@ -160,41 +160,50 @@ def _computed(name: str, derived: Derived) -> str:
     return f"{name} = None if {null} else {f'{derived.shortcut} else {call}' if derived.shortcut else call}"
 
 
+def _taken_over(join: Join) -> str:
+    """Source that sets the columns that are joined with a dimension."""
+    found = f"_contents{join.number or ''}[{join.on.name}]"
+    if join.on.type.optional:
+        found = f"_missing{join.number or ''} if {join.on.name} is None else {found}"
+    return f"[{_each('{0}', join.fields)}] = {found}"
+
+
 class Codec:
     """What is made of a stream's declaration; `codec_of` gives it."""
 
-    build_events: Callable[[Iterable[Draft], Mapping[int, Content], list[Event]], None]
-    """Append the events of drafts. Every content must be known, if only as `missing`."""
+    build_events: Callable[..., None]
+    """Append the events of drafts: given them, the contents of each dimension by its key, and the list of events.
+
+    Every content must be known, if only as the join's `missing`."""
     read: Callable[[RowReader, Row], Draft]
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
-        stream, own, joined = tables.stream, tables.own, tables.joined
+        stream, own = tables.stream, tables.own
         self._event = Event
         self._label: tuple[str, ...] = ()
         if stream.follows or tables.of_several:
             self._event, self._label = RowChange, (stream.name,)
         self._gone = partial(RowChange, stream=stream.name, deleted=True)
-        self.missing: Content = (None,) * len(joined)
-        """There is no such content: a left join."""
         self.draft_id = 2 + own.index(tables.identity)
         self.draft_key = 2 + own.index(tables.key)
-        self.draft_on = 2 + own.index(tables.on) if tables.on else None
+        self.draft_ons = [2 + own.index(join.on) for join in tables.joins]
         self.draft_time = 2 + own.index(tables.time)
-        """Where a draft has its identity, its key, what its content is found by, and its time."""
+        """Where a draft has its identity, its key, what the content of each dimension is found by, and its time."""
         names = [field.name for field in own]
         self._draft_where = 2 + names.index(stream.where.field) if stream.where else None
         self._values = frozenset(stream.where.values) if stream.where else frozenset()
-        self._integers = {field.column or field.joined for field in (*own, *joined) if field.type.python is int}
-        self._integers |= {tables.content_key}
-        kept = (*(field.column for field in own), *(field.joined for field in joined), tables.content_key)
+        self._integers = {field.column for field in own if field.type.python is int}
+        kept = [field.column for field in own]
+        for join in tables.joins:
+            kept += [*(field.joined for field in join.fields), join.key]
         self._kept = [*dict.fromkeys(kept)]
         self._stored = msgspec.json.Decoder(_stored(tables))
         self.derives = any(field.derived and not field.derived.shortcut for field in stream.fields)
         """Whether making an event may raise DerivedUnusable."""
         self.fits = {f"_fits_{field.name}": field.type.fits for field in stream.fields if field.type.fit}
         self.read = self._reader()
-        self.build_events = self.finishing(_BUILD, "_build_events", {"_missing": self.missing})
+        self.build_events = self.finishing(_BUILD, "_build_events")
 
     def _reader(self) -> Any:
         own, time = self.tables.own, self.tables.time
@@ -226,12 +235,14 @@ class Codec:
                 "_Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in fields], gc=False),
                 **{f"_compute_{field.name}": self._function(field, function) for field, function in derived},
                 "_Event": self._event,
+                **{f"_missing{join.number or ''}": join.missing for join in tables.joins},
                 **self.fits,
                 **(names or {}),
             },
             own=_each("{0}", tables.own),
             values=_each("{0} = _columns.{0}.value", tables.own, "; "),
-            content=self._content(),
+            known="".join(f"_contents{join.number or ''}, " for join in tables.joins),
+            content="; ".join(map(_taken_over, (join for join in tables.joins if join.fields))) or "pass",
             unfit="".join(f" or not {test}" for test in self._tests()),
             key=tables.key.name,
             identity=tables.identity.name,
@@ -274,15 +285,6 @@ class Codec:
         """Whether the stream takes this row."""
         return self._draft_where is None or draft[self._draft_where] in self._values
 
-    def _content(self) -> str:
-        """Source that sets the joined columns."""
-        if not (self.tables.on and self.tables.joined):
-            return "pass"
-        found = f"_contents[{self.tables.on.name}]"
-        if self.tables.on.type.optional:
-            found = f"_missing if {self.tables.on.name} is None else {found}"
-        return f"[{_each('{0}', self.tables.joined)}] = {found}"
-
     def _shown(self, field: Field) -> str:
         return field.name if field is self.tables.time else field.type.shown.format(field.name)
 
@@ -297,12 +299,8 @@ class Codec:
                     raise self._misfit(field)
 
     def unquote(self, columns: Iterable[Column]) -> bool:
-        """Integers of a domain type, which wal2json quotes, become integers; whether there were any."""
-        found = False
-        for column in columns:
-            if column.name in self._integers and type(column.value) is str and _integer(column.value):
-                column.value, found = int(column.value), True
-        return found
+        """As the function, of a row of the events' table."""
+        return unquote(columns, self._integers)
 
     def _misfit(self, field: Field, *_: object) -> RowUnusable:
         return ShapeUnusable(f"{self.tables.stream.table}.{field.column} is not {field.type.words}")
@@ -312,7 +310,7 @@ class Codec:
         columns, identity = self._keep(row.columns), self._keep(row.identity)
         # The letter has its own position.
         kept = structs.replace(row, columns=columns, identity=identity, commit_lsn=0, ordinal=0)
-        self.unquote(kept.columns)
+        unquote(kept.columns, self._integers_of(row.table))
         known = self.tables.identity
         event_id = next((column.value for column in kept.columns if column.name == known.column), None)
         return DeadLetter(
@@ -323,6 +321,9 @@ class Codec:
             payload=_encode_row(kept),
         )
 
+    def _integers_of(self, table: str) -> set[str]:
+        return next((join.integers for join in self.tables.joins_of(table)), self._integers)
+
     def _keep(self, columns: Iterable[Column]) -> list[Column]:
         """In one order: a row looks the same from the stream and from the table, and is kept once.
 
@@ -331,15 +332,17 @@ class Codec:
         kept = self._kept
         return sorted((column for column in columns if column.name in kept), key=lambda column: kept.index(column.name))
 
-    def build(self, drafts: Sequence[Draft], contents: Mapping[Any, Content], events: list[Event]) -> list[DeadLetter]:
+    def build(
+        self, drafts: Sequence[Draft], contents: Sequence[Mapping[Any, Content]], events: list[Event]
+    ) -> list[DeadLetter]:
         """As `build_events`; what no event can be made of."""
         if not self.derives:
-            self.build_events(drafts, contents, events)
+            self.build_events(drafts, *contents, events)
             return []
         refused = []
         for draft in drafts:
             try:
-                self.build_events([draft], contents, events)
+                self.build_events([draft], *contents, events)
             except DerivedUnusable as exc:
                 refused.append(self._refused(draft, str(exc)))
         return refused
@@ -426,6 +429,15 @@ class RowReader:
                 raise ShapeUnusable(f"{what}; expected {field.type.words}")
         self.places = tuple(places[field.column] for field in self._tables.own)
         return self.read(row)
+
+
+def unquote(columns: Iterable[Column], integers: Collection[str]) -> bool:
+    """Integers of a domain type, which wal2json quotes, become integers; whether there were any."""
+    found = False
+    for column in columns:
+        if column.name in integers and type(column.value) is str and _integer(column.value):
+            column.value, found = int(column.value), True
+    return found
 
 
 @cache

@@ -1,7 +1,7 @@
-"""The content dimension: the contents that are known, kept current by the stream itself.
+"""A dimension: the contents that are known, kept current by the stream itself.
 
-Rows of `public.content` ride in the same slot as the events. `changes` reads such a row, `apply` makes the change known
-once the events before it are made (`enricher.py` keeps that order).
+Its rows, those of `public.content` for one, ride in the same slot as the events. `changes` reads such a row, `apply`
+makes the change known once the events before it are made (`enricher.py` keeps that order).
 
 A stream that begins after a checkpoint has to begin with the contents as of that checkpoint. The source has only
 today's, so a copy as of the checkpoint is kept beside it. The changes since then wait in memory, and go into the copy
@@ -24,9 +24,9 @@ from uuid import UUID
 
 import msgspec
 
-from enrichment.codec import Codec, Content, RowUnusable
+from enrichment.codec import Content, RowUnusable, unquote
 from enrichment.database import Database
-from enrichment.tables.declared import Tables, quoted
+from enrichment.tables.declared import Join, Tables, quoted
 from replicator.contracts import stores
 from replicator.contracts.events import Column, ContentChange, Id, Lsn, Position, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -47,31 +47,31 @@ TOO_MANY = (
 )
 
 
-def _key(tables: Tables) -> str:
-    key = quoted(tables.content_key)
-    return key if tables.content_type.python is int else tables.content_type.select(key)
+def _key(join: Join) -> str:
+    key = quoted(join.key)
+    return key if join.on.type.python is int else join.on.type.select(key)
 
 
-def _selected(tables: Tables) -> str:
-    columns = ", ".join([_key(tables), *(field.type.select(quoted(field.joined)) for field in tables.joined)])
-    return f"SELECT {columns} FROM {tables.rows_of(tables.content)} AS c"  # noqa: S608  names in the declaration
+def _selected(tables: Tables, join: Join) -> str:
+    columns = ", ".join([_key(join), *(field.type.select(quoted(field.joined)) for field in join.fields)])
+    return f"SELECT {columns} FROM {tables.rows_of(join.table)} AS c"  # noqa: S608  names in the declaration
 
 
-def preload(tables: Tables) -> str:
+def preload(tables: Tables, join: Join) -> str:
     """The newest contents up to an id, newest first: they are the ones that people engage with."""
-    key = quoted(tables.content_key)
+    key = quoted(join.key)
     return f"""
 -- The newest contents up to an id, newest first: they are the ones that people engage with.
-{_selected(tables)}
-WHERE {key} <= %(highest)s::{tables.content_type.postgres} ORDER BY {key} DESC LIMIT %(count)s
+{_selected(tables, join)}
+WHERE {key} <= %(highest)s::{join.on.type.postgres} ORDER BY {key} DESC LIMIT %(count)s
 """
 
 
-def look_up(tables: Tables) -> str:
+def look_up(tables: Tables, join: Join) -> str:
     """The contents with some ids."""
     return f"""
 -- The contents with these ids. An id without a row has no content.
-{_selected(tables)} WHERE {quoted(tables.content_key)} = ANY(%(ids)s::{tables.content_type.postgres}[])
+{_selected(tables, join)} WHERE {quoted(join.key)} = ANY(%(ids)s::{join.on.type.postgres}[])
 """
 
 
@@ -93,7 +93,7 @@ Page: TypeAlias = list[tuple[Id, Content]]
 
 
 class Copy:
-    """The copy of one slot, in the store's thread."""
+    """The copy of one dimension of a slot, in the store's thread."""
 
     def __init__(self, store: stores.Contents, slot: str, missing: Content) -> None:
         self._store = store
@@ -121,14 +121,21 @@ class Copy:
 
 
 class Contents:
-    """The contents that are known, at most `size` after each `trim`."""
+    """The contents of a dimension that are known, at most `size` after each `trim`."""
 
-    def __init__(self, database: Database, size: int, codec: Codec) -> None:
+    def __init__(self, database: Database, size: int, tables: Tables, join: Join) -> None:
+        self.join = join
+        self.shown = True
+        """Whether the stream shows all changes of them."""
+        self.until: Lsn = 0
+        """Up to there changes of them are in the copy, or another table's."""
         self._database = database
-        self._missing = codec.missing
-        self._highest: Id = INT64_MAX if codec.tables.content_type.python is int else str(UUID(int=UUIDS - 1))
-        self._preload, self._look_up = preload(codec.tables), look_up(codec.tables)
+        self._missing = join.missing
+        self._highest: Id = INT64_MAX if join.on.type.python is int else str(UUID(int=UUIDS - 1))
+        self._preload, self._look_up = preload(tables, join), look_up(tables, join)
         self._size = size
+        self._copied_as = f"{join.table}.{join.on.name}" if len(tables.joins) > 1 else ""
+        """A single one has the slot's own name."""
         self.known: dict[Id, Content] = {}
         """By content_id, oldest first; what is missing where there is no such content."""
         self.copied = False
@@ -142,15 +149,17 @@ class Contents:
         self._saved: Lsn = 0
         self._lost_at: Lsn = 0
 
-    async def open(self, copy: Copy | None, *, usable: bool) -> None:
-        """Start as of the copy, or from what the table holds now. Raises as `preload`, CheckpointError."""
-        self._copy, self._reached, self._saved, self._lost_at = copy, Position(0, 0), 0, 0
+    async def open(self, store: stores.Contents | None, slot: str, *, usable: bool) -> None:
+        """Start as of the slot's copy, or from what the table holds now. Raises as `preload`, CheckpointError."""
+        self._reached, self._saved, self._lost_at = Position(0, 0), 0, 0
+        name = f"{slot}/{self._copied_as}" if self._copied_as else slot
+        self._copy = Copy(store, name, self._missing) if store else None
         self._begin(copied=usable)
         if not usable:
             await self.preload()
             return
-        assert copy is not None  # noqa: S101  one that can be used
-        await self._fill(copy.newest)
+        assert self._copy is not None  # noqa: S101  one that can be used
+        await self._fill(self._copy.newest)
 
     def forget(self) -> None:
         """Know nothing, and keep no copy."""
@@ -228,7 +237,7 @@ class Contents:
     def _note(self, content_id: Id | None, content: Content, at: Position) -> None:
         self._reached = at
         text = None if content == self._missing else _text(content)
-        self._changes.append(ContentChange(at.commit_lsn, content_id, text))
+        self._changes.append(ContentChange(at.commit_lsn, content_id, text, self._copied_as))
         if content_id is None:
             self._since.clear()
         self._since[content_id] = at.commit_lsn, content
@@ -265,36 +274,35 @@ class Contents:
             del self.known[content_id]
 
 
-def changes(codec: Codec, row: Row, *, part: bool) -> list[Change]:
+def changes(join: Join, row: Row, *, part: bool) -> list[Change]:
     """What a row of the table changes; `part`: it has others. Raises RowUnusable when it does not name its content."""
-    missing = codec.missing
+    missing = join.missing
     if row.action == "T":
         return [FORGET if part else Change(None, missing)]
     if row.action == "D":
-        return [Change(_id(codec, row.identity, "identity"), missing)]
-    content_id = _id(codec, row.columns, "columns")
-    change = Change(content_id, _content(codec.tables, row.columns))
-    if row.action == "U" and (old_id := _id(codec, row.identity, "identity")) != content_id:
+        return [Change(_id(join, row.identity, "identity"), missing)]
+    content_id = _id(join, row.columns, "columns")
+    change = Change(content_id, _content(join, row.columns))
+    if row.action == "U" and (old_id := _id(join, row.identity, "identity")) != content_id:
         return [Change(old_id, missing), change]
     return [change]
 
 
-def _id(codec: Codec, columns: Iterable[Column], where: str) -> Id:
-    columns, tables = list(columns), codec.tables
-    codec.unquote(columns)
+def _id(join: Join, columns: Iterable[Column], where: str) -> Id:
+    columns = list(columns)
+    unquote(columns, join.integers)
     for column in columns:
-        if column.name == tables.content_key and column.value is not None and tables.content_type.fits(column.value):
+        if column.name == join.key and column.value is not None and join.on.type.fits(column.value):
             return column.value
-    name = tables.named_in_schema(tables.content)
-    what = tables.content_type.words.removesuffix(" or NULL")
-    raise RowUnusable(f"{name} has no {tables.content_key}, {what}, in the row's {where}")
+    what = join.on.type.words.removesuffix(" or NULL")
+    raise RowUnusable(f"{join.name} has no {join.key}, {what}, in the row's {where}")
 
 
-def _content(tables: Tables, columns: Iterable[Column]) -> Content | None:
+def _content(join: Join, columns: Iterable[Column]) -> Content | None:
     """The row's content; None unless all of it is there (an unchanged TOASTed column is not) and of the right types."""
     values = {column.name: column.value for column in columns}
-    if all(field.joined in values and field.type.fits(values[field.joined]) for field in tables.joined):
-        return _interned(values[field.joined] for field in tables.joined)
+    if all(field.joined in values and field.type.fits(values[field.joined]) for field in join.fields):
+        return _interned(values[field.joined] for field in join.fields)
     return None
 
 

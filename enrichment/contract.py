@@ -66,4 +66,4 @@ EVENT = Stream("engagement", "public.engagement_events", (
     Field("length_seconds", BIGINT.nullable(), joined="length_seconds"),
     Field("engagement_seconds", decimal(18, 3).nullable(), derived=SECONDS),
     Field("engagement_pct", decimal(18, 2).nullable(), derived=PCT),
-), Dimension("public.content", key="content_id"), destination="events_enriched", noun="content")  # fmt: skip
+), (Dimension("public.content", key="content_id"),), destination="events_enriched", noun="content")  # fmt: skip

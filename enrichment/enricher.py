@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
 from msgspec import structs
 
-from enrichment.codec import Codec, Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
-from enrichment.content import FORGET, Change, Contents, Copy, changes
+from enrichment.codec import Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
+from enrichment.content import Contents
 from enrichment.database import Database
 from enrichment.shortcut import Layout, Shortcuts
+from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit
 from enrichment.tables.check import check
-from enrichment.tables.declared import EnrichmentSettings, Tables, quoted, tables_of
-from enrichment.tables.guard import Guard, Record, contents, swaps
+from enrichment.tables.declared import EnrichmentSettings, Join, Tables, quoted, tables_of
+from enrichment.tables.guard import Guard, Record, swaps
+from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
@@ -85,53 +87,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Plan:
-    """What some rows mean, before anything is changed."""
-
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
-        self.drafts: list[Draft] = []
-        self.changes: list[tuple[int, Position, Change | Event]] = []
-        """Of contents, and rows that are gone; each with the number of drafts before it, and where its row stands."""
-        self.changed: set[Id] = set()
-        """Ids of contents that these rows change."""
-        self.wanted: set[Id] = set()
-        """Ids of contents that are not known and an event needs."""
-        self.partial: set[Id] = set()
-        """Ids of contents that a row changes without carrying all of them."""
-        self.was: dict[Position, Id] = {}
-        """The former identities of rows that have another one now."""
-        self.refused: list[DeadLetter] = []
-        self.ignored: Counter[str] = Counter()
-        self.other_shape = 0
-        """Rows from before the tables became what they are; the history brings them as they are now."""
-        self.forgotten = False
-        """Contents that the events from here on need are looked up, known or not."""
-        self.lost_track = False
-        """A content changed and its row could not be read or used: what is known may be out of date."""
-
-    def change(self, row: Row, *, part: bool) -> None:
-        """A row of the content table, or of a part of it. Raises RowUnusable."""
-        for change in changes(self._codec, row, part=part):
-            self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), change))
-            if change == FORGET:
-                self.forgotten = True
-                self.changed.clear()
-            elif change.content_id is not None:
-                self.changed.add(change.content_id)
-                if change.content is None:
-                    self.partial.add(change.content_id)
-
-    def lose_track(self, row: Row) -> None:
-        """A content changed and nobody can tell to what: the events from here on need it as it is now."""
-        self.lost_track = self.forgotten = True
-        self.changed.clear()
-        if not self.changes or self.changes[-1][-1] != FORGET:  # it costs what is known
-            self.changes.append((len(self.drafts), Position(row.commit_lsn, row.ordinal), FORGET))
-
-
 class StreamEnricher:
-    """Enriches the rows of the stream's table with those of its dimension."""
+    """Enriches the rows of the stream's table with those of its dimensions."""
 
     def __init__(self, dsn: Dsn, settings: EnrichmentSettings, tables: Tables | None = None) -> None:
         self._dsn = dsn
@@ -140,11 +97,9 @@ class StreamEnricher:
         self._tables = tables or tables_of(settings)[0]
         self._codec = codec_of(self._tables)
         self._guard = Guard(self._guarding, self._tables)
-        self._contents = Contents(self._database, settings.content_cache_size, self._codec)
-        self._keeps_contents = True
-        self._content_until: Lsn = 0
-        """Up to there changes of content are in the copy, or another table's."""
-        self._shortcuts = Shortcuts(self._codec, self._contents.known)
+        size = settings.content_cache_size
+        self._contents = [Contents(self._database, size, self._tables, join) for join in self._tables.joins]
+        self._shortcuts = Shortcuts(self._codec, [contents.known for contents in self._contents])
         self._shortcuts.begin(self._guard.names(self._tables.events))
         self._reader = RowReader(self._codec)
         self._skipped = 0
@@ -157,8 +112,17 @@ class StreamEnricher:
 
     @property
     def contents_name(self) -> str:
-        """Of its content as it is, the copy's name; empty where there is none."""
-        return contents(self._tables, self._guard.shape) if self._tables.content and self._keeps_contents else ""
+        """Of its contents as they are, the copies' name; empty where there is none."""
+        shown = any(contents.shown for contents in self._contents)
+        return "".join(map(self._named, self._contents)) if shown else ""
+
+    def _named(self, contents: Contents) -> str:
+        """One dimension's part of the name: there is room for 24 characters."""
+        return name_of(self._tables, self._guard.shape, contents.join)[: self._part]
+
+    @property
+    def _part(self) -> int:
+        return 24 // len(self._contents)
 
     @property
     def event_tables(self) -> set[tuple[str, str]]:
@@ -184,9 +148,11 @@ class StreamEnricher:
         before = await self._guard.look(None if record is None else msgspec.json.decode(record, type=Record), after)
         shape = self._guard.shape
         tables = self._tables
-        if hidden := fit.hidden(tables, shape):
-            log.info("%s %s: it is looked up for every event", self._content_name, hidden.what)
-        self._keeps_contents = hidden is None
+        for contents in self._contents:
+            hidden = fit.hidden(tables, shape, contents.join.table)
+            contents.shown = hidden is None
+            if hidden:
+                log.info("%s %s: it is looked up for every event", contents.join.name, hidden.what)
         self._shortcuts.begin(self._guard.names(tables.events))
         if before is None:
             return None
@@ -197,27 +163,39 @@ class StreamEnricher:
         return MissedHistory.since(self._dsn, tables, before, shape)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
-        self._content_until = self._guard.content_until
-        if not (self._keeps_contents and self._tables.content):
-            self._contents.forget()
+        names, until = copied(checkpoint)
+        for number, contents in enumerate(self._contents):
+            name = names[number * self._part : (number + 1) * self._part]
+            await self._open(contents, store, checkpoint, until if name == self._named(contents) else None)
+
+    async def _open(
+        self, contents: Contents, store: stores.Contents | None, checkpoint: Checkpoint | None, copied_until: Lsn | None
+    ) -> None:
+        """`copied_until`: from where on its copy needs changes; None: it can't be used."""
+        join, usable = contents.join, copied_until is not None
+        contents.until = self._guard.content_untils.get(join.table, 0) if copied_until is None else copied_until
+        if not contents.shown:
+            contents.forget()
             return
-        copy = Copy(store, checkpoint.slot, self._codec.missing) if store and checkpoint else None
-        table, until = copied(checkpoint)
-        if usable := table == contents(self._tables, self._guard.shape):
-            self._content_until = until
         if checkpoint and checkpoint.sinks and not usable:
             told = "%s is copied as it is now: events that were committed before and come now carry that"
-            log.info(told, self._content_name)
-        await self._asked(self._contents.open(copy, usable=usable))
+            log.info(told, join.name)
+        kept, slot = (store, checkpoint.slot) if checkpoint else (None, "")
+        await self._asked(join, contents.open(kept, slot, usable=usable))
 
     def changed(self, before: Lsn) -> ContentChanges:
-        if not self._contents.copied:
+        whole = [contents for contents in self._contents if contents.copied]
+        if not whole:
             return ContentChanges(None, [])
-        name = f"{contents(self._tables, self._guard.shape)} {format_lsn(self._content_until)} {format_lsn(before)}"
-        return ContentChanges(name, self._contents.changes(before))
+        lost = "-" * self._part
+        names = "".join(self._named(contents) if contents in whole else lost for contents in self._contents)
+        until = max(contents.until for contents in whole)
+        changes = [change for contents in whole for change in contents.changes(before)]
+        return ContentChanges(f"{names} {format_lsn(until)} {format_lsn(before)}", changes)
 
     def saved(self, end_lsn: Lsn) -> None:
-        self._contents.saved(end_lsn)
+        for contents in self._contents:
+            contents.saved(end_lsn)
 
     async def verify(self) -> Lsn:
         return await self._guard.verify()
@@ -229,7 +207,7 @@ class StreamEnricher:
         return msgspec.json.encode(self._guard.record).decode()
 
     def shortcut(self) -> Shortcut | None:
-        return self._shortcuts.current if self._keeps_contents else None
+        return self._shortcuts.current if all(contents.shown for contents in self._contents) else None
 
     async def enrich(self, rows: Sequence[Row], before: Sequence[Event] = ()) -> Enriched:
         last = self._last_insert(rows)
@@ -251,30 +229,39 @@ class StreamEnricher:
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
         if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
             await self._look_again(rows)
-        await self._asked(self._contents.renew())
+        for contents in self._contents:
+            await self._asked(contents.join, contents.renew())
         plan = self._plan(rows, await self._complete(rows))
-        events = self._carry_out(plan, await self._asked(self._look_up(plan)))
+        events = self._carry_out(plan, await self._look_up(plan))
         self.ignored.update(plan.ignored)
         if plan.drafts:
             self._guard.saw_event(plan.drafts[-1][self._codec.draft_id])
         self._tell(plan)
-        if plan.lost_track:
-            self._contents.lose(max(rows[-1].commit_lsn, self._content_until))
-        if plan.lost_track or not self._keeps_contents:
-            self._contents.known.clear()
-        self._contents.trim()
+        for contents, needs in zip(self._contents, plan.needs, strict=True):
+            if needs.lost_track:
+                contents.lose(max(rows[-1].commit_lsn, contents.until))
+            if needs.lost_track or not contents.shown:
+                contents.known.clear()
+            contents.trim()
         return Enriched(events, plan.refused)
 
-    async def _look_up(self, plan: _Plan) -> dict[Id, Content]:
-        """Make known what is wanted; the contents today of those that have to be looked up in the table."""
-        if self._contents.copied and not plan.forgotten:
-            found = await self._contents.find(plan.wanted)
-            today = await self._contents.look_up(plan.partial)
-        else:
-            found = today = await self._contents.look_up(plan.wanted | plan.partial)
-        for content_id, content in found.items():
-            self._contents.known.setdefault(content_id, content)
-        return today
+    async def _look_up(self, plan: Plan) -> list[dict[Id, Content]]:
+        """Make known what is wanted; the contents today of those that have to be looked up in the tables."""
+        answers = [
+            await self._asked(needs.join, self._found(contents, needs))
+            for contents, needs in zip(self._contents, plan.needs, strict=True)
+        ]
+        for contents, (found, _) in zip(self._contents, answers, strict=True):
+            for content_id, content in found.items():
+                contents.known.setdefault(content_id, content)
+        return [today for _, today in answers]
+
+    async def _found(self, contents: Contents, needs: Needs) -> tuple[dict[Id, Content], dict[Id, Content]]:
+        """Those of the moment, and those of today."""
+        if contents.copied and not needs.forgotten:
+            return await contents.find(needs.wanted), await contents.look_up(needs.partial)
+        today = await contents.look_up(needs.wanted | needs.partial)
+        return today, today
 
     async def _complete(self, rows: Sequence[Row]) -> set[Position]:
         """Give updates all of their columns; the positions of those whose rows are gone by now."""
@@ -345,26 +332,21 @@ class StreamEnricher:
         await self._guarding.close()
         await self._database.close()
 
-    async def _asked(self, answer: Awaitable[T]) -> T:
-        """Of the content: that it may not be read is a state of the tables, which ends. Raises TablesUnfit."""
+    async def _asked(self, join: Join, answer: Awaitable[T]) -> T:
+        """Of a dimension: that it may not be read is a state of the tables, which ends. Raises TablesUnfit."""
         try:
             return await answer
         except SourceUnusable as exc:
-            raise TablesUnfit(problem=f"{self._content_name} can't be read: {exc.detail}", cure=exc.cure) from exc
+            raise TablesUnfit(problem=f"{join.name} can't be read: {exc.detail}", cure=exc.cure) from exc
 
-    @property
-    def _content_name(self) -> str:
-        return self._tables.named_in_schema(self._tables.content)
-
-    def _plan(self, rows: Sequence[Row], gone: set[Position]) -> _Plan:
-        plan, read, known = _Plan(self._codec), self._reader.read, self._contents.known
-        append, changed, on = plan.drafts.append, plan.changed, self._codec.draft_on
+    def _plan(self, rows: Sequence[Row], gone: set[Position]) -> Plan:
+        plan, read = Plan(self._contents), self._reader.read
+        append, joined = plan.drafts.append, [*zip(self._codec.draft_ons, plan.needs, strict=True)]
         schema, table = self._tables.schema, self._tables.events
         upserts = self._tables.stream.updates == "upsert"
         for row in rows:
             try:
                 if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
-                    known = {} if plan.forgotten else known
                     continue
                 if row.action == "I" or (row.action == "U" and upserts and (row.commit_lsn, row.ordinal) not in gone):
                     draft = read(row)
@@ -373,29 +355,28 @@ class StreamEnricher:
                         continue
                     if row.action == "U":
                         self._note_identity(row, draft, plan)
-                    if on is not None:
+                    for on, needs in joined:
                         content_id = draft[on]
-                        if content_id not in known and content_id not in changed and content_id is not None:
-                            plan.wanted.add(content_id)
+                        if content_id not in needs.known and content_id not in needs.changed and content_id is not None:
+                            needs.wanted.add(content_id)
                     append(draft)
                 else:
                     self._drop(row, plan)
             except RowUnusable as exc:
                 self._refuse(row, exc, plan)
-                known = {} if plan.forgotten else known
         return plan
 
-    def _leave_out(self, row: Row, plan: _Plan) -> None:
+    def _leave_out(self, row: Row, plan: Plan) -> None:
         """A row that the stream does not take; one that it took until now is gone."""
         if row.action == "U":
             self._remove(row, plan)
         else:
             plan.ignored[row.action] += 1
 
-    def _remove(self, row: Row, plan: _Plan) -> None:
-        plan.changes.append((len(plan.drafts), Position(row.commit_lsn, row.ordinal), self._codec.deletion(row)))
+    def _remove(self, row: Row, plan: Plan) -> None:
+        plan.remove(row, self._codec.deletion(row))
 
-    def _drop(self, row: Row, plan: _Plan) -> None:
+    def _drop(self, row: Row, plan: Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
         upserts = self._tables.stream.updates == "upsert"
@@ -413,7 +394,7 @@ class StreamEnricher:
         new = next((column.value for column in row.columns if column.name == identity), None)
         return row.action == "U" and self._codec.deletion(row).id != new
 
-    def _note_identity(self, row: Row, draft: Draft, plan: _Plan) -> None:
+    def _note_identity(self, row: Row, draft: Draft, plan: Plan) -> None:
         """An update may give a row another identity: under the old one it is gone."""
         old = self._codec.deletion(row).id
         if old != draft[self._codec.draft_id]:
@@ -424,7 +405,7 @@ class StreamEnricher:
         names = {theirs: ours for ours, theirs in self._tables.renamed.get(self._guard.root(row) or "", {}).items()}
         return structs.replace(row, columns=_named(row.columns, names), identity=_named(row.identity, names))
 
-    def _is_event(self, row: Row, plan: _Plan) -> bool:
+    def _is_event(self, row: Row, plan: Plan) -> bool:
         """Whether a row is of a part of the events' table; from here on it is the table's. Raises RowUnusable."""
         self._guard.saw(row)
         root = self._guard.root(row)
@@ -432,40 +413,42 @@ class StreamEnricher:
             raise RowUnusable(f"{row.schema}.{row.table} is not a table that events are made of")
         if root:
             row.schema, _, row.table = self._tables.named_in_schema(root).partition(".")
-        if root == self._tables.content:
-            if row.commit_lsn > self._content_until:
-                plan.change(row, part=self._guard.shape.parted(root))
+        for join in self._tables.joins_of(root):
+            if row.commit_lsn > self._contents[join.number].until:
+                plan.change(join.number, row, part=self._guard.shape.parted(join.table))
             else:
-                plan.lose_track(row)
+                plan.lose_track(join.number, row)
         return root == self._tables.events
 
-    def _refuse(self, row: Row, exc: RowUnusable, plan: _Plan) -> None:
+    def _refuse(self, row: Row, exc: RowUnusable, plan: Plan) -> None:
         if isinstance(exc, ShapeUnusable) and row.commit_lsn <= self._guard.until:
             plan.other_shape += 1
             return
         plan.refused.append(self._codec.dead_letter(row, str(exc)))
-        if row.table == self._tables.content:
-            plan.lose_track(row)
+        for join in self._tables.joins_of(row.table):
+            plan.lose_track(join.number, row)
 
-    def _tell(self, plan: _Plan) -> None:
+    def _tell(self, plan: Plan) -> None:
         if plan.other_shape and not self._skipped:
             log.info("rows from before the change of %s come as they are in the table now", self._tables.stream.table)
         self._skipped += plan.other_shape
         if plan.ignored["T"] and self._tables.stream.deletes == "ignore":
             log.warning("%s was truncated. %s", self._tables.stream.table, IDS_AGAIN, extra={"code": "R407"})
 
-    def _carry_out(self, plan: _Plan, today: dict[Id, Content]) -> list[Event]:
+    def _carry_out(self, plan: Plan, today: Sequence[Mapping[Id, Content]]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""
         events: list[Event] = []
         done = 0
+        known = [contents.known for contents in self._contents]
         for count, at, change in plan.changes:
-            plan.refused += self._codec.build(plan.drafts[done:count], self._contents.known, events)
+            plan.refused += self._codec.build(plan.drafts[done:count], known, events)
             if isinstance(change, Event):
                 events.append(change)
             else:
-                self._contents.apply(change, today, at)
+                number, content = change
+                self._contents[number].apply(content, today[number], at)
             done = count
-        plan.refused += self._codec.build(plan.drafts[done:], self._contents.known, events)
+        plan.refused += self._codec.build(plan.drafts[done:], known, events)
         for event in events if plan.was else ():
             if isinstance(event, RowChange):
                 event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -167,11 +167,13 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
 
     def _page(self, rows: str, order: str, wanted: str, wal_end: str) -> str:
         tables = self._tables
-        own, joined = tables.own, tables.joined
+        own = tables.own
         texts = [f"coalesce(octet_length({quoted(field.column)}::text), 0)" for field in own if field.type.is_long]
         listed = ", ".join(quoted(field.column) for field in own)
         selected = ", ".join(field.type.select(f"p.{quoted(field.column)}") for field in own)
-        of_content = ", ".join(field.type.select(f"c.{quoted(field.joined)}") for field in joined)
+        of_content = [
+            field.type.select(f"{join.alias}.{quoted(field.joined)}") for join in tables.joins for field in join.fields
+        ]
         usable = " AND ".join(f"p.{quoted(field.column)} IS NOT NULL" for field in own if not field.type.optional)
         return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
@@ -185,19 +187,12 @@ WITH found AS MATERIALIZED (
     SELECT p.*, sum("_size") OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS "_size_up_to" FROM found p
 ), page AS MATERIALIZED (SELECT * FROM measured WHERE "_size_up_to" - "_size" < %(bytes)s::bigint)
 SELECT ({wal_end}), {wanted}, {usable},
-       {selected}{"," * bool(joined)}
-       {of_content}
-FROM page p{self._join()}
+       {selected}{"," * bool(of_content)}
+       {", ".join(of_content)}
+FROM page p{tables.joined("p")}
 WHERE {wanted} OR p."_size_up_to" = (SELECT max("_size_up_to") FROM page)
 ORDER BY p."_size_up_to"
 """  # noqa: S608  names in the declaration
-
-    def _join(self) -> str:
-        tables = self._tables
-        if not (tables.on and tables.joined):
-            return ""
-        on = f"c.{quoted(tables.content_key)} = p.{quoted(tables.on.column)}"
-        return f" LEFT JOIN {tables.rows_of(tables.content)} AS c ON {on}"
 
     def spans(self, order: Order) -> str:
         """The events of a range in equal spans of their order."""
@@ -469,11 +464,11 @@ def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> P
     """The events of a page's rows. The loop is where a backfill spends its time, beside `build_events`."""
     [wal_end, *_], *_ = found
     own = slice(_OWN_BEGINS, _OWN_BEGINS + len(codec.tables.own))
-    joined = slice(own.stop, None)
+    contents: list[dict[Any, Content]] = [{} for _ in codec.tables.joins]
+    joined = [*zip(contents, codec.draft_ons, _joined(codec.tables, own.stop), strict=True)]
     lsn = max(parse_lsn(wal_end), after.commit_lsn)  # after a failover the WAL may end before that
     ordinal = after.ordinal
     drafts: list[Draft] = []
-    contents: dict[int, Content] = {}
     refused: list[DeadLetter] = []
     for row in found:
         _, wanted, usable, *_ = row
@@ -486,11 +481,17 @@ def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> P
             continue
         draft[codec.draft_time] = _moment(draft[codec.draft_time])
         drafts.append(draft)
-        if codec.draft_on is not None:
-            contents[draft[codec.draft_on]] = row[joined]
+        for known, on, cells in joined:
+            known[draft[on]] = row[cells]
     events: list[Event] = []
     refused += codec.build(drafts, contents, events)
     return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
+
+
+def _joined(tables: Tables, begin: int) -> Iterator[slice]:
+    """Where a row of a page has the values of each dimension's columns."""
+    for join in tables.joins:
+        yield slice(begin, begin := begin + len(join.fields))
 
 
 def _moment(text: str) -> datetime | str:

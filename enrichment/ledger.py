@@ -47,7 +47,8 @@ class TableLedger:
         self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=SETTINGS)
         self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=ID_SETTINGS)
         self._sql = {field.name: f"e.{quoted(field.column)}" for field in tables.own}
-        self._sql |= {field.name: f"c.{quoted(field.joined)}" for field in tables.joined}
+        for join in tables.joins:
+            self._sql |= {field.name: f"{join.alias}.{quoted(field.joined)}" for field in join.fields}
         self._id, self._key, time = (self._sql[field.name] for field in (tables.identity, tables.key, tables.time))
         self._us = MICROSECONDS.format(time)
         compared = tables.stream.compared(with_joined=with_content)
@@ -61,15 +62,8 @@ class TableLedger:
         required = [f"{self._sql[field.name]} IS NOT NULL" for field in tables.own if not field.type.optional]
         usable = " AND ".join(filter(None, [*required, tables.wanted("e")]))
         # Those that an event can be made of.
-        self._events = f"""FROM {tables.rows_of(tables.events)} AS e {self._join() if with_content else ""}
+        self._events = f"""FROM {tables.rows_of(tables.events)} AS e {tables.joined("e") if with_content else ""}
 WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {usable}"""
-
-    def _join(self) -> str:
-        tables = self._tables
-        if not (tables.on and tables.joined):
-            return ""
-        on = f"c.{quoted(tables.content_key)} = e.{quoted(tables.on.column)}"
-        return f"LEFT JOIN {tables.rows_of(tables.content)} AS c ON {on}"
 
     def _text(self, field: Field) -> str:
         if field.role is Role.TIME:  # here it is never infinite

@@ -24,7 +24,7 @@ MOST_LAYOUTS = 16
 """Parts of a table may have their columns in different orders; making a type takes some 0.5 ms."""
 
 _MAKE = f"""
-def _make(_decode, _contents):
+def _make(_decode, {{known}}):
     def _shortcut(_payload, _commit_lsn, _ordinal):
         try:
             _columns = _decode(_payload).columns
@@ -57,11 +57,11 @@ class Layout(NamedTuple):
 class Shortcuts:
     """Makes the shortcut for the layout of the last row that went the general way, in any table of its schema."""
 
-    def __init__(self, codec: Codec, contents: Mapping[int, Content]) -> None:
+    def __init__(self, codec: Codec, contents: Sequence[Mapping[Any, Content]]) -> None:
         self.current: Shortcut | None = None
         self._derives = codec.derives
         self._own = {field.column: field for field in codec.tables.own}
-        self._make = codec.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL, "_missing": codec.missing})
+        self._make = codec.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL})
         self._contents = contents
         self._tables: dict[str, list[str]] = {}
         self._made: dict[Layout, Shortcut | None] = {}
@@ -102,7 +102,7 @@ class Shortcuts:
             gc=False,
         )
         shortcut: Shortcut = self._wrapped(
-            self._make(msgspec.json.Decoder(message, float_hook=Decimal).decode, self._contents)
+            self._make(msgspec.json.Decoder(message, float_hook=Decimal).decode, *self._contents)
         )
         return shortcut
 

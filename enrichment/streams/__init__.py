@@ -1,1 +1,1 @@
-"""More than one stream in a slot."""
+"""What rows of the slot mean: the plan of one stream, and more than one stream in a slot."""

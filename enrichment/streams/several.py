@@ -90,11 +90,10 @@ class SeveralStreams:
         whole = True
         for name, stream in self._streams.items():
             contents, theirs = stream.changed(before)
-            changes += [change._replace(stream=name) for change in theirs]
-            if contents is not None:
-                untils.append(parse_lsn(contents.split()[1]))
-            elif stream.contents_name:
-                whole = False
+            changes += [change._replace(copy=f"{name}/{change.copy}" if change.copy else name) for change in theirs]
+            copy, *lsns = (contents or "").split()
+            whole = whole and copy == stream.contents_name
+            untils += map(parse_lsn, lsns[:1])
         until = format_lsn(max(untils, default=0))
         return ContentChanges(f"{self._contents_name} {until} {format_lsn(before)}" if whole else None, changes)
 

@@ -1,4 +1,4 @@
-"""The two tables as the catalog has them, with everything that holds their rows: a value that can be compared.
+"""The tables as the catalog has them, with everything that holds their rows: a value that can be compared.
 
 One statement reads it as JSON, so that looking once a second costs next to nothing. Row versions (xmin) are part of
 it: a change that was taken back before the next look is a change, too.
@@ -40,7 +40,7 @@ WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHER
 """
 
 SHAPE = """
--- Both tables and all their descendants (partitions, inheritance children, a hypertable's chunks), as JSON. Temporary
+-- The tables and all their descendants (partitions, inheritance children, a hypertable's chunks), as JSON. Temporary
 -- ones are another session's own. `type` is the one under a column's domains in the contract's words: narrower integers
 -- and other kinds of text do as well, and a reader sees enums as text.
 WITH RECURSIVE family AS (
@@ -87,8 +87,8 @@ WHERE t.relpersistence <> 't'
 
 def parameters(tables: Tables) -> dict[str, object]:
     """Those of `SHAPE`."""
-    names = {tables.events: tables.schema, **({tables.content: tables.content_schema} if tables.content else {})}
-    keyed = [tables.content, *([tables.events] if tables.stream.follows else [])]
+    names = {tables.events: tables.schema, **{join.table: join.schema for join in tables.joins}}
+    keyed = [*(join.table for join in tables.joins), *([tables.events] if tables.stream.follows else [])]
     return {"schemas": [*names.values()], "tables": [*names], "keyed": keyed}
 
 
@@ -97,7 +97,7 @@ KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 class Column(msgspec.Struct, frozen=True):
-    """A column of one of the two tables."""
+    """A column of one of the tables."""
 
     name: str
     declared: str
@@ -116,10 +116,10 @@ class Key(msgspec.Struct, frozen=True):
 
 
 class Relation(msgspec.Struct, frozen=True):
-    """One of the two tables, or a descendant of it."""
+    """One of the tables, or a descendant of it."""
 
     root: str
-    """Which of the two."""
+    """Which of them."""
     top: bool
     """It is the table itself."""
     oid: int

@@ -72,9 +72,10 @@ async def _findings(database: Database, tables: Tables) -> AsyncIterator[Finding
     [(text,)] = await database.rows(SHAPE, parameters(tables))
     shape = Shape.parse(text)
     for table in tables.needed:
-        name, purpose = tables.named_in_schema(table), CONTENT_PURPOSE if table == tables.content else EVENTS_PURPOSE
+        of_events = table == tables.events
+        name, purpose = tables.named_in_schema(table), EVENTS_PURPOSE if of_events else CONTENT_PURPOSE
         missing = fit.storage(tables, shape, table)
-        yield _finding(name, missing, "there" if table == tables.content else "there, and in the WAL")
+        yield _finding(name, missing, "there, and in the WAL" if of_events else "there")
         if shape.table(table) is None:
             continue
         yield _finding(name, fit.misfits(tables, shape, table), "has the columns it needs")
@@ -84,11 +85,11 @@ async def _findings(database: Database, tables: Tables) -> AsyncIterator[Finding
     if not tables.are_engagement and not any([*fit.problems(tables, shape, table)] for table in tables.needed):
         yield await _unique(database, tables)
         yield await _sample(database, tables)
-    content = tables.named_in_schema(tables.content)
-    if hidden := fit.hidden(tables, shape):
-        yield Finding(True, f"table {content}: {hidden.what}; it is looked up again for every event", hidden.cure)
-    elif shape.table(tables.content):
-        yield _finding(content, None, "the stream tells which content changed")
+    for join in {join.table: join for join in tables.joins}.values():
+        if hidden := fit.hidden(tables, shape, join.table):
+            yield Finding(True, f"table {join.name}: {hidden.what}; it is looked up again for every event", hidden.cure)
+        elif shape.table(join.table):
+            yield _finding(join.name, None, "the stream tells which content changed")
 
 
 async def _unique(database: Database, tables: Tables) -> Finding:

@@ -6,16 +6,18 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Final
 
 from annotated_types import MinLen
 from psycopg import sql
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.fields import BIGINT, Role, Stream, Type
+from replicator.contracts.fields import Field, Role, Stream
 from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
@@ -76,24 +78,65 @@ def _renamed(value: object, info: ValidationInfo) -> object:
 class EnrichmentSettings(Settings):
     """Options of the enrichment."""
 
-    stream: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_declared)] = Field(
+    stream: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_declared)] = Setting(
         (ENGAGEMENT,),
         min_length=1,
         description="module:NAME, a Stream that a Python module declares; several of them separated by commas",
     )
-    content_cache_size: int = Field(
+    content_cache_size: int = Setting(
         100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
         ge=1,
         le=100_000_000,
-        description="how many contents are kept in memory, 1 to 100000000; some 200 bytes each",
+        description="how many contents of each dimension are kept in memory, 1 to 100000000; some 200 bytes each",
     )
-    columns: Annotated[dict[str, dict[str, Annotated[str, MinLen(1)]]], BeforeValidator(_renamed)] = Field(
+    columns: Annotated[dict[str, dict[str, Annotated[str, MinLen(1)]]], BeforeValidator(_renamed)] = Setting(
         {}, description="names of renamed columns: device=dev, content.length_seconds=length, separated by commas"
     )
 
 
+@dataclass(frozen=True)
+class Join:
+    """A dimension, as an event finds its row."""
+
+    number: int
+    """Among those of the stream."""
+    schema: str
+    table: str
+    key: str
+    on: Field
+    """The event's field that has the key."""
+    fields: tuple[Field, ...]
+    """The event's fields that are columns of this table."""
+
+    @property
+    def name(self) -> str:
+        """`schema.table`."""
+        return f"{self.schema}.{self.table}"
+
+    @cached_property
+    def columns(self) -> dict[str, str]:
+        """Those that are read, with their types."""
+        return {self.key: self.on.type.postgres} | {field.joined: _source_type(field) for field in self.fields}
+
+    @property
+    def alias(self) -> str:
+        """In SQL."""
+        return f"c{self.number or ''}"
+
+    @cached_property
+    def integers(self) -> set[str]:
+        """The columns that are integers."""
+        found = {field.joined for field in self.fields if field.type.python is int}
+        return found | {self.key} if self.on.type.python is int else found
+
+    @cached_property
+    def missing(self) -> tuple[None, ...]:
+        """What an event takes over where there is no such row: a left join."""
+        return (None,) * len(self.fields)
+
+
 class Tables:
-    """A stream's tables: the one of its events, and the one that they are joined with, if there is one."""
+    """A stream's tables: the one of its events, and those that they are joined with."""
 
     def __init__(
         self, stream: Stream, renamed: Mapping[str, Mapping[str, str]] | None = None, *, of_several: bool = False
@@ -104,29 +147,42 @@ class Tables:
         """Whether the slot has other streams, too."""
         self.renamed = renamed or {}
         self.schema, _, self.events = stream.table.partition(".")
-        self.content_schema, _, self.content = (stream.dimension.table if stream.dimension else ".").partition(".")
         self.own = tuple(field for field in stream.fields if field.column)
         """The fields that are columns of the events' table."""
-        self.joined = tuple(field for field in stream.fields if field.joined)
-        """The fields that are columns of the other table, which an event finds by its field `on`."""
         self.identity, self.key, self.time = (stream.field(role) for role in Role)
-        self.content_key = stream.dimension.key if stream.dimension else ""
-        on = stream.dimension.on if stream.dimension else ""
-        self.on = next((field for field in self.own if field.name == on), None)
+        self.joins = tuple(self._joins())
         self.needed: Mapping[str, Mapping[str, str]] = {
-            **({self.content: self._content_columns()} if self.content else {}),
-            self.events: {field.column: field.type.declared or field.type.postgres for field in self.own},
+            **self._joined(),
+            self.events: {field.column: _source_type(field) for field in self.own},
         }
         """Table to column to type."""
 
-    def _content_columns(self) -> dict[str, str]:
-        joined = {field.joined: field.type.declared or field.type.postgres for field in self.joined}
-        return {self.content_key: self.content_type.postgres, **joined}
+    def _joins(self) -> Iterator[Join]:
+        stream = self.stream
+        for number, dimension in enumerate(stream.dimensions):
+            schema, _, table = dimension.table.partition(".")
+            on = next(field for field in self.own if field.name == dimension.on)
+            fields = tuple(field for field in stream.fields if stream.joins(field) == dimension)
+            yield Join(number, schema, table, dimension.key, on, fields)
 
-    @property
-    def content_type(self) -> Type:
-        """Of the key that events are joined by."""
-        return self.on.type if self.on else BIGINT
+    def _joined(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for join in self.joins:
+            found.setdefault(join.table, {}).update(join.columns)
+        return found
+
+    def joins_of(self, table: str | None) -> list[Join]:
+        """Those with this table."""
+        return [join for join in self.joins if join.table == table]
+
+    def joined(self, events: str) -> str:
+        """SQL that joins the rows of `events` with all of them."""
+        return "".join(
+            f" LEFT JOIN {self.rows_of(join.table)} AS {join.alias}"
+            f" ON {join.alias}.{quoted(join.key)} = {events}.{quoted(join.on.column)}"
+            for join in self.joins
+            if join.fields
+        )
 
     @property
     def identity_name(self) -> str:
@@ -153,7 +209,7 @@ class Tables:
 
     def named_in_schema(self, table: str) -> str:
         """`schema.table`."""
-        return f"{self.schema if table == self.events else self.content_schema}.{table}"
+        return next((join.name for join in self.joins_of(table)), self.stream.table)
 
     def named(self, table: str, column: str) -> str:
         """What a column is called in its table."""
@@ -172,6 +228,10 @@ class Tables:
         listed = (f"{quoted(self.named(table, column))} AS {quoted(column)}" for column in self.needed[table])
         hidden = "xmin, tableoid, " if table == self.events else ""  # content may be a view, which has none
         return f"(SELECT {hidden}{', '.join(listed)} FROM {source})"  # noqa: S608  quoted names
+
+
+def _source_type(field: Field) -> str:
+    return field.type.declared or field.type.postgres
 
 
 def quoted(name: str) -> str:

@@ -43,7 +43,7 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     if found is None or found.kind not in TABLE_KINDS:
         made = "; in a new database, psql -f sql/source_schema.sql" if tables.are_engagement else ""
         return Problem("does not exist", f"Rename it back, or move it back to schema {name.partition('.')[0]}{made}")
-    if table == tables.content:  # `hidden` says what it lacks
+    if table != tables.events:  # `hidden` says what it lacks
         return None
     if found.kind in KINDS:
         what = f"is {KINDS[found.kind]}, whose rows are not in the WAL"
@@ -116,20 +116,20 @@ def replaced(tables: Tables, before: Shape, now: Shape) -> bool:
     return bool(old and new) and old.isdisjoint(new)
 
 
-def hidden(tables: Tables, shape: Shape) -> Problem | None:
-    """Why the stream does not show every change of content; then it is looked up again for every event."""
-    found, key = shape.table(tables.content), tables.named(tables.content, tables.content_key)
-    if found is None:
+def hidden(tables: Tables, shape: Shape, table: str) -> Problem | None:
+    """Why the stream does not show every change of a dimension; then it is looked up again for every event."""
+    if (found := shape.table(table)) is None:
         return None
     if found.kind in KINDS:
         return Problem(f"is {KINDS[found.kind]}, so its changes are not in the stream", "An ordinary table is faster")
-    for part in shape.of(tables.content):
+    keys = {tables.named(table, join.key) for join in tables.joins_of(table)}
+    for part in shape.of(table):
         if not part.streamed:
             return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
-        if part.kind == "r" and not _tells(key, part):
+        if part.kind == "r" and not all(_tells(key, part) for key in keys):
             what = f"has a replica identity that does not tell which content was changed or deleted ({part})"
-            cure = "DEFAULT" if any(key in (index.columns or ()) for index in part.keys if index.primary) else "FULL"
-            return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {cure} is faster")
+            primary = any(keys <= {*(index.columns or ())} for index in part.keys if index.primary)
+            return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {'DEFAULT' if primary else 'FULL'} is faster")
     return None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import structs
@@ -19,7 +19,7 @@ from msgspec import structs
 from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import LOCKS, NOW, SHAPE, Column, Relation, Shape, parameters
-from enrichment.tables.declared import Tables
+from enrichment.tables.declared import Join, Tables
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Id, Lsn, Row
 from replicator.contracts.settings import variable
@@ -60,7 +60,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     reshaped: Lsn = 0
     """Up to there the events' columns may have been others."""
     content_until: Lsn | None = None
-    """Up to there the content table may have been another one; None: as `until`."""
+    """Up to there a dimension may have been another table; None: as `until`."""
+    content_untils: dict[str, Lsn] = {}
+    """The same of each of several, by table."""
+
+    def until_of(self, table: str) -> Lsn:
+        """Up to there this dimension may have been another table."""
+        until = self.until if self.content_until is None else self.content_until
+        return self.content_untils.get(table, until)
 
 
 class Guard:
@@ -75,16 +82,16 @@ class Guard:
         """Up to there the tables may have been different."""
         self.reshaped: Lsn = 0
         """Up to there columns of the events may have been: what a name meant then is another column's now."""
-        self.content_until: Lsn = 0
-        """Up to there the content table may have been another one, or had other columns."""
+        self.content_untils: dict[str, Lsn] = {}
+        """By dimension: up to there it may have been another table, or had other columns."""
         self.record: Record | None = None
         """What the next look compares with."""
         self._database = database
         self._tables = tables
         self._looked = (SHAPE, parameters(tables))
         self._text = ""
-        schemas = {tables.events: tables.schema, tables.content: tables.content_schema}
-        self._names: dict[Name, str] = {(schema, table): table for table, schema in schemas.items() if table}
+        schemas = {tables.events: tables.schema} | {join.table: join.schema for join in tables.joins}
+        self._names: dict[Name, str] = {(schema, table): table for table, schema in schemas.items()}
         self._former: dict[Name, str] = {}
         self._seen = Now(0, 0.0, 0)
         self._waiting: tuple[Now, set[str]] | None = None  # a position, and the transactions that it waits for
@@ -97,7 +104,7 @@ class Guard:
         return list({**self._names, **self._former})
 
     def names(self, root: str) -> list[Name]:
-        """The present names of one of the two tables and of its parts."""
+        """The present names of one of the tables and of its parts."""
         return [name for name, its in self._names.items() if its == root]
 
     async def look(self, record: Record | None, after: Lsn) -> Record | None:
@@ -116,20 +123,26 @@ class Guard:
             self._former = {**_names(self._tables, record.shape), **_parsed(record.former)}
             self.until = Now(*now).lsn
             reshaped = self.until if _reshaped(self._tables, record.shape, shape) else record.reshaped
-            same = contents(self._tables, record.shape) == contents(self._tables, shape)
-            content_until = _content_until(record) if same else self.until
+            content_untils = {join.table: self._until_of(join, record, shape) for join in self._tables.joins}
             # A part that is here now may be gone before the next record, and leave no other trace.
             former = _packed({**self._former, **self._names})
             record = structs.replace(
-                record, former=former, until=self.until, reshaped=reshaped, content_until=content_until
+                record, former=former, until=self.until, reshaped=reshaped, **_untils(content_untils)
             )
         self.highest_id = record.highest_id if record else None
         self.reshaped = record.reshaped if record else 0
-        self.content_until = _content_until(record)
+        self.content_untils = {join.table: record.until_of(join.table) if record else 0 for join in self._tables.joins}
         self._seen, self._waiting, self.record = Now(*now), None, record
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
         return record if changed else None
+
+    def _until_of(self, join: Join, record: Record, shape: Shape) -> Lsn:
+        same = all(
+            contents(self._tables, record.shape, one) == contents(self._tables, shape, one)
+            for one in self._tables.joins_of(join.table)
+        )
+        return record.until_of(join.table) if same else self.until
 
     async def verify(self) -> Lsn:
         """The position up to which the tables were seen to be as at the last `look`.
@@ -178,7 +191,7 @@ class Guard:
             former=_packed(self._former),
             until=self.until,
             reshaped=self.reshaped,
-            content_until=self.content_until,
+            **_untils(self.content_untils),
         )
         return self.record
 
@@ -194,7 +207,7 @@ class Guard:
             self._truncated[row.schema, row.table] = row.commit_lsn
 
     def root(self, row: Row) -> str | None:
-        """Which of the two tables a row belongs to; empty: to one of them until an earlier commit, None: to neither."""
+        """Which of the tables a row belongs to; empty: to one of them until an earlier commit, None: to none."""
         name = (row.schema, row.table)
         if root := self._names.get(name):
             return root
@@ -202,16 +215,16 @@ class Guard:
         return former if former is None or row.commit_lsn <= self.until else ""
 
 
-def contents(tables: Tables, shape: Shape) -> str:
-    """Names the content table as it is, with its parts and the columns that we read: another one has another name."""
-    columns = [tables.named(tables.content, column) for column in tables.needed[tables.content]]
-    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(tables.content)])).hexdigest()[:24]
+def contents(tables: Tables, shape: Shape, join: Join) -> str:
+    """Names a dimension as it is, with its parts and the columns that we read: another one has another name."""
+    columns = [tables.named(join.table, column) for column in join.columns]
+    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(join.table)])).hexdigest()[:24]
 
 
-def _content_until(record: Record | None) -> Lsn:
-    if record is None:
-        return 0
-    return record.until if record.content_until is None else record.content_until
+def _untils(content_untils: Mapping[str, Lsn]) -> dict[str, Any]:
+    """As a record has them; an older release reads the latest."""
+    several = dict(content_untils) if len(content_untils) > 1 else {}
+    return {"content_until": max(content_untils.values(), default=0), "content_untils": several}
 
 
 def exchanged(old: Relation, new: Relation) -> list[str]:
@@ -240,8 +253,8 @@ def swaps(tables: Tables, before: Shape, now: Shape) -> Iterator[str]:
 
 
 def _names(tables: Tables, shape: Shape) -> dict[Name, str]:
-    """Of everything whose rows the stream should show; those of content only if it shows all of its changes."""
-    shown = (tables.events,) if fit.hidden(tables, shape) else (tables.events, tables.content)
+    """Of everything whose rows the stream should show; those of a dimension only if it shows all of its changes."""
+    shown = {table for table in tables.needed if table == tables.events or not fit.hidden(tables, shape, table)}
     newest_first = sorted(shape.relations, key=lambda relation: -relation.oid)
     return {(found.schema, found.name): found.root for found in newest_first if found.root in shown}
 

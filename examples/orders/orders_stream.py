@@ -15,7 +15,7 @@ def vat(total: Decimal, percent: Decimal) -> Decimal:
 STREAM = Stream(
     "orders",
     table="shop.orders",
-    dimension=Dimension("shop.customers", key="customer_id"),
+    dimensions=(Dimension("shop.customers", key="customer_id"),),
     updates="upsert",
     deletes="delete",
     fields=(

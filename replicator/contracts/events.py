@@ -248,8 +248,8 @@ class ContentChange(NamedTuple):
     """None: of every content."""
     content: str | None
     """In the enricher's own form; None: it is gone."""
-    stream: str = ""
-    """Whose contents they are, where a slot has several streams."""
+    copy: str = ""
+    """Which copy has it, where a slot has several: each stream has its own, and each of several dimensions."""
 
 
 class SinkPosition(msgspec.Struct, frozen=True, kw_only=True):

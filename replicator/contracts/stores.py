@@ -94,8 +94,8 @@ class TaskProgress(Protocol):
 class Contents(Protocol):
     """A copy of the source's contents, as of the slot's checkpoint; what it is a copy of is in the checkpoint.
 
-    An event that is read again, after any time, gets its content from here: the source has only today's. Of several
-    streams in a slot each has a copy: its `slot` is called `slot/stream` here.
+    An event that is read again, after any time, gets its content from here: the source has only today's. A slot
+    with several streams, or dimensions, has several copies: their `slot` is called `slot/name` here.
     """
 
     def clear_contents(self, slot: str) -> None:

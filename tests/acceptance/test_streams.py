@@ -351,7 +351,7 @@ GRANT SELECT ON places, visits TO replicator;
 """
 VISITS = """
 from replicator import *
-STREAM = Stream("visits", "public.visits", dimension=Dimension("public.places", key="place_id"), fields=(
+STREAM = Stream("visits", "public.visits", dimensions=(Dimension("public.places", key="place_id"),), fields=(
     Field("id", BIGINT, role=Role.IDENTITY), Field("who", TEXT, role=Role.KEY),
     Field("at", TIMESTAMPTZ, role=Role.TIME),
     Field("place_id", UUID.nullable()), Field("was", TEXT.nullable()), Field("name", TEXT.nullable(), joined="name")))

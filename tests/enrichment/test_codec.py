@@ -73,7 +73,7 @@ def test_the_event_byte_for_byte() -> None:
 
 def test_nulls_and_a_missing_content() -> None:
     """A left join: what is not there is null, and everything that would be computed from it."""
-    fields = _fields(_event(CODEC.missing, duration_ms=None, device=None))
+    fields = _fields(_event(EVENT_TABLES.joins[0].missing, duration_ms=None, device=None))
     assert list(fields.values())[5:] == [None] * 6
     assert len(fields) == 11
 

@@ -38,10 +38,10 @@ class Source:
         """As `enrichment.database.Database`."""
         if self.away:
             raise SourceUnavailable(detail="away")
-        if query == preload(EVENT_TABLES):
+        if query == preload(EVENT_TABLES, *EVENT_TABLES.joins):
             ids = sorted((number for number in self.today if number <= parameters["highest"]), reverse=True)
             return [(number, *self.today[number]) for number in ids[: parameters["count"]]]
-        assert query == look_up(EVENT_TABLES)
+        assert query == look_up(EVENT_TABLES, *EVENT_TABLES.joins)
         self.looked_up += parameters["ids"]
         return [(number, *self.today[number]) for number in parameters["ids"] if number in self.today]
 
@@ -125,7 +125,7 @@ def found(event: Event) -> tuple[str | None, int | None]:
 def enricher(source: Source, size: int) -> StreamEnricher:
     """A new process on that database."""
     made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}))
-    made._contents._database = made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
+    made._contents[0]._database = made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made
 
 
@@ -206,7 +206,7 @@ async def test_without_a_copy_the_contents_of_today_are_copied(store: SqlCheckpo
     made = enricher(source, 2)
     await made.open(store, stored(store))
     assert made.changed(FIRST).contents not in (None, "another table")
-    assert [7, 8] == list(made._contents.known)  # noqa: SLF001
+    assert [7, 8] == list(made._contents[0].known)  # noqa: SLF001
     assert set(IDS) == set(store.newest_contents("s", 2**63 - 1, 100))
     await save(store, made, FIRST)
     source.today = {}
@@ -244,7 +244,7 @@ async def test_an_id_that_is_there_twice_does_not_end_the_copy(
 
     made = enricher(Twice({number: ("video", number) for number in IDS}), 100)
     await made.open(store, stored(store))
-    assert {*IDS} == set(store.newest_contents("s", 2**63 - 1, 100)) == set(made._contents.known)  # noqa: SLF001
+    assert {*IDS} == set(store.newest_contents("s", 2**63 - 1, 100)) == set(made._contents[0].known)  # noqa: SLF001
 
 
 async def test_too_many_changes_are_told_and_copied_anew(
@@ -289,7 +289,7 @@ async def test_a_copy_of_this_table_needs_every_change_after_it(store: SqlCheckp
     await first.open(store, stored(store))
     await save(store, first, FIRST)
     made = enricher(Source({}), size)
-    made._guard.content_until = FIRST + 1000  # noqa: SLF001
+    made._guard.content_untils = {"content": FIRST + 1000}  # noqa: SLF001
     await made.open(store, stored(store))
     rows = [change("I", 7, ("film", 7)), insert(content_id=7), change("U", 1, ("film", 1), identity=1)]
     assert [("film", 7), ("film", 1), ("video", 2)] == await enriched(
@@ -303,7 +303,7 @@ async def test_changes_of_a_former_table_are_not_this_ones(store: SqlCheckpointS
     source = Source({1: ("video", 1), 2: ("video", 2)})
     for _ in range(2):
         made = enricher(source, size)
-        made._guard.content_until = FIRST + 1000  # noqa: SLF001
+        made._guard.content_untils = {"content": FIRST + 1000}  # noqa: SLF001
         await made.open(store, stored(store))
         await save(store, made, FIRST)
     rows = [change("U", 1, ("former", 9), identity=1), insert(content_id=1), change("D", identity=2)]

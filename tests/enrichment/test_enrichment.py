@@ -24,7 +24,7 @@ from replicator.contracts.events import Column, DeadLetter, Event, Finding, Posi
 from replicator.contracts.settings import load
 from replicator.source import wal2json
 from tests.support.pgbouncer import pgbouncer
-from tests.support.rows import CODEC
+from tests.support.rows import EVENT_TABLES
 
 EXPECTED = (Path(__file__).parents[1] / "support/expected.sql").read_text(encoding="utf-8")
 SLOT = "enrichment_test"
@@ -344,7 +344,7 @@ async def _counting(dsn: str, size: int) -> tuple[StreamEnricher, CountingDataba
     enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
     database = CountingDatabase(dsn)
     enricher._database = database  # noqa: SLF001  the only way to count what goes over the wire
-    enricher._contents = Contents(database, size, CODEC)  # noqa: SLF001
+    enricher._contents[0]._database = database  # noqa: SLF001
     await enricher.open()
     database.queries.clear()
     return enricher, database
@@ -375,7 +375,7 @@ async def test_the_cache_is_bounded_between_calls(database: str, stream: Stream)
             stream.insert_event(content_id)
         events = (await enricher.enrich(stream.rows())).events
         assert [("video", n) for n in range(100, 150)] == _contents(events)
-        assert len(enricher._contents.known) == 10  # noqa: SLF001
+        assert len(enricher._contents[0].known) == 10  # noqa: SLF001
     assert [len(query["ids"]) for query in counted.queries] == [40, 40]
     await enricher.close()
 
@@ -399,12 +399,12 @@ async def test_preload_takes_the_newest_up_to_the_bound(database: str, stream: S
     stream.run("TRUNCATE content")
     stream.run("INSERT INTO content SELECT n, 'video', n FROM generate_series(1, %s) n", PRELOAD_PAGE + 30)
     stream.run("INSERT INTO content VALUES (-9223372036854775808, 'least', 1), (9223372036854775807, 'most', 1)")
-    contents = Contents(Database(database), PRELOAD_PAGE + 20, CODEC)
+    contents = Contents(Database(database), PRELOAD_PAGE + 20, EVENT_TABLES, *EVENT_TABLES.joins)
     await contents.preload()
     known = list(contents.known)
     assert [*range(12, PRELOAD_PAGE + 31), 2**63 - 1] == known
     await contents._database.close()  # noqa: SLF001
-    contents = Contents(Database(database), 10 * PRELOAD_PAGE, CODEC)
+    contents = Contents(Database(database), 10 * PRELOAD_PAGE, EVENT_TABLES, *EVENT_TABLES.joins)
     await contents.preload()
     assert list(contents.known)[:2] == [-(2**63), 1]
     assert len(contents.known) == PRELOAD_PAGE + 32
@@ -522,13 +522,13 @@ async def test_a_content_change_without_its_key(enricher: StreamEnricher) -> Non
     made = await enricher.enrich([row])
     reason = "public.content has no content_id, a 64-bit integer, in the row's identity"
     assert [reason] == [letter.reason for letter in made.refused]
-    assert enricher._contents.known == {}  # noqa: SLF001
+    assert enricher._contents[0].known == {}  # noqa: SLF001
 
 
 def test_a_content_row_of_the_wrong_type_is_looked_up() -> None:
     """Its own words are not believed; the database says what it is."""
     columns = [Column("content_id", 1), Column("content_type", "video"), Column("length_seconds", "five minutes")]
-    [change] = changes(CODEC, Row("I", "public", "content", columns), part=False)
+    [change] = changes(EVENT_TABLES.joins[0], Row("I", "public", "content", columns), part=False)
     assert change == (1, None)
 
 

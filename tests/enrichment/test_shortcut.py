@@ -166,8 +166,8 @@ async def test_any_rows(batch: list[Row]) -> None:
     made = await taught(*batch)
     for row, payload in zip(batch, payloads, strict=True):
         if shortcut := made.shortcut():
-            made._contents.known.clear()  # noqa: SLF001  of what the batch has made of it
-            made._contents.known[1] = ("video", 300)  # noqa: SLF001
+            made._contents[0].known.clear()  # noqa: SLF001  of what the batch has made of it
+            made._contents[0].known[1] = ("video", 300)  # noqa: SLF001
             assert_agrees(shortcut, payload)
         await made.enrich([row])
 
@@ -281,7 +281,7 @@ async def test_no_content_is_kept_no_shortcut() -> None:
     """Contents that the stream does not show in full are looked up for every event."""
     made = await taught()
     assert made.shortcut()
-    made._keeps_contents = False  # noqa: SLF001
+    made._contents[0].shown = False  # noqa: SLF001
     assert made.shortcut() is None
 
 
@@ -343,7 +343,7 @@ class Catalog:
 async def stream(stretches: Sequence[Sequence[bytes]], *, quick: bool) -> tuple[list[list[Any]], int]:
     """What becomes of each stretch, and how many events took the shortcut."""
     made, decoder = enricher(), StreamDecoder()
-    made._contents._database = Catalog()  # type: ignore[assignment]  # noqa: SLF001  no server needed
+    made._contents[0]._database = Catalog()  # type: ignore[assignment]  # noqa: SLF001  no server needed
     decoder.feed(BEGIN)
     became: list[list[Any]] = []
     took = 0
@@ -355,7 +355,7 @@ async def stream(stretches: Sequence[Sequence[bytes]], *, quick: bool) -> tuple[
         assert len(stretch) == len(chunk.events) + len(chunk.rows)
         took += len(chunk.events)
         became.append([chunk.mark, *await made.enrich(chunk.rows, chunk.events), dict(made.ignored)])
-        became[-1].append(dict(made._contents.known))  # noqa: SLF001
+        became[-1].append(dict(made._contents[0].known))  # noqa: SLF001
     return became, took
 
 

@@ -75,5 +75,5 @@ class Database:
 def enricher() -> StreamEnricher:
     """On a database of one content."""
     made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": 100}))
-    made._contents._database = Database()  # type: ignore[assignment]  # noqa: SLF001  no server needed
+    made._contents[0]._database = Database()  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made

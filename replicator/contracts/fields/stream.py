@@ -18,6 +18,9 @@ from replicator.contracts.fields.types import BIGINT, TEXT, TIMESTAMPTZ, UUID, T
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _TABLE = re.compile(r"([a-z_][a-z0-9_]*)\.([a-z_][a-z0-9_]*)")
 
+MOST_DIMENSIONS = 4
+"""The name of their copies has room for so many."""
+
 NAMES = {BIGINT.postgres, UUID.postgres, TEXT.postgres}
 """By PostgreSQL's type: what an identity, and a key, may be."""
 
@@ -44,13 +47,29 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Dimension:
+    """A table of which an event takes over columns: those of the row whose `key` is the event's field `on`."""
+
+    table: str
+    key: str
+    on: str = ""
+    """Empty: the field has the key's name."""
+
+    def __post_init__(self) -> None:
+        if not self.on:
+            object.__setattr__(self, "on", self.key)
+
+
+@dataclass(frozen=True)
 class Field:
-    """One field of the event: a `column` of the table (its own name by default), of the `joined` one, or `derived`."""
+    """One field of the event: a `column` of the table (its own name by default), of a `joined` one, or `derived`."""
 
     name: str
     type: Type
     column: str = ""
     joined: str = ""
+    of: Dimension | None = None
+    """Which dimension the joined column is of; where there is one alone, it need not be said."""
     derived: Derived | None = None
     role: Role | None = None
 
@@ -67,20 +86,6 @@ class Where:
     values: tuple[str | int | bool, ...]
 
 
-@dataclass(frozen=True)
-class Dimension:
-    """A table of which an event takes over columns: those of the row whose `key` is the event's field `on`."""
-
-    table: str
-    key: str
-    on: str = ""
-    """Empty: the field has the key's name."""
-
-    def __post_init__(self) -> None:
-        if not self.on:
-            object.__setattr__(self, "on", self.key)
-
-
 class StreamUnusable(ValueError):
     """A declaration that can't be used. The text says what is wrong with it, in one line."""
 
@@ -94,7 +99,8 @@ class Stream:
     table: str
     """`schema.table`."""
     fields: tuple[Field, ...]
-    dimension: Dimension | None = None
+    dimensions: tuple[Dimension, ...] = ()
+    """At most four. A table may be two of them, joined on different fields."""
     updates: Literal["ignore", "upsert"] = "ignore"
     deletes: Literal["ignore", "delete"] = "ignore"
     """What an update and a delete of a row mean; ignored ones are counted."""
@@ -129,6 +135,11 @@ class Stream:
         """Whether rows that change are followed; else a row counts when it is inserted, and never again."""
         return self.updates == "upsert" or self.deletes == "delete"
 
+    def joins(self, field: Field) -> Dimension | None:
+        """The dimension of a joined field; None: it is not joined, or does not say of which."""
+        alone = self.dimensions[0] if len(self.dimensions) == 1 else None
+        return (field.of or alone) if field.joined else None
+
     def field(self, role: Role) -> Field:
         """The field of that role."""
         return next(field for field in self.fields if field.role is role)
@@ -150,6 +161,7 @@ def _problems(stream: Stream) -> Iterator[str]:
             yield f"{count or 'no'} fields have the role {role.name}; exactly one has to"
     yield from _problems_of_roles(stream)
     yield from _problems_of_sources(stream)
+    yield from _problems_of_dimensions(stream)
     yield from _problems_of_where(stream)
 
 
@@ -157,12 +169,10 @@ def _problems_of_names(stream: Stream) -> Iterator[str]:
     for name in filter(None, (stream.name, stream.destination, stream.noun)):
         if not _NAME.fullmatch(name):
             yield f"{name!r} is no name; it takes up to 41 lower-case letters, digits and underscores"
-    tables = [stream.table, *([stream.dimension.table] if stream.dimension else [])]
+    tables = dict.fromkeys([stream.table, *(dimension.table for dimension in stream.dimensions)])
     for table in tables:
         if not _TABLE.fullmatch(table):
             yield f"{table!r} is no table; it takes schema.table, in lower case"
-    if len({table.partition(".")[2] for table in tables}) < len(tables):
-        yield "its table and its dimension have the same name"
     for name, count in Counter(field.name for field in stream.fields).items():
         if count > 1:
             yield f"{count} fields have the name {name}"
@@ -187,21 +197,65 @@ def _problems_of_sources(stream: Stream) -> Iterator[str]:
     for field in stream.fields:
         if sum(map(bool, (field.column, field.joined, field.derived))) > 1:
             yield f"the field {field.name} has more than one source; it is a column, joined or derived"
-        if field.joined and not stream.dimension:
-            yield f"the field {field.name} is joined, and there is no dimension"
         if field.joined and not field.type.optional:
             yield f"the field {field.name} is joined, so it has to be nullable: there may be no such row"
         for name in field.derived.of if field.derived else ():
             if name not in plain:
                 yield f"the field {field.name} is derived from {name}, which is no column's field"
-    for kind in ("column", "joined"):
-        columns = Counter(getattr(field, kind) for field in stream.fields if getattr(field, kind))
-        yield from (f"{count} fields are the column {name}" for name, count in columns.items() if count > 1)
-    if stream.dimension:
-        joins = plain.get(stream.dimension.on)
-        if joins is None or not joins.column or joins.type.postgres not in {BIGINT.postgres, UUID.postgres}:
+    columns = Counter(field.column for field in stream.fields if field.column)
+    yield from (f"{count} fields are the column {name}" for name, count in columns.items() if count > 1)
+
+
+def _problems_of_dimensions(stream: Stream) -> Iterator[str]:
+    dimensions = stream.dimensions
+    if len(dimensions) > MOST_DIMENSIONS:
+        yield f"it has {len(dimensions)} dimensions; {MOST_DIMENSIONS} are the most"
+    tables = {stream.table, *(dimension.table for dimension in dimensions)}
+    names = Counter(table.partition(".")[2] for table in tables)
+    yield from (f"{count} of its tables have the name {name}" for name, count in names.items() if count > 1)
+    if any(dimension.table == stream.table for dimension in dimensions):
+        yield f"{stream.table} can't be its own dimension"
+    for (table, on), count in Counter((dimension.table, dimension.on) for dimension in dimensions).items():
+        if count > 1:
+            yield f"{table} is joined on {on} {count} times"
+    own = {field.name: field.type.postgres for field in stream.fields if field.column}
+    for dimension in dimensions:
+        if own.get(dimension.on) not in {BIGINT.postgres, UUID.postgres}:
             what = "which is no column's field of type BIGINT or UUID"
-            yield f"{stream.dimension.table} is joined on {stream.dimension.on}, {what}"
+            yield f"{dimension.table} is joined on {dimension.on}, {what}"
+    yield from _problems_of_joined(stream)
+
+
+def _problems_of_joined(stream: Stream) -> Iterator[str]:
+    joined = [(field, stream.joins(field)) for field in stream.fields if field.joined]
+    for field, dimension in joined:
+        if not stream.dimensions:
+            yield f"the field {field.name} is joined, and there is no dimension"
+        elif dimension is None:
+            yield f"the field {field.name} is joined, and does not say of which dimension (of=…)"
+        elif dimension not in stream.dimensions:
+            yield f"the field {field.name} is of {dimension.table}, which is not among the dimensions"
+    yield from (
+        f"the field {field.name} is of a dimension, and not joined"
+        for field in stream.fields
+        if field.of and not field.joined
+    )
+    for (_, name), count in Counter((dimension, field.joined) for field, dimension in joined).items():
+        if count > 1:
+            yield f"{count} fields are the column {name}"
+    yield from _problems_of_joined_types(stream)
+
+
+def _problems_of_joined_types(stream: Stream) -> Iterator[str]:
+    """A column has one type, in whichever dimensions it is."""
+    types = {field.name: field.type for field in stream.fields}
+    columns = [(dimension, dimension.key, types[dimension.on]) for dimension in stream.dimensions]
+    columns += [(of, field.joined, field.type) for field in stream.fields if (of := stream.joins(field))]
+    found: dict[tuple[str, str], str] = {}
+    for dimension, name, kind in columns:
+        source = kind.declared or kind.postgres
+        if found.setdefault((dimension.table, name), source) != source:
+            yield f"the column {name} of {dimension.table} has two types"
 
 
 def _problems_of_where(stream: Stream) -> Iterator[str]:

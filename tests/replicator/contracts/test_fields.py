@@ -41,7 +41,7 @@ WRONG: dict[str, Callable[[], Stream]] = {
     ),
     "the field name is joined, and there is no dimension": with_(Field("name", TEXT.nullable(), joined="name")),
     "the field name is joined, so it has to be nullable": lambda: replace(
-        GOOD, dimension=CUSTOMERS, fields=(*GOOD.fields, Field("name", TEXT, joined="name"))
+        GOOD, dimensions=(CUSTOMERS,), fields=(*GOOD.fields, Field("name", TEXT, joined="name"))
     ),
     "the field vat is derived from net, which is no column's field": with_(
         Field("vat", numeric(12, 2), derived=Derived(max, of=("net",)))
@@ -49,7 +49,7 @@ WRONG: dict[str, Callable[[], Stream]] = {
     "the field both has more than one source": with_(Field("both", BIGINT, column="a", joined="b")),
     "2 fields are the column total": with_(Field("again", BIGINT, column="total")),
     "shop.customers is joined on total, which is no column's field of type BIGINT or UUID": lambda: replace(
-        GOOD, dimension=Dimension("shop.customers", key="customer_id", on="total")
+        GOOD, dimensions=(Dimension("shop.customers", key="customer_id", on="total"),)
     ),
     "its condition is on total, which has to be a column's field: a text, an integer or a boolean": lambda: replace(
         GOOD, where=Where("total", (1,))
@@ -57,8 +57,8 @@ WRONG: dict[str, Callable[[], Stream]] = {
     "its condition on customer_id has values that are not a 64-bit integer, or none": lambda: replace(
         GOOD, where=Where("customer_id", ("one",))
     ),
-    "its table and its dimension have the same name": lambda: replace(
-        GOOD, dimension=Dimension("crm.orders", key="customer_id")
+    "2 of its tables have the name orders": lambda: replace(
+        GOOD, dimensions=(Dimension("crm.orders", key="customer_id"),)
     ),
 }
 
