@@ -361,7 +361,13 @@ def test_api_takes_arrays_and_single_events(api: Api, http: httpx.Client) -> Non
     assert api.stats().events == 4
 
 
-@pytest.mark.parametrize("body", [b"", b"nope", b"[1]", b'[{"event_id": "1"}]', b'{"id": 1}', b'{"event_id": 1} x'])
+def test_api_takes_events_of_any_stream(api: Api, http: httpx.Client) -> None:
+    """Their identity has a name of its own."""
+    assert http.post(api.url, content=b'{"order_id": "a"}').status_code == 200
+    assert api.events() == [{"order_id": "a"}]
+
+
+@pytest.mark.parametrize("body", [b"", b"nope", b"[1]", b'[{"event_id": "1"}]', b'{"event_id": 1} x'])
 def test_api_refuses_what_is_no_event(api: Api, http: httpx.Client, body: bytes) -> None:
     """400, and nothing taken."""
     assert http.post(api.url, content=body).status_code == 400
