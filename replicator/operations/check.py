@@ -26,6 +26,9 @@ from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning, pauses, recall
 
+CHECK_SECONDS = 120.0
+"""Ours have time-outs of their own. One of another package may wait without end."""
+
 log = logging.getLogger(__name__)
 
 
@@ -86,10 +89,19 @@ async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> Async
 async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:
     """What it finds. A sink of another package may raise anything: the others are looked at all the same."""
     try:
-        return [*await check()]  # it may return anything, too
+        async with asyncio.timeout(CHECK_SECONDS) as clock:
+            return [*await check()]  # it may return anything, too
     except ReplicatorError as exc:
         return [Finding(False, exc.problem, exc.cure)]
     except Exception as exc:
+        if clock.expired():
+            return [
+                Finding(
+                    False,
+                    f"{name}: its check has not ended within {CHECK_SECONDS:.0f} s",
+                    "Look whether it answers at all",
+                )
+            ]
         log.debug("the check of %s failed", name, exc_info=True)
         problem = f"{name}: its check failed in an unexpected way ({type(exc).__name__})"
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it")]

@@ -22,6 +22,7 @@ from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.reconcile.compare import Comparison
 from replicator.reconcile.recheck import Underway, Verdict, recheck, unseen, wrong_counts
 from replicator.reconcile.report import ReconcileReport, SinkReport
+from sinks import BUILT_IN
 
 PAGE_ROWS = 5_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -136,7 +137,7 @@ class Reconcile:
             report.add("counts_too_low", low)
             report.add("counts_too_high", [one for one in wrong if one.found > one.most])
             report.left.add(low)
-        if report.has("counts_too_low") and isinstance(sink, Rebuildable):
+        if report.has("counts_too_low") and isinstance(sink, Rebuildable) and sink.name in BUILT_IN:
             rebuild = f"rebuild-{sink.name}"
             report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
             if not report.has("not_counted"):

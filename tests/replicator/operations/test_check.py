@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -35,6 +36,15 @@ class Breaking(MemorySink):
         raise OSError("s3cret")
 
 
+class Hanging(MemorySink):
+    """Another one, which waits without end."""
+
+    async def check(self) -> list[Finding]:
+        """Never return."""
+        await asyncio.Event().wait()
+        return []
+
+
 class Silent(MemorySink):
     """Another one: its check ends without a `return`."""
 
@@ -65,6 +75,14 @@ async def found(
     kept = {f"paused: {name}": "{}" for name in paused}
     store: Any = SimpleNamespace(files=list, load_progress=lambda _, task: kept.get(task))
     return [finding async for finding in check.findings(core, cast("Any", None), sinks, store)]
+
+
+async def test_a_check_that_does_not_end_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a finding, too."""
+    monkeypatch.setattr(check, "CHECK_SECONDS", 0.01)
+    _, hanging, well, *_ = await found(monkeypatch, None, Hanging(name="lines"), MemorySink(name="redis"))
+    assert (False, "sink lines: its check has not ended within 0 s") == hanging[:2]
+    assert well.ok
 
 
 async def test_a_check_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
