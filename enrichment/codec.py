@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import structs
 
-from enrichment.tables.declared import Join, Tables
-from replicator.contracts.events import Column, DeadLetter, Event, Position, Row, RowChange, decode_row
+from enrichment.tables.declared import Join, Tables, unpadded
+from replicator.contracts.events import Column, DeadLetter, Event, Id, Position, Row, RowChange, decode_row
 from replicator.contracts.fields import INT64_MAX, Derived, Field
 
 Draft: TypeAlias = Sequence[Any]
@@ -27,6 +28,8 @@ Python's years, as text. Plain: it costs a third of anything with names."""
 
 Content: TypeAlias = tuple[Any, ...]
 """The values of a dimension's columns: what an event takes over from its content there."""
+
+NONE: Mapping[Position, Id] = MappingProxyType({})
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -192,7 +195,7 @@ class Codec:
         """Where a draft has its identity, its key, what the content of each dimension is found by, and its time."""
         names = [field.name for field in own]
         self._draft_where = 2 + names.index(stream.where.field) if stream.where else None
-        self._values = frozenset(stream.where.values) if stream.where else frozenset()
+        self._values = frozenset(map(unpadded, stream.where.values)) if stream.where else frozenset()
         self._integers = {field.column for field in own if field.type.python is int}
         kept = [field.column for field in own]
         for join in tables.joins:
@@ -283,7 +286,7 @@ class Codec:
 
     def takes(self, draft: Draft) -> bool:
         """Whether the stream takes this row."""
-        return self._draft_where is None or draft[self._draft_where] in self._values
+        return self._draft_where is None or unpadded(draft[self._draft_where]) in self._values
 
     def _shown(self, field: Field) -> str:
         return field.name if field is self.tables.time else field.type.shown.format(field.name)
@@ -333,9 +336,13 @@ class Codec:
         return sorted((column for column in columns if column.name in kept), key=lambda column: kept.index(column.name))
 
     def build(
-        self, drafts: Sequence[Draft], contents: Sequence[Mapping[Any, Content]], events: list[Event]
+        self,
+        drafts: Sequence[Draft],
+        contents: Sequence[Mapping[Any, Content]],
+        events: list[Event],
+        was: Mapping[Position, Id] = NONE,
     ) -> list[DeadLetter]:
-        """As `build_events`; what no event can be made of."""
+        """As `build_events`; what no event can be made of. `was`: former identities, by the rows' positions."""
         if not self.derives:
             self.build_events(drafts, *contents, events)
             return []
@@ -344,16 +351,17 @@ class Codec:
             try:
                 self.build_events([draft], *contents, events)
             except DerivedUnusable as exc:
-                refused.append(self._refused(draft, str(exc)))
+                refused.append(self._refused(draft, str(exc), was))
         return refused
 
-    def _refused(self, draft: Draft, reason: str) -> DeadLetter:
+    def _refused(self, draft: Draft, reason: str, was: Mapping[Position, Id]) -> DeadLetter:
         commit_lsn, ordinal, *values = draft
         texts = (str(value) if isinstance(value, datetime) else value for value in values)
         columns = [Column(field.column, value) for field, value in zip(self.tables.own, texts, strict=True)]
-        return self.dead_letter(
-            Row("I", self.tables.schema, self.tables.events, columns, [], commit_lsn, ordinal), reason
-        )
+        former = was.get(Position(commit_lsn, ordinal))
+        action, identity = ("I", []) if former is None else ("U", [Column(self.tables.identity.column, former)])
+        row = Row(action, self.tables.schema, self.tables.events, columns, identity, commit_lsn, ordinal)
+        return self.dead_letter(row, reason)
 
     def complete(self, row: Row, found: Mapping[str, Any] | None) -> bool:
         """Give an update the columns that it lacks because they are long and did not change; whether it has all now.

@@ -70,6 +70,11 @@ TRUNCATED = (
     f" {command('rebuild-redis --from-empty')} out of Redis"
 )
 
+INCOMPLETE = (
+    "long values of it did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
+    " earlier version. With REPLICA IDENTITY FULL they are in the WAL"
+)
+
 ORIGIN = """
 -- A promoted copy has the same cluster and a later timeline. The control file has the new one only after a checkpoint.
 SELECT system_identifier, current_database(),
@@ -383,6 +388,8 @@ class StreamEnricher:
         if (ends and (row.action == "D" or (row.action == "U" and upserts))) or (upserts and self._is_renamed(row)):
             self._remove(row, plan)
             return
+        if row.action == "U" and upserts:
+            raise RowUnusable(INCOMPLETE)
         plan.ignored[row.action] += 1
         self._guard.saw(row)
         if ends and row.action == "T":
@@ -441,14 +448,14 @@ class StreamEnricher:
         done = 0
         known = [contents.known for contents in self._contents]
         for count, at, change in plan.changes:
-            plan.refused += self._codec.build(plan.drafts[done:count], known, events)
+            plan.refused += self._codec.build(plan.drafts[done:count], known, events, plan.was)
             if isinstance(change, Event):
                 events.append(change)
             else:
                 number, content = change
                 self._contents[number].apply(content, today[number], at)
             done = count
-        plan.refused += self._codec.build(plan.drafts[done:], known, events)
+        plan.refused += self._codec.build(plan.drafts[done:], known, events, plan.was)
         for event in events if plan.was else ():
             if isinstance(event, RowChange):
                 event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))

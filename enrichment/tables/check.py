@@ -26,11 +26,11 @@ ENCODING = "SELECT current_setting('server_encoding')"
 SAMPLE_ROWS = 100
 
 UNIQUE = """
--- Whether the values of a column are unique, as far as PostgreSQL can say: an index of a partitioned table has to have
--- the columns that it is partitioned by, too.
+-- Whether the values of a column are unique at any moment, as far as PostgreSQL can say: a deferrable index may only be
+-- at the commit, and one of a partitioned table has to have the columns that it is partitioned by, too.
 SELECT EXISTS (
     SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
-    WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+    WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
       AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
       AND NOT EXISTS (SELECT FROM pg_attribute a
                       WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from annotated_types import MinLen
 from psycopg import sql
@@ -203,9 +203,12 @@ class Tables:
         """SQL for which rows the stream takes, in a query with parameters; empty: all."""
         if not (where := self.stream.where):
             return ""
-        column = next(field.column for field in self.own if field.name == where.field)
-        values = ", ".join(sql.Literal(value).as_string() for value in where.values).replace("%", "%%")
-        return f"{alias}.{quoted(column)} IN ({values})"
+        field = next(field for field in self.own if field.name == where.field)
+        values = ", ".join(sql.Literal(unpadded(value)).as_string() for value in where.values).replace("%", "%%")
+        column = f"{alias}.{quoted(field.column)}"
+        if field.type.python is str:  # an enum takes no text that is none of its values
+            column = f"rtrim({column}::text, ' ')"
+        return f"{column} IN ({values})"
 
     def named_in_schema(self, table: str) -> str:
         """`schema.table`."""
@@ -232,6 +235,11 @@ class Tables:
 
 def _source_type(field: Field) -> str:
     return field.type.declared or field.type.postgres
+
+
+def unpadded(value: Any) -> Any:
+    """Without spaces at the end: a char(9) has them in the slot, and they do not count."""
+    return value.rstrip(" ") if isinstance(value, str) else value
 
 
 def quoted(name: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psycopg
 import pytest
 
 from enrichment import RangeHistory, history
+from enrichment.codec import codec_of, stored_row
 from enrichment.history import BEGINNING, END, PickedHistory
 from enrichment.tables.declared import Tables
 from replicator.contracts.errors import SourceUnavailable
-from replicator.contracts.events import Lsn, Position, parse_lsn
-from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
+from replicator.contracts.events import Event, Lsn, Position, parse_lsn
+from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Derived, Field, Role, Stream
 from replicator.contracts.stream import History, Page
 
 TABLES = Tables(
@@ -88,3 +90,15 @@ async def test_a_page_waits_for_who_has_written(
             await _first(parcels)
     await _first(parcels)
     await parcels.close()
+
+
+def test_a_row_that_no_event_can_be_made_of_keeps_its_former_identity() -> None:
+    """A replay of its dead letter says that the row is gone under that one."""
+    fails = Field("share", BIGINT.nullable(), derived=Derived(lambda depot: 1 // depot, of=("depot",)))
+    codec = codec_of(Tables(replace(TABLES.stream, fields=(*TABLES.stream.fields, fails))))
+    events: list[Event] = []
+    drafts = [(100, number, number, number - 1, "2026-01-08 14:21:52+00") for number in (1, 2)]
+    [letter] = codec.build(drafts, [], events, {Position(100, 1): 7})
+    assert [2] == [event.id for event in events]
+    row = stored_row(letter)
+    assert ("U", [("id", 7)]) == (row.action, [(column.name, column.value) for column in row.identity])

@@ -43,7 +43,7 @@ ONCE = Stream(
         Field("at", TIMESTAMPTZ, role=Role.TIME),
     ),
 )
-PARCELS = [f"parcel {number} ü|'\\" for number in range(6)]
+PARCELS = [*(f"parcel {number} ü|'\\" for number in range(4)), "ü|'\\", ""]
 DEPOTS = ["north", "süd", "a:b c"]
 
 

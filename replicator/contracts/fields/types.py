@@ -69,6 +69,11 @@ class Type:
         """SQL for the value as wal2json gives it."""
         return self.read.format(expression) if self.read else f"{expression}::{self.postgres}"
 
+    def there(self, expression: str) -> str:
+        """SQL for whether wal2json gives a value."""
+        given = self.select(expression) if self.python in {Decimal, float} else expression
+        return f"{given} IS NOT NULL"
+
 
 def _nullable(clickhouse: str) -> str:
     inner = clickhouse.removeprefix("LowCardinality(")
@@ -83,7 +88,10 @@ def _textual(words: str, postgres: str, read: str = "{0}::text", select: str = "
     return Type(words, str, postgres, "String", *lines, read=select)
 
 
-TEXT = _textual("text", "text")
+WRITTEN = "CASE WHEN {0} IS NOT NULL THEN concat({0}) END"
+"""As the type's output function writes it, and so the slot. A cast differs: of an inet or a char(9), for two."""
+
+TEXT = _textual("text", "text", WRITTEN, WRITTEN)
 JSONB = _textual("jsonb", "jsonb", select="{0}::text")
 """Its text as PostgreSQL writes it: what JSON can say and a destination can't is kept, such as long numbers."""
 JSON = _textual("json", "json", select="{0}::text")
@@ -110,9 +118,14 @@ def _is_number(value: object) -> bool:
     return type(value) in (Decimal, int, float)
 
 
+FINITE = "CASE WHEN {0} - {0} = 0 THEN {0} - {0} + {0} END"
+"""A number as it is in JSON: without NaN and the infinities, and a zero has no sign."""
+
+
 def _float(words: str, postgres: str, clickhouse: str) -> Type:
-    bits = f"encode({postgres}send({{0}}), 'hex')", "lower(hex(reverse(reinterpretAsFixedString({0}))))"
-    return Type(words, float, postgres, clickhouse, *bits, shown="_float({0})", fit=_is_number)
+    bits = f"encode({postgres}send({FINITE}), 'hex')", "lower(hex(reverse(reinterpretAsFixedString({0}))))"
+    read = f"({FINITE})::{postgres}"
+    return Type(words, float, postgres, clickhouse, *bits, read=read, shown="_float({0})", fit=_is_number)
 
 
 REAL = _float("a number", "float4", "Float32")
@@ -137,8 +150,9 @@ def numeric(digits: int, scale: int) -> Type:
         Decimal,
         "numeric",
         f"Decimal({digits}, {scale})",
-        f"round({{0}} * {10**scale})",
+        f"round(({FINITE}) * {10**scale})",
         f"toString(toInt256(toDecimal256({{0}}, {scale}) * toInt256('{10**scale}')))",
+        read=FINITE,
         declared=f"numeric({digits},{scale})",
         shown="_exactly({0})",
         fit=fit,
@@ -153,6 +167,4 @@ def decimal(digits: int, scale: int) -> Type:
 
 def as_text(postgres: str) -> Type:
     """Any other type, such as `interval`, `inet` or `text[]`, by its name in PostgreSQL: its text."""
-    # As the type's output function writes it, and so the slot. A cast differs: of an inet, for one.
-    written = "CASE WHEN {0} IS NOT NULL THEN concat({0}) END"
-    return _textual(postgres, postgres, written, written)
+    return _textual(postgres, postgres, WRITTEN, WRITTEN)

@@ -62,6 +62,11 @@ def newest_of(events: Sequence[Event], states: Mapping[Id, str]) -> list[str]:
     return sorted(keys)
 
 
+def _whose(newest: str) -> str:
+    """Which row is a key's newest."""
+    return newest.partition(" ")[2]
+
+
 class Plan:
     """The changes of some events, in their order; `states` is what is known of their rows, `newest` of their keys."""
 
@@ -92,7 +97,7 @@ class Plan:
                 self._counts[counted.key] += sign
                 if counted.bucket is not None and self._is_kept(counted.bucket):
                     self._ranks[counted.bucket, counted.key] += sign
-        if old.key is not None and old.key != state.key and self._newest.get(old.key, "").endswith(f" {event.id}"):
+        if old.key is not None and old.key != state.key and _whose(self._newest.get(old.key, "")) == str(event.id):
             self._newest[old.key], self._lasts[old.key] = "", None
         if state.key is not None:
             self._keep_newest(state.key, event)
@@ -101,7 +106,7 @@ class Plan:
         before, name = self._newest.get(key, ""), f" {event.id}"
         # Of rows that change the one that was changed last; else the newest by time. Its own later version replaces it.
         order = f"{event.version:0{VERSION_DIGITS}x}" if self._follows else f"{(event.ts_us or 0) + _TS_BIAS}"
-        if order + name >= before or before.endswith(name):
+        if order + name >= before or _whose(before) == str(event.id):
             if not self._follows and before == order + name and key not in self._lasts:
                 self._same.add(key)
             self._newest[key], self._lasts[key] = order + name, event.json.decode()  # Redis reads no binary values

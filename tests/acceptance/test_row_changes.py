@@ -1,0 +1,187 @@
+"""Rows that change, where it is easy to be wrong: a backfill beside the stream, replays, values with a second form."""
+
+from __future__ import annotations
+
+import os
+import threading
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+from psycopg import sql
+
+from devstack import DevStack
+from devstack.api import Api
+from devstack.process import wait_until
+from tests.support.destinations import Destinations
+from tests.support.environment import ROLE
+from tests.support.program import Program, succeed
+
+MADE = """
+CREATE TABLE parcels (
+    id bigint PRIMARY KEY, depot text NOT NULL DEFAULT 'north', at timestamptz NOT NULL DEFAULT now(),
+    status char(9) NOT NULL DEFAULT 'new', weight double precision, price numeric(9, 2), note text
+);
+"""
+DECLARED = """
+from replicator import *
+
+STREAM = Stream("parcels", table="public.parcels", updates="upsert", deletes="delete", fields=(
+    Field("event_id", BIGINT, column="id", role=Role.IDENTITY),
+    Field("depot", TEXT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME),
+    Field("status", TEXT),
+    Field("weight", DOUBLE.nullable()),
+    Field("price", numeric(9, 2).nullable()),
+    Field("note", TEXT.nullable()),
+))
+"""
+ALWAYS = ("--start", "2000-01-01", "--end", "2100-01-01")
+_decode = msgspec.json.Decoder(float_hook=Decimal).decode
+
+
+@pytest.fixture
+def parcels(quick: Program, source: psycopg.Connection, tmp_path: Path) -> Program:
+    """A replicator of parcels."""
+    source.execute(MADE.encode())
+    source.execute(sql.SQL("GRANT SELECT ON parcels TO {}").format(sql.Identifier(ROLE)))
+    quick.environment |= {"REPLICATOR_STREAM": "parcels_stream:STREAM", "PYTHONPATH": str(tmp_path)}
+    declare(tmp_path)
+    return quick
+
+
+def declare(folder: Path, before: str = "", after: str = "") -> None:
+    """The declaration, perhaps with something else in it."""
+    (folder / "parcels_stream.py").write_text(DECLARED.replace(before, after) if before else DECLARED, encoding="utf-8")
+
+
+def in_clickhouse(stack: DevStack, columns: str = "event_id, weight") -> dict[int, Any]:
+    """By id."""
+    settings = "output_format_json_quote_64bit_integers = 0, output_format_json_quote_decimals = 0"
+    query = f"SELECT {columns} FROM parcels FINAL ORDER BY 1 SETTINGS {settings} FORMAT JSONCompactEachRow"  # noqa: S608
+    rows = (_decode(line) for line in stack.clickhouse.query(query).splitlines())
+    return {row[0]: row[1] if len(row) == 2 else row[1:] for row in rows}
+
+
+def test_a_backfill_beside_changes(
+    parcels: Program, source: psycopg.Connection, stack: DevStack, *, database: str, destinations: Destinations
+) -> None:
+    """A page shows rows as they were; what has been committed since, deletes too, is newer in every sink."""
+    source.execute(
+        "INSERT INTO parcels (id, weight, note) SELECT n, 0, repeat('x', 300) FROM generate_series(1, 8000) n"
+    )
+    succeed(parcels.run("init"))
+    parcels.start()
+    over = threading.Event()
+
+    def change() -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            for turn in range(10**6):
+                if over.is_set():
+                    return
+                connection.execute("UPDATE parcels SET weight = weight + 1 WHERE id %% 400 = %s", [turn % 400])
+                connection.execute("DELETE FROM parcels WHERE id = %s", [turn * 7 % 8000])
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        succeed(parcels.run("backfill", *ALWAYS, "--batch-size", "8000", "--sinks", "clickhouse,redis,http"))
+    finally:
+        over.set()
+        changing.join()
+    parcels.wait_until_caught_up()
+    wanted: dict[int, float] = dict(source.execute("SELECT id, weight FROM parcels").fetchall())
+    assert len(wanted) < 8_000
+    assert [] == [*(wanted.items() ^ {one: float(weight) for one, weight in in_clickhouse(stack).items()}.items())][:5]
+    assert str(len(wanted)) == destinations.redis.get("parcels:count:north")
+
+
+def test_values_with_a_second_form(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:
+    """They are the same from the slot, from a backfill, and for `reconcile`."""
+    succeed(parcels.run("init"))
+    parcels.start()
+    values = ("NaN", "Infinity", "-Infinity", "-0", "1e-300", "7")
+    for number, value in enumerate(values):
+        price = "NaN" if value == "NaN" else "1.5"
+        row = [number, value, price, "ab "]
+        source.execute("INSERT INTO parcels (id, weight, price, status) VALUES (%s, %s, %s, %s)", row)
+    parcels.wait_until_caught_up()
+    shown = in_clickhouse(stack, "event_id, status, weight, price")
+    wanted = [None, None, None, 0, Decimal("1e-300"), 7]
+    assert [["ab       ", weight, Decimal("1.5") if number else None] for number, weight in enumerate(wanted)] == [
+        *shown.values()
+    ]
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+    succeed(parcels.run("backfill", *ALWAYS, "--sinks", "clickhouse,redis,http"))
+    assert shown == in_clickhouse(stack, "event_id, status, weight, price")
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+    assert "dead letter" not in parcels.log
+
+
+def test_a_condition_on_a_padded_column(
+    parcels: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path
+) -> None:
+    """PostgreSQL fills it with spaces, which do not count, whichever way a row comes."""
+    declare(tmp_path, "fields=(", 'where=Where("status", ("paid", "sent")), fields=(')
+    source.execute("INSERT INTO parcels (id, weight, status) VALUES (1, 1, 'paid'), (2, 2, 'new')")
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight, status) VALUES (3, 3, 'sent'), (4, 4, 'new'), (5, 5, 'paid')")
+    source.execute("UPDATE parcels SET status = 'new' WHERE id = 5")
+    parcels.wait_until_caught_up()
+    assert {3: 3} == in_clickhouse(stack)
+    succeed(parcels.run("backfill", *ALWAYS))
+    assert {1: 1, 3: 3} == in_clickhouse(stack)
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+
+
+def test_a_refused_delete_stays_a_delete(parcels: Program, source: psycopg.Connection, api: Api) -> None:
+    """Its dead letter has all columns of the row, and a replay must not bring the row back."""
+    source.execute("ALTER TABLE parcels REPLICA IDENTITY FULL")
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id) VALUES (1), (2), (3)")
+    wait_until(lambda: len(api.events()) == 3, "them to arrive")
+    api.behave(refuse_event_ids=[1, 20])
+    source.execute("DELETE FROM parcels WHERE id = 1")
+    source.execute("UPDATE parcels SET id = id * 10 WHERE id = 2")
+    source.execute("UPDATE parcels SET weight = 1 WHERE id = 3")
+    parcels.wait_until_caught_up()
+    api.behave()
+    succeed(parcels.run("dead-letters", "replay"))
+    sent = api.events()[-2:]
+    assert [(1, "delete", None), (20, "upsert", 2)] == [
+        (event["event_id"], event["_operation"], event.get("_was")) for event in sent
+    ]
+
+
+def test_an_update_of_a_row_that_is_gone(
+    parcels: Program, source: psycopg.Connection, tmp_path: Path, *, stack: DevStack
+) -> None:
+    """Where deletes are ignored, what can't be completed any more is a dead letter: a sink keeps an earlier version."""
+    declare(tmp_path, 'deletes="delete"', 'deletes="ignore"')
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight, note) VALUES (1, 1, %s)", [os.urandom(20_000).hex()])
+    parcels.wait_until_caught_up()
+    parcels.kill()
+    source.execute("UPDATE parcels SET weight = 2")
+    source.execute("DELETE FROM parcels")
+    parcels.start()
+    parcels.wait_until_caught_up()
+    assert {1: 1} == in_clickhouse(stack)
+    found = succeed(parcels.run("dead-letters", "list", "--stage", "row"))
+    assert "the row is no longer in the table: sinks keep an earlier version" in found
+
+
+def test_an_identity_that_is_unique_at_the_commit_alone(parcels: Program, source: psycopg.Connection) -> None:
+    """Of two rows that swap theirs, one would be lost."""
+    source.execute(
+        "ALTER TABLE parcels REPLICA IDENTITY FULL, DROP CONSTRAINT parcels_pkey, ADD UNIQUE (id) DEFERRABLE"
+    )
+    found = parcels.run("check")
+    assert 1 == found.code
+    assert "table public.parcels: its identity id is not unique" in found.stdout
