@@ -16,11 +16,19 @@ CUSTOMER = Field("customer_id", BIGINT, role=Role.KEY)
 AT = Field("ordered_at", TIMESTAMPTZ, role=Role.TIME)
 GOOD = Stream("orders", "shop.orders", (ORDER, CUSTOMER, AT, Field("total", numeric(12, 2))))
 CUSTOMERS = Dimension("shop.customers", key="customer_id")
+PAYERS = replace(CUSTOMERS, on="payer_id")
+PAYER = Field("payer_id", BIGINT)
+NAME = Field("name", TEXT.nullable(), joined="name", of=CUSTOMERS)
 
 
 def with_(*more: Field) -> Callable[[], Stream]:
     """The good one with other fields, too."""
     return lambda: replace(GOOD, fields=(*GOOD.fields, *more))
+
+
+def joined(*dimensions: Dimension, more: tuple[Field, ...] = ()) -> Callable[[], Stream]:
+    """The good one with these dimensions."""
+    return lambda: replace(GOOD, fields=(*GOOD.fields, PAYER, *more), dimensions=dimensions)
 
 
 WRONG: dict[str, Callable[[], Stream]] = {
@@ -57,10 +65,31 @@ WRONG: dict[str, Callable[[], Stream]] = {
     "its condition on customer_id has values that are not a 64-bit integer, or none": lambda: replace(
         GOOD, where=Where("customer_id", ("one",))
     ),
-    "2 of its tables have the name orders": lambda: replace(
-        GOOD, dimensions=(Dimension("crm.orders", key="customer_id"),)
+    "2 of its tables have the name orders": joined(Dimension("crm.orders", key="customer_id")),
+    "2 of its tables have the name customers": joined(CUSTOMERS, Dimension("crm.customers", key="customer_id")),
+    "shop.orders can't be its own dimension": joined(Dimension("shop.orders", key="customer_id")),
+    "it has 5 dimensions; 4 are the most": joined(*[CUSTOMERS] * 5),
+    "shop.customers is joined on customer_id 2 times": joined(CUSTOMERS, replace(CUSTOMERS, key="id")),
+    "the field name is joined, and does not say of which dimension (of=…)": joined(
+        CUSTOMERS, PAYERS, more=(replace(NAME, of=None),)
+    ),
+    "the field name is of shop.customers, which is not among the dimensions": joined(PAYERS, more=(NAME,)),
+    "the field total2 is of a dimension, and not joined": joined(
+        CUSTOMERS, more=(Field("total2", BIGINT, of=CUSTOMERS),)
+    ),
+    "2 fields are the column name": joined(CUSTOMERS, PAYERS, more=(NAME, replace(NAME, name="again"))),
+    "the column name of shop.customers has two types": joined(
+        CUSTOMERS, PAYERS, more=(NAME, Field("payer", BIGINT.nullable(), joined="name", of=PAYERS))
     ),
 }
+
+
+def test_one_table_may_be_two_dimensions() -> None:
+    """Joined on different fields; where there is one dimension alone, a field need not say of which it is."""
+    two = joined(CUSTOMERS, PAYERS, more=(NAME, replace(NAME, name="payer", of=PAYERS)))()
+    assert [CUSTOMERS, PAYERS] == [two.joins(field) for field in two.fields if field.joined]
+    one = joined(PAYERS, more=(replace(NAME, of=None),))()
+    assert [PAYERS] == [one.joins(field) for field in one.fields if field.joined]
 
 
 @pytest.mark.parametrize("problem", WRONG)
