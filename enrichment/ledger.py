@@ -68,8 +68,9 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
     def _text(self, field: Field) -> str:
         if field.role is Role.TIME:  # here it is never infinite
             return self._us
-        value = f"({field.derived.postgres.format_map(self._sql)})" if field.derived else self._sql[field.name]
-        return field.type.postgres_line.format(value)
+        if derived := field.derived:  # in a query with parameters
+            return field.type.postgres_line.format(f"({derived.postgres.replace('%', '%%').format_map(self._sql)})")
+        return field.type.postgres_line.format(self._sql[field.name])
 
     async def open(self) -> None:
         [(self.slices_are_cheap,)] = await self._scans.rows(queries_of(self._tables).indexed)

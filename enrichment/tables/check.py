@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from enrichment.codec import codec_of
 from enrichment.database import Database
 from enrichment.history import BEGINNING, END, PAGE_BYTES, between, make_page, queries_of
+from enrichment.ledger import TableLedger
 from enrichment.tables import fit
 from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
-from replicator.contracts.errors import SourceError
+from replicator.contracts.errors import SourceError, SourceUnusable
 from replicator.contracts.events import Finding, Position, format_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.settings import variable
@@ -31,10 +32,17 @@ UNIQUE = """
 SELECT EXISTS (
     SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
     WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
+      AND i.indexprs IS NULL
       AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
       AND NOT EXISTS (SELECT FROM pg_attribute a
                       WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s
                         AND a.attnum <> ALL(coalesce(p.partattrs::int2[], '{}'))))
+"""
+
+NULLABLE = """
+-- Which of these columns may be NULL.
+SELECT attname FROM pg_attribute
+WHERE attrelid = %(table)s::regclass AND attname = ANY(%(columns)s::name[]) AND NOT attnotnull ORDER BY attnum
 """
 
 RIGHTS = """
@@ -47,7 +55,7 @@ WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND a.attname = ANY(%(col
 GROUP BY t.oid, t.relnamespace
 """
 
-CONTENT_PURPOSE = "content is looked up in it"
+CONTENT_PURPOSE = "events are joined with it"
 EVENTS_PURPOSE = "backfill reads it, and `run` when it has changed"
 
 
@@ -56,7 +64,7 @@ async def check(dsn: Dsn, tables: Tables) -> list[Finding]:
     database = Database(dsn)
     found: list[Finding] = []
     try:
-        async for finding in _findings(database, tables):
+        async for finding in _findings(dsn, database, tables):
             found.append(finding)  # noqa: PERF401  what was found stays found when the next query fails
     except SourceError as exc:
         found.append(Finding(False, "source tables", str(exc)))
@@ -65,39 +73,77 @@ async def check(dsn: Dsn, tables: Tables) -> list[Finding]:
     return found
 
 
-async def _findings(database: Database, tables: Tables) -> AsyncIterator[Finding]:
+async def _findings(dsn: Dsn, database: Database, tables: Tables) -> AsyncIterator[Finding]:
     [(encoding,)] = await database.rows(ENCODING)
     cure = "" if encoding == "UTF8" else "Move the tables to a database made with ENCODING 'UTF8'"
     yield Finding(not cure, f"server_encoding = {encoding}", cure)
     [(text,)] = await database.rows(SHAPE, parameters(tables))
     shape = Shape.parse(text)
-    for table in tables.needed:
-        of_events = table == tables.events
-        name, purpose = tables.named_in_schema(table), EVENTS_PURPOSE if of_events else CONTENT_PURPOSE
-        missing = fit.storage(tables, shape, table)
-        yield _finding(name, missing, "there, and in the WAL" if of_events else "there")
-        if shape.table(table) is None:
-            continue
-        yield _finding(name, fit.misfits(tables, shape, table), "has the columns it needs")
-        columns = [tables.named(table, column) for column in tables.needed[table]]
-        names = {"schema": name.partition(".")[0], "table": table, "columns": columns}
-        yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
-    if not tables.are_engagement and not any([*fit.problems(tables, shape, table)] for table in tables.needed):
-        yield await _unique(database, tables)
-        yield await _sample(database, tables)
+    of_tables = [finding for table in tables.needed async for finding in _of_table(database, tables, shape, table)]
+    for finding in of_tables:
+        yield finding
+    if not tables.are_engagement and all(finding.ok for finding in of_tables):
+        async for finding in _of_declaration(database, tables, shape):
+            yield finding
+        yield await _comparable(dsn, tables)
     for join in {join.table: join for join in tables.joins}.values():
         if hidden := fit.hidden(tables, shape, join.table):
             yield Finding(True, f"table {join.name}: {hidden.what}; it is looked up again for every event", hidden.cure)
         elif shape.table(join.table):
-            yield _finding(join.name, None, "the stream tells which content changed")
+            yield _finding(join.name, None, "the stream tells which of its rows changed")
 
 
-async def _unique(database: Database, tables: Tables) -> Finding:
-    name, column = tables.stream.table, tables.identity_name
-    schema, table = (f'"{part}"' for part in name.split("."))
-    [(unique,)] = await database.rows(UNIQUE, {"table": f"{schema}.{table}", "column": column})
-    problem = Problem(f"its identity {column} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column})")
-    return _finding(name, None if unique else problem, f"its identity {column} is unique")
+async def _of_table(database: Database, tables: Tables, shape: Shape, table: str) -> AsyncIterator[Finding]:
+    of_events = table == tables.events
+    name, purpose = tables.named_in_schema(table), EVENTS_PURPOSE if of_events else CONTENT_PURPOSE
+    yield _finding(name, fit.storage(tables, shape, table), "there, and in the WAL" if of_events else "there")
+    if shape.table(table) is None:
+        return
+    yield _finding(name, fit.misfits(tables, shape, table), "has the columns it needs")
+    columns = [tables.named(table, column) for column in tables.needed[table]]
+    names = {"schema": name.partition(".")[0], "table": table, "columns": columns}
+    yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
+
+
+async def _of_declaration(database: Database, tables: Tables, shape: Shape) -> AsyncIterator[Finding]:
+    """What the rows have to be like, and functions of the declaration, which have never run before."""
+    name = tables.stream.table
+    yield await _unique(database, name, tables.identity_name, "identity")
+    for join in tables.joins:
+        if (found := shape.table(join.table)) and found.kind in {"r", "p"}:
+            yield await _unique(database, join.name, tables.named(join.table, join.key), "key")
+    columns = [tables.named(tables.events, field.column) for field in tables.own if not field.type.optional]
+    if null := await database.rows(NULLABLE, {"table": _regclass(name), "columns": columns}):
+        what = f"{', '.join(column for (column,) in null)} may be NULL, which the declaration does not expect"
+        yield Finding(
+            True, f"table {name}: {what}", "A row with NULL there becomes a dead letter; or declare .nullable()"
+        )
+    yield await _sample(database, tables)
+
+
+async def _comparable(dsn: Dsn, tables: Tables) -> Finding:
+    """Whether PostgreSQL computes what the functions of the declaration compute in SQL, too."""
+    ledger, problem = TableLedger(dsn, tables=tables, with_content=True), None
+    try:
+        await ledger.open()
+    except SourceUnusable as exc:
+        problem = Problem(f"`reconcile` can't compare it: {exc.detail}", "Correct the SQL in the declaration")
+    finally:
+        await ledger.close()
+    return _finding(tables.stream.table, problem, "can be compared by `reconcile`")
+
+
+async def _unique(database: Database, name: str, column: str, what: str) -> Finding:
+    [(unique,)] = await database.rows(UNIQUE, {"table": _regclass(name), "column": column})
+    problem = Problem(
+        f"its {what} {column} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({fit.as_sql(column, column)})"
+    )
+    return _finding(name, None if unique else problem, f"its {what} {column} is unique")
+
+
+def _regclass(name: str) -> str:
+    schema, _, table = name.partition(".")
+    return f'"{schema}"."{table}"'
 
 
 async def _sample(database: Database, tables: Tables) -> Finding:

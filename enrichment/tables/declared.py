@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final
 
 from annotated_types import MinLen
@@ -17,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.fields import Field, Role, Stream
+from replicator.contracts.fields import Field, Role, Stream, StreamUnusable
 from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
@@ -26,17 +28,37 @@ ENGAGEMENT: Final = "enrichment.contract:EVENT"
 @cache
 def declaration(named: str) -> Stream:
     """The stream of that name, `module:NAME`; its module may be in the working directory. Raises ValueError."""
-    module, _, name = named.partition(":")
+    module, _, name = (part.strip() for part in named.partition(":"))
+    if not module:
+        raise ValueError(f"{named} names no module")
+    known, name = vars(_imported(module)), name or "STREAM"
+    if not isinstance(stream := known.get(name), Stream):
+        streams = [other for other, value in known.items() if isinstance(value, Stream)]
+        there = f"its streams are {', '.join(streams)}" if streams else "it has none"
+        problem = f"{module} has no Stream that is called {name}; {there}"
+        raise ValueError(problem)  # noqa: TRY004  pydantic takes it for its own
+    return stream
+
+
+def _imported(module: str) -> ModuleType:
     sys.path.append(str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name or "STREAM", None)
-    except Exception as exc:  # a module runs, and may fail at anything
-        raise ValueError(f"{module} can't be imported: {type(exc).__name__}: {exc}") from exc
+        return importlib.import_module(module)
+    except StreamUnusable as exc:
+        raise ValueError(f"{exc}{_line(exc)}") from exc
+    except (Exception, SystemExit) as exc:  # a module runs, and may fail at anything
+        if isinstance(exc, ModuleNotFoundError) and f"{module}.".startswith(f"{exc.name}."):
+            raise ValueError(f"there is no module {module} in {Path.cwd()}, nor an installed one") from exc
+        raise ValueError(f"{module} can't be imported: {type(exc).__name__}: {exc}{_line(exc)}") from exc
     finally:
         sys.path.pop()
-    if not isinstance(found, Stream):
-        raise ValueError(f"{named} is no Stream")  # noqa: TRY004  pydantic takes it for its own
-    return found
+
+
+def _line(exc: BaseException) -> str:
+    """Where in the declaration it was raised, if it has come as far as to run."""
+    calls = (call for call in traceback.extract_tb(exc.__traceback__)[1:] if "importlib" not in call.filename)
+    call = next(calls, None)
+    return f" ({Path(call.filename).name}, line {call.lineno})" if call else ""
 
 
 def _split(value: object) -> object:

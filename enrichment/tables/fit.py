@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from enrichment.tables.catalog import KINDS, Column, Relation, Shape
 from enrichment.tables.declared import Tables
+from replicator.contracts import fields
 from replicator.contracts.errors import TablesUnfit
 from replicator.contracts.settings import variable
 
+_PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 _DIGITS = re.compile(r"numeric\((\d+),(\d+)\)")
+
+DECLARED_AS = {kind.postgres: name for name, kind in vars(fields).items() if isinstance(kind, fields.Type)}
+"""By PostgreSQL's type."""
+
+PRINTED = {"bool": "boolean", "float4": "real", "float8": "double precision", "bytea": "bytea", "numeric": "numeric"}
+"""By type: what a column is declared as that is none of a domain."""
 
 TABLE_KINDS = {"r", "p", *KINDS}
 """By pg_class.relkind: what can be read as a table."""
@@ -41,13 +50,15 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     """That a table is not there, or that rows of it never come through the stream."""
     name, found = tables.named_in_schema(table), shape.table(table)
     if found is None or found.kind not in TABLE_KINDS:
-        made = "; in a new database, psql -f sql/source_schema.sql" if tables.are_engagement else ""
-        return Problem("does not exist", f"Rename it back, or move it back to schema {name.partition('.')[0]}{made}")
+        back = f"ename it back, or move it back to schema {name.partition('.')[0]}"
+        ours = f"R{back}; in a new database, psql -f sql/source_schema.sql"
+        return Problem("does not exist", ours if tables.are_engagement else f"Correct the declaration, or r{back}")
     if table != tables.events:  # `hidden` says what it lacks
         return None
     if found.kind in KINDS:
         what = f"is {KINDS[found.kind]}, whose rows are not in the WAL"
-        return Problem(what, f"Give the name {name} back to the table that holds the rows")
+        back = f"ive the name {name} back to the table that holds the rows"
+        return Problem(what, f"G{back}" if tables.are_engagement else f"Declare another table, or g{back}")
     for part in shape.of(table):
         if not part.streamed:
             return _not_in_the_wal(name, part)
@@ -74,18 +85,39 @@ def misfits(tables: Tables, shape: Shape, table: str) -> Problem | None:
         column = tables.named(table, ours)
         if column not in columns:
             whats.append(f"has no column {column} ({needed})")
-            cures.append(_absent(tables, table, ours, there=ours in columns))
+            cures.append(_absent(tables, table, ours, columns))
         elif not _is(columns[column], needed):
             whats.append(f"has a column {column} of type {columns[column].declared} instead of {needed}")
-            quoted = _quoted(column, ours)
-            cures.append(f"ALTER TABLE {name} ALTER COLUMN {quoted} TYPE {needed} USING {quoted}::{needed}")
+            cures.append(_retyped(tables, name, columns[column], ours, needed))
     return Problem(", ".join(whats), "; ".join(cures)) if whats else None
 
 
+def _retyped(tables: Tables, name: str, column: Column, ours: str, needed: str) -> str:
+    """The cure for a column of another type. Of a declaration nobody knows whether it or the table is right."""
+    if not tables.are_engagement and needed == tables.time.type.postgres and ours == tables.time.column:
+        return "A time has a time zone: declare another column, or change this one to timestamptz"
+    if not tables.are_engagement:
+        return f"Declare {column.name} as {declared_as(column)}, or change the column back"
+    quoted = as_sql(column.name, ours)
+    return f"ALTER TABLE {name} ALTER COLUMN {quoted} TYPE {needed} USING {quoted}::{needed}"
+
+
+def declared_as(column: Column) -> str:
+    """The type of `contracts/fields/types.py` for a column."""
+    if digits := _DIGITS.fullmatch(column.declared):
+        return "numeric({}, {})".format(*digits.groups())
+    if column.declared == "numeric":
+        return "numeric(38, 10), or with as many digits as it needs"
+    known = DECLARED_AS.get(column.type) if _is(column, column.type) else None
+    return known or f'as_text("{column.declared}")'
+
+
 def _is(column: Column, needed: str) -> bool:
-    """Whether all of its values are of this type."""
-    if needed in {column.type, column.declared}:
+    """Whether all of its values are of this type; of a number without digits, those that fit become events."""
+    if needed == column.declared or (needed.startswith("numeric(") and column.declared == "numeric"):
         return True
+    if needed == column.type:  # wal2json prints those of a domain in another way
+        return column.declared == PRINTED.get(column.type, column.declared)
     ours, theirs = _DIGITS.fullmatch(needed), _DIGITS.fullmatch(column.declared)
     if not (ours and theirs):
         return False
@@ -93,21 +125,24 @@ def _is(column: Column, needed: str) -> bool:
     return its_scale <= scale and its_digits - its_scale <= digits - scale
 
 
-def _absent(tables: Tables, table: str, ours: str, *, there: bool) -> str:
-    """The cure for a column that is missing; `there`: but the one that has our name is not."""
+def _absent(tables: Tables, table: str, ours: str, there: Collection[str]) -> str:
+    """The cure for a column that is not among those that are there; the one that has our name may be."""
     column, needed = tables.named(table, ours), tables.needed[table][ours]
-    name, quoted = tables.named_in_schema(table), _quoted(column, ours)
+    name, quoted = tables.named_in_schema(table), as_sql(column, ours)
     setting = f"{'' if table == tables.events else f'{table}.'}{ours}"
     back = f"Rename it back (ALTER TABLE {name} RENAME COLUMN … TO {quoted})"
-    if there and column != ours:
+    if not tables.are_engagement and ours not in there:
+        close = get_close_matches(ours, there, n=1)
+        return f"Correct the declaration{f' (did you mean {close[0]}?)' if close else ''}, or r{back[1:]}"
+    if ours in there and column != ours:
         return f"{back}, or take {setting}={column} out of {variable('columns')} and restart the replicator"
     added = f"if there never was one, ALTER TABLE {name} ADD COLUMN {quoted} {needed}"
     return f"{back}, or {added}, or name it in {variable('columns')}={setting}=… and restart the replicator"
 
 
-def _quoted(column: str, ours: str) -> str:
+def as_sql(column: str, ours: str) -> str:
     """As SQL has to write it: a name of the operator's may have capitals and spaces, or be a keyword."""
-    return column if column == ours else '"' + column.replace('"', '""') + '"'
+    return column if column == ours and _PLAIN.fullmatch(column) else '"' + column.replace('"', '""') + '"'
 
 
 def replaced(tables: Tables, before: Shape, now: Shape) -> bool:

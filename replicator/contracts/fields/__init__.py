@@ -1,6 +1,7 @@
-"""The declaration of a stream: `stream.py` has its shape and its checks, `types.py` the types of its fields."""
+"""The declaration of a stream: `stream.py`, of `parts.py` with types of `types.py`; `problems.py` checks it."""
 
-from replicator.contracts.fields.stream import Derived, Dimension, Field, Role, Stream, StreamUnusable, Where
+from replicator.contracts.fields.parts import Derived, Dimension, Field, Role, Where
+from replicator.contracts.fields.stream import Stream, StreamUnusable
 from replicator.contracts.fields.types import (
     BIGINT,
     BOOLEAN,

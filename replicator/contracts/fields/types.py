@@ -38,6 +38,8 @@ class Type:
 
     def nullable(self) -> Type:
         """The same, or NULL. A NULL is `~` in a checksum, where text begins with its length."""
+        if self.optional:
+            return self
         return replace(
             self,
             words=f"{self.words} or NULL",
@@ -49,7 +51,11 @@ class Type:
         )
 
     def low_cardinality(self) -> Type:
-        """The same, for a column with few different values: ClickHouse keeps a dictionary of them."""
+        """The same, for a text with few different values: ClickHouse keeps a dictionary of them."""
+        if not self.is_long:
+            raise ValueError(f"low_cardinality() is for text, and this is {self.words}")
+        if self.clickhouse.startswith("LowCardinality"):
+            return self
         return replace(self, clickhouse=f"LowCardinality({self.clickhouse})")
 
     def fits(self, value: object) -> bool:
@@ -165,6 +171,19 @@ def decimal(digits: int, scale: int) -> Type:
     return Type("a number", float, "numeric", f"Decimal({digits}, {scale})", "{0}", f"toString({units})")
 
 
+_NOT_AS_TEXT = {
+    **dict.fromkeys(("smallint", "int2", "integer", "int", "int4", "bigint", "int8"), "BIGINT"),
+    **dict.fromkeys(("numeric", "decimal"), "numeric(38, 10), or with as many digits as it needs"),
+    **dict.fromkeys(("real", "float4"), "REAL"),
+    **dict.fromkeys(("double precision", "float8"), "DOUBLE"),
+    **dict.fromkeys(("boolean", "bool"), "BOOLEAN"),
+    "bytea": "BYTEA",
+}
+"""Types that wal2json does not print as text, and what they are declared as."""
+
+
 def as_text(postgres: str) -> Type:
     """Any other type, such as `interval`, `inet` or `text[]`, by its name in PostgreSQL: its text."""
+    if own := _NOT_AS_TEXT.get(postgres.partition("(")[0].strip().lower()):
+        raise ValueError(f"as_text({postgres!r}): such a column is declared as {own}")
     return _textual(postgres, postgres, WRITTEN, WRITTEN)
