@@ -134,8 +134,6 @@ class Contents:
         self._highest: Id = INT64_MAX if join.on.type.python is int else str(UUID(int=UUIDS - 1))
         self._preload, self._look_up = preload(tables, join), look_up(tables, join)
         self._size = size
-        self._copied_as = f"{join.table}.{join.on.name}" if len(tables.joins) > 1 else ""
-        """A single one has the slot's own name."""
         self.known: dict[Id, Content] = {}
         """By content_id, oldest first; what is missing where there is no such content."""
         self.copied = False
@@ -152,7 +150,7 @@ class Contents:
     async def open(self, store: stores.Contents | None, slot: str, *, usable: bool) -> None:
         """Start as of the slot's copy, or from what the table holds now. Raises as `preload`, CheckpointError."""
         self._reached, self._saved, self._lost_at = Position(0, 0), 0, 0
-        name = f"{slot}/{self._copied_as}" if self._copied_as else slot
+        name = f"{slot}/{self.join.copy}" if self.join.copy else slot
         self._copy = Copy(store, name, self._missing) if store else None
         self._begin(copied=usable)
         if not usable:
@@ -237,7 +235,7 @@ class Contents:
     def _note(self, content_id: Id | None, content: Content, at: Position) -> None:
         self._reached = at
         text = None if content == self._missing else _text(content)
-        self._changes.append(ContentChange(at.commit_lsn, content_id, text, self._copied_as))
+        self._changes.append(ContentChange(at.commit_lsn, content_id, text, self.join.copy))
         if content_id is None:
             self._since.clear()
         self._since[content_id] = at.commit_lsn, content

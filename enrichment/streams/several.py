@@ -80,7 +80,7 @@ class SeveralStreams:
 
     @property
     def _contents_name(self) -> str:
-        names = " ".join(stream.contents_name for stream in self._streams.values())
+        names = " ".join(f"{name} {stream.contents_name}" for name, stream in self._streams.items())
         return hashlib.sha256(names.encode()).hexdigest()[:24]
 
     def changed(self, before: Lsn) -> ContentChanges:

@@ -129,6 +129,8 @@ class Join:
     """The event's field that has the key."""
     fields: tuple[Field, ...]
     """The event's fields that are columns of this table."""
+    copy: str
+    """What its copy is called; of a single dimension it has the slot's own name."""
 
     @property
     def name(self) -> str:
@@ -185,7 +187,8 @@ class Tables:
             schema, _, table = dimension.table.partition(".")
             on = next(field for field in self.own if field.name == dimension.on)
             fields = tuple(field for field in stream.fields if stream.joins(field) == dimension)
-            yield Join(number, schema, table, dimension.key, on, fields)
+            copy = f"{table}.{on.name}" if len(stream.dimensions) > 1 else ""
+            yield Join(number, schema, table, dimension.key, on, fields, copy)
 
     def _joined(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}

@@ -216,9 +216,13 @@ class Guard:
 
 
 def contents(tables: Tables, shape: Shape, join: Join) -> str:
-    """Names a dimension as it is, with its parts and the columns that we read: another one has another name."""
+    """Names a dimension as it is, with its parts and the columns that we read: another one has another name.
+
+    So has one whose copy is in another place.
+    """
     columns = [tables.named(join.table, column) for column in join.columns]
-    return hashlib.sha256(msgspec.json.encode([columns, *shape.of(join.table)])).hexdigest()[:24]
+    place = [join.copy] if join.copy else []
+    return hashlib.sha256(msgspec.json.encode([*place, columns, *shape.of(join.table)])).hexdigest()[:24]
 
 
 def _untils(content_untils: Mapping[str, Lsn]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, StreamEnricher, Tables
+from enrichment import EnrichmentSettings, SeveralStreams, StreamEnricher, Tables
 from enrichment.content import look_up, preload
 from enrichment.ledger import TableLedger
 from enrichment.tables.catalog import Relation, Shape
@@ -58,6 +59,7 @@ OF_QUERY = {
     for join in SALES.joins
     for query in (preload(SALES, join), look_up(SALES, join))
 }
+"""Which table, and which of its columns."""
 
 Values = tuple[Any, ...]
 
@@ -93,9 +95,9 @@ def shop() -> Source:
     )
 
 
-def enricher(source: Source, size: int = 100) -> StreamEnricher:
+def enricher(source: Source, size: int = 100, tables: Tables = SALES) -> StreamEnricher:
     """A new process on that database."""
-    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}), SALES)
+    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}), tables)
     made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
     for contents in made._contents:  # noqa: SLF001
         contents._database = source  # type: ignore[assignment]  # noqa: SLF001
@@ -333,11 +335,59 @@ async def test_a_truncate_is_of_one_table(store: SqlCheckpointStore) -> None:
     )
 
 
+def renamed() -> Stream:
+    """The sales, whose buyers are joined on a field of another name."""
+    buyers = replace(BUYERS, on="purchaser_id")
+    fields = [replace(field, of=buyers) if field.of == BUYERS else field for field in SALES.stream.fields]
+    [place] = [place for place, field in enumerate(fields) if field.name == "buyer_id"]
+    fields[place] = replace(fields[place], name="purchaser_id", column="buyer_id")
+    return replace(SALES.stream, dimensions=(buyers, PRODUCTS, PAYERS), fields=tuple(fields))
+
+
+def alone() -> Stream:
+    """The sales with their buyers alone."""
+    fields = [field for field in SALES.stream.fields if field.of in {None, BUYERS} and not field.derived]
+    return replace(SALES.stream, dimensions=(BUYERS,), fields=tuple(fields))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(alone(), SALES.stream), (SALES.stream, alone()), (SALES.stream, renamed())],
+    ids=["more", "fewer", "renamed"],
+)
+async def test_a_copy_in_another_place_is_not_used(store: SqlCheckpointStore, before: Stream, after: Stream) -> None:
+    """The declaration has changed: what was copied under another name would look like no rows at all."""
+    source = shop()
+    first = enricher(source, tables=Tables(before))
+    await first.open(store, stored(store))
+    await save(store, first, FIRST)
+    source.copied.clear()
+    made = enricher(source, tables=Tables(after))
+    await made.open(store, stored(store))
+    assert source.copied[0] == "customers"
+    row = structs.replace(sale(1, 1, 2, PRODUCT_IDS[0]), commit_lsn=FIRST, ordinal=1)
+    [event] = (await made.enrich([row])).events
+    assert "Ada" == _decode(event.json)["buyer"]
+
+
+async def test_nor_is_the_copy_of_a_stream_that_had_another_name(store: SqlCheckpointStore) -> None:
+    """Of several in a slot each has its copies under its own name."""
+    source = shop()
+    for name, copied in (("trades", 4), ("trades", 0), ("deals", 4)):
+        source.copied.clear()
+        tables = [SALES, Tables(replace(alone(), name=name))]
+        streams = SeveralStreams([enricher(source, tables=one) for one in tables])
+        await streams.open(store, stored(store))
+        assert copied == len(source.copied)
+        contents, changes = streams.changed(FIRST)
+        await asyncio.to_thread(store.save, structs.replace(stored(store), contents=contents), changes)
+
+
 def test_one_dimension_is_stored_as_ever() -> None:
     """What an earlier release has written is read, and the other way round: its copy, and its record."""
     made = StreamEnricher("", EnrichmentSettings.model_validate({}))
     assert made.contents_name == "8894e82de23281d7195b3c57"
-    assert [""] == [contents._copied_as for contents in made._contents]  # noqa: SLF001
+    assert [""] == [join.copy for join in EVENT_TABLES.joins]
     made._guard.content_untils = {"content": 5}  # noqa: SLF001
     record = msgspec.json.decode(msgspec.json.encode(made._guard.accept()))  # noqa: SLF001
     assert 5 == record["content_until"]
