@@ -23,7 +23,7 @@ from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit
 from enrichment.tables.check import check
 from enrichment.tables.declared import EnrichmentSettings, Join, Tables, quoted, tables_of
-from enrichment.tables.guard import Guard, Record, swaps
+from enrichment.tables.guard import Guard, recorded, swaps
 from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
@@ -150,7 +150,7 @@ class StreamEnricher:
         return self._guard.tables
 
     async def look(self, record: str | None, after: Lsn) -> History | None:
-        before = await self._guard.look(None if record is None else msgspec.json.decode(record, type=Record), after)
+        before = await self._guard.look(recorded(record, self._tables), after)
         shape = self._guard.shape
         tables = self._tables
         for contents in self._contents:

@@ -29,11 +29,9 @@ from replicator.contracts.events import (
     format_lsn,
     parse_lsn,
 )
-from replicator.contracts.settings import load
+from replicator.contracts.settings import load, variable
 from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut
 from replicator.source.connection import Dsn
-
-_decode_records = msgspec.json.Decoder(dict[str, str]).decode
 
 
 def create_enricher(dsn: Dsn) -> Enricher:
@@ -60,8 +58,7 @@ class SeveralStreams:
         return sum((stream.ignored for stream in self._streams.values()), Counter[str]())
 
     async def look(self, record: str | None, after: Lsn) -> History | None:
-        records = _records(record)
-        found = {name: await stream.look(records.get(name), after) for name, stream in self._streams.items()}
+        found = {name: await stream.look(record, after) for name, stream in self._streams.items()}
         missed = {name: history for name, history in found.items() if history is not None}
         return MissedHistories(missed) if missed else None
 
@@ -91,7 +88,7 @@ class SeveralStreams:
         for name, stream in self._streams.items():
             contents, theirs = stream.changed(before)
             changes += [change._replace(copy=f"{name}/{change.copy}" if change.copy else name) for change in theirs]
-            copy, *lsns = (contents or "").split()
+            copy, *lsns = contents.split() if contents else [""]
             whole = whole and copy == stream.contents_name
             untils += map(parse_lsn, lsns[:1])
         until = format_lsn(max(untils, default=0))
@@ -168,7 +165,11 @@ class SeveralStreams:
         return next(known, next(iter(self._streams)))
 
     async def history(self, emptied: Sequence[str] = ()) -> str:
-        return "; ".join(filter(None, [await stream.history(emptied) for stream in self._streams.values()]))
+        """Of a stream whose table in a sink was made now every sink may lack them: it may be new in this slot."""
+        concerned = {sink.rpartition("/")[2] for sink in emptied} or self._streams.keys()
+        told = {name: await self._streams[name].history() for name in self._streams if name in concerned}
+        alone = f", with {variable('stream')} naming the stream {{}} alone".format
+        return "; ".join(text + alone(name) for name, text in told.items() if text)
 
     async def origin(self) -> str:
         return await next(iter(self._streams.values())).origin()
@@ -220,11 +221,3 @@ class MissedHistories:
     async def close(self) -> None:
         for history in self._histories.values():
             await history.close()
-
-
-def _records(record: str | None) -> dict[str, str]:
-    """By stream; what one stream alone has recorded earlier says nothing here."""
-    try:
-        return _decode_records(record) if record else {}
-    except msgspec.ValidationError:
-        return {}

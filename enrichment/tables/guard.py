@@ -70,6 +70,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return self.content_untils.get(table, until)
 
 
+def recorded(text: str | None, tables: Tables) -> Record | None:
+    """What was recorded of this stream, alone in the slot or among others, as it may be now; None: nothing."""
+    found = {} if text is None else msgspec.json.decode(text)
+    if isinstance(found.get("xid"), int):  # of one stream; else a text by each stream's name
+        record = msgspec.convert(found, Record)
+        top = record.shape.table(tables.events)
+        return record if not tables.of_several or (top and top.schema == tables.schema) else None
+    own = found.get(tables.stream.name)
+    return None if own is None else msgspec.json.decode(own, type=Record)
+
+
 class Guard:
     """Looks at the tables over a connection of its own: no look-up holds it up."""
 

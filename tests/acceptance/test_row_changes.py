@@ -185,3 +185,26 @@ def test_an_identity_that_is_unique_at_the_commit_alone(parcels: Program, source
     found = parcels.run("check")
     assert 1 == found.code
     assert "table public.parcels: its identity id is not unique" in found.stdout
+
+
+def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:
+    """What is known of the first one's table stays known: rows that the slot could not show come from the table."""
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight) VALUES (1, 1)")
+    parcels.wait_until_caught_up()
+    assert 0 == parcels.stop()
+    source.execute("ALTER TABLE parcels RENAME TO away")
+    source.execute("INSERT INTO away (id, weight) VALUES (2, 2)")
+    source.execute("ALTER TABLE away RENAME TO parcels")
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
+    parcels.environment["REPLICATOR_STREAM"] += ",enrichment.contract:EVENT"
+    told = succeed(parcels.run("init"))
+    assert "public.engagement_events holds 1 rows; those from before the slot do not come through it" in told
+    assert "with REPLICATOR_STREAM naming the stream engagement alone" in told
+    assert "public.parcels" not in told
+    parcels.start()
+    parcels.wait_for_log("1 rows of the tables were looked at again")
+    source.execute("INSERT INTO parcels (id, weight) VALUES (3, 3)")
+    parcels.wait_until_caught_up()
+    assert {1: 1, 2: 2, 3: 3} == in_clickhouse(stack)
