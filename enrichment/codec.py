@@ -156,6 +156,11 @@ def _build_events(_drafts, {{known}}_events):
         _append(_event)
 """
 
+_SHOW = """
+def _show(_value):
+    return {shown}
+"""
+
 
 def _computed(name: str, derived: Derived) -> str:
     null = " or ".join(f"{argument} is None" for argument in derived.of)
@@ -205,6 +210,7 @@ class Codec:
         self.derives = any(field.derived and not field.derived.shortcut for field in stream.fields)
         """Whether making an event may raise DerivedUnusable."""
         self.fits = {f"_fits_{field.name}": field.type.fits for field in stream.fields if field.type.fit}
+        self._show_old = {field: _made(_SHOW, "_show", {}, shown=field.type.shown.format("_value")) for field in own}
         self.read = self._reader()
         self.build_events = self.finishing(_BUILD, "_build_events")
 
@@ -376,23 +382,23 @@ class Codec:
 
     def deletion(self, row: Row) -> Event:
         """The event of a row that is gone. Raises RowUnusable."""
+        fields = self._old(row)
+        json = msgspec.json.encode({field.name: self._show_old[field](value) for field, value in fields.items()})
+        key = fields.get(self.tables.key, self.tables.key.type.python())
+        return self._gone(row.commit_lsn, row.ordinal, fields[self.tables.identity], key, None, json)
+
+    def former(self, row: Row) -> Id:
+        """The identity that the row had before this change. Raises RowUnusable."""
+        return self._old(row)[self.tables.identity]
+
+    def _old(self, row: Row) -> dict[Field, Any]:
         self.unquote(row.identity)
         old = {column.name: column.value for column in row.identity}
         fields = {field: old[field.column] for field in self.tables.own if field.column in old}
         wrong = next((field for field, value in fields.items() if not field.type.fits(value)), None)
         if wrong or self.tables.identity not in fields:
             raise self._misfit(wrong or self.tables.identity)
-        json = self._encode_old(fields)
-        key = fields.get(self.tables.key, self.tables.key.type.python())
-        identity = fields[self.tables.identity]
-        return self._gone(row.commit_lsn, row.ordinal, identity, key, None, json)
-
-    def _encode_old(self, fields: Mapping[Field, Any]) -> bytes:
-        shown = {
-            field.name: eval(field.type.shown.format("_value"), {**_NAMES, "_value": value})  # noqa: S307  our own source
-            for field, value in fields.items()
-        }
-        return msgspec.json.encode(shown)
+        return fields
 
     def stored_event(self, letter: DeadLetter) -> Event:
         """The event that a sink refused, from its JSON, or from what `change` made of it. Raises RowUnusable."""

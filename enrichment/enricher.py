@@ -399,11 +399,11 @@ class StreamEnricher:
         """Whether it is an update that gives the row another identity."""
         identity = self._tables.identity.column
         new = next((column.value for column in row.columns if column.name == identity), None)
-        return row.action == "U" and self._codec.deletion(row).id != new
+        return row.action == "U" and self._codec.former(row) != new
 
     def _note_identity(self, row: Row, draft: Draft, plan: Plan) -> None:
         """An update may give a row another identity: under the old one it is gone."""
-        old = self._codec.deletion(row).id
+        old = self._codec.former(row)
         if old != draft[self._codec.draft_id]:
             plan.was[Position(row.commit_lsn, row.ordinal)] = old
 
