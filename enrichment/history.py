@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import structs
+from psycopg import sql
 
 from enrichment.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.database import Database
@@ -112,7 +113,8 @@ class Queries:
 SELECT EXISTS (
     SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = '{".".join(map(quoted, tables.stream.table.split(".")))}'::regclass AND a.attname = {name!r}
+    WHERE i.indrelid = {sql.Literal(tables.stream.table).as_string()}::regclass
+      AND a.attname = {sql.Literal(name).as_string()}
       AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
 """  # noqa: S608  names in the declaration
         ends = f"min({identity})::bigint, max({identity})::bigint" if self.counted else "NULL, NULL"

@@ -144,8 +144,10 @@ class SeveralStreams:
         shares: dict[str, list[Row]] = {name: [] for name in self._streams}
         first = next(iter(self._streams))
         for row in rows:
-            for name in [name for name, stream in self._streams.items() if stream.knows(row)] or [first]:
-                shares[name].append(row)
+            names = [name for name, stream in self._streams.items() if stream.knows(row)] or [first]
+            for name in names:  # each may change what it is given
+                own = row if len(names) == 1 else structs.replace(row, columns=[*row.columns], identity=[*row.identity])
+                shares[name].append(own)
         return shares
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:

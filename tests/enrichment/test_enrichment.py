@@ -15,13 +15,17 @@ import pytest
 from psycopg import sql
 
 from devstack import DevStack
-from enrichment import EnrichmentSettings, StreamEnricher, create_enricher
+from enrichment import BEGINNING, END, EnrichmentSettings, RangeHistory, StreamEnricher, Tables, create_enricher
 from enrichment.content import PRELOAD_PAGE, Contents, changes
 from enrichment.contract import engagement_pct
 from enrichment.database import Database
+from enrichment.streams.several import SeveralStreams
 from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
+from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role
+from replicator.contracts.fields import Stream as Declared
 from replicator.contracts.settings import load
+from replicator.contracts.stream import Enriched
 from replicator.source import wal2json
 from tests.support.pgbouncer import pgbouncer
 from tests.support.rows import EVENT_TABLES
@@ -818,3 +822,49 @@ async def test_history_names_the_command_that_brings_it(enricher: StreamEnricher
     told = await enricher.history(["clickhouse", "http"])
     assert "2 rows; what clickhouse and http needs was only made now, and lacks those from before. To bring" in told
     assert told.endswith("--end 2026-01-08T10:00:00 --sinks clickhouse,http")
+
+
+class _Taking:
+    """A stream that changes the rows that it is given."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[list[str]] = []
+
+    def knows(self, _: Row) -> bool:
+        """Every table is its own."""
+        return True
+
+    async def enrich(self, rows: Sequence[Row], _: Sequence[Event]) -> Enriched:
+        """Remember what the columns were."""
+        self.seen += [[column.name for column in row.columns] for row in rows]
+        for row in rows:
+            row.columns += [Column("mine", self.name)]
+        return Enriched([], [])
+
+
+async def test_streams_of_one_table_do_not_see_each_others_changes() -> None:
+    """A row that one has completed, or read again, has the columns of that one."""
+    one, other = _Taking("one"), _Taking("other")
+    both = SeveralStreams([one, other])  # type: ignore[list-item]  # they do what it needs
+    await both.enrich([Row("I", "public", "shared", [Column("id", 1)], commit_lsn=1, ordinal=1)])
+    assert [["id"]] == one.seen == other.seen
+
+
+async def test_the_time_column_may_have_any_name(database: str) -> None:
+    """Whether an index begins with it is asked by its name, whatever that is."""
+    time = Field("at", TIMESTAMPTZ, column="it's 100%", role=Role.TIME)
+    fields = (Field("id", BIGINT, role=Role.IDENTITY), Field("key", BIGINT, role=Role.KEY), time)
+    table = """CREATE TABLE odd (id bigint PRIMARY KEY, key bigint NOT NULL, "it's 100%" timestamptz NOT NULL)"""
+    with psycopg.connect(database) as source:
+        source.execute(table.encode())
+        source.execute("INSERT INTO odd SELECT n, n, now() FROM generate_series(1, 3) n")
+        source.execute("""CREATE INDEX ON odd ("it's 100%", id)""")
+    past = RangeHistory(database, BEGINNING, END, tables=Tables(Declared("odd", "public.odd", fields)))
+    await past.open()
+    place, count = await past.begin()
+    page = await past.read(place, Position(0, 0), 10)
+    assert page
+    assert (3, [1, 2, 3]) == (count, sorted(event.id for event in page.enriched.events))
+    assert '"order":"event_ts"' in place
+    await past.close()
