@@ -319,9 +319,11 @@ class Codec:
         columns, identity = self._keep(row.columns), self._keep(row.identity)
         # The letter has its own position.
         kept = structs.replace(row, columns=columns, identity=identity, commit_lsn=0, ordinal=0)
-        unquote(kept.columns, self._integers_of(row.table))
+        joins = self.tables.joins_of(row.table)
+        unquote(kept.columns, {name for join in joins for name in join.integers} if joins else self._integers)
         known = self.tables.identity
-        event_id = next((column.value for column in kept.columns if column.name == known.column), None)
+        events = () if joins else kept.columns  # a dimension may have a column of that name, too
+        event_id = next((column.value for column in events if column.name == known.column), None)
         return DeadLetter(
             sink=None,
             position=Position(row.commit_lsn, row.ordinal),
@@ -329,9 +331,6 @@ class Codec:
             reason=reason,
             payload=_encode_row(kept),
         )
-
-    def _integers_of(self, table: str) -> set[str]:
-        return next((join.integers for join in self.tables.joins_of(table)), self._integers)
 
     def _keep(self, columns: Iterable[Column]) -> list[Column]:
         """In one order: a row looks the same from the stream and from the table, and is kept once.

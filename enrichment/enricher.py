@@ -118,16 +118,21 @@ class StreamEnricher:
     @property
     def contents_name(self) -> str:
         """Of its contents as they are, the copies' name; empty where there is none."""
-        shown = any(contents.shown for contents in self._contents)
-        return "".join(map(self._named, self._contents)) if shown else ""
+        return self._naming([contents for contents in self._contents if contents.shown])
+
+    def _naming(self, copies: Sequence[Contents]) -> str:
+        """These have a copy; empty: none has."""
+        lost = "-" * self._part
+        return "".join(self._named(one) if one in copies else lost for one in self._contents) if copies else ""
 
     def _named(self, contents: Contents) -> str:
-        """One dimension's part of the name: there is room for 24 characters."""
+        """One dimension's part of the name."""
         return name_of(self._tables, self._guard.shape, contents.join)[: self._part]
 
     @property
     def _part(self) -> int:
-        return 24 // len(self._contents)
+        """How long it is: there is room for 24 characters."""
+        return 24 // max(len(self._contents), 1)
 
     @property
     def event_tables(self) -> set[tuple[str, str]]:
@@ -192,11 +197,9 @@ class StreamEnricher:
         whole = [contents for contents in self._contents if contents.copied]
         if not whole:
             return ContentChanges(None, [])
-        lost = "-" * self._part
-        names = "".join(self._named(contents) if contents in whole else lost for contents in self._contents)
         until = max(contents.until for contents in whole)
         changes = [change for contents in whole for change in contents.changes(before)]
-        return ContentChanges(f"{names} {format_lsn(until)} {format_lsn(before)}", changes)
+        return ContentChanges(f"{self._naming(whole)} {format_lsn(until)} {format_lsn(before)}", changes)
 
     def saved(self, end_lsn: Lsn) -> None:
         for contents in self._contents:

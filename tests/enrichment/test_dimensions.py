@@ -335,6 +335,36 @@ async def test_a_truncate_is_of_one_table(store: SqlCheckpointStore) -> None:
     )
 
 
+async def test_a_letter_of_a_dimension_names_no_event() -> None:
+    """Even if it has a column that is called as the event's identity."""
+    row = Row("U", "shop", "customers", columns_of([("sale_id", 5), ("name", "Ada")]), [], commit_lsn=FIRST, ordinal=1)
+    [letter] = (await enricher(shop()).enrich([row])).refused
+    assert letter.reason == "shop.customers has no customer_id, a 64-bit integer, in the row's columns"
+    assert letter.event_id is None
+
+
+async def test_what_the_stream_does_not_show_is_looked_up(store: SqlCheckpointStore) -> None:
+    """Products are a view: every event asks for them. The copies of the others serve on, beside other streams too."""
+    source = shop()
+    for copied in (True, False):
+        source.copied.clear()
+        sales = enricher(source)
+        sales._contents[1].shown = False  # noqa: SLF001
+        streams = SeveralStreams([sales, enricher(source, tables=Tables(replace(alone(), name="trades")))])
+        await streams.open(store, stored(store))
+        assert copied == bool(source.copied)
+        assert "products" not in source.copied
+        contents, changes = streams.changed(FIRST)
+        await asyncio.to_thread(store.save, structs.replace(stored(store), contents=contents), changes)
+    for name in ("today", "later"):
+        source.looked_up.clear()
+        source.tables["products"][PRODUCT_IDS[0]] = (name, None)
+        [values] = await enriched(sales, sale(1, 1, 2, PRODUCT_IDS[0]))
+        assert ("Ada", name) == (values[0], values[3])
+        assert [("products", PRODUCT_IDS[:1])] == source.looked_up
+    assert sales.shortcut() is None
+
+
 def renamed() -> Stream:
     """The sales, whose buyers are joined on a field of another name."""
     buyers = replace(BUYERS, on="purchaser_id")
