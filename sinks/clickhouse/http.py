@@ -64,7 +64,7 @@ class HttpServer:
         self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
     ) -> Receipt:
         """Insert JSON lines, in pieces."""
-        statement = f"INSERT INTO {table} ({', '.join(columns)}) FORMAT JSONEachRow\n".encode()
+        statement = f"INSERT INTO {table} (`{'`, `'.join(columns)}`) FORMAT JSONEachRow\n".encode()
         query_id = uuid.uuid4().hex
         async with self._answer([statement, *data], settings, seconds, query_id) as answer:
             text = await _text(answer, SHORT_BYTES, self._server, cut=True)

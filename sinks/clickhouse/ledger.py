@@ -28,7 +28,7 @@ from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
 from sinks.clickhouse.errors import SINK
-from sinks.clickhouse.table import Look, version
+from sinks.clickhouse.table import Look, quoted, version
 
 CHUNK = 5_000
 """Ids a statement, and twice the keys: below ClickHouse's 256 kB for the text of one."""
@@ -75,9 +75,9 @@ class ClickHouseLedger:
         self._table = table
         self._stream = stream
         compared = stream.compared(with_joined=with_content)
-        line = ", '|', ".join(field.type.clickhouse_line.format(field.name) for field in compared)
+        line = ", '|', ".join(field.type.clickhouse_line.format(quoted(field.name)) for field in compared)
         self._hash = HASH.format(line=f"concat({line})")
-        self._time, self._id, self._key = (field.name for field in (stream.time, stream.identity, stream.key))
+        self._time, self._id, self._key = (quoted(field.name) for field in (stream.time, stream.identity, stream.key))
         self._values = [field.name for field in stream.fields if "DateTime64" not in field.type.clickhouse]
         kinds = stream.identity.type.python, stream.key.type.python
         self._id_row: type[tuple[Any, int]] = tuple[kinds[0], int]  # type: ignore[valid-type]
@@ -153,7 +153,7 @@ class ClickHouseLedger:
         """Whether the table has each of these events as it is here, or a later view of it."""
         if self._stream.follows:
             return await self._follows(events)
-        what = f"{self._id}, {self._us}, {self._key}, {self._lsn}, {', '.join(self._values)}"
+        what = f"{self._id}, {self._us}, {self._key}, {self._lsn}, {', '.join(map(quoted, self._values))}"
         for piece in _pieces(sorted(events, key=lambda event: event.ts_us or 0)):
             keys = tuple((event.id, event.ts_us, event.key) for event in piece)
             exactly = {"start": piece[0].ts_us, "end": (piece[-1].ts_us or 0) + 1, "keys": keys}
@@ -206,7 +206,7 @@ class ClickHouseLedger:
         for field in self._moments:
             if fields[field.name] is not None:
                 fields[field.name] = _moment(fields[field.name]) + "Z" * (field.type.postgres == TIMESTAMPTZ.postgres)
-        at = names.index(self._time) + 2
+        at = names.index(self._stream.time.name) + 2
         views = 1 if self._stream.follows else len({row[at] for row in rows})
         notes = [f"{len(rows)} copies until the next merge; FINAL shows the newest"] if len(rows) > 1 else []
         notes += [f"it is there at {views} times"] if views > 1 else []
@@ -215,9 +215,9 @@ class ClickHouseLedger:
     async def _copies(self, event_id: Id, ts_us: int | None) -> list[list[Any]]:
         """At its time, which the table is sorted by, or at any."""
         at = "" if ts_us is None or self._stream.follows else f"AND {self._within}"
-        moments = (f"toUnixTimestamp64Micro({field.name})" for field in self._moments)
+        moments = (f"toUnixTimestamp64Micro({quoted(field.name)})" for field in self._moments)
         gone = "_deleted" if self._stream.follows else "0"
-        what = ", ".join([self._lsn, gone, *self._values, *moments])
+        what = ", ".join([self._lsn, gone, *map(quoted, self._values), *moments])
         query = f"SELECT {what} FROM {self._table} WHERE {self._id} = %(id)s {at}"  # noqa: S608  our own names
         parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
         more = f"ORDER BY {version(self._stream)} LIMIT {COPIES} {AS_SENT}"

@@ -121,16 +121,21 @@ def sort_key(stream: Stream) -> str:
     return ", ".join(stream.field(role).name for role in roles)
 
 
+def quoted(name: str) -> str:
+    """A column in SQL: ClickHouse takes `index` or `nan` for something else."""
+    return f"`{name}`"
+
+
 def ddl(stream: Stream, database: str = "engagement") -> str:
     """The statements that create the database and the table, each with a semicolon at its end."""
     template = Template(files("sinks.clickhouse").joinpath("table.sql").read_text(encoding="utf-8"))
     return template.substitute(
         database=database,
         table=table_of(stream),
-        columns="\n".join(f"    {name} {type_}," for name, type_ in columns(stream).items()),
+        columns="\n".join(f"    {quoted(name)} {type_}," for name, type_ in columns(stream).items()),
         version=version(stream),
-        partition="" if stream.follows else f"PARTITION BY toYYYYMM({stream.time.name})\n",
-        sort_key=sort_key(stream),
+        partition="" if stream.follows else f"PARTITION BY toYYYYMM({quoted(stream.time.name)})\n",
+        sort_key=", ".join(map(quoted, sort_key(stream).split(", "))),
     )
 
 
@@ -197,7 +202,8 @@ async def look(client: Client, database: str, stream: Stream) -> Look:
     # Replicated... and Shared... variants are as good.
     if not row.engine.endswith("ReplacingMergeTree") or not re.search(rf"\b{version(stream)}\)", row.definition):
         wrong.append(f"the engine {row.engine} and not ReplacingMergeTree({version(stream)})")
-    if row.order.removeprefix("(").removesuffix(")") != sort_key(stream):  # of one column it has them
+    order = row.order.removeprefix("(").removesuffix(")").replace("`", "")  # of one column it has brackets
+    if order != sort_key(stream):
         wrong.append(f"the sort key ({row.order}) and not ({sort_key(stream)})")
     if wrong:
         raise SinkUnusable(

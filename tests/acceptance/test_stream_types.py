@@ -84,6 +84,8 @@ KINDS = {
     "within": Kind("int4range", 'as_text("int4range")', "{}::text", ["[1,5)", "empty"]),
     "type": Kind("text", "TEXT", "{}", ["a column that is called as Python's words are"]),
     "row": Kind("integer", "BIGINT", "{}", ["1"]),
+    "index": Kind("integer", "BIGINT", "{}", ["2"]),
+    "nan": Kind("numeric(3,1)", "numeric(3, 1)", "{}", ["3.5"]),
 }
 EVERY = [*KINDS, *(f"{name}_2" for name in KINDS)]
 _decode = msgspec.json.Decoder(float_hook=Decimal).decode
@@ -153,7 +155,7 @@ def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def in_clickhouse(stack: DevStack) -> list[dict[str, Any]]:
     """What is there, under FINAL."""
     text = stack.clickhouse.query(
-        f"SELECT name, subject, at, {', '.join(EVERY)} FROM typed FINAL SETTINGS date_time_output_format = 'iso',"  # noqa: S608
+        f"SELECT name, subject, at, `{'`, `'.join(EVERY)}` FROM typed FINAL SETTINGS date_time_output_format = 'iso',"  # noqa: S608
         " output_format_json_quote_64bit_integers = 0, output_format_json_quote_decimals = 0 FORMAT JSONEachRow"
     )
     rows = [_decode(line) for line in text.splitlines()]
