@@ -75,9 +75,9 @@ NO_EVENTS = Slice(origin_us=0, width_us=1, buckets=(0,))
 PIECE = 500
 """Events that become text at once: it is still in the processor's cache when it is hashed, which halves the cost."""
 
-PIECES_A_TURN = 8
-"""2 ms of work. In a backlog the loop's other work takes 7 ms a turn: with a turn a piece, a full insert began 0.2 s
-late, and all waited for ClickHouse."""
+PIECES_A_TURN = 40
+"""6 ms of work. In a backlog the loop's other work takes 7 ms a turn: with ten turns a full insert began 0.09 s late,
+a quarter of the time that it took, and all waited for ClickHouse."""
 
 UNANSWERED_TRIES = 3
 """A network may fail once or twice. A front end or a server that is too slow for a large insert fails each time."""
@@ -300,12 +300,12 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
 
     async def _send(self, events: Sequence[Event]) -> Receipt:
         token = hashlib.sha256(self._run)
-        body = []
+        body: list[bytes] = []
         for first in range(0, len(events), PIECE):
+            if body and len(body) % PIECES_A_TURN == 0:
+                await asyncio.sleep(0)  # the loop's other work
             body.append(self._rows(events[first : first + PIECE]))
             token.update(body[-1])  # not the positions, which can't tell two views of an event apart
-            if len(body) % PIECES_A_TURN == 0:
-                await asyncio.sleep(0)  # the loop's other work
         settings = {**INSERT_SETTINGS, "insert_deduplication_token": token.hexdigest()}
         return await self._client.insert(self._table, list(columns(self.stream)), body, settings)
 

@@ -162,6 +162,29 @@ def expected(event: Event) -> dict[str, object]:
     return fields | {"_lsn": event.commit_lsn}
 
 
+async def test_a_full_insert_gives_the_loop_one_turn(sink: ClickHouseSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn of the loop takes some 7 ms in a backlog, and ClickHouse has nothing to do so long."""
+    await sink.write(events(1, 1))
+    turns: list[int] = []
+    began: list[int] = []
+
+    async def tick() -> None:
+        while True:
+            turns.append(len(turns))
+            await asyncio.sleep(0)
+
+    async def insert(*_: object) -> None:
+        began[:] = turns
+        raise SinkUnavailable(sink="clickhouse", detail="not in this test")
+
+    ticker = asyncio.create_task(tick())
+    monkeypatch.setattr("sinks.clickhouse.http.HttpServer.insert", insert)
+    with pytest.raises(SinkUnavailable):
+        await sink.write(events(1, sink.max_events))
+    ticker.cancel()
+    assert len(began) == 1
+
+
 class TestValues:
     """What is read back is what was written."""
 
