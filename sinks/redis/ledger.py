@@ -38,7 +38,7 @@ class RedisLedger:
         try:
             return [int(value or b"0") for value in found]
         except ValueError:
-            detail = "a key of content:count:* is not a number"
+            detail = f"a key of {self._redis.named(COUNT_PREFIX)}* is not a number"
             raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
 
     async def unseen(self, ids: Sequence[Id]) -> list[Id]:
@@ -65,6 +65,7 @@ class RedisLedger:
             return Held(counted)
         count, last = f"{COUNT_PREFIX}{event.key}", f"{LAST_PREFIX}{event.key}"
         number, text = await self._redis.values([count, last])
+        count, last = self._redis.named(count), self._redis.named(last)
         notes = [f"{count} is {(number or b'0').decode(errors='replace')}"]
         try:
             fields: dict[str, Any] = dict(json.loads(text, parse_float=Decimal)) if text else {}
