@@ -136,6 +136,7 @@ TABLES = [
 RIGHT = [
     ("made(lambda total: int(total % 2), 'total', postgres='trunc({total} % 2)')", ""),
     ("with_(Field('free', numeric(20, 4).nullable()))", ""),
+    ("with_(Field('a', as_text('numeric(10,2)[]').nullable()))", "ALTER TABLE shop.orders ADD a numeric(10, 2)[]"),
     (
         "Stream('o', 'shop.orders', (Field('c', TEXT, role=Role.IDENTITY), KEY, AT))",
         "ALTER TABLE shop.orders ADD c char(9) UNIQUE DEFAULT 'a'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -184,6 +185,6 @@ _NOT_AS_TEXT = {
 
 def as_text(postgres: str) -> Type:
     """Any other type, such as `interval`, `inet` or `text[]`, by its name in PostgreSQL: its text."""
-    if own := _NOT_AS_TEXT.get(postgres.partition("(")[0].strip().lower()):
+    if own := _NOT_AS_TEXT.get(re.sub(r"\(.*\)$", "", postgres).strip().lower()):
         raise ValueError(f"as_text({postgres!r}): such a column is declared as {own}")
     return _textual(postgres, postgres, WRITTEN, WRITTEN)
