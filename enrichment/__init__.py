@@ -8,7 +8,7 @@ from enrichment.enricher import StreamEnricher
 from enrichment.history import BEGINNING, END, RangeHistory, Slice
 from enrichment.ledger import TableLedger
 from enrichment.streams.several import SeveralStreams, create_enricher
-from enrichment.tables.declared import EnrichmentSettings, Tables, configured, tables_of
+from enrichment.tables.declared import EnrichmentSettings, Tables, configured, tables_of, the_one
 
 __all__ = [
     "BEGINNING",
@@ -24,4 +24,5 @@ __all__ = [
     "configured",
     "create_enricher",
     "tables_of",
+    "the_one",
 ]

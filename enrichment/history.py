@@ -28,7 +28,7 @@ from psycopg import sql
 
 from enrichment.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.database import Database
-from enrichment.tables.declared import Tables, configured, quoted
+from enrichment.tables.declared import Tables, quoted
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -328,15 +328,12 @@ def cuts(spans: Sequence[tuple[int, str]], most: int) -> list[str]:
 class RangeHistory:
     """The events of the stream's table with `start <= time < end`."""
 
-    def __init__(
-        self, dsn: Dsn, start: datetime, end: datetime, *, since: Lsn | None = None, tables: Tables | None = None
-    ) -> None:
+    def __init__(self, dsn: Dsn, start: datetime, end: datetime, *, tables: Tables, since: Lsn | None = None) -> None:
         """With `since` a standby will do, once it has replayed the WAL up to there."""
         self._start, self._end, self._since = start, end, since
         self._range = between(start, end)
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
-        tables = tables or configured()
         self._codec, self._queries = codec_of(tables), queries_of(tables)
         self._indexed = False
 
@@ -419,8 +416,7 @@ class PickedHistory:
     A place is a number of ids.
     """
 
-    def __init__(self, dsn: Dsn, ids: Sequence[Id], tables: Tables | None = None) -> None:
-        tables = tables or configured()
+    def __init__(self, dsn: Dsn, ids: Sequence[Id], tables: Tables) -> None:
         self._ids = sorted(ids)
         self._pages = Database(dsn, settings=PAGE_SETTINGS)
         self._codec, self._query = codec_of(tables), queries_of(tables).picked

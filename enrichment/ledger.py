@@ -13,7 +13,7 @@ from typing import Any
 
 from enrichment.database import Database
 from enrichment.history import BEGINNING, END, WAL_END, PickedHistory, between, last_end, queries_of
-from enrichment.tables.declared import Tables, configured, quoted
+from enrichment.tables.declared import Tables, quoted
 from replicator.contracts.events import Id, Lsn, parse_lsn
 from replicator.contracts.fields import Field, Role
 from replicator.contracts.ledger import Digest, EventDigest, Slice
@@ -41,8 +41,7 @@ class TableLedger:
 
     slices_are_cheap = False
 
-    def __init__(self, dsn: Dsn, *, with_content: bool, tables: Tables | None = None) -> None:
-        tables = tables or configured()
+    def __init__(self, dsn: Dsn, *, tables: Tables, with_content: bool) -> None:
         self._dsn, self._tables = dsn, tables
         self._scans = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=SETTINGS)
         self._streams = Database(dsn, timeout_seconds=STATEMENT_SECONDS, settings=ID_SETTINGS)

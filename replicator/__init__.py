@@ -1,4 +1,10 @@
-"""Reads a PostgreSQL logical replication slot and fans its rows out to sinks; see `replicator --help`."""
+"""Reads a PostgreSQL logical replication slot and fans its rows out to sinks; see `replicator --help`.
+
+What stands in `__all__` is for other programs: docs/reference/library.md says what each is, and what stays.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from replicator.contracts.fields import (
     BIGINT,
@@ -23,6 +29,49 @@ from replicator.contracts.fields import (
     numeric,
 )
 
+if TYPE_CHECKING:
+    from replicator.cli.app.library import Replicator
+    from replicator.contracts.errors import (
+        BatchRefused,
+        BatchTooLarge,
+        ReplicatorError,
+        SettingsError,
+        SinkMisconfigured,
+        SinkUnavailable,
+        SinkUnusable,
+    )
+    from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
+    from replicator.contracts.settings import Settings
+    from replicator.contracts.sink import Mode, Sink
+    from replicator.operations.status.form import Status
+else:
+
+    def __getattr__(name: str) -> object:
+        """When somebody asks: whoever imports a part of it, such as the command line, waits for no other."""
+        if name in _ELSEWHERE:
+            return getattr(import_module(_ELSEWHERE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_ELSEWHERE = {
+    "BatchRefused": "replicator.contracts.errors",
+    "BatchTooLarge": "replicator.contracts.errors",
+    "Event": "replicator.contracts.events",
+    "Finding": "replicator.contracts.events",
+    "Mode": "replicator.contracts.sink",
+    "Refusal": "replicator.contracts.events",
+    "Replicator": "replicator.cli.app.library",
+    "ReplicatorError": "replicator.contracts.errors",
+    "Settings": "replicator.contracts.settings",
+    "SettingsError": "replicator.contracts.errors",
+    "Sink": "replicator.contracts.sink",
+    "SinkMisconfigured": "replicator.contracts.errors",
+    "SinkPosition": "replicator.contracts.events",
+    "SinkUnavailable": "replicator.contracts.errors",
+    "SinkUnusable": "replicator.contracts.errors",
+    "Status": "replicator.operations.status.form",
+}
+
 __all__ = [
     "BIGINT",
     "BOOLEAN",
@@ -36,10 +85,26 @@ __all__ = [
     "TIMESTAMP",
     "TIMESTAMPTZ",
     "UUID",
+    "BatchRefused",
+    "BatchTooLarge",
     "Derived",
     "Dimension",
+    "Event",
     "Field",
+    "Finding",
+    "Mode",
+    "Refusal",
+    "Replicator",
+    "ReplicatorError",
     "Role",
+    "Settings",
+    "SettingsError",
+    "Sink",
+    "SinkMisconfigured",
+    "SinkPosition",
+    "SinkUnavailable",
+    "SinkUnusable",
+    "Status",
     "Stream",
     "Where",
     "as_text",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 from replicator.contracts.errors import SettingsError, cited
 from replicator.contracts.fields import Stream
@@ -19,6 +19,9 @@ from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.contracts.sink import Sink
 
 GROUP = "replicator.sinks"
+
+Wanted: TypeAlias = str | type[Sink] | Sink
+"""The name of a sink, its class, or the sink itself, made for its stream."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,27 +65,50 @@ def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
                 _log.warning("%s", exc)
 
 
-def create_sinks(names: Iterable[str], stream: Stream) -> list[Sink]:
-    """The sinks of these names, with their settings. Raises SettingsError for an unknown name or unusable settings."""
-    classes = [sink_class(name) for name in dict.fromkeys(names)]
-    return [_create(found, load(found.settings_class), stream) for found in classes]
+def create_sinks(wanted: Iterable[Wanted], stream: Stream, **known: Any) -> list[Sink]:
+    """The sinks of a stream, with their settings; `known` ones are not read from the environment.
+
+    Raises SettingsError for an unknown name, for what is no sink, and for unusable settings.
+    """
+    found = [one if isinstance(one, Sink) else _class(one) for one in dict.fromkeys(wanted)]
+    return [_checked(one if isinstance(one, Sink) else _create(one, stream, known), stream) for one in found]
 
 
-def _create(found: type[Sink], settings: Settings, stream: Stream) -> Sink:
-    numbered = stream.identity.type.python is stream.key.type.python is int
-    if not found.takes_any_stream and (stream.follows or not numbered):
-        problem = "takes no stream whose rows change, or whose identity or key is no number"
-        raise _unusable(found.name, problem, f"another sink for the stream {stream.name!r}")
+def _class(wanted: str | type[Sink]) -> type[Sink]:
+    if isinstance(wanted, str):
+        return sink_class(wanted)
+    name = str(getattr(wanted, "name", ""))
+    if flaw := _flaw(wanted, name):
+        raise _unusable(name, f"is {wanted!r}, {flaw}", WHOLE)
+    return wanted
+
+
+def _create(found: type[Sink], stream: Stream, known: Mapping[str, Any]) -> Sink:
+    settings = load(found.settings_class, **known)
+    _refuse_stream(found, stream)
     try:
-        sink = found(settings, stream)
+        return found(settings, stream)
     except Exception as exc:  # its own words may hold a secret
         raise _unusable(found.name, f"can't be made ({type(exc).__name__})", WHOLE) from exc
-    most = getattr(sink, "max_events", None)
+
+
+def _refuse_stream(sink: type[Sink] | Sink, stream: Stream) -> None:
+    numbered = stream.identity.type.python is stream.key.type.python is int
+    if not sink.takes_any_stream and (stream.follows or not numbered):
+        problem = "takes no stream whose rows change, or whose identity or key is no number"
+        raise _unusable(sink.name, problem, f"another sink for the stream {stream.name!r}")
+
+
+def _checked(sink: Sink, stream: Stream) -> Sink:
+    name, most = getattr(sink, "name", None), getattr(sink, "max_events", None)
+    if not name or not isinstance(name, str):
+        raise _unusable(repr(type(sink)), "has no name", WHOLE)
+    _refuse_stream(sink, stream)
     if not isinstance(most, int) or most < 1:
-        raise _unusable(found.name, f"has {most} as its max_events", WHOLE)
+        raise _unusable(name, f"has {most} as its max_events", WHOLE)
     if sink.concurrency < 1 or (sink.max_repeats is not None and sink.max_repeats < most):  # it would never write
         problem = f"has concurrency {sink.concurrency} and max_repeats {sink.max_repeats}"
-        raise _unusable(found.name, problem, f"{WHOLE}: at least 1, and at least max_events or None")
+        raise _unusable(name, problem, f"{WHOLE}: at least 1, and at least max_events or None")
     return sink
 
 
@@ -110,7 +136,7 @@ def _flaw(found: object, name: str) -> str:
         return "which is no class that inherits Sink"
     if missing := sorted(found.__abstractmethods__):
         return f"which lacks {', '.join(missing)}"
-    if (its_name := getattr(found, "name", None)) != name:
+    if not (its_name := getattr(found, "name", None)) or its_name != name:
         return f"whose name is {its_name!r}" if its_name else "which has no name"
     settings: object = found.settings_class
     if not (isinstance(settings, type) and issubclass(settings, Settings)):

@@ -29,14 +29,13 @@ from replicator.contracts.events import (
     format_lsn,
     parse_lsn,
 )
-from replicator.contracts.settings import load, variable
+from replicator.contracts.settings import variable
 from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut
 from replicator.source.connection import Dsn
 
 
-def create_enricher(dsn: Dsn) -> Enricher:
-    """The enricher for the database at `dsn`, with its settings from the environment. Raises SettingsError."""
-    settings = load(EnrichmentSettings)
+def create_enricher(dsn: Dsn, settings: EnrichmentSettings) -> Enricher:
+    """The enricher of these streams for the database at `dsn`."""
     made = [StreamEnricher(dsn, settings, tables) for tables in tables_of(settings)]
     return SeveralStreams(made) if len(made) > 1 else made[0]
 

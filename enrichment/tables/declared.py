@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 from annotated_types import MinLen
 from psycopg import sql
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, InstanceOf, ValidationInfo
 from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError
@@ -25,9 +25,13 @@ from replicator.contracts.settings import Settings, load, split, variable
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
 
 
+def declaration(one: str | Stream) -> Stream:
+    """It, or the one of that name, `module:NAME`; its module may be in the working directory. Raises ValueError."""
+    return one if isinstance(one, Stream) else _named(one)
+
+
 @cache
-def declaration(named: str) -> Stream:
-    """The stream of that name, `module:NAME`; its module may be in the working directory. Raises ValueError."""
+def _named(named: str) -> Stream:
     module, _, name = (part.strip() for part in named.partition(":"))
     if not module:
         raise ValueError(f"{named} names no module")
@@ -65,7 +69,7 @@ def _split(value: object) -> object:
     return split(value) if isinstance(value, str) else value
 
 
-def _declared(named: tuple[str, ...]) -> tuple[str, ...]:
+def _declared(named: tuple[str | Stream, ...]) -> tuple[str | Stream, ...]:
     streams = [declaration(one) for one in named]
     for what in ("name", "destination", "noun"):
         names = [getattr(stream, what) or stream.name for stream in streams]
@@ -100,10 +104,12 @@ def _renamed(value: object, info: ValidationInfo) -> object:
 class EnrichmentSettings(Settings):
     """Options of the enrichment."""
 
-    stream: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_declared)] = Setting(
-        (ENGAGEMENT,),
-        min_length=1,
-        description="module:NAME, a Stream that a Python module declares; several of them separated by commas",
+    stream: Annotated[tuple[str | InstanceOf[Stream], ...], BeforeValidator(_split), AfterValidator(_declared)] = (
+        Setting(
+            (ENGAGEMENT,),
+            min_length=1,
+            description="module:NAME, a Stream that a Python module declares; several of them separated by commas",
+        )
     )
     content_cache_size: int = Setting(
         100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
@@ -274,13 +280,18 @@ def quoted(name: str) -> str:
 
 
 def configured() -> Tables:
-    """Those of the settings, where there is one stream. Raises SettingsError."""
-    settings = load(EnrichmentSettings)
+    """Those that the environment names, where there is one stream. Raises SettingsError."""
+    return the_one(load(EnrichmentSettings))
+
+
+def the_one(settings: EnrichmentSettings) -> Tables:
+    """Those of the only stream. Raises SettingsError where there are several."""
     if len(settings.stream) > 1:
+        names = [one if isinstance(one, str) else one.name for one in settings.stream]
         raise SettingsError(
             name=variable("stream"),
-            problem=f"this command works on one stream, and there are {len(settings.stream)}",
-            expected=f"one of {', '.join(settings.stream)}, for this command alone",
+            problem=f"this command works on one stream, and there are {len(names)}",
+            expected=f"one of {', '.join(names)}, for this command alone",
         )
     return tables_of(settings)[0]
 
@@ -292,7 +303,7 @@ def tables_of(settings: EnrichmentSettings) -> list[Tables]:
 
 
 @cache
-def _tables(stream: str, names: tuple[tuple[str, str, str], ...], *, of_several: bool) -> Tables:
+def _tables(stream: str | Stream, names: tuple[tuple[str, str, str], ...], *, of_several: bool) -> Tables:
     renamed: dict[str, dict[str, str]] = {}
     for table, ours, theirs in names:
         renamed.setdefault(table, {})[ours] = theirs

@@ -14,6 +14,7 @@ import typer
 
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.events import Id
+from replicator.contracts.fields import Type
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -53,11 +54,8 @@ def letter_id(given: str) -> int:
     return _whole(given, 2**63 - 1)
 
 
-def event_id(given: str) -> Id:
+def event_id(given: str, wanted: Type) -> Id:
     """An event's id, of the kind that the stream's identity is. Raises SettingsError."""
-    from enrichment import configured
-
-    wanted = configured().identity.type
     found: Id = given
     if wanted.python is int and re.fullmatch("-?[0-9]{1,19}", given):
         found = int(given)

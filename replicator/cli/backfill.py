@@ -82,7 +82,7 @@ async def backfill(
     options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
     run = Run(
         app=app,
-        history=RangeHistory(app.dsn, when.start, when.end),
+        history=RangeHistory(app.dsn, when.start, when.end, tables=app.tables),
         task=f"backfill {iso(when.start)} {iso(when.end)} {names}",
         batch_size=batch_size,
         rate=rate,
@@ -283,7 +283,7 @@ async def _uncounted(run: Run, sink: Any, start_us: int, end_us: int) -> dict[st
 
     if not isinstance(sink, HasCounter):
         return {}
-    ledger = TableLedger(run.app.dsn, with_content=False)
+    ledger = TableLedger(run.app.dsn, tables=run.app.tables, with_content=False)
     try:
         await ledger.open()
         return {"not_counted": sum([len(ids) async for ids in unseen(ledger, sink.counter(), start_us, end_us)])}

@@ -90,9 +90,7 @@ class _Chosen:
 
     def _refuse_unknown_fields(self) -> None:
         """A misspelt name would look as if there were no such letters."""
-        from enrichment import configured
-
-        known = [field.name for field in configured().stream.fields]
+        known = [field.name for field in self.app.tables.stream.fields]
         for field, _ in self._where:
             if field not in self._fields.union(known):
                 close = get_close_matches(field, known, n=1)
@@ -115,7 +113,7 @@ class _Chosen:
         if letter.created_at < self._since:
             return False
         try:
-            values = _values(letter) if self._where else {}
+            values = _values(letter, self.app) if self._where else {}
         except (ValueError, KeyError, TypeError):  # none that this release has written
             print(f"dead letter {letter.id} can't be searched: look at it with --id {letter.id}", file=sys.stderr)
             return False
@@ -148,16 +146,13 @@ def _condition(text: str) -> tuple[str, str]:
     return field, value
 
 
-def _values(letter: DeadLetter) -> dict[str, Any]:
+def _values(letter: DeadLetter, app: App) -> dict[str, Any]:
     """Of the event, or of the row: by its columns' names in the table, and by the event's."""
-    from enrichment import configured
-
     found = json.loads(letter.payload)
     if letter.stage == "event":
         return dict(found)
     row = {column["name"]: column.get("value") for column in found["columns"]}
-    tables = configured()
-    theirs = {field.name: tables.named(tables.events, field.column) for field in tables.own}
+    theirs = {field.name: app.tables.named(app.tables.events, field.column) for field in app.tables.own}
     return row | {ours: row[column] for ours, column in theirs.items() if column in row}
 
 

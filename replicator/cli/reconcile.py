@@ -72,7 +72,7 @@ async def reconcile(
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
     app = arg.load_app(arg.sinks_of(sinks, _comparable()))
-    ledger = TableLedger(app.dsn, with_content=with_content)
+    ledger = TableLedger(app.dsn, tables=app.tables, with_content=with_content)
     work = Reconcile(
         app.settings,
         ledger,
@@ -145,7 +145,7 @@ async def rebuild_redis(
     if from_empty and not arg.confirmed(question, yes=yes):
         return 1
     options = f" --rate {rate}" if rate else ""
-    history = RangeHistory(app.dsn, BEGINNING, END)
+    history = RangeHistory(app.dsn, BEGINNING, END, tables=app.tables)
     again = command(f"rebuild-redis{options} --resume")
     run = Run(
         app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again

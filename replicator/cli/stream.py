@@ -81,6 +81,7 @@ async def replicate(app: App, stopping: asyncio.Event) -> int:
 
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
+    from replicator.cli.app.running import Running
     from replicator.cli.inspect import shown_settings
     from replicator.cli.operate.follow import trace_beside
     from replicator.operations.control.address import socket_path
@@ -90,11 +91,9 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.operations.http import Admin
     from replicator.operations.notices import systemd
     from replicator.operations.page.live import Live
-    from replicator.operations.watchdog import Answers, Watchdog
-    from replicator.pipeline import Pipeline
 
-    answers = Answers(app.store)
-    pipeline = Pipeline(app.settings, app.source(), app.enricher, app.sinks, answers.store)
+    running = Running(app)
+    pipeline, watchdog, store = running.pipeline, running.watchdog, running.store
 
     def stop() -> None:
         stopping.set()
@@ -105,15 +104,14 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     stop_on_signals(stop)
     if stopping.is_set():
         return
-    watchdog = Watchdog(pipeline, app.dsn, app.settings, answers)
     logging.getLogger().addHandler(watchdog.notices.handler)
-    page = Live(watchdog, answers.store, app.settings.slot, shown_settings(app.settings_classes()))
-    admin = Admin(watchdog, app.settings.admin_listen, page, partial(trace_beside, app, answers.store))
+    page = Live(watchdog, store, app.settings.slot, shown_settings(app.settings_classes()))
+    admin = Admin(watchdog, app.settings.admin_listen, page, partial(trace_beside, app, store))
     await admin.start()
-    act, show = Pauses(watchdog, app.settings, answers.store).act, partial(view, pipeline.fan_out.taps)
+    act, show = Pauses(watchdog, app.settings, store).act, partial(view, pipeline.fan_out.taps)
     control = Control(socket_path(app.settings, app.store), act, show)
     try:
-        await _run_watched(watchdog, app.store, control)
+        await running.run(_beside(watchdog, app.store, control))
     except Overtaken:
         raise
     except Exception as exc:
@@ -124,16 +122,12 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
         await admin.stop()
 
 
-async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Control) -> None:
-    """The pipeline, and beside it what looks at it and tells others."""
-    from replicator.delivery.retry import cancel
+def _beside(watchdog: Watchdog, store: CheckpointStore, control: Control) -> dict[str, Callable[[], Awaitable[None]]]:
+    """What tells others, and does what they ask for."""
     from replicator.operations.notices import systemd
-    from replicator.operations.notices.notifier import guarded
 
-    pipeline, notifier = watchdog.pipeline, watchdog.notifier
-    watching = asyncio.create_task(watchdog.run())
-    watching.add_done_callback(lambda _: pipeline.stop())  # without it we would look healthy while the slot stands
-    work: dict[str, Callable[[], Awaitable[None]]] = {
+    notifier = watchdog.notifier
+    return {
         "notices": watchdog.notice,
         "what is to be told": notifier.watch,
         "notifications": notifier.send,
@@ -142,13 +136,6 @@ async def _run_watched(watchdog: Watchdog, store: CheckpointStore, control: Cont
         "the service manager": partial(systemd.keep_told, watchdog.state, lambda: watchdog.is_up),
         "pause, resume, retry and tail": control.run,
     }
-    beside = [asyncio.create_task(guarded(what, does)) for what, does in work.items()]
-    try:
-        await pipeline.run()
-    finally:
-        await cancel([watching, *beside])
-    if not watching.cancelled() and (failure := watching.exception()):
-        raise failure
 
 
 def _raise_descriptor_limit() -> None:

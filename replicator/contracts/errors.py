@@ -132,6 +132,11 @@ class SettingsError(ReplicatorError):
     def __init__(self, *, name: str, problem: str, expected: str) -> None:
         super().__init__(f"{name} is unusable: {problem}", f"It takes {expected}")
         self.name = name
+        self._said = {"problem": problem, "expected": expected}
+
+    def called(self, name: str) -> SettingsError:
+        """The same of a setting that was given under another name."""
+        return SettingsError(name=name, **self._said)
 
 
 class SourceError(ReplicatorError):

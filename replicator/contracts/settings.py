@@ -26,6 +26,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -36,6 +37,7 @@ from replicator.contracts.events import Finding
 
 PREFIX = "REPLICATOR_"
 _SECRET_FILE = f"{PREFIX}.+(?<!_CA)_FILE"
+_FILE = "file "
 _DOTENV_TAKES = "lines of NAME=value in UTF-8"
 _PLAINLY = {
     "missing": "it is not set",
@@ -70,6 +72,16 @@ class Settings(BaseModel):
     """Base of every settings class; `load` makes one. Secrets are `SecretStr` and never printed."""
 
     model_config = {"frozen": True, "validate_default": True}
+    _of_files: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def of_files(self) -> frozenset[str]:
+        """The fields that came from NAME_FILE: what else was given to `load`, or to the class, stays as it is."""
+        return self._of_files
+
+    def came_from_files(self, names: Iterable[str]) -> None:
+        """`load` says it of what it has made."""
+        self._of_files = frozenset(names)
 
 
 def variable(field_name: str) -> str:
@@ -111,20 +123,24 @@ def given(field_name: str) -> Given | None:
     if name in known and known[name].text:
         raise SettingsError(name=name, problem=f"{name}_FILE is set too", expected="one of the two")
     try:
-        return Given(Path(path).read_text(encoding="utf-8").rstrip("\r\n"), f"file {path}")
+        return Given(Path(path).read_text(encoding="utf-8").rstrip("\r\n"), f"{_FILE}{path}")
     except (OSError, UnicodeDecodeError) as exc:
         problem = f"the file can't be read ({type(exc).__name__})"
         raise SettingsError(name=f"{name}_FILE", problem=problem, expected="the path of a readable file") from exc
 
 
-def decisive() -> dict[str, str]:
+def decisive(**known: Any) -> dict[str, str]:
     """The settings that decide what data is written and are the same wherever a command runs, as they are now."""
-    values = {name: given(name) for name in DECISIVE}
-    return {variable(name): ",".join(sorted(split(value.text))) if value else "" for name, value in values.items()}
+    found = {name: given(name) for name in DECISIVE if name not in known}
+    values = known | {name: value.text if value else "" for name, value in found.items()}
+    return {variable(name): ",".join(sorted(split(str(values[name])))) for name in DECISIVE}
 
 
 def load(settings_class: type[T], **known: Any) -> T:
-    """Read and check all settings of a class, except `known` ones. Raises SettingsError for the first unusable one."""
+    """Read and check all settings of a class; `known` ones are not read. Raises SettingsError for the first mistake.
+
+    What the class has no field for is another class's.
+    """
     made, mistakes = examine(settings_class, **known)
     if made is None or mistakes:
         raise mistakes[0]
@@ -133,15 +149,19 @@ def load(settings_class: type[T], **known: Any) -> T:
 
 def examine(settings_class: type[T], **known: Any) -> tuple[T | None, list[SettingsError]]:
     """As `load`, with everything that is wrong. A setting whose file can't be read is checked at its default."""
-    values, mistakes, made = dict(known), [], None
+    values, of_files, mistakes, made = dict[str, Any](), list[str](), list[SettingsError](), None
     for name in settings_class.model_fields:
         try:
-            if name not in known and (value := given(name)):
+            if name in known:
+                values[name] = known[name]
+            elif value := given(name):
                 values[name] = value.text
+                of_files += [name] if value.source.startswith(_FILE) else []
         except SettingsError as error:
             mistakes.append(error)
     try:
         made = settings_class(**values)
+        made.came_from_files(of_files)
     except ValidationError as exc:
         found = exc.errors(include_url=False, include_input=False, include_context=False)
         mistakes += [_mistake(settings_class, error["loc"], error["type"], error["msg"]) for error in found]
@@ -187,16 +207,13 @@ def fresh(settings: T) -> T:
 
     The same object if nothing has changed, or if a file can't be used at the moment: it is being replaced.
     """
+    files = settings.of_files
+    values = {name: getattr(settings, name) for name in type(settings).model_fields if name not in files}
     try:
-        known = variables()
-        files = [
-            name for name in type(settings).model_fields if known.get(f"{variable(name)}_FILE", Given("", "")).text
-        ]
-        values = {name: getattr(settings, name) for name in type(settings).model_fields if name not in files}
         found = load(type(settings), **values) if files else settings
     except SettingsError:
         return settings
-    return settings if found == settings else found
+    return found if found.of_files == files and found != settings else settings
 
 
 def state_directory() -> Path:

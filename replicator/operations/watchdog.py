@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import msgspec
@@ -19,7 +19,7 @@ from msgspec import structs
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import ACTIONS, Checkpoint, Lsn, Position, format_lsn
-from replicator.contracts.settings import CoreSettings, decisive
+from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
@@ -92,7 +92,9 @@ class Answers:
 class Watchdog:
     """What is known of the slot and of the pipeline, together."""
 
-    def __init__(self, pipeline: Pipeline, dsn: Dsn, settings: CoreSettings, answers: Answers) -> None:
+    def __init__(
+        self, pipeline: Pipeline, dsn: Dsn, settings: CoreSettings, answers: Answers, decisive: Mapping[str, str]
+    ) -> None:
         self.pipeline = pipeline
         self.slot: SlotState | None = None
         """As of the last look."""
@@ -105,7 +107,7 @@ class Watchdog:
         self._cure = self._code = ""
         self._dsn = dsn
         self._name = settings.slot
-        self._settings = decisive()
+        self._settings = dict(decisive)
         self._answers = answers
         self._unsaved_seconds = (
             settings.checkpoint_interval_seconds + settings.feedback_interval_seconds + UNSAVED_SECONDS

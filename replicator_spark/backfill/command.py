@@ -93,7 +93,7 @@ async def backfill(
     command = f"python -m replicator_spark backfill {when} --sinks {shlex.quote(','.join(chosen))}"
     run = Run(
         app=app,
-        history=RangeHistory(app.dsn, when.start, when.end),
+        history=RangeHistory(app.dsn, when.start, when.end, tables=app.tables),
         task=f"spark backfill {iso(when.start)} {iso(when.end)} {names}",
         slices=slices,
         batch_size=batch_size,

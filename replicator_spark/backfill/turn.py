@@ -85,7 +85,7 @@ async def _run(order: Order, share: Share, folder: Path) -> Turn:
     app = App.load(order.sinks)
     settings = app.settings.model_copy(update={"dead_letters_max": LETTERS_MAX})
     app = app._replace(settings=settings, store=SqlCheckpointStore(f"sqlite:///{folder}/checkpoint.db"))
-    history = RangeHistory(app.dsn, share.slice.start, share.slice.end, since=order.since)
+    history = RangeHistory(app.dsn, share.slice.start, share.slice.end, tables=app.tables, since=order.since)
     await asyncio.to_thread(app.store.create)
     work = Backfill(
         settings,

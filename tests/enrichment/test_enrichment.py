@@ -609,7 +609,7 @@ async def test_a_missing_table_is_waited_for(stream: Stream, enricher: StreamEnr
 async def test_an_unreadable_dsn_is_not_quoted(dsn: str) -> None:
     """Libpq would print it, password and all."""
     with pytest.raises(SettingsError) as unusable:
-        await create_enricher(dsn).open()
+        await create_enricher(dsn, load(EnrichmentSettings)).open()
     assert "secret" not in str(unusable.value)
     assert str(unusable.value).startswith("REPLICATOR_POSTGRES_DSN")
 
@@ -618,7 +618,7 @@ def test_settings_name_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of no size is refused by name."""
     monkeypatch.setenv("REPLICATOR_CONTENT_CACHE_SIZE", "0")
     with pytest.raises(SettingsError, match="REPLICATOR_CONTENT_CACHE_SIZE"):
-        create_enricher("postgresql://localhost/x")
+        load(EnrichmentSettings)
 
 
 # -- preflight and history ---------------------------------------------------------------------------------------

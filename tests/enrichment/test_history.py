@@ -11,7 +11,7 @@ from enrichment import history
 from enrichment.codec import stored_row
 from enrichment.history import RangeHistory
 from replicator.contracts.events import Position
-from tests.support.rows import CODEC
+from tests.support.rows import CODEC, EVENT_TABLES
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
 LATEST_ID = 2**63 - 1
@@ -66,6 +66,6 @@ def test_the_next_place_is_right_after_a_row() -> None:
 
 async def test_after_the_last_id_there_is_nothing() -> None:
     """No query is made: the number would not fit."""
-    past = RangeHistory("host=/nonexistent", NINE, NINE.replace(hour=10))
+    past = RangeHistory("host=/nonexistent", NINE, NINE.replace(hour=10), tables=EVENT_TABLES)
     place = '{"order":"id","ts":"","id":9223372036854775808,"last_id":9223372036854775807}'
     assert await past.read(place, Position(0, 0), 10) is None

@@ -14,6 +14,7 @@ from enrichment import RangeHistory
 from replicator.contracts.errors import SourceError, SourceUnavailable
 from replicator.contracts.events import Position
 from tests.support.environment import SQL
+from tests.support.rows import EVENT_TABLES
 
 START, END = datetime(2026, 1, 8, 9, tzinfo=UTC), datetime(2026, 1, 8, 10, tzinfo=UTC)
 INDEX = "CREATE INDEX ON engagement_events (event_ts, id)"
@@ -44,14 +45,14 @@ async def test_slices_are_the_range(index: str | None, most: int, database: str)
         source.execute(EVENTS)
         if index:
             source.execute(index)
-    whole = RangeHistory(database, START, END)
+    whole = RangeHistory(database, START, END, tables=EVENT_TABLES)
     await whole.open()
     place, total = await whole.begin()
     slices = await whole.slices(place, most)
     assert 1 <= len(slices) <= most
     parts = []
     for part in slices:
-        history = RangeHistory(database, part.start, part.end)
+        history = RangeHistory(database, part.start, part.end, tables=EVENT_TABLES)
         parts += await _ids(history, part.place)
         await history.close()
     assert sorted(await _ids(whole, place)) == sorted(parts)
@@ -61,7 +62,7 @@ async def test_slices_are_the_range(index: str | None, most: int, database: str)
 
 async def test_an_empty_range_is_one_slice(database: str) -> None:
     """Nothing is in it."""
-    whole = RangeHistory(database, START, END)
+    whole = RangeHistory(database, START, END, tables=EVENT_TABLES)
     await whole.open()
     place, total = await whole.begin()
     [part] = await whole.slices(place, 5)
@@ -84,7 +85,7 @@ def pair() -> Iterator[tuple[str, str]]:
 async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> None:
     """It shows what it has replayed: without what was there when the backfill began, events would be missing."""
     primary, standby = pair
-    first = RangeHistory(primary, START, END)
+    first = RangeHistory(primary, START, END, tables=EVENT_TABLES)
     await first.open()
     with psycopg.connect(standby, autocommit=True) as replaying:
         replaying.execute("SELECT pg_wal_replay_pause()")
@@ -93,7 +94,7 @@ async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> 
         with psycopg.connect(primary) as source:
             source.execute("UPDATE content SET length_seconds = 7")
         since = await first.wal_end()
-        second = RangeHistory(standby, START, END, since=since)
+        second = RangeHistory(standby, START, END, since=since, tables=EVENT_TABLES)
         with pytest.raises(SourceUnavailable, match="The standby is behind: the standby has replayed the WAL up to"):
             await second.open()
         replaying.execute("SELECT pg_wal_replay_resume()")
@@ -113,7 +114,7 @@ async def test_a_standby_that_is_behind_is_waited_for(pair: tuple[str, str]) -> 
 async def test_a_standby_is_refused_otherwise(pair: tuple[str, str]) -> None:
     """A backfill that has not said how far it has to be reads the primary."""
     _, standby = pair
-    history = RangeHistory(standby, START, END)
+    history = RangeHistory(standby, START, END, tables=EVENT_TABLES)
     with pytest.raises(SourceError):
         await history.open()
     await history.close()

@@ -45,8 +45,9 @@ async def trace(
     from enrichment import TableLedger
     from replicator.operations.follow import trace as traces
 
-    app, number = load_app(), event_id(event)
-    history = TableLedger(app.dsn, with_content=True).picked([number])
+    app = load_app()
+    number = event_id(event, app.tables.identity.type)
+    history = TableLedger(app.dsn, tables=app.tables, with_content=True).picked([number])
     async with app.closing(history):
         found = await _traced(app, number, history, app.sinks, app.store)
     print(traces.as_json(found) if as_json else "\n".join(traces.as_text(found)))
@@ -55,12 +56,12 @@ async def trace(
 
 async def trace_beside(app: App, store: CheckpointStore, event: str) -> Trace:
     """The same in the running replicator, beside the stream: with connections of its own."""
-    from enrichment import TableLedger, configured
+    from enrichment import TableLedger
     from sinks import create_sinks
 
-    number = event_id(event)
-    history = TableLedger(app.dsn, with_content=True).picked([number])
-    sinks = create_sinks(app.settings.sinks, configured().stream)
+    number = event_id(event, app.tables.identity.type)
+    history = TableLedger(app.dsn, tables=app.tables, with_content=True).picked([number])
+    sinks = create_sinks(app.settings.sinks, app.tables.stream)
     try:
         return await _traced(app, number, history, sinks, store)
     finally:

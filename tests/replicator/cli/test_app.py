@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
+from enrichment import EnrichmentSettings
 from replicator.cli.app import App
 from replicator.cli.dead_letters import _replay
 from replicator.cli.stream import _created
@@ -62,7 +63,8 @@ class Breaks(MemorySink):
 
 def app(store: FakeStore, *sinks: MemorySink) -> App:
     """An app of these parts."""
-    return App(load(CoreSettings), cast("Any", FakeEnricher()), list(sinks), cast("Any", store))
+    parts: Any = FakeEnricher(), list(sinks), store
+    return App(load(CoreSettings), load(EnrichmentSettings), *parts)
 
 
 @pytest.mark.parametrize(("configured", "left"), [(("redis",), [7]), (("redis", "http"), [])])

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from enrichment import EnrichmentSettings
 from replicator.cli import stream
 from replicator.cli.app import App
 from replicator.contracts.errors import Overtaken
@@ -113,11 +114,11 @@ def _socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
     """`run`, with these."""
-    monkeypatch.setattr("replicator.pipeline.Pipeline", pipeline)
-    monkeypatch.setattr("replicator.operations.watchdog.Watchdog", Watching)
+    monkeypatch.setattr("replicator.cli.app.running.Pipeline", pipeline)
+    monkeypatch.setattr("replicator.cli.app.running.Watchdog", Watching)
     monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
     monkeypatch.setattr(App, "source", lambda _: None)
-    app = App(load(CoreSettings), cast("Any", Closing()), [], cast("Any", Store()))
+    app = App(load(CoreSettings), load(EnrichmentSettings), cast("Any", Closing()), [], cast("Any", Store()))
     monkeypatch.setattr(App, "load", lambda *_: app)
     return await stream.run()
 

@@ -18,6 +18,7 @@ from msgspec import structs
 from devstack.process import free_port
 from replicator.cli import arguments
 from replicator.contracts.errors import SourceUnavailable
+from replicator.contracts.fields import BIGINT
 from replicator.contracts.stores import Task
 from replicator.delivery.retry import Trouble
 from replicator.operations import http
@@ -99,7 +100,7 @@ class Served:
         self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page, self._trace)  # type: ignore[arg-type]  # likewise
 
     async def _trace(self, event_id: str) -> Trace:
-        number = arguments.event_id(event_id)
+        number = arguments.event_id(event_id, BIGINT)
         self.traced.append(number)
         if number == HANGS:
             await asyncio.Event().wait()

@@ -18,7 +18,7 @@ from devstack import DevStack
 from devstack.process import free_port
 from enrichment import EVENT, EnrichmentSettings, StreamEnricher
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.settings import CoreSettings
+from replicator.contracts.settings import CoreSettings, decisive
 from replicator.operations import watchdog as watchdogs
 from replicator.operations.follow.trace import Trace
 from replicator.operations.http import Admin
@@ -84,7 +84,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     answers = Answers(store)
     pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, answers.store)
-    watchdog = Watchdog(pipeline, dsn, settings, answers)
+    watchdog = Watchdog(pipeline, dsn, settings, answers, decisive())
     page = Live(watchdog, store, settings.slot, [])
     admin = Admin(watchdog, settings.admin_listen, page, no_trace)
     await admin.start()

@@ -140,7 +140,8 @@ class Looking(Watchdog):
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         self.database = FakeStore()
         self.answers = Answers(cast("CheckpointStore", self.database))
-        super().__init__(cast("Pipeline", FakePipeline()), "", CoreSettings.model_validate({"slot": "s"}), self.answers)
+        pipeline, settings = cast("Pipeline", FakePipeline()), CoreSettings.model_validate({"slot": "s"})
+        super().__init__(pipeline, "", settings, self.answers, {})
         self.trouble = ""
 
     def look(self, seconds_later: float = 0.0, **changes: object) -> list[str]:

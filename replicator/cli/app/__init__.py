@@ -7,11 +7,11 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, TableLedger, create_enricher, tables_of
+from enrichment import EnrichmentSettings, TableLedger, Tables, create_enricher, tables_of, the_one
 from replicator import __version__
 from replicator.contracts.errors import (
     CheckpointMissing,
@@ -33,9 +33,11 @@ from replicator.contracts.errors import (
     SourceError,
     SourceUnavailable,
 )
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
+    decisive,
     examine,
     fresh,
     given,
@@ -50,7 +52,7 @@ from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher, History
 from replicator.operations.logs import configure_logging
 from replicator.source.stream import Source
-from sinks import create_sinks, settings_classes, sink_class
+from sinks import Wanted, create_sinks, settings_classes, sink_class
 
 NOT_A_SETTING = {"REPLICATOR_PROGRAM"}
 """How the container is called from outside; contracts/errors.py reads it."""
@@ -62,34 +64,48 @@ class App(NamedTuple):
     """Everything that a command works with. Nothing is connected yet."""
 
     settings: CoreSettings
+    streams: EnrichmentSettings
     enricher: Enricher
     sinks: list[Sink]
     store: CheckpointStore
     carrier: Carrier | None = None
     """Who carries the sinks' writes out, if it is not this process."""
+    decisive: Mapping[str, str] = {}
+    """See `contracts.settings.decisive`."""
 
     @classmethod
     def load(cls, sinks: Sequence[str] | None = None) -> App:
-        """Made from the settings, with these sinks or the configured ones. Raises SettingsError."""
+        """The program's: from the environment, with these sinks or the configured ones. Raises SettingsError."""
         settings = load(CoreSettings)
         configure_logging(settings.log_level, settings.log_format, settings.slot)
         for message in unknown_settings(settings.sinks if sinks is None else sinks):
             log.warning("%s", message, extra={"code": "R104"})
-        if given("checkpoint_url") is None:
+        app = cls.make(settings, load(EnrichmentSettings), settings.sinks if sinks is None else sinks)
+        return app if sinks is None else app._replace(settings=settings)
+
+    @classmethod
+    def make(cls, settings: CoreSettings, streams: EnrichmentSettings, sinks: Sequence[Wanted], **known: Any) -> App:
+        """With these sinks; their settings are `known`, or else of the environment. Raises SettingsError."""
+        if "checkpoint_url" not in settings.model_fields_set:
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        enricher = create_enricher(partial(_dsn, settings))
-        made = list(_sinks(settings.sinks if sinks is None else sinks))
-        if sinks is None:  # one for each stream
-            settings = settings.model_copy(update={"sinks": tuple(sink.name for sink in made)})
+        enricher = create_enricher(partial(_dsn, settings), streams)
+        made = list(_sinks(sinks, [tables.stream for tables in tables_of(streams)], known))
         for sink in made:
             sink.origin = enricher.origin
         return cls(
-            settings=settings,
+            settings=settings.model_copy(update={"sinks": tuple(sink.name for sink in made)}),
+            streams=streams,
             enricher=enricher,
             sinks=made,
             store=SqlCheckpointStore(_checkpoint_url(settings), partial(_checkpoint_url, settings)),
+            decisive=decisive(**known),
         )
+
+    @property
+    def tables(self) -> Tables:
+        """Of the only stream. Raises SettingsError where there are several."""
+        return the_one(self.streams)
 
     def dsn(self) -> str:
         """The connection string as it is now, password included."""
@@ -155,11 +171,11 @@ class App(NamedTuple):
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
 
 
-def _sinks(names: Sequence[str]) -> Iterator[Sink]:
-    """One of each name for each stream. Of several streams they are called after both: `redis/orders`."""
-    streams = [tables.stream for tables in tables_of(load(EnrichmentSettings))]
+def _sinks(wanted: Sequence[Wanted], streams: Sequence[Stream], known: Mapping[str, Any]) -> Iterator[Sink]:
+    """One of each for each stream. Of several streams they are called after both: `redis/orders`."""
     for stream in streams:
-        for sink in create_sinks(names, stream):
+        theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == stream]
+        for sink in create_sinks(theirs, stream, **known):
             if len(streams) > 1:
                 sink.name = f"{sink.name}/{stream.name}"
             yield sink

@@ -1,0 +1,127 @@
+"""The replicator within somebody else's asyncio program: what `from replicator import Replicator` gives.
+
+It is put together as the program is (`App`), and takes over nothing of the process: no signals, no logging, no port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from msgspec import structs
+
+from enrichment import EnrichmentSettings, tables_of
+from replicator.cli.app import App
+from replicator.cli.app.running import Running
+from replicator.contracts.errors import Overtaken, SettingsError
+from replicator.contracts.fields import Stream
+from replicator.contracts.settings import CoreSettings, Settings, load, variable
+from replicator.contracts.sink import Sink
+from replicator.operations.status.form import Status
+from sinks import Wanted
+
+OF_THE_PROGRAM: Mapping[str, Any] = {
+    "admin_listen": "",
+    "log_format": "text",
+    "log_level": "info",
+    "notify_url": None,
+    "heartbeat_url": None,
+}
+"""Settings that mean nothing here: the program around it has its own logging, and its own ways to tell people."""
+ENDED = "the replicator has stopped"
+
+
+class Replicator:
+    """Replicates the streams of one slot to these sinks. `run` once."""
+
+    def __init__(self, stream: str | Stream | Sequence[str | Stream], sinks: Sequence[Wanted], **settings: Any) -> None:
+        """Put it together; nothing is connected yet. Raises SettingsError.
+
+        Streams are `Stream` objects, or names as in REPLICATOR_STREAM. Sinks are names as in REPLICATOR_SINKS, `Sink`
+        classes, or `Sink` objects. A setting is a keyword, REPLICATOR_SLOT for example `slot`; the environment has the
+        others.
+        """
+        streams = (stream,) if isinstance(stream, str | Stream) else tuple(stream)
+        try:
+            self._app = _app(streams, tuple(sinks), settings)
+        except SettingsError as exc:
+            names = {variable(name): name for name in ("stream", "sinks", *settings)}
+            raise exc.called(names.get(exc.name, exc.name)) from exc.__cause__
+        self._running = Running(self._app)
+        self._begun = self._stopping = self._ended = False
+
+    async def run(self) -> None:
+        """Replicate until `stop`. Raises a ReplicatorError when that is over for another reason.
+
+        When it is cancelled it stops as with `stop` first: the writes in flight end, and what is written is saved. A
+        second time it ends at once.
+        """
+        if self._begun:
+            raise RuntimeError("a Replicator runs once; make another one")
+        self._begun = True
+        work = asyncio.create_task(self._run())
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.stop()
+            await work  # its failure comes first
+            raise
+        finally:
+            self._ended = True
+
+    async def _run(self) -> None:
+        async with self._app.closing():
+            try:
+                await self._running.run({})
+            except Overtaken:
+                if not self._stopping:  # else it is over anyway
+                    raise
+
+    def stop(self) -> None:
+        """Let `run` return: read no more, finish the writes in flight, save, tell PostgreSQL."""
+        self._stopping = True
+        self._running.pipeline.stop()
+
+    def status(self) -> Status:
+        """What `status --json` says, as of now. It is never ready before `run` reads, nor after its end."""
+        found = self._running.watchdog.status()
+        return structs.replace(found, reasons=[ENDED, *found.reasons]) if self._ended else found
+
+
+def _app(streams: tuple[str | Stream, ...], sinks: tuple[Wanted, ...], settings: Mapping[str, Any]) -> App:
+    names = tuple(str(getattr(one, "name", one)) for one in sinks)
+    core = load(CoreSettings, **{**settings, **OF_THE_PROGRAM, "sinks": names})
+    declared = load(EnrichmentSettings, **{**settings, "stream": streams})
+    shown = ",".join(one if isinstance(one, str) else one.name for one in streams)
+    app = App.make(core, declared, sinks, **{**settings, "stream": shown})
+    for problem in (*_unknown(settings, app, sinks), *_unfit(app, sinks)):
+        raise problem
+    return app
+
+
+def _unknown(settings: Mapping[str, Any], app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:
+    """A misspelt one would have no effect. The settings of a sink that is an object are its own."""
+    made = [sink for sink in app.sinks if sink not in sinks]
+    classes: list[type[Settings]] = [CoreSettings, EnrichmentSettings, *(type(sink.settings) for sink in made)]
+    known = {name for settings_class in classes for name in settings_class.model_fields} - OF_THE_PROGRAM.keys()
+    for name in settings.keys() - known:
+        close = get_close_matches(name, known, n=1)
+        problem = f"nothing here reads it{f', perhaps you mean {close[0]}' if close else ''}"
+        yield SettingsError(name=name, problem=problem, expected="a setting of the replicator or of one of its sinks")
+
+
+def _unfit(app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:
+    """What only sinks that are objects can be: of another stream, or the second of a name."""
+    names = Counter(sink.name for sink in app.sinks)
+    streams = [tables.stream.name for tables in tables_of(app.streams)]
+    problems = [
+        *(f"two are called {name}" for name, count in names.items() if count > 1),
+        *(f"{one.name} is of another stream" for one in sinks if isinstance(one, Sink) and one not in app.sinks),
+        *(f"{name} has none" for name in streams if name not in {sink.stream.name for sink in app.sinks}),
+    ]
+    for problem in problems:
+        expected = f"sinks of the streams {', '.join(streams)}, each with a name of its own"
+        yield SettingsError(name=variable("sinks"), problem=problem, expected=expected)
