@@ -65,13 +65,13 @@ def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
                 _log.warning("%s", exc)
 
 
-def create_sinks(wanted: Iterable[Wanted], stream: Stream, **known: Any) -> list[Sink]:
+def create_sinks(wanted: Iterable[Wanted], stream: Stream, known: Mapping[str, Any] | None = None) -> list[Sink]:
     """The sinks of a stream, with their settings; `known` ones are not read from the environment.
 
     Raises SettingsError for an unknown name, for what is no sink, and for unusable settings.
     """
     found = [one if isinstance(one, Sink) else _class(one) for one in dict.fromkeys(wanted)]
-    return [_checked(one if isinstance(one, Sink) else _create(one, stream, known), stream) for one in found]
+    return [_checked(one if isinstance(one, Sink) else _create(one, stream, known or {}), stream) for one in found]
 
 
 def _class(wanted: str | type[Sink]) -> type[Sink]:

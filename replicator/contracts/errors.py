@@ -134,9 +134,11 @@ class SettingsError(ReplicatorError):
         self.name = name
         self._said = {"problem": problem, "expected": expected}
 
-    def called(self, name: str) -> SettingsError:
-        """The same of a setting that was given under another name."""
-        return SettingsError(name=name, **self._said)
+    def of_argument(self, name: str) -> SettingsError:
+        """The same of a setting that was given by keyword, under this name."""
+        error = SettingsError(name=f"argument {name}", **self._said)
+        error.name = name
+        return error
 
 
 class SourceError(ReplicatorError):

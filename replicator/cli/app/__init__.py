@@ -80,11 +80,13 @@ class App(NamedTuple):
         configure_logging(settings.log_level, settings.log_format, settings.slot)
         for message in unknown_settings(settings.sinks if sinks is None else sinks):
             log.warning("%s", message, extra={"code": "R104"})
-        app = cls.make(settings, load(EnrichmentSettings), settings.sinks if sinks is None else sinks)
+        app = cls.make(settings, load(EnrichmentSettings), settings.sinks if sinks is None else sinks, {})
         return app if sinks is None else app._replace(settings=settings)
 
     @classmethod
-    def make(cls, settings: CoreSettings, streams: EnrichmentSettings, sinks: Sequence[Wanted], **known: Any) -> App:
+    def make(
+        cls, settings: CoreSettings, streams: EnrichmentSettings, sinks: Sequence[Wanted], known: Mapping[str, Any]
+    ) -> App:
         """With these sinks; their settings are `known`, or else of the environment. Raises SettingsError."""
         if "checkpoint_url" not in settings.model_fields_set:
             with suppress(OSError):  # opening the database fails, too, and says where
@@ -175,7 +177,7 @@ def _sinks(wanted: Sequence[Wanted], streams: Sequence[Stream], known: Mapping[s
     """One of each for each stream. Of several streams they are called after both: `redis/orders`."""
     for stream in streams:
         theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == stream]
-        for sink in create_sinks(theirs, stream, **known):
+        for sink in create_sinks(theirs, stream, known):
             if len(streams) > 1:
                 sink.name = f"{sink.name}/{stream.name}"
             yield sink

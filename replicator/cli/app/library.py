@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import structs
 
@@ -31,25 +31,27 @@ OF_THE_PROGRAM: Mapping[str, Any] = {
     "heartbeat_url": None,
 }
 """Settings that mean nothing here: the program around it has its own logging, and its own ways to tell people."""
+T = TypeVar("T")
+
 ENDED = "the replicator has stopped"
 
 
 class Replicator:
     """Replicates the streams of one slot to these sinks. `run` once."""
 
-    def __init__(self, stream: str | Stream | Sequence[str | Stream], sinks: Sequence[Wanted], **settings: Any) -> None:
+    def __init__(
+        self, stream: str | Stream | Sequence[str | Stream], sinks: Wanted | Sequence[Wanted], **settings: Any
+    ) -> None:
         """Put it together; nothing is connected yet. Raises SettingsError.
 
-        Streams are `Stream` objects, or names as in REPLICATOR_STREAM. Sinks are names as in REPLICATOR_SINKS, `Sink`
-        classes, or `Sink` objects. A setting is a keyword, REPLICATOR_SLOT for example `slot`; the environment has the
-        others.
+        A stream is a `Stream`, or a name as in REPLICATOR_STREAM. A sink is a `Sink`, its class, or a name as in
+        REPLICATOR_SINKS. A setting is a keyword (`slot` is REPLICATOR_SLOT); the environment has the others.
         """
-        streams = (stream,) if isinstance(stream, str | Stream) else tuple(stream)
         try:
-            self._app = _app(streams, tuple(sinks), settings)
+            self._app = _app(_listed(stream), _listed(sinks), settings)
         except SettingsError as exc:
             names = {variable(name): name for name in ("stream", "sinks", *settings)}
-            raise exc.called(names.get(exc.name, exc.name)) from exc.__cause__
+            raise (exc.of_argument(names[exc.name]) if exc.name in names else exc) from exc.__cause__
         self._running = Running(self._app)
         self._begun = self._stopping = self._ended = False
 
@@ -91,12 +93,16 @@ class Replicator:
         return structs.replace(found, reasons=[ENDED, *found.reasons]) if self._ended else found
 
 
+def _listed(given: T | Sequence[T]) -> tuple[T, ...]:
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+
+
 def _app(streams: tuple[str | Stream, ...], sinks: tuple[Wanted, ...], settings: Mapping[str, Any]) -> App:
     names = tuple(str(getattr(one, "name", one)) for one in sinks)
     core = load(CoreSettings, **{**settings, **OF_THE_PROGRAM, "sinks": names})
     declared = load(EnrichmentSettings, **{**settings, "stream": streams})
     shown = ",".join(one if isinstance(one, str) else one.name for one in streams)
-    app = App.make(core, declared, sinks, **{**settings, "stream": shown})
+    app = App.make(core, declared, sinks, {**settings, "stream": shown})
     for problem in (*_unknown(settings, app, sinks), *_unfit(app, sinks)):
         raise problem
     return app
@@ -110,7 +116,9 @@ def _unknown(settings: Mapping[str, Any], app: App, sinks: Sequence[Wanted]) -> 
     for name in settings.keys() - known:
         close = get_close_matches(name, known, n=1)
         problem = f"nothing here reads it{f', perhaps you mean {close[0]}' if close else ''}"
-        yield SettingsError(name=name, problem=problem, expected="a setting of the replicator or of one of its sinks")
+        yield SettingsError(
+            name=variable(name), problem=problem, expected="a setting of the replicator or of one of its sinks"
+        )
 
 
 def _unfit(app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:

@@ -1,0 +1,200 @@
+"""The replicator within another program: the one of docs/reference/library.md, and several in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from devstack.process import wait_until
+from enrichment import EVENT
+from replicator import Event, Refusal, Replicator, ReplicatorError, SettingsError, Sink
+from sinks.testing import MemorySink
+from tests.support.environment import ROLE
+from tests.support.program import ROOT
+
+ORDERS = ROOT / "examples/orders"
+NEW = "INSERT INTO shop.orders (customer_id, total, lines) VALUES (1, %s, '[]')"
+PLAYED = """INSERT INTO engagement_events (id, content_id, user_id, event_type)
+            SELECT n, 1, n, 'play' FROM generate_series(%s::int, %s) n"""
+CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+ACTIVE = "SELECT active FROM pg_replication_slots WHERE slot_name = 'embedded'"
+
+
+class Embedded:
+    """The page's program, as it stands there."""
+
+    def __init__(self, folder: Path, dsn: str) -> None:
+        page = (ROOT / "docs/reference/library.md").read_text(encoding="utf-8")
+        program, _ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        (folder / "embedded.py").write_text(program, encoding="utf-8")
+        shutil.copy(ORDERS / "orders_stream.py", folder)
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
+        ours = {"REPLICATOR_POSTGRES_DSN": dsn, "XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": str(ROOT)}
+        self._environment, self._folder = {**outside, **ours}, folder
+        self.printed, self.said = folder / "printed", folder / "said"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """`python embedded.py >> printed`."""
+        with self.printed.open("ab") as out, self.said.open("ab") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", "embedded.py"],
+                cwd=self._folder,
+                env=self._environment,
+                stdout=out,
+                stderr=err,
+            )
+
+    def end(self, number: int) -> None:
+        """With this signal."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(30)
+
+    def totals(self) -> list[int]:
+        """Of the orders that it has printed, without repeats. A kill may have cut a line off."""
+        lines = (line for line in self.printed.read_bytes().split(b"\n") if line.endswith(b"}"))
+        return sorted({int(json.loads(line)["total"]) for line in lines})
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, plain_dsn: str, source: psycopg.Connection) -> Iterator[Embedded]:
+    """With the example's tables."""
+    source.execute((ORDERS / "schema.sql").read_bytes())
+    role = sql.Identifier(ROLE)
+    source.execute(sql.SQL("GRANT USAGE ON SCHEMA shop TO {}").format(role))
+    source.execute(sql.SQL("GRANT SELECT ON shop.orders, shop.customers TO {}").format(role))
+    made = Embedded(tmp_path, plain_dsn)
+    source.execute("INSERT INTO shop.customers VALUES (1, 'one', 'DE', 19)")
+    yield made
+    made.end(signal.SIGKILL)
+    print(made.said.read_text(encoding="utf-8"))  # noqa: T201  shown when the test fails
+
+
+def is_true(source: psycopg.Connection, query: str, *values: str) -> bool:
+    """What one row says."""
+    return bool((source.execute(query.encode(), values).fetchone() or [False])[0])
+
+
+def end_of_wal(source: psycopg.Connection) -> str:
+    """What is committed now is before it."""
+    return str(source.execute("SELECT pg_current_wal_flush_lsn()::text").fetchall()[0][0])
+
+
+def test_the_ten_lines(embedded: Embedded, source: psycopg.Connection) -> None:
+    """Killed and started again it has lost nothing; interrupted it saves what it has."""
+    embedded.start()
+    wait_until(lambda: is_true(source, ACTIVE), "the stream")
+    for total in range(300):
+        source.execute(NEW, [total])
+        if total == 100:
+            wait_until(lambda: len(embedded.totals()) > 20, "orders to be printed")
+            embedded.end(signal.SIGKILL)
+        if total == 200:
+            embedded.start()
+    wait_until(lambda: list(range(300)) == embedded.totals(), "every order to be printed")
+    end = end_of_wal(source)
+    embedded.end(signal.SIGINT)
+    assert is_true(source, CONFIRMED, end, "embedded")
+    assert embedded.said.read_text(encoding="utf-8").rstrip().endswith("KeyboardInterrupt")
+
+
+class Keeper(Sink):
+    """Keeps ids; made by the replicator."""
+
+    name, max_events = "keeper", 100
+    ids: list[int]
+
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        """In a list of the class: the test does not have the object."""
+        self.ids += [int(event.id) for event in events]
+        return []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Beside whatever runs in this loop."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  a database and a list say nothing by themselves
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(replicator: Replicator) -> AsyncIterator[asyncio.Task[None]]:
+    """Ready."""
+    task = asyncio.create_task(replicator.run())
+    await until(lambda: replicator.status().ready or task.done())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("empty_directory")
+async def test_two_in_one_process(plain_dsn: str, source: psycopg.Connection) -> None:
+    """Each with a slot of its own; one is stopped, the other cancelled, and both have saved where they are."""
+    Keeper.ids, memory = [], MemorySink(stream=EVENT)
+    checkpoint, slots = "sqlite:///checkpoint.db", [f"library_{n}_{os.getpid()}" for n in (1, 2)]
+    first = Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
+    second = Replicator(EVENT, memory, postgres_dsn=plain_dsn, slot=slots[1], checkpoint_url=checkpoint)
+    async with running(first) as one, running(second) as two:
+        await asyncio.to_thread(source.execute, PLAYED, [1, 1_000])
+        await until(lambda: len(Keeper.ids) >= 1_000)
+        assert [1_000] == [sink.events for sink in first.status().sinks.values()]
+        first.stop()
+        await one
+        assert not first.status().ready
+        await asyncio.to_thread(source.execute, PLAYED, [1_001, 1_500])
+        await until(lambda: len(memory.events) == 1_500)
+        end = end_of_wal(source)
+        two.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await two
+        assert is_true(source, CONFIRMED, end, slots[1])
+        assert not is_true(source, CONFIRMED, end, slots[0])
+    assert list(range(1, 1_001)) == sorted(Keeper.ids)
+    again = Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
+    async with running(again):
+        await until(lambda: len(Keeper.ids) >= 1_500)
+    assert list(range(1, 1_501)) == sorted(Keeper.ids)
+
+
+@pytest.mark.usefixtures("empty_directory")
+async def test_what_a_sink_lacks_is_not_green(plain_dsn: str, source: psycopg.Connection) -> None:
+    """A sink that turns it away is a reason; what it could not write when it was cancelled is not confirmed."""
+    memory = MemorySink(stream=EVENT)
+    made = Replicator(EVENT, memory, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}")
+    async with running(made) as task:
+        memory.down = True
+        await asyncio.to_thread(source.execute, PLAYED, [1, 10])
+        end = end_of_wal(source)
+        await until(lambda: bool(made.status().sinks["memory"].trouble))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert not is_true(source, CONFIRMED, end, f"library_{os.getpid()}")
+
+
+@pytest.mark.usefixtures("empty_directory")
+async def test_its_errors_are_the_products(plain_dsn: str) -> None:
+    """Of `run`, not of the interpreter: never SystemExit."""
+    with pytest.raises(SettingsError, match="Argument slot is unusable"):
+        Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot="A slot")
+    made = Replicator(
+        EVENT, Keeper, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}", checkpoint_url="sqlite:////"
+    )
+    with pytest.raises(ReplicatorError, match="The checkpoint database can't be used"):
+        await made.run()
