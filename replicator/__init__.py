@@ -1,6 +1,6 @@
 """Reads a PostgreSQL logical replication slot and fans its rows out to sinks; see `replicator --help`.
 
-What stands in `__all__` is for other programs: docs/reference/library.md says what each is, and what stays.
+What stands in `__all__` is for other programs: docs/streams/library.md says what each is, and what stays.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The replicator within another program: the one of docs/reference/library.md, and several in this process."""
+"""The replicator within another program: the one of docs/streams/library.md, and several in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psycopg import sql
 
 from devstack.process import wait_until
 from enrichment import EVENT
-from replicator import Event, Refusal, Replicator, ReplicatorError, SettingsError, Sink
+from replicator import Event, Refusal, Replicator, Sink
 from sinks.testing import MemorySink
 from tests.support.environment import ROLE
 from tests.support.program import ROOT
@@ -37,7 +37,7 @@ class Embedded:
     """The page's program, as it stands there."""
 
     def __init__(self, folder: Path, dsn: str) -> None:
-        page = (ROOT / "docs/reference/library.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs/streams/library.md").read_text(encoding="utf-8")
         program, _ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
         (folder / "embedded.py").write_text(program, encoding="utf-8")
         shutil.copy(ORDERS / "orders_stream.py", folder)
@@ -186,15 +186,3 @@ async def test_what_a_sink_lacks_is_not_green(plain_dsn: str, source: psycopg.Co
         with pytest.raises(asyncio.CancelledError):
             await task
     assert not is_true(source, CONFIRMED, end, f"library_{os.getpid()}")
-
-
-@pytest.mark.usefixtures("empty_directory")
-async def test_its_errors_are_the_products(plain_dsn: str) -> None:
-    """Of `run`, not of the interpreter: never SystemExit."""
-    with pytest.raises(SettingsError, match="Argument slot is unusable"):
-        Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot="A slot")
-    made = Replicator(
-        EVENT, Keeper, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}", checkpoint_url="sqlite:////"
-    )
-    with pytest.raises(ReplicatorError, match="The checkpoint database can't be used"):
-        await made.run()
