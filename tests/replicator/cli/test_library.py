@@ -88,7 +88,7 @@ def app_of(made: Replicator) -> App:
         (EVENT, [Shelf, shelf()], {}, "Argument sinks is unusable: two are called shelf"),
         (OTHER, [shelf()], {}, "Argument sinks is unusable: shelf is of another stream"),
         ([EVENT, OTHER], [shelf()], {}, "Argument sinks is unusable: other has none"),
-        ("nowhere:STREAM", [Shelf], {}, "Argument stream is unusable: nowhere can't be imported"),
+        ("nowhere:STREAM", [Shelf], {}, "Argument stream is unusable: there is no module nowhere"),
         ([], [Shelf], {}, "Argument stream is unusable: it names none"),
         ([7], Shelf, {}, "Argument stream is unusable"),
     ],
