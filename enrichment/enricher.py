@@ -170,7 +170,7 @@ class StreamEnricher:
             log.warning("%s is another table than before. %s", tables.stream.table, IDS_AGAIN, extra={"code": "R405"})
         for told in swaps(tables, before.shape, shape):
             log.warning("%s", told, extra={"code": "R406"})
-        return MissedHistory.since(self._dsn, tables, before, shape)
+        return MissedHistory.since(self._dsn, tables, before, shape, self._guard.untold)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
         names, until = copied(checkpoint)

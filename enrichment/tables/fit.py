@@ -62,10 +62,16 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     for part in shape.of(table):
         if not part.streamed:
             return _not_in_the_wal(name, part)
-        if tables.stream.follows and part.kind == "r" and not _tells(tables.identity_name, part):
+        if part in untold(tables, shape):
             what = f"has a replica identity that does not tell which row was changed or deleted ({part})"
             return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY FULL")
     return None
+
+
+def untold(tables: Tables, shape: Shape) -> list[Relation]:
+    """The parts whose rows change, and the WAL does not tell which."""
+    parts = shape.of(tables.events) if tables.stream.follows else ()
+    return [part for part in parts if part.kind == "r" and part.streamed and not _tells(tables.identity_name, part)]
 
 
 def _not_in_the_wal(name: str, part: Relation) -> Problem:

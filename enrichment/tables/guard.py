@@ -97,6 +97,8 @@ class Guard:
         """By dimension: up to there it may have been another table, or had other columns."""
         self.record: Record | None = None
         """What the next look compares with."""
+        self.untold: set[Name] = set()
+        """Parts of which an earlier look found that the WAL does not tell which rows change."""
         self._database = database
         self._tables = tables
         self._looked = (SHAPE, parameters(tables))
@@ -125,6 +127,7 @@ class Guard:
         """
         [[now], [(text,)]] = await self._database.each((NOW, {}), self._looked)
         shape = Shape.parse(text)
+        self.untold.update((part.schema, part.name) for part in fit.untold(self._tables, shape))
         fit.require(self._tables, shape)
         record = self.record or record
         changed = record is not None and record.shape != shape

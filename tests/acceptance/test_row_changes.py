@@ -208,3 +208,21 @@ def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection
     source.execute("INSERT INTO parcels (id, weight) VALUES (3, 3)")
     parcels.wait_until_caught_up()
     assert {1: 1, 2: 2, 3: 3} == in_clickhouse(stack)
+
+
+def test_a_replica_identity_that_told_nothing(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:
+    """What was updated meanwhile comes from the table. What was deleted is nowhere: somebody has to see that."""
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight) VALUES (1, 1), (2, 2)")
+    parcels.wait_until_caught_up()
+    source.execute("ALTER TABLE parcels REPLICA IDENTITY NOTHING")
+    source.execute("DELETE FROM parcels WHERE id = 1")
+    source.execute("UPDATE parcels SET weight = 3 WHERE id = 2")
+    parcels.wait_for_log("public.parcels has a replica identity that does not tell which row was changed or deleted")
+    source.execute("ALTER TABLE parcels REPLICA IDENTITY DEFAULT")
+    wait_until(lambda: in_clickhouse(stack) == {1: 1, 2: 3}, "the update to arrive")
+    found = succeed(parcels.run("dead-letters", "list", "--stage", "row"))
+    assert "its replica identity did not tell which rows were deleted, or got another identity" in found
+    succeed(parcels.run("reconcile", *ALWAYS, "--repair", "--delete-extra"))
+    assert {2: 3} == in_clickhouse(stack)

@@ -149,7 +149,7 @@ async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Conne
     assert seen
     assert record == structs.replace(seen, former={}, until=0)
     assert "engagement_events" == seen.former['["public","filled"]'], "its rows of that time are events"
-    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape, set())
     assert history
     assert [5, 6, 7] == sorted(await _all(history))
     assert "public.filled is a new part of engagement_events" in difference(record.shape, guard.shape)
@@ -167,7 +167,7 @@ async def test_a_column_of_the_table_is_one_of_its_parts(
     admin.execute("ALTER TABLE engagement_events RENAME dev TO device")
     record = await guard.look(None, 0)
     assert record
-    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape, set())
     assert history
     assert [1, 2] == sorted(await _all(history))
 
