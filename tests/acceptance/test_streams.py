@@ -4,183 +4,28 @@ from __future__ import annotations
 
 import random
 import signal
-from collections import Counter
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import psycopg
 import pytest
-from psycopg import sql
 
 from devstack import DevStack
-from devstack.control import fetch
 from devstack.process import wait_until
 from tests.prove.failpoints import PLACES
 from tests.support.destinations import Destinations
-from tests.support.environment import ROLE
-from tests.support.program import ROOT, Program, succeed
+from tests.support.orders import CLICKHOUSE, STREAM, Shop, assert_every_write, assert_exact, create, decode, expected
+from tests.support.program import Program, succeed
 
-ORDERS = ROOT / "examples" / "orders"
-FIELDS = (
-    "order_id", "customer_id", "ordered_at", "status", "total", "lines", "note", "shipped_at", "customer", "country",
-    "vat_percent", "vat",
-)  # fmt: skip
-CUSTOMERS = 5
-
-LOGGED = """
--- What an order's customer was when it was last written, and which order was.
-CREATE TABLE shop.writes (seq bigserial PRIMARY KEY, order_id uuid, customer_id bigint, customer text, country text,
-                          vat_percent numeric);
-CREATE FUNCTION shop.log() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO shop.writes (order_id, customer_id, customer, country, vat_percent)
-    SELECT NEW.order_id, NEW.customer_id, c.name, c.country, c.vat_percent
-    FROM shop.customers c WHERE c.customer_id = NEW.customer_id;
-    RETURN NULL;
-END $$;
-CREATE TRIGGER log AFTER INSERT OR UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.log();
-"""
-EXPECTED = """
-WITH last AS (SELECT DISTINCT ON (order_id) * FROM shop.writes ORDER BY order_id, seq DESC)
-SELECT row_to_json(x)::text FROM (
-    SELECT order_id, o.customer_id,
-           to_char(ordered_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS ordered_at,
-           status, trim_scale(total) AS total, lines::text AS lines, note,
-           to_char(shipped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS shipped_at,
-           w.customer, w.country, trim_scale(w.vat_percent) AS vat_percent,
-           trim_scale(round(total * w.vat_percent / (100 + w.vat_percent), 2)) AS vat
-    FROM shop.orders o JOIN last w USING (order_id) ORDER BY order_id) x
-"""
-LAST = """
-WITH last AS (SELECT DISTINCT ON (customer_id) * FROM shop.writes ORDER BY customer_id, seq DESC)
-SELECT l.customer_id, o.order_id::text FROM last l JOIN shop.orders o USING (order_id, customer_id)
-WHERE l.seq = (SELECT max(seq) FROM shop.writes w WHERE w.order_id = l.order_id)
-"""
-CLICKHOUSE = f"""
-SELECT {", ".join(FIELDS)} FROM orders FINAL ORDER BY toString(order_id)
-SETTINGS date_time_output_format = 'iso', output_format_json_quote_64bit_integers = 0,
-         output_format_json_quote_decimals = 0
-FORMAT JSONEachRow
-"""  # noqa: S608  our own constants
 PLAYED = """INSERT INTO engagement_events (id, content_id, user_id, event_type)
             SELECT n, 1 + n %% 3, n, 'play' FROM generate_series(%s::int, %s) n"""
-_decode = msgspec.json.Decoder(float_hook=Decimal).decode
-
-Order = dict[str, Any]
 
 
 @pytest.fixture
 def orders(quick: Program, source: psycopg.Connection) -> Program:
     """A replicator of the example's tables."""
-    source.execute((ORDERS / "schema.sql").read_bytes())
-    source.execute(LOGGED.encode())
-    role = sql.Identifier(ROLE)
-    source.execute(sql.SQL("GRANT USAGE ON SCHEMA shop TO {}").format(role))
-    source.execute(sql.SQL("GRANT SELECT ON shop.orders, shop.customers TO {}").format(role))
-    for number in range(1, CUSTOMERS + 1):
-        source.execute("INSERT INTO shop.customers VALUES (%s, %s, 'DE', 19)", [number, f"customer {number}"])
-    quick.environment["REPLICATOR_STREAM"] = "examples.orders.orders_stream:STREAM"
+    create(source)
+    quick.environment["REPLICATOR_STREAM"] = STREAM
     return quick
-
-
-class Shop:
-    """Random orders, and changes of them; one writer."""
-
-    def __init__(self, source: psycopg.Connection, chance: random.Random) -> None:
-        self._source, self._chance = source, chance
-
-    def trade(self, transactions: int) -> None:
-        """So many, of a few statements each."""
-        steps = [self._order] * 4 + [self._change] * 4 + [self._move, self._rename, self._remove, self._customer]
-        for _ in range(transactions):
-            with self._source.transaction():
-                for step in self._chance.choices(steps, k=self._chance.randint(1, 5)):
-                    step()
-
-    def _some(self) -> list[Any]:
-        ids = [row[0] for row in self._source.execute("SELECT order_id FROM shop.orders ORDER BY 1")]
-        return self._chance.sample(ids, min(len(ids), self._chance.randint(1, 3)))
-
-    def _order(self) -> None:
-        sku = f"ü{self._chance.getrandbits(self._chance.choice([4, 40, 40_000])):x}"  # PostgreSQL keeps long ones apart
-        lines = msgspec.json.encode([{"sku": sku, "n": self._chance.randint(1, 9)}])
-        at = "2026-01-15Z"
-        if self._chance.random() < 0.5:
-            at = "now"
-        query = """INSERT INTO shop.orders (order_id, customer_id, ordered_at, total, lines, note)
-                   VALUES (%s, %s, %s, %s, %s, %s)"""
-        order_id = f"{self._chance.getrandbits(128):032x}"
-        total = Decimal(self._chance.randint(-(10**6), 10**12)) / 100
-        note = self._chance.choice([None, "", "a|b~", "日本 \\ \"'"])
-        self._source.execute(query, [order_id, self._customer_id(), at, total, lines.decode(), note])
-
-    def _customer_id(self) -> int:
-        return self._chance.randint(1, CUSTOMERS)
-
-    def _change(self) -> None:
-        query = "UPDATE shop.orders SET status = %s, total = total + 0.01, shipped_at = %s WHERE order_id = ANY(%s)"
-        shipped = self._chance.choice([None, "2026-02-03 04:05:06.5+02", "infinity"][:2])
-        self._source.execute(query, [self._chance.choice(["paid", "shipped"]), shipped, self._some()])
-
-    def _move(self) -> None:
-        """To another customer and another month."""
-        query = "UPDATE shop.orders SET customer_id = %s, ordered_at = %s WHERE order_id = ANY(%s)"
-        self._source.execute(query, [self._customer_id(), self._chance.choice(["2026-02-10Z", "now"]), self._some()])
-
-    def _rename(self) -> None:
-        for old in self._some()[:1]:
-            new = f"{self._chance.getrandbits(128):032x}"
-            self._source.execute("UPDATE shop.orders SET order_id = %s WHERE order_id = %s", [new, old])
-
-    def _remove(self) -> None:
-        self._source.execute("DELETE FROM shop.orders WHERE order_id = ANY(%s)", [self._some()])
-
-    def _customer(self) -> None:
-        values = [f"name {self._chance.random()}", self._chance.choice([None, 7, 19, Decimal("7.77")])]
-        query = "UPDATE shop.customers SET name = %s, vat_percent = %s WHERE customer_id = %s"
-        self._source.execute(query, [*values, self._customer_id()])
-
-
-def _expected(source: psycopg.Connection, only: str = "") -> list[Order]:
-    with source.transaction():
-        source.execute("SET LOCAL TimeZone = 'UTC'")
-        orders = [_decode(text) for (text,) in source.execute(EXPECTED)]
-    return sorted(
-        (order for order in orders if order["status"] in only.split() or not only), key=lambda o: o["order_id"]
-    )
-
-
-def assert_exact(source: psycopg.Connection, stack: DevStack, destinations: Destinations) -> None:
-    """Every field of every order, and nothing else, in every sink."""
-    wanted = _expected(source)
-    assert wanted, "a test without orders can't fail"
-    assert wanted == [_decode(line) for line in stack.clickhouse.query(CLICKHOUSE).splitlines()]
-
-    versions: dict[str, Order] = {}
-    for change in _decode(fetch(stack.api.url)):
-        if "order_id" not in change:
-            continue
-        gone = (
-            [{"order_id": change["_was"], "_operation": "delete", "_version": change["_version"]}]
-            if "_was" in change
-            else []
-        )
-        for one in (*gone, change):
-            before = versions.get(one["order_id"])
-            if before is None or before["_version"] <= one["_version"]:
-                versions[one["order_id"]] = one
-    there = [versions[order_id] for order_id in sorted(versions) if versions[order_id]["_operation"] == "upsert"]
-    assert wanted == [{name: order[name] for name in FIELDS} for order in there]
-
-    redis = destinations.redis
-    counts = {int(key.rpartition(":")[2]): int(redis.get(key) or 0) for key in redis.scan_iter("orders:count:*")}
-    assert Counter(order["customer_id"] for order in wanted) == {key: count for key, count in counts.items() if count}
-    by_id = {order["order_id"]: order for order in wanted}
-    last = {customer: by_id[order_id] for customer, order_id in source.execute(LAST)}
-    found = {int(key.rpartition(":")[2]): _decode(str(redis.get(key))) for key in redis.scan_iter("orders:last:*")}
-    assert last == found
 
 
 def test_orders(
@@ -202,6 +47,7 @@ def test_orders(
     shop.trade(30)
     orders.wait_until_caught_up()
     assert_exact(source, stack, destinations)
+    assert_every_write(source, stack)
     assert "0 dead letters" not in orders.log
     assert 0 == orders.stop()
 
@@ -379,7 +225,7 @@ def test_joined_by_a_uuid(quick: Program, source: psycopg.Connection, stack: Dev
     quick.start()
     quick.wait_until_caught_up()
     rows = stack.clickhouse.query("SELECT id, who, place_id, name, was FROM visits FINAL FORMAT JSONEachRow")
-    found = [_decode(row) for row in rows.splitlines()]
+    found = [decode(row) for row in rows.splitlines()]
     assert 600 == len(found)
     assert any(row["name"] for row in found)
     assert any(row["name"] is None for row in found)
@@ -416,8 +262,8 @@ def test_only_some_rows(
     orders.wait_until_caught_up()
     # Orders from before carry today's customer.
     succeed(orders.run("backfill", *when))
-    found = [_decode(line) for line in stack.clickhouse.query(CLICKHOUSE).splitlines()]
-    wanted = _expected(source, "paid new")
+    found = [decode(line) for line in stack.clickhouse.query(CLICKHOUSE).splitlines()]
+    wanted = expected(source, ("paid", "new"))
     assert [order["order_id"] for order in wanted] == [order["order_id"] for order in found]
     assert [order["total"] for order in wanted] == [order["total"] for order in found]
     assert "equal" in succeed(orders.run("reconcile", *when, "--with-content"))

@@ -1,6 +1,7 @@
 """Random chaos: hostile traffic while everything is killed, stalled and cut. Afterwards every sink must be exact.
 
     python -m tests.prove.chaos --minutes 2 --seed 7
+    python -m tests.prove.chaos --stream orders --minutes 2 --seed 7
 
 A run has rounds of about a minute. Each begins with an empty database, slot, checkpoint and sinks. It ends with a
 comparison of every field of every event with what PostgreSQL computes. `plan.py` draws what happens from the seed
@@ -11,7 +12,6 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import signal
 import sys
@@ -28,22 +28,20 @@ import psycopg
 
 from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
-from devstack.process import Service, free_port, wait_until
+from devstack.process import Service, free_port
 from devstack.proxy import Proxy
 from replicator.contracts.errors import CheckpointError
 from replicator.contracts.events import format_lsn, parse_lsn
 from tests.prove.plan import KILLS, WEIGHTS, Deed, Strike, Victim, draw
-from tests.prove.traffic import HostileTraffic, settle
+from tests.prove.subjects import SUBJECTS, Subject
+from tests.prove.traffic import settle
 from tests.support import environment as ground
-from tests.support.destinations import Destinations
-from tests.support.exact import assert_exact
 from tests.support.program import Program
 
 ROUND_SECONDS = 55.0
 CAUGHT_UP_SECONDS = 180.0
 LOOK_SECONDS = 0.05  # between two checks of the rule
 STOP_SECONDS = 60.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
-TOP_SECONDS = 10.0  # how late the window may be, by contract
 MAX_REPEATS = 5_000
 
 SETTINGS = {
@@ -71,6 +69,7 @@ CONFIRMED = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE sl
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """A run that found no fault; otherwise it raises."""
 
+    stream: str
     seed: int
     rounds: int
     seconds: float
@@ -96,7 +95,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         killed = ", ".join(f"{victim} {count}" for victim, count in victims.items())
         others = sum(self.deeds.values()) - self.kills
         return (
-            f"chaos: seed {self.seed}, {self.seconds / 60:.1f} min, {self.rounds} rounds, {self.kills} kills"
+            f"chaos of {self.stream}: seed {self.seed}, {self.seconds / 60:.1f} min, {self.rounds} rounds, {self.kills} kills"
             f" ({killed}), {others} stalls, cuts and errors, {self.events} events, 0 lost, 0 wrong,"
             f" {self.repeats} repeats at the API, the rule held at {self.looks} looks"
         )
@@ -279,8 +278,9 @@ class Rule:
 class Round:
     """One round, from an empty environment to the comparison."""
 
-    def __init__(self, stack: DevStack, proxies: Mapping[Victim, Proxy], seed: str) -> None:
+    def __init__(self, stack: DevStack, subject: Subject, proxies: Mapping[Victim, Proxy], seed: str) -> None:
         self._stack = stack
+        self._subject = subject
         self._proxies = proxies
         self._seed = seed
         self.deeds = Counter[str]()
@@ -292,6 +292,7 @@ class Round:
             dsn = cleanup.enter_context(ground.fresh_database(self._stack))
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             environment = self._environment(dsn, folder)
+            self._subject.create(dsn)
             programs = [
                 Program({**environment, "REPLICATOR_ADMIN_LISTEN": f"127.0.0.1:{free_port()}"}, dsn, folder / name)
                 for name in ("first", "second")
@@ -324,13 +325,13 @@ class Round:
         settings = ground.environment(
             through["postgres"], through["clickhouse"], through["redis"], through["api"], folder=folder
         )
-        return settings | SETTINGS
+        return settings | SETTINGS | self._subject.settings
 
     def _break(self, tormentor: Tormentor, dsn: str, seconds: float) -> None:
         chance = random.Random(f"{self._seed} traffic")  # noqa: S311  not a secret
         rule = Rule(dsn, tormentor.active)
         try:
-            with HostileTraffic(dsn, chance, rows=1_000, pause_seconds=1.0), tormentor.at_work(self._seed, seconds):
+            with self._subject.traffic(dsn, chance), tormentor.at_work(self._seed, seconds):
                 deadline = threading.Timer(seconds, tormentor.end)
                 deadline.start()
                 try:
@@ -347,27 +348,32 @@ class Round:
     def _judge(self, program: Program, dsn: str) -> None:
         alive(program)
         program.wait_until_caught_up(CAUGHT_UP_SECONDS)
-        destinations = Destinations(self._stack)
-        with contextlib.closing(destinations.redis):
-            self.repeats += assert_exact(dsn, destinations)
-            counts = destinations.counts()
-            wait_until(lambda: counts == destinations.top(), "the top list to be right", TOP_SECONDS)
-            self.events += sum(counts.values())
+        self.events, self.repeats = self._subject.judge(dsn, self._stack)
         if code := program.stop():
             raise WrongError(f"SIGTERM ended it with {code}")
 
 
-def run(minutes: float, seed: int, *, first_round: int = 1, round_seconds: float = ROUND_SECONDS) -> Result:
+def run(
+    minutes: float,
+    seed: int,
+    *,
+    stream: str = "engagement",
+    first_round: int = 1,
+    round_seconds: float = ROUND_SECONDS,
+) -> Result:
     """Run whole rounds for so long, at least one. Raises WrongError with what was found."""
     started = time.monotonic()
     rounds: list[Round] = []
     with DevStack(*DevStack.SERVICES, postgres_settings=POSTGRES, redis_settings=DURABLE_REDIS) as stack:
         while not rounds or time.monotonic() - started < minutes * 60:
             number = first_round + len(rounds)
-            done = play(stack, seed, number, round_seconds)
+            done = play(stack, stream, seed, number, round_seconds)
             rounds.append(done)
-            sys.stderr.write(f"chaos: round {number}: {done.events} events, {sum(done.deeds.values())} deeds, exact\n")
+            sys.stderr.write(
+                f"chaos of {stream}: round {number}: {done.events} events, {sum(done.deeds.values())} deeds, exact\n"
+            )
     return Result(
+        stream=stream,
         seed=seed,
         rounds=len(rounds),
         seconds=time.monotonic() - started,
@@ -378,7 +384,7 @@ def run(minutes: float, seed: int, *, first_round: int = 1, round_seconds: float
     )
 
 
-def play(stack: DevStack, seed: int, number: int, seconds: float) -> Round:
+def play(stack: DevStack, stream: str, seed: int, number: int, seconds: float) -> Round:
     """One round on a stack whose Redis is durable."""
     ports: dict[Victim, int] = {
         "postgres": stack.postgres.port,
@@ -388,11 +394,11 @@ def play(stack: DevStack, seed: int, number: int, seconds: float) -> Round:
     }
     with ExitStack() as cleanup:
         proxies = {name: cleanup.enter_context(Proxy(port)) for name, port in ports.items()}
-        this = Round(stack, proxies, f"{seed}/{number}")
+        this = Round(stack, SUBJECTS[stream], proxies, f"{seed}/{number}")
         try:
             this.run(seconds)
         except WrongError as exc:
-            again = f"python -m tests.prove.chaos --seed {seed} --round {number}"
+            again = f"python -m tests.prove.chaos --stream {stream} --seed {seed} --round {number}"
             raise WrongError(f"seed {seed}, round {number} ({again}): {exc}") from exc
     return this
 
@@ -400,12 +406,13 @@ def play(stack: DevStack, seed: int, number: int, seconds: float) -> Round:
 def main() -> int:
     """Returns 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.prove.chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("--stream", choices=SUBJECTS, default="engagement", help="(engagement)")
     parser.add_argument("--minutes", type=float, default=30.0, help="at least so long, in whole rounds (30)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="(random)")  # noqa: S311  not a secret
     parser.add_argument("--round", type=int, default=1, help="begin with this one (1)")
     args = parser.parse_args()
     try:
-        result = run(args.minutes, args.seed, first_round=args.round)
+        result = run(args.minutes, args.seed, stream=args.stream, first_round=args.round)
     except WrongError as exc:
         sys.stderr.write(f"{exc}\n")
         return 1
