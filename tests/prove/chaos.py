@@ -95,7 +95,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         killed = ", ".join(f"{victim} {count}" for victim, count in victims.items())
         others = sum(self.deeds.values()) - self.kills
         return (
-            f"chaos of {self.stream}: seed {self.seed}, {self.seconds / 60:.1f} min, {self.rounds} rounds, {self.kills} kills"
+            f"chaos of {self.stream}: seed {self.seed}, {self.seconds / 60:.1f} min, {self.rounds} rounds,"
+            f" {self.kills} kills"
             f" ({killed}), {others} stalls, cuts and errors, {self.events} events, 0 lost, 0 wrong,"
             f" {self.repeats} repeats at the API, the rule held at {self.looks} looks"
         )
@@ -325,7 +326,7 @@ class Round:
         settings = ground.environment(
             through["postgres"], through["clickhouse"], through["redis"], through["api"], folder=folder
         )
-        return settings | SETTINGS | self._subject.settings
+        return {**settings, **SETTINGS, **self._subject.settings}
 
     def _break(self, tormentor: Tormentor, dsn: str, seconds: float) -> None:
         chance = random.Random(f"{self._seed} traffic")  # noqa: S311  not a secret

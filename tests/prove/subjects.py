@@ -69,9 +69,11 @@ class Engagement:
         """There are some already."""
 
     def traffic(self, dsn: str, chance: random.Random) -> Load:
+        """Its writers."""
         return HostileTraffic(dsn, chance, rows=1_000, pause_seconds=1.0)
 
     def judge(self, dsn: str, stack: DevStack) -> Verdict:
+        """Every field in every sink."""
         destinations = Destinations(stack)
         with contextlib.closing(destinations.redis):
             repeats = assert_exact(dsn, destinations)
@@ -86,13 +88,16 @@ class Orders:
     settings: Mapping[str, str] = {"REPLICATOR_STREAM": orders.STREAM}
 
     def create(self, dsn: str) -> None:
+        """The example's tables."""
         with psycopg.connect(dsn, autocommit=True) as connection:
             orders.create(connection)
 
     def traffic(self, dsn: str, chance: random.Random) -> Load:
+        """Its writers."""
         return OrdersTraffic(dsn, chance)
 
     def judge(self, dsn: str, stack: DevStack) -> Verdict:
+        """Every field in every sink."""
         destinations = Destinations(stack)
         with contextlib.closing(destinations.redis), psycopg.connect(dsn, autocommit=True) as connection:
             there = orders.assert_exact(connection, stack, destinations)

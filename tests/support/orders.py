@@ -154,7 +154,7 @@ class Shop:
         self._source.execute(query, [self._customer_id(), at, self._some()])
 
     def _rename(self) -> None:
-        new = _uuid(self._chance.getrandbits(128))
+        new: object = _uuid(self._chance.getrandbits(128))
         if self._chance.random() < 0.3:
             new = self._former() or new
         for old in self._some()[:1]:
