@@ -395,7 +395,8 @@ def play(stack: DevStack, stream: str, seed: int, number: int, seconds: float) -
     }
     with ExitStack() as cleanup:
         proxies = {name: cleanup.enter_context(Proxy(port)) for name, port in ports.items()}
-        this = Round(stack, SUBJECTS[stream], proxies, f"{seed}/{number}")
+        subject = SUBJECTS[stream](random.Random(f"{seed}/{number} subject"))  # noqa: S311  not a secret
+        this = Round(stack, subject, proxies, f"{seed}/{number}")
         try:
             this.run(seconds)
         except WrongError as exc:

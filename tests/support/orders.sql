@@ -64,18 +64,17 @@ CREATE TRIGGER log AFTER INSERT OR UPDATE OR DELETE ON shop.customers
     FOR EACH ROW EXECUTE FUNCTION shop.log_customer();
 CREATE TRIGGER truncated BEFORE TRUNCATE ON shop.customers FOR EACH STATEMENT EXECUTE FUNCTION shop.log_customer();
 
--- Every write of an order, with its customer as of that moment.
-CREATE VIEW shop.writes AS
+-- Every write of an order and of a customer (it has no order_id), with the customer as of that moment.
+CREATE VIEW shop.history AS
 WITH log AS (
     SELECT log.*, row_number() OVER (ORDER BY number, seq) AS at FROM shop.log JOIN shop.commits USING (xid)
 ), known AS (
     SELECT *, count(*) FILTER (WHERE order_id IS NULL) OVER (PARTITION BY customer_id ORDER BY at) AS change FROM log
-), joined AS (
-    SELECT at, order_id, customer_id, deleted, status, total, long, first_value(name) OVER same AS customer,
-           first_value(country) OVER same AS country, first_value(vat_percent) OVER same AS vat_percent
-    FROM known WINDOW same AS (PARTITION BY customer_id, change ORDER BY at)
 )
-SELECT * FROM joined WHERE order_id IS NOT NULL;
+SELECT at, order_id, customer_id, deleted, status, total, long, first_value(name) OVER same AS customer,
+       first_value(country) OVER same AS country, first_value(vat_percent) OVER same AS vat_percent
+FROM known WINDOW same AS (PARTITION BY customer_id, change ORDER BY at);
+CREATE VIEW shop.writes AS SELECT * FROM shop.history WHERE order_id IS NOT NULL;
 
 -- Every order that is there, as the sinks must have it.
 CREATE VIEW shop.expected AS
