@@ -124,6 +124,9 @@ SUBJECTS: Mapping[str, Callable[[random.Random], Subject]] = {"engagement": Enga
 class OrdersTraffic(Load):
     """Six writers at once. What one of them loses to another, to a deadlock for instance, it does not do again."""
 
+    alters = False
+    """Whether the tables become others."""
+
     def steps(self) -> Sequence[Step]:
         """A writer for each."""
         return self._trade, self._trade, self._large, self._nested, self._overtaken, self._prepared
@@ -132,7 +135,7 @@ class OrdersTraffic(Load):
         shop = orders.Shop(connection, chance)
         shop.steps()
         if chance.random() < 0.05:
-            shop.customers()
+            shop.customers(truncates=self.alters)
         connection.commit()
         self.wait(chance.uniform(0.0, 0.02))
 
@@ -173,6 +176,8 @@ class OrdersTraffic(Load):
 
 class AlteredTraffic(OrdersTraffic):
     """And the tables are altered."""
+
+    alters = True
 
     def steps(self) -> Sequence[Step]:
         """One more."""

@@ -111,12 +111,12 @@ class Shop:
             first = self._chance.getrandbits(128)
             self._source.execute(statement, [_uuid(first), _uuid(min(first + 2**124, 2**128 - 1))])
 
-    def customers(self) -> None:
-        """Some change; seldom one is gone or comes back, or all are gone."""
+    def customers(self, *, truncates: bool = False) -> None:
+        """Some change; seldom one is gone or comes back, or all are gone. A TRUNCATE makes the table another one."""
         for _ in range(self._chance.randint(1, 3)):
             self._chance.choice([self._customer] * 6 + [self._customer_goes, self._customer_comes])()
         if self._chance.random() < 0.1:
-            self._source.execute("TRUNCATE shop.customers")
+            self._source.execute("TRUNCATE shop.customers" if truncates else "DELETE FROM shop.customers")
 
     def _some(self) -> list[Any]:
         """A few orders that are there."""
