@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from tests.prove.chaos import run
 from tests.prove.plan import KILLS, WEIGHTS, draw
+from tests.prove.subjects import SUBJECTS
 
 SECONDS = 15.0
 
 
-def test_chaos() -> None:
+@pytest.mark.parametrize("stream", SUBJECTS)
+def test_chaos(stream: str) -> None:
     """Everything is killed, stalled and cut under hostile traffic: every sink exact, the rule never broken."""
     seed = random.randrange(10**6)  # noqa: S311  not a secret
-    print(f"python -m tests.prove.chaos --minutes 0 --seed {seed}")  # noqa: T201  shown when the test has failed
-    result = run(0, seed, round_seconds=SECONDS)
+    print(f"python -m tests.prove.chaos --stream {stream} --minutes 0 --seed {seed}")  # noqa: T201  shown when it fails
+    result = run(0, seed, stream=stream, round_seconds=SECONDS)
     print(result.line())  # noqa: T201  as above
     assert result.kills > 0
     assert result.events > 0
