@@ -69,7 +69,9 @@ class _Chosen:
         self._excluded: set[int | None] = set()  # by conditions, though their numbers were given
         self._looked_at = 0
         self._fields: set[str] = set()  # that letters have
-        self._sink = sink if sink is None else one_sink(sink, known_sinks())
+        # Of several streams, each has its own: redis/orders.
+        several = any("/" in name for name in self.app.settings.sinks)
+        self._sink = sink if sink is None else one_sink(sink, self.app.settings.sinks if several else known_sinks())
         self._stage = stage
         self._ids = ids or []
         self._where = [_condition(text) for text in where or ()]
@@ -90,6 +92,8 @@ class _Chosen:
 
     def _refuse_unknown_fields(self) -> None:
         """A misspelt name would look as if there were no such letters."""
+        if not self._where:  # it takes one stream to know its fields
+            return
         known = [field.name for field in self.app.tables.stream.fields]
         for field, _ in self._where:
             if field not in self._fields.union(known):

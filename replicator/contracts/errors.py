@@ -486,7 +486,8 @@ class SinkRefusesAll(SinkError):
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} refuses everything it is asked: {detail}. All events are kept and retried slowly"
-        cure = f"Check that the settings REPLICATOR_{sink.upper()}_… are right, and why the destination refuses events"
+        settings = f"REPLICATOR_{sink.partition('/')[0].upper()}_…"
+        cure = f"Check that the settings {settings} are right, and why the destination refuses events"
         super().__init__(sink, problem, cure, detail=detail)
 
 

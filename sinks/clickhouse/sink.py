@@ -92,7 +92,7 @@ _PROBE_RANGE_SQL = """SELECT
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
 
-_OUTSIDE_RANGE = "event_ts is outside what DateTime64 holds on this ClickHouse"
+_OUTSIDE_RANGE = "its time is outside what DateTime64 holds on this ClickHouse"
 
 
 class ClickHouseSettings(Settings):

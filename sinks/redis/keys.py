@@ -67,7 +67,7 @@ _US = 1_000_000
 _BUCKET_US = BUCKET_SECONDS * _US
 _TS_BIAS = 2 * 10**17  # makes every microsecond of the years 1 to 9999 a positive number of 18 digits
 _ID_BIAS = 2**63  # makes every signed 64-bit id positive, in at most 20 digits
-_UNORDERED = "event_ts is infinite or outside the years 1 to 9999; Redis orders and ranks by it"
+_UNORDERED = "its time is infinite or outside the years 1 to 9999; Redis orders and ranks by it"
 
 
 def continues(ours: str, owner: str) -> bool:

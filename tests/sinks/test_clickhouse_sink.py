@@ -298,7 +298,7 @@ class TestTime:
         batch[1].ts_us = None
         refused = await sink.write(batch)
         assert [(refusal.event.id, refusal.reason) for refusal in refused] == [
-            (2, "event_ts is outside what DateTime64 holds on this ClickHouse")
+            (2, "its time is outside what DateTime64 holds on this ClickHouse")
         ]
         assert ids(clickhouse) == [1, 3]
         assert [refusal.event.id for refusal in await sink.write([batch[1]])] == [2]

@@ -141,3 +141,21 @@ def test_a_row_is_found_by_the_events_names(
     stored.add_dead_letters("engagement_slot", [letter(9, None, payload=row)])
     for condition in ("user_id=7", "uid=7", "event_id=9", "id=9"):
         assert [7] == [shown["id"] for shown in listed(capsys, "--where", condition)]
+
+
+def test_letters_of_several_streams(
+    stored: SqlCheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are listed with the settings of `run`; a sink is called after its stream, too."""
+    Path("orders.py").write_text(
+        "from replicator import *\n"
+        "ORDERS = Stream('orders', 'shop.orders', (Field('id', BIGINT, role=Role.IDENTITY),"
+        " Field('k', BIGINT, role=Role.KEY), Field('at', TIMESTAMPTZ, role=Role.TIME)))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("REPLICATOR_STREAM", "orders:ORDERS,enrichment.contract:EVENT")
+    stored.add_dead_letters("engagement_slot", [letter(7, "redis/orders")])
+    assert [1, 2, 3, 4, 5, 6, 7] == [one["id"] for one in listed(capsys)]
+    assert [7] == [one["id"] for one in listed(capsys, "--sink", "redis/orders")]
+    assert 2 == main(["dead-letters", "list", "--sink", "redis"])
+    assert "'redis' is not the name of a sink. It takes one of clickhouse/orders" in capsys.readouterr().err

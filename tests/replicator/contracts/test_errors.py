@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.errors import ReplicatorError, SinkRefusesAll
 
 ROOT = Path(__file__).parents[3]
 PYTHON = str(Path(sys.executable))
@@ -76,3 +76,8 @@ def test_in_a_container(tmp_path: Path) -> None:
     outside = "docker compose run --rm replicator"
     found = cure([PYTHON, "-m", "replicator", "--version"], tmp_path, REPLICATOR_PROGRAM=outside)
     assert f"`{outside} init`" == found
+
+
+def test_a_sink_of_several_streams_has_its_settings() -> None:
+    """They are the sink's, whatever stream it gets."""
+    assert "REPLICATOR_CLICKHOUSE_… are right" in str(SinkRefusesAll(sink="clickhouse/orders", detail="400"))
