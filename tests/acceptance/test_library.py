@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from psycopg import sql
 
 from devstack.process import wait_until
 from enrichment import EVENT
-from replicator import Event, Refusal, Replicator, Sink
+from replicator import Event, Refusal, Replicator, ReplicatorError, Sink
 from sinks.testing import MemorySink
 from tests.support.environment import ROLE
 from tests.support.program import ROOT
@@ -186,3 +187,15 @@ async def test_what_a_sink_lacks_is_not_green(plain_dsn: str, source: psycopg.Co
         with pytest.raises(asyncio.CancelledError):
             await task
     assert not is_true(source, CONFIRMED, end, f"library_{os.getpid()}")
+
+
+@pytest.mark.usefixtures("empty_directory")
+def test_its_errors_are_the_products(plain_dsn: str) -> None:
+    """Of `run`, not of the interpreter; and the loop can end at once."""
+    made = Replicator(
+        EVENT, Keeper, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}", checkpoint_url="sqlite:////"
+    )
+    began = time.monotonic()
+    with pytest.raises(ReplicatorError, match="The checkpoint database can't be used"):
+        asyncio.run(made.run())
+    assert time.monotonic() - began < 20

@@ -161,6 +161,25 @@ def test_one_place_confirms() -> None:
     assert places == ["replicator/pipeline.py commit"]
 
 
+def test_what_reads_the_environment_is_known() -> None:
+    """A replicator within another program is given its settings and streams, and two of them have different ones."""
+    readers = {"load", "examine", "given", "variables", "decisive", "configured", "state_directory"}
+    entrances = ("replicator/cli/", "replicator_spark/", "replicator/contracts/settings.py")
+    places = [
+        f"{file.relative_to(ROOT)} {function.name}"
+        for file in _sources()
+        for function in _functions(_tree(file))
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in readers
+    ]
+    assert [place for place in places if not place.startswith(entrances)] == [
+        "enrichment/tables/declared.py configured",  # for commands that work without an App
+        "replicator/operations/control/address.py socket_path",  # of the program's socket
+        "replicator/operations/status/collect.py differences",  # for the command `status`
+        "sinks/__init__.py _create",  # what was not given by keyword
+    ]
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [

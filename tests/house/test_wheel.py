@@ -95,6 +95,19 @@ def test_the_wheel_has_everything(built: Path) -> None:
 
 
 def test_types_are_published(installed: Path, tmp_path: Path) -> None:
+    """The programs of the library's page are typed to the letter, by what the wheel says of its names."""
+    page = (ROOT / "docs/streams/library.md").read_text(encoding="utf-8")
+    program, beside = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "embedded.py").write_text(f"{program}\n\n{beside}", encoding="utf-8")
+    (tmp_path / "wrong.py").write_text("from replicator import Nonsense\n", encoding="utf-8")
+    shutil.copy(ROOT / "examples/orders/orders_stream.py", tmp_path)
+    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed.with_name("python")]
+    _succeed(*check, "embedded.py", folder=tmp_path)
+    with pytest.raises(AssertionError, match='Module "replicator" has no attribute "Nonsense"'):
+        _succeed(*check, "wrong.py", folder=tmp_path)
+
+
+def test_it_is_found_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
     """Resources are found where the package is, not in the checkout."""
     where = "import replicator, sys; print(replicator.__file__)"
     assert str(installed.parents[1]) in _succeed(installed.with_name("python"), "-c", where, folder=tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from msgspec import structs
 from enrichment import EnrichmentSettings, tables_of
 from replicator.cli.app import App
 from replicator.cli.app.running import Running
-from replicator.contracts.errors import Overtaken, SettingsError
+from replicator.contracts.errors import CheckpointUnavailable, Overtaken, SettingsError
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.contracts.sink import Sink
@@ -76,6 +77,9 @@ class Replicator:
 
     async def _run(self) -> None:
         async with self._app.closing():
+            with suppress(CheckpointUnavailable):  # which is tried again
+                # Alone: in a database that can't be used, a second call would hold up the end of the loop for a minute.
+                await asyncio.to_thread(self._app.store.create)
             try:
                 await self._running.run({})
             except Overtaken:
