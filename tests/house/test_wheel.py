@@ -101,7 +101,8 @@ def test_types_are_published(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "embedded.py").write_text(f"{program}\n\n{beside}", encoding="utf-8")
     (tmp_path / "wrong.py").write_text("from replicator import Nonsense\n", encoding="utf-8")
     shutil.copy(ROOT / "examples/orders/orders_stream.py", tmp_path)
-    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed.with_name("python")]
+    python = str(installed.with_name("python"))
+    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
     _succeed(*check, "embedded.py", folder=tmp_path)
     with pytest.raises(AssertionError, match='Module "replicator" has no attribute "Nonsense"'):
         _succeed(*check, "wrong.py", folder=tmp_path)
