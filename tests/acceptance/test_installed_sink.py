@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
 
 from tests.support.destinations import Destinations
 from tests.support.plugin import install
-from tests.support.program import Program, assert_clean, succeed
+from tests.support.program import ROOT, Program, assert_clean, succeed
 
 COUNTS = """
 import json
@@ -100,3 +103,52 @@ def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path
     done = program.run("config", "check", sinks="lines")
     assert (0, "all settings are usable\n") == (done.code, done.stdout)
     assert [problem] == [line.partition(" It takes")[0] for line in done.stderr.splitlines()]
+
+
+THINGS = """
+from replicator import *
+STREAM = Stream("things", "public.things", updates="upsert", deletes="delete", fields=(
+    Field("code", TEXT, role=Role.IDENTITY), Field("owner", BIGINT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME), Field("price", numeric(9, 2))))
+"""
+
+
+def test_the_sink_for_any_stream(program: Program, source: psycopg.Connection, tmp_path: Path) -> None:
+    """As the page shows it: changes, deletes and other identities, and everything again after a kill."""
+    page = (ROOT / "docs/how-to/sink.md").read_text(encoding="utf-8")
+    [shown] = [
+        text for text in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "RowsSink" in text
+    ]
+    (tmp_path / "replicator_rows.py").write_text(shown, encoding="utf-8")
+    (tmp_path / "things.py").write_text(THINGS, encoding="utf-8")
+    install(tmp_path, entry_points={"rows": "replicator_rows:RowsSink"})
+    source.execute(
+        "CREATE TABLE things (code text PRIMARY KEY, owner int NOT NULL, at timestamptz NOT NULL DEFAULT now(),"
+        "price numeric(9, 2) NOT NULL); GRANT SELECT ON things TO replicator"
+    )
+    program.environment |= {
+        "PYTHONPATH": str(tmp_path),
+        "REPLICATOR_SINKS": "rows",
+        "REPLICATOR_STREAM": "things:STREAM",
+        "REPLICATOR_ROWS_PATH": str(tmp_path / "rows.db"),
+        "REPLICATOR_FEEDBACK_INTERVAL_SECONDS": "0.2",
+    }
+    succeed(program.run("init"))
+    assert "sink rows: " in succeed(program.run("check"))
+    program.start()
+    source.execute("INSERT INTO things SELECT 'thing ' || n, n % 3, now(), n / 4.0 FROM generate_series(1, 40) n")
+    program.kill()
+    source.execute(
+        "UPDATE things SET price = price + 1 WHERE owner = 1; DELETE FROM things WHERE owner = 2;"
+        "UPDATE things SET code = code || '!' WHERE code < 'thing 2'"
+    )
+    program.start()
+    program.wait_until_caught_up()
+    with closing(sqlite3.connect(tmp_path / "rows.db")) as database:
+        found = [
+            json.loads(text) for (text,) in database.execute("SELECT json FROM rows WHERE NOT deleted ORDER BY id")
+        ]
+    wanted = source.execute('SELECT code, price::float8 FROM things ORDER BY code COLLATE "C"').fetchall()
+    assert len(wanted) > 20
+    assert wanted == [(thing["code"], thing["price"]) for thing in found]
+    assert 0 == program.stop()
