@@ -92,9 +92,9 @@ class _Chosen:
 
     def _refuse_unknown_fields(self) -> None:
         """A misspelt name would look as if there were no such letters."""
-        if not self._where:  # it takes one stream to know its fields
-            return
-        known = [field.name for field in self.app.tables.stream.fields]
+        from enrichment import tables_of
+
+        known = [*dict.fromkeys(field.name for tables in tables_of(self.app.streams) for field in tables.stream.fields)]
         for field, _ in self._where:
             if field not in self._fields.union(known):
                 close = get_close_matches(field, known, n=1)
@@ -152,12 +152,18 @@ def _condition(text: str) -> tuple[str, str]:
 
 def _values(letter: DeadLetter, app: App) -> dict[str, Any]:
     """Of the event, or of the row: by its columns' names in the table, and by the event's."""
+    from enrichment import tables_of
+
     found = json.loads(letter.payload)
     if letter.stage == "event":
         return dict(found)
     row = {column["name"]: column.get("value") for column in found["columns"]}
-    theirs = {field.name: app.tables.named(app.tables.events, field.column) for field in app.tables.own}
-    return row | {ours: row[column] for ours, column in theirs.items() if column in row}
+    theirs = [
+        (field.name, tables.named(tables.events, field.column))
+        for tables in tables_of(app.streams)
+        for field in tables.own
+    ]
+    return row | {ours: row[column] for ours, column in theirs if column in row}
 
 
 async def show(

@@ -155,10 +155,16 @@ def test_a_row_that_no_event_can_be_made_of(
 
 
 def test_changes_of_rows(quick: Program, source: psycopg.Connection, api: Api, tmp_path: Path) -> None:
-    """What happened to a row is kept with it: a replay deletes what was deleted, and ends the former identity."""
+    """What happened to a row is kept with it: a replay deletes what was deleted, and ends the former identity.
+
+    Also where the slot has another stream.
+    """
     source.execute(MADE.encode())
     (tmp_path / "parcels_stream.py").write_text(PARCELS, encoding="utf-8")
-    quick.environment |= {"REPLICATOR_STREAM": "parcels_stream:STREAM", "PYTHONPATH": str(tmp_path)}
+    quick.environment |= {
+        "REPLICATOR_STREAM": "parcels_stream:STREAM,enrichment.contract:EVENT",
+        "PYTHONPATH": str(tmp_path),
+    }
     succeed(quick.run("init"))
     quick.start()
     source.execute("INSERT INTO parcels SELECT n, 'north' FROM generate_series(1, 9) n")
@@ -169,6 +175,7 @@ def test_changes_of_rows(quick: Program, source: psycopg.Connection, api: Api, t
     source.execute("UPDATE parcels SET depot = 'south' WHERE event_id < 3")
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
+    assert 2 == len(listed(quick, "--sink", "http/parcels", "--where", "event_id=3"))
     api.behave()
     assert "2 taken, 0 left\n" == succeed(quick.run("dead-letters", "replay"))
     gone, moved = api.events()[-2:]
