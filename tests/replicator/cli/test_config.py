@@ -310,3 +310,18 @@ def test_the_first_lines_say_what_runs(monkeypatch: pytest.MonkeyPatch, empty_di
         "sinks clickhouse http://***@localhost:8123/***, redis redis://localhost:6379/0, http https://api/***",
         "admin http://127.0.0.1:8080",
     ] == lines
+
+
+@pytest.mark.parametrize("command", ["config check", "check", "run", "init", "status", "backfill --last 1h", "trace 1"])
+def test_a_declaration_that_can_not_be_used(
+    command: str, empty_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line of every command that needs it, exit code 2; no server is asked."""
+    text = "from replicator import *\nSTREAM = Stream('orders', 'shop.orders', (Field('id', BIGINT.nullable),))\n"
+    (empty_directory / "unusable_orders.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("REPLICATOR_STREAM", "unusable_orders:STREAM")
+    assert 2 == main(command.split())
+    said = capsys.readouterr()
+    [line] = (said.out + said.err).splitlines()
+    assert "REPLICATOR_STREAM is unusable: stream 'orders': type of the field id is a method; it takes a type" in line
+    assert "(unusable_orders.py, line 2)" in line
