@@ -16,6 +16,9 @@ from replicator.source import slot as slots
 from replicator.source.connection import Connection, answering, connect
 
 POLL_SECONDS = 0.2
+ROUNDS = 5
+"""An event that changes once a second is the same at two looks within that time."""
+NOBODY = Candidates([], 0, 0)
 
 
 class Verdict(NamedTuple):
@@ -111,17 +114,34 @@ async def recheck(
 
     The destination must have what the source showed before the slot passed. The source must show what the destination
     has, as soon as the transactions that are open now have ended: with synchronous replication a commit is streamed
-    before it is visible.
+    before it is visible. What has changed at the source between the two looks is looked at again.
     """
+    verdict, changed, read_at = await _look(source, destination, underway, candidates)
+    for left in reversed(range(ROUNDS)):
+        if not changed.ids:
+            break
+        more, changed, read_at = await _look(source, destination, underway, changed, last=not left)
+        verdict = Verdict(*(known + new for known, new in zip(verdict, more, strict=True)))
+    return verdict, read_at
+
+
+async def _look(
+    source: SourceLedger, destination: Ledger, underway: Underway, candidates: Candidates, *, last: bool = False
+) -> tuple[Verdict, Candidates, Lsn]:
+    """How these differ, and which of them have changed meanwhile; after the `last` look those differ, and stay."""
     wanted = await source.find(*candidates)
     read_at = await source.lsn()
     await underway.delivered(read_at)
     verdict = diff(wanted, await destination.find(*candidates))
     if verdict.extra:
         await underway.visible(source)
-        late = await source.find([row.id for row in verdict.extra], *candidates[1:])
-        verdict = verdict._replace(extra=diff(late, verdict.extra).extra)
-    return verdict, read_at
+    ids = sorted({row.id for rows in verdict for row in rows})
+    late = await source.find(ids, *candidates[1:]) if ids else []
+    changed = {row.id for row in {row for row in wanted if row.id in set(ids)} ^ set(late)}
+    if last:
+        return verdict._replace(extra=[row for row in verdict.extra if row.id not in changed]), NOBODY, read_at
+    steady = Verdict(*([row for row in rows if row.id not in changed] for rows in verdict))
+    return steady, candidates._replace(ids=sorted(changed)), read_at
 
 
 async def unseen(
@@ -142,7 +162,9 @@ async def unseen(
                 yield chunk
             else:
                 await underway.delivered(await source.lsn())
-                yield await counter.unseen(chunk)
+                lacking = await counter.unseen(chunk)
+                there = {row.id for row in await source.find(lacking, start_us, end_us)} if lacking else set()
+                yield [one for one in lacking if one in there]  # others are gone by now
 
 
 async def wrong_counts(
@@ -160,12 +182,13 @@ async def wrong_counts(
 async def recheck_counts(
     source: SourceLedger, counter: EventCounter, underway: Underway, keys: Sequence[Id]
 ) -> list[WrongCount]:
-    """Counts below what the source had before the slot passed, or above what it has afterwards."""
-    least = await source.counts_of(keys)
+    """Counts outside of what the source had before the slot passed, and what it has afterwards."""
+    before = await source.counts_of(keys)
     await underway.delivered(await source.lsn())
     found = await counter.counts(keys)
-    most = await source.counts_of(keys)
+    after = await source.counts_of(keys)
+    bounds = ((before.get(key, 0), after.get(key, 0)) for key in keys)  # deletes make them fewer
     counts = (
-        WrongCount(key, count, least.get(key, 0), most.get(key, 0)) for key, count in zip(keys, found, strict=True)
+        WrongCount(key, count, min(both), max(both)) for key, count, both in zip(keys, found, bounds, strict=True)
     )
     return [wrong for wrong in counts if not wrong.least <= wrong.found <= wrong.most]

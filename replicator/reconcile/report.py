@@ -18,7 +18,7 @@ Kind: TypeAlias = Literal["missing", "different", "extra", "not_counted", "count
 
 
 class WrongCount(msgspec.Struct, frozen=True):
-    """A sink's count of one key; the source had `least` events before the sink was asked, and `most` afterwards."""
+    """A sink's count of one key; the source had `least` to `most` events before and after the sink was asked."""
 
     key: Id
     found: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from replicator.contracts.events import Lsn
 from replicator.reconcile import recheck as module
 from replicator.reconcile.compare import Candidates
 from replicator.reconcile.recheck import diff, recheck
@@ -49,3 +50,33 @@ async def test_an_open_transaction_makes_extra_uncertain(monkeypatch: pytest.Mon
     verdict, _ = await recheck(source, Place([event(3)]), slot, Candidates([3], 0, 1))
     assert [3] == [row.id for row in verdict.extra]
     assert not slot.certain
+
+
+async def test_a_row_that_changes_between_two_looks_is_no_difference() -> None:
+    """Nor one that is gone, or has another time: nothing is sent again for it, and nothing deleted."""
+    source = Place([event(1), event(2), event(3), event(4)])
+    destination = Place([event(1), event(2), event(3), event(4)])
+    changes = [
+        [event(1, value=7), event(2), event(4, value=1)],
+        [event(1, value=8), event(2, ts_us=1), event(4, value=1)],
+    ]
+
+    def change() -> None:
+        source.rows = destination.rows = changes.pop(0) if changes else source.rows
+
+    verdict, _ = await recheck(source, destination, Passing(change), Candidates([1, 2, 3, 4], 0, 1))
+    assert not any(verdict)
+
+
+async def test_a_row_that_never_rests_differs_and_is_not_extra() -> None:
+    """To send it again harms nobody; it must not be deleted."""
+    turns = iter(range(2, 100))
+
+    class Restless(Place):
+        async def lsn(self) -> Lsn:
+            self.rows = destination.rows = [event(1, key=next(turns))]
+            return await super().lsn()
+
+    destination = Place([event(1)])
+    verdict, _ = await recheck(Restless([event(1)]), destination, Passing(), Candidates([1], 0, 1))
+    assert ([1], [], []) == ([row.id for row in verdict.missing], verdict.different, verdict.extra)
