@@ -15,6 +15,7 @@ from psycopg import sql
 
 from devstack import DevStack
 from devstack.control import fetch
+from tests.prove.types import play
 from tests.support.destinations import Destinations
 from tests.support.environment import ROLE
 from tests.support.program import Program, succeed
@@ -216,3 +217,10 @@ def test_every_type(
     assert "equal" in succeed(typed.run("reconcile", *when))
     assert "written" in succeed(typed.run("trace", "--", str(wanted[0]["name"])))
     assert "dead letter" not in typed.log
+
+
+def test_random_values_of_every_type(stack: DevStack) -> None:
+    """A short form of `python -m tests.prove.types`: 40 columns, equal to PostgreSQL's own text in every sink."""
+    seed = random.randrange(10**6)  # noqa: S311  not a secret
+    print(f"python -m tests.prove.types --rows {ROWS} --seed {seed}")  # noqa: T201  shown when the test has failed
+    play(stack, seed, ROWS)
