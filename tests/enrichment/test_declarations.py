@@ -23,6 +23,8 @@ AT = Field("at", TIMESTAMPTZ, role=Role.TIME)
 TOTAL, NOTE = Field("total", numeric(12, 2)), Field("note", TEXT.nullable())
 def with_(*more, **other):
     return Stream("orders", "shop.orders", (ID, KEY, AT, *more), **other)
+def kinds(*them):
+    return {"int Decimal datetime": "as documented"}[" ".join(type(it).__name__ for it in them)]
 def made(function, *of, **other):
     return with_(TOTAL, NOTE, Field("x", BIGINT, derived=Derived(function, of, **other)))
 """
@@ -136,6 +138,7 @@ TABLES = [
 RIGHT = [
     ("made(lambda total: int(total % 2), 'total', postgres='trunc({total} % 2)')", ""),
     ("with_(Field('free', numeric(20, 4).nullable()))", ""),
+    ("with_(TOTAL, NOTE, Field('x', TEXT, derived=Derived(kinds, ('id', 'total', 'at'))))", ""),
     ("with_(Field('a', as_text('numeric(10,2)[]').nullable()))", "ALTER TABLE shop.orders ADD a numeric(10, 2)[]"),
     (
         "Stream('o', 'shop.orders', (Field('c', TEXT, role=Role.IDENTITY), KEY, AT))",
