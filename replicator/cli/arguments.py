@@ -6,6 +6,7 @@ import gc
 import re
 import signal
 import sys
+import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
@@ -14,7 +15,7 @@ import typer
 
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.events import Id
-from replicator.contracts.fields import Type
+from replicator.contracts.fields import UUID, Type
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
@@ -59,9 +60,19 @@ def event_id(given: str, wanted: Type) -> Id:
     found: Id = given
     if wanted.python is int and re.fullmatch("-?[0-9]{1,19}", given):
         found = int(given)
+    if wanted.postgres == UUID.postgres:
+        found = _uuid(given)
     if not wanted.fits(found):
         raise SettingsError(name="ID", problem=f"{given!r} is not an event's id", expected=wanted.words)
     return found
+
+
+def _uuid(given: str) -> str | None:
+    """As PostgreSQL writes it; it takes capitals and braces, too."""
+    try:
+        return str(uuid.UUID(given))
+    except ValueError:
+        return None
 
 
 def _whole(given: str | int, most: int) -> int:

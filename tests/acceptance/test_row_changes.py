@@ -208,6 +208,8 @@ def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection
     source.execute("INSERT INTO parcels (id, weight) VALUES (3, 3)")
     parcels.wait_until_caught_up()
     assert {1: 1, 2: 2, 3: 3} == in_clickhouse(stack)
+    traced = succeed(parcels.run("trace", "3", stream="parcels_stream:STREAM"))
+    assert 3 == traced.count(" written\n"), "its sinks are called after the stream, too"
 
 
 def test_a_replica_identity_that_told_nothing(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:

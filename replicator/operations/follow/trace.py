@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from replicator.contracts.errors import SinkError, SourceError
-from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
+from replicator.contracts.events import Checkpoint, DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
@@ -68,7 +68,8 @@ async def follow(
 ) -> Trace:
     """The event of this id; `page` is what the tables have of it, read before."""
     event = page.enriched.events[0] if page and page.enriched.events else None
-    names = [sink.name for sink in sinks]
+    stored = await asyncio.to_thread(store.load, settings.slot)
+    names = [_recorded(sink, stored) for sink in sinks]
     # Before the sinks are asked: what one lacks that is past the event, it will not get by waiting.
     now = await collect.collect(settings, names, store)
     letters = await asyncio.to_thread(_letters, store, settings.slot, event_id)
@@ -77,8 +78,8 @@ async def follow(
     known += [letter.position.commit_lsn for letter in letters if letter.position]
     row = _Row(event, page.position.commit_lsn if page and (event or page.enriched.refused) else None, known)
     places = (
-        _place(row, found, _letter_of(sink.name, letters), now.sinks[sink.name], sink.stream)
-        for sink, found in zip(sinks, asked, strict=True)
+        _place(row, found, _letter_of(name, letters), now.sinks[name], sink.stream)
+        for name, sink, found in zip(names, sinks, asked, strict=True)
     )
     return Trace(
         event_id=event_id,
@@ -87,6 +88,12 @@ async def follow(
         commit_lsn=format_lsn(min(known)) if known else None,
         sinks=dict(zip(names, places, strict=True)),
     )
+
+
+def _recorded(sink: Sink, stored: Checkpoint | None) -> str:
+    """Its name in the checkpoint: in a slot with several streams that has the stream's name, too."""
+    names = (sink.name, f"{sink.name}/{sink.stream.name}")
+    return max(names, key=lambda name: stored.sinks[name].end_lsn if stored and name in stored.sinks else -1)
 
 
 class _Row(NamedTuple):

@@ -6,9 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from replicator.cli.arguments import USUAL_SINKS, duration, letter_id, moment, sinks_of, time_range
+from replicator.cli.arguments import USUAL_SINKS, duration, event_id, letter_id, moment, sinks_of, time_range
 from replicator.cli.backfill import progress
 from replicator.cli.main import main
+from replicator.contracts.errors import SettingsError
+from replicator.contracts.fields import BIGINT, TEXT, UUID
 from replicator.delivery.backfill import BackfillProgress
 
 NINE = datetime(2026, 1, 8, 9, tzinfo=UTC)
@@ -127,6 +129,16 @@ def test_a_wrong_argument_is_one_line_and_exit_2(
 def test_dead_letters_have_large_numbers() -> None:
     """The database never gives a number again."""
     assert 2**40 == letter_id(str(2**40))
+
+
+def test_an_id_is_of_the_kind_of_the_identity() -> None:
+    """A uuid in any form that PostgreSQL takes; a text as it stands."""
+    assert "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11" == event_id("{A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11}", UUID)
+    assert -7 == event_id("-7", BIGINT)
+    assert " {A" == event_id(" {A", TEXT)
+    for given, wanted in (("nonsense", UUID), ("", UUID), ("x", BIGINT), (str(2**63), BIGINT)):
+        with pytest.raises(SettingsError, match=f"'{given}' is not an event's id"):
+            event_id(given, wanted)
 
 
 def test_progress_says_how_far_it_is() -> None:
