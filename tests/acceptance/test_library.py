@@ -65,6 +65,15 @@ class Embedded:
             self._process.send_signal(number)
             self._process.wait(30)
 
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Of the program, beside it."""
+        ours = {"STREAM": "orders_stream:STREAM", "SLOT": "embedded", "SINKS": "stdout", "ADMIN_LISTEN": ""}
+        environment = self._environment | {f"REPLICATOR_{name}": value for name, value in ours.items()}
+        command = [sys.executable, "-m", "replicator", *arguments]
+        return subprocess.run(
+            command, cwd=self._folder, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+
     def totals(self) -> list[int]:
         """Of the orders that it has printed, without repeats. A kill may have cut a line off."""
         lines = (line for line in self.printed.read_bytes().split(b"\n") if line.endswith(b"}"))
@@ -96,7 +105,7 @@ def end_of_wal(source: psycopg.Connection) -> str:
 
 
 def test_the_ten_lines(embedded: Embedded, source: psycopg.Connection) -> None:
-    """Killed and started again it has lost nothing; interrupted it saves what it has."""
+    """Killed and started again it has lost nothing; interrupted it saves what it has. Commands work beside it."""
     embedded.start()
     wait_until(lambda: is_true(source, ACTIVE), "the stream")
     for total in range(300):
@@ -107,6 +116,9 @@ def test_the_ten_lines(embedded: Embedded, source: psycopg.Connection) -> None:
         if total == 200:
             embedded.start()
     wait_until(lambda: list(range(300)) == embedded.totals(), "every order to be printed")
+    found = embedded.command("status", "--json")
+    assert (0, "") == (found.returncode, found.stderr)
+    assert json.loads(found.stdout)["slot"]["active_pid"]
     end = end_of_wal(source)
     embedded.end(signal.SIGINT)
     assert is_true(source, CONFIRMED, end, "embedded")
