@@ -449,6 +449,7 @@ def test_an_older_version_is_brought_up(database: Database, store: CheckpointSto
     if version == schema.OLDEST:
         database.execute("DROP TABLE replicator_contents")
         database.execute("ALTER TABLE replicator_checkpoints DROP COLUMN contents")
+    database.execute("DROP TABLE replicator_named_contents")
     database.execute("ALTER TABLE replicator_dead_letters DROP COLUMN event_name")
     database.execute(f"UPDATE replicator_schema SET version = {version}")  # noqa: S608  a number of ours
     other = SqlCheckpointStore(database.url)
@@ -457,8 +458,9 @@ def test_an_older_version_is_brought_up(database: Database, store: CheckpointSto
     assert [f"brought the checkpoint tables to schema version {schema.VERSION}"] == other.create()
     assert [] == other.create()
     assert at(1000, redis=sink_at(990, 12, 1000)) == loaded(other)
-    other.save(at(2000), [ContentChange(1500, 1, "one")])
+    other.save(at(2000), [ContentChange(1500, 1, "one"), ContentChange(1500, "a", "two", "orders")])
     assert {1: "one"} == other.find_contents("s", [1, 2])
+    assert {"a": "two"} == other.find_contents("s/orders", ["a"])
     other.close()
 
 
