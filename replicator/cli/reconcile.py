@@ -38,7 +38,8 @@ Compare PostgreSQL with the sinks, repair what differs.
 
 ClickHouse: events with start <= event_ts < end, field by field, through counts and checksums computed in both.
 Redis: was each of these events counted, and is each content's count no less than the number of its events? Higher
-counts are reported but are not differences: deleted rows stay counted. This part reads the whole table.
+counts are differences only where deletes reach the sinks: else deleted rows stay counted. This part reads the whole
+table.
 
 It runs beside the replicator. A difference is checked again when the slot has passed the position at which
 PostgreSQL was read. REPLICATOR_SLOT must be the slot that feeds these sinks. Dead letters count as missing.

@@ -14,7 +14,8 @@ SHOWN = 20
 """How many of a kind are named; all are counted."""
 
 Kind: TypeAlias = Literal["missing", "different", "extra", "not_counted", "counts_too_low", "counts_too_high"]
-"""What can be wrong at a sink. Counts that are too high are no difference: deleted rows stay counted."""
+"""What can be wrong at a sink. Counts that are too high are a difference only where deletes reach it: else deleted rows
+stay counted."""
 
 
 class WrongCount(msgspec.Struct, frozen=True):
@@ -62,6 +63,8 @@ class SinkReport(msgspec.Struct):
     """What differs at the end."""
     hints: list[str] = []
     """What the operator can do."""
+    deletes: bool = False
+    """Whether a row that is deleted is deleted there, too."""
 
     def add(self, kind: Kind, found: Iterable[Id | WrongCount] = ()) -> None:
         """Count these; report the kind even if there are none."""
@@ -74,7 +77,7 @@ class SinkReport(msgspec.Struct):
     @property
     def differences(self) -> int:
         """How many there were before a repair."""
-        return sum(tally.count for kind, tally in self.found.items() if kind != "counts_too_high")
+        return sum(tally.count for kind, tally in self.found.items() if kind != "counts_too_high" or self.deletes)
 
     def lines(self) -> Iterator[str]:
         """For an operator."""

@@ -92,7 +92,7 @@ class Reconcile:
             await sink.open(None, Mode.BACKFILL)
 
     async def _ask(self, sink: Sink) -> SinkReport:
-        report = SinkReport(sink=sink.name)
+        report = SinkReport(sink=sink.name, deletes=sink.stream.deletes == "delete")
         if isinstance(sink, HasLedger):
             await sink.open(None, Mode.BACKFILL)
             await self._compare(sink, sink.ledger(with_content=self.with_content), report)
@@ -132,14 +132,18 @@ class Reconcile:
         if report.left.count:
             report.hints.append("--repair counts what was not counted in this range")
         report.add("counts_too_low")
+        differ = False
         async for wrong in wrong_counts(self.source, counter, self._underway):
             low = [one for one in wrong if one.found < one.least]
+            high = [one for one in wrong if one.found > one.most]
             report.add("counts_too_low", low)
-            report.add("counts_too_high", [one for one in wrong if one.found > one.most])
-            report.left.add(low)
-        if report.has("counts_too_low") and isinstance(sink, Rebuildable) and sink.name in BUILT_IN:
+            report.add("counts_too_high", high)
+            report.left.add(different := [*low, *high] if report.deletes else low)
+            differ = differ or bool(different)
+        if differ and isinstance(sink, Rebuildable) and sink.name in BUILT_IN:
             rebuild = f"rebuild-{sink.name}"
-            report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
+            if report.has("counts_too_low"):
+                report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
             if not report.has("not_counted"):
                 report.hints.append(f"if it has lost nothing, {command(f'{rebuild} --from-empty')} corrects the counts")
 

@@ -296,6 +296,7 @@ def test_json(settings: Program, stack: DevStack, source: psycopg.Connection) ->
         "found": {"missing": {"count": 1, "first": [2]}, "different": nothing, "extra": nothing},
         "left": {"count": 1, "first": [2]},
         "hints": ["--repair sends what is missing or different; a backfill of a whole range is faster"],
+        "deletes": False,
     } == clickhouse
     assert {
         "sink": "redis",
@@ -304,6 +305,7 @@ def test_json(settings: Program, stack: DevStack, source: psycopg.Connection) ->
         "found": {"not_counted": nothing, "counts_too_low": nothing},
         "left": nothing,
         "hints": [],
+        "deletes": False,
     } == redis
     repaired = msgspec.json.decode(succeed(settings.run("reconcile", *HOUR, "--json", "--repair")))
     assert ("repaired", nothing) == (repaired["outcome"], repaired["sinks"][0]["left"])

@@ -243,6 +243,27 @@ def test_a_truncate_is_a_dead_letter(orders: Program, source: psycopg.Connection
     assert "TRUNCATE: the sinks keep its rows. `python -m replicator reconcile --repair --delete-extra` takes" in found
 
 
+def test_a_partition_is_dropped(orders: Program, source: psycopg.Connection) -> None:
+    """PostgreSQL logs no deletes for it, so the sinks keep its rows; `reconcile` says so, of each."""
+    succeed(orders.run("init"))
+    orders.start()
+    insert = "INSERT INTO shop.orders (customer_id, total, lines, ordered_at) VALUES (1, 1, '[]', %s)"
+    for moment in ("2026-01-15Z", "2026-02-15Z"):
+        source.execute(insert, [moment])
+    orders.wait_until_caught_up()
+    source.execute("DROP TABLE shop.orders_2026_01")
+    source.execute(insert, ["2026-02-16Z"])
+    orders.wait_until_caught_up()
+    when = ("--start", "2025-01-01", "--end", "2100-01-01")
+    repaired = orders.run("reconcile", *when, "--repair", "--delete-extra")
+    assert 3 == repaired.code
+    assert "extra 1: " in repaired.stdout
+    assert "counts too high 1: 1 has 3 instead of 2" in repaired.stdout
+    assert "rebuild-redis --from-empty` corrects the counts" in repaired.stdout
+    succeed(orders.run("rebuild-redis", "--from-empty", "--yes"))
+    assert "equal" in succeed(orders.run("reconcile", *when))
+
+
 def test_only_some_rows(
     orders: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path, chance: random.Random
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from replicator.reconcile.recheck import recheck_counts, unseen, wrong_counts
 from tests.support.ledgers import Counted, Passing, Place, event
 
@@ -21,6 +23,15 @@ async def test_counts_may_be_anything_in_between() -> None:
     counted.found[1] = 12
     [one] = await recheck_counts(source, counted, slot, [1])
     assert ("1 has 12 instead of 13", False) == (str(one), one.found > one.most)
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+async def test_counts_may_fall_meanwhile(count: int) -> None:
+    """Rows were deleted: a count is right that is between what there was and what there is."""
+    source = Place([event(number, key=1) for number in range(5)])
+    slot = Passing(lambda: source.rows.__delitem__(slice(2)))
+    wrong = await recheck_counts(source, Counted({1: count}), slot, [1])
+    assert ([] if count in range(3, 6) else [f"1 has {count} instead of 3 to 5"]) == list(map(str, wrong))
 
 
 async def test_every_key_of_the_source_is_looked_at() -> None:

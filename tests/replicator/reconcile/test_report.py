@@ -50,6 +50,7 @@ def test_lines() -> None:
     ]
     assert lines == list(report.lines())
     assert 1 == report.differences
+    assert 2 == msgspec.structs.replace(report, deletes=True).differences
     report.left = Tally()
     assert "left after the repair 0" in list(report.lines())
     assert ["10 events in PostgreSQL, 11 in example (more came meanwhile)"] == list(
@@ -98,6 +99,7 @@ def test_json_form() -> None:
                 },
                 "left": {"count": 1, "first": [7]},
                 "hints": ["do something"],
+                "deletes": False,
             },
             {
                 "sink": "counter",
@@ -106,6 +108,7 @@ def test_json_form() -> None:
                 "found": {"not_counted": {"count": 0, "first": []}, "counts_too_low": {"count": 0, "first": []}},
                 "left": {"count": 0, "first": []},
                 "hints": [],
+                "deletes": False,
             },
         ],
     } == msgspec.json.decode(msgspec.json.encode(report))
