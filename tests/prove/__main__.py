@@ -1,4 +1,4 @@
-"""`make prove`: the crash matrix, random chaos, the environment matrix. Writes the results to docs/reliability.md.
+"""`make prove`: crash matrix, random chaos, environment matrix, every type. Writes the results to docs/reliability.md.
 
 python -m tests.prove                                              # everything
 python -m tests.prove --case answered-redis/interleaved --seed 7   # one case
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from devstack import DevStack
-from tests.prove import chaos
+from tests.prove import chaos, types
 from tests.prove.failpoints import PLACES
 from tests.prove.matrix import MAX_REPEATS, Case, Outcome, cases, play
 from tests.prove.shapes import SHAPES
@@ -32,6 +32,9 @@ MARKS = "<!-- written by make prove -->", "<!-- until here -->"
 OF_ENVIRONMENT = "<!-- written by make prove, environment -->", MARKS[1]
 SINKS = ("clickhouse", "redis", "http")
 CHAOS_MINUTES, ENVIRONMENT_MINUTES = 30.0, 20.0
+ORDERS_SHARE = 0.2
+"""Of the time for chaos, as much again for orders."""
+TYPED_ROWS = 100_000
 
 
 def main() -> int:
@@ -53,13 +56,19 @@ def _crashes(args: argparse.Namespace) -> bool:
     good = all(outcome.good for outcome in outcomes)
     if args.case is not None or not good:
         return good
+    minutes = CHAOS_MINUTES if args.minutes is None else args.minutes
     try:
-        result = chaos.run(CHAOS_MINUTES if args.minutes is None else args.minutes, args.seed)
-    except chaos.WrongError as exc:
+        lines = [
+            chaos.run(minutes, args.seed).line(),
+            chaos.run(minutes * ORDERS_SHARE, args.seed, stream="orders").line(),
+            types.run(args.seed, TYPED_ROWS),
+        ]
+    except (chaos.WrongError, types.WrongError) as exc:
         sys.stderr.write(f"{exc}\n")
         return False
-    sys.stdout.write(f"{result.line()}\n")
-    _write(MARKS, _report(args.seed, report, result))
+    found = "\n".join(lines)
+    sys.stdout.write(f"{found}\n")
+    _write(MARKS, _report(args.seed, report, found))
     return True
 
 
@@ -141,9 +150,9 @@ def _lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _report(seed: int, table: str, result: chaos.Result) -> str:
+def _report(seed: int, table: str, found: str) -> str:
     what = f"{len(PLACES)} places in {len(SHAPES)} shapes"
-    return f"{_day(seed)}: {what}.\n\n{table}\nRandom chaos:\n\n```\n{result.line()}\n```\n"
+    return f"{_day(seed)}: {what}.\n\n{table}\nRandom chaos, and every type:\n\n```\n{found}\n```\n"
 
 
 def _day(seed: int) -> str:

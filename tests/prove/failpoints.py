@@ -26,8 +26,9 @@ import msgspec
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
+from enrichment.enricher import StreamEnricher
 from replicator.contracts.errors import DecodeError
-from replicator.contracts.events import Lsn, Refusal, Row, SinkPosition, parse_lsn
+from replicator.contracts.events import Event, Lsn, Refusal, Row, SinkPosition, parse_lsn
 from replicator.contracts.stream import Enriched
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.tables.verification import Verification
@@ -328,6 +329,52 @@ def pause_forgotten() -> None:
     alter(FanOut, "every", lambda _: property(lambda fan_out: [*fan_out.lanes]))
 
 
+# -- breaking it where rows change ----------------------------------------------------------------------------------
+
+
+def update_lost() -> None:
+    """Take some updates for nothing new."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def enrich(enricher: StreamEnricher, rows: list[Row]) -> Enriched:
+            kept = [row for row in rows if row.action != "U" or row.ordinal % 3]
+            enriched: Enriched = await original(enricher, kept) if kept else Enriched([], [])
+            return enriched
+
+        return enrich
+
+    alter(StreamEnricher, "_enrich", make)
+
+
+def older_version_wins() -> None:
+    """Number versions downwards: what comes last counts as the oldest."""
+    alter(Event, "version", lambda _: property(lambda event: (2**64 - event.commit_lsn << 64) - event.ordinal))
+
+
+def delete_ignored() -> None:
+    """Leave a row that is gone where it is."""
+    alter(StreamEnricher, "_remove", lambda _: lambda *_: None)
+
+
+def former_identity_kept() -> None:
+    """Leave a row under the identity that it had."""
+    alter(StreamEnricher, "_note_identity", lambda _: lambda *_: None)
+
+
+def customer_of_later() -> None:
+    """Apply what changes in a dimension before the events that were committed before it."""
+
+    def make(original: Callable[..., list[Event]]) -> Callable[..., list[Event]]:
+        def carry_out(enricher: StreamEnricher, plan: Any, today: Any) -> list[Event]:
+            first = [(0, at, change) for _, at, change in plan.changes if not isinstance(change, Event)]
+            plan.changes = first + [one for one in plan.changes if isinstance(one[-1], Event)]
+            return original(enricher, plan, today)
+
+        return carry_out
+
+    alter(StreamEnricher, "_carry_out", make)
+
+
 BREACHES: Mapping[str, Callable[[], None]] = {
     "confirm-before-checkpoint": confirm_before_checkpoint,
     "checkpoint-before-sink": checkpoint_before_sink,
@@ -338,6 +385,11 @@ BREACHES: Mapping[str, Callable[[], None]] = {
     "written-rows-ignored": written_rows_ignored,
     "evidence-ignored": evidence_ignored,
     "pause-forgotten": pause_forgotten,
+    "update-lost": update_lost,
+    "older-version-wins": older_version_wins,
+    "delete-ignored": delete_ignored,
+    "former-identity-kept": former_identity_kept,
+    "customer-of-later": customer_of_later,
 }
 """Ways to break the rule. `psycopg2-keepalive` alone does not, thanks to the markers."""
 

@@ -239,22 +239,30 @@ def _see_counted(stack: DevStack, connection: psycopg.Connection) -> None:
     compare(expected(connection, newest), lasts, "Redis")
 
 
+def run(seed: int, rows: int) -> str:
+    """A line for a log. Raises WrongError with what was found."""
+    began = time.monotonic()
+    with DevStack(*DevStack.SERVICES) as stack:
+        try:
+            play(stack, seed, rows)
+        except (WrongError, AssertionError, DevStackError) as exc:
+            raise WrongError(f"python -m tests.prove.types --rows {rows} --seed {seed}: {exc}") from exc
+    seconds = time.monotonic() - began
+    values = f"{rows * len(COLUMNS):,} values of {len(COLUMNS)} types"
+    return f"types: seed {seed}, {rows:,} rows, {values}, {seconds:.0f} s, 0 differ in any sink"
+
+
 def main() -> int:
     """Returns 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.prove.types", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000, help="(100000)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="(random)")  # noqa: S311  not a secret
     args = parser.parse_args()
-    began = time.monotonic()
-    with DevStack(*DevStack.SERVICES) as stack:
-        try:
-            play(stack, args.seed, args.rows)
-        except (WrongError, AssertionError, DevStackError) as exc:
-            sys.stderr.write(f"seed {args.seed}: {exc}\n")
-            return 1
-    seconds = time.monotonic() - began
-    values = f"{args.rows * len(COLUMNS):,} values of {len(COLUMNS)} types"
-    sys.stdout.write(f"types: seed {args.seed}, {args.rows:,} rows, {values}, {seconds:.0f} s, 0 differ in any sink\n")
+    try:
+        sys.stdout.write(f"{run(args.seed, args.rows)}\n")
+    except WrongError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return 1
     return 0
 
 
