@@ -24,6 +24,7 @@ from tests.prove import chaos, types
 from tests.prove.failpoints import PLACES
 from tests.prove.matrix import MAX_REPEATS, Case, Outcome, cases, play
 from tests.prove.shapes import SHAPES
+from tests.prove.subjects import SUBJECTS
 from tests.prove.world import rounds as environment
 from tests.prove.world.world import FAULTS, WrongError
 
@@ -76,12 +77,12 @@ def _environment(args: argparse.Namespace) -> bool:
     """The environment matrix. Only a whole run is written down."""
     minutes = ENVIRONMENT_MINUTES if args.minutes is None else args.minutes
     try:
-        result = environment.run(minutes, args.seed, first_round=args.round, only=args.fault)
+        result = environment.run(minutes, args.seed, first_round=args.round, only=args.fault, stream=args.stream)
     except WrongError as exc:
         sys.stderr.write(f"{exc}\n")
         return False
     sys.stdout.write(f"{result.line()}\n")
-    if args.round == 1 and not args.fault:
+    if args.round == 1 and not args.fault and args.stream == "engagement":
         _write(OF_ENVIRONMENT, f"{_day(args.seed)}.\n\n{result.table()}\n```\n{result.line()}\n```\n")
     return True
 
@@ -92,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=("crashes", "environment"), help="half of it")
     parser.add_argument("--case", metavar="PLACE/SHAPE", help="only this one of the crash matrix; nothing is written")
     parser.add_argument("--fault", default="", metavar="NAME", help="only this one of the environment; likewise")
+    parser.add_argument("--stream", choices=SUBJECTS, default="engagement", help="of the environment; likewise")
     parser.add_argument("--round", type=int, default=1, help="of the environment, begin with this one; likewise")
     parser.add_argument("--seed", type=int, default=seed, help="(random)")
     parser.add_argument(

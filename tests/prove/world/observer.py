@@ -15,12 +15,13 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import psycopg
 import redis
 
 from devstack.process import DevStackError
+from replicator.contracts.events import Id
 from tests.prove.world.world import World, WrongError
 
 LOOK_SECONDS = 0.2
@@ -45,9 +46,9 @@ class Observer:
         """How often it was `ready`, `not ready` and silent (`no answer`)."""
         self._world = world
         self._note = note
-        self._since: dict[int, float] = {}  # event → when it was seen first
+        self._since: dict[Id, float] = {}  # event → when it was seen first
         self._ready_since: float | None = None
-        self._oldest: dict[str, tuple[int, float]] = {}  # sink → its oldest overdue event, and since when it is that
+        self._oldest: dict[str, tuple[Id, float]] = {}  # sink → its oldest overdue event, and since when it is that
         self._last = ""
 
     def watch(self, over: threading.Event) -> None:
@@ -86,12 +87,12 @@ class Observer:
         self._see_committed()
         now = time.monotonic()
         for sink, arrived in self._arrived():
-            excused = self._world.place.poison if sink == "http" else set()
+            excused: Collection[Id] = self._world.place.poison if sink == "http" else ()
             missing = [key for key, at in self._since.items() if now - at > OVERDUE_SECONDS and key not in arrived]
             missing = [key for key in missing if key not in excused]
             self._judge(sink, missing, now)
 
-    def _judge(self, sink: str, missing: list[int], now: float) -> None:
+    def _judge(self, sink: str, missing: list[Id], now: float) -> None:
         if not missing:
             self._oldest.pop(sink, None)
             return
@@ -110,16 +111,15 @@ class Observer:
 
     def _see_committed(self) -> None:
         now = time.monotonic()
-        query = COMMITTED.format(table=self._world.place.table)
         with (
             contextlib.suppress(psycopg.OperationalError, *GONE),
             psycopg.connect(self._world.dsn, connect_timeout=2, options="-c statement_timeout=2000") as connection,
         ):
-            for key, odd in connection.execute(query.encode()):
+            for key, odd in connection.execute(self._committed.encode()):
                 if not odd:
                     self._since.setdefault(key, now)
 
-    def _arrived(self) -> Iterator[tuple[str, set[int]]]:
+    def _arrived(self) -> Iterator[tuple[str, Collection[Id]]]:
         """Each destination that answers."""
         stack = self._world.stack
         with contextlib.suppress(OSError, DevStackError):
@@ -134,16 +134,40 @@ class Observer:
                 yield "http", set(stack.api.event_ids())
 
     @property
+    def _committed(self) -> str:
+        return COMMITTED.format(table=self._world.place.table)
+
+    @property
     def _frozen(self) -> bool:
         return self._world.frozen.is_set()
 
     def _counted(self) -> set[int]:
         """The events whose bit Redis has."""
         found: set[int] = set()
+        pages = {key // PAGE_BITS for key in self._since if isinstance(key, int)}
         with redis.Redis.from_url(self._world.stack.redis.url, socket_timeout=ANSWER_SECONDS) as client:
-            for page in {key // PAGE_BITS for key in self._since}:
+            for page in pages:
                 value: bytes = client.get(f"engagement:seen:{page}") or b""
                 bits = int.from_bytes(value, "big")
                 width = len(value) * 8
                 found |= {page * PAGE_BITS + n for n in range(width) if bits >> (width - 1 - n) & 1}
         return found
+
+
+class OrdersObserver(Observer):
+    """Of orders: each one that was ever there has to have arrived, whatever became of it. The API is not asked."""
+
+    @property
+    def _committed(self) -> str:
+        return "SELECT DISTINCT order_id::text, false FROM shop.log WHERE order_id IS NOT NULL AND NOT deleted"
+
+    def _arrived(self) -> Iterator[tuple[str, Collection[Id]]]:
+        with contextlib.suppress(OSError, DevStackError):
+            yield "clickhouse", set(self._world.stack.clickhouse.query("SELECT toString(order_id) FROM orders").split())
+        if not self._frozen:
+            url = self._world.stack.redis.url
+            with (
+                contextlib.suppress(redis.RedisError),
+                redis.Redis.from_url(url, socket_timeout=ANSWER_SECONDS, decode_responses=True) as client,
+            ):
+                yield "redis", set(client.hkeys("orders:seen:rows"))
