@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tests.prove.subjects import SUBJECTS
 from tests.prove.world.rounds import deal, run
 from tests.prove.world.world import FAULTS
 
@@ -11,9 +14,10 @@ SEED = 2026
 """The same cards every time: chance is for `make prove`, which plays all of them."""
 
 
-def test_environment() -> None:
+@pytest.mark.parametrize("stream", SUBJECTS)
+def test_environment(stream: str) -> None:
     """Tables change, destinations answer wrong, secrets are rotated: every sink exact, no green light over a loss."""
-    result = run(0, SEED, round_seconds=SECONDS, cards=CARDS)
+    result = run(0, SEED, round_seconds=SECONDS, cards=CARDS, stream=stream)
     print(result.line())  # noqa: T201  as above
     assert CARDS == sum(result.faults.values())
     assert result.events > 0
