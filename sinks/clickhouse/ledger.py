@@ -40,10 +40,9 @@ DELETE = """
 DELETE FROM {table} WHERE {exactly}
 """
 
-BURY = """
--- Rows that change: one version more, which says that the row is gone.
-INSERT INTO {table} ({id}, _version, _deleted)
-SELECT {id}, max(_version) + 1, 1 FROM {table} WHERE {id} IN %(ids)s GROUP BY {id}
+VERSIONS = """
+-- Of rows that change: the commits of their versions.
+SELECT DISTINCT {id}, {lsn} FROM {table} WHERE {id} IN %(ids)s
 """
 
 SENT_BYTES = 4_000_000
@@ -131,7 +130,7 @@ class ClickHouseLedger:
 
     async def delete(self, doomed: Sequence[EventDigest]) -> None:
         if self._stream.follows:
-            await self._bury(doomed)
+            await self._forget(doomed)
             return
         ordered = sorted(doomed, key=lambda row: row.ts_us)  # those of a statement are near each other in time
         for at in range(0, len(ordered), CHUNK // 2):  # a key is three numbers
@@ -143,11 +142,20 @@ class ClickHouseLedger:
             if left:
                 raise SinkUnavailable(sink=SINK, detail=f"{left} rows are still there after they were deleted")
 
-    async def _bury(self, doomed: Sequence[EventDigest]) -> None:
-        """Rows that change have older versions, which would come to light: a last version says that they are gone."""
-        for at in range(0, len(doomed), CHUNK):
-            ids = {"ids": tuple(row.id for row in doomed[at : at + CHUNK])}
-            await self._client.command(BURY.format(table=self._table, id=self._id), ids)
+    async def _forget(self, doomed: Sequence[EventDigest]) -> None:
+        """Of rows that change every version up to the one that was seen: older ones would come to light.
+
+        What has come since stays. So does what is sent next, also where a version was of a source's other future.
+        """
+        for at in range(0, len(doomed), CHUNK // 2):
+            seen = {row.id: row.lsn for row in doomed[at : at + CHUNK // 2]}
+            versions = VERSIONS.format(table=self._table, id=self._id, lsn=self._lsn)
+            found = await self._client.query(versions, self._id_row, {"ids": tuple(seen)}, seconds=LONG_SECONDS)
+            keys = [(row_id, lsn) for row_id, lsn in found if lsn <= seen[row_id]]
+            exactly = f"({self._id}, {self._lsn}) IN %(keys)s"
+            for first in range(0, len(keys), CHUNK // 2):
+                some = {"keys": tuple(keys[first : first + CHUNK // 2])}
+                await self._client.command(DELETE.format(table=self._table, exactly=exactly), some)
 
     async def holds(self, events: Sequence[Event]) -> bool:
         """Whether the table has each of these events as it is here, or a later view of it."""

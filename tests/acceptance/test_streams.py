@@ -94,10 +94,8 @@ def test_a_version_from_another_time(
     orders.start()
     Shop(source, chance).trade(20)
     orders.wait_until_caught_up()
-    stack.clickhouse.query(
-        "INSERT INTO orders SELECT * REPLACE (total + 1 AS total, _version + bitShiftLeft(toUInt128(1), 100) AS _version)"
-        " FROM orders FINAL LIMIT 3"
-    )
+    later = "total + 1 AS total, _version + bitShiftLeft(toUInt128(1), 100) AS _version"
+    stack.clickhouse.query(f"INSERT INTO orders SELECT * REPLACE ({later}) FROM orders FINAL LIMIT 3")  # noqa: S608
     when = ("--start", "2025-01-01", "--end", "2100-01-01")
     assert "different 3" in orders.run("reconcile", *when).stdout
     assert "repaired" in succeed(orders.run("reconcile", *when, "--repair", "--delete-extra"))
