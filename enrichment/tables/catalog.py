@@ -85,6 +85,21 @@ WHERE t.relpersistence <> 't'
 """
 
 
+UNIQUE = """
+-- Whether the values of a column are unique at any moment, as far as PostgreSQL can say: a deferrable index may only be
+-- at the commit, and one of a partitioned table has to have the columns that it is partitioned by, too.
+SELECT EXISTS (
+    SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
+    JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+    WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND i.indisunique AND i.indimmediate AND i.indisvalid
+      AND i.indpred IS NULL AND i.indexprs IS NULL
+      AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
+      AND NOT EXISTS (SELECT FROM pg_attribute a
+                      WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s
+                        AND a.attnum <> ALL(coalesce(p.partattrs::int2[], '{}'))))
+"""
+
+
 def parameters(tables: Tables) -> dict[str, object]:
     """Those of `SHAPE`."""
     names = {tables.events: tables.schema, **{join.table: join.schema for join in tables.joins}}

@@ -13,7 +13,7 @@ from enrichment.database import Database
 from enrichment.history import BEGINNING, END, PAGE_BYTES, between, make_page, queries_of
 from enrichment.ledger import TableLedger
 from enrichment.tables import fit
-from enrichment.tables.catalog import SHAPE, Shape, parameters
+from enrichment.tables.catalog import SHAPE, UNIQUE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError, SourceUnusable
@@ -25,19 +25,6 @@ from replicator.source.connection import Dsn
 ENCODING = "SELECT current_setting('server_encoding')"
 
 SAMPLE_ROWS = 100
-
-UNIQUE = """
--- Whether the values of a column are unique at any moment, as far as PostgreSQL can say: a deferrable index may only be
--- at the commit, and one of a partitioned table has to have the columns that it is partitioned by, too.
-SELECT EXISTS (
-    SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
-    WHERE i.indrelid = %(table)s::regclass AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
-      AND i.indexprs IS NULL
-      AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
-      AND NOT EXISTS (SELECT FROM pg_attribute a
-                      WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s
-                        AND a.attnum <> ALL(coalesce(p.partattrs::int2[], '{}'))))
-"""
 
 NULLABLE = """
 -- Which of these columns may be NULL.
@@ -108,10 +95,9 @@ async def _of_table(database: Database, tables: Tables, shape: Shape, table: str
 async def _of_declaration(database: Database, tables: Tables, shape: Shape) -> AsyncIterator[Finding]:
     """What the rows have to be like, and functions of the declaration, which have never run before."""
     name = tables.stream.table
-    yield await _unique(database, name, tables.identity_name, "identity")
-    for join in tables.joins:
-        if (found := shape.table(join.table)) and found.kind in {"r", "p"}:
-            yield await _unique(database, join.name, tables.named(join.table, join.key), "key")
+    for wanted in fit.wanted_unique(tables, shape):
+        [(unique,)] = await database.rows(UNIQUE, wanted.parameters)
+        yield _finding(wanted.name, None if unique else wanted.problem, f"its {wanted.what} {wanted.column} is unique")
     columns = [tables.named(tables.events, field.column) for field in tables.own if not field.type.optional]
     if null := await database.rows(NULLABLE, {"table": _regclass(name), "columns": columns}):
         what = f"{', '.join(column for (column,) in null)} may be NULL, which the declaration does not expect"
@@ -131,14 +117,6 @@ async def _comparable(dsn: Dsn, tables: Tables) -> Finding:
     finally:
         await ledger.close()
     return _finding(tables.stream.table, problem, "can be compared by `reconcile`")
-
-
-async def _unique(database: Database, name: str, column: str, what: str) -> Finding:
-    [(unique,)] = await database.rows(UNIQUE, {"table": _regclass(name), "column": column})
-    problem = Problem(
-        f"its {what} {column} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({fit.as_sql(column, column)})"
-    )
-    return _finding(name, None if unique else problem, f"its {what} {column} is unique")
 
 
 def _regclass(name: str) -> str:

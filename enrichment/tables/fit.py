@@ -68,6 +68,42 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
     return None
 
 
+class Unique(NamedTuple):
+    """A column whose values have to be unique, and what it is to its table."""
+
+    name: str
+    column: str
+    what: str
+    parted: bool
+    """Then an index has to have the columns that the table is partitioned by, too."""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Of `catalog.UNIQUE`."""
+        schema, _, table = self.name.partition(".")
+        return {"schema": schema, "table": table, "column": self.column}
+
+    @property
+    def problem(self) -> Problem:
+        """If they are not."""
+        column = as_sql(self.column, self.column)
+        cure = f"CREATE UNIQUE INDEX CONCURRENTLY ON {self.name} ({column})"
+        if self.parted:
+            cure = f"A unique index of {self.name} on {column} and the columns that it is partitioned by"
+        return Problem(f"its {self.what} {self.column} is not unique", cure)
+
+
+def wanted_unique(tables: Tables, shape: Shape) -> Iterator[Unique]:
+    """Of declared tables: of two rows with one identity the sinks would keep one. Engagement's ids are a sequence's."""
+    if tables.are_engagement:
+        return
+    events = shape.table(tables.events)
+    yield Unique(tables.stream.table, tables.identity_name, "identity", events is not None and events.kind == "p")
+    for join in tables.joins:
+        if (found := shape.table(join.table)) and found.kind in {"r", "p"}:
+            yield Unique(join.name, tables.named(join.table, join.key), "key", found.kind == "p")
+
+
 def untold(tables: Tables, shape: Shape) -> list[Relation]:
     """The parts whose rows change, and the WAL does not tell which."""
     parts = shape.of(tables.events) if tables.stream.follows else ()

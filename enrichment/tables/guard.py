@@ -18,9 +18,9 @@ from msgspec import structs
 
 from enrichment.database import Database
 from enrichment.tables import fit
-from enrichment.tables.catalog import LOCKS, NOW, SHAPE, Column, Relation, Shape, parameters
+from enrichment.tables.catalog import LOCKS, NOW, SHAPE, UNIQUE, Column, Relation, Shape, parameters
 from enrichment.tables.declared import Join, Tables
-from replicator.contracts.errors import TablesChanged, TablesUnsettled
+from replicator.contracts.errors import TablesChanged, TablesUnfit, TablesUnsettled
 from replicator.contracts.events import Id, Lsn, Row
 from replicator.contracts.settings import variable
 
@@ -129,6 +129,7 @@ class Guard:
         shape = Shape.parse(text)
         self.untold.update((part.schema, part.name) for part in fit.untold(self._tables, shape))
         fit.require(self._tables, shape)
+        await self._require_unique(shape)
         record = self.record or record
         changed = record is not None and record.shape != shape
         self.shape, self._text, self._names = shape, text, _names(self._tables, shape)
@@ -150,6 +151,12 @@ class Guard:
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
         return record if changed else None
+
+    async def _require_unique(self, shape: Shape) -> None:
+        for wanted in fit.wanted_unique(self._tables, shape):
+            [(unique,)] = await self._database.rows(UNIQUE, wanted.parameters)
+            if not unique:
+                raise TablesUnfit(problem=f"table {wanted.name}: {wanted.problem.what}", cure=wanted.problem.cure)
 
     def _until_of(self, join: Join, record: Record, shape: Shape) -> Lsn:
         same = all(

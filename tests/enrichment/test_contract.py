@@ -115,7 +115,7 @@ def test_a_new_column_is_one_line(program: Program, stack: DevStack, source: psy
 
 def test_the_table_is_printed_with_it(program: Program) -> None:
     """For people who create it themselves."""
-    assert "    referrer LowCardinality(Nullable(String)),\n" in succeed(program.run("sql", "clickhouse"))
+    assert "    `referrer` LowCardinality(Nullable(String)),\n" in succeed(program.run("sql", "clickhouse"))
 
 
 @pytest.mark.parametrize(

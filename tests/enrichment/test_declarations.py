@@ -11,8 +11,11 @@ import psycopg
 import pytest
 
 from enrichment import Tables
+from enrichment.database import Database
 from enrichment.tables.check import check
 from enrichment.tables.declared import declaration
+from enrichment.tables.guard import Guard
+from replicator.contracts.errors import TablesUnfit
 from replicator.contracts.events import Finding
 from replicator.contracts.fields import Stream
 
@@ -118,13 +121,13 @@ TABLES = [
         "with_()",
         "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey; CREATE UNIQUE INDEX ON shop.orders (id, (k + 1))",
         "its identity id is not unique",
-        "ALTER TABLE shop.orders ADD UNIQUE (id)",
+        "CREATE UNIQUE INDEX CONCURRENTLY ON shop.orders (id)",
     ),
     (
         f"with_({CUSTOMERS})",
         "ALTER TABLE shop.customers DROP CONSTRAINT customers_pkey",
         "its key k is not unique",
-        "ALTER TABLE shop.customers ADD UNIQUE (k)",
+        "CREATE UNIQUE INDEX CONCURRENTLY ON shop.customers (k)",
     ),
     ("made(lambda total: 1 // 0, 'total')", "", "x can't be derived: ZeroDivisionError", "Correct the declaration"),
     ("made(lambda total: 0.5, 'total')", "", "x is derived, and is not a 64-bit integer", "Correct the declaration"),
@@ -230,6 +233,21 @@ async def test_tables_that_do_not_fit(
 async def test_tables_that_fit(module: Callable[[str], str], database: str, text: str, statements: str) -> None:
     """Nothing is wrong."""
     assert [] == [found for found in await findings(database, declared(module, text), statements) if not found.ok]
+
+
+async def test_an_identity_that_is_not_unique(module: Callable[[str], str], database: str) -> None:
+    """`run` reads nothing while of two rows the sinks would keep one, and goes on once there is an index."""
+    tables = Tables(declared(module, "with_()"))
+    await findings(database, tables.stream, "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey")
+    source = Database(database)
+    try:
+        with pytest.raises(TablesUnfit, match=r"Table shop\.orders: its identity id is not unique"):
+            await Guard(source, tables).look(None, 0)
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("CREATE UNIQUE INDEX CONCURRENTLY ON shop.orders (id)")
+        await Guard(source, tables).look(None, 0)
+    finally:
+        await source.close()
 
 
 async def test_a_column_that_may_be_null(module: Callable[[str], str], database: str) -> None:
