@@ -199,7 +199,7 @@ def _of_dimensions(stream: Stream) -> Iterator[str]:
     own = {field.name: field.type.postgres for field in stream.fields if field.column}
     for dimension in dimensions:
         if own.get(dimension.on) not in {BIGINT.postgres, UUID.postgres}:
-            what = "which is no column's field of type BIGINT or UUID"
+            what = "which is no column's field of type BIGINT or UUID (on=…)"
             yield f"{dimension.table} is joined on {dimension.on}, {what}"
     yield from _of_joined(stream)
 

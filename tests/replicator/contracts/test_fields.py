@@ -56,7 +56,7 @@ WRONG: dict[str, Callable[[], Stream]] = {
     ),
     "the field both has more than one source": with_(Field("both", BIGINT, column="a", joined="b")),
     "2 fields are the column total": with_(Field("again", BIGINT, column="total")),
-    "shop.customers is joined on total, which is no column's field of type BIGINT or UUID": lambda: replace(
+    "shop.customers is joined on total, which is no column's field of type BIGINT or UUID (on=…)": lambda: replace(
         GOOD, dimensions=(Dimension("shop.customers", key="customer_id", on="total"),)
     ),
     "its condition is on total, which has to be a column's field: a text, an integer or a boolean": lambda: replace(
