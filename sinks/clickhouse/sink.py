@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+import msgspec
 from pydantic import Field, SecretStr, field_validator
 
 from replicator.contracts.errors import (
@@ -92,7 +93,11 @@ _PROBE_RANGE_SQL = """SELECT
 YEARS_1_TO_9999_US = (-62_135_596_800_000_000, 253_402_300_799_999_999)
 YEARS_1900_TO_2299_US = (-2_208_988_800_000_000, 10_413_791_999_999_999)
 
+YEARS = ("1900", "2299")
+"""The same of a text, for the stream's other times and dates."""
+
 _OUTSIDE_RANGE = "its time is outside what DateTime64 holds on this ClickHouse"
+_OTHER_OUTSIDE = "one of its times or dates is outside the years 1900 to 2299, which this ClickHouse does not hold"
 
 
 class ClickHouseSettings(Settings):
@@ -148,6 +153,10 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._asked_at = 0.0  # time.monotonic()
         self._is_open = False
         self._rows = versions if stream.follows else rows
+        others = (field for field in stream.fields if field is not stream.time)
+        self._other_times = [field.name for field in others if "Date" in field.type.clickhouse]
+        times: Any = [(name, str | None, None) for name in self._other_times]
+        self._times = msgspec.json.Decoder(msgspec.defstruct("Times", times)).decode
 
     async def create(self) -> list[str]:
         return await create(self._client, self._database, self.stream)
@@ -207,9 +216,19 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
 
         outside = [Refusal(event, _OUTSIDE_RANGE) for event in filterfalse(fits, events)]
         fitting = list(filter(fits, events)) if outside else events
+        if self._other_times and last == YEARS_1900_TO_2299_US[1]:
+            outside += [Refusal(event, _OTHER_OUTSIDE) for event in fitting if self._is_clamped(event)]
+            fitting = [event for event in fitting if not self._is_clamped(event)]
         if fitting:
             await self._insert(fitting)
         return outside
+
+    def _is_clamped(self, event: Event) -> bool:
+        """Whether ClickHouse would silently take another time, or date, for one of the event's."""
+        if event.deleted:
+            return False
+        texts = filter(None, msgspec.structs.astuple(self._times(event.json)))
+        return any(text[4:5] != "-" or not YEARS[0] <= text[:4] <= YEARS[1] for text in texts)
 
     async def carried(self, events: Sequence[Event]) -> None:
         if events:

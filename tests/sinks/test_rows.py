@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,12 +14,12 @@ import pytest
 import redis
 
 from devstack import DevStack
-from replicator import BIGINT, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
+from replicator import BIGINT, DATE, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
 from replicator.contracts.errors import SinkMisconfigured
 from replicator.contracts.events import Event, Id, RowChange
 from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
-from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
+from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
 
@@ -44,6 +45,7 @@ ONCE = Stream(
     ),
 )
 PARCELS = [*(f"parcel {number} ü|'\\" for number in range(4)), "ü|'\\", ""]
+DUE = [None, "1900-01-01", "2299-12-31"]
 DEPOTS = ["north", "süd", "a:b c"]
 
 
@@ -156,6 +158,26 @@ async def test_clickhouse(
     assert [[row["parcel_id"], row["depot"], row["weight"]] for row in wanted] == [
         msgspec.json.decode(line) for line in found.splitlines()
     ]
+
+
+@pytest.mark.parametrize("text", ["0999-12-31", "9999-12-31", "20000-01-01", "infinity", "0044-03-15 BC"])
+async def test_a_date_that_an_older_clickhouse_would_change(
+    clickhouse_url: str, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """It takes the nearest that it holds, and says nothing: such a row is refused."""
+    monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", clickhouse_url)
+    dated = replace(STREAM, fields=(*STREAM.fields, Field("due", DATE.nullable())))
+    sink = ClickHouseSink(load(ClickHouseSettings), dated)
+    await sink.create()
+    await sink.open(None, Mode.LIVE)
+    sink._range_us = YEARS_1900_TO_2299_US  # noqa: SLF001  what an older one answers
+    good = [
+        upsert(100, number, parcel, "north", due=due)
+        for number, (parcel, due) in enumerate(zip(PARCELS, DUE, strict=False), 1)
+    ]
+    [refusal] = await sink.write([*good, upsert(101, 1, PARCELS[3], "north", due=text)])
+    assert (PARCELS[3], True) == (refusal.event.id, "1900 to 2299" in refusal.reason)
+    await sink.close()
 
 
 async def test_rows_that_come_once(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
