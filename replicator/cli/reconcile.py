@@ -167,12 +167,12 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
     [sink] = run.app.sinks
     assert isinstance(sink, Rebuildable)  # noqa: S101  for mypy
     await run.history.open()
-    await sink.open(None, Mode.BACKFILL)
-    generation = await sink.generation()
     if from_empty:
         await asyncio.to_thread(run.app.store.create)
         print(f"deleted     {await sink.empty()} keys", flush=True)
-        generation = await sink.generation()
+    else:
+        await sink.open(None, Mode.BACKFILL)
+    generation = await sink.generation()
     code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
     if await sink.generation() != generation:
         detail = "it was emptied, restarted or replaced while it was filled"

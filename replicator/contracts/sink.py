@@ -215,4 +215,4 @@ class Rebuildable(ABC):
 
     @abstractmethod
     async def empty(self) -> int:
-        """Delete all of the replicator's data there, atomically; how many keys that were."""
+        """Delete all of the replicator's data there, atomically; how many keys that were. It needs no `open`."""

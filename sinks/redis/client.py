@@ -25,7 +25,7 @@ from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Id
 from sinks.redis.errors import is_read_only, rights_on, shown, sink_error
 from sinks.redis.info import Info
-from sinks.redis.keys import GENERATION, OWNER, Call, naming
+from sinks.redis.keys import FORM, GENERATION, INSERTED_NUMBERS, OWNER, Call, naming
 
 SINK = "redis"
 
@@ -221,6 +221,20 @@ class RedisClient:
         """Give this generation a state, unless it has gone or has none of the others any more."""
         values = [f"{word} {one}".strip() for one in (state, *others)]
         await self.run(self._mark, Call([GENERATION], [*values]), returns=1)
+
+    async def form(self, ours: str, *, claim: bool, known: bool) -> str:
+        """Which rows the keys are made for; `ours` if there are none yet: then they are from now on, with `claim`.
+
+        `known`: they were for ours, so where it is not said, Redis was emptied.
+        """
+        found, *others = await self.values([FORM, OWNER, GENERATION])
+        if found is None and ours != INSERTED_NUMBERS and (known or not any(others)):
+            if not claim:
+                return ours
+            async with self._translated():
+                await self._redis.set(self.named(FORM), ours, nx=True)
+            [found] = await self.values([FORM])
+        return INSERTED_NUMBERS if found is None else shown(found.decode(errors="replace"))
 
     async def owner(self, ours: str, *, claim: bool) -> str:
         """Whose events are counted here; `ours` if nobody's are: then they are ours from now on, with `claim`."""

@@ -99,6 +99,17 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
     )
 
 
+def form_error(sink: str, found: str, ours: str) -> SinkError:
+    """The keys are made for other rows. A replicator that runs may still count as they do: so it begins anew first."""
+    return SinkUnusable(
+        sink=sink,
+        detail=f"its keys were made for {found}, and the stream is now declared with {ours}: neither counts right "
+        "beside the other",
+        cure=f"Restart the replicator with this declaration, then run {command('rebuild-redis --from-empty')}; or "
+        "declare updates, deletes and the types of identity and key as they were",
+    )
+
+
 def lost_error(sink: str, address: str) -> SinkError:
     """Keys are gone."""
     return SinkEmptied(

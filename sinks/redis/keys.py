@@ -31,6 +31,11 @@ FILLING = "filling"
 """A rebuild found nothing, and has not finished."""
 WHOLE = "whole"
 """A rebuild has finished."""
+FORM = "engagement:seen:form"
+"""Which rows the keys are made for, in these words. Where there are keys without it: for INSERTED_NUMBERS."""
+INSERTED_NUMBERS = "inserted rows whose identity and key are numbers"
+INSERTED = "inserted rows whose identity or key is no number"
+CHANGING = "rows that change"
 PREFIXES = (
     COUNT_PREFIX,
     NEWEST_PREFIX,

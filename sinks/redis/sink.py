@@ -20,10 +20,13 @@ from replicator.contracts.fields import Stream
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
 from sinks.redis.client import SINK, RedisClient, script
-from sinks.redis.errors import OF_ROWS, foreign_error, lost_error
+from sinks.redis.errors import OF_ROWS, foreign_error, form_error, lost_error
 from sinks.redis.info import findings
 from sinks.redis.keys import (
+    CHANGING,
     FILLING,
+    INSERTED,
+    INSERTED_NUMBERS,
     LOST,
     OWNER,
     PREFIXES,
@@ -79,7 +82,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._script = script("write")
         self._clock = clock
         numbered = stream.identity.type.python is stream.key.type.python is int
-        self._rows = None if numbered and not stream.follows else self._rows_of(stream)
+        self._form = CHANGING if stream.follows else INSERTED_NUMBERS if numbered else INSERTED
+        self._form_known = False
+        self._rows = None if self._form == INSERTED_NUMBERS else self._rows_of(stream)
         self.window = UnionWindow(self._redis, clock) if self._rows else Window(self._redis, clock)
         self._keeps_window = True
         self._resumes = False
@@ -177,6 +182,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         return await self.counter().trace(event_id, event)
 
     async def generation(self) -> str:
+        await self._require_form(claim=True)
         found = await self._redis.generation(FILLING)
         return f"{found.word} {found.run}".strip()
 
@@ -186,13 +192,19 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._runs |= {run: None} if run else {}
 
     async def empty(self) -> int:
-        """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not."""
+        """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not.
+
+        It needs no `open`, which refuses keys that are made for other rows.
+        """
+        await self._probe()
+        await self._require_source(claim=True)
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
         patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS, self._named)
         try:
             [deleted] = await patient.run(script("empty"), Call([], [*map(self._named, PREFIXES)]), returns=1)
         finally:
             await patient.close()
+        self._form_known = True
         return deleted
 
     def _rows_of(self, stream: Stream) -> RowsWriter:
@@ -216,6 +228,18 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         await self._notice_loss()
 
     async def _require_ours(self, *, claim: bool) -> None:
+        """Raise SinkUnusable if the keys are made for other rows, or are another source's."""
+        await self._require_form(claim=claim)
+        await self._require_source(claim=claim)
+
+    async def _require_form(self, *, claim: bool) -> None:
+        """Raise SinkUnusable if the keys are made for other rows: what they have counted would be counted again."""
+        found = await self._redis.form(self._form, claim=claim, known=self._form_known)
+        if found != self._form:
+            raise form_error(SINK, found, self._form)
+        self._form_known |= claim
+
+    async def _require_source(self, *, claim: bool) -> None:
         """Raise SinkUnusable if the keys are another source's: event ids of two would be taken for repeats."""
         if self._ours is None:
             self._ours = await self.origin() if self.origin else ""

@@ -177,6 +177,38 @@ def test_an_update_of_a_row_that_is_gone(
     assert "the row is no longer in the table: sinks keep an earlier version" in found
 
 
+def test_rows_that_are_followed_from_now_on(
+    parcels: Program, source: psycopg.Connection, tmp_path: Path, *, destinations: Destinations
+) -> None:
+    """Redis keeps other keys for them: it would count again what it has, until it is made anew."""
+    once = DECLARED.replace('"depot", TEXT', '"region", BIGINT')
+    (tmp_path / "parcels_stream.py").write_text(
+        once.replace('updates="upsert", deletes="delete", ', ""), encoding="utf-8"
+    )
+    parcels.environment["REPLICATOR_SINKS"] = "redis"  # ClickHouse's table is another one then, which it says
+    source.execute("ALTER TABLE parcels ADD COLUMN region bigint")
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, region) VALUES (1, 1), (2, 1), (3, 1)")
+    parcels.wait_until_caught_up()
+    assert "3" == destinations.redis.get("parcels:count:1")
+    assert 0 == parcels.stop()
+    (tmp_path / "parcels_stream.py").write_text(once, encoding="utf-8")
+    parcels.start()
+    told = "were made for inserted rows whose identity and key are numbers, and the stream is now declared with rows"
+    parcels.wait_for_log(told)
+    source.execute("UPDATE parcels SET weight = 1 WHERE id = 2")
+    for words in (["check"], ["reconcile", *ALWAYS, "--sinks", "redis"], ["rebuild-redis"]):
+        refused = parcels.run(*words)
+        assert refused.code
+        assert told in refused.stdout + refused.stderr
+    assert 3 == parcels.run("status").code
+    succeed(parcels.run("rebuild-redis", "--from-empty", "--yes"))
+    parcels.wait_until_caught_up()
+    assert "3" == destinations.redis.get("parcels:count:1")
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS, "--sinks", "redis"))
+
+
 def test_an_identity_that_is_unique_at_the_commit_alone(parcels: Program, source: psycopg.Connection) -> None:
     """Of two rows that swap theirs, one would be lost."""
     source.execute(

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ import redis
 
 from devstack import DevStack
 from replicator import BIGINT, DATE, TEXT, TIMESTAMPTZ, UUID, Field, Role, Stream
-from replicator.contracts.errors import SinkMisconfigured
+from replicator.contracts.errors import SinkMisconfigured, SinkUnusable
 from replicator.contracts.events import Event, Id, RowChange
 from replicator.contracts.settings import load
 from replicator.contracts.sink import Mode, Sink
@@ -44,6 +45,16 @@ ONCE = Stream(
         Field("at", TIMESTAMPTZ, role=Role.TIME),
     ),
 )
+NUMBERED = Stream(
+    "parcels",
+    "public.parcels",
+    (
+        Field("parcel_id", BIGINT, role=Role.IDENTITY),
+        Field("depot", BIGINT, role=Role.KEY),
+        Field("at", TIMESTAMPTZ, role=Role.TIME),
+    ),
+)
+LETTERED = replace(STREAM, updates="ignore", deletes="ignore")
 PARCELS = [*(f"parcel {number} ü|'\\" for number in range(4)), "ü|'\\", ""]
 DUE = [None, "1900-01-01", "2299-12-31"]
 DEPOTS = ["north", "süd", "a:b c"]
@@ -227,4 +238,82 @@ async def test_a_right_that_is_lost_while_it_writes(
     await sink.window.slide()
     assert [0, 2, 0] == await sink.counter().counts(DEPOTS)
     assert [("süd", 2)] == await sink.top(10)
+    await sink.close()
+
+
+async def ours() -> str:
+    """Where events come from."""
+    return "ours"
+
+
+def sink_of(stream: Stream) -> RedisSink:
+    """Not open yet."""
+    sink = RedisSink(load(RedisSettings), stream)
+    sink.origin = ours
+    return sink
+
+
+def numbered(stream: Stream, number: int) -> RowChange:
+    """A row as this stream has it."""
+    return upsert(100, number, number, 1) if stream is NUMBERED else upsert(100, number, f"{number}", "1")
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize(("before", "after"), [*permutations([NUMBERED, LETTERED, STREAM], 2)])
+async def test_keys_that_were_made_for_other_rows(
+    before: Stream, after: Stream, mode: Mode, *, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they have counted would be counted again. Emptied they are anybody's."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    first, again, sink = sink_of(before), sink_of(before), sink_of(after)
+    await first.open(None, mode)
+    await first.write([numbered(before, 1), numbered(before, 2)])
+    await first.close()
+    await again.open(None, Mode.LIVE)
+    await again.write([numbered(before, 2)])
+    assert [2] == await again.counter().counts([1])
+    for refused in (sink.open(), sink.generation(), sink.counter().counts([1]), sink.counter().trace(1, None)):
+        with pytest.raises(SinkUnusable, match=r"now declared with .*rebuild-redis --from-empty"):
+            await refused
+    [finding] = await sink.check()
+    assert (False, True) == (finding.ok, "were made for" in finding.what)
+    with redis.Redis.from_url(redis_url) as client:
+        assert (before is NUMBERED) == (client.get("parcels:seen:form") is None), "older releases wrote none"
+    assert await sink.empty()
+    await sink.generation()
+    await sink.open()
+    await sink.write([numbered(after, 1), numbered(after, 2), numbered(after, 3)])
+    assert [3] == await sink.counter().counts([1])
+    assert all(finding.ok for finding in await sink.check())
+    await sink.close()
+    if before is NUMBERED:  # one that still runs must not count beside it
+        await again._look()  # noqa: SLF001  once a second else
+        with pytest.raises(SinkUnusable, match="were made for"):
+            await again.write([numbered(before, 3)])
+    await again.close()
+
+
+async def test_a_check_does_not_say_what_keys_are_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave anything."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    sink = sink_of(STREAM)
+    assert all(finding.ok for finding in await sink.check())
+    await sink.close()
+    with redis.Redis.from_url(redis_url) as client:
+        assert [] == client.keys("*")
+
+
+async def test_a_redis_that_was_emptied_is_still_for_the_same_rows(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of the other markers is written first."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    sink = sink_of(STREAM)
+    await sink.open(None, Mode.BACKFILL)
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+        client.set("parcels:seen:generation", "another lost")
+        await sink._look()  # noqa: SLF001  once a second else
+        await sink.write([upsert(100, 1, "1", "1")])
+        assert b"rows that change" == client.get("parcels:seen:form")
     await sink.close()
