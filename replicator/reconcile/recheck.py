@@ -135,9 +135,9 @@ async def _look(
     verdict = diff(wanted, await destination.find(*candidates))
     if verdict.extra:
         await underway.visible(source)
-    ids = sorted({row.id for rows in verdict for row in rows})
-    late = await source.find(ids, *candidates[1:]) if ids else []
-    changed = {row.id for row in {row for row in wanted if row.id in set(ids)} ^ set(late)}
+    ids = {row.id for rows in verdict for row in rows}
+    late = await source.find(sorted(ids), *candidates[1:]) if ids else []
+    changed = {row.id for row in {row for row in wanted if row.id in ids} ^ set(late)}
     if last:
         return verdict._replace(extra=[row for row in verdict.extra if row.id not in changed]), NOBODY, read_at
     steady = Verdict(*([row for row in rows if row.id not in changed] for rows in verdict))

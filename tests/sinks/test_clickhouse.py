@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import ssl
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -21,9 +19,8 @@ from replicator.contracts.settings import load
 from sinks.clickhouse.client import Address, parse_url
 from sinks.clickhouse.embedded import EmbeddedEngine
 from sinks.clickhouse.errors import Failed, answered, failed, not_from_clickhouse, translated
-from sinks.clickhouse.http import HttpServer, Receipt
+from sinks.clickhouse.http import HttpServer
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
-from sinks.clickhouse.table import Look
 
 SECRET = "Xq7Zk2"  # noqa: S105  looked for in messages
 ROW_TEXT = 'Cannot parse input: \'{"device":"Xq7Zk2"}\': (XQ7ZK2) (at row 1)'
@@ -261,32 +258,6 @@ class TestNetwork:
         with pytest.raises(SinkMisconfigured, match="REPLICATOR_CLICKHOUSE_CA_FILE can't be read"):
             await server.ask("SELECT 1", {}, 10)
         await server.close()
-
-
-async def test_a_full_insert_takes_few_turns_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a backlog others have 7 ms of work for each turn; and they get one every few milliseconds."""
-    turns: list[int] = []
-
-    async def insert(_self: HttpServer, _table: str, _columns: object, data: Sequence[bytes], *_: object) -> Receipt:
-        turns.append(sum(piece.count(b"\n") for piece in data))
-        return Receipt(40_000)
-
-    async def looked(*_: object) -> Look:
-        return Look(0, [], True, False)
-
-    async def others() -> None:
-        while True:
-            turns.append(0)
-            await asyncio.sleep(0)
-
-    monkeypatch.setattr(HttpServer, "insert", insert)
-    monkeypatch.setattr("sinks.clickhouse.sink.look", looked)
-    sink = ClickHouseSink(load(ClickHouseSettings), EVENT)
-    working = asyncio.create_task(others())
-    await sink._insert([event(number, 7, b'{"number":1}') for number in range(40_000)])  # noqa: SLF001  the range is not asked for
-    working.cancel()
-    assert sum(turns) == 40_000
-    assert 5 <= turns.index(40_000) <= 20
 
 
 async def test_calls_wait_for_an_engine_that_hangs() -> None:
