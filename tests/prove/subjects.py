@@ -166,6 +166,7 @@ class OrdersTraffic(Load):
 
     def _prepared(self, connection: psycopg.Connection, chance: random.Random) -> None:
         """Two-phase commits. Nothing stays prepared for long: nobody else could commit."""
+        settle(connection, chance)  # what a crash of PostgreSQL left prepared would hold up all writers, this one too
         orders.Shop(connection, chance).steps()
         connection.execute(f"PREPARE TRANSACTION 'o{chance.getrandbits(60)}'".encode())
         connection.commit()
