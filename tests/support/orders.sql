@@ -87,10 +87,10 @@ SELECT order_id, o.customer_id,
 FROM shop.orders o
 JOIN (SELECT DISTINCT ON (order_id) * FROM shop.writes ORDER BY order_id, at DESC) w USING (order_id);
 
--- Each customer's order that was changed last, if it is still there and still that customer's.
-CREATE VIEW shop.last AS
-SELECT customer_id, order_id FROM (
-    SELECT DISTINCT ON (customer_id) customer_id, order_id, at FROM shop.writes WHERE NOT deleted
-    ORDER BY customer_id, at DESC
-) l
-WHERE NOT EXISTS (SELECT FROM shop.writes w WHERE w.order_id = l.order_id AND w.at > l.at);
+-- Each customer's orders as they were written: whether that was the order's last write, and whether it ever was long.
+CREATE VIEW shop.lasts AS
+SELECT customer_id, order_id, at, stays, long FROM (
+    SELECT *, at = max(at) OVER of_order AS stays, bool_or(long) OVER of_order AS ever_long FROM shop.writes
+    WINDOW of_order AS (PARTITION BY order_id)
+) w (at, order_id, customer_id, deleted, status, total, was_long, customer, country, vat_percent, stays, long)
+WHERE NOT deleted;
