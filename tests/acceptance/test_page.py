@@ -15,6 +15,7 @@ from playwright.sync_api import Browser
 
 from devstack import DevStack
 from devstack.api import Api
+from devstack.process import wait_until
 from tests.support.browser import Viewer, chromium
 from tests.support.environment import SECRET
 from tests.support.program import Program
@@ -81,6 +82,7 @@ def test_without_scripts_it_is_a_snapshot(quick: Program, source: psycopg.Connec
     quick.start()
     insert(source)
     quick.wait_until_caught_up()
+    wait_until(lambda: bool(quick.status()["ready"]), "a look at the slot since it was made")
     viewer = look(java_script_enabled=False)
     assert "All is well" in viewer.text("headline")
     assert "reload the page" in viewer.page.inner_text("header")
