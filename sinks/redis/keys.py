@@ -72,6 +72,7 @@ _US = 1_000_000
 _BUCKET_US = BUCKET_SECONDS * _US
 _TS_BIAS = 2 * 10**17  # makes every microsecond of the years 1 to 9999 a positive number of 18 digits
 _ID_BIAS = 2**63  # makes every signed 64-bit id positive, in at most 20 digits
+_20_DIGITS = 10**20
 _UNORDERED = "its time is infinite or outside the years 1 to 9999; Redis orders and ranks by it"
 
 
@@ -152,8 +153,8 @@ def moment(event: Event) -> str:
 
     So a later version of the same event, such as a backfill's with corrected content, replaces an earlier one.
     """
-    number: Any = event.id
-    return f"{(event.ts_us or 0) + _TS_BIAS}{number + _ID_BIAS:020}{event.commit_lsn:020}"
+    number: Any = event.id  # one number of 58 digits: to format three takes nearly twice as long
+    return str((((event.ts_us or 0) + _TS_BIAS) * _20_DIGITS + number + _ID_BIAS) * _20_DIGITS + event.commit_lsn)
 
 
 def refusals(events: Iterable[Event]) -> list[Refusal]:
