@@ -61,8 +61,8 @@ LAST_EXPIRY_SECONDS = 3600
 FUTURE_SECONDS_MAX = 86_400
 """Events further ahead are counted but never ranked. Their buckets would have to be kept until their time comes, and a
 device whose clock is years ahead would fill Redis with them."""
-CALL_CONTENTS = 250
-"""A call has so many of many contents: some 1.5 ms, 3 at worst, and Redis serves nobody else meanwhile."""
+CALL_CONTENTS = 180
+"""A call has so many of many contents: some 2 ms, 4 at worst, and Redis serves nobody else meanwhile."""
 CALL_KEYS, CALL_EVENTS = 1_100, 16_000
 """A call ends at so many contents and runs of events, or events: some 6 ms each."""
 FEW_CONTENTS = 1_000

@@ -106,8 +106,8 @@ def test_a_call_is_bounded_by_contents() -> None:
     for contents, most, calls in (
         (7, 7, 2),
         (1_000, 1_000, 2),
-        (5_000, CALL_CONTENTS, 20),
-        (32_000, CALL_CONTENTS, 128),
+        (5_000, CALL_CONTENTS, 28),
+        (32_000, CALL_CONTENTS, 178),
     ):
         events = [event(number, time_us, key=number % contents) for number in range(2 * CALL_EVENTS)]
         writes = list(pack(events, NOW))
