@@ -54,16 +54,23 @@ PCT = Derived(
     postgres="(round({duration_ms} / 1000.0 / nullif({length_seconds}, 0), 2) * 100)::bigint",
 )
 
-EVENT = Stream("engagement", "public.engagement_events", (
-    Field("event_id", BIGINT, column="id", role=Role.IDENTITY),
-    Field("content_id", BIGINT, column="content_id", role=Role.KEY),
-    Field("user_id", BIGINT, column="user_id"),
-    Field("event_type", TEXT.low_cardinality(), column="event_type"),
-    Field("event_ts", TIMESTAMPTZ, column="event_ts", role=Role.TIME),
-    Field("duration_ms", BIGINT.nullable(), column="duration_ms"),
-    Field("device", TEXT.nullable().low_cardinality(), column="device"),
-    Field("content_type", TEXT.nullable().low_cardinality(), joined="content_type"),
-    Field("length_seconds", BIGINT.nullable(), joined="length_seconds"),
-    Field("engagement_seconds", decimal(18, 3).nullable(), derived=SECONDS),
-    Field("engagement_pct", decimal(18, 2).nullable(), derived=PCT),
-), (Dimension("public.content", key="content_id"),), destination="events_enriched", noun="content")  # fmt: skip
+EVENT = Stream(
+    "engagement",
+    "public.engagement_events",
+    fields=(
+        Field("event_id", BIGINT, column="id", role=Role.IDENTITY),
+        Field("content_id", BIGINT, column="content_id", role=Role.KEY),
+        Field("user_id", BIGINT, column="user_id"),
+        Field("event_type", TEXT.low_cardinality(), column="event_type"),
+        Field("event_ts", TIMESTAMPTZ, column="event_ts", role=Role.TIME),
+        Field("duration_ms", BIGINT.nullable(), column="duration_ms"),
+        Field("device", TEXT.nullable().low_cardinality(), column="device"),
+        Field("content_type", TEXT.nullable().low_cardinality(), joined="content_type"),
+        Field("length_seconds", BIGINT.nullable(), joined="length_seconds"),
+        Field("engagement_seconds", decimal(18, 3).nullable(), derived=SECONDS),
+        Field("engagement_pct", decimal(18, 2).nullable(), derived=PCT),
+    ),
+    dimensions=(Dimension("public.content", key="content_id"),),
+    clickhouse_table="events_enriched",
+    redis_name="content",
+)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, InstanceOf, ValidationInfo
 from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.fields import Field, Role, Stream, StreamUnusable
+from replicator.contracts.fields import Field, Stream, StreamUnusable
 from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
@@ -71,7 +71,7 @@ def _split(value: object) -> object:
 
 def _declared(named: tuple[str | Stream, ...]) -> tuple[str | Stream, ...]:
     streams = [declaration(one) for one in named]
-    for what in ("name", "destination", "noun"):
+    for what in ("name", "clickhouse_table", "redis_name"):
         names = [getattr(stream, what) or stream.name for stream in streams]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several streams have the {what} {', '.join(doubles)}")
@@ -179,7 +179,7 @@ class Tables:
         self.schema, _, self.events = stream.table.partition(".")
         self.own = tuple(field for field in stream.fields if field.column)
         """The fields that are columns of the events' table."""
-        self.identity, self.key, self.time = (stream.field(role) for role in Role)
+        self.identity, self.key, self.time = stream.identity, stream.key, stream.time
         self.joins = tuple(self._joins())
         self.needed: Mapping[str, Mapping[str, str]] = {
             **self._joined(),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from replicator.contracts.errors import SinkMisconfigured, SinkUnusable, cited, command
 from replicator.contracts.events import Finding
-from replicator.contracts.fields import Role, Stream
+from replicator.contracts.fields import Stream
 from sinks.clickhouse.client import Client
 from sinks.clickhouse.errors import SINK, not_clickhouse
 
@@ -96,7 +96,7 @@ _ALTER = f"ALTER it to match what {command('sql clickhouse')} prints, or rename 
 
 def table_of(stream: Stream) -> str:
     """The table's name."""
-    return stream.destination or stream.name
+    return stream.clickhouse_table or stream.name
 
 
 def qualified(database: str, stream: Stream) -> str:
@@ -117,8 +117,8 @@ def version(stream: Stream) -> str:
 
 def sort_key(stream: Stream) -> str:
     """The identity of an event, led by time where that never changes."""
-    roles = (Role.IDENTITY,) if stream.follows else (Role.TIME, Role.KEY, Role.IDENTITY)
-    return ", ".join(stream.field(role).name for role in roles)
+    order = (stream.identity,) if stream.follows else (stream.time, stream.key, stream.identity)
+    return ", ".join(field.name for field in order)
 
 
 def quoted(name: str) -> str:

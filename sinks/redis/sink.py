@@ -77,7 +77,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self.new_events: int = 0
         self._settings = settings
         self._prefix = settings.redis_prefix
-        self._named = naming(self._prefix, stream.noun or stream.name, stream.name)
+        self._named = naming(self._prefix, stream.redis_name or stream.name, stream.name)
         self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix, named=self._named)
         self._script = script("write")
         self._clock = clock

@@ -14,7 +14,6 @@ from pydantic import SecretStr
 
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
 from replicator.contracts.events import Event, Position, Refusal, SinkPosition
-from replicator.contracts.fields import Role
 from replicator.contracts.sink import Mode, Sink
 from sinks.testing.destination import SAMPLE_TEXT, Destination, sample
 
@@ -82,7 +81,7 @@ class SinkConformance:
         async with destination.opened() as sink:
             for batch in (events[:6], events[6:]):
                 assert not await sink.write(batch)
-        identity = destination.stream.field(Role.IDENTITY).name
+        identity = destination.stream.identity.name
         assert [event[identity] for event in destination.read()] == [event.id for event in events]
 
     async def test_what_it_can_not_hold_is_refused_alone(self, destination: Destination) -> None:

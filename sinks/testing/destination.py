@@ -98,7 +98,7 @@ class Destination(ABC):
 
     def assert_holds(self, events: Sequence[Event]) -> None:
         """These events and no others are there, in every field."""
-        identity = self.stream.field(Role.IDENTITY).name
+        identity = self.stream.identity.name
         there = sorted(self.read(), key=lambda event: int(event[identity]))
         if self.keeps_repeats:
             there = [event for event, _ in groupby(there)]

@@ -13,7 +13,6 @@ import pytest
 
 from devstack import DevStack
 from enrichment import EVENT, EnrichmentSettings
-from replicator.contracts.fields import Role
 from tests.support import environment as ground
 from tests.support.destinations import Destinations
 from tests.support.program import ROOT, Program, succeed
@@ -44,7 +43,7 @@ def test_the_contract() -> None:
         "engagement_pct": "Nullable(Decimal(18, 2))",
     }
     assert list(expected.items()) == [(field.name, field.type.clickhouse) for field in EVENT.fields]
-    assert ["event_id", "content_id", "event_ts"] == [EVENT.field(role).name for role in Role]
+    assert ["event_id", "content_id", "event_ts"] == [field.name for field in (EVENT.identity, EVENT.key, EVENT.time)]
 
 
 def test_what_a_checksum_is_made_of() -> None:

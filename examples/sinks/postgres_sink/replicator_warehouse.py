@@ -35,7 +35,7 @@ class WarehouseSink(sink.Sink):
 
     def __init__(self, given: WarehouseSettings, stream: fields.Stream) -> None:
         super().__init__(given, stream)
-        key, names = stream.field(fields.Role.IDENTITY).name, [field.name for field in stream.fields] + ["_lsn"]
+        key, names = stream.identity.name, [field.name for field in stream.fields] + ["_lsn"]
         columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in stream.fields), "_lsn bigint"])
         self._tables = {"events": f"CREATE TABLE events ({columns}, PRIMARY KEY ({key}))", "events_position": POSITION}
         # A backfill may bring a newer view of an event than the stream did, or an older one.

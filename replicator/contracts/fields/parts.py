@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum, auto
 
 from replicator.contracts.fields.types import Type
@@ -24,6 +24,7 @@ class Derived:
     function: Callable[..., object]
     of: tuple[str, ...]
     """The fields that are its arguments; none of them is derived."""
+    _: KW_ONLY
     shortcut: str = ""
     """Python: `<expression> if <condition>`, the same for ordinary values. The hot path has no time for a call."""
     postgres: str = ""
@@ -36,6 +37,7 @@ class Dimension:
 
     table: str
     key: str
+    _: KW_ONLY
     on: str = ""
     """Empty: the field has the key's name."""
 
@@ -50,6 +52,7 @@ class Field:
 
     name: str
     type: Type
+    _: KW_ONLY
     column: str = ""
     joined: str = ""
     of: Dimension | None = None

@@ -60,8 +60,8 @@ _TAKES: Mapping[str, Mapping[str, _Takes]] = {
         "updates": _among("ignore", "upsert"),
         "deletes": _among("ignore", "delete"),
         "where": _or_none(_one(Where, "Where(field, values)")),
-        "destination": _TEXT,
-        "noun": _TEXT,
+        "clickhouse_table": _TEXT,
+        "redis_name": _TEXT,
     },
     "Field": {
         "name": _TEXT,
@@ -117,7 +117,7 @@ def _unfit(part: object, kind: str, where: str) -> Iterator[str]:
 
 
 def _of_names(stream: Stream) -> Iterator[str]:
-    for name in filter(None, (stream.name, stream.destination, stream.noun)):
+    for name in filter(None, (stream.name, stream.clickhouse_table, stream.redis_name)):
         if not _NAME.fullmatch(name):
             yield f"{name!r} is no name; it takes up to 41 lower-case letters, digits and underscores"
     tables = dict.fromkeys([stream.table, *(dimension.table for dimension in stream.dimensions)])

@@ -6,7 +6,7 @@ What reads, encodes, stores and compares events is made from it. Ours is `enrich
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from replicator.contracts.fields.parts import Dimension, Field, Role, Where
@@ -26,6 +26,7 @@ class Stream:
     table: str
     """`schema.table`."""
     fields: tuple[Field, ...]
+    _: KW_ONLY
     dimensions: tuple[Dimension, ...] = ()
     """At most four. A table may be two of them, joined on different fields."""
     updates: Literal["ignore", "upsert"] = "ignore"
@@ -33,10 +34,10 @@ class Stream:
     """What an update and a delete of a row mean; ignored ones are counted."""
     where: Where | None = None
     """Which rows it takes; None: all."""
-    destination: str = ""
-    """Another name for the table in ClickHouse."""
-    noun: str = ""
-    """Another word for its keys in Redis."""
+    clickhouse_table: str = ""
+    """What its table in ClickHouse is called; empty: as the stream."""
+    redis_name: str = ""
+    """What its keys in Redis are called; empty: as the stream."""
 
     def __post_init__(self) -> None:
         if problem := next(problems(self), None):
@@ -45,17 +46,17 @@ class Stream:
     @property
     def identity(self) -> Field:
         """What makes two events the same."""
-        return self.field(Role.IDENTITY)
+        return self._with(Role.IDENTITY)
 
     @property
     def key(self) -> Field:
         """What the event is about."""
-        return self.field(Role.KEY)
+        return self._with(Role.KEY)
 
     @property
     def time(self) -> Field:
         """When it happened."""
-        return self.field(Role.TIME)
+        return self._with(Role.TIME)
 
     @property
     def follows(self) -> bool:
@@ -67,8 +68,7 @@ class Stream:
         alone = self.dimensions[0] if len(self.dimensions) == 1 else None
         return (field.of or alone) if field.joined else None
 
-    def field(self, role: Role) -> Field:
-        """The field of that role."""
+    def _with(self, role: Role) -> Field:
         return next(field for field in self.fields if field.role is role)
 
     def compared(self, *, with_joined: bool) -> tuple[Field, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -34,8 +34,9 @@ class Type:
     """The source column's type with its digits, where it has any."""
     shown: str = "{0}"
     """Python that makes of it what the event's JSON has; functions are those of `enrichment/codec.py`."""
-    fit: Callable[[object], bool] | None = None
-    """Whether a value fits that is not NULL; None: its Python type tells."""
+    fit: Callable[[object], bool] | None = field(default=None, compare=False)
+    """Whether a value fits that is not NULL; None: its Python type tells. Two functions are never equal, and two
+    `numeric(12, 2)` are."""
 
     def nullable(self) -> Type:
         """The same, or NULL. A NULL is `~` in a checksum, where text begins with its length."""
@@ -70,7 +71,7 @@ class Type:
     @property
     def is_long(self) -> bool:
         """Whether a value may have any length."""
-        return self.clickhouse.find("String") >= 0
+        return "String" in self.clickhouse
 
     def select(self, expression: str) -> str:
         """SQL for the value as wal2json gives it."""

@@ -22,7 +22,7 @@ from replicator.cli.app import App
 from sinks.testing import MemorySink
 
 ROOT = Path(__file__).parents[3]
-OTHER = replace(EVENT, name="other", destination="", noun="other")
+OTHER = replace(EVENT, name="other", clickhouse_table="", redis_name="other")
 
 pytestmark = pytest.mark.usefixtures("empty_directory")
 

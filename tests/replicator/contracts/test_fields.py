@@ -122,6 +122,24 @@ def test_a_number_is_exact_or_refused(value: object, fits: bool) -> None:
     assert fits is numeric(12, 2).fits(value)
 
 
+def test_types_are_values() -> None:
+    """Two that say the same are the same, however often they are made: streams are compared."""
+    assert numeric(12, 2).nullable() == numeric(12, 2).nullable() != numeric(12, 3).nullable()
+    assert 1 == len({Field("total", numeric(12, 2)), Field("total", numeric(12, 2))})
+
+
+def test_what_may_be_more_one_day_is_named() -> None:
+    """Arguments beyond the first ones are given by name: a new one can stand anywhere."""
+    for wrong in (
+        lambda: Field("total", BIGINT, "sum"),  # type: ignore[call-arg]
+        lambda: Dimension("shop.customers", "customer_id", "payer_id"),  # type: ignore[call-arg]
+        lambda: Derived(max, ("total",), "total"),  # type: ignore[call-arg]
+        lambda: Stream("orders", "shop.orders", GOOD.fields, (CUSTOMERS,)),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(TypeError, match="positional arguments"):
+            wrong()
+
+
 def test_nullable_and_low_cardinality_in_any_order() -> None:
     """ClickHouse takes one of them."""
     assert TEXT.nullable().low_cardinality().clickhouse == TEXT.low_cardinality().nullable().clickhouse
