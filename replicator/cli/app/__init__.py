@@ -178,8 +178,8 @@ def _sinks(wanted: Sequence[Wanted], streams: Sequence[Stream], known: Mapping[s
     for stream in streams:
         theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == stream]
         for sink in create_sinks(theirs, stream, known):
-            if len(streams) > 1:
-                sink.name = f"{sink.name}/{stream.name}"
+            if len(streams) > 1:  # an object may be given again, and has its position under this name
+                sink.name = f"{sink.name.removesuffix(f'/{stream.name}')}/{stream.name}"
             yield sink
 
 

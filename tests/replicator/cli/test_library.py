@@ -125,6 +125,14 @@ def test_each_stream_has_its_sinks(tmp_path: Path) -> None:
     assert {"engagement", "other"} == set(made.status().replicator.settings["REPLICATOR_STREAM"].split(","))  # type: ignore[union-attr]
 
 
+def test_an_object_may_be_given_again() -> None:
+    """After an error another `Replicator` is made: the sink's position is kept under the name that it had."""
+    mine = shelf("mine")
+    for _ in range(2):
+        made = Replicator([EVENT, OTHER], [Shelf, mine])
+        assert ["shelf/engagement", "mine/engagement", "shelf/other"] == [sink.name for sink in app_of(made).sinks]
+
+
 async def test_it_runs_once() -> None:
     """Stopped before it begins, it touches nothing; it is ready neither before nor after."""
     made = Replicator(EVENT, [shelf()], postgres_dsn="host=/nonexistent")
