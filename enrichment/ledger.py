@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from enrichment.database import Database
-from enrichment.history import BEGINNING, END, WAL_END, PickedHistory, between, last_end, queries_of
+from enrichment.history.moment import WAL_END, last_end
+from enrichment.history.pages import BEGINNING, END, PickedHistory, between
+from enrichment.history.queries import queries_of
 from enrichment.tables.declared import Tables, quoted
 from replicator.contracts.events import Id, Lsn, parse_lsn
 from replicator.contracts.fields import Field, Role

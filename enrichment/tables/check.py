@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 
 from enrichment.codec import codec_of
 from enrichment.database import Database
-from enrichment.history import BEGINNING, END, PAGE_BYTES, between, make_page, queries_of
+from enrichment.history.pages import BEGINNING, END, PAGE_BYTES, between, make_page
+from enrichment.history.queries import queries_of
 from enrichment.ledger import TableLedger
 from enrichment.tables import fit
 from enrichment.tables.catalog import SHAPE, UNIQUE, Shape, parameters

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from enrichment.codec import codec_of
 from enrichment.database import Database
-from enrichment.history import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
+from enrichment.history.pages import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables, quoted
 from enrichment.tables.guard import Name, Record

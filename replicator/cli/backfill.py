@@ -1,6 +1,6 @@
 """`backfill`: a range of time from PostgreSQL through the same enrichment into the same sinks.
 
-This is the progress and the summary; `enrichment/history.py` reads, `delivery/backfill.py` delivers.
+This is the progress and the summary; `enrichment/history/` reads, `delivery/backfill.py` delivers.
 """
 
 from __future__ import annotations

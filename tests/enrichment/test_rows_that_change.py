@@ -8,9 +8,10 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from enrichment import RangeHistory, history
+from enrichment import RangeHistory
 from enrichment.codec import codec_of, stored_row
-from enrichment.history import BEGINNING, END, PickedHistory
+from enrichment.history import moment
+from enrichment.history.pages import BEGINNING, END, PickedHistory
 from enrichment.tables.declared import Tables
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Event, Lsn, Position, parse_lsn
@@ -79,7 +80,7 @@ async def test_a_page_waits_for_who_has_written(
     parcels: History, writer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its commit may be in the WAL before a snapshot shows it. Who only reads, or begins later, is not waited for."""
-    monkeypatch.setattr(history, "WRITERS_SECONDS", 0.1)
+    monkeypatch.setattr(moment, "WRITERS_SECONDS", 0.1)
     await parcels.open()
     with writer.transaction():
         writer.execute("SELECT pg_current_xact_id(), count(*) FROM parcels")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from enrichment import Slice
-from enrichment.history import cuts
+from enrichment.history.pages import cuts
 from replicator.contracts.stores import Task
 from replicator.delivery.backfill import BackfillProgress
 from replicator.operations.page.beside import Running, running

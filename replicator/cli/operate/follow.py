@@ -14,7 +14,7 @@ from replicator.cli.arguments import Json, count, event_id, load_app, one_sink
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from enrichment.history import PickedHistory
+    from enrichment.history.pages import PickedHistory
     from replicator.cli.app import App
     from replicator.contracts.events import Id
     from replicator.contracts.sink import Sink

@@ -1,4 +1,4 @@
-"""The events that the table already holds, page by page; two `contracts.stream.History`.
+"""The events that the table already holds, page by page; two `contracts.stream.History`. `queries.py` has the SQL.
 
 A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. Its rows
 become drafts as the stream's do. Pages are read
@@ -7,28 +7,25 @@ become drafts as the stream's do. Pages are read
 - otherwise by id, from the first to the last event of the range: the primary key is enough, and the rows in between are
   read once, wanted or not. No page is ever found by reading the table from its beginning.
 
-Rows that never change may be told as of a moment after the snapshot, whatever else is committed meanwhile. Rows that
-change must not: such a view would replace changes that it does not show, and bring back rows that are gone.
+`moment.py` says what a page is as of.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import structs
-from psycopg import sql
 
 from enrichment.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.database import Database
-from enrichment.tables.declared import Tables, quoted
+from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
+from enrichment.history.queries import Order, queries_of
+from enrichment.tables.declared import Tables
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -55,213 +52,8 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)
 END = datetime.max.replace(tzinfo=UTC)
 """Stands for the moment after it, the end of the year 9999: all events end there."""
 
-WAL_END = "SELECT pg_current_wal_insert_lsn()::text"
-REPLAYED = (
-    "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)::text"
-)
-"""The same of a standby, too, which shows what it has replayed."""
-
-WRITERS = """
--- Transactions that have written to a table, or a part of it, and are not over. Their commit may be in the WAL already
--- while no snapshot shows it yet; with synchronous replication for as long as the other server takes.
-WITH RECURSIVE family AS (
-    SELECT %(table)s::regclass::oid AS oid
-    UNION SELECT i.inhrelid FROM family f JOIN pg_inherits i ON i.inhparent = f.oid
-), held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
-SELECT DISTINCT l.virtualtransaction, coalesce('process ' || l.pid, 'a prepared transaction')
-FROM held l
-WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND l.relation IN (SELECT oid FROM family) AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
-  AND EXISTS (SELECT FROM held x
-              WHERE x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
-                AND x.virtualtransaction = l.virtualtransaction)
-"""
-WRITERS_SECONDS = 5.0
-"""After so long somebody should know what a page waits for."""
-WRITERS_POLL_SECONDS = 0.02
-
-WAL_BLOCK_BYTES = 8192
-PAGE_HEADER_BYTES = 40
-
-Order: TypeAlias = Literal["event_ts", "id"]
-
-
-class Queries:
-    """The SQL that reads the tables of a stream; `queries_of` gives it."""
-
-    def __init__(self, tables: Tables) -> None:
-        identity, time = quoted(tables.identity.column), quoted(tables.time.column)
-        self._tables, self._identity, self._time = tables, identity, time
-        self._events = f"{tables.rows_of(tables.events)} AS e"
-        self.counted = tables.identity.type.python is int
-        """Whether identities are numbers, which begin somewhere and end somewhere."""
-        self._type = tables.identity.type.postgres
-        self._up_to = f"AND p.{identity} <= %(last_id)s::bigint" if self.counted else ""
-        within = " AND ".join(
-            filter(None, [f"{time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz", tables.wanted("e")])
-        )
-        in_range = f"p.{time} >= %(start)s::timestamptz AND p.{time} < %(end)s::timestamptz"
-        self._in_range = " AND ".join(filter(None, [in_range, tables.wanted("p")]))
-        name = tables.named(tables.events, tables.time.column)
-        self.index = (
-            f"CREATE INDEX CONCURRENTLY {tables.events}_{name}_{tables.named(tables.events, tables.identity.column)}"
-            f" ON {tables.stream.table} ({name}, {tables.named(tables.events, tables.identity.column)})"
-        )
-        """Makes a backfill of a short range fast on a long table."""
-        self.indexed = f"""
--- Whether an index gives events in the order of their time.
-SELECT EXISTS (
-    SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = {sql.Literal(tables.stream.table).as_string()}::regclass
-      AND a.attname = {sql.Literal(name).as_string()}
-      AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
-"""  # noqa: S608  names in the declaration
-        ends = f"min({identity})::bigint, max({identity})::bigint" if self.counted else "NULL, NULL"
-        self.span = f"""
--- The number of events in a range, their first id and their last.
-SELECT count(*), {ends} FROM {self._events}
-WHERE {within}
-"""  # noqa: S608  names in the declaration
-        self.hours = f"""
--- The number of events in each hour of a range, by the hour's start in seconds since 1970.
-SELECT floor(extract(epoch FROM {time}) / 3600)::bigint * 3600, count(*) FROM {self._events}
-WHERE {within}
-GROUP BY 1 ORDER BY 1
-"""  # noqa: S608  names in the declaration
-
-    @cache  # noqa: B019  there are as many objects as streams
-    def page(self, order: Order, *, begun: bool = True, standby: bool = False) -> str:
-        """The page after an event, or, for ids that are not numbers, the first one."""
-        wal_end = self._moment(REPLAYED if standby else WAL_END)
-        p_time, p_id = f"p.{self._time}", f"p.{self._identity}"
-        if order == "event_ts":
-            return self._page(self._by_time(begun=begun), f"{p_time}, {p_id}", self._in_range, wal_end)
-        return self._page(self._by_id(begun=begun), p_id, self._in_range, wal_end)
-
-    def _by_time(self, *, begun: bool) -> str:
-        time, identity = self._time, self._identity
-        if self.counted:
-            return f"""
-({time}, {identity}) >= (%(ts)s::timestamptz, %(id)s::bigint) AND {time} < %(end)s::timestamptz
-AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s"""
-        after = f"({time}, {identity}) > (%(ts)s::timestamptz, %(id)s::{self._type})"
-        begins = after if begun else f"{time} >= %(ts)s::timestamptz"
-        return f"{begins} AND {time} < %(end)s::timestamptz ORDER BY {time}, {identity} LIMIT %(rows)s"
-
-    def _by_id(self, *, begun: bool) -> str:
-        identity = self._identity
-        if self.counted:
-            return f"{identity} BETWEEN %(id)s::bigint AND %(last_id)s::bigint ORDER BY {identity} LIMIT %(rows)s"
-        begins = f"{identity} > %(id)s::{self._type}" if begun else "true"
-        return f"{begins} ORDER BY {identity} LIMIT %(rows)s"
-
-    @property
-    def picked(self) -> str:
-        """The events of some ids, in the order in which Python sorts them."""
-        order = f'p.{self._identity} COLLATE "C"' if self._type == "text" else f"p.{self._identity}"
-        wanted = self._tables.wanted("p") or "true"
-        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, wanted, self._moment(WAL_END))
-
-    def _moment(self, wal_end: str) -> str:
-        """SQL for the position that the page is as of."""
-        return "%(as_of)s::text" if self._tables.stream.follows else wal_end
-
-    def _page(self, rows: str, order: str, wanted: str, wal_end: str) -> str:
-        tables = self._tables
-        own = tables.own
-        texts = [f"coalesce(octet_length({quoted(field.column)}::text), 0)" for field in own if field.type.is_long]
-        listed = ", ".join(quoted(field.column) for field in own)
-        selected = ", ".join(field.type.select(f"p.{quoted(field.column)}") for field in own)
-        of_content = [
-            field.type.select(f"{join.alias}.{quoted(field.joined)}") for join in tables.joins for field in join.fields
-        ]
-        usable = " AND ".join(field.type.there(f"p.{quoted(field.column)}") for field in own if not field.type.optional)
-        return f"""
--- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
--- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may
--- be visible before it is on disk) is read while the statement runs, hence after its snapshot was taken; where rows
--- change, before that (`as_of`).
-WITH found AS MATERIALIZED (
-    SELECT p.*, {" + ".join(["1", *texts])} AS "_size"
-    FROM (SELECT {listed} FROM {tables.rows_of(tables.events)} AS e WHERE {rows}) p
-), measured AS (
-    SELECT p.*, sum("_size") OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS "_size_up_to" FROM found p
-), page AS MATERIALIZED (SELECT * FROM measured WHERE "_size_up_to" - "_size" < %(bytes)s::bigint)
-SELECT ({wal_end}), {wanted}, {usable},
-       {selected}{"," * bool(of_content)}
-       {", ".join(of_content)}
-FROM page p{tables.joined("p")}
-WHERE {wanted} OR p."_size_up_to" = (SELECT max("_size_up_to") FROM page)
-ORDER BY p."_size_up_to"
-"""  # noqa: S608  names in the declaration
-
-    def spans(self, order: Order) -> str:
-        """The events of a range in equal spans of their order."""
-        key, number = (
-            (self._time, "extract(epoch FROM {})::numeric") if order == "event_ts" else (self._identity, "{}::numeric")
-        )
-        events = f"{self._tables.rows_of(self._tables.events)} AS p"
-        wanted = f"{self._in_range} {self._up_to}"
-        bounds = f"{number.format(f'p.{key}')}, {number.format('low')}, {number.format('high')} + 1"
-        return f"""
--- The events of a range in equal spans of their order: how many each span has, and where its first one is.
-WITH ends AS (SELECT min(p.{key}) AS low, max(p.{key}) AS high FROM {events} WHERE {wanted})
-SELECT count(*), min(p.{key})::text FROM {events} CROSS JOIN ends WHERE {wanted}
-GROUP BY width_bucket({bounds}, %(spans)s::int) ORDER BY min(p.{key})
-"""  # noqa: S608  names in the declaration
-
-
-@cache
-def queries_of(tables: Tables) -> Queries:
-    """Made once."""
-    return Queries(tables)
-
-
 _OWN_BEGINS = 3
 """Where a row of a page has the values of its own columns. The WAL's end, wanted, usable are before them."""
-
-
-def last_end(lsn: Lsn) -> Lsn:
-    """Where the last record of the WAL ends that ends at this position.
-
-    At the end of a page it is after the next page's header, where no commit ends before there is one.
-    """
-    over = lsn % WAL_BLOCK_BYTES
-    return lsn - over if over <= PAGE_HEADER_BYTES else lsn
-
-
-async def as_of(database: Database, tables: Tables, *, standby: bool = False) -> str:
-    """For rows that change: a position that every commit is before which a snapshot taken from now on shows.
-
-    Every other one is after it. It is between two commits, so that no change is at it. Raises SourceUnavailable.
-    """
-    if not tables.stream.follows:
-        return ""
-    [(text,)] = await database.rows(REPLAYED)
-    position = format_lsn(last_end(parse_lsn(text)) - 1)
-    if standby:  # there a commit is visible before the replayed position passes it
-        return position
-    await _settled(database, tables)
-    return position
-
-
-async def _settled(database: Database, tables: Tables) -> None:
-    """Return when the transactions are over that have written by now."""
-    until = time.monotonic() + WRITERS_SECONDS
-    writers: dict[str, str] | None = None
-    while True:
-        now = dict(await database.rows(WRITERS, {"table": tables.stream.table}))
-        writers = {one: who for one, who in now.items() if writers is None or one in writers}
-        if not writers:
-            return
-        if time.monotonic() > until:
-            raise SourceUnavailable(
-                problem=f"{tables.stream.table} is being written to",
-                detail=f"{min(writers.values())} has not ended its transaction",
-                cure="Its rows are read as soon as it has (see pg_stat_activity)",
-            )
-        await asyncio.sleep(WRITERS_POLL_SECONDS)
 
 
 def between(start: datetime, end: datetime) -> dict[str, object]:
