@@ -4,9 +4,9 @@
 """
 
 from enrichment.contract import EVENT
-from enrichment.enricher import StreamEnricher
 from enrichment.history.pages import BEGINNING, END, RangeHistory, Slice
 from enrichment.ledger import TableLedger
+from enrichment.streams.enricher import StreamEnricher
 from enrichment.streams.several import SeveralStreams, create_enricher
 from enrichment.tables.declared import EnrichmentSettings, Tables, configured, tables_of, the_one
 

@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import structs
 
-from enrichment.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.database import Database
+from enrichment.events.codec import Codec, Content, Draft, RowUnusable, codec_of
 from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
 from enrichment.history.queries import Order, queries_of
 from enrichment.tables.declared import Tables

@@ -1,1 +1,1 @@
-"""What rows of the slot mean: the plan of one stream, and more than one stream in a slot."""
+"""From the rows of the slot to events: the enricher of one stream, its dimensions' contents, and several streams."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from enrichment.codec import Content, Draft
-from enrichment.content import FORGET, Change, Contents, changes
+from enrichment.events.codec import Content, Draft
+from enrichment.streams.content import FORGET, Change, Contents, changes
 from replicator.contracts.events import DeadLetter, Event, Id, Position, Row
 
 

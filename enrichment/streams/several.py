@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import structs
 
-from enrichment.enricher import StreamEnricher, copied
+from enrichment.streams.enricher import StreamEnricher, copied
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
 from replicator.contracts.events import (

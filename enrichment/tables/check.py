@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from enrichment.codec import codec_of
 from enrichment.database import Database
+from enrichment.events.codec import codec_of
 from enrichment.history.pages import BEGINNING, END, PAGE_BYTES, between, make_page
 from enrichment.history.queries import queries_of
 from enrichment.ledger import TableLedger

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from enrichment.codec import codec_of
 from enrichment.database import Database
+from enrichment.events.codec import codec_of
 from enrichment.history.pages import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables, quoted

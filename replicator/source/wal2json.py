@@ -4,8 +4,8 @@ A transaction comes as `B`, its rows, `C`. `B` already has the commit's LSN, so 
 arrives, and rows go to the sinks before the end of their transaction is read. wal2json sends committed rows only.
 
 An insert becomes an event at once where the enricher has a `Shortcut`: decoded rows that wait for each other cost twice
-as much (`enrichment/shortcut.py` has the figures). What can't take it waits as a `Row`, and so does all that follows
-in the stretch, so that rows always come after events.
+as much (`enrichment/events/shortcut.py` has the figures). What can't take it waits as a `Row`, and so does all that
+follows in the stretch, so that rows always come after events.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, StreamEnricher, content
-from enrichment.content import look_up, preload
+from enrichment import EnrichmentSettings, StreamEnricher
+from enrichment.streams import content
+from enrichment.streams.content import look_up, preload
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Checkpoint, Event, Lsn, Position, Row
 from tests.support.rows import EVENT_TABLES, columns_of, insert

@@ -16,8 +16,8 @@ from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EnrichmentSettings, SeveralStreams, StreamEnricher, Tables
-from enrichment.content import look_up, preload
 from enrichment.ledger import TableLedger
+from enrichment.streams.content import look_up, preload
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.guard import Record
 from replicator import BIGINT, TEXT, TIMESTAMPTZ, UUID, Derived, Dimension, Field, Role, Stream, numeric

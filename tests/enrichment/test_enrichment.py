@@ -16,9 +16,9 @@ from psycopg import sql
 
 from devstack import DevStack
 from enrichment import BEGINNING, END, EnrichmentSettings, RangeHistory, StreamEnricher, Tables, create_enricher
-from enrichment.content import PRELOAD_PAGE, Contents, changes
 from enrichment.contract import engagement_pct
 from enrichment.database import Database
+from enrichment.streams.content import PRELOAD_PAGE, Contents, changes
 from enrichment.streams.several import SeveralStreams
 from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row

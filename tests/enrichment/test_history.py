@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from enrichment.codec import stored_row
+from enrichment.events.codec import stored_row
 from enrichment.history import pages
 from enrichment.history.pages import RangeHistory
 from replicator.contracts.events import Position

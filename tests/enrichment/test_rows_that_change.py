@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from enrichment import RangeHistory
-from enrichment.codec import codec_of, stored_row
+from enrichment.events.codec import codec_of, stored_row
 from enrichment.history import moment
 from enrichment.history.pages import BEGINNING, END, PickedHistory
 from enrichment.tables.declared import Tables

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from enrichment import EVENT, StreamEnricher, Tables, codec
-from enrichment.codec import RowReader
-from enrichment.shortcut import MOST_LAYOUTS
+from enrichment import EVENT, StreamEnricher, Tables
+from enrichment.events import codec
+from enrichment.events.codec import RowReader
+from enrichment.events.shortcut import MOST_LAYOUTS
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN

@@ -26,7 +26,7 @@ import msgspec
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment.enricher import StreamEnricher
+from enrichment.streams.enricher import StreamEnricher
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Lsn, Refusal, Row, SinkPosition, parse_lsn
 from replicator.contracts.stream import Enriched

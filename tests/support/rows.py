@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from enrichment import EnrichmentSettings, StreamEnricher, configured
-from enrichment.codec import codec_of
+from enrichment.events.codec import codec_of
 from replicator.contracts.events import Column, Row
 
 GOOD: dict[str, Any] = {

@@ -72,8 +72,8 @@ def test_a_warning_that_counts_is_one_notice(notices: Notices, monkeypatch: pyte
 
 def test_warnings_of_the_log_are_notices(notices: Notices) -> None:
     """What just happened has no other place; what is told otherwise is not told twice."""
-    logging.getLogger("enrichment.enricher").warning("%s was truncated", "public.engagement_events")
-    logging.getLogger("enrichment.enricher").warning("%s was truncated", "public.engagement_events")
+    logging.getLogger("enrichment.streams.enricher").warning("%s was truncated", "public.engagement_events")
+    logging.getLogger("enrichment.streams.enricher").warning("%s was truncated", "public.engagement_events")
     logging.getLogger("sinks.redis.sink").error("it was emptied\nTraceback", extra={"sink": "redis"})
     logging.getLogger("replicator.delivery.retry").error("sink http is away")
     logging.getLogger("replicator.delivery.dead_letters").error("dead letter")

@@ -15,10 +15,10 @@ from typing import TypeVar
 import msgspec
 from msgspec import structs
 
-from enrichment.codec import Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
-from enrichment.content import Contents
 from enrichment.database import Database
-from enrichment.shortcut import Layout, Shortcuts
+from enrichment.events.codec import Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
+from enrichment.events.shortcut import Layout, Shortcuts
+from enrichment.streams.content import Contents
 from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit
 from enrichment.tables.check import check

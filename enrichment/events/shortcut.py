@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from enrichment.codec import FINISH, Codec, Content, DerivedUnusable
+from enrichment.events.codec import FINISH, Codec, Content, DerivedUnusable
 from replicator.contracts.events import Event, Lsn, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
 from replicator.contracts.stream import Shortcut
