@@ -1,1 +1,1 @@
-"""From a row to its event: what is compiled of a declaration, the codec that uses it, and the shortcut past a row."""
+"""From a row to its event: the codec, what is compiled for it from the declaration, and the shortcut past a row."""

@@ -1,179 +1,37 @@
 """Rows to events, and back from dead letters. Pure: nothing is looked up.
 
 A `RowReader` makes a draft of an inserted row, `build_events` adds its content and encodes it; in between `enricher.py`
-sees to it that the content is known. `shortcut.py` does all of it at once for ordinary inserts. All are Python source
-made from the declaration and compiled, as dataclasses are: they are the hot path, and run for every event.
+sees to it that the content is known. `shortcut.py` does all of it at once for ordinary inserts. `compiled.py` makes
+these functions from the declaration.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from decimal import Decimal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import msgspec
 from msgspec import structs
 
-from enrichment.tables.declared import Join, Tables, unpadded
+from enrichment.events.compiled import EPOCH, Compiler
+from enrichment.events.draft import Content, DerivedUnusable, Draft, RowUnusable, ShapeUnusable
+from enrichment.tables.declared import Tables, unpadded
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Position, Row, RowChange, decode_row
-from replicator.contracts.fields import INT64_MAX, Derived, Field
-
-Draft: TypeAlias = Sequence[Any]
-"""A row that has been read: commit_lsn, ordinal, then the values of its own columns, the time as a datetime or, outside
-Python's years, as text. Plain: it costs a third of anything with names."""
-
-Content: TypeAlias = tuple[Any, ...]
-"""The values of a dimension's columns: what an event takes over from its content there."""
+from replicator.contracts.fields import Field
 
 NONE: Mapping[Position, Id] = MappingProxyType({})
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 _integer = re.compile(r"-?\d{1,19}", re.ASCII).fullmatch
-_BEYOND_PYTHON = re.compile(r"-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?\+00( BC)?", re.ASCII)
-"""Timestamps that PostgreSQL holds and Python does not."""
-
-
-class RowUnusable(Exception):
-    """No event can be made of a row. The text names table, column and what is expected, never a value."""
-
-
-class DerivedUnusable(RowUnusable):
-    """A function of the declaration has failed, or its result does not fit."""
-
-
-class ShapeUnusable(RowUnusable):
-    """Nor of any other of that shape: a column is missing, or of another type."""
 
 
 def microseconds(moment: datetime) -> int:
     """Since 1970, exactly."""
     since = moment - EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-
-
-def exactly(number: Decimal | int) -> msgspec.Raw:
-    """As JSON, with the digits that it has; a Decimal's own text may have an exponent."""
-    return msgspec.Raw((format(number, "f") if isinstance(number, Decimal) else str(number)).encode())
-
-
-def rfc3339(text: str, zone: str) -> str:
-    """A timestamp of PostgreSQL's, in UTC if it has a zone; what Python's calendar does not have stays as it is."""
-    try:
-        return datetime.fromisoformat(text).replace(tzinfo=None).isoformat(timespec="microseconds") + zone
-    except ValueError:
-        return text
-
-
-def _each(form: str, fields: Iterable[Field], between: str = ", ") -> str:
-    return between.join(form.format(field.name) for field in fields)
-
-
-def _typed(field: Field) -> str:
-    if field.type.fit:
-        return f"_fits_{field.name}({field.name})"
-    test = f"_type({field.name}) is _{field.type.python.__name__}"
-    return f"({field.name} is None or {test})" if field.type.optional else test
-
-
-def _bits(field: Field) -> str:
-    return f"({field.name} or 0)" if field.type.optional else field.name
-
-
-_NAMES: Mapping[str, object] = {
-    "_type": type,
-    "_int": int,
-    "_str": str,
-    "_bool": bool,
-    "_float": float,
-    "_exactly": exactly,
-    "_rfc3339": rfc3339,
-    "_datetime": datetime,
-    "_UTC": UTC,
-    "_EPOCH": EPOCH,
-    "_fromisoformat": datetime.fromisoformat,
-    "_beyond_python": _BEYOND_PYTHON.fullmatch,
-    "_encode": msgspec.json.Encoder().encode,
-}
-
-
-def _made(source: str, name: str, names: Mapping[str, object], **words: object) -> Any:
-    """The function of that name, compiled from source. A field's name is a variable there; all else begins with `_`."""
-    namespace = {**_NAMES, **names}
-    exec(source.format(**words), namespace)  # noqa: S102  our own source, with names from the declaration
-    return namespace[name]
-
-
-_READ = """
-def _read(_self, _row):
-    _columns = _row.columns
-    {places} = _self.places
-    try:
-        {cells}
-    except IndexError:
-        return _self.read_again(_row)
-    if {renamed}:
-        return _self.read_again(_row)
-    {values}
-    # None negative and their bits together a signed 64-bit integer: so is each. Others are looked at one by one.
-    if not ({typed} and 0 <= {bits} <= {most}):
-        if _unquote(_columns):
-            return _self.read(_row)
-        _check(_columns)
-    try:
-        _moment = _fromisoformat({time})
-        _in_utc = _moment.tzinfo is _UTC
-    except ValueError:
-        _moment, _in_utc = {time}, _beyond_python({time})
-    if not _in_utc:
-        raise _misfit()
-    return _row.commit_lsn, _row.ordinal, {draft}
-"""
-
-FINISH = """
-        {derived}
-        if _type({time}) is _datetime:
-            _since = {time} - _EPOCH
-            _microseconds = _since.microseconds
-            _ts_us = (_since.days * 86_400 + _since.seconds) * 1_000_000 + _microseconds
-            if not _microseconds:  # as a datetime it would come without its six digits
-                {time} = {time}.isoformat()[:19] + ".000000Z"
-        else:
-            _ts_us = None
-        _event = _Event(_commit_lsn, _ordinal, {identity}, {key}, _ts_us, _encode(_Enriched({every})){label})
-"""
-"""From the values of a row and of its content, and a position, to the event."""
-
-_BUILD = f"""
-def _build_events(_drafts, {{known}}_events):
-    _append = _events.append
-    for _commit_lsn, _ordinal, {{own}} in _drafts:
-        {{content}}{FINISH}
-        _append(_event)
-"""
-
-_SHOW = """
-def _show(_value):
-    return {shown}
-"""
-
-
-def _computed(name: str, derived: Derived) -> str:
-    null = " or ".join(f"{argument} is None" for argument in derived.of)
-    call = f"_compute_{name}({', '.join(derived.of)})"
-    return f"{name} = None if {null} else {f'{derived.shortcut} else {call}' if derived.shortcut else call}"
-
-
-def _taken_over(join: Join) -> str:
-    """Source that sets the columns that are joined with a dimension."""
-    found = f"_contents{join.number or ''}[{join.on.name}]"
-    if join.on.type.optional:
-        found = f"_missing{join.number or ''} if {join.on.name} is None else {found}"
-    return f"[{_each('{0}', join.fields)}] = {found}"
 
 
 class Codec:
@@ -188,10 +46,7 @@ class Codec:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         stream, own = tables.stream, tables.own
-        self._event = Event
-        self._label: tuple[str, ...] = ()
-        if stream.follows or tables.of_several:
-            self._event, self._label = RowChange, (stream.name,)
+        self.compiler = compiler = Compiler(tables)
         self._gone = partial(RowChange, stream=stream.name, deleted=True)
         self.draft_id = 2 + own.index(tables.identity)
         self.draft_key = 2 + own.index(tables.key)
@@ -209,93 +64,13 @@ class Codec:
         self._stored = msgspec.json.Decoder(_stored(tables))
         self.derives = any(field.derived and not field.derived.shortcut for field in stream.fields)
         """Whether making an event may raise DerivedUnusable."""
-        self.fits = {f"_fits_{field.name}": field.type.fits for field in stream.fields if field.type.fit}
-        self._show_old = {field: _made(_SHOW, "_show", {}, shown=field.type.shown.format("_value")) for field in own}
-        self.read = self._reader()
-        self.build_events = self.finishing(_BUILD, "_build_events")
-
-    def _reader(self) -> Any:
-        own, time = self.tables.own, self.tables.time
-        integers = [field for field in own if field.type.python is int]
-        return _made(
-            _READ,
-            "_read",
-            {"_unquote": self.unquote, "_check": self.check, "_misfit": partial(self._misfit, time), **self.fits},
-            places=_each("_at_{0}", own) + ",",
-            cells=_each("_c_{0} = _columns[_at_{0}]", own, "; "),
-            renamed=" or ".join(f"_c_{field.name}.name != {field.column!r}" for field in own),
-            values=_each("{0} = _c_{0}.value", own, "; "),
-            typed=" and ".join(map(_typed, own)),
-            bits=" | ".join(map(_bits, integers)) or "0",
-            most=INT64_MAX,
-            time=time.name,
-            draft=", ".join("_moment" if field is time else field.name for field in own),
-        )
-
-    def finishing(self, source: str, name: str, names: Mapping[str, object] | None = None) -> Any:
-        """The function of that name, compiled from source that has `FINISH` in it."""
-        tables = self.tables
-        fields = tables.stream.fields
-        derived = [(field, field.derived) for field in fields if field.derived]
-        return _made(
-            source,
-            name,
-            {
-                "_Enriched": msgspec.defstruct("Enriched", [(field.name, Any) for field in fields], gc=False),
-                **{f"_compute_{field.name}": self._function(field, function) for field, function in derived},
-                "_Event": self._event,
-                **{f"_missing{join.number or ''}": join.missing for join in tables.joins},
-                **self.fits,
-                **(names or {}),
-            },
-            own=_each("{0}", tables.own),
-            values=_each("{0} = _columns.{0}.value", tables.own, "; "),
-            known="".join(f"_contents{join.number or ''}, " for join in tables.joins),
-            content="; ".join(map(_taken_over, (join for join in tables.joins if join.fields))) or "pass",
-            unfit="".join(f" or not {test}" for test in self._tests()),
-            key=tables.key.name,
-            identity=tables.identity.name,
-            time=tables.time.name,
-            derived="; ".join(_computed(field.name, function) for field, function in derived) or "pass",
-            every=", ".join(map(self._shown, fields)),
-            label="".join(f", {value!r}" for value in self._label),
-        )
-
-    def _function(self, field: Field, derived: Derived) -> Callable[..., object]:
-        """The declaration's own function is trusted where it has a shortcut, which is ours."""
-        if derived.shortcut:
-            return derived.function
-        types = {known.name: known.type.python for known in self.tables.stream.fields}
-        exact = [types[name] in {Decimal, float} for name in derived.of]
-        kinds = [types[name] for name in derived.of]
-
-        def compute(*values: object) -> object:
-            # A whole number of them comes as an integer.
-            given = (
-                kind(value) if is_exact else value for kind, is_exact, value in zip(kinds, exact, values, strict=True)
-            )
-            try:
-                found = derived.function(*given)
-            except Exception as exc:  # anything at all
-                raise DerivedUnusable(f"{field.name} can't be derived: {type(exc).__name__}") from exc
-            if not field.type.fits(found):
-                raise DerivedUnusable(f"{field.name} is derived, and is not {field.type.words}")
-            return found
-
-        return compute
-
-    def _tests(self) -> Iterator[str]:
-        """What a row of the right types has to pass, in source."""
-        yield from (_typed(field) for field in self.tables.own if field.type.fit)
-        if where := self.tables.stream.where:
-            yield f"({where.field} in {set(where.values)!r})"
+        self._show_old = {field: compiler.showing(field) for field in own}
+        self.read = compiler.reader(self.unquote, self.check, partial(self._misfit, tables.time))
+        self.build_events = compiler.builder()
 
     def takes(self, draft: Draft) -> bool:
         """Whether the stream takes this row."""
         return self._draft_where is None or unpadded(draft[self._draft_where]) in self._values
-
-    def _shown(self, field: Field) -> str:
-        return field.name if field is self.tables.time else field.type.shown.format(field.name)
 
     def check(self, columns: Iterable[Column]) -> None:
         """Raise RowUnusable for the first column whose value does not fit; of two with one name both are looked at."""
@@ -311,7 +86,7 @@ class Codec:
         """As the function, of a row of the events' table."""
         return unquote(columns, self._integers)
 
-    def _misfit(self, field: Field, *_: object) -> RowUnusable:
+    def _misfit(self, field: Field) -> RowUnusable:
         return ShapeUnusable(f"{self.tables.stream.table}.{field.column} is not {field.type.words}")
 
     def dead_letter(self, row: Row, reason: str) -> DeadLetter:
@@ -414,7 +189,7 @@ class Codec:
             ts_us = microseconds(datetime.fromisoformat(stored.time))
         except ValueError:
             ts_us = None  # infinite, or outside Python's years, as it was
-        event = self._event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, json, *self._label)
+        event = self.compiler.event(commit_lsn, ordinal, stored.identity, stored.key, ts_us, json, *self.compiler.label)
         if isinstance(event, RowChange):
             event.was = stored.was
         return event

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from enrichment.events.codec import FINISH, Codec, Content, DerivedUnusable
+from enrichment.events.codec import Codec
+from enrichment.events.compiled import FINISH
+from enrichment.events.draft import Content, DerivedUnusable
 from replicator.contracts.events import Event, Lsn, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
 from replicator.contracts.stream import Shortcut
@@ -61,7 +63,7 @@ class Shortcuts:
         self.current: Shortcut | None = None
         self._derives = codec.derives
         self._own = {field.column: field for field in codec.tables.own}
-        self._make = codec.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL})
+        self._make = codec.compiler.finishing(_MAKE, "_make", {"_UNUSUAL": _UNUSUAL})
         self._contents = contents
         self._tables: dict[str, list[str]] = {}
         self._made: dict[Layout, Shortcut | None] = {}

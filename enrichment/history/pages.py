@@ -22,7 +22,8 @@ import msgspec
 from msgspec import structs
 
 from enrichment.database import Database
-from enrichment.events.codec import Codec, Content, Draft, RowUnusable, codec_of
+from enrichment.events.codec import Codec, codec_of
+from enrichment.events.draft import Content, Draft, RowUnusable
 from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
 from enrichment.history.queries import Order, queries_of
 from enrichment.tables.declared import Tables

@@ -25,7 +25,8 @@ from uuid import UUID
 import msgspec
 
 from enrichment.database import Database
-from enrichment.events.codec import Content, RowUnusable, unquote
+from enrichment.events.codec import unquote
+from enrichment.events.draft import Content, RowUnusable
 from enrichment.tables.declared import Join, Tables, quoted
 from replicator.contracts import stores
 from replicator.contracts.events import Column, ContentChange, Id, Lsn, Position, Row

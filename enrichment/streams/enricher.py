@@ -16,7 +16,8 @@ import msgspec
 from msgspec import structs
 
 from enrichment.database import Database
-from enrichment.events.codec import Content, Draft, RowReader, RowUnusable, ShapeUnusable, codec_of, stored_row
+from enrichment.events.codec import RowReader, codec_of, stored_row
+from enrichment.events.draft import Content, Draft, RowUnusable, ShapeUnusable
 from enrichment.events.shortcut import Layout, Shortcuts
 from enrichment.streams.content import Contents
 from enrichment.streams.plan import Needs, Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from enrichment.events.codec import Content, Draft
+from enrichment.events.draft import Content, Draft
 from enrichment.streams.content import FORGET, Change, Contents, changes
 from replicator.contracts.events import DeadLetter, Event, Id, Position, Row
 

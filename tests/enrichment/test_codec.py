@@ -16,7 +16,8 @@ from msgspec import structs
 
 from enrichment import Tables
 from enrichment.contract import engagement_pct, engagement_seconds
-from enrichment.events.codec import Content, RowReader, RowUnusable, codec_of, stored_row
+from enrichment.events.codec import RowReader, codec_of, stored_row
+from enrichment.events.draft import Content, RowUnusable
 from examples.orders.orders_stream import STREAM as ORDERS
 from replicator.contracts.events import Column, Event, Position, Row, RowChange, change
 from replicator.contracts.fields import INT64_MAX, INT64_MIN

@@ -16,8 +16,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from enrichment import EVENT, StreamEnricher, Tables
-from enrichment.events import codec
 from enrichment.events.codec import RowReader
+from enrichment.events.draft import RowUnusable
 from enrichment.events.shortcut import MOST_LAYOUTS
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Row
@@ -76,7 +76,7 @@ def general(payload: bytes) -> Event | None:
         for row in decoder.take().rows:
             if (row.action, row.schema, row.table) == ("I", "public", "engagement_events"):
                 CODEC.build_events([RowReader(CODEC).read(row)], {1: ("video", 300)}, events)
-    except (DecodeError, codec.RowUnusable, KeyError):
+    except (DecodeError, RowUnusable, KeyError):
         return None
     return events[0] if events else None
 

@@ -33,7 +33,7 @@ class Type:
     declared: str = ""
     """The source column's type with its digits, where it has any."""
     shown: str = "{0}"
-    """Python that makes of it what the event's JSON has; functions are those of `enrichment/events/codec.py`."""
+    """Python that makes of it what the event's JSON has; functions are those of `enrichment/events/compiled.py`."""
     fit: Callable[[object], bool] | None = field(default=None, compare=False)
     """Whether a value fits that is not NULL; None: its Python type tells. Two functions are never equal, and two
     `numeric(12, 2)` are."""
