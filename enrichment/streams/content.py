@@ -11,22 +11,18 @@ whole. Without a copy today's content is looked up in the table; from then on th
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from decimal import Decimal
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 from uuid import UUID
-
-import msgspec
 
 from enrichment.database import Database
 from enrichment.events.codec import unquote
 from enrichment.events.draft import Content, RowUnusable
+from enrichment.streams.copies import Copy, Page, content_text, interned
 from enrichment.tables.declared import Join, Tables, quoted
 from replicator.contracts import stores
 from replicator.contracts.events import Column, ContentChange, Id, Lsn, Position, Row
@@ -87,38 +83,6 @@ class Change(NamedTuple):
 
 FORGET: Final = Change(None, None)
 """Nobody knows which contents are gone: a part of the table was emptied."""
-
-
-Page: TypeAlias = list[tuple[Id, Content]]
-"""Contents with their ids, highest first; a table with children may have an id twice."""
-
-
-class Copy:
-    """The copy of one dimension of a slot, in the store's thread."""
-
-    def __init__(self, store: stores.Contents, slot: str, missing: Content) -> None:
-        self._store = store
-        self._missing = missing
-        self._slot = slot
-
-    async def clear(self) -> None:
-        """Begin a new one."""
-        await asyncio.to_thread(self._store.clear_contents, self._slot)
-
-    async def add(self, found: Page) -> None:
-        """Go on with it."""
-        texts = {content_id: _text(content) for content_id, content in found}
-        await asyncio.to_thread(self._store.add_contents, self._slot, texts)
-
-    async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
-        """The content of each id."""
-        found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
-        return dict.fromkeys(ids, self._missing) | {content_id: _parsed(text) for content_id, text in found.items()}
-
-    async def newest(self, highest: Id, most: int) -> Page:
-        """Those with the highest ids up to this one, highest first."""
-        found = await asyncio.to_thread(self._store.newest_contents, self._slot, highest, most)
-        return [(content_id, _parsed(text)) for content_id, text in found.items()]
 
 
 class Contents:
@@ -196,7 +160,7 @@ class Contents:
 
     async def _page(self, highest: Id, count: int) -> Page:
         page = await self._database.rows(self._preload, {"highest": highest, "count": count})
-        return [(content_id, _interned(values)) for content_id, *values in page]
+        return [(content_id, interned(values)) for content_id, *values in page]
 
     async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id as of the rows so far. Raises as `look_up`, CheckpointError."""
@@ -212,7 +176,7 @@ class Contents:
         if not ids:
             return {}
         rows = await self._database.rows(self._look_up, {"ids": list(ids)})
-        return dict.fromkeys(ids, self._missing) | {content_id: _interned(values) for content_id, *values in rows}
+        return dict.fromkeys(ids, self._missing) | {content_id: interned(values) for content_id, *values in rows}
 
     def apply(self, change: Change, found: Mapping[Id, Content], at: Position) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
@@ -235,7 +199,7 @@ class Contents:
 
     def _note(self, content_id: Id | None, content: Content, at: Position) -> None:
         self._reached = at
-        text = None if content == self._missing else _text(content)
+        text = None if content == self._missing else content_text(content)
         self._changes.append(ContentChange(at.commit_lsn, content_id, text, self.join.copy))
         if content_id is None:
             self._since.clear()
@@ -301,7 +265,7 @@ def _content(join: Join, columns: Iterable[Column]) -> Content | None:
     """The row's content; None unless all of it is there (an unchanged TOASTed column is not) and of the right types."""
     values = {column.name: column.value for column in columns}
     if all(field.joined in values and field.type.fits(values[field.joined]) for field in join.fields):
-        return _interned(values[field.joined] for field in join.fields)
+        return interned(values[field.joined] for field in join.fields)
     return None
 
 
@@ -311,20 +275,3 @@ def _before(content_id: Id) -> Id | None:
         return content_id - 1 if content_id > INT64_MIN else None
     number = UUID(content_id).int
     return str(UUID(int=number - 1)) if number else None
-
-
-def _interned(values: Iterable[Any]) -> Content:
-    """As a tuple. There are few types and many contents: one string for each takes a third of the memory."""
-    return tuple(sys.intern(value) if type(value) is str else value for value in values)
-
-
-_encode = msgspec.json.Encoder(decimal_format="number").encode
-_decode = msgspec.json.Decoder(tuple[Any, ...], float_hook=Decimal).decode
-
-
-def _text(content: Content) -> str:
-    return _encode(content).decode()
-
-
-def _parsed(text: str) -> Content:
-    return _interned(_decode(text))

@@ -20,6 +20,7 @@ from enrichment.events.codec import RowReader, codec_of, stored_row
 from enrichment.events.draft import Content, Draft, RowUnusable, ShapeUnusable
 from enrichment.events.shortcut import Layout, Shortcuts
 from enrichment.streams.content import Contents
+from enrichment.streams.copies import Copies
 from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit
 from enrichment.tables.check import check
@@ -32,6 +33,7 @@ from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, co
 from replicator.contracts.events import (
     Checkpoint,
     Column,
+    ContentChange,
     DeadLetter,
     Event,
     Finding,
@@ -40,8 +42,6 @@ from replicator.contracts.events import (
     Position,
     Row,
     RowChange,
-    format_lsn,
-    parse_lsn,
 )
 from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
 from replicator.source.connection import Dsn
@@ -118,21 +118,21 @@ class StreamEnricher:
 
     @property
     def contents_name(self) -> str:
-        """Of its contents as they are, the copies' name; empty where there is none."""
+        """The name that its copies would have, as the tables are now; empty where it would have none."""
         return self._naming([contents for contents in self._contents if contents.shown])
 
     def _naming(self, copies: Sequence[Contents]) -> str:
-        """These have a copy; empty: none has."""
+        """The name of these copies, a part of it for each dimension; empty where there is none."""
         lost = "-" * self._part
         return "".join(self._named(one) if one in copies else lost for one in self._contents) if copies else ""
 
     def _named(self, contents: Contents) -> str:
-        """One dimension's part of the name."""
+        """One dimension's part of the name of the copies."""
         return name_of(self._tables, self._guard.shape, contents.join)[: self._part]
 
     @property
     def _part(self) -> int:
-        """How long it is: there is room for 24 characters."""
+        """How long each part of the name is: there is room for 24 characters."""
         return 24 // max(len(self._contents), 1)
 
     @property
@@ -174,10 +174,10 @@ class StreamEnricher:
         return MissedHistory.since(self._dsn, tables, before, shape, self._guard.untold)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
-        names, until = copied(checkpoint)
+        copies = Copies.of(checkpoint)
         for number, contents in enumerate(self._contents):
-            name = names[number * self._part : (number + 1) * self._part]
-            await self._open(contents, store, checkpoint, until if name == self._named(contents) else None)
+            name = copies.name[number * self._part : (number + 1) * self._part]
+            await self._open(contents, store, checkpoint, copies.until if name == self._named(contents) else None)
 
     async def _open(
         self, contents: Contents, store: stores.Contents | None, checkpoint: Checkpoint | None, copied_until: Lsn | None
@@ -195,12 +195,17 @@ class StreamEnricher:
         await self._asked(join, contents.open(kept, slot, usable=usable))
 
     def changed(self, before: Lsn) -> ContentChanges:
+        copies = self.copies(before)
+        return ContentChanges(str(copies) if copies.name else None, self.changes(before))
+
+    def copies(self, before: Lsn) -> Copies:
+        """What a checkpoint at this position says of the copies."""
         whole = [contents for contents in self._contents if contents.copied]
-        if not whole:
-            return ContentChanges(None, [])
-        until = max(contents.until for contents in whole)
-        changes = [change for contents in whole for change in contents.changes(before)]
-        return ContentChanges(f"{self._naming(whole)} {format_lsn(until)} {format_lsn(before)}", changes)
+        return Copies(self._naming(whole), max((contents.until for contents in whole), default=0), before)
+
+    def changes(self, before: Lsn) -> list[ContentChange]:
+        """Those that such a checkpoint brings into the copies."""
+        return [change for contents in self._contents if contents.copied for change in contents.changes(before)]
 
     def saved(self, end_lsn: Lsn) -> None:
         for contents in self._contents:
@@ -464,17 +469,6 @@ class StreamEnricher:
             if isinstance(event, RowChange):
                 event.was = plan.was.get(Position(event.commit_lsn, event.ordinal))
         return events
-
-
-def copied(checkpoint: Checkpoint | None) -> tuple[str, Lsn]:
-    """Which table the copy is of, and from where on it needs changes; empty where the checkpoint has no copy.
-
-    An older release moves the checkpoint and leaves the rest as it is: then the copy is not as of there.
-    """
-    parts = (checkpoint.contents or "").split() if checkpoint else []
-    if checkpoint is None or parts[2:] != [format_lsn(checkpoint.end_lsn)]:
-        return "", 0
-    return parts[0], parse_lsn(parts[1])
 
 
 def _named(columns: Sequence[Column], names: dict[str, str]) -> list[Column]:

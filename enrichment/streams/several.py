@@ -14,20 +14,18 @@ from typing import NamedTuple
 import msgspec
 from msgspec import structs
 
-from enrichment.streams.enricher import StreamEnricher, copied
+from enrichment.streams.copies import Copies
+from enrichment.streams.enricher import StreamEnricher
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
 from replicator.contracts.events import (
     Checkpoint,
-    ContentChange,
     DeadLetter,
     Event,
     Finding,
     Lsn,
     Position,
     Row,
-    format_lsn,
-    parse_lsn,
 )
 from replicator.contracts.settings import variable
 from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut
@@ -63,13 +61,12 @@ class SeveralStreams:
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
         self._done = ([], {})
-        name, until = copied(checkpoint)
-        usable = name == self._contents_name
+        copies = Copies.of(checkpoint)
+        usable = copies.name == self._contents_name
         for stream_name, stream in self._streams.items():
             theirs = checkpoint
             if checkpoint is not None:
-                end = format_lsn(checkpoint.end_lsn)
-                contents = f"{stream.contents_name} {format_lsn(until)} {end}" if usable else None
+                contents = str(copies._replace(name=stream.contents_name)) if usable else None
                 slot = f"{checkpoint.slot}/{stream_name}"
                 theirs = structs.replace(checkpoint, slot=slot, contents=contents)
             await stream.open(store, theirs)
@@ -81,17 +78,16 @@ class SeveralStreams:
 
     def changed(self, before: Lsn) -> ContentChanges:
         """The changes of those that are copied, in any case: a copy that misses some is none."""
-        changes: list[ContentChange] = []
-        untils: list[Lsn] = []
-        whole = True
-        for name, stream in self._streams.items():
-            contents, theirs = stream.changed(before)
-            changes += [change._replace(copy=f"{name}/{change.copy}" if change.copy else name) for change in theirs]
-            copy, *lsns = contents.split() if contents else [""]
-            whole = whole and copy == stream.contents_name
-            untils += map(parse_lsn, lsns[:1])
-        until = format_lsn(max(untils, default=0))
-        return ContentChanges(f"{self._contents_name} {until} {format_lsn(before)}" if whole else None, changes)
+        changes = [
+            change._replace(copy=f"{name}/{change.copy}" if change.copy else name)
+            for name, stream in self._streams.items()
+            for change in stream.changes(before)
+        ]
+        theirs = [(stream.copies(before), stream.contents_name) for stream in self._streams.values()]
+        if any(copies.name != name for copies, name in theirs):
+            return ContentChanges(None, changes)
+        until = max(copies.until for copies, _ in theirs)
+        return ContentChanges(str(Copies(self._contents_name, until, before)), changes)
 
     def saved(self, end_lsn: Lsn) -> None:
         for stream in self._streams.values():
