@@ -9,14 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 import msgspec
 
 from enrichment.events.draft import DerivedUnusable
 from enrichment.tables.declared import Join, Tables
+from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Column, Event, RowChange
-from replicator.contracts.fields import INT64_MAX, Derived, Field
+from replicator.contracts.fields import INT64_MAX, Derived, Field, Type
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -35,6 +37,15 @@ def rfc3339(text: str, zone: str) -> str:
         return datetime.fromisoformat(text).replace(tzinfo=None).isoformat(timespec="microseconds") + zone
     except ValueError:
         return text
+
+
+def _in_json(value: Any, kind: Type) -> Any:
+    """What a function gave, as JSON has it: as of a column, NaN is NULL. Raises what it likes for what JSON has not."""
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair
+    elif kind.python is float and kind.fits(value) and value is not None and not isfinite(value):
+        return None
+    return value
 
 
 def _each(form: str, fields: Iterable[Field], between: str = ", ") -> str:
@@ -236,10 +247,14 @@ class Compiler:
                 kind(value) if is_exact else value for kind, is_exact, value in zip(kinds, exact, values, strict=True)
             )
             try:
-                found = derived.function(*given)
-            except Exception as exc:  # anything at all
+                found = _in_json(derived.function(*given), field.type)
+                fits = field.type.fits(found)
+            except KeyboardInterrupt as exc:  # perhaps somebody's Ctrl-C: then the row is no worse than others
+                problem = f"the function of the field {field.name} was interrupted (KeyboardInterrupt)"
+                raise SourceError(problem, "If nobody did that, correct the declaration") from exc
+            except BaseException as exc:  # anything at all: `sys.exit()`, too, would end us without a word
                 raise DerivedUnusable(f"{field.name} can't be derived: {type(exc).__name__}") from exc
-            if not field.type.fits(found):
+            if not fits:
                 raise DerivedUnusable(f"{field.name} is derived, and is not {field.type.words}")
             return found
 

@@ -55,7 +55,7 @@ async def check(dsn: Dsn, tables: Tables) -> list[Finding]:
         async for finding in _findings(dsn, database, tables):
             found.append(finding)  # noqa: PERF401  what was found stays found when the next query fails
     except SourceError as exc:
-        found.append(Finding(False, "source tables", str(exc)))
+        found.append(Finding(False, exc.problem, exc.cure))
     finally:
         await database.close()
     return found

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -47,13 +48,15 @@ def _named(named: str) -> Stream:
 def _imported(module: str) -> ModuleType:
     sys.path.append(str(Path.cwd()))
     try:
-        return importlib.import_module(module)
+        with redirect_stdout(sys.stderr):  # what it prints is none of our output, which programs may read
+            return importlib.import_module(module)
     except StreamUnusable as exc:
         raise ValueError(f"{exc}{_line(exc)}") from exc
-    except (Exception, SystemExit) as exc:  # a module runs, and may fail at anything
+    except BaseException as exc:  # a module runs, and may end with anything, `sys.exit()` included
         if isinstance(exc, ModuleNotFoundError) and f"{module}.".startswith(f"{exc.name}."):
             raise ValueError(f"there is no module {module} in {Path.cwd()}, nor an installed one") from exc
-        raise ValueError(f"{module} can't be imported: {type(exc).__name__}: {exc}{_line(exc)}") from exc
+        said = f": {exc}" if str(exc) else ""
+        raise ValueError(f"{module} can't be imported: {type(exc).__name__}{said}{_line(exc)}") from exc
     finally:
         sys.path.pop()
 

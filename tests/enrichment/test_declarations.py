@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from itertools import count
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import pytest
 
 from enrichment import Tables
 from enrichment.database import Database
+from enrichment.events.codec import codec_of
 from enrichment.tables.check import check
 from enrichment.tables.declared import declaration
 from enrichment.tables.guard import Guard
-from replicator.contracts.errors import TablesUnfit
+from replicator.contracts.errors import SourceError, TablesUnfit
 from replicator.contracts.events import Finding
 from replicator.contracts.fields import Stream
 
@@ -30,6 +33,12 @@ def kinds(*them):
     return {"int Decimal datetime": "as documented"}[" ".join(type(it).__name__ for it in them)]
 def made(function, *of, **other):
     return with_(TOTAL, NOTE, Field("x", BIGINT, derived=Derived(function, of, **other)))
+def derived(kind, function):
+    return with_(TOTAL, Field("x", kind, derived=Derived(function, ("total",))))
+def raised(error):
+    raise error
+def again(total):
+    return again(total)
 """
 LINES = HEAD.count("\n") + 1
 
@@ -37,6 +46,8 @@ MODULES = {
     "STREAM = Stream(": "can't be imported: SyntaxError: '(' was never closed",
     "1 / 0": f"can't be imported: ZeroDivisionError: division by zero (MODULE.py, line {LINES})",
     "raise SystemExit(3)": f"can't be imported: SystemExit: 3 (MODULE.py, line {LINES})",
+    "import sys; sys.exit()": f"can't be imported: SystemExit (MODULE.py, line {LINES})",
+    "raise KeyboardInterrupt": f"can't be imported: KeyboardInterrupt (MODULE.py, line {LINES})",
     "import nothing_of_that_name": "can't be imported: ModuleNotFoundError: No module named 'nothing_of_that_name' (",
     "STREAM = Stream('orders', tabel='shop.orders')": "unexpected keyword argument 'tabel'",
     "STREAM = with_": "MODULE has no Stream that is called STREAM; it has none",
@@ -131,6 +142,15 @@ TABLES = [
     ),
     ("made(lambda total: 1 // 0, 'total')", "", "x can't be derived: ZeroDivisionError", "Correct the declaration"),
     ("made(lambda total: 0.5, 'total')", "", "x is derived, and is not a 64-bit integer", "Correct the declaration"),
+    *(
+        (f"made(lambda total: raised({what}), 'total')", "", f"x can't be derived: {what}", "Correct the declaration")
+        for what in ("SystemExit", "GeneratorExit", "MemoryError")
+    ),
+    ("made(again, 'total')", "", "x can't be derived: RecursionError", "Correct the declaration"),
+    ("derived(TEXT, lambda total: chr(0xD800))", "", "x can't be derived: UnicodeEncodeError", "Correct the declara"),
+    ("derived(DOUBLE, lambda total: 10**400)", "", "x can't be derived: OverflowError", "Correct the declaration"),
+    ("derived(numeric(9, 0), lambda total: 10**5000)", "", "x can't be derived: ValueError", "Correct the declaration"),
+    ("derived(DOUBLE, lambda total: float('nan'))", "", "x is derived, and is not a number", "Correct the declaration"),
     (
         "made(lambda total: 1, 'total', postgres='{total} +')",
         "",
@@ -140,6 +160,7 @@ TABLES = [
 ]
 RIGHT = [
     ("made(lambda total: int(total % 2), 'total', postgres='trunc({total} % 2)')", ""),
+    ("derived(DOUBLE.nullable(), lambda total: float('inf'))", ""),
     ("with_(Field('free', numeric(20, 4).nullable()))", ""),
     ("with_(TOTAL, NOTE, Field('x', TEXT, derived=Derived(kinds, ('id', 'total', 'at'))))", ""),
     ("with_(Field('a', as_text('numeric(10,2)[]').nullable()))", "ALTER TABLE shop.orders ADD a numeric(10, 2)[]"),
@@ -194,6 +215,23 @@ def test_a_name_that_leads_nowhere(module: Callable[[str], str], tmp_path: Path,
     with pytest.raises(ValueError, match=r".") as caught:
         declaration(named)
     assert problem.format(here=tmp_path) in str(caught.value)
+
+
+def test_what_a_module_prints_is_none_of_our_output(
+    module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs read that (`check --json`)."""
+    declaration(module("print('hello'); STREAM = with_()"))
+    assert ("", "hello\n") == capsys.readouterr()
+
+
+async def test_a_function_that_was_interrupted(module: Callable[[str], str], database: str) -> None:
+    """It may have been Ctrl-C: the row is not refused. It is told all the same."""
+    stream = declared(module, "made(lambda total: raised(KeyboardInterrupt), 'total')")
+    codec = codec_of(Tables(stream))
+    with pytest.raises(SourceError, match=r"The function of the field x was interrupted \(KeyboardInterrupt\)"):
+        codec.build([(1, 1, 1, 1, datetime.now(UTC), Decimal(1), "a")], [], [])
+    assert any("x was interrupted" in found.cure + found.what for found in await findings(database, stream, ""))
 
 
 def declared(module: Callable[[str], str], text: str) -> Stream:
