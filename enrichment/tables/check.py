@@ -29,8 +29,10 @@ SAMPLE_ROWS = 100
 
 NULLABLE = """
 -- Which of these columns may be NULL.
-SELECT attname FROM pg_attribute
-WHERE attrelid = %(table)s::regclass AND attname = ANY(%(columns)s::name[]) AND NOT attnotnull ORDER BY attnum
+SELECT a.attname
+FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace JOIN pg_attribute a ON a.attrelid = t.oid
+WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND a.attname = ANY(%(columns)s::name[]) AND NOT a.attnotnull
+ORDER BY a.attnum
 """
 
 RIGHTS = """
@@ -70,10 +72,12 @@ async def _findings(dsn: Dsn, database: Database, tables: Tables) -> AsyncIterat
     of_tables = [finding for table in tables.needed async for finding in _of_table(database, tables, shape, table)]
     for finding in of_tables:
         yield finding
-    if not tables.are_engagement and all(finding.ok for finding in of_tables):
-        async for finding in _of_declaration(database, tables, shape):
+    if not tables.are_engagement:
+        async for finding in _of_rows(database, tables, shape):
             yield finding
-        yield await _comparable(dsn, tables)
+        if all(finding.ok for finding in of_tables):  # else PostgreSQL can't be asked for rows
+            yield await _sample(database, tables)
+            yield await _comparable(dsn, tables)
     for join in {join.table: join for join in tables.joins}.values():
         if hidden := fit.hidden(tables, shape, join.table):
             yield Finding(True, f"table {join.name}: {hidden.what}; it is looked up again for every event", hidden.cure)
@@ -93,19 +97,21 @@ async def _of_table(database: Database, tables: Tables, shape: Shape, table: str
     yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
 
 
-async def _of_declaration(database: Database, tables: Tables, shape: Shape) -> AsyncIterator[Finding]:
-    """What the rows have to be like, and functions of the declaration, which have never run before."""
+async def _of_rows(database: Database, tables: Tables, shape: Shape) -> AsyncIterator[Finding]:
+    """What the rows have to be like."""
     name = tables.stream.table
     for wanted in fit.wanted_unique(tables, shape):
         [(unique,)] = await database.rows(UNIQUE, wanted.parameters)
         yield _finding(wanted.name, None if unique else wanted.problem, f"its {wanted.what} {wanted.column} is unique")
-    columns = [tables.named(tables.events, field.column) for field in tables.own if not field.type.optional]
-    if null := await database.rows(NULLABLE, {"table": _regclass(name), "columns": columns}):
-        what = f"{', '.join(column for (column,) in null)} may be NULL, which the declaration does not expect"
+    needed = {tables.named(tables.events, field.column): field.role for field in tables.own if not field.type.optional}
+    if null := await database.rows(NULLABLE, {"schema": tables.schema, "table": tables.events, "columns": [*needed]}):
+        names = [column for (column,) in null]
+        what = f"{', '.join(names)} may be NULL, which the declaration does not expect"
+        cures = [f"ALTER TABLE {name} ALTER COLUMN {fit.as_sql(one, one)} SET NOT NULL" for one in names if needed[one]]
+        cures += ["declare .nullable()"] * any(needed[one] is None for one in names)
         yield Finding(
-            True, f"table {name}: {what}", "A row with NULL there becomes a dead letter; or declare .nullable()"
+            True, f"table {name}: {what}", f"A row with NULL there becomes a dead letter; or {', and '.join(cures)}"
         )
-    yield await _sample(database, tables)
 
 
 async def _comparable(dsn: Dsn, tables: Tables) -> Finding:
@@ -118,11 +124,6 @@ async def _comparable(dsn: Dsn, tables: Tables) -> Finding:
     finally:
         await ledger.close()
     return _finding(tables.stream.table, problem, "can be compared by `reconcile`")
-
-
-def _regclass(name: str) -> str:
-    schema, _, table = name.partition(".")
-    return f'"{schema}"."{table}"'
 
 
 async def _sample(database: Database, tables: Tables) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -33,12 +33,17 @@ class Problem(NamedTuple):
     cure: str
 
 
-def require(tables: Tables, shape: Shape) -> None:
-    """Raise TablesUnfit for what is wrong."""
-    found = [(table, problem) for table in tables.needed for problem in problems(tables, shape, table)]
+def require(tables: Tables, shape: Shape, repeated: Iterable[Unique]) -> None:
+    """Raise TablesUnfit for all that is wrong; `repeated` are the columns that should be unique, and are not."""
+    found = [
+        Problem(f"table {tables.named_in_schema(table)} {problem.what}", problem.cure)
+        for table in tables.needed
+        for problem in problems(tables, shape, table)
+    ]
+    found += [Problem(f"table {one.name}: {one.problem.what}", one.problem.cure) for one in repeated]
     if found:
-        what = ", and ".join(f"table {tables.named_in_schema(table)} {problem.what}" for table, problem in found)
-        raise TablesUnfit(problem=what, cure="; ".join(dict.fromkeys(problem.cure for _, problem in found)))
+        what = ", and ".join(problem.what for problem in found)
+        raise TablesUnfit(problem=what, cure="; ".join(dict.fromkeys(problem.cure for problem in found)))
 
 
 def problems(tables: Tables, shape: Shape, table: str) -> Iterator[Problem]:
@@ -97,11 +102,12 @@ def wanted_unique(tables: Tables, shape: Shape) -> Iterator[Unique]:
     """Of declared tables: of two rows with one identity the sinks would keep one. Engagement's ids are a sequence's."""
     if tables.are_engagement:
         return
-    events = shape.table(tables.events)
-    yield Unique(tables.stream.table, tables.identity_name, "identity", events is not None and events.kind == "p")
-    for join in tables.joins:
-        if (found := shape.table(join.table)) and found.kind in {"r", "p"}:
-            yield Unique(join.name, tables.named(join.table, join.key), "key", found.kind == "p")
+    wanted = [(tables.events, tables.stream.table, tables.identity_name, "identity")]
+    wanted += [(join.table, join.name, tables.named(join.table, join.key), "key") for join in tables.joins]
+    for table, name, column, what in wanted:
+        found = shape.table(table)
+        if found and found.kind in {"r", "p"} and column in (known.name for known in found.columns):
+            yield Unique(name, column, what, found.kind == "p")
 
 
 def untold(tables: Tables, shape: Shape) -> list[Relation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -20,7 +20,7 @@ from enrichment.database import Database
 from enrichment.tables import fit
 from enrichment.tables.catalog import LOCKS, NOW, SHAPE, UNIQUE, Column, Relation, Shape, parameters
 from enrichment.tables.declared import Join, Tables
-from replicator.contracts.errors import TablesChanged, TablesUnfit, TablesUnsettled
+from replicator.contracts.errors import TablesChanged, TablesUnsettled
 from replicator.contracts.events import Id, Lsn, Row
 from replicator.contracts.settings import variable
 
@@ -128,8 +128,7 @@ class Guard:
         [[now], [(text,)]] = await self._database.each((NOW, {}), self._looked)
         shape = Shape.parse(text)
         self.untold.update((part.schema, part.name) for part in fit.untold(self._tables, shape))
-        fit.require(self._tables, shape)
-        await self._require_unique(shape)
+        fit.require(self._tables, shape, [one async for one in self._repeated(shape)])
         record = self.record or record
         changed = record is not None and record.shape != shape
         self.shape, self._text, self._names = shape, text, _names(self._tables, shape)
@@ -152,11 +151,12 @@ class Guard:
             self.accept()
         return record if changed else None
 
-    async def _require_unique(self, shape: Shape) -> None:
+    async def _repeated(self, shape: Shape) -> AsyncIterator[fit.Unique]:
+        """The columns that should be unique, and are not."""
         for wanted in fit.wanted_unique(self._tables, shape):
             [(unique,)] = await self._database.rows(UNIQUE, wanted.parameters)
             if not unique:
-                raise TablesUnfit(problem=f"table {wanted.name}: {wanted.problem.what}", cure=wanted.problem.cure)
+                yield wanted
 
     def _until_of(self, join: Join, record: Record, shape: Shape) -> Lsn:
         same = all(

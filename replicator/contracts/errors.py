@@ -324,7 +324,8 @@ class TablesUnfit(SourceError):
 
     def __init__(self, *, problem: str, cure: str) -> None:
         problem = f"{problem}. Nothing is read, PostgreSQL keeps what is committed, and no event is lost"
-        super().__init__(problem, f"{cure}. Then it goes on by itself", detail=problem)
+        on = "Once the tables fit it goes on by itself; another declaration, or setting, needs a restart"
+        super().__init__(problem, f"{cure}. {on}", detail=problem)
 
 
 class TablesUnsettled(SourceError):

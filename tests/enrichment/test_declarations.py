@@ -124,7 +124,7 @@ TABLES = [
     ("with_()", "ALTER TABLE shop.orders SET UNLOGGED", "not in the WAL (UNLOGGED)", "SET LOGGED"),
     (
         "with_(updates='upsert')",
-        "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey, ADD PRIMARY KEY (id) DEFERRABLE",
+        "ALTER TABLE shop.orders REPLICA IDENTITY NOTHING",
         "has a replica identity that does not tell which row was changed or deleted",
         "ALTER TABLE shop.orders REPLICA IDENTITY FULL",
     ),
@@ -286,6 +286,35 @@ async def test_an_identity_that_is_not_unique(module: Callable[[str], str], data
         await Guard(source, tables).look(None, 0)
     finally:
         await source.close()
+
+
+async def test_all_that_is_wrong_is_said_at_once(module: Callable[[str], str], database: str) -> None:
+    """Of the identity, too: what tells its rows apart, twice the same, none. And what changes by a restart alone."""
+    tables = Tables(declared(module, "with_(updates='upsert')"))
+    statements = "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey; ALTER TABLE shop.orders ALTER id DROP NOT NULL"
+    told = {found.what: found.cure for found in await findings(database, tables.stream, statements) if found.cure}
+    assert 3 == len(told)
+    assert "ALTER TABLE shop.orders REPLICA IDENTITY FULL" in told.values()
+    assert (
+        "CREATE UNIQUE INDEX CONCURRENTLY ON shop.orders (id)"
+        == told["table shop.orders: its identity id is not unique"]
+    )
+    null = told["table shop.orders: id may be NULL, which the declaration does not expect"]
+    assert (
+        "A row with NULL there becomes a dead letter; or ALTER TABLE shop.orders ALTER COLUMN id SET NOT NULL" == null
+    )
+    source = Database(database)
+    try:
+        with pytest.raises(
+            TablesUnfit, match=r"replica identity .*, and table shop\.orders: its identity id is not uniq"
+        ) as run:
+            await Guard(source, tables).look(None, 0)
+    finally:
+        await source.close()
+    assert str(run.value).endswith(
+        "ALTER TABLE shop.orders REPLICA IDENTITY FULL; CREATE UNIQUE INDEX CONCURRENTLY ON shop.orders (id). Once the"
+        " tables fit it goes on by itself; another declaration, or setting, needs a restart."
+    )
 
 
 async def test_a_column_that_may_be_null(module: Callable[[str], str], database: str) -> None:
