@@ -38,9 +38,9 @@ UUIDS: Final = 2**128
 MOST_CHANGES: Final = 200_000
 """Changes that wait for the checkpoint, some 400 bytes each: 80 MB."""
 TOO_MANY = (
-    "more than %s changes of content wait for the checkpoint, and are too many to be kept in memory. Until it has"
-    " passed them, events whose content is not in memory carry today's content, and after a restart all that come again"
-    " do: sinks may differ in it. It goes on by itself"
+    "more than %s changes of %s wait for the checkpoint, and are too many to be kept in memory. Until it has passed"
+    " them, events whose row of it is not in memory carry today's, and after a restart all that come again do: sinks"
+    " may differ in it. It goes on by itself"
 )
 
 
@@ -194,7 +194,7 @@ class Contents:
         if self.copied and at >= self._reached:
             self._note(change.content_id, content or self._missing, at)
             if len(self._changes) > MOST_CHANGES:
-                log.warning(TOO_MANY, MOST_CHANGES, extra={"code": "R408"})
+                log.warning(TOO_MANY, MOST_CHANGES, self.join.name, extra={"code": "R408"})
                 self.lose(at.commit_lsn)
 
     def _note(self, content_id: Id | None, content: Content, at: Position) -> None:

@@ -210,7 +210,7 @@ def hidden(tables: Tables, shape: Shape, table: str) -> Problem | None:
         if not part.streamed:
             return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
         if part.kind == "r" and not all(_tells(key, part) for key in keys):
-            what = f"has a replica identity that does not tell which content was changed or deleted ({part})"
+            what = f"has a replica identity that does not tell which row was changed or deleted ({part})"
             primary = any(keys <= {*(index.columns or ())} for index in part.keys if index.primary)
             return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {'DEFAULT' if primary else 'FULL'} is faster")
     return None

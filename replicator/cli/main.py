@@ -103,7 +103,9 @@ def _root(
         bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
     ] = False,
 ) -> Coroutine[Any, Any, int] | None:
-    """Replicate new rows of engagement_events, enriched, to ClickHouse, Redis and an HTTP API.
+    """Replicate the rows of a table, enriched, to ClickHouse, Redis and an HTTP API.
+
+    The table is engagement_events, or one that REPLICATOR_STREAM declares.
 
     PostgreSQL is told that a position is flushed only after every sink has it and the checkpoint is on disk. Without a
     command it does what `run` does.

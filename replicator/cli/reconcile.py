@@ -23,7 +23,7 @@ WAIT_SECONDS = 60
 
 
 WithContent: TypeAlias = Annotated[
-    bool, typer.Option("--with-content", help="compare all fields, against today's content")
+    bool, typer.Option("--with-content", help="compare all fields, joined ones with today's rows")
 ]
 Repair: TypeAlias = Annotated[bool, typer.Option("--repair", help="write what is missing or different")]
 DeleteExtra: TypeAlias = Annotated[
@@ -36,16 +36,15 @@ Wait: TypeAlias = Annotated[
 RECONCILE = """\
 Compare PostgreSQL with the sinks, repair what differs.
 
-ClickHouse: events with start <= event_ts < end, field by field, through counts and checksums computed in both.
-Redis: was each of these events counted, and is each content's count no less than the number of its events? Higher
-counts are differences only where deletes reach the sinks: else deleted rows stay counted. This part reads the whole
-table.
+ClickHouse: events with start <= time < end, field by field, through counts and checksums computed in both. Redis:
+was each of these events counted, and is each key's count no less than the number of its events? Higher counts are
+differences only where deletes reach the sinks: else deleted rows stay counted. This part reads the whole table.
 
 It runs beside the replicator. A difference is checked again when the slot has passed the position at which
 PostgreSQL was read. REPLICATOR_SLOT must be the slot that feeds these sinks. Dead letters count as missing.
 
-content_type, length_seconds and engagement_pct depend on what the content was at the time. They are compared, with
-today's content, only --with-content.
+Fields that are joined, or derived from these, depend on what the joined row was at the time (of engagement_events:
+content_type, length_seconds and engagement_pct). They are compared, with today's row, only --with-content.
 
 --repair sends what is missing or different. --delete-extra also deletes events from ClickHouse that PostgreSQL no
 longer has, those of a dropped partition for instance: choose the range accordingly.

@@ -38,7 +38,7 @@ NOTICES = {
     "R405": "The table of events is another one than before.",
     "R406": "Two columns have each other's values now.",
     "R407": "The table of events was truncated.",
-    "R408": "Too many changes of content wait for the checkpoint to be kept.",
+    "R408": "Too many changes of a dimension wait for the checkpoint to be kept.",
     "R511": "A sink does not answer.",
     "R512": "A sink is paused.",
     "R513": "The dead letters are near their bound.",

@@ -54,7 +54,7 @@ PAUSED = "paused: "
 REMEMBERED = "remembered: "
 """The same of what a sink knows its data by."""
 BROKEN = "sink %s fails to remember what it knows its data by (%s): it may not see after a restart that they are gone"
-REPEATS = "sees again what it has of that time, under the same event_id"
+REPEATS = "sees again what it has of that time, under the same id"
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -355,8 +355,8 @@ def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) 
         command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}"
         yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
-        f"(It begins {MARGIN_SECONDS // 3600} h earlier, because event_ts is older than the commit. Where"
-        " transactions last longer, or applications set event_ts themselves, begin still earlier.)"
+        f"(It begins {MARGIN_SECONDS // 3600} h earlier, because an event's time is older than its commit. Where"
+        " transactions last longer, or applications set that time themselves, begin still earlier.)"
     )
 
 

@@ -325,4 +325,5 @@ class RedisClient:
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise sink_error(SINK, exc, filter(None, [self._login.password]), self.rights) from exc
+            secrets = filter(None, [self._login.password])
+            raise sink_error(SINK, exc, secrets, self.rights, self.named) from exc

@@ -43,26 +43,30 @@ CERTIFICATE_CURE = (
 )
 DATABASE_CURE = "Set the database number in REPLICATOR_REDIS_URL to one that Redis has"
 CLUSTER_CURE = "A write changes many keys at once, which Redis Cluster can't do: use a Redis without cluster mode"
-FOREIGN_CURE = (
-    "Another program uses a key content:*, top:content:* or engagement:seen:*: rename or delete it, or give the "
-    "replicator a REPLICATOR_REDIS_PREFIX, or a database of its own in REPLICATOR_REDIS_URL"
-)
+PATTERNS = ("content:*", "top:content:*", "engagement:seen:*")
+"""Of the engagement stream's keys; `keys.naming` gives another stream's."""
 OTHER_CURE = "It takes Redis 6.0 or newer, or a server that runs the same Lua scripts"
 
-_KNOWN: tuple[tuple[str, type[SinkMisconfigured | SinkUnusable], str], ...] = (
+_KNOWN: tuple[tuple[str, type[SinkMisconfigured | SinkUnusable], str | None], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", SinkMisconfigured, CERTIFICATE_CURE),
     ("db index is out of range", SinkMisconfigured, DATABASE_CURE),
     ("CROSSSLOT", SinkUnusable, CLUSTER_CURE),
-    ("WRONGTYPE", SinkUnusable, FOREIGN_CURE),
+    ("WRONGTYPE", SinkUnusable, None),
     ("unknown command", SinkUnusable, OTHER_CURE),
 )
-"""A code or a wording that stays true until somebody helps."""
+"""A code or a wording that stays true until somebody helps; None: `foreign_cure`."""
 _ELSEWHERE = re.compile(r"\b(ASK|MOVED) \d+ ")
 """What a cluster's node says of a key of another one: the words alone may be anybody's."""
 
 
-def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = (), rights: str = "") -> SinkError:
-    """What to raise for `exc`. What is not known to be for ever is tried again."""
+def sink_error(
+    sink: str,
+    exc: RedisError | OSError,
+    secrets: Iterable[str] = (),
+    rights: str = "",
+    named: Callable[[str], str] = str,
+) -> SinkError:
+    """What to raise for `exc`, of keys that are called so. What is not known to be for ever is tried again."""
     detail = _detail(exc, secrets)
     words = _words(exc)
     if isinstance(exc, _TURNED_AWAY_CLASSES) or words & TURNED_AWAY or any(w in detail for w in TURNED_AWAY_WORDINGS):
@@ -71,7 +75,7 @@ def sink_error(sink: str, exc: RedisError | OSError, secrets: Iterable[str] = ()
         return SinkUnusable(sink=sink, detail=detail, cure=CLUSTER_CURE)
     for known, error, cure in _KNOWN:
         if known in (words if known.isupper() else detail.lower()):
-            return error(sink=sink, detail=detail, cure=cure)
+            return error(sink=sink, detail=detail, cure=cure or foreign_cure(named))
     return SinkUnavailable(sink=sink, detail=detail)
 
 
@@ -85,8 +89,16 @@ def turned_away_cure(rights: str = "") -> str:
 
 def rights_on(named: Callable[[str], str]) -> str:
     """For keys that are called so."""
-    patterns = ("content:*", "top:content:*", "engagement:seen:*")
-    return " ".join([*(f"~{named(pattern)}" for pattern in patterns), COMMANDS])
+    return " ".join([*(f"~{named(pattern)}" for pattern in PATTERNS), COMMANDS])
+
+
+def foreign_cure(named: Callable[[str], str]) -> str:
+    """A key that is called so is of another type, or has another kind of value."""
+    *some, last = map(named, PATTERNS)
+    return (
+        f"Another program uses a key {', '.join(some)} or {last}: rename or delete it, or give the replicator a "
+        "REPLICATOR_REDIS_PREFIX, or a database of its own in REPLICATOR_REDIS_URL"
+    )
 
 
 def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:

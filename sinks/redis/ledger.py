@@ -12,7 +12,7 @@ from replicator.contracts.events import Event, Id
 from replicator.contracts.fields import Field
 from replicator.contracts.sink import Held
 from sinks.redis.client import SINK, RedisClient
-from sinks.redis.errors import FOREIGN_CURE
+from sinks.redis.errors import foreign_cure
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, LAST_PREFIX, PAGE_BITS, SEEN_PREFIX
 from sinks.redis.rows.plan import State
 from sinks.redis.rows.writer import RowsWriter
@@ -39,7 +39,7 @@ class RedisLedger:
             return [int(value or b"0") for value in found]
         except ValueError:
             detail = f"a key of {self._redis.named(COUNT_PREFIX)}* is not a number"
-            raise SinkUnusable(sink=SINK, detail=detail, cure=FOREIGN_CURE) from None
+            raise SinkUnusable(sink=SINK, detail=detail, cure=foreign_cure(self._redis.named)) from None
 
     async def unseen(self, ids: Sequence[Id]) -> list[Id]:
         await self._require_ours()

@@ -147,6 +147,7 @@ class Window:
     ) -> None:
         """A failure is logged when it begins; the next write meets it as well."""
         # `stop` cancels, but redis-py sends within asyncio.wait_for, which can lose that (before 3.12; bpo-37658).
+        window = self._redis.named(WINDOW)
         told = False  # not `failure`: a write slides, too, and may be the first to see it right again
         looked = 0
         while self._task is not None:
@@ -156,13 +157,13 @@ class Window:
             except SinkError as exc:
                 if not told:
                     told = True
-                    _log.warning("%s can't be kept right and will expire: %s", WINDOW, exc, extra={"code": "R517"})
+                    _log.warning("%s can't be kept right and will expire: %s", window, exc, extra={"code": "R517"})
                 if isinstance(exc, SinkMisconfigured):
                     await turned_away()
             else:
                 if told:
                     told = False
-                    _log.info("%s is kept right again", WINDOW)
+                    _log.info("%s is kept right again", window)
                 if looked != (second := int(self._clock())):
                     looked = second
                     with suppress(SinkError):  # the next write meets it as well

@@ -67,6 +67,7 @@ def test_all_is_well_in_every_size(quick: Program, source: psycopg.Connection, l
         viewer.sees_state("well")
         viewer.sees("headline", "All is well")
         viewer.sees("top", "10")
+        viewer.sees("top", "content_id")
         assert width >= viewer.page.evaluate("document.documentElement.scrollWidth")
         viewer.shoot(name)
     assert [] == viewers["1280"].violations() + viewers["360"].violations()

@@ -259,7 +259,7 @@ async def test_too_many_changes_are_told_and_copied_anew(
     await save(store, made, FIRST)
     rows = [structs.replace(change("U", 1, ("video", n), identity=1), commit_lsn=FIRST, ordinal=n) for n in range(1, 8)]
     await made.enrich(rows)
-    assert "more than 5 changes of content wait for the checkpoint" in caplog.text
+    assert "more than 5 changes of public.content wait for the checkpoint" in caplog.text
     await save(store, made, FIRST)
     assert stored(store).contents is None
     event = structs.replace(insert(content_id=1), commit_lsn=FIRST + 10, ordinal=1)

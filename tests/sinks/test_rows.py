@@ -206,6 +206,35 @@ async def test_rows_that_come_once(redis_url: str, monkeypatch: pytest.MonkeyPat
         assert [event.json for event in newest] == [client.get(f"visits:last:{depot}") for depot in range(3)]
 
 
+NAMED = replace(NUMBERED, redis_name="depots")
+
+
+@pytest.mark.parametrize("stream", [STREAM, ONCE, NAMED], ids=["they change", "once", "numbers"])
+async def test_another_program_s_key_is_called_as_the_stream_s(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, stream: Stream
+) -> None:
+    """Of another type, and of another kind of value. No word of content, which the stream has not."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    monkeypatch.setenv("REPLICATOR_REDIS_PREFIX", "shop:")
+    noun = stream.redis_name or stream.name
+    told = f"Another program uses a key shop:{noun}:*, shop:top:{noun}:* or shop:{stream.name}:seen:*: rename or delete"
+    parcel: Id = 1 if stream is NAMED else PARCELS[0] if stream is STREAM else "00000000-0000-0000-0000-000000000001"
+    sink = RedisSink(load(RedisSettings), stream)
+    with redis.Redis.from_url(redis_url) as client:
+        for spoil in ("RPUSH", "SET"):
+            client.flushall()
+            client.execute_command(spoil, f"shop:{noun}:count:7", "theirs")
+            with pytest.raises(SinkUnusable, match="Another program uses a key") as caught:
+                await sink.write([Event(100, 1, parcel, 7, int(time.time()) * 1_000_000, b"{}")])
+            assert told in str(caught.value)
+            assert "content" not in str(caught.value)
+        with pytest.raises(SinkUnusable) as counted:
+            await sink.counter().counts([7])
+        assert told in str(counted.value)
+        client.flushall()
+    await sink.close()
+
+
 @pytest.fixture
 def writer(redis_url: str) -> Iterator[Any]:
     """A connection that may give rights to the user `writer`."""

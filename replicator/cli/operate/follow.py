@@ -39,8 +39,8 @@ async def trace(
     """Show what became of one event.
 
     In PostgreSQL, and for each sink: written, waiting, dead letter, not found, differs, or unknown. A sink that can't
-    be asked, such as the HTTP API, has everything up to its position. What differs only because its content has changed
-    since is no difference.
+    be asked, such as the HTTP API, has everything up to its position. What differs only because what it is joined with
+    has changed since is no difference.
     """
     from enrichment import TableLedger
     from replicator.operations.follow import trace as traces

@@ -16,9 +16,11 @@ import msgspec
 
 from replicator.contracts.errors import ReplicatorError
 from replicator.contracts.events import Id
+from replicator.contracts.fields import Stream
 from replicator.contracts.sink import Ranks
 from replicator.contracts.stores import Task, TaskProgress
 from replicator.delivery.backfill import BackfillProgress
+from replicator.delivery.lane import Lane
 from replicator.operations.watchdog import Watchdog
 
 ASK_SECONDS = 2.0
@@ -116,10 +118,18 @@ class Beside:
         self.top.stop()
         self.backfills.stop()
 
+    @property
+    def ranked(self) -> Stream | None:
+        """Whose keys are the top ones; of several streams the first."""
+        return next((lane.sink.stream for lane in self._lanes if isinstance(lane.sink, Ranks)), None)
+
     async def _top(self) -> list[tuple[Id, int]] | None:
-        sinks = [lane.sink for lane in self._watchdog.pipeline.fan_out.lanes]
-        ranking = next((sink for sink in sinks if isinstance(sink, Ranks)), None)
+        ranking = next((lane.sink for lane in self._lanes if isinstance(lane.sink, Ranks)), None)
         return await ranking.top(TOP) if ranking else None
+
+    @property
+    def _lanes(self) -> Sequence[Lane]:
+        return self._watchdog.pipeline.fan_out.lanes
 
     async def _backfills(self) -> list[Running]:
         return [*running(await asyncio.to_thread(self._store.tasks, self._slot), time.time())]

@@ -130,6 +130,7 @@ class Renderer:
             "charts": self._lines(),
             "forecast": _outlook(status),
             "top": self._beside.top,
+            "ranked": self._beside.ranked,
             "letters": [*self._letters(status)],
             "backfills": self._beside.backfills,
             "notices": [*reversed(self._watchdog.notices.ring)],

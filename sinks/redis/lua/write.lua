@@ -63,7 +63,7 @@ local counts, newest = values(COUNT), values(NEWEST)
 for content, count in ipairs(counts) do
   counts[content] = tonumber(count or '0')
   if not counts[content] then
-    return redis.error_reply('WRONGTYPE a key of content:count:* is not a number')
+    return redis.error_reply('WRONGTYPE a count is not a number')
   end
   if not newest[content] then
     redis.call('STRLEN', KEYS[LAST + content]) -- setting it would overwrite a key of any type
