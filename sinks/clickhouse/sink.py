@@ -17,7 +17,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -28,6 +27,7 @@ from pydantic import Field, SecretStr, field_validator
 from replicator.contracts.errors import (
     BatchRefused,
     BatchTooLarge,
+    SinkBroken,
     SinkError,
     SinkMisconfigured,
     SinkUnavailable,
@@ -151,6 +151,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._witnesses = Witnesses(self.ledger(with_content=False))
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = 0.0  # time.monotonic()
+        self._told = False  # of what it failed at
         self._is_open = False
         self._rows = versions if stream.follows else rows
         others = (field for field in stream.fields if field is not stream.time)
@@ -253,14 +254,21 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         """That events are missing, until they are there again."""
         if not self._witnesses.gone:
             return
-        if self._is_open and time.monotonic() - self._asked_at >= LOOK_SECONDS:
+        asks = self._asking is not None and not self._asking.done()
+        if self._is_open and not asks and time.monotonic() - self._asked_at >= LOOK_SECONDS:
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask())
         raise emptied(self._table)
 
     async def _ask(self) -> None:
-        with suppress(SinkError):  # they stay missing, and the next insert meets the same
+        try:
             await self._witnesses.look()
+        except SinkError:  # they stay missing, and the next insert meets the same
+            pass
+        except Exception:  # noqa: BLE001  a bug, and nobody waits for this task: it is told once
+            if not self._told:
+                _log.exception("sink %s can't be asked for what is missing", self.name, extra={"code": SinkBroken.code})
+            self._told = True
 
     def remember(self) -> str:
         return self._witnesses.memory

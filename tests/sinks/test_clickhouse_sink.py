@@ -688,6 +688,41 @@ class TestEmptied:
                     break
                 await asyncio.sleep(0.01)
 
+    async def test_a_bug_while_they_are_looked_for_is_told(
+        self,
+        clickhouse: ClickHouse,
+        sink: ClickHouseSink,
+        *,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Once; meanwhile they stay missing, and one question at a time goes on."""
+        monkeypatch.setattr("sinks.clickhouse.sink.LOOK_SECONDS", 0.0)
+        await sink.write(events(1, 50))
+        clickhouse.query(f"TRUNCATE TABLE {TABLE} SYNC")
+        await sink.write(events(51, 60))
+        answer, asked = asyncio.Event(), list[asyncio.Event]()
+
+        async def bug() -> None:
+            asked.append(answer)
+            await answer.wait()
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(sink._witnesses, "look", bug)  # noqa: SLF001  what `look` begins
+        async with asyncio.timeout(RETRY_DEADLINE_SECONDS):
+            while len(asked) < 3:
+                with pytest.raises(SinkEmptied):
+                    sink.look()
+                await asyncio.sleep(0)
+                if len(asked) == 1 and not answer.is_set():
+                    with pytest.raises(SinkEmptied):
+                        sink.look()
+                    await asyncio.sleep(0)
+                    assert 1 == len(asked), "the first one has no answer yet"
+                    answer.set()
+        assert 1 == caplog.text.count("sink clickhouse can't be asked for what is missing\nTraceback")
+        assert "ZeroDivisionError" in caplog.text
+
     @pytest.mark.parametrize("how", NOT_EMPTIED)
     async def test_rows_go_for_good_reasons(self, clickhouse: ClickHouse, sink: ClickHouseSink, how: str) -> None:
         """Nothing is missing, or somebody wanted it so."""
