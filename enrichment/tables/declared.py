@@ -27,7 +27,10 @@ ENGAGEMENT: Final = "enrichment.contract:EVENT"
 
 
 def declaration(one: str | Stream) -> Stream:
-    """It, or the one of that name, `module:NAME`; its module may be in the working directory. Raises ValueError."""
+    """It, or the one of that name: `module:NAME`, or `module`, whose STREAM it is. Raises ValueError.
+
+    The module may be in the working directory.
+    """
     return one if isinstance(one, Stream) else _named(one)
 
 
@@ -111,7 +114,8 @@ class EnrichmentSettings(Settings):
         Setting(
             (ENGAGEMENT,),
             min_length=1,
-            description="module:NAME, a Stream that a Python module declares; several of them separated by commas",
+            description="module:NAME, a Stream that a Python module declares, or module, for its STREAM; several of "
+            "them separated by commas",
         )
     )
     content_cache_size: int = Setting(

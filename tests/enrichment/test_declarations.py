@@ -234,6 +234,12 @@ async def test_a_function_that_was_interrupted(module: Callable[[str], str], dat
     assert any("x was interrupted" in found.cure + found.what for found in await findings(database, stream, ""))
 
 
+def test_a_module_alone_is_its_stream(module: Callable[[str], str]) -> None:
+    """As the setting's description says."""
+    name = module("STREAM = with_()")
+    assert declaration(name) is declaration(f"{name}:STREAM")
+
+
 def declared(module: Callable[[str], str], text: str) -> Stream:
     """The stream of a module."""
     return declaration(f" {module(f'STREAM = {text}')} : STREAM ")
