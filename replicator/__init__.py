@@ -24,6 +24,8 @@ from replicator.contracts.fields import (
     Field,
     Role,
     Stream,
+    StreamUnusable,
+    Type,
     Where,
     as_text,
     numeric,
@@ -36,12 +38,15 @@ if TYPE_CHECKING:
         BatchTooLarge,
         ReplicatorError,
         SettingsError,
+        SinkEmptied,
+        SinkError,
         SinkMisconfigured,
         SinkUnavailable,
         SinkUnusable,
+        cited,
     )
-    from replicator.contracts.events import Event, Finding, Refusal, SinkPosition
-    from replicator.contracts.settings import Settings
+    from replicator.contracts.events import Event, Finding, Refusal, SinkPosition, format_lsn, unfolded
+    from replicator.contracts.settings import PostgresDsn, Settings
     from replicator.contracts.sink import Mode, Sink
     from replicator.operations.status.form import Status
 else:
@@ -59,17 +64,23 @@ _ELSEWHERE = {
     "Event": "replicator.contracts.events",
     "Finding": "replicator.contracts.events",
     "Mode": "replicator.contracts.sink",
+    "PostgresDsn": "replicator.contracts.settings",
     "Refusal": "replicator.contracts.events",
     "Replicator": "replicator.cli.app.library",
     "ReplicatorError": "replicator.contracts.errors",
     "Settings": "replicator.contracts.settings",
     "SettingsError": "replicator.contracts.errors",
     "Sink": "replicator.contracts.sink",
+    "SinkEmptied": "replicator.contracts.errors",
+    "SinkError": "replicator.contracts.errors",
     "SinkMisconfigured": "replicator.contracts.errors",
     "SinkPosition": "replicator.contracts.events",
     "SinkUnavailable": "replicator.contracts.errors",
     "SinkUnusable": "replicator.contracts.errors",
     "Status": "replicator.operations.status.form",
+    "cited": "replicator.contracts.errors",
+    "format_lsn": "replicator.contracts.events",
+    "unfolded": "replicator.contracts.events",
 }
 
 __all__ = [
@@ -93,6 +104,7 @@ __all__ = [
     "Field",
     "Finding",
     "Mode",
+    "PostgresDsn",
     "Refusal",
     "Replicator",
     "ReplicatorError",
@@ -100,15 +112,22 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Sink",
+    "SinkEmptied",
+    "SinkError",
     "SinkMisconfigured",
     "SinkPosition",
     "SinkUnavailable",
     "SinkUnusable",
     "Status",
     "Stream",
+    "StreamUnusable",
+    "Type",
     "Where",
     "as_text",
+    "cited",
+    "format_lsn",
     "numeric",
+    "unfolded",
 ]
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 
+import replicator
 from replicator.cli.main import app
 from replicator.contracts.settings import Settings, variable
 from tests.prove.failpoints import BREACHES
@@ -37,6 +38,8 @@ OF_SERVERS = (
     "|terminating connection|query would be affected"
 )
 """What begins like this is the words of a server or of a driver."""
+STABLE = {"replicator", "enrichment", "sinks.testing", "sinks.threads"}
+"""The modules of the names that stay, see docs/streams/library.md."""
 SHORT = 6  # characters: a part as short as that says nothing
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -167,6 +170,25 @@ def test_the_example_sink_is_the_tested_one() -> None:
     files = sorted((ROOT / "examples/sinks/lines_sink").glob("*.[pt]*"))
     assert files
     assert not [file.name for file in files if file.read_text(encoding="utf-8") not in shown]
+
+
+def test_every_stable_name_is_on_the_page_of_the_library() -> None:
+    """And no other: what stays, and what other programs are given."""
+    section = (ROOT / "docs/streams/library.md").read_text(encoding="utf-8").partition("\n## Names")[2]
+    first_column = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    assert sorted(replicator.__all__) == sorted(name for cell in first_column for name in QUOTED.findall(cell))
+
+
+def test_what_is_shown_uses_stable_names() -> None:
+    """The examples, and the programs in the documents, import nothing of ours that may change in any version."""
+    shown = {str(file): file.read_text(encoding="utf-8") for file in (ROOT / "examples").rglob("*.py")}
+    for page in DOCUMENTS:
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        shown |= {f"{page} {number}": text for number, text in enumerate(blocks)}
+    used = {name: {*re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE)} for name, text in shown.items()}
+    assert {"replicator", "sinks.threads"} <= set().union(*used.values())
+    ours = {name: {one for one in modules if one.split(".")[0] in PACKAGES} for name, modules in used.items()}
+    assert not {name: others for name, modules in ours.items() if (others := modules - STABLE)}
 
 
 def test_faults_name_real_tests() -> None:

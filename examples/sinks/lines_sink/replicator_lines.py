@@ -9,39 +9,39 @@ from pathlib import Path
 import msgspec
 from pydantic import Field
 
-from replicator.contracts import errors, events, fields, settings, sink
+from replicator import Event, Finding, Refusal, Settings, Sink, SinkUnavailable, Stream
 from sinks.threads import BlockingCalls
 
 
-class LinesSettings(settings.Settings):
+class LinesSettings(Settings):
     lines_path: Path = Field(Path("events.jsonl"), description="the path of the file")
 
 
-class LinesSink(sink.Sink):
+class LinesSink(Sink):
     name = "lines"
     max_events = 1000
     settings_class = LinesSettings
     settings: LinesSettings
 
-    def __init__(self, given: LinesSettings, stream: fields.Stream) -> None:
+    def __init__(self, given: LinesSettings, stream: Stream) -> None:
         super().__init__(given, stream)
         self._calls = BlockingCalls("lines")
         self._ids, self._end = set[int](), 0  # of the lines in the first `_end` bytes of the file
 
-    async def check(self) -> list[events.Finding]:
+    async def check(self) -> list[Finding]:
         path = self.settings.lines_path
         ok = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
-        return [events.Finding(ok, f"sink lines: {path}", "" if ok else "Name a file that can be written to")]
+        return [Finding(ok, f"sink lines: {path}", "" if ok else "Name a file that can be written to")]
 
-    async def write(self, new: Sequence[events.Event]) -> Sequence[events.Refusal]:
+    async def write(self, new: Sequence[Event]) -> Sequence[Refusal]:
         try:
             await self._calls.run(partial(self._append, new), seconds=15)
         except OSError as exc:  # a TimeoutError is one, too
             detail = f"{self.settings.lines_path}: {exc.strerror or 'no answer for 15 s'}"
-            raise errors.SinkUnavailable(sink=self.name, detail=detail) from exc
+            raise SinkUnavailable(sink=self.name, detail=detail) from exc
         return []
 
-    def _append(self, new: Sequence[events.Event]) -> None:
+    def _append(self, new: Sequence[Event]) -> None:
         with self.settings.lines_path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a backfill may write beside the replicator
             if file.tell() < self._end:  # it is another file

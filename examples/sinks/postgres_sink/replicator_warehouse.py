@@ -7,11 +7,29 @@ from contextlib import asynccontextmanager
 import psycopg
 from pydantic import Field
 
-from replicator.contracts import errors, events, fields, settings, sink
+from replicator import (
+    BatchRefused,
+    BatchTooLarge,
+    Event,
+    Finding,
+    Mode,
+    PostgresDsn,
+    Refusal,
+    Settings,
+    Sink,
+    SinkError,
+    SinkMisconfigured,
+    SinkPosition,
+    SinkUnavailable,
+    SinkUnusable,
+    Stream,
+    cited,
+    format_lsn,
+)
 
 ANSWER_SECONDS, UNDEFINED_TABLE = 30, "42P01"
 CURE = "Check REPLICATOR_WAREHOUSE_DSN, the two tables, and what the role may do (README.md of replicator-warehouse)"
-REFUSED = {"22": errors.BatchRefused, "23": errors.BatchRefused, "P0": errors.BatchRefused, "54": errors.BatchTooLarge}
+REFUSED = {"22": BatchRefused, "23": BatchRefused, "P0": BatchRefused, "54": BatchTooLarge}
 """By the SQLSTATE's class: a value, a constraint, a trigger; a limit of PostgreSQL."""
 TURNED_AWAY = ("28", "3D", "3F", "42")  # who we are, the database, the schema, a table or our rights in it
 DURABLE = "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
@@ -21,19 +39,19 @@ MOVE = """UPDATE events_position SET (commit_lsn, ordinal) = (
     SELECT * FROM (VALUES (commit_lsn, ordinal), (%s::pg_lsn, %s)) AS places ORDER BY 1 DESC, 2 DESC LIMIT 1)"""
 
 
-class WarehouseSettings(settings.Settings):
-    warehouse_dsn: settings.PostgresDsn = Field(
+class WarehouseSettings(Settings):
+    warehouse_dsn: PostgresDsn = Field(
         description="a postgresql:// URL or libpq keywords of the database to write to, sslmode and the like included"
     )
 
 
-class WarehouseSink(sink.Sink):
+class WarehouseSink(Sink):
     name, max_events, linger_seconds, settings_class = "warehouse", 5000, 0.2, WarehouseSettings
     settings: WarehouseSettings
     _connection: psycopg.AsyncConnection | None = None
     _live = False
 
-    def __init__(self, given: WarehouseSettings, stream: fields.Stream) -> None:
+    def __init__(self, given: WarehouseSettings, stream: Stream) -> None:
         super().__init__(given, stream)
         key, names = stream.identity.name, [field.name for field in stream.fields] + ["_lsn"]
         columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in stream.fields), "_lsn bigint"])
@@ -53,25 +71,25 @@ class WarehouseSink(sink.Sink):
                 await connection.execute(self._tables[table])
         return [f"PostgreSQL: made table {table}" for table in missing]
 
-    async def check(self) -> list[events.Finding]:
+    async def check(self) -> list[Finding]:
         try:
             await self.write([])
-        except errors.SinkError as exc:
-            return [events.Finding(False, exc.problem, exc.cure or CURE, made_by_init=UNDEFINED_TABLE in exc.detail)]
-        return [events.Finding(True, "sink warehouse: PostgreSQL takes events")]
+        except SinkError as exc:
+            return [Finding(False, exc.problem, exc.cure or CURE, made_by_init=UNDEFINED_TABLE in exc.detail)]
+        return [Finding(True, "sink warehouse: PostgreSQL takes events")]
 
-    async def open(self, start: events.SinkPosition | None = None, mode: sink.Mode = sink.Mode.LIVE) -> None:
-        self._live = mode is sink.Mode.LIVE
+    async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
+        self._live = mode is Mode.LIVE
         await self.write([])
 
-    async def write(self, new: Sequence[events.Event]) -> Sequence[events.Refusal]:
+    async def write(self, new: Sequence[Event]) -> Sequence[Refusal]:
         rows = b",".join(b'%b,"_lsn":%d}' % (event.json[:-1], event.commit_lsn) for event in new)
-        last = (events.format_lsn(new[-1].commit_lsn), new[-1].ordinal) if new and self._live else ("0/0", 0)
+        last = (format_lsn(new[-1].commit_lsn), new[-1].ordinal) if new and self._live else ("0/0", 0)
         async with self._transaction() as connection:
             await connection.execute(self._upsert, [f"[{rows.decode()}]"])
             moved = await connection.execute(MOVE, last)
         if not moved.rowcount:
-            raise errors.SinkUnusable(sink=self.name, detail="events_position has lost its row", cure=CURE)
+            raise SinkUnusable(sink=self.name, detail="events_position has lost its row", cure=CURE)
         return []
 
     @asynccontextmanager
@@ -96,12 +114,12 @@ class WarehouseSink(sink.Sink):
             await connection.close()
 
 
-def _meaning(exc: psycopg.Error | TimeoutError) -> errors.SinkError:
+def _meaning(exc: psycopg.Error | TimeoutError) -> SinkError:
     """What PostgreSQL says may quote the row: only a dead letter has it."""
     state = getattr(exc, "sqlstate", None) or ""
     if refused := REFUSED.get(state[:2]):
-        return refused(sink="warehouse", detail=f"PostgreSQL error {state}", reason=errors.cited(str(exc)))
-    words = errors.cited(str(exc)) or f"no answer for {ANSWER_SECONDS} s"
+        return refused(sink="warehouse", detail=f"PostgreSQL error {state}", reason=cited(str(exc)))
+    words = cited(str(exc)) or f"no answer for {ANSWER_SECONDS} s"
     if state.startswith(TURNED_AWAY) or "FATAL:  " in str(exc):  # without a state libpq speaks, of a connection
-        return errors.SinkMisconfigured(sink="warehouse", detail=f"{state} {words}".strip(), cure=CURE)
-    return errors.SinkUnavailable(sink="warehouse", detail=f"PostgreSQL error {state}" if state else words)
+        return SinkMisconfigured(sink="warehouse", detail=f"{state} {words}".strip(), cure=CURE)
+    return SinkUnavailable(sink="warehouse", detail=f"PostgreSQL error {state}" if state else words)
