@@ -58,14 +58,15 @@ class Database:
     async def each(self, *queries: tuple[str, Mapping[str, object] | None]) -> list[list[tuple[Any, ...]]]:
         """The results of several queries, one after the other, each in a newer snapshot. Raises as `rows`."""
         async with self._translated(), asyncio.timeout(self._patience_seconds), self._reading() as connection:
-            return [await (await connection.execute(*query)).fetchall() for query in queries]
+            # Never without parameters: all queries write a name's % twice.
+            return [await (await connection.execute(query, given or {})).fetchall() for query, given in queries]
 
     async def stream(
         self, query: str, parameters: Mapping[str, object] | None = None
     ) -> AsyncIterator[tuple[Any, ...]]:
         """The rows of one query as they come: memory holds one at a time. Raises as `rows`."""
         async with self._translated(), self._reading() as connection, connection.cursor() as cursor:
-            async for row in cursor.stream(query, parameters, binary=True):
+            async for row in cursor.stream(query, parameters or {}, binary=True):
                 yield row
 
     async def close(self) -> None:

@@ -56,7 +56,7 @@ class TableLedger:
         self._hash = HASH.format(line=", ".join(map(self._text, compared)))
         of_id, of_key = tables.identity.type, tables.key.type
         self._event = f"{of_id.select(self._id)}, {self._us}, {of_key.select(self._key)}, {self._hash}"
-        self._ids, self._keys = f"{self._id} = ANY(%(ids)s::{of_id.postgres}[])", f"ANY(%(keys)s::{of_key.postgres}[])"
+        self._of_keys = f"{of_key.select(self._key)} = ANY(%(keys)s::{of_key.postgres}[])"
         number = self._id if of_id.python is int else NUMBER_OF.format(self._id)
         self._bucket = f"({self._us} - %(origin_us)s::bigint) / %(width_us)s::bigint"
         self._remainder = f"mod(mod({number}, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
@@ -95,7 +95,7 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
 
     async def find(self, ids: Sequence[Id], start_us: int, end_us: int) -> list[EventDigest]:
         wanted = {**_between(start_us, end_us), "ids": list(ids)}
-        rows = await self._select(self._event, wanted, f"AND {self._ids}")
+        rows = await self._select(self._event, wanted, f"AND e.{self._tables.among}")
         return [EventDigest(*row) for row in rows]
 
     async def lsn(self) -> Lsn:
@@ -112,7 +112,8 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
 
     async def ids(self, start_us: int, end_us: int) -> AsyncIterator[Sequence[Id]]:
         if self._tables.identity.type.python is not int:
-            async for chunk in self._chunks(f"SELECT {self._id}::text {self._events}", _between(start_us, end_us)):
+            name = self._tables.identity.type.select(self._id)
+            async for chunk in self._chunks(f"SELECT {name} {self._events}", _between(start_us, end_us)):
                 yield [name for (name,) in chunk]
             return
         # At most 65,536 neighbours in a row, each as eight bytes.
@@ -141,7 +142,7 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
 
     async def counts_of(self, keys: Sequence[Id]) -> dict[Id, int]:
         wanted = {**between(BEGINNING, END), "keys": list(keys)}
-        of_keys = f"AND {self._key} = {self._keys} GROUP BY 1"
+        of_keys = f"AND {self._of_keys} GROUP BY 1"
         return dict(await self._select(f"{self._tables.key.type.select(self._key)}, count(*)", wanted, of_keys))
 
     def picked(self, ids: Sequence[Id]) -> PickedHistory:

@@ -22,7 +22,6 @@ class Queries:
         self._events = f"{tables.rows_of(tables.events)} AS e"
         self.counted = tables.identity.type.python is int
         """Whether identities are numbers, which begin somewhere and end somewhere."""
-        self._type = tables.identity.type.postgres
         self._up_to = f"AND p.{identity} <= %(last_id)s::bigint" if self.counted else ""
         within = " AND ".join(
             filter(None, [f"{time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz", tables.wanted("e")])
@@ -41,7 +40,7 @@ SELECT EXISTS (
     SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
     WHERE i.indrelid = {sql.Literal(tables.stream.table).as_string()}::regclass
-      AND a.attname = {sql.Literal(name).as_string()}
+      AND a.attname = {sql.Literal(name).as_string().replace("%", "%%")}
       AND m.amname = 'btree' AND i.indisvalid AND i.indpred IS NULL)
 """  # noqa: S608  names in the declaration
         ends = f"min({identity})::bigint, max({identity})::bigint" if self.counted else "NULL, NULL"
@@ -72,7 +71,7 @@ GROUP BY 1 ORDER BY 1
             return f"""
 ({time}, {identity}) >= (%(ts)s::timestamptz, %(id)s::bigint) AND {time} < %(end)s::timestamptz
 AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s"""
-        after = f"({time}, {identity}) > (%(ts)s::timestamptz, %(id)s::{self._type})"
+        after = f"({time}, {identity}) > (%(ts)s::timestamptz, %(id)s)"
         begins = after if begun else f"{time} >= %(ts)s::timestamptz"
         return f"{begins} AND {time} < %(end)s::timestamptz ORDER BY {time}, {identity} LIMIT %(rows)s"
 
@@ -80,15 +79,16 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
         identity = self._identity
         if self.counted:
             return f"{identity} BETWEEN %(id)s::bigint AND %(last_id)s::bigint ORDER BY {identity} LIMIT %(rows)s"
-        begins = f"{identity} > %(id)s::{self._type}" if begun else "true"
+        begins = f"{identity} > %(id)s" if begun else "true"  # as the column's own type, which orders them
         return f"{begins} ORDER BY {identity} LIMIT %(rows)s"
 
     @property
     def picked(self) -> str:
         """The events of some ids, in the order in which Python sorts them."""
-        order = f'p.{self._identity} COLLATE "C"' if self._type == "text" else f"p.{self._identity}"
+        kind, order = self._tables.identity.type, f"p.{self._identity}"
+        order = f'{kind.select(order)} COLLATE "C"' if kind.postgres == "text" else order
         wanted = self._tables.wanted("p") or "true"
-        return self._page(f"{self._identity} = ANY(%(ids)s::{self._type}[])", order, wanted, self._moment(WAL_END))
+        return self._page(self._tables.among, order, wanted, self._moment(WAL_END))
 
     def _moment(self, wal_end: str) -> str:
         """SQL for the position that the page is as of."""

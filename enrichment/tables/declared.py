@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, InstanceOf, ValidationInfo
 from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError
-from replicator.contracts.fields import Field, Stream, StreamUnusable
+from replicator.contracts.fields import TEXT, Field, Stream, StreamUnusable
 from replicator.contracts.settings import Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
@@ -226,6 +226,16 @@ class Tables:
     def identity_name(self) -> str:
         """What the identity's column is called in its table."""
         return self.named(self.events, self.identity.column)
+
+    @property
+    def among(self) -> str:
+        """SQL that an identity is one of those in the parameter `ids`.
+
+        A list of texts has no type: PostgreSQL takes it for the column's own, so that its index serves, and a char(9)
+        is not compared with texts, from which the spaces at its end would have gone.
+        """
+        kind = self.identity.type.postgres
+        return f"{quoted(self.identity.column)} = ANY(%(ids)s{'' if kind == TEXT.postgres else f'::{kind}[]'})"
 
     @property
     def are_engagement(self) -> bool:

@@ -61,9 +61,9 @@ def _recent(tables: Tables) -> str:
 
 def _find(tables: Tables, source: str, condition: str, *, begun: bool) -> str:
     identity, kind = quoted(tables.identity.column), tables.identity.type
-    order = f'{identity} COLLATE "C"' if kind.postgres == "text" else identity
+    selected = kind.select(identity)
+    order = f'{selected} COLLATE "C"' if kind.postgres == "text" else identity
     after = f"{identity} >= %(id)s::bigint" if kind.python is int else f"{order} > %(id)s::{kind.postgres}"
-    selected = identity if kind.python is int else f"{identity}::text"
     where = f"{after if begun or kind.python is int else 'true'} AND {condition} ORDER BY {order} LIMIT %(count)s"
     return f"SELECT {selected} FROM {tables.rows_of(tables.events, source)} AS e WHERE {where}"  # noqa: S608
 
@@ -71,11 +71,10 @@ def _find(tables: Tables, source: str, condition: str, *, begun: bool) -> str:
 def as_now_query(tables: Tables) -> str:
     """Events by id, in the form of the stream's rows."""
     selected = ", ".join(field.type.select(f"e.{quoted(field.column)}") for field in tables.own)
-    known = f"{quoted(tables.identity.column)} = ANY(%(ids)s::{tables.identity.type.postgres}[])"
     return f"""
 -- Events by id, in the form of the stream's rows.
 SELECT {selected}
-FROM {tables.rows_of(tables.events)} AS e WHERE {known}
+FROM {tables.rows_of(tables.events)} AS e WHERE {tables.among}
 """  # noqa: S608  names in the declaration
 
 

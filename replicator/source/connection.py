@@ -32,6 +32,9 @@ SESSION: Mapping[str, str] = {
     "client_encoding": "UTF8",
     "DateStyle": "ISO",  # wal2json prints timestamps as the session says
     "TimeZone": "UTC",
+    "IntervalStyle": "postgres",
+    "bytea_output": "hex",  # wal2json takes it for that, whatever it is
+    "extra_float_digits": "1",  # all digits that a float has
     # PostgreSQL ends nothing of ours: a stream lasts for ever, and a new slot waits for the transactions that run.
     "statement_timeout": "0",
     "lock_timeout": "0",

@@ -114,6 +114,9 @@ def typed(quick: Program, source: psycopg.Connection, tmp_path: Path, request: p
     """A replicator of a table of all types."""
     identity, key = request.param
     columns = "".join(f', "{name}" {kind(name).postgres}' for name in EVERY)
+    for setting in ("IntervalStyle = iso_8601", "bytea_output = escape", "extra_float_digits = -15"):
+        ours = f"ALTER DATABASE {source.info.dbname} SET {setting}"  # for the sessions to come
+        source.execute(ours.encode())
     source.execute("CREATE TYPE mood AS ENUM ('sad', 'so happy')")
     names = {"BIGINT": "bigint", "UUID": "uuid", "TEXT": "text"}
     roles = f"name {names[identity]} PRIMARY KEY, subject {names[key]} NOT NULL, at timestamptz NOT NULL"
