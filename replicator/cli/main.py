@@ -25,6 +25,7 @@ from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.cli.operate import control, follow, notify, top
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
+from replicator.contracts.packages import require_own
 from replicator.operations.logs import configure_logging, printable
 
 EPILOG = """\b
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> 
     _prepare_streams()
     os.umask(0o077)  # whatever it makes is its own: checkpoint and dead letters, and the embedded ClickHouse's tables
     try:
+        require_own()
         return _run(sys.argv[1:] if arguments is None else arguments, program)
     except typer.TyperException as exc:
         _complain(_one_line(exc, program))

@@ -141,6 +141,19 @@ class SettingsError(ReplicatorError):
         return error
 
 
+class PackageHidden(ReplicatorError):
+    """Python finds another file or folder under the name of one of our packages."""
+
+    code = "R108"
+    exit_code = 2
+
+    def __init__(self, *, path: str, package: str) -> None:
+        super().__init__(
+            f"{path} hides the replicator's own package {package}",
+            "Rename it; or if it is in the working directory, run `replicator` itself, or `python -P -m replicator`",
+        )
+
+
 class SourceError(ReplicatorError):
     """PostgreSQL can't be read from."""
 

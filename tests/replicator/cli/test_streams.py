@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from replicator.contracts.packages import BESIDE
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -94,3 +96,38 @@ def test_an_encoding_without_our_signs(tmp_path: Path) -> None:
     )
     assert 3 == status.returncode
     assert name in " ".join(json.loads(status.stdout)["reasons"])
+
+
+@pytest.mark.parametrize("package", BESIDE)
+@pytest.mark.parametrize("form", ["{}/__init__.py", "{}.py"])
+def test_a_folder_of_the_user_s_that_has_the_name_of_ours(package: str, form: str, tmp_path: Path) -> None:
+    """One line that names it. Python looks in the working directory first."""
+    theirs = tmp_path / form.format(package)
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("print('theirs')\n", encoding="utf-8")
+    named = theirs.parent if theirs.name == "__init__.py" else theirs
+    told = f"{named} hides the replicator's own package {package}. Rename it; or if it is in the working directory,"
+    done = shell("$P status", tmp_path)
+    assert (2, "") == (done.returncode, done.stdout)
+    assert done.stderr.startswith(f"replicator: {told}")
+    assert 1 == done.stderr.count("\n")
+    imported = shell(f"{sys.executable} -c 'from replicator import Replicator'", tmp_path)
+    assert 1 == imported.returncode
+    assert f"PackageHidden: {told}" in imported.stderr
+
+
+def test_the_cures_of_a_hidden_package(tmp_path: Path) -> None:
+    """Where Python does not look in the working directory; `backfill.py` has ours beside it."""
+    (tmp_path / "sinks.py").touch()
+    for command in ("${P/ -m/ -P -m} config check", f"{sys.executable} {ROOT}/backfill.py --help"):
+        done = shell(command, tmp_path)
+        assert (0, "") == (done.returncode, done.stderr)
+    (tmp_path / "sinks.py").rename(tmp_path / "mine.py")
+    assert 0 == shell("$P config check", tmp_path).returncode
+
+
+def test_a_mere_folder_hides_nothing(tmp_path: Path) -> None:
+    """Python prefers a package to it."""
+    for package in BESIDE:
+        (tmp_path / package).mkdir()
+    assert 0 == shell("$P config check", tmp_path).returncode
