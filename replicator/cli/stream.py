@@ -186,20 +186,15 @@ async def init(
 ) -> int:
     """Make the table, the checkpoint database and the slot.
 
-    It makes only what is missing, so running it again changes nothing. It prints the backfill command for older rows.
+    It makes only what is missing, so running it again changes nothing; and nothing at all while `check` refuses
+    PostgreSQL or its tables. It prints the backfill command for older rows.
     """
     from replicator.contracts.events import format_lsn
     from replicator.source.takeover import Beginning
 
     app = load_app()
     async with app.closing():
-        for line in await asyncio.to_thread(app.store.create):
-            print(line)
-        emptied = []
-        for sink in app.sinks:
-            if lines := await _created(sink):
-                print("\n".join(lines))
-                emptied.append(sink.name)
+        emptied = await _make(app)
         with closing(app.source()) as source:
             beginning = Beginning(source, app.store, app.settings.slot, app.sinks)
             taken = await beginning.take(accept_gap=accept_gap)
@@ -218,6 +213,21 @@ async def init(
         lacking = () if taken.created_slot else emptied
         print("\n".join(taken.gap or await _older_rows(app, lacking)))
     return 0
+
+
+async def _make(app: App) -> list[str]:
+    """Make and print what checkpoint and sinks need; the sinks that lacked something. Raises what `check` refuses."""
+    from replicator.operations.check import require_source
+
+    await require_source(app.settings, app.enricher)
+    for line in await asyncio.to_thread(app.store.create):
+        print(line)
+    emptied = []
+    for sink in app.sinks:
+        if lines := await _created(sink):
+            print("\n".join(lines))
+            emptied.append(sink.name)
+    return emptied
 
 
 async def _older_rows(app: App, lacking: Sequence[str]) -> list[str]:

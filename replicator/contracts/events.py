@@ -312,4 +312,4 @@ class Finding(NamedTuple):
     cure: str = ""
     """What to do, the exact command where there is one; may be empty when ok."""
     made_by_init: bool = False
-    """It is not there, and `init` makes it: that is as it should be before the first `init`."""
+    """It is not there, and `init` makes it, or waits until it can: that is as it should be before the first `init`."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 
-from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, command
+from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, SourceUnusable, command
 from replicator.contracts.events import Finding, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
@@ -62,6 +62,16 @@ async def findings(
             yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
     async for finding in _running(settings, paused):
         yield finding
+
+
+async def require_source(settings: CoreSettings, enricher: Enricher) -> None:
+    """Raise SourceError for what `findings` refuses of PostgreSQL and its tables: before that `init` makes nothing."""
+    found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
+    looked = (*found.findings, *await _checked("tables", enricher.check))
+    if refused := [finding for finding in looked if not (finding.ok or finding.made_by_init)]:
+        what = "; ".join(finding.what for finding in refused)
+        cure = "; ".join(dict.fromkeys(finding.cure for finding in refused if finding.cure))
+        raise SourceUnusable(problem=f"{what}. Nothing was made", cure=cure)
 
 
 async def _pauses(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> dict[str, Pause]:

@@ -37,6 +37,7 @@ SELECT current_user, (SELECT count(*) FROM pg_replication_slots), (SELECT count(
 """
 # A temporary slot ends with the connection. Reading one change through it proves plugin, version and options.
 _TRY_CREATE = "SELECT pg_create_logical_replication_slot({slot}, {plugin}, true)"
+_TRY_DROP = "SELECT pg_drop_replication_slot({slot})"  # there may be room for one alone, and `init` makes its own next
 _TRY_PEEK = "SELECT count(*) FROM pg_logical_slot_peek_changes({slot}, NULL, 1, {options})"
 
 
@@ -124,10 +125,11 @@ async def _try_slot(connection: Connection, role: str) -> tuple[list[Finding], b
         await connection.execute(sql.SQL("SET statement_timeout = {}").format(PLUGIN_TIMEOUT_SECONDS * 1_000))
         await connection.execute(sql.SQL(_TRY_CREATE).format(slot=slot, plugin=sql.Literal(PLUGIN)))
         await connection.execute(sql.SQL(_TRY_PEEK).format(slot=slot, options=options))
+        await connection.execute(sql.SQL(_TRY_DROP).format(slot=slot))
     except psycopg.errors.QueryCanceled:
         cure = "Wait for the oldest transaction to end (pg_stat_activity, pg_prepared_xacts), then check again"
         what = f"{PLUGIN}: a new slot could not be made in {PLUGIN_TIMEOUT_SECONDS} s"
-        return [may, Finding(False, what, cure)], True
+        return [may, Finding(False, what, cure, made_by_init=True)], True  # `init` waits longer
     except psycopg.Error as exc:
         error = await explained(exc, "", connection)
         if error.cure == replication_cure():

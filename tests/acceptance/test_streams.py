@@ -126,9 +126,9 @@ WRONG = {
 
 @pytest.mark.parametrize("declared", WRONG)
 def test_a_wrong_declaration_is_one_line(
-    orders: Program, source: psycopg.Connection, tmp_path: Path, declared: str
+    orders: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path, declared: str
 ) -> None:
-    """Of `check`, with the exit code of settings, or of what is not as it has to be."""
+    """Of `check`, and of `init`, which makes nothing; the exit code says whether it is a setting."""
     code, problem = WRONG[declared]
     source.execute("ALTER TABLE shop.orders ADD number numeric(9, 2), REPLICA IDENTITY FULL")
     for part in ("2026_01", "2026_02", "later"):
@@ -146,6 +146,12 @@ def test_a_wrong_declaration_is_one_line(
     assert code == found.code
     [line] = [line for line in (found.stdout + found.stderr).splitlines() if problem in line]
     assert "Traceback" not in line
+    made = orders.run("init")
+    assert (code, "") == (made.code, made.stdout)
+    assert line.removeprefix("FAIL  ") in made.stderr
+    assert [] == source.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [orders.slot]).fetchall()
+    assert "" == stack.clickhouse.query("SHOW TABLES LIKE 'orders'").strip()
+    assert not (tmp_path / "checkpoint.db").exists()
 
 
 def test_an_update_whose_long_value_and_order_are_gone(
