@@ -81,7 +81,7 @@ _add(_letters, "replay", dead_letters.replay, "replicator dead-letters replay --
 _add(_letters, "drop", dead_letters.drop, "replicator dead-letters drop --id 7 --yes")
 _add(app, "backfill", backfill.backfill, "replicator backfill --last 2h", text=backfill.MANUAL)
 _add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --repair", DIFFERENT, reconcile.RECONCILE)
-_add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", text=reconcile.REBUILD)
+_add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", DIFFERENT, reconcile.REBUILD)
 _add(app, "sql", inspect.sql, 'replicator sql slot-lag | psql "$REPLICATOR_POSTGRES_DSN"')
 _add(app, "top", top.top, "replicator top --url http://10.0.0.7:8080", f"{DONE},\n  3 not ready, without a terminal")
 _notify = _group("notify", "Messages to REPLICATOR_NOTIFY_URL.")

@@ -131,15 +131,7 @@ class Reconcile:
             report.left.add(await counter.unseen(ids) if self.repair else ids)
         if report.left.count:
             report.hints.append("--repair counts what was not counted in this range")
-        report.add("counts_too_low")
-        differ = False
-        async for wrong in wrong_counts(self.source, counter, self._underway):
-            low = [one for one in wrong if one.found < one.least]
-            high = [one for one in wrong if one.found > one.most]
-            report.add("counts_too_low", low)
-            report.add("counts_too_high", high)
-            report.left.add(different := [*low, *high] if report.deletes else low)
-            differ = differ or bool(different)
+        differ = await compare_counts(self.source, counter, self._underway, report)
         if differ and isinstance(sink, Rebuildable) and sink.name in BUILT_IN:
             rebuild = f"rebuild-{sink.name}"
             if report.has("counts_too_low"):
@@ -169,3 +161,17 @@ class Reconcile:
             await run.run()
         finally:
             await history.close()
+
+
+async def compare_counts(source: SourceLedger, counter: EventCounter, underway: Underway, report: SinkReport) -> bool:
+    """Put the counts over all times that are wrong into the report; whether any is left that differs."""
+    report.add("counts_too_low")
+    differ = False
+    async for wrong in wrong_counts(source, counter, underway):
+        low = [one for one in wrong if one.found < one.least]
+        high = [one for one in wrong if one.found > one.most]
+        report.add("counts_too_low", low)
+        report.add("counts_too_high", high)
+        report.left.add(different := [*low, *high] if report.deletes else low)
+        differ = differ or bool(different)
+    return differ

@@ -98,6 +98,28 @@ def test_from_empty_under_traffic(
     assert_rebuilt(quick, source, database, destinations)
 
 
+@pytest.mark.parametrize("runs", [True, False], ids=["beside the replicator", "alone"])
+def test_counts_that_no_rebuild_makes_right(
+    quick: Program, source: psycopg.Connection, destinations: Destinations, *, runs: bool
+) -> None:
+    """Keys that are gone while their events are marked as seen: it names them, and the cure that it names is one."""
+    quick.start()
+    insert_many(source, 30)
+    quick.wait_until_caught_up()
+    right = destinations.counts()
+    assert "redis       counts too low 0" in succeed(quick.run("rebuild-redis"))
+    if not runs:
+        assert 0 == quick.stop()
+    destinations.redis.delete("content:count:1")
+    destinations.redis.decr("content:count:2")
+    done = quick.run("rebuild-redis")
+    assert 3 == done.code
+    assert f"counts too low 2: 1 has 0 instead of {right[1]}, 2 has {right[2] - 1} instead of {right[2]}" in done.stdout
+    [cure] = re.findall(r"`python -m (replicator rebuild-redis --from-empty)` corrects the counts", done.stdout)
+    assert "counts too low 0" in succeed(quick.run(*cure.split()[1:], "--yes"))
+    assert right == destinations.counts()
+
+
 def test_ids_that_were_given_again(quick: Program, source: psycopg.Connection, destinations: Destinations) -> None:
     """Told at once with the command that counts them, typed as it is printed; nothing less does."""
     quick.start()
