@@ -72,7 +72,7 @@ class Pipeline:
         self.saving = Trouble()
         """Why no checkpoint is saved."""
         catch_up = CatchUp(self.fan_out, DeadLetters(store, settings, "backfill"), settings.retry_max_seconds)
-        self.verification = Verification(enricher, store, self.fan_out, catch_up)
+        self.verification = Verification(enricher, store, self.fan_out, catch_up, self.letters.keep)
         self.rows = 0
         """Read from the slot."""
         self.dead_letters = 0

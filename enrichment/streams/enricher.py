@@ -22,7 +22,7 @@ from enrichment.events.shortcut import Layout, Shortcuts
 from enrichment.streams.content import Contents
 from enrichment.streams.copies import Copies
 from enrichment.streams.plan import Needs, Plan
-from enrichment.tables import fit
+from enrichment.tables import fit, untold
 from enrichment.tables.check import check
 from enrichment.tables.declared import EnrichmentSettings, Join, Tables, quoted, tables_of
 from enrichment.tables.guard import Guard, recorded, swaps
@@ -43,7 +43,7 @@ from replicator.contracts.events import (
     Row,
     RowChange,
 )
-from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut
+from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut, Tell
 from replicator.source.connection import Dsn
 
 
@@ -66,10 +66,7 @@ IDS_AGAIN = (
     " in the table now, and nothing else"
 )
 
-TRUNCATED = (
-    f"TRUNCATE: the sinks keep its rows. {command('reconcile --repair --delete-extra')} takes them out of ClickHouse,"
-    f" {command('rebuild-redis --from-empty')} out of Redis"
-)
+TRUNCATED = f"TRUNCATE: the WAL has no deletes for its rows, and {untold.CURE}"
 
 INCOMPLETE = (
     "long values of it did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
@@ -155,7 +152,7 @@ class StreamEnricher:
     def tables(self) -> Sequence[tuple[str, str]]:
         return self._guard.tables
 
-    async def look(self, record: str | None, after: Lsn) -> History | None:
+    async def look(self, record: str | None, after: Lsn, tell: Tell | None = None) -> History | None:
         before = await self._guard.look(recorded(record, self._tables), after)
         shape = self._guard.shape
         tables = self._tables
@@ -165,13 +162,16 @@ class StreamEnricher:
             if hidden:
                 log.info("%s %s: it is looked up for every event", contents.join.name, hidden.what)
         self._shortcuts.begin(self._guard.names(tables.events))
+        if tell and (letters := self._guard.untold()):
+            await tell(letters)
+            self._guard.told()
         if before is None:
             return None
         if fit.replaced(tables, before.shape, shape):
             log.warning("%s is another table than before. %s", tables.stream.table, IDS_AGAIN, extra={"code": "R405"})
         for told in swaps(tables, before.shape, shape):
             log.warning("%s", told, extra={"code": "R406"})
-        return MissedHistory.since(self._dsn, tables, before, shape, self._guard.untold)
+        return MissedHistory.since(self._dsn, tables, before, shape)
 
     async def open(self, store: stores.Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
         copies = Copies.of(checkpoint)
@@ -218,7 +218,7 @@ class StreamEnricher:
         self._guard.accept()
 
     def record(self) -> str:
-        return msgspec.json.encode(self._guard.record).decode()
+        return msgspec.json.encode(self._guard.record).decode() if self._guard.record else ""
 
     def shortcut(self) -> Shortcut | None:
         return self._shortcuts.current if all(contents.shown for contents in self._contents) else None
@@ -302,8 +302,10 @@ class StreamEnricher:
         refused: list[DeadLetter] = []
         for letter in letters:
             try:
-                if letter.stage == "row":
-                    again = await self._enrich([stored_row(letter)])
+                if letter.stage == "row" and untold.tells(row := stored_row(letter)):
+                    refused.append(letter)
+                elif letter.stage == "row":
+                    again = await self._enrich([row])
                     events += again.events
                     refused += again.refused
                 else:

@@ -18,6 +18,7 @@ from enrichment.streams.copies import Copies
 from enrichment.streams.enricher import StreamEnricher
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
+from replicator.contracts.errors import SourceError
 from replicator.contracts.events import (
     Checkpoint,
     DeadLetter,
@@ -28,7 +29,7 @@ from replicator.contracts.events import (
     Row,
 )
 from replicator.contracts.settings import variable
-from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut
+from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut, Tell
 from replicator.source.connection import Dsn
 
 
@@ -54,8 +55,16 @@ class SeveralStreams:
     def ignored(self) -> Mapping[str, int]:
         return sum((stream.ignored for stream in self._streams.values()), Counter[str]())
 
-    async def look(self, record: str | None, after: Lsn) -> History | None:
-        found = {name: await stream.look(record, after) for name, stream in self._streams.items()}
+    async def look(self, record: str | None, after: Lsn, tell: Tell | None = None) -> History | None:
+        found: dict[str, History | None] = {}
+        failed: list[SourceError] = []
+        for name, stream in self._streams.items():
+            try:
+                found[name] = await stream.look(record, after, tell)
+            except SourceError as exc:  # the others look all the same: the record is of all of them
+                failed.append(exc)
+        if failed:
+            raise failed[0]
         missed = {name: history for name, history in found.items() if history is not None}
         return MissedHistories(missed) if missed else None
 
@@ -101,7 +110,8 @@ class SeveralStreams:
             stream.accept()
 
     def record(self) -> str:
-        return msgspec.json.encode({name: stream.record() for name, stream in self._streams.items()}).decode()
+        records = {name: record for name, stream in self._streams.items() if (record := stream.record())}
+        return msgspec.json.encode(records).decode() if records else ""
 
     def shortcut(self) -> Shortcut | None:
         """None where a row means something to several: only `enrich` gives it to each."""

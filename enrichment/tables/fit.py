@@ -33,8 +33,11 @@ class Problem(NamedTuple):
     cure: str
 
 
-def require(tables: Tables, shape: Shape, repeated: Iterable[Unique]) -> None:
-    """Raise TablesUnfit for all that is wrong; `repeated` are the columns that should be unique, and are not."""
+def require(tables: Tables, shape: Shape, repeated: Iterable[Unique], *, untold: bool = False) -> None:
+    """Raise TablesUnfit for all that is wrong; `repeated` are the columns that should be unique, and are not.
+
+    `untold`: meanwhile the WAL does not tell which rows are deleted.
+    """
     found = [
         Problem(f"table {tables.named_in_schema(table)} {problem.what}", problem.cure)
         for table in tables.needed
@@ -43,7 +46,8 @@ def require(tables: Tables, shape: Shape, repeated: Iterable[Unique]) -> None:
     found += [Problem(f"table {one.name}: {one.problem.what}", one.problem.cure) for one in repeated]
     if found:
         what = ", and ".join(problem.what for problem in found)
-        raise TablesUnfit(problem=what, cure="; ".join(dict.fromkeys(problem.cure for problem in found)))
+        cure = "; ".join(dict.fromkeys(problem.cure for problem in found))
+        raise TablesUnfit(problem=what, cure=cure, untold=untold)
 
 
 def problems(tables: Tables, shape: Shape, table: str) -> Iterator[Problem]:

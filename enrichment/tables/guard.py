@@ -17,11 +17,12 @@ import msgspec
 from msgspec import structs
 
 from enrichment.database import Database
-from enrichment.tables import fit
+from enrichment.tables import fit, untold
 from enrichment.tables.catalog import LOCKS, NOW, SHAPE, UNIQUE, Column, Relation, Shape, parameters
 from enrichment.tables.declared import Join, Tables
+from enrichment.tables.untold import Untold
 from replicator.contracts.errors import TablesChanged, TablesUnsettled
-from replicator.contracts.events import Id, Lsn, Row
+from replicator.contracts.events import DeadLetter, Id, Lsn, Row
 from replicator.contracts.settings import variable
 
 SHOWN_SECONDS = 3.0
@@ -63,6 +64,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Up to there a dimension may have been another table; None: as `until`."""
     content_untils: dict[str, Lsn] = {}
     """The same of each of several, by table."""
+    parts: dict[int, Name] | None = None
+    """Of the last look, whose changes the slot shows; None: all that `shape` has."""
+    untold: dict[int, Untold] = {}
+    """What has to be told before anything is read: of these it did not."""
 
     def until_of(self, table: str) -> Lsn:
         """Up to there this dimension may have been another table."""
@@ -74,7 +79,7 @@ def recorded(text: str | None, tables: Tables) -> Record | None:
     """What was recorded of this stream, alone in the slot or among others, as it may be now; None: nothing."""
     found = {} if text is None else msgspec.json.decode(text)
     if isinstance(found.get("xid"), int):  # of one stream; else a text by each stream's name
-        record = msgspec.convert(found, Record)
+        record = msgspec.convert(found, Record, str_keys=True)
         top = record.shape.table(tables.events)
         return record if not tables.of_several or (top and top.schema == tables.schema) else None
     own = found.get(tables.stream.name)
@@ -97,8 +102,7 @@ class Guard:
         """By dimension: up to there it may have been another table, or had other columns."""
         self.record: Record | None = None
         """What the next look compares with."""
-        self.untold: set[Name] = set()
-        """Parts of which an earlier look found that the WAL does not tell which rows change."""
+        self._begun = False
         self._database = database
         self._tables = tables
         self._looked = (SHAPE, parameters(tables))
@@ -123,13 +127,16 @@ class Guard:
     async def look(self, record: Record | None, after: Lsn) -> Record | None:
         """See what the tables are before a stream begins after a position; the record, if they were different then.
 
-        Raises TablesUnfit.
+        Raises TablesUnfit; `record` has then what the slot does not show meanwhile.
         """
+        if record is not None and not self._begun:  # another process may have gone on since the last look
+            self.record = record
+        self._begun = False
         [[now], [(text,)]] = await self._database.each((NOW, {}), self._looked)
         shape = Shape.parse(text)
-        self.untold.update((part.schema, part.name) for part in fit.untold(self._tables, shape))
-        fit.require(self._tables, shape, [one async for one in self._repeated(shape)])
-        record = self.record or record
+        record = self.record = self._noting(self.record, shape, Now(*now))
+        repeated = [one async for one in self._repeated(shape)]
+        fit.require(self._tables, shape, repeated, untold=bool(record and record.untold))
         changed = record is not None and record.shape != shape
         self.shape, self._text, self._names = shape, text, _names(self._tables, shape)
         self._former, self.until = {}, 0
@@ -146,10 +153,34 @@ class Guard:
         self.highest_id = record.highest_id if record else None
         self.reshaped = record.reshaped if record else 0
         self.content_untils = {join.table: record.until_of(join.table) if record else 0 for join in self._tables.joins}
-        self._seen, self._waiting, self.record = Now(*now), None, record
+        self._seen, self._waiting, self.record, self._begun = Now(*now), None, record, True
         if record is None:  # the first start: what the stream assumes from now on
             self.accept()
         return record if changed else None
+
+    def _noting(self, record: Record | None, shape: Shape, now: Now) -> Record | None:
+        """The record with what the slot does not show from now on."""
+        tables = self._tables
+        if untold.parts(tables, shape) == untold.told(tables, shape) if record is None else not tables.stream.follows:
+            return record
+        if record is None:  # nothing was ever fit, and rows are being deleted already
+            self.shape, self._seen = shape, now
+            record = self.accept()
+        top = record.shape.table(tables.events)
+        known = top is not None and top.schema == tables.schema  # not another declaration's
+        before = record.parts if record.parts is not None else untold.parts(tables, record.shape)
+        found = untold.found(tables, before if known else {}, shape, now.lsn)
+        shown = dict(untold.told(tables, shape))
+        return structs.replace(record, parts=shown, untold={**found, **record.untold})
+
+    def untold(self) -> list[DeadLetter]:
+        """What the slot did not show until the last look, to be kept before `told` forgets it."""
+        return untold.letters(self._tables, self.record.untold, self.shape) if self.record else []
+
+    def told(self) -> None:
+        """It is kept: the record need no longer have it."""
+        if self.record:
+            self.record = structs.replace(self.record, untold={})
 
     async def _repeated(self, shape: Shape) -> AsyncIterator[fit.Unique]:
         """The columns that should be unique, and are not."""

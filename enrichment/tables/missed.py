@@ -17,9 +17,9 @@ from enrichment.events.codec import codec_of
 from enrichment.history.pages import SCAN_TIMEOUT_SECONDS, PickedHistory, last_event, make_page
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables, quoted
-from enrichment.tables.guard import Name, Record
-from replicator.contracts.errors import SourceUnusable, TablesUnfit, command
-from replicator.contracts.events import Column, DeadLetter, Id, Position, Row
+from enrichment.tables.guard import Record
+from replicator.contracts.errors import SourceUnusable, TablesUnfit
+from replicator.contracts.events import Column, Id, Position, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
@@ -30,12 +30,6 @@ MARGIN_IDS = 100_000
 """The same for ids, which a sequence gives out before the commit."""
 FIND_IDS = 200_000
 """Ids per look: 2 MB, and one pass over the part."""
-
-UNTOLD = (
-    "its replica identity did not tell which rows were deleted, or got another identity: the sinks keep them."
-    f" {command('reconcile --repair --delete-extra')} takes them out of ClickHouse,"
-    f" {command('rebuild-redis --from-empty')} out of Redis"
-)
 
 PARTS = """
 -- Whether we may read a part of the table by its own name; and which rows it takes, so that the other parts need not
@@ -127,8 +121,7 @@ class _Part(NamedTuple):
 class MissedHistory:
     """Rows that the stream could not show. A place is the number of a part and an id in it."""
 
-    def __init__(self, dsn: Dsn, tables: Tables, record: Record, parts: list[_Part], untold: set[Name]) -> None:
-        """`untold` is emptied once it is told."""
+    def __init__(self, dsn: Dsn, tables: Tables, record: Record, parts: list[_Part]) -> None:
         highest = INT64_MIN if record.highest_id is None else record.highest_id - MARGIN_IDS  # none seen: any is new
         self._tables, self._codec = tables, codec_of(tables)
         self._counted = tables.identity.type.python is int
@@ -139,17 +132,16 @@ class MissedHistory:
             "count": FIND_IDS,
         }
         self._parts = parts
-        self._untold, self._until = untold, record.until
         self._scans = Database(dsn, timeout_seconds=SCAN_TIMEOUT_SECONDS)
         self._picked = PickedHistory(dsn, [], tables)
         self._part = -1
         self._ids: Sequence[Id] = []
 
     @classmethod
-    def since(cls, dsn: Dsn, tables: Tables, record: Record, shape: Shape, untold: set[Name]) -> MissedHistory | None:
+    def since(cls, dsn: Dsn, tables: Tables, record: Record, shape: Shape) -> MissedHistory | None:
         """What may have been missed since the record; None: nothing."""
         parts = list(_changed(tables, record.shape, shape))
-        return cls(dsn, tables, record, parts, untold) if parts else None
+        return cls(dsn, tables, record, parts) if parts else None
 
     async def open(self) -> None:
         await self._picked.open()
@@ -169,19 +161,12 @@ class MissedHistory:
 
     async def read(self, place: str, after: Position, rows: int) -> Page | None:
         part, first = self._parsed(place)
-        if self._untold:
-            return Page(Enriched([], self._letters()), after, place)
         if part == len(self._parts):
             return None
         try:
             return await self._read(part, first, after, rows)
         except SourceUnusable as exc:  # the stream goes on meanwhile
             raise TablesUnfit(problem=exc.detail, cure=exc.cure) from exc
-
-    def _letters(self) -> list[DeadLetter]:
-        rows = [Row("D", *name, [], [], self._until, number) for number, name in enumerate(sorted(self._untold), 1)]
-        self._untold.clear()
-        return [self._codec.dead_letter(row, UNTOLD) for row in rows]
 
     async def close(self) -> None:
         await self._scans.close()

@@ -331,14 +331,22 @@ class SourceUnusable(SourceError):
 
 
 class TablesUnfit(SourceError):
-    """The tables are not what events are made of. Nothing is read; looked at again until an operator has mended it."""
+    """The tables are not what events are made of. Nothing is read; looked at again until an operator has mended it.
+
+    `untold`: meanwhile the WAL does not tell which rows are deleted.
+    """
 
     code = "R401"
 
-    def __init__(self, *, problem: str, cure: str) -> None:
-        problem = f"{problem}. Nothing is read, PostgreSQL keeps what is committed, and no event is lost"
+    def __init__(self, *, problem: str, cure: str, untold: bool = False) -> None:
+        kept = "Nothing is read, PostgreSQL keeps what is committed, and no event is lost"
+        if untold:
+            kept = (
+                "Nothing is read, and PostgreSQL keeps what is committed, but not which rows are deleted until this is"
+                " mended: the sinks keep those, and a dead letter will say so"
+            )
         on = "Once the tables fit it goes on by itself; another declaration, or setting, needs a restart"
-        super().__init__(problem, f"{cure}. {on}", detail=problem)
+        super().__init__(f"{problem}. {kept}", f"{cure}. {on}", detail=problem)
 
 
 class TablesUnsettled(SourceError):

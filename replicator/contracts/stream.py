@@ -6,7 +6,7 @@ other; `enrichment` implements both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, Event, Finding, Lsn, Position, Row
@@ -15,6 +15,9 @@ from replicator.contracts.stores import Contents
 Shortcut: TypeAlias = Callable[[memoryview | bytes, Lsn, int], Event | None]
 """From an insert's message, its commit LSN and its ordinal to the very event that `Enricher.enrich` would make of its
 row. None: the row has to go there. It changes nothing and raises nothing."""
+
+Tell: TypeAlias = Callable[[Sequence[DeadLetter]], Awaitable[None]]
+"""Keeps dead letters; when it returns, they are durable."""
 
 
 class Enriched(NamedTuple):
@@ -45,11 +48,12 @@ class Enricher(Protocol):
     def ignored(self) -> Mapping[str, int]:
         """Rows that make no event by their nature, counted by action (`U`, `D`, `T`); only ever grows."""
 
-    async def look(self, record: str | None, after: Lsn) -> History | None:
+    async def look(self, record: str | None, after: Lsn, tell: Tell | None = None) -> History | None:
         """See what the tables are, before a stream begins after this position.
 
-        `record` is what `accept` gave in an earlier run. Returns what the stream can't show because the tables were
-        different meanwhile; None: nothing. Raises TablesUnfit (asked again until they fit), SourceUnavailable.
+        `record` is what `record` gave in an earlier run. Returns what the stream can't show because the tables were
+        different meanwhile; None: nothing. What nobody can show any more, rows that went without a delete, it tells.
+        Raises TablesUnfit (asked again until they fit), SourceUnavailable; `record` is to be kept then, too.
         """
 
     async def open(self, store: Contents | None = None, checkpoint: Checkpoint | None = None) -> None:
@@ -74,7 +78,7 @@ class Enricher(Protocol):
         """What `verify` has seen is what the next `look` compares with. Every sink has what the last one returned."""
 
     def record(self) -> str:
-        """What was accepted last, to be kept for the `look` of another process."""
+        """What was accepted last, or seen by `look` since, for the `look` of another process; empty: nothing."""
 
     def shortcut(self) -> Shortcut | None:
         """The quick way for ordinary inserts, until any other method is called; None while there is none.

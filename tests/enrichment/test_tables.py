@@ -15,7 +15,7 @@ from enrichment.tables import guard as guards
 from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.guard import Guard, difference, swaps
 from enrichment.tables.missed import MissedHistory, as_now
-from replicator.contracts.errors import TablesChanged, TablesUnsettled
+from replicator.contracts.errors import SourceUnavailable, TablesChanged, TablesUnsettled
 from replicator.contracts.events import Column, Position, Row, parse_lsn
 from replicator.contracts.fields import INT64_MIN
 from tests.support.rows import EVENT_TABLES
@@ -149,10 +149,20 @@ async def test_what_was_missed(guard: Guard, database: str, admin: psycopg.Conne
     assert seen
     assert record == structs.replace(seen, former={}, until=0)
     assert "engagement_events" == seen.former['["public","filled"]'], "its rows of that time are events"
-    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape, set())
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
     assert history
     assert [5, 6, 7] == sorted(await _all(history))
     assert "public.filled is a new part of engagement_events" in difference(record.shape, guard.shape)
+
+
+async def test_a_look_that_fails_forgets_nothing(guard: Guard) -> None:
+    """What is recorded may be saved then: it is what is on disk, which another process may have moved on meanwhile."""
+    record = guard.accept()
+    unreachable = Guard(Database("postgresql://127.0.0.1:1/nobody"), EVENT_TABLES)
+    for known in (record, structs.replace(record, xid=record.xid + 1)):
+        with pytest.raises(SourceUnavailable):
+            await unreachable.look(known, 0)
+        assert known == unreachable.record
 
 
 async def test_a_column_of_the_table_is_one_of_its_parts(
@@ -167,7 +177,7 @@ async def test_a_column_of_the_table_is_one_of_its_parts(
     admin.execute("ALTER TABLE engagement_events RENAME dev TO device")
     record = await guard.look(None, 0)
     assert record
-    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape, set())
+    history = MissedHistory.since(database, EVENT_TABLES, record, guard.shape)
     assert history
     assert [1, 2] == sorted(await _all(history))
 

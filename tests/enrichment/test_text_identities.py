@@ -96,7 +96,7 @@ async def test_missed_rows(ids: list[str], database: str, monkeypatch: pytest.Mo
     [(text,)] = await looking.rows(SHAPE, parameters(TABLES))
     await looking.close()
     record = Record(time=0.0, xid=0, highest_id=None, shape=Shape(()), former={}, until=0)
-    history = MissedHistory.since(database, TABLES, record, Shape.parse(text), set())
+    history = MissedHistory.since(database, TABLES, record, Shape.parse(text))
     assert history
     assert sorted(ids) == sorted(await _read(history, 3))
 

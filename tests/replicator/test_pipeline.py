@@ -193,7 +193,7 @@ class FakeEnricher:
         self.ignored: dict[str, int] = {}
         self.world = world
 
-    async def look(self, record: str | None, after: Lsn) -> History | None:
+    async def look(self, record: str | None, after: Lsn, _: object) -> History | None:
         """As the world says."""
         assert record in {None, "seen"}
         assert after >= START

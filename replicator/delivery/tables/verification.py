@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Mapping
 
-from replicator.contracts.errors import TablesChanged
+from replicator.contracts.errors import SourceError, TablesChanged
 from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition
 from replicator.contracts.stores import TaskProgress
-from replicator.contracts.stream import Enricher
+from replicator.contracts.stream import Enricher, Tell
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import RETRYABLE, Trouble, cancel
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 class Verification:
     """Of one stream, and of the one after it."""
 
-    def __init__(self, enricher: Enricher, store: TaskProgress, fan_out: FanOut, catch_up: CatchUp) -> None:
+    def __init__(self, enricher: Enricher, store: TaskProgress, fan_out: FanOut, catch_up: CatchUp, tell: Tell) -> None:
+        """`tell` keeps what is lost in the tables."""
         self.lsn: Lsn = 0
         """Verified up to here."""
         self.trouble = Trouble()
@@ -47,6 +48,7 @@ class Verification:
         self._enricher = enricher
         self._store = store
         self._fan_out = fan_out
+        self._tell = tell
         self._looking = asyncio.Lock()  # the reader looks, too, when a row does not fit
         self._looked_at = self._seen_at = self._recorded_at = self._took_seconds = 0.0
         self._counted: dict[str, SinkPosition] = {}
@@ -62,15 +64,23 @@ class Verification:
         return time.monotonic() - self._seen_at
 
     async def look(self, checkpoint: Checkpoint) -> None:
-        """See what the tables are, before a stream begins after the checkpoint. Raises TablesUnfit."""
+        """See what the tables are, before a stream begins after the checkpoint. Raises TablesUnfit, DeadLettersFull."""
         # Of this cluster: in a restored one all numbers differ, and its gap has other cures.
         self._key = checkpoint.slot, f"tables of {checkpoint.system_identifier}"
         record = await asyncio.to_thread(self._store.load_progress, *self._key)
-        self.catch_up.begin(await self._enricher.look(record, checkpoint.end_lsn))
-        if record != (seen := self._enricher.record()):
-            await asyncio.to_thread(self._store.save_progress, *self._key, seen)
+        try:
+            self.catch_up.begin(await self._enricher.look(record, checkpoint.end_lsn, self._tell))
+        except SourceError:
+            await self._remember(record)
+            raise
+        await self._remember(record)
         self.lsn, self._looked_at, self._seen_at, self._recorded_at = 0, 0.0, time.monotonic(), 0.0
         self._accepted, self._recorded = False, None
+
+    async def _remember(self, record: str | None) -> None:
+        """Keep what a look has found, if that is not on disk yet."""
+        if (seen := self._enricher.record()) and seen != record:
+            await asyncio.to_thread(self._store.save_progress, *self._key, seen)
 
     def open(self, starts: Mapping[str, SinkPosition], *, complete: bool) -> None:
         """Where the sinks begin; not `complete`: some are paused, and what is brought now they will not have."""
