@@ -1,7 +1,7 @@
 """The events that PostgreSQL holds, as digests that a sink can compute as well; a `ledger.SourceLedger`.
 
-An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
-of the line's MD5. A sink makes the same line from the same declaration.
+An event's line is the checksum text of its fields (`contracts/fields/types.py`), with `|` between them. Its hash is 60
+bits of the line's MD5. A sink makes the same line from the same declaration.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ID_SETTINGS = {"enable_hashagg": "off"}  # sorted on disk: a group's ids in memo
 HASH = "('x' || left(md5(convert_to(concat_ws('|', {line}), 'UTF8')), 15))::bit(60)::bigint"
 MICROSECONDS = "(extract(epoch FROM {0}) * 1000000)::bigint"
 NUMBER_OF = "('x' || left(md5({0}::text), 15))::bit(60)::bigint"
-"""Of an identity that is none."""
+"""The number that stands for an identity that is a text."""
 
 NEXT_TRANSACTION = "SELECT txid_current()"  # takes one: a snapshot's xmax is after the last that has ended, not begun
 OLDEST_TRANSACTION = "SELECT txid_snapshot_xmin(txid_current_snapshot())"

@@ -52,7 +52,7 @@ class Codec:
         self.draft_key = 2 + own.index(tables.key)
         self.draft_ons = [2 + own.index(join.on) for join in tables.joins]
         self.draft_time = 2 + own.index(tables.time)
-        """Where a draft has its identity, its key, what the content of each dimension is found by, and its time."""
+        """The index in a draft of its identity, its key, the key of each dimension, and its time."""
         names = [field.name for field in own]
         self._draft_where = 2 + names.index(stream.where.field) if stream.where else None
         self._values = frozenset(map(unpadded, stream.where.values)) if stream.where else frozenset()
@@ -73,7 +73,7 @@ class Codec:
         return self._draft_where is None or unpadded(draft[self._draft_where]) in self._values
 
     def check(self, columns: Iterable[Column]) -> None:
-        """Raise RowUnusable for the first column whose value does not fit; of two with one name both are looked at."""
+        """Raise RowUnusable for the first column whose value does not fit. Two of one name are both checked."""
         for column in columns:
             for field in self.tables.own:
                 if column.name == field.column and not field.type.fits(column.value):
@@ -83,7 +83,7 @@ class Codec:
                     raise self._misfit(field)
 
     def unquote(self, columns: Iterable[Column]) -> bool:
-        """As the function, of a row of the events' table."""
+        """Call `unquote` for a row of the events' table."""
         return unquote(columns, self._integers)
 
     def _misfit(self, field: Field) -> RowUnusable:
@@ -122,7 +122,10 @@ class Codec:
         events: list[Event],
         was: Mapping[Position, Id] = NONE,
     ) -> list[DeadLetter]:
-        """As `build_events`; what no event can be made of. `was`: former identities, by the rows' positions."""
+        """Append the events of drafts to `events`; returned are letters for rows that no event can be made of.
+
+        `contents`: those of each dimension, as for `build_events`; `was`: former identities by the row's position.
+        """
         if not self.derives:
             self.build_events(drafts, *contents, events)
             return []
@@ -235,7 +238,7 @@ def codec_of(tables: Tables) -> Codec:
 
 
 def _stored(tables: Tables) -> Any:
-    """What the JSON of an event, or of a change, has to have."""
+    """The type of what is read again from the JSON of an event or of a change: identity, key, time, what happened."""
     roles = {"identity": tables.identity, "key": tables.key, "time": tables.time}
     identity, key, time = ((name, field.type.python) for name, field in roles.items())
     fields: list[Any] = [identity, key, time]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Draft: TypeAlias = Sequence[Any]
-"""A row that has been read: commit_lsn, ordinal, then the values of its own columns, the time as a datetime or, outside
-Python's years, as text. Plain: it costs a third of anything with names."""
+"""A row that has been read: commit_lsn, ordinal, then the values of its own columns in the order of `Tables.own`. Its
+time is a datetime; outside Python's years it is text. It is plain: that costs a third of anything with names."""
 
 Content: TypeAlias = tuple[Any, ...]
-"""The values of a dimension's columns: what an event takes over from its content there."""
+"""The columns that an event takes over from its row of a dimension, in the order of `Join.fields`."""
 
 
 class RowUnusable(Exception):

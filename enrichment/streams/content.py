@@ -93,21 +93,21 @@ class Contents:
         self.shown = True
         """Whether the stream shows all changes of them."""
         self.until: Lsn = 0
-        """Up to there changes of them are in the copy, or another table's."""
+        """Changes up to this position are left out: the copy has them already, or they are another table's."""
         self._database = database
         self._missing = join.missing
         self._highest: Id = INT64_MAX if join.on.type.python is int else str(UUID(int=UUIDS - 1))
         self._preload, self._look_up = preload(tables, join), look_up(tables, join)
         self._size = size
         self.known: dict[Id, Content] = {}
-        """By content_id, oldest first; what is missing where there is no such content."""
+        """By content_id, oldest first; `Join.missing` where the table has no such row."""
         self.copied = False
-        """The copy and the changes after it are all that there is."""
+        """Whether the copy, with the changes after it, is whole."""
         self._copy: Copy | None = None
         self._changes: list[ContentChange] = []
         """After the copy."""
         self._since: dict[Id | None, tuple[Lsn, Content]] = {}
-        """What they have made of each content, and when. None: every content was gone before these."""
+        """What the changes after the copy have made of each content, and when. Key None: before them all were gone."""
         self._reached = Position(0, 0)
         self._saved: Lsn = 0
         self._lost_at: Lsn = 0
@@ -206,7 +206,7 @@ class Contents:
         self._since[content_id] = at.commit_lsn, content
 
     def changes(self, before: Lsn) -> list[ContentChange]:
-        """Those that a checkpoint at this position passes."""
+        """The changes that a checkpoint at this position brings into the copy."""
         return self._changes[: self._passed(before)]
 
     def saved(self, end_lsn: Lsn) -> None:

@@ -53,11 +53,11 @@ class Copy:
         self._slot = slot
 
     async def clear(self) -> None:
-        """Begin a new one."""
+        """Begin a new copy."""
         await asyncio.to_thread(self._store.clear_contents, self._slot)
 
     async def add(self, found: Page) -> None:
-        """Go on with it."""
+        """Add these to it."""
         texts = {content_id: content_text(content) for content_id, content in found}
         await asyncio.to_thread(self._store.add_contents, self._slot, texts)
 
@@ -73,7 +73,7 @@ class Copy:
 
 
 def interned(values: Iterable[Any]) -> Content:
-    """As a tuple. There are few types and many contents: one string for each takes a third of the memory."""
+    """The values as a content. Few texts differ among many contents: each text once takes a third of the memory."""
     return tuple(sys.intern(value) if type(value) is str else value for value in values)
 
 

@@ -11,7 +11,7 @@ from replicator.contracts.events import DeadLetter, Event, Id, Position, Row
 
 
 class Needs:
-    """Of the contents of one dimension."""
+    """What some rows need of the contents of one dimension."""
 
     def __init__(self, contents: Contents) -> None:
         self.join = contents.join
@@ -24,9 +24,9 @@ class Needs:
         self.partial: set[Id] = set()
         """Ids of contents that a row changes without carrying all of them."""
         self.forgotten = False
-        """Contents that the events from here on need are looked up, known or not."""
+        """Whether all contents that later events need are looked up, those that were known included."""
         self.lost_track = False
-        """A content changed and its row could not be read or used: what is known may be out of date."""
+        """Whether a content changed, and its row could not be read or used: what is known may be out of date."""
 
     def note(self, change: Change) -> None:
         """The rows make this change."""

@@ -3,8 +3,8 @@
 `holds` is for the sink: the proof that an insert took place when its answer proves nothing. So are `Witnesses`: they
 show that the table was emptied.
 
-An event's line is the checksum text of its fields (`contracts/fields.py`), with `|` between them. Its hash is 60 bits
-of the line's MD5. The source makes the same line from the same declaration.
+An event's line is the checksum text of its fields (`contracts/fields/types.py`), with `|` between them. Its hash is 60
+bits of the line's MD5. The source makes the same line from the same declaration.
 """
 
 from __future__ import annotations

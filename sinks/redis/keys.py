@@ -85,9 +85,9 @@ def continues(ours: str, owner: str) -> bool:
     return name == known and (at or "0").isdecimal() and int(at or 0) <= int(timeline or 0)
 
 
-def naming(prefix: str = "", noun: str = "content", name: str = "engagement") -> Callable[[str], str]:
+def naming(prefix: str = "", redis_name: str = "content", name: str = "engagement") -> Callable[[str], str]:
     """From a key as it is called here, which is the engagement stream's, to what it is called in Redis."""
-    words = {"content:": f"{noun}:", "top:content:": f"top:{noun}:", "engagement:": f"{name}:"}
+    words = {"content:": f"{redis_name}:", "top:content:": f"top:{redis_name}:", "engagement:": f"{name}:"}
 
     def named(key: str) -> str:
         ours = next(word for word in words if key.startswith(word))

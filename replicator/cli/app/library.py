@@ -38,7 +38,7 @@ ENDED = "the replicator has stopped"
 
 
 class Replicator:
-    """Replicates the streams of one slot to these sinks. `run` once."""
+    """Replicates the streams of one slot to these sinks. `run` once; `stop` and `status` in the thread of its loop."""
 
     def __init__(
         self, stream: str | Stream | Sequence[str | Stream], sinks: Wanted | Sequence[Wanted], **settings: Any

@@ -26,7 +26,8 @@ class Derived:
     """The fields that are its arguments; none of them is derived."""
     _: KW_ONLY
     shortcut: str = ""
-    """Python: `<expression> if <condition>`, the same for ordinary values. The hot path has no time for a call."""
+    """Python source, `<expression> if <condition>`: the same for ordinary values, without a call. For the engagement
+    stream alone: where there is one, nobody checks what the function returns."""
     postgres: str = ""
     """The same in SQL, with `{name}` for an argument; empty: `reconcile` does not compare the field."""
 

@@ -23,8 +23,8 @@ _TABLE = re.compile(r"([a-z_][a-z0-9_]*)\.([a-z_][a-z0-9_]*)")
 MOST_DIMENSIONS = 4
 """The name of their copies has room for so many."""
 
-NAMES = {BIGINT.postgres, UUID.postgres, TEXT.postgres}
-"""By PostgreSQL's type: what an identity, and a key, may be."""
+IDENTIFYING = {BIGINT.postgres, UUID.postgres, TEXT.postgres}
+"""PostgreSQL's types that an identity and a key may have."""
 
 
 class _Takes(NamedTuple):
@@ -137,7 +137,7 @@ def _of_roles(stream: Stream) -> Iterator[str]:
         if not field.column or field.type.optional:
             yield f"the field {field.name} has a role, so it has to be a column that is never NULL"
     for field in (stream.identity, stream.key):
-        if field.type.postgres not in NAMES:
+        if field.type.postgres not in IDENTIFYING:
             yield f"the field {field.name} is {field.type.words}; an identity and a key are BIGINT, UUID or TEXT"
     if stream.time.type.postgres != TIMESTAMPTZ.postgres:
         yield f"the field {stream.time.name} is {stream.time.type.words}; the time is a TIMESTAMPTZ"

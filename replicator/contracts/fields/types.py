@@ -33,7 +33,7 @@ class Type:
     declared: str = ""
     """The source column's type with its digits, where it has any."""
     shown: str = "{0}"
-    """Python that makes of it what the event's JSON has; functions are those of `enrichment/events/compiled.py`."""
+    """Python source for what the event's JSON has of `{0}`; `enrichment/events/compiled.py` has the functions."""
     fit: Callable[[object], bool] | None = field(default=None, compare=False)
     """Whether a value fits that is not NULL; None: its Python type tells. Two functions are never equal, and two
     `numeric(12, 2)` are."""
@@ -61,7 +61,7 @@ class Type:
         return replace(self, clickhouse=f"LowCardinality({self.clickhouse})")
 
     def fits(self, value: object) -> bool:
-        """Whether a value of wal2json's is of this type. Of a timestamp this only says that it is text."""
+        """Whether a value, as wal2json gives it, is of this type. Of a date, a time, a uuid: whether it is a text."""
         if value is None:
             return self.optional
         if self.fit is not None:
@@ -78,7 +78,7 @@ class Type:
         return self.read.format(expression) if self.read else f"{expression}::{self.postgres}"
 
     def there(self, expression: str) -> str:
-        """SQL for whether wal2json gives a value."""
+        """SQL for whether wal2json gives a value for it: for NaN it gives NULL."""
         given = self.select(expression) if self.python in {Decimal, float} else expression
         return f"{given} IS NOT NULL"
 
