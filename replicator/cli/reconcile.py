@@ -41,7 +41,8 @@ Compare PostgreSQL with the sinks, repair what differs.
 
 ClickHouse: events with start <= time < end, field by field, through counts and checksums computed in both. Redis:
 was each of these events counted, and is each key's count no less than the number of its events? Higher counts are
-differences only where deletes reach the sinks: else deleted rows stay counted. This part reads the whole table.
+differences only where deletes reach the sinks, also of keys that have no row: else deleted rows stay counted. This
+part reads the whole table.
 
 It runs beside the replicator. A difference is checked again when the slot has passed the position at which
 PostgreSQL was read. REPLICATOR_SLOT must be the slot that feeds these sinks. Dead letters count as missing.

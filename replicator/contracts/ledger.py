@@ -121,3 +121,9 @@ class EventCounter(Protocol):
 
     async def unseen(self, ids: Sequence[Id]) -> list[Id]:
         """Those of these events that were not counted yet."""
+
+    def keys(self) -> AsyncIterator[Sequence[Id]]:
+        """Every key that has a count, in chunks; one may come twice. Asked for only of a stream that deletes rows.
+
+        Raises SinkMisconfigured where that is not allowed: then `reconcile` says so, and does without.
+        """

@@ -168,13 +168,28 @@ async def unseen(
 
 
 async def wrong_counts(
-    source: SourceLedger, counter: EventCounter, underway: Underway
+    source: SourceLedger, counter: EventCounter, underway: Underway, known: set[Id] | None = None
 ) -> AsyncIterator[list[WrongCount]]:
-    """Counts of the source's keys that don't agree with it, over all times, in chunks."""
+    """Counts of the source's keys that don't agree with it, over all times, in chunks; `known` gets these keys."""
     keys = _Ids()
     async for chunk in source.counts():
         found = await counter.counts([key for key, _ in chunk])
+        if known is not None:
+            known.update(key for key, _ in chunk)
         keys.extend(key for (key, events), count in zip(chunk, found, strict=True) if events != count)
+    for some in keys.chunks():
+        yield await recheck_counts(source, counter, underway, some)
+
+
+async def stray_counts(
+    source: SourceLedger, counter: EventCounter, underway: Underway, known: set[Id]
+) -> AsyncIterator[list[WrongCount]]:
+    """The same of keys of which the source had no row: all but the known ones, which they then are, too."""
+    keys = _Ids()
+    async for chunk in counter.keys():
+        others = [key for key in dict.fromkeys(chunk) if key not in known]
+        keys.extend(key for key, count in zip(others, await counter.counts(others), strict=True) if count)
+        known.update(others)
     for some in keys.chunks():
         yield await recheck_counts(source, counter, underway, some)
 

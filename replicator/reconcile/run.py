@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from replicator.contracts.errors import command
+from replicator.contracts.errors import SinkMisconfigured, command
 from replicator.contracts.events import Id, Lsn
 from replicator.contracts.ledger import EventCounter, SinkLedger, SourceLedger
 from replicator.contracts.settings import CoreSettings
@@ -20,8 +20,8 @@ from replicator.contracts.sink import HasCounter, HasLedger, Mode, Rebuildable, 
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from replicator.reconcile.compare import Comparison
-from replicator.reconcile.recheck import Underway, Verdict, recheck, unseen, wrong_counts
-from replicator.reconcile.report import ReconcileReport, SinkReport
+from replicator.reconcile.recheck import Underway, Verdict, recheck, stray_counts, unseen, wrong_counts
+from replicator.reconcile.report import ReconcileReport, SinkReport, WrongCount
 from sinks import BUILT_IN
 
 PAGE_ROWS = 5_000
@@ -166,8 +166,10 @@ class Reconcile:
 async def compare_counts(source: SourceLedger, counter: EventCounter, underway: Underway, report: SinkReport) -> bool:
     """Put the counts over all times that are wrong into the report; whether any is left that differs."""
     report.add("counts_too_low")
+    if report.deletes:
+        report.add("counts_too_high")
     differ = False
-    async for wrong in wrong_counts(source, counter, underway):
+    async for wrong in _all_wrong_counts(source, counter, underway, report):
         low = [one for one in wrong if one.found < one.least]
         high = [one for one in wrong if one.found > one.most]
         report.add("counts_too_low", low)
@@ -175,3 +177,19 @@ async def compare_counts(source: SourceLedger, counter: EventCounter, underway: 
         report.left.add(different := [*low, *high] if report.deletes else low)
         differ = differ or bool(different)
     return differ
+
+
+async def _all_wrong_counts(
+    source: SourceLedger, counter: EventCounter, underway: Underway, report: SinkReport
+) -> AsyncIterator[list[WrongCount]]:
+    """Of every key of the source; where rows are deleted at the sink, too, also of keys that only the sink has."""
+    known: set[Id] | None = set() if report.deletes else None
+    async for wrong in wrong_counts(source, counter, underway, known):
+        yield wrong
+    if known is None:
+        return
+    try:
+        async for wrong in stray_counts(source, counter, underway, known):
+            yield wrong
+    except SinkMisconfigured as exc:
+        report.hints.append(f"counts of keys that have no row in PostgreSQL were not compared: {exc.detail}")

@@ -34,9 +34,9 @@ COMMANDS = (
     "+eval +evalsha +multi +exec +select +ping +info +get +mget +set +setex +setrange +getrange +append +strlen +mset"
     " +del +unlink +rename +expire +zadd +zrange +zrem +zcard +scan"
 )
+"""All that the sink sends, also within scripts. SCAN is for `rebuild-redis`, and for `reconcile` where rows go."""
 OF_ROWS = " +hmget +hset +incrby +zincrby +zunionstore +zremrangebyscore"
 """What a stream needs as well whose rows change, or whose identities are no numbers."""
-"""All that the sink sends, also within scripts. SCAN is for `rebuild-redis` alone."""
 CERTIFICATE_CURE = (
     "Check that the certificate is in date and names the host in REPLICATOR_REDIS_URL, and that the URL's ssl_ca_certs "
     "holds the authority that signed it, if that is a private one"

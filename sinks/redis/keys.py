@@ -159,7 +159,7 @@ def moment(event: Event) -> str:
 
 def refusals(events: Iterable[Event]) -> list[Refusal]:
     """What Redis can't hold."""
-    return [Refusal(event, _UNORDERED) for event in events if event.ts_us is None]
+    return [Refusal(event, _UNORDERED) for event in events if event.ts_us is None and not event.deleted]
 
 
 def pack(events: Sequence[Event], now: float) -> Iterator[Write]:

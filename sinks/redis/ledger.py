@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from replicator.contracts.errors import SinkUnusable
 from replicator.contracts.events import Event, Id
-from replicator.contracts.fields import Field
+from replicator.contracts.fields import Stream, Type
 from replicator.contracts.sink import Held
 from sinks.redis.client import SINK, RedisClient
 from sinks.redis.errors import foreign_cure
@@ -24,12 +25,13 @@ class RedisLedger:
     """The counts in `redis`."""
 
     def __init__(
-        self, redis: RedisClient, require_ours: Callable[[], Awaitable[None]], rows: RowsWriter | None, identity: Field
+        self, redis: RedisClient, require_ours: Callable[[], Awaitable[None]], rows: RowsWriter | None, stream: Stream
     ) -> None:
         """`require_ours` raises SinkUnusable if what is counted here are another source's events."""
         self._redis = redis
         self._rows = rows
-        self._identity = identity.name
+        self._identity = stream.identity.name
+        self._key = stream.key.type
         self._require_ours = require_ours
 
     async def counts(self, keys: Sequence[Id]) -> list[int]:
@@ -40,6 +42,12 @@ class RedisLedger:
         except ValueError:
             detail = f"a key of {self._redis.named(COUNT_PREFIX)}* is not a number"
             raise SinkUnusable(sink=SINK, detail=detail, cure=foreign_cure(self._redis.named)) from None
+
+    async def keys(self) -> AsyncIterator[Sequence[Id]]:
+        """Other programs' keys, which only begin like ours, are left out."""
+        await self._require_ours()
+        async for page in self._redis.names(COUNT_PREFIX):
+            yield [key for text in page if (key := _read_key(self._key, text)) is not None]
 
     async def unseen(self, ids: Sequence[Id]) -> list[Id]:
         await self._require_ours()
@@ -75,6 +83,15 @@ class RedisLedger:
             return Held(counted, fields, notes=notes)
         other = f"is event {fields.get(self._identity)}" if fields else "has expired, an hour after the newest event"
         return Held(counted, notes=[*notes, f"{last} {other}"] if counted else notes)
+
+
+def _read_key(kind: Type, text: str) -> Id | None:
+    """From its text; None: it can't be one."""
+    try:
+        key = int(text) if kind.python is int else str(UUID(text)) if kind.postgres == "uuid" else text
+    except ValueError:
+        return None
+    return key if str(key) == text and kind.fits(key) else None
 
 
 def _is_set(bits: dict[int, bytes], event_id: int) -> bool:

@@ -132,7 +132,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             self.new_events += await self._rows.write(events)
             if self._keeps_window and self.window.failure:
                 await self.window.slide()
-            return []
+            return refusals(events)
         refused = refusals(events)
         kept = [event for event in events if event.ts_us is not None] if refused else events
         for part in pack(kept, self._clock()):
@@ -173,7 +173,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             await self._redis.close()
 
     def counter(self) -> RedisLedger:
-        return RedisLedger(self._redis, partial(self._require_ours, claim=False), self._rows, self.stream.identity)
+        return RedisLedger(self._redis, partial(self._require_ours, claim=False), self._rows, self.stream)
 
     async def top(self, most: int) -> list[tuple[Id, int]]:
         return await self._redis.highest(WINDOW, most, self.stream.key.type.python)

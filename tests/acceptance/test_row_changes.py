@@ -121,6 +121,68 @@ def test_values_with_a_second_form(parcels: Program, source: psycopg.Connection,
     assert "dead letter" not in parcels.log
 
 
+def test_times_that_no_destination_holds(
+    parcels: Program, source: psycopg.Connection, stack: DevStack, *, destinations: Destinations
+) -> None:
+    """Such a row is a dead letter, and counted nowhere; also one that had another time before, or gets one."""
+    source.execute("ALTER TABLE parcels ALTER at DROP NOT NULL")
+    succeed(parcels.run("init"))
+    parcels.start()
+    for number, at in enumerate(("infinity", "-infinity", "20000-01-01", "0044-03-15 BC", "now", None)):
+        source.execute("INSERT INTO parcels (id, weight, at) VALUES (%s, 0, %s)", [number, at])
+    parcels.wait_until_caught_up()
+
+    def assert_there(*ids: int) -> None:
+        parcels.wait_until_caught_up()
+        assert {*ids} == {*in_clickhouse(stack)}
+        assert str(len(ids)) == destinations.redis.get("parcels:count:north")
+        assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+
+    assert_there(4)
+    for sink in ("clickhouse", "redis", "http"):
+        listed = succeed(parcels.run("dead-letters", "list", "--sink", sink, "--json"))
+        assert [0, 1, 2, 3] == sorted(letter["event_id"] for letter in _decode(listed)["dead_letters"])
+    assert "public.parcels.at is NULL" in succeed(parcels.run("dead-letters", "list", "--stage", "row"))
+    source.execute("UPDATE parcels SET at = 'infinity' WHERE id = 4")
+    parcels.wait_until_caught_up()
+    found = parcels.run("reconcile", *ALWAYS, "--repair", "--delete-extra")
+    assert (0, True, True) == (found.code, "extra 1: 4" in found.stdout, "counts too high 0" in found.stdout)
+    assert_there()
+    source.execute("UPDATE parcels SET at = 'now' WHERE id IN (0, 4)")
+    assert_there(0, 4)
+    succeed(parcels.run("rebuild-redis", "--from-empty", "--yes"))
+    assert_there(0, 4)
+
+
+def test_counts_of_keys_that_have_no_row(
+    parcels: Program, source: psycopg.Connection, *, destinations: Destinations
+) -> None:
+    """They are differences where deletes reach the sinks. A Redis that does not show its keys is told."""
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, depot) VALUES (1, 'north'), (2, 'north'), (3, 'a*?[b]'), (4, 'gone')")
+    source.execute("DELETE FROM parcels WHERE id = 4")
+    parcels.wait_until_caught_up()
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+    source.execute("TRUNCATE parcels")
+    parcels.wait_until_caught_up()
+    alone = (*ALWAYS, "--sinks", "redis")
+    for _ in range(2):
+        found = parcels.run("reconcile", *alone)
+        assert 3 == found.code
+        [line] = [line for line in found.stdout.splitlines() if "too high" in line]
+        assert line.startswith("redis       counts too high 2: ")
+        assert {"north has 2 instead of 0", "a*?[b] has 1 instead of 0"} == {*line.partition(": ")[2].split(", ")}
+        assert "`python -m replicator rebuild-redis --from-empty` corrects the counts" in found.stdout
+    destinations.redis.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@all", "-scan")  # type: ignore[no-untyped-call]
+    url = parcels.environment["REPLICATOR_REDIS_URL"].replace("://", "://reader:secret@")
+    found = parcels.run("reconcile", *alone, redis_url=url)
+    destinations.redis.execute_command("ACL", "DELUSER", "reader")  # type: ignore[no-untyped-call]
+    assert "counts of keys that have no row in PostgreSQL were not compared: NOPERM" in succeed(found)
+    succeed(parcels.run("rebuild-redis", "--from-empty", "--yes"))
+    assert "equal" in succeed(parcels.run("reconcile", *alone))
+
+
 def test_a_condition_on_a_padded_column(
     parcels: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path
 ) -> None:

@@ -235,6 +235,55 @@ async def test_another_program_s_key_is_called_as_the_stream_s(
     await sink.close()
 
 
+@pytest.mark.parametrize("stream", [LETTERED, STREAM], ids=["inserted", "changing"])
+async def test_a_row_without_a_time_is_refused(redis_url: str, monkeypatch: pytest.MonkeyPatch, stream: Stream) -> None:
+    """As inserted numbers are. It is not counted, and what it was before counts no longer; it may get a time again."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    sink = RedisSink(load(RedisSettings), stream)
+    await sink.open(None, Mode.LIVE)
+    [refusal] = await sink.write([untimed := endless(100, 1), upsert(100, 2, "b", "north")])
+    assert (untimed, True) == (refusal.event, "infinite" in refusal.reason)
+    assert (1, [1], ["a"]) == (
+        sink.new_events,
+        await sink.counter().counts(["north"]),
+        await sink.counter().unseen(["a"]),
+    )
+    assert not await sink.write([upsert(101, 1, "a", "north")])
+    assert [2] == await sink.counter().counts(["north"])
+    for _ in range(2):
+        assert [endless(102, 1)] == [refusal.event for refusal in await sink.write([endless(102, 1)])]
+        assert not await sink.write([upsert(101, 1, "a", "north")])
+        assert [1] == await sink.counter().counts(["north"])
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.get("parcels:last:north") in {None, upsert(100, 2, "b", "north").json}
+    await sink.close()
+
+
+def endless(lsn: int, ordinal: int) -> RowChange:
+    """Row `a`, whose time is infinite."""
+    return RowChange(lsn, ordinal, "a", "north", None, b'{"parcel_id":"a","depot":"north","at":"infinity"}')
+
+
+async def test_the_keys_that_have_counts(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, whatever is in their names; none of another stream, and nothing of another program."""
+    monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
+    depots = [*DEPOTS, "a*?[b]\\", "", *(f"depot {number}" for number in range(3_000))]
+    rows = [upsert(100, number, f"{number}", depot) for number, depot in enumerate(depots, 1)]
+    made = {STREAM: rows, NUMBERED: [upsert(100, 1, 1, 7), upsert(100, 2, 2, -7)]}
+    for stream, changes in made.items():
+        monkeypatch.setenv("REPLICATOR_REDIS_PREFIX", f"{stream is STREAM}:")
+        sink = RedisSink(load(RedisSettings), stream)
+        await sink.open(None, Mode.BACKFILL)
+        for at in range(0, len(changes), sink.max_events):
+            assert not await sink.write(changes[at : at + sink.max_events])
+        with redis.Redis.from_url(redis_url) as client:
+            for other in ("False:parcels:count:007", "False:parcels:count:all", "parcels:count:x"):
+                client.set(other, 1)
+        pages = sink.counter().keys()
+        assert {*(change.key for change in changes)} == {key async for page in pages for key in page}
+        await sink.close()
+
+
 @pytest.fixture
 def writer(redis_url: str) -> Iterator[Any]:
     """A connection that may give rights to the user `writer`."""

@@ -138,3 +138,8 @@ class Counted:
     async def unseen(self, ids: Sequence[int]) -> list[int]:
         """See `ledger.EventCounter`."""
         return [one for one in ids if one not in self.seen]
+
+    async def keys(self) -> AsyncIterator[Sequence[int]]:
+        """See `ledger.EventCounter`: some of them come twice."""
+        yield [*self.found]
+        yield [*self.found][:2]

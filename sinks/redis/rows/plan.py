@@ -1,7 +1,8 @@
 """What changes in Redis when rows do; pure. `lua/rows.lua` applies it, if nothing has changed meanwhile.
 
 What is known of a row is its last version, and where it is counted: in which bucket, for which key. A version that is
-not newer changes nothing, whatever comes again, in any order. A row that is gone stays known, for the same reason.
+not newer changes nothing, whatever comes again, in any order. A row that is gone stays known, for the same reason; so
+does one without a time that Redis could rank it by.
 """
 
 from __future__ import annotations
@@ -55,9 +56,14 @@ class State(NamedTuple):
         return f"{self.version:0{VERSION_DIGITS}x}{counted}"
 
 
+def _is_there(event: Event) -> bool:
+    """Whether it leaves a row. One without a time is refused, and none: `reconcile` and a rebuild don't see it."""
+    return event.ts_us is not None and not event.deleted
+
+
 def newest_of(events: Sequence[Event], states: Mapping[Id, str]) -> list[str]:
     """The keys whose newest row has to be known before these events can be planned."""
-    keys = {str(event.key) for event in events if not event.deleted}
+    keys = {str(event.key) for event in events if _is_there(event)}
     keys |= {key for text in states.values() if (key := State.parse(text).key) is not None}
     return sorted(keys)
 
@@ -89,8 +95,10 @@ class Plan:
         old = self._states.get(event.id) or State.parse(self._before.get(event.id, ""))
         if event.version <= old.version:
             return
-        self.new += old.version < 0
-        state = State(event.version) if event.deleted else State(event.version, self._bucket(event), str(event.key))
+        state = State(event.version)
+        if _is_there(event):
+            self.new += old.version < 0
+            state = State(event.version, self._bucket(event), str(event.key))
         self._states[event.id] = state
         for counted, sign in ((old, -1), (state, 1)):
             if counted.key is not None:

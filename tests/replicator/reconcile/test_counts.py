@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from replicator.reconcile.recheck import recheck_counts, unseen, wrong_counts
+from replicator.reconcile.recheck import recheck_counts, stray_counts, unseen, wrong_counts
 from tests.support.ledgers import Counted, Passing, Place, event
 
 
@@ -40,6 +40,16 @@ async def test_every_key_of_the_source_is_looked_at() -> None:
     counted = Counted({1: 2, 2: 5, 9: 1})
     found = [str(one) async for wrong in wrong_counts(source, counted, Passing()) for one in wrong]
     assert ["2 has 5 instead of 1", "3 has 0 instead of 1"] == found
+
+
+async def test_keys_of_which_the_source_has_no_row() -> None:
+    """Each with a count is one, unless a row of it is there by the time that the slot has passed; and each once."""
+    source = Place([event(1, key=1)])
+    slot = Passing(lambda: source.rows.append(event(2, key=8)))
+    known: set[int] = set()
+    assert [] == [wrong async for some in wrong_counts(source, Counted({1: 1}), slot, known) for wrong in some]
+    strays = stray_counts(source, Counted({9: 2, 7: 0, 1: 5, 8: 1, 6: -1}), slot, known)
+    assert ["9 has 2 instead of 0", "6 has -1 instead of 0"] == [str(wrong) async for some in strays for wrong in some]
 
 
 async def test_what_is_brought_meanwhile_is_counted() -> None:
