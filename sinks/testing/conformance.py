@@ -1,4 +1,7 @@
-"""What every sink must do, as tests. `destination.py` is what they ask of a destination."""
+"""What every sink must do, as tests. `destination.py` is what they ask of a destination.
+
+Those of rows that change are in `changes.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import pytest
 from pydantic import SecretStr
 
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
-from replicator.contracts.events import Event, Position, Refusal, SinkPosition
+from replicator.contracts.events import Position, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
+from sinks.testing.changes import ChangesConformance, write_when_up
 from sinks.testing.destination import SAMPLE_TEXT, Destination, sample
 
 WRITTEN = SinkPosition(position=Position(100, 1), end_lsn=101)
@@ -26,7 +30,7 @@ TURNS = 20
 
 
 @pytest.mark.asyncio
-class SinkConformance:
+class SinkConformance(ChangesConformance):
     """A subclass `Test…` has a fixture `destination`, which is empty for each test. `pytest --sink NAME` makes one."""
 
     @pytest.mark.parametrize("mode", Mode)
@@ -70,7 +74,7 @@ class SinkConformance:
         events = destination.samples
         async with destination.opened() as sink, destination.opened(Mode.BACKFILL) as other:
             parts = [events[start :: sink.concurrency] for start in range(sink.concurrency)]
-            await asyncio.gather(*(_write_when_up(sink, part) for part in parts), _write_when_up(other, events))
+            await asyncio.gather(*(write_when_up(sink, part) for part in parts), write_when_up(other, events))
         destination.assert_holds(events)
 
     async def test_the_order_is_kept(self, destination: Destination) -> None:
@@ -143,7 +147,7 @@ class SinkConformance:
                 named = any(not finding.ok and finding.cure for finding in findings)
                 assert named, f"`check` does not name the outage, or no cure: {findings}"
                 _assert_discreet(sink, *(f"{finding.what} {finding.cure}" for finding in findings))
-            await _write_when_up(sink, events)
+            await write_when_up(sink, events)
         destination.assert_holds(events)
 
     async def test_a_start_in_an_outage_is_unavailable_and_ends(self, destination: Destination) -> None:
@@ -154,7 +158,7 @@ class SinkConformance:
             await sink.open()
         await sink.create()
         await sink.open()
-        await _write_when_up(sink, destination.samples)
+        await write_when_up(sink, destination.samples)
         await sink.close()
         destination.assert_holds(destination.samples)
 
@@ -177,7 +181,7 @@ class SinkConformance:
             assert not held, "`write` holds the event loop until the destination answers"
             with suppress(SinkUnavailable):
                 await write
-            await _write_when_up(sink, destination.samples)
+            await write_when_up(sink, destination.samples)
         destination.assert_holds(destination.samples)
 
     async def test_what_is_closed_is_released_and_may_be_opened_again(self, destination: Destination) -> None:
@@ -203,15 +207,6 @@ class SinkConformance:
             assert all(finding.ok for finding in await sink.check())
             await sink.close()
         destination.assert_holds([])
-
-
-async def _write_when_up(sink: Sink, events: Sequence[Event]) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            with suppress(SinkUnavailable):
-                await sink.write(events)
-                return
-            await asyncio.sleep(0.05)
 
 
 async def _until(condition: Callable[[], bool], problem: str) -> None:

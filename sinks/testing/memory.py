@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TypeAlias
 
 from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkUnavailable
-from replicator.contracts.events import Event, Finding, Refusal
+from replicator.contracts.events import Event, Finding, Id, Refusal, unfolded
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
@@ -36,6 +36,8 @@ class MemorySink(Sink):
     SinkUnavailable.
     """
 
+    takes_any_stream = True
+
     def __init__(
         self,
         settings: Settings | None = None,
@@ -46,24 +48,24 @@ class MemorySink(Sink):
         concurrency: int = 1,
         max_repeats: int | None = None,
         steps: Iterable[Step] = (),
-        unfit: Iterable[int] = (),
-        refused: Iterable[int] = (),
+        unfit: Iterable[Id] = (),
+        refused: Iterable[Id] = (),
         room: int | None = None,
     ) -> None:
         super().__init__(settings or Settings(), stream or NUMBERED)
         self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
         self.steps, self.unfit, self.refused, self.room = list(steps), {*unfit}, {*refused}, room
         self.down = False
-        self.events: dict[int, Event] = {}
-        """What it has, by id."""
-        self.writes: list[list[int]] = []
+        self.events: dict[Id, Event] = {}
+        """What it has, by id; of rows that change the last version of each, also of those that are gone."""
+        self.writes: list[list[Id]] = []
         """The ids that each write took, in the order in which the writes ended."""
         self.called = asyncio.Event()
         """Set when a write begins."""
         self._changed = asyncio.Condition()
 
     @property
-    def taken(self) -> list[int]:
+    def taken(self) -> list[Id]:
         """The ids of all writes."""
         return [*chain(*self.writes)]
 
@@ -88,11 +90,20 @@ class MemorySink(Sink):
             refusals += await self._take(self.steps.pop(0), events)
         refused = {refusal.event.id for refusal in refusals}
         taken = {event.id: event for event in events if event.id not in refused}
-        self.events |= taken
+        self._keep([event for event in events if event.id not in refused])
         self.writes.append(list(taken))
         async with self._changed:
             self._changed.notify_all()
         return refusals
+
+    def _keep(self, events: Sequence[Event]) -> None:
+        if not self.stream.follows:
+            self.events |= {event.id: event for event in events}
+            return
+        for event in unfolded(events, self.stream.identity.name):
+            known = self.events.get(event.id)
+            if known is None or known.version <= event.version:
+                self.events[event.id] = event
 
     async def _take(self, step: Step, events: Sequence[Event]) -> Sequence[Refusal]:
         if isinstance(step, Exception):

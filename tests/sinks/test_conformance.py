@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from devstack import DevStack
 from devstack.process import Service
 from devstack.proxy import Proxy
 from enrichment import EVENT
-from replicator.contracts.events import Event
+from replicator.contracts.events import Event, Id
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import Settings
 from replicator.contracts.sink import Sink
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
+from sinks.clickhouse.table import table_of
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
 from sinks.redis.settings import RedisSettings
@@ -27,6 +29,28 @@ from sinks.stdout.sink import StdoutSink
 from sinks.testing import Destination, MemorySink, SinkConformance, decode, sample
 from tests.support.destinations import Destinations
 from tests.support.warehouse import Warehouse
+
+ROWS = """
+SELECT {fields} FROM {table} FINAL
+SETTINGS date_time_output_format = 'iso', output_format_json_quote_64bit_integers = 0,
+         output_format_json_quote_decimals = 0
+FORMAT JSONEachRow
+"""
+
+
+def kept(changes: Iterable[dict[str, Any]], stream: Stream) -> list[dict[str, Any]]:
+    """What a receiver of changes keeps: the highest version of each row, unless that is a delete."""
+    name = stream.identity.name
+    last: dict[Id, dict[str, Any]] = {}
+    for change in changes:
+        former = (
+            {name: change["_was"], "_operation": "delete", "_version": change["_version"]} if "_was" in change else {}
+        )
+        for one in filter(None, (former, change)):
+            if one[name] not in last or last[one[name]]["_version"] <= one["_version"]:
+                last[one[name]] = one
+    rows = [change for change in last.values() if change["_operation"] == "upsert"]
+    return [{field.name: row[field.name] for field in stream.fields} for row in rows]
 
 
 class Wired(Destination):
@@ -67,10 +91,12 @@ class TestClickHouse(SinkConformance):
         class Table(Wired):
             def sink(self) -> Sink:
                 given = {"clickhouse_url": self.url(stack.clickhouse.url), "clickhouse_max_events": 500}
-                return ClickHouseSink(ClickHouseSettings.model_validate(given), EVENT)
+                return ClickHouseSink(ClickHouseSettings.model_validate(given), self.stream)
 
             def read(self) -> Iterable[dict[str, Any]]:
-                return self.destinations.clickhouse()
+                fields = ", ".join(field.name for field in self.stream.fields)
+                rows = stack.clickhouse.query(ROWS.format(fields=fields, table=table_of(self.stream)))
+                return map(decode, rows.splitlines())
 
         stack.clickhouse.reset()
         with Proxy(stack.clickhouse.port) as proxy:
@@ -86,11 +112,17 @@ class TestRedis(SinkConformance):
 
         class Keys(Wired):
             def sink(self) -> Sink:
-                return RedisSink(RedisSettings.model_validate({"redis_url": self.url(redis_url)}), EVENT)
+                return RedisSink(RedisSettings.model_validate({"redis_url": self.url(redis_url)}), self.stream)
 
             def read(self) -> Iterable[dict[str, Any]]:
-                counts = self.destinations.counts()
-                return [event for content, event in self.destinations.last().items() for _ in range(counts[content])]
+                noun = self.stream.redis_name or self.stream.name
+                counts, lasts = self._values(f"{noun}:count:"), self._values(f"{noun}:last:")
+                assert {key for key, count in counts.items() if int(count)} == {*lasts}
+                return [decode(lasts[key]) for key, count in counts.items() for _ in range(int(count))]
+
+            def _values(self, prefix: str) -> dict[str, str]:
+                client = self.destinations.redis
+                return {key.removeprefix(prefix): str(client.get(key)) for key in client.scan_iter(f"{prefix}*")}
 
         with Proxy(stack.redis.port) as proxy:
             yield Keys(stack, stack.redis, proxy)
@@ -107,14 +139,18 @@ class TestHttp(SinkConformance):
             keeps_repeats = True
 
             def sink(self) -> Sink:
-                return HttpSink(HttpSettings.model_validate({"http_url": self.url(stack.api.url)}), EVENT)
+                return HttpSink(HttpSettings.model_validate({"http_url": self.url(stack.api.url)}), self.stream)
 
             def read(self) -> Iterable[dict[str, Any]]:
-                return self.destinations.api()
+                taken = self.destinations.api()
+                return kept(taken, self.stream) if self.stream.follows else taken
+
+            def refusal(self, event: Event) -> AbstractContextManager[None] | None:
+                return None if self.stream.follows else self._refusing(event.id)  # it knows numbers
 
             @contextmanager
-            def refusal(self, event: Event) -> Iterator[None]:
-                stack.api.behave(refuse_event_ids=[event.id])
+            def _refusing(self, event_id: int) -> Iterator[None]:
+                stack.api.behave(refuse_event_ids=[event_id])
                 yield
                 stack.api.behave()
 
@@ -164,11 +200,12 @@ class Printed(Destination):
 
     def sink(self) -> Sink:
         """It prints where a program's standard output would be."""
-        return StdoutSink(Settings(), EVENT, output=self._output)
+        return StdoutSink(Settings(), self.stream, output=self._output)
 
     def read(self) -> Iterable[dict[str, Any]]:
-        """Its lines."""
-        return map(decode, self._file.read_bytes().splitlines())
+        """Its lines; of changes what their reader keeps."""
+        lines = map(decode, self._file.read_bytes().splitlines())
+        return kept(lines, self.stream) if self.stream.follows else lines
 
     @contextmanager
     def outage(self) -> Iterator[None]:
@@ -192,19 +229,19 @@ class Memory(Destination):
 
     def __init__(self) -> None:
         super().__init__(EVENT)
-        self.events: dict[int, Event] = {}
+        self.events: dict[Id, Event] = {}
         self.sinks: list[MemorySink] = []
 
     def sink(self) -> Sink:
         """It shares the events of the others."""
-        sink = MemorySink(unfit=[event.id] if (event := self.refused) else [])
+        sink = MemorySink(stream=self.stream, unfit=[event.id] if (event := self.refused) else [])
         sink.events = self.events
         self.sinks.append(sink)
         return sink
 
     def read(self) -> Iterable[dict[str, Any]]:
         """One of each."""
-        return [decode(event.json) for event in self.events.values()]
+        return [decode(event.json) for event in self.events.values() if not event.deleted]
 
     @contextmanager
     def refusal(self, event: Event) -> Iterator[None]:

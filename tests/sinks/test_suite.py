@@ -76,6 +76,20 @@ def test_the_example_keeps_the_contract(tmp_path: Path) -> None:
     assert re.search(r"^[12][0-9] passed", done.stdout.splitlines()[-1]), done.stdout
 
 
+def test_the_example_for_any_stream_keeps_the_contract(tmp_path: Path) -> None:
+    """The page on sinks shows it, and its conftest.py. None of the tests of changes is left out."""
+    page = (ROOT / "docs/how-to/sink.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for name, word in (("replicator_rows.py", "class RowsSink"), ("conftest.py", "class RowsFile")):
+        [text] = [text for text in shown if word in text]
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    install(tmp_path, "replicator-rows", {"rows": "replicator_rows:RowsSink"})
+    done = run(tmp_path, "--sink", "rows", "-q", "-rs")
+    assert 0 == done.returncode, done.stdout
+    assert "takes no stream whose rows change" not in done.stdout
+    assert re.search(r"^3[0-9] passed", done.stdout.splitlines()[-1]), done.stdout
+
+
 @pytest.mark.parametrize(
     ("sink", "conftest", "problem"),
     [

@@ -156,18 +156,25 @@ class Memory(Destination):
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(EVENT)
+        self._nodes = nodes
         self._there = nodes.sinks["memory"] = MemorySink(unfit=[100])
         self._own = Driver()
         self._cluster = MadeUpCluster()
 
+    def follow(self) -> None:
+        """The nodes' sink as well."""
+        super().follow()
+        assert self.refused
+        self._there = self._nodes.sinks["memory"] = MemorySink(stream=self.stream, unfit=[self.refused.id])
+
     def sink(self) -> Sink:
         """The driver's."""
-        self._own = Driver()
+        self._own = Driver(stream=self.stream)
         return on_cluster(self._own, Desk(self._cluster, ["memory"]))  # type: ignore[arg-type]  # it is made up
 
     def read(self) -> Iterable[dict[str, Any]]:
         """By id."""
-        return [decode(event.json) for event in self._there.events.values()]
+        return [decode(event.json) for event in self._there.events.values() if not event.deleted]
 
     @contextmanager
     def outage(self) -> Iterator[None]:

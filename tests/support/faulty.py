@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from msgspec import structs
 from pydantic import SecretStr
 
 from enrichment import EVENT
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
-from replicator.contracts.events import Event, Finding, Position, Refusal, SinkPosition
+from replicator.contracts.events import Event, Finding, Id, Position, Refusal, RowChange, SinkPosition, unfolded
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import Settings, load
 from replicator.contracts.sink import Mode, Sink
 from sinks.testing import Destination, conformance, decode
+from sinks.testing.changes import ChangesConformance
 
 conformance.PATIENCE_SECONDS = 2.0
 
@@ -27,7 +30,9 @@ class Server:
     """What they write to."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, bytes]] = []
+        self.rows: list[tuple[Id, bytes]] = []
+        self.versions: dict[Id, int] = {}
+        """Of rows that change, deleted ones too."""
         self.is_up = True
         self.refused: Event | None = None
         self.speaks = threading.Event()
@@ -37,6 +42,13 @@ class Server:
         """One event, unless it is there."""
         if event.id not in dict(self.rows):
             self.rows.append((event.id, event.json))
+
+    def change(self, event: Event) -> None:
+        """One row is there as it is now, or is gone; unless a later change of it is known."""
+        if self.versions.get(event.id, -1) < event.version:
+            self.versions[event.id] = event.version
+            self.rows = [row for row in self.rows if row[0] != event.id]
+            self.rows += [] if event.deleted else [(event.id, event.json)]
 
 
 server = Server()
@@ -52,6 +64,7 @@ class FaultySink(Sink):
     """This one keeps the contract."""
 
     name, max_events, concurrency, settings_class = "faulty", 20, 2, FaultySettings
+    takes_any_stream = True
     settings: FaultySettings
     file: int | None = None
 
@@ -63,10 +76,10 @@ class FaultySink(Sink):
         return [Finding(server.is_up, "the server", "" if server.is_up else "Start it")]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        for event in events:
-            if event.ts_us is not None:
+        for event in unfolded(events, self.stream.identity.name):
+            if event.ts_us is not None or event.deleted:
                 await self.put(event)
-        return [Refusal(event, "it never ends") for event in events if event.ts_us is None]
+        return [Refusal(event, "it never ends") for event in events if event.ts_us is None and not event.deleted]
 
     async def put(self, event: Event) -> None:
         """As the server answers it."""
@@ -76,7 +89,14 @@ class FaultySink(Sink):
             await asyncio.sleep(0.01)
         if server.refused and server.refused.id == event.id:
             raise BatchRefused(sink=self.name, detail="error 400", reason=f"bad event {event.json!r}")
-        server.put(event)
+        self.keep(event)
+
+    def keep(self, event: Event) -> None:
+        """At the server."""
+        if self.stream.follows:
+            server.change(event)
+        else:
+            server.put(event)
 
     def reach(self) -> None:
         """Raise what an outage means."""
@@ -309,6 +329,112 @@ class ChecksByWriting(FaultySink):
         return await super().check()
 
 
+class IgnoresDeletes(FaultySink):
+    async def put(self, event: Event) -> None:
+        if not event.deleted:
+            await super().put(event)
+
+
+class KeepsTheFirstVersion(FaultySink):
+    def keep(self, event: Event) -> None:
+        server.put(event)
+
+
+class GoesByArrival(FaultySink):
+    def keep(self, event: Event) -> None:
+        server.versions.pop(event.id, None)
+        super().keep(event)
+
+
+class ForgetsWhatIsDeleted(FaultySink):
+    def keep(self, event: Event) -> None:
+        super().keep(event)
+        if event.deleted:
+            server.versions.pop(event.id, None)
+
+
+class ForgetsDeletesOfNothing(FaultySink):
+    def keep(self, event: Event) -> None:
+        if not event.deleted or event.id in server.versions:
+            super().keep(event)
+
+
+class GoesByTheCommit(FaultySink):
+    def keep(self, event: Event) -> None:
+        server.versions = {row: version | 2**64 - 1 for row, version in server.versions.items()}
+        super().keep(event)
+
+
+class ComparesVersionsAsText(FaultySink):
+    def keep(self, event: Event) -> None:
+        known = server.versions.get(event.id)
+        if known is None or f"{known >> 64}/{known % 2**64}" < f"{event.commit_lsn}/{event.ordinal}":
+            server.versions.pop(event.id, None)
+            super().keep(event)
+
+
+class LeavesFormerIdentities(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        same = [structs.replace(event, was=None) if isinstance(event, RowChange) else event for event in events]
+        return await super().write(same)
+
+
+class RefusesDeletes(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        refusals = await super().write(events)
+        return [*refusals, *(Refusal(event, "it has no time") for event in events if event.deleted)]
+
+
+class RefusesEveryChange(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        refusals = await super().write(events)
+        return [Refusal(event, "with the other") for event in events] if refusals and self.stream.follows else refusals
+
+
+class DropsAChangeThatIsRefused(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        try:
+            return await super().write(events)
+        except BatchRefused:
+            if self.stream.follows:
+                return []
+            raise
+
+
+class DeletesTwice(FaultySink):
+    async def put(self, event: Event) -> None:
+        if event.deleted and event.id in server.versions and event.id not in dict(server.rows):
+            raise BatchRefused(sink=self.name, detail="there is no such row")
+        await super().put(event)
+
+
+class LooksBeforeItChanges(FaultySink):
+    async def put(self, event: Event) -> None:
+        self.reach()
+        known = server.versions.get(event.id, -1)
+        await asyncio.sleep(0)
+        if known < event.version:
+            server.versions.pop(event.id, None)
+            self.keep(event)
+
+
+class CanNotBeCancelledInAChange(FaultySink):
+    async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
+        try:
+            return await super().write(events)
+        except asyncio.CancelledError:
+            if self.stream.follows:
+                return []
+            raise
+
+
+class WritesAnotherStream(FaultySink):
+    """Of its destination: it makes sinks for one stream, whatever it is asked to."""
+
+    def __init__(self, given: FaultySettings, _: Stream) -> None:
+        super().__init__(given, EVENT)
+
+
 BREACHES: dict[type[FaultySink], str] = {
     Swallows: "test_an_outage_is_unavailable_and_ends",
     RaisesTheDriversError: "test_an_outage_is_unavailable_and_ends",
@@ -338,6 +464,21 @@ BREACHES: dict[type[FaultySink], str] = {
     StaysClosed: "test_what_is_closed_is_released_and_may_be_opened_again",
     ChecksNothing: "test_an_outage_is_unavailable_and_ends",
     ChecksByWriting: "test_open_close_create_and_check_leave_no_trace",
+    IgnoresDeletes: "test_changes_of_one_write",
+    KeepsTheFirstVersion: "test_each_change_is_there_when_it_is_written",
+    GoesByArrival: "test_an_earlier_version_replaces_no_later_one",
+    ForgetsWhatIsDeleted: "test_changes_that_come_again_change_nothing",
+    ForgetsDeletesOfNothing: "test_an_earlier_version_replaces_no_later_one",
+    GoesByTheCommit: "test_changes_of_one_write",
+    ComparesVersionsAsText: "test_each_change_is_there_when_it_is_written",
+    LeavesFormerIdentities: "test_each_change_is_there_when_it_is_written",
+    RefusesDeletes: "test_changes_of_one_write",
+    RefusesEveryChange: "test_a_change_that_it_can_not_hold_is_refused_alone",
+    DropsAChangeThatIsRefused: "test_a_change_that_it_refuses_is_raised",
+    DeletesTwice: "test_changes_that_come_again_change_nothing",
+    LooksBeforeItChanges: "test_changes_may_be_written_side_by_side",
+    CanNotBeCancelledInAChange: "test_a_write_of_changes_may_be_cancelled_anywhere",
+    WritesAnotherStream: "test_changes_of_one_write",
 }
 """The breach, and the test that is there for it. Others may fail, too."""
 
@@ -352,8 +493,13 @@ class Place(Destination):
         self.breach = breach
         server.__init__()  # type: ignore[misc]  # it is empty again
 
+    def follow(self) -> None:
+        if self.breach and BREACHES[self.breach] not in vars(ChangesConformance):
+            pytest.skip("its breach shows in other tests")
+        super().follow()
+
     def sink(self) -> Sink:
-        return self.breach(load(FaultySettings), EVENT) if self.breach else super().sink()
+        return self.breach(load(FaultySettings), self.stream) if self.breach else super().sink()
 
     def read(self) -> Iterable[dict[str, Any]]:
         return [decode(json) for _, json in server.rows]
