@@ -22,7 +22,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ CHUNK_BODIES = 1_000  # of GET /events, so that a long answer is not one long st
 class Behaviour(Fault, frozen=True, kw_only=True):
     """How it misbehaves: a fault that hits some requests, and rules for all of them."""
 
-    refuse_event_ids: frozenset[int | str] = frozenset()
+    refuse_event_ids: frozenset[int] = frozenset()
     """422 for a request that has one of these events."""
     max_body_bytes: int | None = None
     """413 for a larger request."""
@@ -74,7 +74,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests since the start, answered or not."""
     events: int
     """Accepted, repeats included."""
-    last_event_id: int | str | None
+    last_event_id: int | None
 
 
 class Taken(NamedTuple):
@@ -82,12 +82,11 @@ class Taken(NamedTuple):
 
     body: bytes
     """As sent, without line breaks: one line of the file."""
-    event_ids: Sequence[int | str]
-    """Packed, where they are integers."""
+    event_ids: array[int]
 
 
 class _EventId(msgspec.Struct):
-    event_id: int | str = 0  # of another stream than engagement, whose identity has another name
+    event_id: int = 0  # of another stream than engagement, whose identity has another name
 
 
 _decode_array = msgspec.json.Decoder(list[_EventId]).decode
@@ -107,9 +106,7 @@ def read(body: bytes) -> Taken:
     if b"\n" in body or b"\r" in body:  # only between tokens: strings have them escaped
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
     events = _decode_array(body) if body.lstrip()[:1] == b"[" else [_decode_one(body)]
-    ids = [event.event_id for event in events]
-    numbers = [one for one in ids if isinstance(one, int)]
-    return Taken(body, array("q", numbers) if len(numbers) == len(ids) else ids)
+    return Taken(body, array("q", [event.event_id for event in events]))
 
 
 class Store:
@@ -118,7 +115,7 @@ class Store:
     def __init__(self, path: Path | None, keep: int | None) -> None:
         self.taken: deque[Taken] = deque(maxlen=keep)
         self.events = 0
-        self.last_event_id: int | str | None = None
+        self.last_event_id: int | None = None
         self._file = path.open("ab+", buffering=0) if path else None
         if path:
             with path.open("r+b") as lines:  # its own: an unbuffered file is read byte by byte
@@ -251,7 +248,7 @@ class ApiServer:
             raise Refused(413, f"the body has more than {rules.max_body_bytes} bytes")
         taken = trust(body) if rules.trusting else _parse(body)
         if refused := rules.refuse_event_ids.intersection(taken.event_ids):
-            raise Refused(422, f"event {min(refused, key=str)} is refused")
+            raise Refused(422, f"event {min(refused)} is refused")
         self._store.add(taken)
         return taken
 

@@ -279,15 +279,16 @@ class StreamEnricher:
 
     async def _complete(self, rows: Sequence[Row]) -> set[Position]:
         """Give updates all of their columns; the positions of those whose rows are gone by now."""
-        if self._tables.stream.updates == "ignore":
+        if not self._tables.stream.follows:
             return set()
-        updates = [row for row in rows if row.action == "U" and self._guard.root(row) == self._tables.events]
+        events = [row for row in rows if row.action == "U" and self._guard.root(row) == self._tables.events]
+        updates = [row for row in events if self._is_followed(row)]
         return await complete(self._database, self._tables, updates) if updates else set()
 
     async def _look_again(self, rows: Sequence[Row]) -> None:
         """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
         reshaped = self._guard.reshaped
-        actions = "IU" if self._tables.stream.updates == "upsert" else "I"
+        actions = "IU" if self._tables.stream.follows else "I"
         inserts = [row for row in rows if row.action in actions and row.commit_lsn < reshaped]
         try:
             events = [row for row in inserts if self._guard.root(row) == self._tables.events]
@@ -358,13 +359,14 @@ class StreamEnricher:
     def _plan(self, rows: Sequence[Row], gone: set[Position]) -> Plan:
         plan, read = Plan(self._contents), self._reader.read
         append, joined = plan.drafts.append, [*zip(self._codec.draft_ons, plan.needs, strict=True)]
-        schema, table = self._tables.schema, self._tables.events
-        upserts = self._tables.stream.updates == "upsert"
+        schema, table, followed = self._tables.schema, self._tables.events, self._is_followed
         for row in rows:
             try:
                 if (row.table != table or row.schema != schema) and not self._is_event(row, plan):
                     continue
-                if row.action == "I" or (row.action == "U" and upserts and (row.commit_lsn, row.ordinal) not in gone):
+                if row.action == "I" or (
+                    row.action == "U" and followed(row) and (row.commit_lsn, row.ordinal) not in gone
+                ):
                     draft = read(row)
                     if not self._codec.takes(draft):
                         self._leave_out(row, plan)
@@ -395,22 +397,31 @@ class StreamEnricher:
     def _drop(self, row: Row, plan: Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
-        upserts = self._tables.stream.updates == "upsert"
-        if (ends and (row.action == "D" or (row.action == "U" and upserts))) or (upserts and self._is_renamed(row)):
+        followed = row.action == "U" and self._is_followed(row)
+        if (ends and row.action == "D") or (followed and (ends or self._is_renamed(row))):
             self._remove(row, plan)
             return
-        if row.action == "U" and upserts:
+        if followed:
             raise RowUnusable(INCOMPLETE)
         plan.ignored[row.action] += 1
         self._guard.saw(row)
         if ends and row.action == "T":
             raise RowUnusable(TRUNCATED)
 
+    def _is_followed(self, row: Row) -> bool:
+        """Whether an update makes an event: where updates are ignored, one by which a later delete is understood."""
+        stream = self._tables.stream
+        return stream.updates == "upsert" or (stream.deletes == "delete" and self._is_renamed(row))
+
     def _is_renamed(self, row: Row) -> bool:
-        """Whether it is an update that gives the row another identity."""
+        """Whether an update gives the row another identity, as far as the row tells."""
         identity = self._tables.identity.column
+        self._codec.unquote(row.columns)
         new = next((column.value for column in row.columns if column.name == identity), None)
-        return row.action == "U" and self._codec.former(row) != new
+        try:
+            return bool(self._codec.former(row) != new)
+        except RowUnusable:
+            return False
 
     def _note_identity(self, row: Row, draft: Draft, plan: Plan) -> None:
         """An update may give a row another identity: under the old one it is gone."""

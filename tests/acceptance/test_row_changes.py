@@ -239,6 +239,32 @@ def test_an_update_of_a_row_that_is_gone(
     assert "the row is no longer in the table: sinks keep an earlier version" in found
 
 
+def test_another_identity_where_updates_are_ignored(
+    parcels: Program, source: psycopg.Connection, tmp_path: Path, *, stack: DevStack, destinations: Destinations
+) -> None:
+    """Else its delete would not be understood. It comes whole, though a long value of it is not in the WAL."""
+    declare(tmp_path, 'updates="upsert", ', "")
+    source.execute("CREATE DOMAIN number AS bigint; ALTER TABLE parcels ALTER id TYPE number")  # wal2json quotes it
+    succeed(parcels.run("init"))
+    parcels.start()
+    note = os.urandom(20_000).hex()
+    source.execute("INSERT INTO parcels (id, weight, note) SELECT n, n, %s FROM generate_series(1, 6) n", [note])
+    source.execute("UPDATE parcels SET weight = 7 WHERE id = 1")
+    source.execute("UPDATE parcels SET id = id * 10, weight = 8 WHERE id IN (2, 3)")
+    source.execute("DELETE FROM parcels WHERE id IN (30, 6)")
+    parcels.wait_until_caught_up()
+    parcels.kill()
+    source.execute("UPDATE parcels SET id = id * 10 WHERE id IN (4, 5)")
+    source.execute("UPDATE parcels SET id = id * 10 WHERE id = 40")
+    source.execute("DELETE FROM parcels WHERE id = 50")
+    parcels.start()
+    parcels.wait_until_caught_up()
+    there = {1: 1, 20: 8, 400: 4}
+    assert {one: [weight, note] for one, weight in there.items()} == in_clickhouse(stack, "event_id, weight, note")
+    assert "3" == destinations.redis.get("parcels:count:north")
+    assert "dead letter" not in parcels.log
+
+
 def test_rows_that_are_followed_from_now_on(
     parcels: Program, source: psycopg.Connection, tmp_path: Path, *, destinations: Destinations
 ) -> None:
