@@ -29,7 +29,7 @@ from enrichment.tables.guard import Guard, recorded, swaps
 from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
-from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit, command
+from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit
 from replicator.contracts.events import (
     Checkpoint,
     Column,
@@ -62,11 +62,10 @@ WHERE {time} >= '0001-01-01 00:00:00+00' AND {time} < '9999-12-31 00:00:00+00'
 
 IDS_AGAIN = (
     "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
-    f" repeat and does not count it. If that happens, {command('rebuild-redis --from-empty')} counts what is"
-    " in the table now, and nothing else"
+    " repeat and does not count it. If that happens, {anew} counts what is in the table now, and nothing else"
 )
 
-TRUNCATED = f"TRUNCATE: the WAL has no deletes for its rows, and {untold.CURE}"
+TRUNCATED = "TRUNCATE: the WAL has no deletes for its rows, and {take_out}"
 
 INCOMPLETE = (
     "long values of it did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
@@ -168,7 +167,8 @@ class StreamEnricher:
         if before is None:
             return None
         if fit.replaced(tables, before.shape, shape):
-            log.warning("%s is another table than before. %s", tables.stream.table, IDS_AGAIN, extra={"code": "R405"})
+            told = IDS_AGAIN.format(anew=tables.anew)
+            log.warning("%s is another table than before. %s", tables.stream.table, told, extra={"code": "R405"})
         for told in swaps(tables, before.shape, shape):
             log.warning("%s", told, extra={"code": "R406"})
         return MissedHistory.since(self._dsn, tables, before, shape)
@@ -329,6 +329,7 @@ class StreamEnricher:
         if emptied:
             why = f"what {' and '.join(emptied)} needs was only made now, and lacks those from before"
             chosen = f" --sinks {','.join(emptied)}"
+        chosen += self._tables.stream_option
         message = f"{self._tables.stream.table} holds {count} rows; {why}"
         return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}{chosen}"
 
@@ -406,7 +407,7 @@ class StreamEnricher:
         plan.ignored[row.action] += 1
         self._guard.saw(row)
         if ends and row.action == "T":
-            raise RowUnusable(TRUNCATED)
+            raise RowUnusable(TRUNCATED.format(take_out=self._tables.take_out))
 
     def _is_followed(self, row: Row) -> bool:
         """Whether an update makes an event: where updates are ignored, one by which a later delete is understood."""
@@ -462,7 +463,8 @@ class StreamEnricher:
             log.info("rows from before the change of %s come as they are in the table now", self._tables.stream.table)
         self._skipped += plan.other_shape
         if plan.ignored["T"] and self._tables.stream.deletes == "ignore":
-            log.warning("%s was truncated. %s", self._tables.stream.table, IDS_AGAIN, extra={"code": "R407"})
+            told = IDS_AGAIN.format(anew=self._tables.anew)
+            log.warning("%s was truncated. %s", self._tables.stream.table, told, extra={"code": "R407"})
 
     def _carry_out(self, plan: Plan, today: Sequence[Mapping[Id, Content]]) -> list[Event]:
         """Make the events and apply the content changes, in the order of the rows."""

@@ -28,7 +28,6 @@ from replicator.contracts.events import (
     Position,
     Row,
 )
-from replicator.contracts.settings import variable
 from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut, Tell
 from replicator.source.connection import Dsn
 
@@ -159,24 +158,23 @@ class SeveralStreams:
         events: list[Event] = []
         refused: list[DeadLetter] = []
         for letter in letters:
-            name = self._of(letter)
-            again = await self._streams[name].restore([letter])
-            events += again.events
-            refused += again.refused
+            for name in self._of(letter):
+                again = await self._streams[name].restore([letter])
+                events += again.events
+                refused += again.refused
         return Enriched(events, refused)
 
-    def _of(self, letter: DeadLetter) -> str:
+    def _of(self, letter: DeadLetter) -> list[str]:
+        """Of a row that means something to several nobody knows which of them refused it."""
         if letter.sink is not None:
-            return letter.sink.rpartition("/")[2]
-        known = (name for name, stream in self._streams.items() if stream.made(letter))
-        return next(known, next(iter(self._streams)))
+            return [letter.sink.rpartition("/")[2]]
+        return [name for name, stream in self._streams.items() if stream.made(letter)] or [*self._streams][:1]
 
     async def history(self, emptied: Sequence[str] = ()) -> str:
         """Of a stream whose table in a sink was made now every sink may lack them: it may be new in this slot."""
         concerned = {sink.rpartition("/")[2] for sink in emptied} or self._streams.keys()
-        told = {name: await self._streams[name].history() for name in self._streams if name in concerned}
-        alone = f", with {variable('stream')} naming the stream {{}} alone".format
-        return "; ".join(text + alone(name) for name, text in told.items() if text)
+        told = [await stream.history() for name, stream in self._streams.items() if name in concerned]
+        return "\n".join(filter(None, told))
 
     async def origin(self) -> str:
         return await next(iter(self._streams.values())).origin()

@@ -6,7 +6,7 @@ import importlib
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,7 +19,7 @@ from psycopg import sql
 from pydantic import AfterValidator, BeforeValidator, InstanceOf, ValidationInfo
 from pydantic import Field as Setting
 
-from replicator.contracts.errors import SettingsError
+from replicator.contracts.errors import SettingsError, command
 from replicator.contracts.fields import TEXT, Field, Stream, StreamUnusable
 from replicator.contracts.settings import Settings, load, split, variable
 
@@ -238,6 +238,25 @@ class Tables:
         return f"{quoted(self.identity.column)} = ANY(%(ids)s{'' if kind == TEXT.postgres else f'::{kind}[]'})"
 
     @property
+    def stream_option(self) -> str:
+        """What chooses the stream in a command, ` --stream orders`; empty where it is the only one."""
+        return f" --stream {self.stream.name}" if self.of_several else ""
+
+    @property
+    def anew(self) -> str:
+        """The command that counts the table's rows in Redis anew."""
+        return command(f"rebuild-redis --from-empty{self.stream_option}")
+
+    @property
+    def take_out(self) -> str:
+        """What becomes of rows that went without a delete, and how the sinks get rid of them."""
+        compare = command(f"reconcile --start … --end … --repair --delete-extra{self.stream_option}")
+        return (
+            f"the sinks keep them. {compare} takes them out of ClickHouse, {self.anew} out of Redis. If the sinks are"
+            " meant to keep them, only drop this dead letter"
+        )
+
+    @property
     def are_engagement(self) -> bool:
         """Whether `sql/source_schema.sql` makes them."""
         return self.stream is declaration(ENGAGEMENT)
@@ -298,19 +317,19 @@ def quoted(name: str) -> str:
 
 def configured() -> Tables:
     """Those that the environment names, where there is one stream. Raises SettingsError."""
-    return the_one(load(EnrichmentSettings))
+    return the_one(tables_of(load(EnrichmentSettings)))
 
 
-def the_one(settings: EnrichmentSettings) -> Tables:
-    """Those of the only stream. Raises SettingsError where there are several."""
-    if len(settings.stream) > 1:
-        names = [one if isinstance(one, str) else one.name for one in settings.stream]
-        raise SettingsError(
-            name=variable("stream"),
-            problem=f"this command works on one stream, and there are {len(names)}",
-            expected=f"one of {', '.join(names)}, for this command alone",
-        )
-    return tables_of(settings)[0]
+def the_one(streams: Sequence[Tables], name: str | None = None) -> Tables:
+    """Those of the stream of this name, or of the only one. Raises SettingsError."""
+    known = {tables.stream.name: tables for tables in streams}
+    if name is None and len(known) == 1:
+        return streams[0]
+    if name not in known:
+        several = f"this command works on one stream, and {variable('stream')} has {len(known)}"
+        problem = f"{name!r} is not the name of a stream" if name is not None else several
+        raise SettingsError(name="--stream", problem=problem, expected=f"one of {', '.join(known)}")
+    return known[name]
 
 
 def tables_of(settings: EnrichmentSettings) -> list[Tables]:

@@ -13,14 +13,7 @@ from enrichment.events.codec import codec_of
 from enrichment.tables import fit
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables
-from replicator.contracts.errors import command
 from replicator.contracts.events import DeadLetter, Lsn, Row
-
-CURE = (
-    f"the sinks keep them. {command('reconcile --start … --end … --repair --delete-extra')} takes them out of"
-    f" ClickHouse, {command('rebuild-redis --from-empty')} out of Redis. If the sinks are meant to keep them, only drop"
-    " this dead letter"
-)
 
 
 class Untold(NamedTuple):
@@ -73,10 +66,10 @@ def _reason(tables: Tables, part: Untold, *, gone: bool) -> str:
     if not gone:
         return (
             f"for a while the WAL did not tell which rows of {name} were deleted, or got another identity (a replica"
-            f" identity without it, UNLOGGED, or the table was away): {CURE}"
+            f" identity without it, UNLOGGED, or the table was away): {tables.take_out}"
         )
     what = "is another table now" if name == table else f"is no longer a part of {table}"
-    return f"{name} {what}, and the WAL has no deletes for the rows that went with it: {CURE}"
+    return f"{name} {what}, and the WAL has no deletes for the rows that went with it: {tables.take_out}"
 
 
 def tells(row: Row) -> bool:

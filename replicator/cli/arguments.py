@@ -18,7 +18,8 @@ from replicator.contracts.events import Id
 from replicator.contracts.fields import UUID, Type
 
 if TYPE_CHECKING:
-    from replicator.cli.app import App
+    from enrichment import Tables
+    from replicator.cli.app import App, Choice
 
 PAGE_ROWS = 5_000  # 10 MB of memory and some 50 ms of PostgreSQL's time; larger pages gain nothing
 MOST = 1_000_000  # rows a page: what memory may hold
@@ -108,6 +109,10 @@ Sinks: TypeAlias = Annotated[
         help="names of sinks, separated by commas; without it those of clickhouse and redis that REPLICATOR_SINKS has",
     ),
 ]
+StreamName: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--stream", metavar="NAME", help="the name of one stream; needed where REPLICATOR_STREAM has several"),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", help="don't ask")]
 
@@ -138,11 +143,15 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
     return TimeRange(start, end)
 
 
-def sinks_of(text: str | None, known: Iterable[str]) -> list[str]:
-    """The names in an option, or the usual ones. Raises SettingsError for one that is not known."""
+def sinks_of(text: str | None, known: Iterable[str], stream: str | None = None) -> list[str]:
+    """The names in an option, or the usual ones. Raises SettingsError for one that is not known.
+
+    A sink of the chosen `stream` may be called `redis/orders`, too, as status and messages call it.
+    """
     if text is None:
         return _usual_sinks(known)
-    names, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
+    names = [name.strip().removesuffix(f"/{stream}") for name in text.split(",") if name.strip()]
+    known = list(known)
     if not names or set(names) - set(known):
         expected = f"one or more of {', '.join(known)}, separated by commas"
         raise SettingsError(name="--sinks", problem=_not_of(text, set(names) - set(known)), expected=expected)
@@ -201,13 +210,24 @@ def confirmed(question: str, *, yes: bool) -> bool:
         return False
 
 
-def load_app(sinks: Sequence[str] | None = None) -> App:
+def load_one(stream: str | None, sinks: Sequence[str] | None = None) -> App:
+    """The App for the stream of this name, or for the only one. Raises SettingsError."""
+
+    def choose(streams: Sequence[Tables]) -> Sequence[Tables]:
+        from enrichment import the_one
+
+        return [the_one(streams, stream)]
+
+    return load_app(sinks, choose)
+
+
+def load_app(sinks: Sequence[str] | None = None, choose: Choice | None = None) -> App:
     """The App, with these sinks or the configured ones; imported here because that takes half a second."""
     gc.disable()  # modules are no garbage: without the search for it, importing takes a tenth less
     try:
         from replicator.cli.app import App
 
-        return App.load(sinks)
+        return App.load(sinks, choose)
     finally:
         gc.freeze()  # nor will they be
         gc.enable()

@@ -21,7 +21,7 @@ import msgspec
 import typer
 
 from replicator.cli import arguments as arg
-from replicator.cli.arguments import iso, load_app
+from replicator.cli.arguments import iso, load_one
 from replicator.cli.stream import say_what_stops, stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, command
 
@@ -63,6 +63,7 @@ async def backfill(
     end: arg.End = None,
     last: arg.Last = None,
     sinks: arg.Sinks = None,
+    stream: arg.StreamName = None,
     batch_size: arg.BatchSize = arg.PAGE_ROWS,
     rate: arg.Rate = None,
     resume: arg.Resume = False,
@@ -76,10 +77,11 @@ async def backfill(
     from sinks import known_sinks
 
     when = arg.time_range(start, end, last)
-    chosen = arg.sinks_of(sinks, known_sinks())
-    app = load_app(chosen)
+    chosen = arg.sinks_of(sinks, known_sinks(), stream)
+    app = load_one(stream, chosen)
     names = ",".join(sorted(sink.name for sink in app.sinks))
     options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
+    options += app.tables.stream_option
     run = Run(
         app=app,
         history=RangeHistory(app.dsn, when.start, when.end, tables=app.tables),

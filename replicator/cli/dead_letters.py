@@ -6,15 +6,17 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+from msgspec import structs
 
 from replicator.cli.arguments import Json, Yes, confirmed, count, duration, iso, letter_id, load_app, one_sink
-from replicator.contracts.errors import SettingsError
+from replicator.contracts.errors import CheckpointError, SettingsError, command
 from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ class _Chosen:
         self._looked_at = 0
         self._fields: set[str] = set()  # that letters have
         # Of several streams, each has its own: redis/orders.
-        several = any("/" in name for name in self.app.settings.sinks)
-        self._sink = sink if sink is None else one_sink(sink, self.app.settings.sinks if several else known_sinks())
+        several = any(one.stream_option for one in self.app.sinks)
+        self._known = self.app.settings.sinks if several else known_sinks()
+        self._sink = sink
         self._stage = stage
         self._ids = ids or []
         self._where = [_condition(text) for text in where or ()]
@@ -80,6 +83,7 @@ class _Chosen:
     async def pages(self) -> AsyncIterator[list[DeadLetter]]:
         """Oldest first. Raises SettingsError at the end for a condition on a field that there is not: none had it."""
         after, slot = 0, self.app.settings.slot
+        await self._refuse_unknown_sink()
         while page := await asyncio.to_thread(
             self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, after_id=after, limit=PAGE
         ):
@@ -90,11 +94,17 @@ class _Chosen:
                 yield chosen
         self._refuse_unknown_fields()
 
+    async def _refuse_unknown_sink(self) -> None:
+        """One that has letters is known, under a former name, too."""
+        if self._sink is not None and self._sink not in self._known:
+            kept: Iterable[str] = ()
+            with suppress(CheckpointError):
+                kept = (await asyncio.to_thread(self.app.store.count_dead_letters, self.app.settings.slot)).sinks
+            one_sink(self._sink, dict.fromkeys([*self._known, *kept]))
+
     def _refuse_unknown_fields(self) -> None:
         """A misspelt name would look as if there were no such letters."""
-        from enrichment import tables_of
-
-        known = [*dict.fromkeys(field.name for tables in tables_of(self.app.streams) for field in tables.stream.fields)]
+        known = [*dict.fromkeys(field.name for tables in self.app.streams for field in tables.stream.fields)]
         for field, _ in self._where:
             if field not in self._fields.union(known):
                 close = get_close_matches(field, known, n=1)
@@ -152,17 +162,11 @@ def _condition(text: str) -> tuple[str, str]:
 
 def _values(letter: DeadLetter, app: App) -> dict[str, Any]:
     """Of the event, or of the row: by its columns' names in the table, and by the event's."""
-    from enrichment import tables_of
-
     found = json.loads(letter.payload)
     if letter.stage == "event":
         return dict(found)
     row = {column["name"]: column.get("value") for column in found["columns"]}
-    theirs = [
-        (field.name, tables.named(tables.events, field.column))
-        for tables in tables_of(app.streams)
-        for field in tables.own
-    ]
+    theirs = [(field.name, tables.named(tables.events, field.column)) for tables in app.streams for field in tables.own]
     return row | {ours: row[column] for ours, column in theirs if column in row}
 
 
@@ -278,19 +282,48 @@ def _counted(letters: int) -> str:
 
 async def _replay(app: App, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
     """Those that are left, each with the reason; every sink that the others are for has taken them now."""
-    present = {None, *(sink.name for sink in app.sinks)}
-    absent = "sink {} is not among REPLICATOR_SINKS".format
-    left = {letter.id: absent(letter.sink) for letter in letters if letter.sink not in present}
+    from replicator.delivery.dead_letters import is_for
+
+    left = {letter.id: why for letter in letters if letter.sink is not None and (why := _stays(app.sinks, letter))}
     stored = await asyncio.to_thread(app.store.load, app.settings.slot)
-    if lacking := sorted(set(stored.sinks if stored else ()) - present):  # a row is every sink's: the others get it now
-        left |= {letter.id: absent(lacking[0]) for letter in letters if letter.sink is None}
+    # A row is every sink's: the others get it now.
+    if why := next(filter(None, (_absent(app.sinks, name) for name in sorted(stored.sinks if stored else ()))), ""):
+        left |= {letter.id: why for letter in letters if letter.sink is None}
     for sink in app.sinks:
-        mine = [letter for letter in letters if letter.sink in (sink.name, None)]
+        # Under its present name: by that, the enricher knows the stream.
+        mine = [
+            letter if letter.sink is None else structs.replace(letter, sink=sink.name)
+            for letter in letters
+            if letter.sink is None or (letter.id not in left and is_for(letter, sink))
+        ]
         if mine:  # another sink may be down: these letters are not for it
             refused = await _give(app.enricher, sink, mine)
             positions = {letter.id: letter.replay_position for letter in mine}
             left |= {number: refused[at] for number, at in positions.items() if at in refused}
     return left
+
+
+def _absent(sinks: Sequence[Sink], name: str) -> str:
+    """Why none of these has, or had, this name; empty if one does."""
+    if any(name in {sink.name, sink.kind, f"{sink.kind}/{sink.stream.name}"} for sink in sinks):
+        return ""
+    if any(name.startswith(f"{sink.kind}/") for sink in sinks):
+        return f"sink {name} is of a stream that REPLICATOR_STREAM does not name: name it, too, for this command"
+    return f"sink {name} is not among REPLICATOR_SINKS"
+
+
+def _stays(sinks: Sequence[Sink], letter: DeadLetter) -> str:
+    """Why an event's letter can be given to none of the sinks; empty if it can."""
+    from replicator.delivery.dead_letters import is_for
+
+    if why := _absent(sinks, str(letter.sink)):
+        return why
+    streams = [sink.stream.name for sink in sinks if is_for(letter, sink)]
+    if len(streams) == 1:
+        return ""
+    whose = f"may be of {' or '.join(streams)}" if streams else "has the fields of none of these"
+    again = command(f"dead-letters replay --id {letter.id}")
+    return f"it is from when there was one stream, and {whose}: run {again} with REPLICATOR_STREAM naming its own alone"
 
 
 async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[Position, str]:
@@ -302,8 +335,9 @@ async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -
     await sink.open(None, Mode.BACKFILL)
     restored = await enricher.restore(letters)
     refused = {letter.replay_position: letter.reason for letter in restored.refused}
-    for start in range(0, len(restored.events), sink.max_events):
-        for event, reason, _ in await write_once(sink, restored.events[start : start + sink.max_events]):
+    events = [event for event in restored.events if event.stream in ("", sink.stream.name)]
+    for start in range(0, len(events), sink.max_events):
+        for event, reason, _ in await write_once(sink, events[start : start + sink.max_events]):
             refused[Position(event.commit_lsn, event.ordinal)] = reason
     return refused
 

@@ -85,13 +85,14 @@ def sql(name: SqlFile) -> None:
     """Print the SQL that people run themselves.
 
     roles: the role in PostgreSQL, with the least rights. source-schema: the source tables. slot-lag: the lag of each
-    slot, with a verdict. clickhouse: the table, as `init` creates it.
+    slot, with a verdict. clickhouse: the table of each stream, as `init` creates it.
     """
     if name == "clickhouse":
-        from enrichment import configured
+        from enrichment import EnrichmentSettings, tables_of
+        from replicator.contracts.settings import load
         from sinks.clickhouse.table import ddl
 
-        print(ddl(configured().stream), end="")
+        print("\n".join(ddl(tables.stream) for tables in tables_of(load(EnrichmentSettings))), end="")
     else:
         print((files("replicator") / "sql" / f"{name.replace('-', '_')}.sql").read_text(encoding="utf-8"), end="")
 

@@ -60,6 +60,7 @@ async def reconcile(
     end: arg.End = None,
     last: arg.Last = None,
     sinks: arg.Sinks = None,
+    stream: arg.StreamName = None,
     with_content: WithContent = False,
     repair: Repair = False,
     delete_extra: DeleteExtra = False,
@@ -75,7 +76,7 @@ async def reconcile(
     when = arg.time_range(start, end, last)
     if delete_extra and not repair:
         raise SettingsError(name="--delete-extra", problem="--repair is missing", expected="both, or neither")
-    app = arg.load_app(arg.sinks_of(sinks, _comparable()))
+    app = arg.load_one(stream, arg.sinks_of(sinks, _comparable(), stream))
     ledger = TableLedger(app.dsn, tables=app.tables, with_content=with_content)
     work = Reconcile(
         app.settings,
@@ -131,6 +132,7 @@ async def rebuild_redis(
         bool,
         typer.Option("--from-empty", help="first delete all of the replicator's keys, because what is there is wrong"),
     ] = False,
+    stream: arg.StreamName = None,
     batch_size: arg.BatchSize = arg.PAGE_ROWS,
     rate: arg.Rate = None,
     resume: arg.Resume = False,
@@ -142,14 +144,16 @@ async def rebuild_redis(
 
     if resume and from_empty:
         raise SettingsError(name="--resume", problem="--from-empty starts over", expected="one of the two")
+    app = arg.load_one(stream, ["redis"])
+    option = app.tables.stream_option
+    whose = f" for the stream {app.tables.stream.name}" if option else ""
     question = (
-        "Delete all of the replicator's keys in Redis? Counts are too low until all are made again, and events that"
-        " PostgreSQL no longer has are no longer counted."
+        f"Delete all of the replicator's keys{whose} in Redis? Counts are too low until all are made again, and events"
+        " that PostgreSQL no longer has are no longer counted."
     )
-    app = arg.load_app(["redis"])
     if from_empty and not arg.confirmed(question, yes=yes):
         return 1
-    options = f" --rate {rate}" if rate else ""
+    options = (f" --rate {rate}" if rate else "") + option
     history = RangeHistory(app.dsn, BEGINNING, END, tables=app.tables)
     again = command(f"rebuild-redis{options} --resume")
     run = Run(
@@ -180,7 +184,7 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
     code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
     if await sink.generation() != generation:
         detail = "it was emptied, restarted or replaced while it was filled"
-        cure = f"Run {command('rebuild-redis')} again"
+        cure = f"Run {command(f'rebuild-redis{sink.stream_option}')} again"
         raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
     if code == 0:
         await sink.filled(generation)

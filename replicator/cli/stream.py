@@ -105,7 +105,8 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     if stopping.is_set():
         return
     logging.getLogger().addHandler(watchdog.notices.handler)
-    page = Live(watchdog, store, app.settings.slot, shown_settings(app.settings_classes()))
+    streams = [tables.stream.name for tables in app.streams]
+    page = Live(watchdog, store, app.settings.slot, shown_settings(app.settings_classes()), streams)
     admin = Admin(watchdog, app.settings.admin_listen, page, partial(trace_beside, app, store))
     await admin.start()
     act, show = Pauses(watchdog, app.settings, store).act, partial(view, pipeline.fan_out.taps)
@@ -236,7 +237,7 @@ async def _older_rows(app: App, lacking: Sequence[str]) -> list[str]:
 
     if not (older := await app.enricher.history(lacking)):
         return ["no older rows: nothing to backfill"]
-    names = app.settings.sinks
+    names = [*dict.fromkeys(sink.kind for sink in app.sinks)]
     if lacking or not (others := [name for name in names if name not in BUILT_IN]):
         return [older]
     named = ",".join(name for name in names if name in (*USUAL_SINKS, *others))

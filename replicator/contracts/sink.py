@@ -45,7 +45,10 @@ class Sink(ABC):
     takes_any_stream: ClassVar[bool] = False
     """Whether it knows what to do with `Event.deleted` and `Event.was`, and with identities that are no numbers."""
     name: str
-    """As in REPLICATOR_SINKS; the key of its position in the checkpoint."""
+    """The key of its position in the checkpoint: its kind, and where the slot has several streams, `/` and its stream's
+    name."""
+    stream_option: str = ""
+    """What chooses its stream in a command, where the slot has several: ` --stream orders`."""
     max_events: int
     """The most events one `write` gets."""
     linger_seconds: float = 0.0
@@ -63,6 +66,11 @@ class Sink(ABC):
     def __init__(self, settings: Settings, stream: Stream) -> None:
         self.settings = settings
         self.stream = stream
+
+    @property
+    def kind(self) -> str:
+        """Its name as in REPLICATOR_SINKS."""
+        return self.name.removesuffix(f"/{self.stream.name}") if self.stream_option else self.name
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done.

@@ -7,16 +7,20 @@ made of; both try again (`retry.py`) while they can't be kept. The commands list
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 
 from msgspec import structs
 
 from replicator.contracts.errors import CheckpointError
 from replicator.contracts.events import DeadLetter, LetterCounts, Origin, format_lsn
+from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
+from replicator.contracts.sink import Sink
 from replicator.contracts.stores import DeadLetterBox
 from replicator.delivery.retry import Trouble
 
@@ -71,6 +75,38 @@ class DeadLetters:
             self.trouble.say(exc)
         else:
             self.trouble.clear()
+
+
+def is_for(letter: DeadLetter, sink: Sink) -> bool:
+    """Whether the letter is for this sink; one that was kept while the sink had its former name, too.
+
+    From one stream to several, or back, the sinks get other names: `redis` is `redis/orders` then. Without the stream's
+    name an event's fields tell which stream it is of; a row's table does.
+    """
+    if letter.sink is None:
+        return not sink.stream_option or _of_table(letter, sink.stream)
+    if letter.sink in {sink.name, f"{sink.kind}/{sink.stream.name}"}:
+        return True
+    return letter.sink == sink.kind and _has_fields(letter, sink.stream)
+
+
+def _of_table(letter: DeadLetter, stream: Stream) -> bool:
+    found = _payload(letter)
+    return f"{found.get('schema')}.{found.get('table')}" == stream.table
+
+
+def _has_fields(letter: DeadLetter, stream: Stream) -> bool:
+    names = {name for name in _payload(letter) if not name.startswith("_")}  # `events.change` adds those
+    fields, identity = {field.name for field in stream.fields}, stream.identity
+    return identity.name in names and names <= fields and identity.type.fits(letter.event_id)
+
+
+def _payload(letter: DeadLetter) -> Mapping[str, object]:
+    """Empty if it is none that this release has written."""
+    with suppress(ValueError):
+        if isinstance(found := json.loads(letter.payload), dict):
+            return found
+    return {}
 
 
 def place(letter: DeadLetter) -> str:

@@ -74,7 +74,7 @@ class Admin:
     def __init__(self, watchdog: Watchdog, listen: str, page: Live, trace: TraceOf) -> None:
         self._watchdog = watchdog
         self._page = page
-        self._traced = Traced(trace)
+        self._traced = Traced(trace, page.streams)
         self._listen = listen
         self._host = listen.rpartition(":")[0].strip("[]").lower()
         self._registry = CollectorRegistry()

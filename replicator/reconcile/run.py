@@ -132,12 +132,13 @@ class Reconcile:
         if report.left.count:
             report.hints.append("--repair counts what was not counted in this range")
         differ = await compare_counts(self.source, counter, self._underway, report)
-        if differ and isinstance(sink, Rebuildable) and sink.name in BUILT_IN:
-            rebuild = f"rebuild-{sink.name}"
+        if differ and isinstance(sink, Rebuildable) and sink.kind in BUILT_IN:
+            rebuild, option = f"rebuild-{sink.kind}", sink.stream_option
             if report.has("counts_too_low"):
-                report.hints.append(f"if {sink.name} has lost its data, {command(rebuild)} makes it again")
+                report.hints.append(f"if {sink.name} has lost its data, {command(f'{rebuild}{option}')} makes it again")
             if not report.has("not_counted"):
-                report.hints.append(f"if it has lost nothing, {command(f'{rebuild} --from-empty')} corrects the counts")
+                anew = command(f"{rebuild} --from-empty{option}")
+                report.hints.append(f"if it has lost nothing, {anew} corrects the counts")
 
     async def _apply(self, sink: Sink, ledger: SinkLedger, verdict: Verdict, read_at: Lsn) -> None:
         """Delete what is extra, if that was asked for and is certain; send what is missing or different."""

@@ -334,8 +334,9 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
     if since and lost_by_failover(found.identity, stored):
         yield f"{accepted}; {LOST}:"
-        yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra"
-        yield f"  {PROGRAM} rebuild-redis --from-empty"
+        for option in dict.fromkeys(sink.stream_option for sink in sinks):
+            yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
+            yield f"  {PROGRAM} rebuild-redis --from-empty{option}"
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
             yield "Everything else comes through the slot: nothing has to be brought."
             return
@@ -346,13 +347,13 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
 
 def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) -> Iterator[str]:
     """The commands that bring what sinks lack, each from its own time on."""
-    groups: dict[tuple[bool, bool, float], list[str]] = {}
+    groups: dict[tuple[bool, bool, float, str], list[str]] = {}
     for sink in sinks:
         begin = since.get(sink.name, 0.0)
-        groups.setdefault((not begin, sink.max_repeats is not None, begin), []).append(sink.name)
-    for (unknown, repeats, begin), names in sorted(groups.items()):
+        groups.setdefault((not begin, sink.max_repeats is not None, begin, sink.stream_option), []).append(sink.name)
+    for (unknown, repeats, begin, option), names in sorted(groups.items()):
         notes = [NOT_DATED] * unknown + [REPEATS] * repeats
-        command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}"
+        command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}{option}"
         yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
         f"(It begins {MARGIN_SECONDS // 3600} h earlier, because an event's time is older than its commit. Where"

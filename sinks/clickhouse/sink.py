@@ -69,7 +69,7 @@ _VIEW_CURE = (
     " kept meanwhile"
 )
 
-EXPIRES_CURE = f"Fine if that is meant. {command('reconcile')} calls what it has deleted missing"
+EXPIRES_CURE = "Fine if that is meant. {compare} calls what it has deleted missing"
 
 NO_EVENTS = Slice(origin_us=0, width_us=1, buckets=(0,))
 
@@ -191,7 +191,8 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             findings.append(Finding(True, what, f"ALTER TABLE {self._table} MODIFY SETTING {FSYNC}"))
         if seen.expires:
             what = f"ClickHouse table {self._table} has a TTL: ClickHouse deletes what is older by itself"
-            findings.append(Finding(True, what, EXPIRES_CURE))
+            compare = command(f"reconcile{self.stream_option}")
+            findings.append(Finding(True, what, EXPIRES_CURE.format(compare=compare)))
         return findings
 
     def _has_no_directory(self) -> bool:

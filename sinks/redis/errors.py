@@ -111,25 +111,26 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
     )
 
 
-def form_error(sink: str, found: str, ours: str) -> SinkError:
+def form_error(sink: str, found: str, ours: str, stream_option: str) -> SinkError:
     """The keys are made for other rows. A replicator that runs may still count as they do: so it begins anew first."""
     return SinkUnusable(
         sink=sink,
         detail=f"its keys were made for {found}, and the stream is now declared with {ours}: neither counts right "
         "beside the other",
-        cure=f"Restart the replicator with this declaration, then run {command('rebuild-redis --from-empty')}; or "
-        "declare updates, deletes and the types of identity and key as they were",
+        cure="Restart the replicator with this declaration, then run "
+        f"{command(f'rebuild-redis --from-empty{stream_option}')}; or declare updates, deletes and the types of "
+        "identity and key as they were",
     )
 
 
-def lost_error(sink: str, address: str) -> SinkError:
+def lost_error(sink: str, address: str, stream_option: str) -> SinkError:
     """Keys are gone."""
     return SinkEmptied(
         sink=sink,
         detail=f"Redis at {address} was emptied, or came back without its keys: counts began again at 0, and what was "
         "counted before is missing",
-        cure=f"Run {command('rebuild-redis')} while the replicator runs: it makes it all again (nothing to do if that "
-        "is already running)",
+        cure=f"Run {command(f'rebuild-redis{stream_option}')} while the replicator runs: it makes it all again "
+        "(nothing to do if that is already running)",
     )
 
 

@@ -16,12 +16,12 @@ NOEVICTION_CURE = (
 
 
 APPENDFSYNC_CURE = (
-    f"Fine if you run {command('reconcile --start ... --end ... --repair')} after a crash of Redis; with CONFIG SET "
-    "appendfsync always (and in redis.conf) it loses nothing"
+    "Fine if you run {repair} after a crash of Redis; with CONFIG SET appendfsync always (and in redis.conf) it loses "
+    "nothing"
 )
 
 
-def findings(info: Info | None, appendfsync: str) -> list[Finding]:
+def findings(info: Info | None, appendfsync: str, stream_option: str = "") -> list[Finding]:
     """A line each for version, eviction and persistence; None where INFO is denied, empty where CONFIG is."""
     if info is None:
         return [Finding(True, "Redis: version, eviction and persistence are unknown, INFO is denied")]
@@ -34,11 +34,11 @@ def findings(info: Info | None, appendfsync: str) -> list[Finding]:
     return [
         Finding(not old, f"Redis is version {version}", "Upgrade it to 6.0 or newer" if old else ""),
         Finding(not evicts, f"Redis {does}", NOEVICTION_CURE if evicts else ""),
-        _persistence(appendfsync if info.get("aof_enabled") else None),
+        _persistence(appendfsync if info.get("aof_enabled") else None, stream_option),
     ]
 
 
-def _persistence(appendfsync: str | None) -> Finding:
+def _persistence(appendfsync: str | None, stream_option: str) -> Finding:
     """None: there is no append-only file."""
     if appendfsync is None:
         lost = "after a crash of Redis, a backfill brings back what it lost"
@@ -47,4 +47,5 @@ def _persistence(appendfsync: str | None) -> Finding:
         return Finding(True, "Redis keeps an append-only file, and answers once it is on the disk")
     when = f"appendfsync {appendfsync}" if appendfsync else "appendfsync unknown, CONFIG is denied"
     lost = "a crash of Redis may lose its latest writes"
-    return Finding(True, f"Redis keeps an append-only file ({when}): {lost}", APPENDFSYNC_CURE)
+    cure = APPENDFSYNC_CURE.format(repair=command(f"reconcile --start ... --end ... --repair{stream_option}"))
+    return Finding(True, f"Redis keeps an append-only file ({when}): {lost}", cure)

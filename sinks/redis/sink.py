@@ -122,7 +122,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             Finding(True, f"Redis at {address} answers and may be written to"),
             *unverified,
             *([Finding(False, self._lost.problem, self._lost.cure)] if self._lost else []),
-            *findings(info, appendfsync),
+            *findings(info, appendfsync, self.stream_option),
         ]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -159,7 +159,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         A power cut ends Redis and us: Redis comes back without its latest writes, and only its run tells.
         """
         known = memory.split()
-        self._lost = lost_error(SINK, self._redis.address) if LOST in known else None
+        self._lost = lost_error(SINK, self._redis.address, self.stream_option) if LOST in known else None
         self._runs = dict.fromkeys(run for run in known if run != LOST)
 
     async def renew(self) -> None:
@@ -236,7 +236,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         """Raise SinkUnusable if the keys are made for other rows: what they have counted would be counted again."""
         found = await self._redis.form(self._form, claim=claim, known=self._form_known)
         if found != self._form:
-            raise form_error(SINK, found, self._form)
+            raise form_error(SINK, found, self._form, self.stream_option)
         self._form_known |= claim
 
     async def _require_source(self, *, claim: bool) -> None:
@@ -266,11 +266,11 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         if lost or (changed and found.state != WHOLE):
             if found.state != LOST:
                 await self._redis.mark(found.word, LOST, found.state)
-            self._lost = lost_error(SINK, self._redis.address)
+            self._lost = lost_error(SINK, self._redis.address, self.stream_option)
         else:
             self._lost = None
             if restarted and not changed:
-                cure = command("reconcile --start ... --end ... --repair")
+                cure = command(f"reconcile --start ... --end ... --repair{self.stream_option}")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word
         self._runs |= {found.run: None} if found.run else {}

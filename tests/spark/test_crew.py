@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, Slice
+from enrichment import EnrichmentSettings, Slice, tables_of
 from replicator.cli.app import App
 from replicator.contracts.errors import ClusterFailed, ReplicatorError
 from replicator.contracts.events import DeadLetter
@@ -97,7 +97,7 @@ def app(tmp_path: Path) -> App:
     store.create()
     settings = load(CoreSettings, slot="s", retry_max_seconds=0.01, dead_letters_max=2)
     nothing: Any = None
-    return App(settings=settings, streams=load(EnrichmentSettings), enricher=nothing, sinks=[], store=store)
+    return App(settings=settings, streams=tables_of(load(EnrichmentSettings)), enricher=nothing, sinks=[], store=store)
 
 
 def _plan(slices: int) -> Plan:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import SecretStr
 
@@ -28,7 +28,6 @@ from replicator.contracts.errors import (
     SourceError,
     SourceUnavailable,
 )
-from replicator.contracts.fields import Stream
 from replicator.contracts.settings import (
     CoreSettings,
     Settings,
@@ -44,6 +43,9 @@ from replicator.operations.logs import configure_logging
 from replicator.source.stream import Source
 from sinks import Wanted, create_sinks
 
+Choice: TypeAlias = Callable[[Sequence[Tables]], Sequence[Tables]]
+"""Of the slot's streams, those that a command works on. Raises SettingsError."""
+
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,8 @@ class App(NamedTuple):
     """Everything that a command works with. Nothing is connected yet."""
 
     settings: CoreSettings
-    streams: EnrichmentSettings
+    streams: Sequence[Tables]
+    """Those that it works on: the slot's, or the one that a command was given."""
     enricher: Enricher
     sinks: list[Sink]
     store: CheckpointStore
@@ -61,25 +64,35 @@ class App(NamedTuple):
     """See `contracts.settings.decisive`."""
 
     @classmethod
-    def load(cls, sinks: Sequence[str] | None = None) -> App:
+    def load(cls, sinks: Sequence[str] | None = None, choose: Choice | None = None) -> App:
         """The program's: from the environment, with these sinks or the configured ones. Raises SettingsError."""
         settings = load(CoreSettings)
         configure_logging(settings.log_level, settings.log_format, settings.slot)
         for message in unknown_settings(settings.sinks if sinks is None else sinks):
             log.warning("%s", message, extra={"code": "R104"})
-        app = cls.make(settings, load(EnrichmentSettings), settings.sinks if sinks is None else sinks, {})
+        wanted = settings.sinks if sinks is None else sinks
+        app = cls.make(settings, load(EnrichmentSettings), wanted, {}, choose)
         return app if sinks is None else app._replace(settings=settings)
 
     @classmethod
     def make(
-        cls, settings: CoreSettings, streams: EnrichmentSettings, sinks: Sequence[Wanted], known: Mapping[str, Any]
+        cls,
+        settings: CoreSettings,
+        declared: EnrichmentSettings,
+        sinks: Sequence[Wanted],
+        known: Mapping[str, Any],
+        choose: Choice | None = None,
     ) -> App:
-        """With these sinks; their settings are `known`, or else of the environment. Raises SettingsError."""
+        """With these sinks; their settings are `known`, or else of the environment. Raises SettingsError.
+
+        `choose` gives those of the slot's streams that the app works on; without it they are all.
+        """
+        streams = choose(tables_of(declared)) if choose else tables_of(declared)
         if "checkpoint_url" not in settings.model_fields_set:
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        enricher = create_enricher(partial(_dsn, settings), streams)
-        made = list(_sinks(sinks, [tables.stream for tables in tables_of(streams)], known))
+        enricher = create_enricher(partial(_dsn, settings), declared)
+        made = list(make_sinks(sinks, streams, known))
         for sink in made:
             sink.origin = enricher.origin
         return cls(
@@ -160,13 +173,14 @@ class App(NamedTuple):
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
 
 
-def _sinks(wanted: Sequence[Wanted], streams: Sequence[Stream], known: Mapping[str, Any]) -> Iterator[Sink]:
-    """One of each for each stream. Of several streams they are called after both: `redis/orders`."""
-    for stream in streams:
-        theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == stream]
-        for sink in create_sinks(theirs, stream, known):
-            if len(streams) > 1:  # an object may be given again, and has its position under this name
-                sink.name = f"{sink.name.removesuffix(f'/{stream.name}')}/{stream.name}"
+def make_sinks(wanted: Sequence[Wanted], streams: Sequence[Tables], known: Mapping[str, Any]) -> Iterator[Sink]:
+    """One of each for each stream. Where a slot has several they are called after both: `redis/orders`."""
+    for tables in streams:
+        theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == tables.stream]
+        for sink in create_sinks(theirs, tables.stream, known):
+            if tables.of_several:  # an object may be given again, and has its position under this name
+                sink.name = f"{sink.name.removesuffix(f'/{tables.stream.name}')}/{tables.stream.name}"
+            sink.stream_option = tables.stream_option
             yield sink
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from msgspec import structs
 
-from enrichment import EnrichmentSettings, tables_of
+from enrichment import EnrichmentSettings
 from replicator.cli.app import App
 from replicator.cli.app.running import Running
 from replicator.contracts.errors import CheckpointUnavailable, Overtaken, SettingsError
@@ -128,7 +128,7 @@ def _unknown(settings: Mapping[str, Any], app: App, sinks: Sequence[Wanted]) -> 
 def _unfit(app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:
     """What only sinks that are objects can be: of another stream, or the second of a name."""
     names = Counter(sink.name for sink in app.sinks)
-    streams = [tables.stream.name for tables in tables_of(app.streams)]
+    streams = [tables.stream.name for tables in app.streams]
     problems = [
         *(f"two are called {name}" for name, count in names.items() if count > 1),
         *(f"{one.name} is of another stream" for one in sinks if isinstance(one, Sink) and one not in app.sinks),

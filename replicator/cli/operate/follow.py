@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from replicator.cli.arguments import Json, count, event_id, load_app, one_sink
+from replicator.cli.arguments import Json, StreamName, count, event_id, load_app, load_one, one_sink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,7 @@ SinkName: TypeAlias = Annotated[
 
 async def trace(
     event: Annotated[str, typer.Argument(metavar="ID", help="an event's id; a negative one behind --")],
+    stream: StreamName = None,
     as_json: Json = False,
 ) -> int:
     """Show what became of one event.
@@ -45,7 +46,7 @@ async def trace(
     from enrichment import TableLedger
     from replicator.operations.follow import trace as traces
 
-    app = load_app()
+    app = load_one(stream)
     number = event_id(event, app.tables.identity.type)
     history = TableLedger(app.dsn, tables=app.tables, with_content=True).picked([number])
     async with app.closing(history):
@@ -54,14 +55,15 @@ async def trace(
     return DIFFERENT if found.differs else 0
 
 
-async def trace_beside(app: App, store: CheckpointStore, event: str) -> Trace:
+async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str | None) -> Trace:
     """The same in the running replicator, beside the stream: with connections of its own."""
-    from enrichment import TableLedger
-    from sinks import create_sinks
+    from enrichment import TableLedger, the_one
+    from replicator.cli.app import make_sinks
 
-    number = event_id(event, app.tables.identity.type)
-    history = TableLedger(app.dsn, tables=app.tables, with_content=True).picked([number])
-    sinks = create_sinks(app.settings.sinks, app.tables.stream)
+    tables = the_one(app.streams, stream)
+    number = event_id(event, tables.identity.type)
+    history = TableLedger(app.dsn, tables=tables, with_content=True).picked([number])
+    sinks = [*make_sinks([sink.kind for sink in app.sinks], [tables], {})]
     try:
         return await _traced(app, number, history, sinks, store)
     finally:

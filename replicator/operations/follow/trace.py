@@ -15,12 +15,13 @@ import msgspec
 from msgspec import Struct
 
 from replicator.contracts.errors import SinkError, SourceError
-from replicator.contracts.events import Checkpoint, DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
+from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Page
+from replicator.delivery.dead_letters import is_for
 from replicator.operations.status import collect
 from replicator.operations.status.form import SinkStatus
 
@@ -68,32 +69,26 @@ async def follow(
 ) -> Trace:
     """The event of this id; `page` is what the tables have of it, read before."""
     event = page.enriched.events[0] if page and page.enriched.events else None
-    stored = await asyncio.to_thread(store.load, settings.slot)
-    names = [_recorded(sink, stored) for sink in sinks]
     # Before the sinks are asked: what one lacks that is past the event, it will not get by waiting.
-    now = await collect.collect(settings, names, store)
+    now = await collect.collect(settings, [sink.name for sink in sinks], store)
     letters = await asyncio.to_thread(_letters, store, settings.slot, event_id)
+    if any(sink.stream_option for sink in sinks):  # another stream may have an event of this id, too
+        letters = [letter for letter in letters if any(is_for(letter, sink) for sink in sinks)]
     asked = await asyncio.gather(*(_ask(sink, event_id, event) for sink in sinks))
     known = [found.held.commit_lsn for found in asked if found.held and found.held.commit_lsn]
     known += [letter.position.commit_lsn for letter in letters if letter.position]
     row = _Row(event, page.position.commit_lsn if page and (event or page.enriched.refused) else None, known)
-    places = (
-        _place(row, found, _letter_of(name, letters), now.sinks[name], sink.stream)
-        for name, sink, found in zip(names, sinks, asked, strict=True)
-    )
+    places = {
+        sink.name: _place(row, found, _letter_of(sink, letters), now.sinks[sink.name], sink.stream)
+        for sink, found in zip(sinks, asked, strict=True)
+    }
     return Trace(
         event_id=event_id,
         in_postgresql=row.before is not None,
         event=event and json.loads(event.json, parse_float=Decimal),
         commit_lsn=format_lsn(min(known)) if known else None,
-        sinks=dict(zip(names, places, strict=True)),
+        sinks=places,
     )
-
-
-def _recorded(sink: Sink, stored: Checkpoint | None) -> str:
-    """Its name in the checkpoint: in a slot with several streams that has the stream's name, too."""
-    names = (sink.name, f"{sink.name}/{sink.stream.name}")
-    return max(names, key=lambda name: stored.sinks[name].end_lsn if stored and name in stored.sinks else -1)
 
 
 class _Row(NamedTuple):
@@ -123,9 +118,9 @@ def _letters(store: CheckpointStore, slot: str, event_id: Id) -> list[DeadLetter
     return found
 
 
-def _letter_of(sink: str, letters: Sequence[DeadLetter]) -> DeadLetter | None:
+def _letter_of(sink: Sink, letters: Sequence[DeadLetter]) -> DeadLetter | None:
     """The sink's own, or that of the row, which every sink lacks."""
-    return next((letter for letter in reversed(letters) if letter.sink in (sink, None)), None)
+    return next((letter for letter in reversed(letters) if is_for(letter, sink)), None)
 
 
 async def _ask(sink: Sink, event_id: Id, event: Event | None) -> _Asked:

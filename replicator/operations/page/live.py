@@ -33,9 +33,15 @@ class Live:
     """The page; `start` and `stop` belong to the event loop that runs the pipeline."""
 
     def __init__(
-        self, watchdog: Watchdog, store: TaskProgress, slot: str, settings: Sequence[Mapping[str, Any]]
+        self,
+        watchdog: Watchdog,
+        store: TaskProgress,
+        slot: str,
+        settings: Sequence[Mapping[str, Any]],
+        streams: Sequence[str] = (),
     ) -> None:
-        """`settings` as `config show --json` has them, without secrets."""
+        """`settings` as `config show --json` has them, without secrets; `streams` are those of the slot."""
+        self.streams = streams
         self.history = History(watchdog)
         self.assets = {
             f"/{file.name}": (KINDS[kind], file.read_bytes())
@@ -44,7 +50,7 @@ class Live:
         }
         """Path → type and content."""
         self._beside = Beside(watchdog, store, slot)
-        self._renderer = Renderer(watchdog, self.history, self._beside, settings)
+        self._renderer = Renderer(watchdog, self.history, self._beside, settings, streams)
         self._document: tuple[int, bytes] = (-1, b"")
         self._rendered, self._rendered_at = Rendered("", "", {}), -math.inf
         self._viewers: dict[asyncio.StreamWriter, None] = {}  # the oldest first

@@ -87,13 +87,19 @@ class Renderer:
     """Makes the page of what the process knows."""
 
     def __init__(
-        self, watchdog: Watchdog, history: History, beside: Beside, settings: Sequence[Mapping[str, Any]]
+        self,
+        watchdog: Watchdog,
+        history: History,
+        beside: Beside,
+        settings: Sequence[Mapping[str, Any]],
+        streams: Sequence[str],
     ) -> None:
-        """`settings` as `config show --json` has them, without secrets."""
+        """`settings` as `config show --json` has them, without secrets; `streams` are those of the slot."""
         self._watchdog = watchdog
         self._history = history
         self._beside = beside
         self._settings = settings
+        self._streams = streams
         self._began = time.monotonic()
         self._charts: dict[str, tuple[Chart, Chart]] = {}
         self._charted = 0
@@ -126,6 +132,7 @@ class Renderer:
             "states": {name: sink_state(sink, status) for name, sink in status.sinks.items()},
             "notes": {name: note(sink) for name, sink in status.sinks.items()},
             "rates": {name: self._history.rate(name) for name in {*status.sinks, *self._charts}},
+            "streams": self._streams,
             "queued": _queued,
             "charts": self._lines(),
             "forecast": _outlook(status),

@@ -1,16 +1,19 @@
-"""What became of one event, as a page: `/trace?id=301013` shows what the command `trace` says."""
+"""What became of one event, as a page: `/trace?id=301013` shows what the command `trace` says.
+
+Where the slot has several streams, `&stream=orders` says which one it is of.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shlex
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from replicator.contracts.errors import PROGRAM, ReplicatorError
+from replicator.contracts.errors import ReplicatorError, command
 from replicator.operations.follow.trace import BAD, Trace, number
 from replicator.operations.page.render import ASSETS, environment
 
@@ -22,31 +25,35 @@ TRACE_SECONDS = 4.0
 STATES = {"written": "well", "waiting": "paused", "unknown": "silent"} | dict.fromkeys(BAD, "wrong")
 """What became of it → its colour."""
 
-TraceOf = Callable[[str], Awaitable[Trace]]
+TraceOf = Callable[[str, str | None], Awaitable[Trace]]
+"""By id and stream; without a stream, of the only one."""
 
 
 class Traced:
     """One event at a time, however many ask: each costs the servers some queries."""
 
-    def __init__(self, trace: TraceOf) -> None:
+    def __init__(self, trace: TraceOf, streams: Sequence[str] = ()) -> None:
         self._trace = trace
+        self._streams = streams
         self._one_at_a_time = asyncio.Lock()
 
     async def document(self, query: str) -> bytes:
         """Of the event that a request's query names."""
-        asked = "".join(parse_qs(query).get("id", []))
-        found, problem = await self._found(asked)
-        page = self._page.render(asked=asked, found=found, problem=problem, states=STATES, shown=_shown, whole=_whole)
-        return page.encode()
+        given = parse_qs(query)
+        asked, stream = "".join(given.get("id", [])), next(iter(given.get("stream", [])), None)
+        found, problem = await self._found(asked, stream)
+        words = {"asked": asked, "streams": self._streams, "stream": stream, "found": found, "problem": problem}
+        return self._page.render(**words, states=STATES, shown=_shown, whole=_whole).encode()
 
-    async def _found(self, asked: str) -> tuple[Trace | None, str]:
+    async def _found(self, asked: str, stream: str | None) -> tuple[Trace | None, str]:
         """What became of it, or why that is not known."""
         try:
             async with asyncio.timeout(TRACE_SECONDS), self._one_at_a_time:
-                return await self._trace(asked), ""
+                return await self._trace(asked, stream), ""
         except TimeoutError:
-            command = f"`{PROGRAM} trace {shlex.quote(asked)}`"
-            return None, f"The servers have not answered within {TRACE_SECONDS:g} s. {command} waits longer."
+            option = f" --stream {shlex.quote(stream)}" if stream is not None else ""
+            patient = command(f"trace {shlex.quote(asked)}{option}")
+            return None, f"The servers have not answered within {TRACE_SECONDS:g} s. {patient} waits longer."
         except ReplicatorError as exc:
             return None, str(exc)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from enrichment import EnrichmentSettings
+from enrichment import EnrichmentSettings, tables_of
 from replicator.cli.app import App
 from replicator.cli.dead_letters import _replay
 from replicator.cli.stream import _created
@@ -64,7 +64,7 @@ class Breaks(MemorySink):
 def app(store: FakeStore, *sinks: MemorySink) -> App:
     """An app of these parts."""
     parts: Any = FakeEnricher(), list(sinks), store
-    return App(load(CoreSettings), load(EnrichmentSettings), *parts)
+    return App(load(CoreSettings), tables_of(load(EnrichmentSettings)), *parts)
 
 
 @pytest.mark.parametrize(("configured", "left"), [(("redis",), [7]), (("redis", "http"), [])])

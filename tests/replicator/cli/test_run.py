@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from enrichment import EnrichmentSettings
+from enrichment import EnrichmentSettings, tables_of
 from replicator.cli import stream
 from replicator.cli.app import App
 from replicator.contracts.errors import Overtaken
@@ -118,7 +118,7 @@ async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("replicator.cli.app.running.Watchdog", Watching)
     monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
     monkeypatch.setattr(App, "source", lambda _: None)
-    app = App(load(CoreSettings), load(EnrichmentSettings), cast("Any", Closing()), [], cast("Any", Store()))
+    app = App(load(CoreSettings), tables_of(load(EnrichmentSettings)), cast("Any", Closing()), [], cast("Any", Store()))
     monkeypatch.setattr(App, "load", lambda *_: app)
     return await stream.run()
 

@@ -57,7 +57,7 @@ class Running:
                 await asyncio.sleep(0.05)
 
 
-async def no_trace(number: str) -> Trace:
+async def no_trace(number: str, _stream: str | None) -> Trace:
     """Nobody asks for one."""
     raise AssertionError(number)
 
