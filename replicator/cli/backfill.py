@@ -296,10 +296,13 @@ async def _uncounted(run: Run, sink: Any, start_us: int, end_us: int) -> dict[st
 
 
 def _table(found: dict[str, Any], names: list[str]) -> Iterator[str]:
-    yield "  ".join([f"{'hour':<20}", *(f"{name:>12}" for name in names)])
+    width = max(12, *map(len, names))
+    yield "  ".join([f"{'hour':<20}", *(f"{name:>{width}}" for name in names)])
     for row in found["hours"]:
         hour, *counts = row.values()
-        yield "  ".join([hour, *(f"{count:>12}" for count in counts)]) + ("" if len({*counts}) == 1 else "  differs")
+        yield "  ".join([hour, *(f"{count:>{width}}" for count in counts)]) + (
+            "" if len({*counts}) == 1 else "  differs"
+        )
     yield "; ".join([f"{found['events']} events", *_findings(found["sinks"]), "nothing was written"])
 
 

@@ -18,6 +18,7 @@ from devstack.api import Api
 from devstack.process import wait_until
 from tests.support.browser import Viewer, chromium
 from tests.support.environment import SECRET
+from tests.support.orders import STREAM, create
 from tests.support.program import Program
 
 EVENTS = """
@@ -152,6 +153,30 @@ def test_one_event_is_followed(quick: Program, source: psycopg.Connection, api: 
     viewer.shoot("trace")
     viewer.page.get_by_role("link", name="The page").click()
     assert "All is well" in viewer.text("headline")
+
+
+def test_one_event_of_two_streams_is_followed(quick: Program, source: psycopg.Connection, look: Look) -> None:
+    """Its stream is chosen beside its id, which may be a uuid; events of both may have the same id."""
+    create(source)
+    quick.environment["REPLICATOR_STREAM"] = f"{STREAM},enrichment.contract:EVENT"
+    quick.start()
+    insert(source)
+    order = source.execute(
+        "INSERT INTO shop.orders (customer_id, total, lines) VALUES (1, 1, '[]') RETURNING order_id::text"
+    )
+    [(order_id,)] = order.fetchall()
+    quick.wait_until_caught_up()
+    viewer = look()
+    for event_id, stream in ((order_id, "orders"), ("3", "engagement")):
+        viewer.page.get_by_label("Follow the event").fill(event_id)
+        viewer.page.get_by_label("of the stream").select_option(stream)
+        viewer.page.get_by_role("button", name="Trace").click()
+        viewer.sees(f"at-clickhouse\\/{stream}", "written")
+        viewer.sees(f"at-redis\\/{stream}", "written")
+        viewer.sees("event", f"Event {event_id} in PostgreSQL")
+    assert [] == viewer.violations()
+    viewer.shoot("trace-of-a-stream")
+    assert "this command works on one stream" in quick.admin("/trace?id=3")
 
 
 def test_the_bar_of_a_backfill_moves(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import psycopg
 import pytest
 
 from devstack import DevStack
+from devstack.api import Api
 from devstack.process import wait_until
 from tests.prove.failpoints import PLACES
 from tests.support.destinations import Destinations
 from tests.support.orders import CLICKHOUSE, STREAM, Shop, assert_every_write, assert_exact, create, decode, expected
 from tests.support.program import Program, succeed
+from tests.support.progress import events_before
 
 PLAYED = """INSERT INTO engagement_events (id, content_id, user_id, event_type)
             SELECT n, 1 + n %% 3, n, 'play' FROM generate_series(%s::int, %s) n"""
@@ -207,9 +211,208 @@ def test_two_streams_in_one_slot(
     stack.clickhouse.query("RENAME TABLE away TO orders")
     orders.wait_until_caught_up()
     assert_exact(source, stack, destinations)
-    backfill = orders.run("backfill", "--start", "2026-01-01", "--end", "2027-01-01")
-    assert 2 == backfill.code
-    assert "REPLICATOR_STREAM is unusable: this command works on one stream, and there are 2" in backfill.stderr
+
+
+WHEN = ("--start", "2025-01-01", "--end", "2100-01-01")
+
+
+@pytest.fixture
+def two(orders: Program) -> Program:
+    """A replicator of both streams: every command has the same settings."""
+    orders.environment["REPLICATOR_STREAM"] = f"{STREAM},enrichment.contract:EVENT"
+    return orders
+
+
+@pytest.mark.parametrize("command", [["backfill", *WHEN], ["reconcile", *WHEN], ["rebuild-redis"], ["trace", "1"]])
+def test_which_stream_has_to_be_said(two: Program, command: list[str]) -> None:
+    """A command that works on one names those that there are; a wrong name is no other stream."""
+    for option, problem in (
+        ((), "this command works on one stream, and REPLICATOR_STREAM has 2"),
+        (("--stream", "order"), "'order' is not the name of a stream"),
+        (("--stream", ""), "'' is not the name of a stream"),
+    ):
+        refused = two.run(*command, *option)
+        assert (2, "") == (refused.code, refused.stdout)
+        assert f"--stream is unusable: {problem}. It takes one of orders, engagement.\n" in refused.stderr
+    alone = two.run(*command, "--stream", "engagement", stream=STREAM)
+    assert 2 == alone.code
+    assert "'engagement' is not the name of a stream. It takes one of orders." in alone.stderr
+
+
+def test_commands_work_on_one_of_two_streams(
+    two: Program,
+    source: psycopg.Connection,
+    stack: DevStack,
+    *,
+    destinations: Destinations,
+    chance: random.Random,
+    database: str,
+    tmp_path: Path,
+) -> None:
+    """With the settings of `run`, beside it; what they print can be pasted, and touches no other stream."""
+    Shop(source, chance).trade(20)
+    source.execute("INSERT INTO shop.orders (customer_id, total, lines) VALUES (1, 1, '[]')")
+    source.execute(PLAYED, [1, 300])
+    told = succeed(two.run("init"))
+    commands = re.findall(r"^public\..*|^shop\..*", told, re.MULTILINE)
+    assert ["orders", "engagement"] == [line.rpartition(" --stream ")[2] for line in commands]
+    assert "leaves out" not in told
+    two.start()
+    for line in commands:
+        succeed(two.follow(line[line.index("python ") :]))
+    assert 300 == assert_engagement(destinations, source)
+    for stream in ("orders", "engagement"):
+        assert "equal" in succeed(two.run("reconcile", *WHEN, "--stream", stream, "--sinks", "clickhouse,redis"))
+
+    [(gone,)] = source.execute("SELECT min(order_id::text) FROM shop.orders").fetchall()
+    stack.clickhouse.query(f"DELETE FROM orders WHERE order_id = '{gone}' SETTINGS mutations_sync = 2")  # noqa: S608
+    assert "equal" in succeed(two.run("reconcile", *WHEN, "--stream", "engagement"))
+    found = two.run("reconcile", *WHEN, "--stream", "orders")
+    assert 3 == found.code
+    assert re.search(r"^clickhouse/orders missing 1", found.stdout, re.MULTILINE)
+    assert "clickhouse/engagement" not in found.stdout
+    of_one = ("--stream", "orders", "--sinks", "clickhouse/orders")
+    succeed(two.run("reconcile", *WHEN, *of_one, "--repair"))
+    assert "equal" in succeed(two.run("reconcile", *WHEN, *of_one))
+
+    before = destinations.redis.get("orders:count:1")
+    destinations.redis.incr("orders:count:1")
+    destinations.redis.incr("content:count:1")
+    found = two.run("reconcile", *WHEN, "--stream", "orders", "--sinks", "redis")
+    assert 3 == found.code
+    [command] = re.findall(r"`(python .* rebuild-redis --from-empty .*)` corrects the counts", found.stdout)
+    succeed(two.follow(f"{command} --yes"))
+    assert before == destinations.redis.get("orders:count:1")
+    assert 301 == sum(destinations.counts().values()), "the other stream's keys stay as they are"
+    succeed(two.run("rebuild-redis", "--stream", "engagement", "--from-empty", "--yes"))
+    assert 300 == sum(destinations.counts().values())
+
+    for event, stream in ((gone, "orders"), ("7", "engagement")):
+        traced = json.loads(two.run("trace", event, "--stream", stream, "--json").stdout)
+        assert [f"{sink}/{stream}" for sink in ("clickhouse", "redis", "http")] == [*traced["sinks"]]
+        assert {"written"} == {traced["sinks"][f"{sink}/{stream}"]["state"] for sink in ("clickhouse", "redis")}
+
+    slow = ("--sinks", "redis", "--batch-size", "50", "--rate", "50")
+    process = Program(two.environment, database, tmp_path / "log").spawn(
+        "backfill", *WHEN, "--stream", "engagement", *slow
+    )
+    wait_until(lambda: events_before(tmp_path / "checkpoint.db") > 0, "a page")
+    process.terminate()
+    assert 1 == process.wait(20)
+    [again] = re.findall(r"to continue: `(python .*)`", (tmp_path / "log").read_text(encoding="utf-8"))
+    assert re.search(r"read +\d+ events of 300, \d+ before", succeed(two.follow(again)))
+
+
+def test_the_cure_of_an_emptied_redis_names_the_stream(
+    two: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Typed as it is printed, for each of them, it makes all of it again."""
+    succeed(two.run("init"))
+    two.start()
+    source.execute(PLAYED, [1, 9])
+    source.execute("INSERT INTO shop.orders (customer_id, total, lines) VALUES (1, 1, '[]')")
+    two.wait_until_caught_up()
+    destinations.redis.flushall()
+    told = set[str]()
+
+    def are_told() -> bool:
+        told.update(re.findall(r"`(python -m replicator rebuild-redis[^`]*)`", two.admin("/readyz")))
+        return len(told) > 1
+
+    wait_until(are_told, "both sinks to say so")
+    assert {f"python -m replicator rebuild-redis --stream {name}" for name in ("orders", "engagement")} == told
+    for command in told:
+        succeed(two.follow(command))
+    wait_until(lambda: "ready\n" == two.admin("/readyz"), "the replicator to be ready")
+    assert 9 == assert_engagement(destinations, source)
+    assert "1" == destinations.redis.get("orders:count:1")
+    printed = succeed(two.run("sql", "clickhouse"))
+    assert ["orders", "events_enriched"] == re.findall(r"CREATE TABLE IF NOT EXISTS `engagement`\.(\w+)", printed)
+
+
+def test_dead_letters_of_a_backfill_of_one_of_two_streams(
+    two: Program, source: psycopg.Connection, api: Api, destinations: Destinations
+) -> None:
+    """They name the sink as the running replicator does, and are replayed with its settings."""
+    source.execute(PLAYED, [1, 9])
+    succeed(two.run("init"))
+    two.start()
+    api.behave(refuse_event_ids=[3, 12])
+    succeed(two.run("backfill", *WHEN, "--stream", "engagement", "--sinks", "http"))
+    source.execute(PLAYED, [10, 12])
+    two.wait_until_caught_up()
+    letters = json.loads(succeed(two.run("dead-letters", "list", "--json")))["dead_letters"]
+    assert [("http/engagement", 3), ("http/engagement", 12)] == [(one["sink"], one["event_id"]) for one in letters]
+    traced = two.run("trace", "3", "--stream", "engagement")
+    assert 3 == traced.code
+    assert "http/engagement dead letter 1 because" in traced.stdout
+    api.behave()
+    assert "2 taken, 0 left\n" == succeed(two.run("dead-letters", "replay"))
+    assert {*range(1, 13)} == {event["event_id"] for event in destinations.api()}
+
+
+PLAYS = """
+from replicator import *
+STREAM = Stream("plays", "public.plays", fields=(
+    Field("event_id", BIGINT, role=Role.IDENTITY), Field("place", BIGINT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME), Field("share", BIGINT, derived=Derived({}, of=("place",)))))
+"""
+PLAYS_MADE = """
+CREATE TABLE plays (event_id bigint PRIMARY KEY, place bigint NOT NULL, at timestamptz NOT NULL DEFAULT now());
+GRANT SELECT ON plays TO replicator;
+"""
+
+
+def test_letters_from_before_there_were_two_streams(
+    quick: Program, source: psycopg.Connection, stack: DevStack, *, api: Api, tmp_path: Path
+) -> None:
+    """And back: they name a sink as it was called then, and go to it by its name of today, or stay with the reason."""
+    file = tmp_path / "plays_stream.py"
+    file.write_text(PLAYS.format("lambda place: 60 // place"), encoding="utf-8")
+    source.execute(PLAYS_MADE.encode())
+    quick.environment |= {"REPLICATOR_STREAM": "plays_stream:STREAM", "PYTHONPATH": str(tmp_path)}
+    succeed(quick.run("init"))
+    quick.start()
+    api.behave(refuse_event_ids=[1, 5, 6])
+    source.execute("INSERT INTO plays VALUES (1, 1), (2, 0), (3, 3)")
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+
+    quick.environment["REPLICATOR_STREAM"] += ",enrichment.contract:EVENT"
+    quick.start()
+    source.execute(PLAYED, [1, 5])
+    source.execute("INSERT INTO plays VALUES (6, 6), (7, 7), (8, 8)")
+    quick.wait_until_caught_up()
+    kept = [["http", 1], [None, 2], ["http/engagement", 1], ["http/engagement", 5], ["http/plays", 6]]
+    letters = json.loads(succeed(quick.run("dead-letters", "list", "--json")))["dead_letters"]
+    assert sorted(map(str, kept)) == sorted(str([one["sink"], one["event_id"]]) for one in letters)
+    assert "http/plays   dead letter" in quick.run("trace", "1", "--stream", "plays").stdout
+    assert "http/engagement dead letter" in quick.run("trace", "1", "--stream", "engagement").stdout
+    assert "dead letter" in quick.run("trace", "2", "--stream", "plays").stdout
+    assert "dead letter" not in quick.run("trace", "2", "--stream", "engagement").stdout, "it is the other stream's row"
+    api.behave()
+    before = len(api.events())
+    assert "1 taken, 0 left\n" == succeed(quick.run("dead-letters", "replay", "--sink", "http"))
+    file.write_text(PLAYS.format("lambda place: place"), encoding="utf-8")
+    assert "1 taken, 0 left\n" == succeed(quick.run("dead-letters", "replay", "--stage", "row"))
+    first, row = api.events()[before:]
+    assert ({"event_id": 1, "place": 1}, {"event_id": 2, "place": 0}) == tuple(
+        {name: one[name] for name in ("event_id", "place")} for one in (first, row)
+    )
+    ids = stack.clickhouse.query("SELECT event_id FROM plays ORDER BY event_id").split()
+    assert ["1", "2", "3", "6", "7", "8"] == ids
+    assert "5" == stack.clickhouse.query("SELECT count() FROM events_enriched FINAL").strip(), (
+        "the row is none of theirs"
+    )
+    assert 0 == quick.stop()
+
+    left = quick.run("dead-letters", "replay", stream="plays_stream:STREAM")
+    assert 1 == left.code
+    assert "1 taken, 2 left\n" in left.stdout
+    assert (
+        "of http/engagement stays: sink http/engagement is of a stream that REPLICATOR_STREAM does not" in left.stdout
+    )
+    assert 6 == api.events()[-1]["event_id"]
 
 
 def in_trouble(program: Program) -> list[str]:

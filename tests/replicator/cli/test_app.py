@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from replicator.cli.dead_letters import _replay
 from replicator.cli.stream import _created
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkRefusesAll, SinkUnavailable
 from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition
+from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.stream import Enriched
 from sinks.testing import MemorySink
@@ -71,6 +73,56 @@ def app(store: FakeStore, *sinks: MemorySink) -> App:
 async def test_a_row_stays_until_every_sink_has_it(configured: Sequence[str], left: list[int]) -> None:
     """Every sink lacks a row that no event could be made of: those of this shell are not all that there are."""
     here = app(FakeStore("redis", "http"), *(MemorySink(name=name) for name in configured))
+    assert left == list(await _replay(here, [ROW]))
+
+
+def plays(name: str, *fields: str) -> Stream:
+    """A stream of these numbers."""
+    more = (Field(field, BIGINT) for field in fields)
+    roles = Field("id", BIGINT, role=Role.IDENTITY), Field("place", BIGINT, role=Role.KEY)
+    return Stream(name, f"public.{name}", (*roles, Field("at", TIMESTAMPTZ, role=Role.TIME), *more))
+
+
+def event(sink: str, **fields: int) -> DeadLetter:
+    """One that a sink refused."""
+    payload = json.dumps({"id": 1, "place": 2, "at": "2026-01-08T09:00:00Z", **fields}).encode()
+    return DeadLetter(sink=sink, position=None, event_id=1, reason="422", payload=payload, id=7)
+
+
+HERE = "sink {} is not among REPLICATOR_SINKS"
+ELSEWHERE = "sink {} is of a stream that REPLICATOR_STREAM does not name: name it, too, for this command"
+ALONE = (
+    "it is from when there was one stream, and {}: run `python -m replicator dead-letters replay --id 7` with"
+    " REPLICATOR_STREAM naming its own alone"
+)
+
+
+@pytest.mark.parametrize(
+    ("letter", "why"),
+    [
+        (event("http/rides", speed=1), ""),
+        (event("http", speed=1), ""),
+        (event("http", price=1), ""),
+        (event("http"), ALONE.format("may be of rides or sales")),
+        (event("http", other=1), ALONE.format("has the fields of none of these")),
+        (event("http/walks", speed=1), ELSEWHERE.format("http/walks")),
+        (event("redis/rides", speed=1), HERE.format("redis/rides")),
+        (event("redis", speed=1), HERE.format("redis")),
+    ],
+)
+async def test_whose_an_event_is_under_a_former_name(letter: DeadLetter, why: str) -> None:
+    """Its fields tell the stream where its sink's name does not; what may be of two is given to none."""
+    streams = plays("rides", "speed"), plays("sales", "price")
+    sinks = [MemorySink(name=f"http/{stream.name}", stream=stream) for stream in streams]
+    for sink in sinks:
+        sink.stream_option = f" --stream {sink.stream.name}"
+    assert ({7: why} if why else {}) == await _replay(app(FakeStore(), *sinks), [letter])
+
+
+@pytest.mark.parametrize(("stored", "left"), [("http", []), ("http/rides", []), ("http/walks", [7])])
+async def test_a_row_is_for_the_sinks_by_their_names_of_today(stored: str, left: list[int]) -> None:
+    """A former name in the checkpoint is no sink that lacks the row; that of a stream that is not here is."""
+    here = app(FakeStore(stored), MemorySink(name="http", stream=plays("rides")))
     assert left == list(await _replay(here, [ROW]))
 
 

@@ -157,5 +157,6 @@ def test_letters_of_several_streams(
     stored.add_dead_letters("engagement_slot", [letter(7, "redis/orders")])
     assert [1, 2, 3, 4, 5, 6, 7] == [one["id"] for one in listed(capsys)]
     assert [7] == [one["id"] for one in listed(capsys, "--sink", "redis/orders")]
-    assert 2 == main(["dead-letters", "list", "--sink", "redis"])
-    assert "'redis' is not the name of a sink. It takes one of clickhouse/orders" in capsys.readouterr().err
+    assert [3] == [one["id"] for one in listed(capsys, "--sink", "redis")], "its former name"
+    assert 2 == main(["dead-letters", "list", "--sink", "clickhouse"])
+    assert "'clickhouse' is not the name of a sink. It takes one of clickhouse/orders" in capsys.readouterr().err

@@ -99,7 +99,7 @@ class Served:
         self.traced: list[int] = []
         self.admin = Admin(self.watchdog, f"{listen}:{self.port}", self.page, self._trace)  # type: ignore[arg-type]  # likewise
 
-    async def _trace(self, event_id: str) -> Trace:
+    async def _trace(self, event_id: str, _stream: str | None) -> Trace:
         number = arguments.event_id(event_id, BIGINT)
         self.traced.append(number)
         if number == HANGS:
@@ -231,6 +231,7 @@ async def test_servers_that_hang_cost_one_trace_at_a_time(served: Served, monkey
     answers = await asyncio.gather(*(served.get(f"/trace?id={HANGS}") for _ in range(5)))
     assert all(f"trace {HANGS}".encode() in answer for answer in answers)
     assert len(served.traced) < len(answers)
+    assert f"trace {HANGS} --stream orders".encode() in await served.get(f"/trace?id={HANGS}&stream=orders")
     assert b"Event 5 " in await served.get("/trace?id=5")
 
 

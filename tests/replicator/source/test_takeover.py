@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from replicator.source.server import Identity
 from replicator.source.slot import SlotState
 from replicator.source.takeover import Beginning
 from sinks.testing import MemorySink
+from sinks.testing.memory import NUMBERED
 from tests.support.fakes import HERE
 from tests.support.fakes import STATE as STATE_AT_100
 
@@ -142,6 +144,28 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
     assert " backfill --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
     assert " --start 0001-01-01 --end 2026-01-08T09:21:54Z --sinks http   # it is not known since when" in http
     assert http.endswith(", sees again what it has of that time, under the same id")
+
+
+def of_streams(*names: str) -> list[MemorySink]:
+    """Redis for each of them."""
+    sinks = [MemorySink(name=f"redis/{name}", stream=replace(NUMBERED, name=name)) for name in names]
+    for sink in sinks:
+        sink.stream_option = f" --stream {sink.stream.name}"
+    return sinks
+
+
+async def test_the_commands_for_a_gap_name_the_stream_where_there_are_several() -> None:
+    """Each works on one: after a gap, and after a failover that lost commits."""
+    sinks, at = of_streams("rides", "sales"), "--start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z"
+    stored = structs.replace(STORED, sinks={sink.name: AT_100 for sink in sinks})
+    gap = (await beginning(Slot(None), Store(stored), *sinks).take(accept_gap=True)).gap
+    for name in ("rides", "sales"):
+        assert f" backfill {at} --sinks redis/{name} --stream {name}" in "\n".join(gap)
+    failed_over = Slot(structs.replace(STATE, confirmed_lsn=90), identity=SECOND, _1=99)
+    lost = (await beginning(failed_over, Store(stored), *sinks).take(accept_gap=True)).gap
+    for name in ("rides", "sales"):
+        assert f" reconcile {at} --repair --delete-extra --stream {name}\n" in "\n".join(lost)
+        assert f" rebuild-redis --from-empty --stream {name}\n" in "\n".join(lost)
 
 
 @pytest.mark.parametrize("dated", [True, False])
