@@ -329,9 +329,9 @@ class StreamEnricher:
         if emptied:
             why = f"what {' and '.join(emptied)} needs was only made now, and lacks those from before"
             chosen = f" --sinks {','.join(emptied)}"
-        chosen += self._tables.stream_option
         message = f"{self._tables.stream.table} holds {count} rows; {why}"
-        return f"{message}. To bring all of them: {PROGRAM} backfill --start {start} --end {end}{chosen}"
+        bring = f"{PROGRAM} backfill --start {start} --end {end}{chosen}{self._tables.stream_option}"
+        return f"{message}. To bring all of them: {bring}"
 
     async def origin(self) -> str:
         database = Database(self._dsn)

@@ -212,7 +212,7 @@ async def _recount(app: App, sink: Sink) -> int:
     if differ and underway.gave_up:
         report.hints.append(f"what differs may still be on its way: {underway.gave_up}")
     if differ:
-        fresh = command("rebuild-redis --from-empty")
+        fresh = command(f"rebuild-redis --from-empty{sink.stream_option}")
         report.hints.append(f"dead letters are not counted; if there are none, {fresh} corrects the counts")
     print("\n".join(f"{sink.name:<11} {line}" for line in report.lines()))
     return DIFFERENT if differ else 0

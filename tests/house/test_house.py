@@ -161,6 +161,15 @@ def test_one_place_confirms() -> None:
     assert places == ["replicator/pipeline.py commit"]
 
 
+def test_a_command_for_one_stream_says_which() -> None:
+    """Where the slot has several, it could not be pasted as it is printed otherwise."""
+    pattern = r"""(?:command\(f?["']|\{PROGRAM\} )(?:backfill|reconcile|rebuild-|trace ).*"""
+    files = [file for file in _sources() if file.relative_to(ROOT).parts[0] != "replicator_spark"]
+    found = [line for file in files for line in re.findall(pattern, file.read_text(encoding="utf-8"))]
+    assert found
+    assert [] == [line for line in found if "option" not in line]
+
+
 def test_what_reads_the_environment_is_known() -> None:
     """A replicator within another program is given its settings and streams, and two of them have different ones."""
     readers = {"load", "examine", "given", "variables", "decisive", "configured", "state_directory"}
