@@ -169,13 +169,22 @@ class Codec:
         return self._old(row)[self.tables.identity]
 
     def _old(self, row: Row) -> dict[Field, Any]:
+        """What fits of what it was: a row that no event could be made of still had an identity."""
         self.unquote(row.identity)
         old = {column.name: column.value for column in row.identity}
-        fields = {field: old[field.column] for field in self.tables.own if field.column in old}
-        wrong = next((field for field, value in fields.items() if not field.type.fits(value)), None)
-        if wrong or self.tables.identity not in fields:
-            raise self._misfit(wrong or self.tables.identity)
+        known = (field for field in self.tables.own if field.column in old)
+        fields = {field: old[field.column] for field in known if field.type.fits(old[field.column])}
+        if self.tables.identity not in fields:
+            raise self._misfit(self.tables.identity)
         return fields
+
+    def tells(self, row: Row) -> bool:
+        """Whether it says which row it was before."""
+        try:
+            self.former(row)
+        except RowUnusable:
+            return False
+        return True
 
     def stored_event(self, letter: DeadLetter) -> Event:
         """The event that a sink refused, from its JSON, or from what `change` made of it. Raises RowUnusable."""

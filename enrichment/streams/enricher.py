@@ -241,11 +241,10 @@ class StreamEnricher:
         return next((row for row in inserts if self._guard.root(row) == self._tables.events), None)
 
     async def _enrich(self, rows: Sequence[Row]) -> Enriched:
-        if rows[0].commit_lsn < self._guard.reshaped:  # in commit order
-            await self._look_again(rows)
+        gone = await self._look_again(rows) if rows[0].commit_lsn < self._guard.reshaped else set()  # in commit order
         for contents in self._contents:
             await self._asked(contents.join, contents.renew())
-        plan = self._plan(rows, await self._complete(rows))
+        plan = self._plan(rows, gone | await self._complete(rows))
         events = self._carry_out(plan, await self._look_up(plan))
         self.ignored.update(plan.ignored)
         if plan.drafts:
@@ -285,17 +284,21 @@ class StreamEnricher:
         updates = [row for row in events if self._is_followed(row)]
         return await complete(self._database, self._tables, updates) if updates else set()
 
-    async def _look_again(self, rows: Sequence[Row]) -> None:
-        """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit."""
+    async def _look_again(self, rows: Sequence[Row]) -> set[Position]:
+        """Rows from before the columns became what they are get their values from the table. Raises TablesUnfit.
+
+        The positions of those that are gone by now, or have another identity, where a later change says so.
+        """
         reshaped = self._guard.reshaped
         actions = "IU" if self._tables.stream.follows else "I"
         inserts = [row for row in rows if row.action in actions and row.commit_lsn < reshaped]
         try:
             events = [row for row in inserts if self._guard.root(row) == self._tables.events]
-            await as_now(self._database, self._tables, events)
+            gone = await as_now(self._database, self._tables, events)
         except SourceUnusable as exc:
             problem = f"{self._tables.stream.table} can't be read: {exc.detail}"
             raise TablesUnfit(problem=problem, cure=exc.cure) from exc
+        return gone if self._tables.stream.deletes == "delete" else set()
 
     async def restore(self, letters: Sequence[DeadLetter]) -> Enriched:
         """A row is enriched with today's content."""
@@ -453,7 +456,11 @@ class StreamEnricher:
     def _refuse(self, row: Row, exc: RowUnusable, plan: Plan) -> None:
         if isinstance(exc, ShapeUnusable) and row.commit_lsn <= self._guard.until:
             plan.other_shape += 1
-            return
+            if row.action == "I" or self._codec.tells(row):
+                return
+            # What is gone no history brings. One letter for all: it says the same each time.
+            row = Row("D", row.schema, row.table, [], [], self._guard.until, 1)
+            exc = RowUnusable(untold.BY_COLUMN.format(take_out=self._tables.take_out))
         plan.refused.append(self._codec.dead_letter(row, str(exc)))
         for join in self._tables.joins_of(row.table):
             plan.lose_track(join.number, row)

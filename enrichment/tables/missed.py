@@ -72,8 +72,8 @@ FROM {tables.rows_of(tables.events)} AS e WHERE {tables.among}
 """  # noqa: S608  names in the declaration
 
 
-async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> None:
-    """Give inserted rows of the stream the values that they have in the table now.
+async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> set[Position]:
+    """Give rows of the stream the values that they have in the table now; the positions of those that are not there.
 
     They were committed while its columns may have been others: a type that is no longer there, or a name that was
     another column's. A row that is no longer in the table stays as it is.
@@ -89,8 +89,9 @@ async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> Non
     ids = [event_id for event_id in by_id if identity.type.fits(event_id)]
     names = [field.column for field in tables.own]
     for values in await database.rows(as_now_query(tables), {"ids": ids}) if ids else ():
-        for row in by_id[values[names.index(identity.column)]]:
+        for row in by_id.pop(values[names.index(identity.column)]):
             row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
+    return {Position(row.commit_lsn, row.ordinal) for event_id in ids for row in by_id.get(event_id, ())}
 
 
 async def complete(database: Database, tables: Tables, rows: Sequence[Row]) -> set[Position]:

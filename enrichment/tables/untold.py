@@ -15,6 +15,11 @@ from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables
 from replicator.contracts.events import DeadLetter, Lsn, Row
 
+BY_COLUMN = (
+    "while the column of the identity had another name or type, nothing told which rows were deleted, or got another"
+    " identity: {take_out}"
+)
+
 
 class Untold(NamedTuple):
     """A part, and where the WAL ended when it was found that its deletes are not told."""

@@ -332,6 +332,74 @@ def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection
     assert 3 == traced.count(" written\n")
 
 
+def test_gone_while_the_columns_were_others(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:
+    """While it is down: deleted, and with another identity twice. The old row, of another type, says which it was."""
+    source.execute("ALTER TABLE parcels REPLICA IDENTITY FULL")
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight) SELECT n, n FROM generate_series(1, 5) n")
+    parcels.wait_until_caught_up()
+    assert 0 == parcels.stop()
+    source.execute("ALTER TABLE parcels ALTER weight TYPE text USING weight::text")
+    source.execute("DELETE FROM parcels WHERE id = 1")
+    for before, after in ((2, 12), (12, 22)):
+        source.execute("UPDATE parcels SET id = %s WHERE id = %s", [after, before])
+    source.execute("UPDATE parcels SET weight = 3.5 WHERE id = 3")
+    source.execute("DELETE FROM parcels WHERE id = 3")
+    source.execute("UPDATE parcels SET weight = 4.5 WHERE id = 4")
+    source.execute("ALTER TABLE parcels ALTER weight TYPE double precision USING weight::double precision")
+    parcels.start()
+    wait_until(lambda: in_clickhouse(stack) == {4: 4.5, 5: 5, 22: 2}, "the changes to arrive")
+    assert "" == succeed(parcels.run("dead-letters", "list"))
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+
+
+def test_gone_while_the_identity_had_another_name(
+    parcels: Program, source: psycopg.Connection, stack: DevStack
+) -> None:
+    """Nothing says which rows these were: somebody has to see that."""
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, weight) SELECT n, n FROM generate_series(1, 4) n")
+    parcels.wait_until_caught_up()
+    assert 0 == parcels.stop()
+    source.execute("ALTER TABLE parcels RENAME id TO number")
+    source.execute("DELETE FROM parcels WHERE number = 1")
+    source.execute("UPDATE parcels SET number = 12 WHERE number = 2")
+    source.execute("UPDATE parcels SET weight = 3.5 WHERE number = 3")
+    source.execute("ALTER TABLE parcels RENAME number TO id")
+    parcels.start()
+    parcels.wait_until_caught_up()
+    wait_until(lambda: in_clickhouse(stack) == {1: 1, 2: 2, 3: 3.5, 4: 4, 12: 2}, "what is there to arrive")
+    found = succeed(parcels.run("dead-letters", "list"))
+    assert 1 == found.count("another name or type, nothing told which rows were deleted, or got another identity")
+    assert 3 == parcels.run("reconcile", *ALWAYS, "--repair", "--delete-extra").code, "Redis counts them still"
+    assert {3: 3.5, 4: 4, 12: 2} == in_clickhouse(stack)
+    succeed(parcels.run("rebuild-redis", "--from-empty", "--yes"))
+    assert "equal" in succeed(parcels.run("reconcile", *ALWAYS))
+
+
+def test_a_row_that_became_fit(
+    parcels: Program, source: psycopg.Connection, stack: DevStack, destinations: Destinations
+) -> None:
+    """That no event could be made of the old row, which FULL shows, holds up neither its update nor its delete."""
+    source.execute("ALTER TABLE parcels REPLICA IDENTITY FULL, ALTER price TYPE numeric, ALTER depot DROP NOT NULL")
+    succeed(parcels.run("init"))
+    parcels.start()
+    source.execute("INSERT INTO parcels (id, price) SELECT n, n FROM generate_series(1, 4) n")
+    source.execute("UPDATE parcels SET price = 1.2345 WHERE id IN (1, 2)")
+    source.execute("UPDATE parcels SET depot = NULL WHERE id IN (3, 4)")
+    source.execute("UPDATE parcels SET price = 1.5 WHERE id = 1")
+    source.execute("DELETE FROM parcels WHERE id = 2")
+    source.execute("UPDATE parcels SET depot = 'south' WHERE id = 3")
+    source.execute("DELETE FROM parcels WHERE id = 4")
+    parcels.wait_until_caught_up()
+    assert {1: ["north", Decimal("1.5")], 3: ["south", 3]} == in_clickhouse(stack, "event_id, depot, price")
+    assert 4 == len(parcels.run("dead-letters", "list").stdout.splitlines()) / 2, "the four that did not fit"
+    counts = [destinations.redis.get(f"parcels:count:{depot}") for depot in ("north", "south")]
+    assert ["1", "1"] == counts
+
+
 def test_a_replica_identity_that_told_nothing(parcels: Program, source: psycopg.Connection, stack: DevStack) -> None:
     """What was updated meanwhile comes from the table. What was deleted is nowhere: somebody has to see that."""
     succeed(parcels.run("init"))
