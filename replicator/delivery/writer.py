@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -90,7 +90,7 @@ class Writer:
         self._only_in_parts = 0
         self._said_at = -COMPLAINT_SECONDS
         self._told: Write | None = None
-        self._broken: set[type[Exception]] = set()
+        self._broken: set[type[BaseException]] = set()
 
     async def open(self, start: SinkPosition | None) -> None:
         """Open the sink; one that never wrote anything is made first."""
@@ -216,7 +216,7 @@ class Writer:
             write.asked_at = began
         try:
             with self._known():
-                refusals = [*await self._sink.write(events)]  # a sink that returns None is broken like any other
+                refusals = checked(events, await self._sink.write(events))
         except BatchTooLarge:
             if write and len(events) > 1:
                 self.room.shrink(len(events), weigh(events), time.monotonic() - began)
@@ -237,8 +237,11 @@ class Writer:
             yield
         except (*RETRYABLE, *HELD, BatchRefused, MemoryError):
             raise
-        except Exception as exc:
-            if self._mode is Mode.BACKFILL:
+        except (Exception, asyncio.CancelledError) as exc:
+            if isinstance(exc, asyncio.CancelledError):  # nobody cancels us: it is the sink's own, that got out
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+            elif self._mode is Mode.BACKFILL:
                 raise
             name = type(exc).__name__
             if type(exc) not in self._broken:  # without its message, which may have anything in it
@@ -317,6 +320,17 @@ class Writer:
         return "it was given nothing that it could take"
 
 
+def checked(events: Sequence[Event], returned: Iterable[object]) -> list[Refusal]:
+    """What a sink has returned. Raises TypeError: it is broken if that is anything else than refusals of these."""
+    answers = [*returned]
+    refusals = [answer for answer in answers if isinstance(answer, Refusal)]
+    if len(refusals) < len(answers):
+        raise TypeError
+    if refusals and not {refusal.event.id for refusal in refusals} <= {event.id for event in events}:
+        raise TypeError
+    return refusals
+
+
 def halves(events: Sequence[Event]) -> list[Sequence[Event]]:
     """The second half and the first, as a stack has them."""
     middle = len(events) // 2
@@ -326,7 +340,7 @@ def halves(events: Sequence[Event]) -> list[Sequence[Event]]:
 async def write_once(sink: Sink, events: Sequence[Event]) -> list[Refusal]:
     """Write without retries; what is refused alone is returned. For commands that leave it where it is."""
     try:
-        return [*await sink.write(events)]
+        return checked(events, await sink.write(events))
     except BatchRefused as exc:
         if len(events) == 1:
             return [Refusal(events[0], exc.reason, exc.detail)]

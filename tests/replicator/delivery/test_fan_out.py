@@ -467,24 +467,38 @@ async def test_what_only_an_operator_mends_holds_the_lane(error: Exception, capl
     assert ("no table" if isinstance(error, SinkUnusable) else "in an unexpected way: KeyError") in caplog.text
 
 
-class Silent(MemorySink):
-    """Its first write ends without a `return`."""
+OF_ANOTHER = Refusal(Event(10, 1, 7, 7, 0, b"{}"), "no")
+
+
+class Odd(MemorySink):
+    """Its first write takes the events and then does something that no sink should do."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self._answer = answer
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """Take them, and say nothing the first time."""
+        """Take them, and say that the first time."""
         refusals = await super().write(events)
-        return refusals if self.writes[1:] else None  # type: ignore[return-value]  # its author has no type checker
+        if self.writes[1:]:
+            return refusals
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        return self._answer  # type: ignore[return-value]  # its author has no type checker
 
 
-async def test_a_write_that_returns_nothing_holds_the_lane(caplog: pytest.LogCaptureFixture) -> None:
-    """It is a bug like any other of a sink, and ends neither the lane nor the replicator."""
-    sink = Silent()
+@pytest.mark.parametrize("answer", [None, 5, ["no"], [OF_ANOTHER], asyncio.CancelledError()], ids=repr)
+async def test_a_write_that_ends_oddly_holds_the_lane(answer: object, caplog: pytest.LogCaptureFixture) -> None:
+    """It is a bug like any other of a sink, ends neither the lane nor the replicator, and does not pass for silence."""
+    sink = Odd(answer)
     harness = Harness(sink)
     harness.put(10, 1)
     async with harness.running():
         await harness.until(15)
     assert sink.writes == [[1001], [1001]]
-    assert "in an unexpected way: TypeError" in caplog.text
+    assert [] == harness.box.letters
+    name = "CancelledError" if isinstance(answer, BaseException) else "TypeError"
+    assert f"in an unexpected way: {name}" in caplog.text
 
 
 async def test_what_only_an_operator_mends_ends_a_backfill() -> None:
