@@ -60,7 +60,7 @@ class TableLedger:
         number = self._id if of_id.python is int else NUMBER_OF.format(self._id)
         self._bucket = f"({self._us} - %(origin_us)s::bigint) / %(width_us)s::bigint"
         self._remainder = f"mod(mod({number}, %(modulus)s::bigint) + %(modulus)s::bigint, %(modulus)s::bigint)"
-        required = [field.type.there(self._sql[field.name]) for field in tables.own if not field.type.optional]
+        required = [field.type.usable(self._sql[field.name]) for field in tables.own]
         usable = " AND ".join(filter(None, [*required, tables.wanted("e")]))
         # Those that an event can be made of.
         self._events = f"""FROM {tables.rows_of(tables.events)} AS e {tables.joined("e") if with_content else ""}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cache, partial
 from types import MappingProxyType
@@ -62,7 +63,8 @@ class Codec:
             kept += [*(field.joined for field in join.fields), join.key]
         self._kept = [*dict.fromkeys(kept)]
         self._stored = msgspec.json.Decoder(_stored(tables))
-        self.derives = any(field.derived and not field.derived.shortcut for field in stream.fields)
+        derived = any(field.derived and not field.derived.shortcut for field in stream.fields)
+        self.derives = derived or any(join.numbers for join in tables.joins)
         """Whether making an event may raise DerivedUnusable."""
         self._show_old = {field: compiler.showing(field) for field in own}
         self.read = compiler.reader(self.unquote, self.check, partial(self._misfit, tables.time))
@@ -126,9 +128,11 @@ class Codec:
 
         `contents`: those of each dimension, as for `build_events`; `was`: former identities by the row's position.
         """
-        if not self.derives:
+        begun = len(events)
+        with suppress(DerivedUnusable):
             self.build_events(drafts, *contents, events)
             return []
+        del events[begun:]
         refused = []
         for draft in drafts:
             try:

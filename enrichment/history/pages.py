@@ -23,7 +23,7 @@ from msgspec import structs
 
 from enrichment.database import Database
 from enrichment.events.codec import Codec, codec_of
-from enrichment.events.draft import Content, Draft, RowUnusable
+from enrichment.events.draft import Content, Draft, RowUnusable, fitting
 from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
 from enrichment.history.queries import Order, queries_of
 from enrichment.tables.declared import Tables
@@ -256,7 +256,7 @@ def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> P
     [wal_end, *_], *_ = found
     own = slice(_OWN_BEGINS, _OWN_BEGINS + len(codec.tables.own))
     contents: list[dict[Any, Content]] = [{} for _ in codec.tables.joins]
-    joined = [*zip(contents, codec.draft_ons, _joined(codec.tables, own.stop), strict=True)]
+    joined = [*zip(codec.tables.joins, contents, codec.draft_ons, _joined(codec.tables, own.stop), strict=True)]
     lsn = max(parse_lsn(wal_end), after.commit_lsn)  # after a failover the WAL may end before that
     ordinal = after.ordinal
     drafts: list[Draft] = []
@@ -272,8 +272,8 @@ def make_page(codec: Codec, found: Found, after: Position, next_place: str) -> P
             continue
         draft[codec.draft_time] = _moment(draft[codec.draft_time])
         drafts.append(draft)
-        for known, on, cells in joined:
-            known[draft[on]] = row[cells]
+        for join, known, on, cells in joined:
+            known[draft[on]] = fitting(join, row[cells])
     events: list[Event] = []
     refused += codec.build(drafts, contents, events)
     return Page(Enriched(events, refused), Position(lsn, ordinal), next_place)
@@ -301,4 +301,4 @@ def _refused(codec: Codec, values: tuple[Any, ...], lsn: Lsn, ordinal: int) -> D
         codec.check(columns)
     except RowUnusable as exc:
         return codec.dead_letter(Row("I", tables.schema, tables.events, columns, [], lsn, ordinal), str(exc))
-    raise AssertionError  # a NULL that the declaration does not allow
+    raise AssertionError  # a NULL that the declaration does not allow, or a number with too many digits

@@ -103,7 +103,7 @@ AND {identity} <= %(last_id)s::bigint ORDER BY {time}, {identity} LIMIT %(rows)s
         of_content = [
             field.type.select(f"{join.alias}.{quoted(field.joined)}") for join in tables.joins for field in join.fields
         ]
-        usable = " AND ".join(field.type.there(f"p.{quoted(field.column)}") for field in own if not field.type.optional)
+        usable = " AND ".join(filter(None, (field.type.usable(f"p.{quoted(field.column)}") for field in own)))
         return f"""
 -- A page of events with their contents as of the same snapshot, cut where its text becomes too much. The page's last
 -- row always comes, wanted or not: the next page begins after it. The WAL's end (inserted, not written: a commit may

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from decimal import Decimal
 from itertools import islice
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -21,12 +22,12 @@ from uuid import UUID
 
 from enrichment.database import Database
 from enrichment.events.codec import unquote
-from enrichment.events.draft import Content, RowUnusable
+from enrichment.events.draft import Content, RowUnusable, fitting
 from enrichment.streams.copies import Copy, Page, content_text, interned
 from enrichment.tables.declared import Join, Tables, quoted
 from replicator.contracts import stores
 from replicator.contracts.events import Column, ContentChange, Id, Lsn, Position, Row
-from replicator.contracts.fields import INT64_MAX, INT64_MIN
+from replicator.contracts.fields import INT64_MAX, INT64_MIN, Type
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Contents:
         """Start as of the slot's copy, or from what the table holds now. Raises as `preload`, CheckpointError."""
         self._reached, self._saved, self._lost_at = Position(0, 0), 0, 0
         name = f"{slot}/{self.join.copy}" if self.join.copy else slot
-        self._copy = Copy(store, name, self._missing) if store else None
+        self._copy = Copy(store, name, self.join) if store else None
         self._begin(copied=usable)
         if not usable:
             await self.preload()
@@ -160,7 +161,7 @@ class Contents:
 
     async def _page(self, highest: Id, count: int) -> Page:
         page = await self._database.rows(self._preload, {"highest": highest, "count": count})
-        return [(content_id, interned(values)) for content_id, *values in page]
+        return [(content_id, fitting(self.join, interned(values))) for content_id, *values in page]
 
     async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id as of the rows so far. Raises as `look_up`, CheckpointError."""
@@ -176,7 +177,8 @@ class Contents:
         if not ids:
             return {}
         rows = await self._database.rows(self._look_up, {"ids": list(ids)})
-        return dict.fromkeys(ids, self._missing) | {content_id: interned(values) for content_id, *values in rows}
+        found = {content_id: fitting(self.join, interned(values)) for content_id, *values in rows}
+        return dict.fromkeys(ids, self._missing) | found
 
     def apply(self, change: Change, found: Mapping[Id, Content], at: Position) -> None:
         """Make a change known; `found` has the contents that had to be looked up."""
@@ -264,9 +266,14 @@ def _id(join: Join, columns: Iterable[Column], where: str) -> Id:
 def _content(join: Join, columns: Iterable[Column]) -> Content | None:
     """The row's content; None unless all of it is there (an unchanged TOASTed column is not) and of the right types."""
     values = {column.name: column.value for column in columns}
-    if all(field.joined in values and field.type.fits(values[field.joined]) for field in join.fields):
-        return interned(values[field.joined] for field in join.fields)
+    if all(field.joined in values and _is_of(field.type, values[field.joined]) for field in join.fields):
+        return fitting(join, interned(values[field.joined] for field in join.fields))
     return None
+
+
+def _is_of(kind: Type, value: object) -> bool:
+    """Whether a value is of this type; a number may have too many digits: nothing that is looked up has fewer."""
+    return kind.fits(value) or (kind.python is Decimal and type(value) in {Decimal, int})
 
 
 def _before(content_id: Id) -> Id | None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from enrichment.events.draft import Content
+from enrichment.events.draft import Content, fitting
+from enrichment.tables.declared import Join
 from replicator.contracts import stores
 from replicator.contracts.events import Checkpoint, Id, Lsn, format_lsn, parse_lsn
 
@@ -47,9 +48,9 @@ class Copies(NamedTuple):
 class Copy:
     """The copy of one dimension of a slot, in the store's thread."""
 
-    def __init__(self, store: stores.Contents, slot: str, missing: Content) -> None:
+    def __init__(self, store: stores.Contents, slot: str, join: Join) -> None:
         self._store = store
-        self._missing = missing
+        self._join = join
         self._slot = slot
 
     async def clear(self) -> None:
@@ -64,12 +65,17 @@ class Copy:
     async def find(self, ids: Collection[Id]) -> dict[Id, Content]:
         """The content of each id."""
         found = await asyncio.to_thread(self._store.find_contents, self._slot, ids)
-        return dict.fromkeys(ids, self._missing) | {content_id: _parsed(text) for content_id, text in found.items()}
+        return dict.fromkeys(ids, self._join.missing) | {
+            content_id: self._parsed(text) for content_id, text in found.items()
+        }
 
     async def newest(self, highest: Id, most: int) -> Page:
         """Those with the highest ids up to this one, highest first."""
         found = await asyncio.to_thread(self._store.newest_contents, self._slot, highest, most)
-        return [(content_id, _parsed(text)) for content_id, text in found.items()]
+        return [(content_id, self._parsed(text)) for content_id, text in found.items()]
+
+    def _parsed(self, text: str) -> Content:
+        return fitting(self._join, interned(_decode(text)))
 
 
 def interned(values: Iterable[Any]) -> Content:
@@ -84,7 +90,3 @@ _decode = msgspec.json.Decoder(tuple[Any, ...], float_hook=Decimal).decode
 def content_text(content: Content) -> str:
     """As it is kept."""
     return _encode(content).decode()
-
-
-def _parsed(text: str) -> Content:
-    return interned(_decode(text))

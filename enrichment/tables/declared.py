@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +166,11 @@ class Join:
         """The columns that are integers."""
         found = {field.joined for field in self.fields if field.type.python is int}
         return found | {self.key} if self.on.type.python is int else found
+
+    @cached_property
+    def numbers(self) -> tuple[tuple[int, Field], ...]:
+        """The fields whose column may have more digits than they have, and their places."""
+        return tuple((place, field) for place, field in enumerate(self.fields) if field.type.python is Decimal)
 
     @cached_property
     def missing(self) -> tuple[None, ...]:

@@ -182,3 +182,77 @@ def test_several_dimensions(
     assert 3 == found.code
     [(number,)] = source.execute("SELECT max(sale_id) FROM sales").fetchall()
     assert re.search(r"^redis\S* +written", succeed(sales.run("trace", str(number))), re.MULTILINE)
+
+
+FEES = """
+CREATE TABLE rates (rate_id bigint PRIMARY KEY, fee numeric);
+CREATE TABLE charges (id bigint PRIMARY KEY, rate_id bigint NOT NULL, at timestamptz NOT NULL DEFAULT now(),
+                      amount numeric, note text);
+INSERT INTO rates VALUES (1, 1.5), (2, 1.23456), (3, 1e30), (4, 2.50000), (5, 'NaN');
+GRANT SELECT ON rates, charges TO replicator;
+"""
+CHARGES = """
+from replicator import *
+STREAM = Stream("charges", "public.charges", dimensions=(Dimension("public.rates", key="rate_id"),), fields=(
+    Field("id", BIGINT, role=Role.IDENTITY),
+    Field("rate_id", BIGINT, role=Role.KEY),
+    Field("at", TIMESTAMPTZ, role=Role.TIME),
+    Field("amount", numeric(6, 2).nullable()),
+    Field("fee", numeric(6, 2).nullable(), joined="fee")))
+"""
+
+
+def test_numbers_with_more_digits(
+    quick: Program, source: psycopg.Connection, stack: DevStack, tmp_path: Path, destinations: Destinations
+) -> None:
+    """Columns are numeric, without digits. What has too many is a dead letter, and neither cut nor rounded in any sink.
+
+    From the slot, whether the rate is in memory, in its copy or in the WAL, and from a backfill.
+    """
+    source.execute(FEES.encode())
+    (tmp_path / "charges_stream.py").write_text(CHARGES, encoding="utf-8")
+    quick.environment |= {
+        "REPLICATOR_STREAM": "charges_stream:STREAM",
+        "PYTHONPATH": str(tmp_path),
+        "REPLICATOR_CONTENT_CACHE_SIZE": "1",
+    }
+    succeed(quick.run("init"))
+    quick.start()
+    charge = "INSERT INTO charges SELECT %s::int + n, 1 + n %% 5, now(), 1 FROM generate_series(0, 4) n"
+    source.execute(charge, [0])
+    quick.wait_until_caught_up()
+    quick.kill()
+    source.execute(charge, [5])
+    source.execute("INSERT INTO rates VALUES (6, 9.999), (7, 9.99)")
+    source.execute("INSERT INTO charges SELECT n, n - 4, now(), 1 FROM generate_series(10, 11) n")
+    odd = ["1.234", "10000", "1e40", "9999.99", "1.500000", "-9999.990"]
+    for number, amount in enumerate(odd, 12):
+        source.execute("INSERT INTO charges VALUES (%s, 1, now(), %s)", [number, amount])
+    quick.start()
+    quick.wait_until_caught_up()
+    fits = {0: 1.5, 3: 2.5, 4: None, 5: 1.5, 8: 2.5, 9: None, 11: 9.99} | dict.fromkeys((15, 16, 17), 1.5)
+
+    def there() -> list[dict[int, float | None]]:
+        query = "SELECT id, toFloat64(fee) FROM charges FINAL ORDER BY id FORMAT JSONCompactEachRow"
+        rows = [msgspec.json.decode(line) for line in stack.clickhouse.query(query).splitlines()]
+        sent = [event for event in msgspec.json.decode(fetch(stack.api.url)) if "fee" in event]
+        return [
+            {number: None if fee is None else float(fee) for number, fee in rows},
+            {event["id"]: event["fee"] for event in sent},
+        ]
+
+    assert [fits, fits] == there()
+    letters = succeed(quick.run("dead-letters", "list")).splitlines()[::2]
+    assert 8 == len(letters)
+    assert 5 == sum(
+        "public.rates.fee is not a number of 6 digits, 2 of them a fraction" in letter for letter in letters
+    )
+    redis = destinations.redis
+    assert 10 == sum(int(redis.get(key) or 0) for key in redis.scan_iter("charges:count:*"))
+    assert 0 == quick.stop()
+    succeed(quick.run("backfill", *EVERYTHING, "--sinks", "clickhouse,redis,http"))
+    assert [fits, fits] == there()
+    assert 8 == len(succeed(quick.run("dead-letters", "list")).splitlines()[::2]), "the same ones"
+    source.execute("UPDATE rates SET fee = round(fee, 2) WHERE fee < 100")
+    source.execute("DELETE FROM charges WHERE amount > 9 OR scale(amount) = 3 OR rate_id = 3")
+    assert "missing 3" in quick.run("reconcile", *EVERYTHING).stdout, "those with rates that have been mended"

@@ -34,6 +34,8 @@ class Type:
     """The source column's type with its digits, where it has any."""
     shown: str = "{0}"
     """Python source for what the event's JSON has of `{0}`; `enrichment/events/compiled.py` has the functions."""
+    limits: str = ""
+    """SQL for whether a value fits that is not NULL; empty: the column's type tells."""
     fit: Callable[[object], bool] | None = field(default=None, compare=False)
     """Whether a value fits that is not NULL; None: its Python type tells. Two functions are never equal, and two
     `numeric(12, 2)` are."""
@@ -77,10 +79,12 @@ class Type:
         """SQL for the value as wal2json gives it."""
         return self.read.format(expression) if self.read else f"{expression}::{self.postgres}"
 
-    def there(self, expression: str) -> str:
-        """SQL for whether wal2json gives a value for it: for NaN it gives NULL."""
+    def usable(self, expression: str) -> str:
+        """SQL for whether an event can be made with the value; empty: with any. Of NaN wal2json gives NULL."""
         given = self.select(expression) if self.python in {Decimal, float} else expression
-        return f"{given} IS NOT NULL"
+        if self.limits:
+            return f"CASE WHEN {given} IS NULL THEN {self.optional} ELSE {self.limits.format(expression)} END"
+        return "" if self.optional else f"{given} IS NOT NULL"
 
 
 def _nullable(clickhouse: str) -> str:
@@ -151,7 +155,9 @@ def numeric(digits: int, scale: int) -> Type:
             return len(str(abs(value))) <= digits - scale or value == 0
         if not isinstance(value, Decimal) or not value.is_finite():
             return False
-        return -int(value.as_tuple().exponent) <= scale and value.adjusted() < digits - scale
+        _, written, exponent = value.as_tuple()
+        beyond = -int(exponent) - scale  # digits that there is no room for, unless they are zeros
+        return not (beyond > 0 and any(written[-beyond:])) and (not value or value.adjusted() < digits - scale)
 
     return Type(
         f"a number of {digits} digits, {scale} of them a fraction",
@@ -163,6 +169,7 @@ def numeric(digits: int, scale: int) -> Type:
         read=FINITE,
         declared=f"numeric({digits},{scale})",
         shown="_exactly({0})",
+        limits=f"min_scale({{0}}) <= {scale} AND abs({{0}}) < 1e{digits - scale}",
         fit=fit,
     )
 
