@@ -9,6 +9,7 @@ from psycopg import sql
 
 from enrichment.history.moment import REPLAYED, WAL_END
 from enrichment.tables.declared import Tables, quoted
+from enrichment.tables.fit import as_sql
 
 Order: TypeAlias = Literal["event_ts", "id"]
 
@@ -29,10 +30,8 @@ class Queries:
         in_range = f"p.{time} >= %(start)s::timestamptz AND p.{time} < %(end)s::timestamptz"
         self._in_range = " AND ".join(filter(None, [in_range, tables.wanted("p")]))
         name = tables.named(tables.events, tables.time.column)
-        self.index = (
-            f"CREATE INDEX CONCURRENTLY {tables.events}_{name}_{tables.named(tables.events, tables.identity.column)}"
-            f" ON {tables.stream.table} ({name}, {tables.named(tables.events, tables.identity.column)})"
-        )
+        names = ", ".join(as_sql(one, one) for one in (name, tables.identity_name))
+        self.index = f"CREATE INDEX CONCURRENTLY ON {tables.stream.table} ({names})"
         """Makes a backfill of a short range fast on a long table."""
         self.indexed = f"""
 -- Whether an index gives events in the order of their time.

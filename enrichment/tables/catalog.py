@@ -65,7 +65,7 @@ SELECT coalesce(json_agg(json_build_object(
         )
         SELECT json_agg(json_build_object(
             'name', a.attname, 'declared', format_type(a.atttypid, a.atttypmod),
-            'type', CASE WHEN b.typname IN ('int2', 'int4', 'int8') THEN 'bigint'
+            'type', CASE WHEN b.typname IN ('int2', 'int4', 'int8', 'oid') THEN 'bigint'
                          WHEN b.typcategory IN ('S', 'E') THEN 'text' ELSE b.typname::text END,
             'version', a.xmin::text) ORDER BY attnum)
         FROM pg_attribute a JOIN under USING (attnum) JOIN pg_type b ON b.oid = under.type AND b.typtype <> 'd'
@@ -76,7 +76,8 @@ SELECT coalesce(json_agg(json_build_object(
             'primary', i.indisprimary AND i.indimmediate, 'identity', i.indisreplident,
             'version', concat_ws(' ', i.indexrelid, i.xmin),
             'columns', (SELECT json_agg(a.attname) FROM pg_attribute a
-                        WHERE a.attrelid = m.oid AND a.attnum = ANY(i.indkey))) ORDER BY i.indexrelid)
+                        WHERE a.attrelid = m.oid AND a.attnum = ANY((i.indkey::int2[])[:i.indnkeyatts - 1])))
+                        ORDER BY i.indexrelid)
         FROM pg_index i WHERE i.indrelid = m.oid AND (i.indisprimary OR i.indisreplident)
     ), '[]') ELSE '[]' END
 ) ORDER BY m.root, m.oid), '[]')::text
@@ -87,15 +88,18 @@ WHERE t.relpersistence <> 't'
 
 UNIQUE = """
 -- Whether the values of a column are unique at any moment, as far as PostgreSQL can say: a deferrable index may only be
--- at the commit, and one of a partitioned table has to have the columns that it is partitioned by, too.
+-- at the commit, and one of a partitioned table has to have the columns that it is partitioned by, too. What an index
+-- only includes is no key of it.
 SELECT EXISTS (
     SELECT FROM pg_index i LEFT JOIN pg_partitioned_table p ON p.partrelid = i.indrelid
     JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace
     WHERE n.nspname = %(schema)s AND t.relname = %(table)s AND i.indisunique AND i.indimmediate AND i.indisvalid
       AND i.indpred IS NULL AND i.indexprs IS NULL
-      AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s) = ANY(i.indkey)
+      AND (SELECT attnum FROM pg_attribute WHERE attrelid = i.indrelid AND attname = %(column)s)
+          = ANY((i.indkey::int2[])[:i.indnkeyatts - 1])
       AND NOT EXISTS (SELECT FROM pg_attribute a
-                      WHERE a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) AND a.attname <> %(column)s
+                      WHERE a.attrelid = i.indrelid AND a.attname <> %(column)s
+                        AND a.attnum = ANY((i.indkey::int2[])[:i.indnkeyatts - 1])
                         AND a.attnum <> ALL(coalesce(p.partattrs::int2[], '{}'))))
 """
 

@@ -14,7 +14,7 @@ from replicator.contracts.errors import TablesUnfit
 from replicator.contracts.settings import variable
 
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
-_DIGITS = re.compile(r"numeric\((\d+),(\d+)\)")
+_DIGITS = re.compile(r"numeric\((\d+),(-?\d+)\)")
 
 DECLARED_AS = {kind.postgres: name for name, kind in vars(fields).items() if isinstance(kind, fields.Type)}
 """By PostgreSQL's type."""
@@ -157,7 +157,9 @@ def _retyped(tables: Tables, name: str, column: Column, ours: str, needed: str) 
 def declared_as(column: Column) -> str:
     """The type of `contracts/fields/types.py` for a column."""
     if digits := _DIGITS.fullmatch(column.declared):
-        return "numeric({}, {})".format(*digits.groups())
+        precision, scale = map(int, digits.groups())  # its scale may be negative, or more than its digits
+        fraction = max(scale, 0)
+        return f"numeric({max(precision - scale, 0) + fraction}, {fraction})"
     if column.declared == "numeric":
         return "numeric(38, 10), or with as many digits as it needs"
     known = DECLARED_AS.get(column.type) if _is(column, column.type) else None

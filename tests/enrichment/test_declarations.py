@@ -15,12 +15,14 @@ import pytest
 from enrichment import Tables
 from enrichment.database import Database
 from enrichment.events.codec import codec_of
+from enrichment.tables import fit
+from enrichment.tables.catalog import Column
 from enrichment.tables.check import check
 from enrichment.tables.declared import declaration
 from enrichment.tables.guard import Guard
 from replicator.contracts.errors import SourceError, TablesUnfit
 from replicator.contracts.events import Finding
-from replicator.contracts.fields import Stream
+from replicator.contracts.fields import Stream, numeric
 
 HEAD = """
 from replicator import *
@@ -140,6 +142,18 @@ TABLES = [
         "its key k is not unique",
         "CREATE UNIQUE INDEX CONCURRENTLY ON shop.customers (k)",
     ),
+    (
+        "with_(Field('x', TEXT))",
+        "ALTER TABLE shop.orders ADD x oid",
+        "has a column x of type oid instead of text",
+        "Declare x as BIGINT",
+    ),
+    (
+        "with_(updates='upsert')",
+        "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey, ADD UNIQUE (id), ADD PRIMARY KEY (k) INCLUDE (id)",
+        "has a replica identity that does not tell which row was changed or deleted",
+        "ALTER TABLE shop.orders REPLICA IDENTITY FULL",
+    ),
     ("made(lambda total: 1 // 0, 'total')", "", "x can't be derived: ZeroDivisionError", "Correct the declaration"),
     ("made(lambda total: 0.5, 'total')", "", "x is derived, and is not a 64-bit integer", "Correct the declaration"),
     *(
@@ -162,6 +176,8 @@ RIGHT = [
     ("made(lambda total: int(total % 2), 'total', postgres='trunc({total} % 2)')", ""),
     ("derived(DOUBLE.nullable(), lambda total: float('inf'))", ""),
     ("with_(Field('free', numeric(20, 4).nullable()))", ""),
+    ("with_(Field('x', BIGINT))", "ALTER TABLE shop.orders ADD x oid NOT NULL DEFAULT 1259"),
+    ("with_()", "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey, ADD PRIMARY KEY (id) INCLUDE (k)"),
     ("with_(TOTAL, NOTE, Field('x', TEXT, derived=Derived(kinds, ('id', 'total', 'at'))))", ""),
     ("with_(Field('a', as_text('numeric(10,2)[]').nullable()))", "ALTER TABLE shop.orders ADD a numeric(10, 2)[]"),
     (
@@ -335,3 +351,12 @@ async def test_tables_that_may_not_be_read(module: Callable[[str], str], databas
     await findings(database, declared(module, "with_()"), "")
     [wrong] = [found for found in await check(plain_dsn, Tables(declared(module, "with_()"))) if not found.ok]
     assert "table shop.orders: may not be read" in wrong.what
+
+
+@pytest.mark.parametrize(("column", "digits", "scale"), [("5,-2", 7, 0), ("3,5", 5, 5), ("12,2", 12, 2), ("4,4", 4, 4)])
+def test_digits_of_any_column(column: str, digits: int, scale: int) -> None:
+    """Since PostgreSQL 15 a scale may be negative, or more than the digits. What the cure says fits, no less does."""
+    shape = Column("x", f"numeric({column})", "numeric", "")
+    assert f"numeric({digits}, {scale})" == fit.declared_as(shape)
+    assert fit._is(shape, numeric(digits, scale).declared)  # noqa: SLF001  pure
+    assert not fit._is(shape, numeric(digits - 1, 0).declared)  # noqa: SLF001

@@ -181,7 +181,7 @@ def decimal(digits: int, scale: int) -> Type:
 
 
 _NOT_AS_TEXT = {
-    **dict.fromkeys(("smallint", "int2", "integer", "int", "int4", "bigint", "int8"), "BIGINT"),
+    **dict.fromkeys(("smallint", "int2", "integer", "int", "int4", "bigint", "int8", "oid"), "BIGINT"),
     **dict.fromkeys(("numeric", "decimal"), "numeric(38, 10), or with as many digits as it needs"),
     **dict.fromkeys(("real", "float4"), "REAL"),
     **dict.fromkeys(("double precision", "float8"), "DOUBLE"),
