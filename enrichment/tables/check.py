@@ -93,6 +93,7 @@ async def _of_table(database: Database, tables: Tables, shape: Shape, table: str
         return
     yield _finding(name, fit.misfits(tables, shape, table), "has the columns it needs")
     columns = [tables.named(table, column) for column in tables.needed[table]]
+    columns += ["xmin"] if of_events else []  # what was written since is found by it; rights on columns are not enough
     names = {"schema": name.partition(".")[0], "table": table, "columns": columns}
     yield _finding(name, _rights(name, purpose, await database.rows(RIGHTS, names)), f"may be read ({purpose})")
 
