@@ -123,7 +123,7 @@ def sink_class(name: str) -> type[Sink]:
         raise _unusable(name, problem, "a name that one installed package uses")
     try:
         found = entries[0].load()
-    except Exception as exc:  # its module runs, and may fail at anything
+    except (Exception, SystemExit) as exc:  # its module runs, and may fail at anything
         raise _unusable(name, f"can't be loaded: {type(exc).__name__}: {cited(str(exc))}", COMPLETE) from exc
     if flaw := _flaw(found, name):
         raise _unusable(name, f"is {entries[0].value}, {flaw}", WHOLE)

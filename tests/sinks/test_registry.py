@@ -138,6 +138,7 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
     [
         ("no_such_module:Sink", "can't be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
         ("broken_module:Sink", "can't be loaded: ZeroDivisionError: division by zero"),
+        ("leaving_module:Sink", "can't be loaded: SystemExit: 7"),
         ("not an object", "can't be loaded: "),
         ("sinks.testing:SinkConformance", "is sinks.testing:SinkConformance, which is no class that inherits Sink"),
         ("broken_sinks:NoWrite", "which lacks write"),
@@ -161,6 +162,7 @@ def test_a_broken_sink_is_named_and_hinders_no_other(
 ) -> None:
     """Configured it is an error; otherwise a warning, and the others work."""
     (tmp_path / "broken_module.py").write_text("1 / 0", encoding="utf-8")
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit(7)", encoding="utf-8")
     (tmp_path / "broken_sinks.py").write_text(BROKEN_SINKS, encoding="utf-8")
     installed("broken", {"broken": value})
     with pytest.raises(SettingsError, match=problem):
