@@ -264,7 +264,7 @@ async def _copy_contents(app: App, checkpoint: Checkpoint) -> None:
 async def _created(sink: Sink) -> list[str]:
     """What it makes. A sink of another package may raise anything, and its text may hold a secret."""
     try:
-        return await sink.create()
+        return [*map(str, await sink.create())]
     except (ReplicatorError, MemoryError):
         raise
     except Exception as exc:

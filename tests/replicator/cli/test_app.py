@@ -164,3 +164,15 @@ async def test_what_a_sink_can_not_make_is_one_line() -> None:
         SinkError, match=r"Sink keeper failed in an unexpected way \(RuntimeError\)\. REPLICATOR_LOG_LEV"
     ):
         await _created(Breaks(name="keeper"))
+
+
+async def test_nor_is_what_a_sink_says_that_it_has_made() -> None:
+    """A sink of another package may forget that it is a list of lines."""
+
+    class Says(MemorySink):
+        async def create(self) -> list[str]:
+            """Say a number."""
+            return 7  # type: ignore[return-value]  # its author has no type checker
+
+    with pytest.raises(SinkError, match=r"Sink says failed in an unexpected way \(TypeError\)"):
+        await _created(Says(name="says"))
