@@ -194,8 +194,8 @@ class Lane:
         return len(self._in_flight) >= self.sink.concurrency or self._budget.spent
 
     def unanswered_seconds(self) -> float:
-        """How long the oldest write in flight has gone without an answer; 0.0 when there is none."""
-        asked = [write.asked_at for write in self._in_flight if write.asked_at]
+        """How long what the sink was asked first has gone without an answer; 0.0 when there is nothing."""
+        asked = [at for at in (self._writer.opening_since, *(write.asked_at for write in self._in_flight)) if at]
         return time.monotonic() - min(asked) if asked else 0.0
 
     def lag_seconds(self) -> float:

@@ -86,6 +86,8 @@ class Writer:
         self._unwell = False  # what `look` found
         self.lost: SinkEmptied | None = None
         """What the sink had and has no more, by its last `look`."""
+        self.opening_since = 0.0
+        """When it was asked to open and has not answered; 0.0: it has."""
         self._recovered = 0  # the newest request when it last took something again after refusing everything
         self._only_in_parts = 0
         self._said_at = -COMPLAINT_SECONDS
@@ -186,14 +188,17 @@ class Writer:
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def _open(self, start: SinkPosition | None) -> None:
-        with self._known():
-            if start is None and self._mode is Mode.LIVE:
-                for line in await self._sink.create():
-                    log.info("%s", line)
-            try:
+        self.opening_since = time.monotonic()
+        try:
+            with self._known():
+                if start is None and self._mode is Mode.LIVE:
+                    for line in await self._sink.create():
+                        log.info("%s", line)
                 await self._sink.open(start, self._mode)
-            except BatchRefused as exc:  # there are no events that could be at fault
-                raise SinkUnavailable(sink=self._sink.name, detail=exc.detail) from exc
+        except BatchRefused as exc:  # there are no events that could be at fault
+            raise SinkUnavailable(sink=self._sink.name, detail=exc.detail) from exc
+        finally:
+            self.opening_since = 0.0
 
     async def _ask_in_turn(self, events: Sequence[Event], write: Write) -> Sequence[Refusal]:
         """The same, and wait while the sink takes nothing from anybody."""

@@ -381,6 +381,31 @@ async def test_a_write_without_an_answer_has_an_age(monkeypatch: pytest.MonkeyPa
         await harness.until(25)
 
 
+async def test_a_sink_that_does_not_open_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written while it opens: that it hangs must not pass for having nothing to do."""
+    now = 1_000.0
+    for module in (lane, writer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    class Opens(MemorySink):
+        async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
+            """Hang at first."""
+            asked.set()
+            await answer.wait()
+            await super().open(start, mode)
+
+    harness = Harness(Opens())
+    async with harness.running(), asyncio.timeout(10):
+        harness.put(10, 1)
+        await asked.wait()
+        now += 11
+        assert 11 == harness.lane.unanswered_seconds()
+        answer.set()
+        await harness.until(15)
+        assert 0 == harness.lane.unanswered_seconds()
+
+
 async def test_retry_after_is_honoured() -> None:
     """The destination named a time: no earlier."""
     sink = MemorySink()
