@@ -106,6 +106,9 @@ def _checked(sink: Sink, stream: Stream) -> Sink:
     _refuse_stream(sink, stream)
     if not isinstance(most, int) or most < 1:
         raise _unusable(name, f"has {most} as its max_events", WHOLE)
+    for what in ("concurrency", "linger_seconds"):
+        if not isinstance(number := getattr(sink, what), int | float):
+            raise _unusable(name, f"has {number} as its {what}", WHOLE)
     if sink.concurrency < 1 or (sink.max_repeats is not None and sink.max_repeats < most):  # it would never write
         problem = f"has concurrency {sink.concurrency} and max_repeats {sink.max_repeats}"
         raise _unusable(name, problem, f"{WHOLE}: at least 1, and at least max_events or None")

@@ -37,6 +37,10 @@ class Divides(Settings):
     broken_x: Annotated[int, AfterValidator(lambda x: 1 // x)] = 0
 class NoRoom(Working):
     name, max_events, max_repeats = "broken", 10, 5
+class NoHurry(Working):
+    name, max_events, linger_seconds = "broken", 10, "1"
+class NoNumber(Working):
+    name, max_events, concurrency = "broken", 10, None
 class Together(Settings):
     @model_validator(mode="after")
     def _both(self): raise ValueError("they exclude each other")
@@ -149,6 +153,8 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
         ("broken_sinks:NoMost", "sink 'broken' has None as its max_events"),
         ("broken_sinks:NoStart", r"sink 'broken' can't be made \(RuntimeError\)"),
         ("broken_sinks:NoRoom", "sink 'broken' has concurrency 1 and max_repeats 5"),
+        ("broken_sinks:NoHurry", "sink 'broken' has 1 as its linger_seconds"),
+        ("broken_sinks:NoNumber", "sink 'broken' has None as its concurrency"),
         ("broken_sinks:NotTogether", "Together is unusable: they exclude each other"),
         ("broken_sinks:NoSettings", r"Divides is unusable: their validation failed \(ZeroDivisionError\)"),
         ("replicator.contracts.sink:Sink", "which lacks write"),
