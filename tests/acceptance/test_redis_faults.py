@@ -163,7 +163,7 @@ def test_the_rights_that_are_printed_are_enough_and_no_more(
         for command in ("check", "backfill --last 1d --sinks redis", "reconcile --last 1d --repair",
                         "rebuild-redis --from-empty --yes"):  # fmt: skip
             succeed(quick.run(*command.split()))
-        ranking = '<th scope="col">content</th>'
+        ranking = '<th scope="col">content_id</th>'
         wait_until(lambda: ranking in quick.admin("/"), "the page to have the top content")
         assert 0 == quick.stop()
         assert_exact(database, destinations)
