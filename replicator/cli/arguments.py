@@ -99,7 +99,7 @@ Rate: TypeAlias = Annotated[
 ]
 Resume: TypeAlias = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
 GARBAGE_OBJECTS = 20_000
-"""So many new lists and the like make Python look for cycles of garbage, at 700 it takes 4 % of the CPU a row
+"""So many new lists and the like make Python look for cycles of garbage, at 700 it takes 3 % of the CPU a row
 (`make bench ARGS="--only bulk --compare REF"`). We make next to none; 20,000 of them would be some 2 MB."""
 USUAL_SINKS = ("clickhouse", "redis")  # the HTTP API belongs to others, who see a repeated event
 Sinks: TypeAlias = Annotated[
