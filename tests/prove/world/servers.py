@@ -31,7 +31,8 @@ def _rotate_postgres(world: World) -> None:
 
 def _rotate_redis(world: World) -> None:
     service = world.stack.redis
-    with redis.Redis.from_url(service.url) as client:
+    # It may be stopped at the moment, and is let go on by the fault that did it.
+    with redis.Redis.from_url(service.url, socket_timeout=STOP_SECONDS) as client:
         client.config_set("requirepass", world.passwords["redis"])
         service.settings["requirepass"] = world.passwords["redis"]
     world.redis.cut()
