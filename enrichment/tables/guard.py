@@ -161,11 +161,13 @@ class Guard:
     def _noting(self, record: Record | None, shape: Shape, now: Now) -> Record | None:
         """The record with what the slot does not show from now on."""
         tables = self._tables
-        if untold.parts(tables, shape) == untold.told(tables, shape) if record is None else not tables.stream.follows:
-            return record
-        if record is None:  # nothing was ever fit, and rows are being deleted already
-            self.shape, self._seen = shape, now
+        if record is None:
+            if untold.parts(tables, shape) == untold.told(tables, shape):
+                return None
+            self.shape, self._seen = shape, now  # nothing was ever fit, and rows are being deleted already
             record = self.accept()
+        elif not tables.stream.follows:
+            return record
         top = record.shape.table(tables.events)
         known = top is not None and top.schema == tables.schema  # not another declaration's
         before = record.parts if record.parts is not None else untold.parts(tables, record.shape)

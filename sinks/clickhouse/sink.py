@@ -16,6 +16,7 @@ import hashlib
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Sequence
 from itertools import filterfalse
 from pathlib import Path
@@ -266,9 +267,11 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             await self._witnesses.look()
         except SinkError:  # they stay missing, and the next insert meets the same
             pass
-        except Exception:  # noqa: BLE001  a bug, and nobody waits for this task: it is told once
-            if not self._told:
-                _log.exception("sink %s can't be asked for what is missing", self.name, extra={"code": SinkBroken.code})
+        except Exception as exc:  # noqa: BLE001  a bug, and nobody waits for this task: it is told once
+            if not self._told:  # without its message, which may have anything in it
+                said = "sink %s can't be asked for what is missing: %s\n%s"
+                frames = "".join(traceback.format_tb(exc.__traceback__)).rstrip()
+                _log.error(said, self.name, type(exc).__name__, frames, extra={"code": SinkBroken.code})
             self._told = True
 
     def remember(self) -> str:
