@@ -16,6 +16,7 @@ from enrichment.history.moment import WAL_END, last_end
 from enrichment.history.pages import BEGINNING, END, PickedHistory, between
 from enrichment.history.queries import queries_of
 from enrichment.tables.declared import Tables, quoted
+from replicator.contracts.closing import close_all
 from replicator.contracts.events import Id, Lsn, parse_lsn
 from replicator.contracts.fields import Field, Role
 from replicator.contracts.ledger import Digest, EventDigest, Slice
@@ -149,8 +150,7 @@ WHERE {time} >= %(start)s::timestamptz AND {time} < %(end)s::timestamptz AND {us
         return PickedHistory(self._dsn, ids, self._tables)
 
     async def close(self) -> None:
-        await self._scans.close()
-        await self._streams.close()
+        await close_all(self._scans, self._streams)
 
     async def _select(self, what: str, parameters: Mapping[str, object], more: str = "") -> list[tuple[Any, ...]]:
         return await self._scans.rows(f"SELECT {what} {self._events} {more}", parameters)

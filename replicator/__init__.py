@@ -54,7 +54,7 @@ else:
     def __getattr__(name: str) -> object:
         """When somebody asks: whoever imports a part of it, such as the command line, waits for no other."""
         if name == "Replicator":
-            import_module("replicator.contracts.packages").require_own()
+            import_module("replicator.cli.packages").require_own()
         if name in _ELSEWHERE:
             return getattr(import_module(_ELSEWHERE[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,7 @@ from enrichment.events.draft import Content, Draft, RowUnusable, fitting
 from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
 from enrichment.history.queries import Order, queries_of
 from enrichment.tables.declared import Tables
+from replicator.contracts.closing import close_all
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -199,8 +200,7 @@ class RangeHistory:
         return make_page(self._codec, found, after, str(here.after(*last_event(self._codec, found)))) if found else None
 
     async def close(self) -> None:
-        await self._scans.close()
-        await self._pages.close()
+        await close_all(self._scans, self._pages)
 
 
 class PickedHistory:

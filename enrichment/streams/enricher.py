@@ -29,6 +29,7 @@ from enrichment.tables.guard import Guard, recorded, swaps
 from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
+from replicator.contracts.closing import close_all
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit
 from replicator.contracts.events import (
     Checkpoint,
@@ -350,8 +351,7 @@ class StreamEnricher:
         return await check(self._dsn, self._tables)
 
     async def close(self) -> None:
-        await self._guarding.close()
-        await self._database.close()
+        await close_all(self._guarding, self._database)
 
     async def _asked(self, join: Join, answer: Awaitable[T]) -> T:
         """Of a dimension: that it may not be read is a state of the tables, which ends. Raises TablesUnfit."""

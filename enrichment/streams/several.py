@@ -18,6 +18,7 @@ from enrichment.streams.copies import Copies
 from enrichment.streams.enricher import StreamEnricher
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
+from replicator.contracts.closing import close_all
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import (
     Checkpoint,
@@ -183,8 +184,7 @@ class SeveralStreams:
         return list(dict.fromkeys([finding for stream in self._streams.values() for finding in await stream.check()]))
 
     async def close(self) -> None:
-        for stream in self._streams.values():
-            await stream.close()
+        await close_all(*self._streams.values())
 
 
 class _Place(NamedTuple):
@@ -224,5 +224,4 @@ class MissedHistories:
         return Page(Enriched([], []), after, str(_Place(later[0], begins)))
 
     async def close(self) -> None:
-        for history in self._histories.values():
-            await history.close()
+        await close_all(*self._histories.values())

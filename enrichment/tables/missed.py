@@ -18,6 +18,7 @@ from enrichment.history.pages import SCAN_TIMEOUT_SECONDS, PickedHistory, last_e
 from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables, quoted
 from enrichment.tables.guard import Record
+from replicator.contracts.closing import close_all
 from replicator.contracts.errors import SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, Id, Position, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
@@ -170,8 +171,7 @@ class MissedHistory:
             raise TablesUnfit(problem=exc.detail, cure=exc.cure) from exc
 
     async def close(self) -> None:
-        await self._scans.close()
-        await self._picked.close()
+        await close_all(self._scans, self._picked)
 
     async def _read(self, part: int, first: Id | None, after: Position, rows: int) -> Page:
         ids = await self._upcoming(part, first, rows)

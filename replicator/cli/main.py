@@ -24,8 +24,8 @@ import typer
 from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.cli.operate import control, follow, notify, top
+from replicator.cli.packages import require_own
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
-from replicator.contracts.packages import require_own
 from replicator.operations.logs import configure_logging, printable
 
 EPILOG = """\b

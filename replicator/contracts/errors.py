@@ -48,7 +48,7 @@ NOTICES = {
     "R517": "The window in Redis can't be kept right.",
     "R518": "The table in ClickHouse is empty, and was written to before.",
     "R519": "The embedded ClickHouse does not end.",
-    "R520": "A paused sink could not be closed.",
+    "R520": "A sink, or another connection, could not be closed.",
     "R607": "No checkpoint is saved.",
     "R608": "The checkpoint database is silent.",
     "R702": "A slice of a backfill on Spark is held.",

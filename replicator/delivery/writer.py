@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from replicator.contracts.closing import release
 from replicator.contracts.errors import (
     BatchRefused,
     BatchTooLarge,
@@ -117,13 +118,7 @@ class Writer:
 
     async def close(self) -> None:
         """Release its connections. It may be opened again."""
-        try:
-            await self._sink.close()
-        except Exception as exc:  # noqa: BLE001  a sink of another package may raise anything
-            name = self._sink.name
-            log.warning(
-                "sink %s could not be closed (%s)", name, type(exc).__name__, extra={"sink": name, "code": "R520"}
-            )
+        await release({f"sink {self._sink.name}": self._sink.close})
 
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
         """Call until it succeeds. A command that runs once ends with what only an operator can mend."""

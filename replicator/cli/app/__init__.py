@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -17,9 +16,9 @@ from checkpoint_store import SqlCheckpointStore
 from enrichment import EnrichmentSettings, TableLedger, Tables, create_enricher, tables_of, the_one
 from replicator import __version__
 from replicator.cli.app.environment import is_address, masked, unknown_settings
+from replicator.contracts.closing import Closing, close_all, release
 from replicator.contracts.errors import (
     CheckpointMissing,
-    ReplicatorError,
     SinkBroken,
     SinkError,
     SinkMisconfigured,
@@ -148,18 +147,11 @@ class App(NamedTuple):
             await self._close(*readers)
 
     async def _close(self, *readers: History | TableLedger) -> None:
-        """Close everything. A failure is raised, unless the command has ended with one: then it is logged."""
-        failure = sys.exception()
-        closing: list[Callable[[], Awaitable[None]]] = [opened.close for opened in (*readers, *self.sinks)]
-        closing += [self.enricher.close, partial(asyncio.to_thread, self.store.close)]
-        for close in closing:
-            try:
-                await close()
-            except Exception as exc:
-                log.exception("closing failed", extra={"code": ReplicatorError.code})
-                failure = failure or exc
-        if failure and not sys.exception():
-            raise failure
+        """Close everything. The command's result is there: no failure changes it, none keeps the others open."""
+        closing: dict[str, Closing] = {f"sink {sink.name}": sink.close for sink in self.sinks}
+        closing["what reads PostgreSQL"] = partial(close_all, *readers, self.enricher)
+        closing["the checkpoint database"] = partial(asyncio.to_thread, self.store.close)
+        await release(closing)
 
     def introduce(self) -> Iterator[str]:
         """The first lines of the log: what runs, from where to where. No secrets."""

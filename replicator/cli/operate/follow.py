@@ -59,6 +59,7 @@ async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str
     """The same in the running replicator, beside the stream: with connections of its own."""
     from enrichment import TableLedger, the_one
     from replicator.cli.app import make_sinks
+    from replicator.contracts.closing import release
 
     tables = the_one(app.streams, stream)
     number = event_id(event, tables.identity.type)
@@ -67,7 +68,7 @@ async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str
     try:
         return await _traced(app, number, history, sinks, store)
     finally:
-        await asyncio.gather(history.close(), *(sink.close() for sink in sinks))
+        await release({"what reads PostgreSQL": history.close} | {f"sink {sink.name}": sink.close for sink in sinks})
 
 
 async def _traced(app: App, number: Id, history: PickedHistory, sinks: Sequence[Sink], store: CheckpointStore) -> Trace:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from replicator.contracts.packages import BESIDE
+from replicator.cli.packages import BESIDE
 
 ROOT = Path(__file__).parents[3]
 
