@@ -30,6 +30,7 @@ async def check(as_json: Json = False) -> int:
     line.
     """
     from replicator.operations import check as preflight
+    from replicator.operations.status.text import counted
 
     app = load_app()
     found: list[dict[str, Any]] = []
@@ -37,14 +38,15 @@ async def check(as_json: Json = False) -> int:
         async for finding in preflight.findings(app.settings, app.enricher, app.sinks, app.store):
             found.append({"ok": finding.ok, "what": finding.what, "cure": finding.cure})
             if not as_json:
-                print(f"{'ok  ' if finding.ok else 'FAIL'}  {printable(finding.what)}")
+                verdict = "FAIL" if not finding.ok else "note" if finding.cure and not finding.made_by_init else "ok"
+                print(f"{verdict:4}  {printable(finding.what)}")
                 if finding.cure:
                     print(f"      → {printable(finding.cure)}")
     failed = sum(not finding["ok"] for finding in found)
     if as_json:
         print(json.dumps({"ok": not failed, "findings": found}))
     else:
-        print(f"{failed} of the checks failed" if failed else "everything is as it has to be")
+        print(f"{counted(failed, 'check')} failed" if failed else "all checks passed")
     return int(bool(failed))
 
 

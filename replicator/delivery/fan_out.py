@@ -209,7 +209,7 @@ class FanOut:
         now = time.monotonic()
         if self.reading_stopped and now - self._said_at >= COMPLAINT_SECONDS:
             self._said_at = now
-            message = "reading has stopped: %d bytes wait for sink %s (%s)"
+            message = "reading has stopped: %d bytes of events wait for sink %s (%s)"
             fields = {"sink": self.slowest.name, "code": "R515"}
             log.warning(
                 message, self.held_bytes, self.slowest.name, self.slowest.trouble.message or "slow", extra=fields

@@ -1,4 +1,4 @@
-"""`check`: is everything as it has to be? A line each, with the cure. Changes nothing anywhere.
+"""`check`: is everything in order? A line each, with the cure. Changes nothing anywhere.
 
 `server.py` looks at PostgreSQL, the enricher at the tables, the sinks at their destinations.
 """

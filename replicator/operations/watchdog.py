@@ -27,6 +27,7 @@ from replicator.operations.notices.notifier import Notifier
 from replicator.operations.notices.ring import CODES, Notices, Reason
 from replicator.operations.status import form, parts, wal
 from replicator.operations.status.collect import STALL_SECONDS
+from replicator.operations.status.text import size
 from replicator.pipeline import STARTING, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
@@ -179,7 +180,7 @@ class Watchdog:
 
     def status(self) -> form.Status:
         """Everything, as of now."""
-        pipeline, letters = self.pipeline, self.pipeline.letters
+        pipeline, letters, slot = self.pipeline, self.pipeline.letters, self.slot_now()
         return form.Status(
             reasons=self.reasons(),
             standby=self.standby,
@@ -197,19 +198,24 @@ class Watchdog:
                 reading_stopped=pipeline.fan_out.reading_stopped,
                 settings=self._settings,
             ),
-            slot=parts.of_slot(self._name, self.slot, self.trouble),
+            slot=parts.of_slot(self._name, slot, self.trouble),
             wal=self._forecast.see(self.slot),
-            checkpoint=parts.of_checkpoint(pipeline.checkpoint, self.slot),
-            sinks={lane.name: self._sink(lane) for lane in pipeline.fan_out.every},
+            checkpoint=parts.of_checkpoint(pipeline.checkpoint, slot),
+            sinks={lane.name: self._sink(lane, slot) for lane in pipeline.fan_out.every},
             dead_letters=form.DeadLetterStatus(**structs.asdict(letters.stored), limit=letters.limit),
             notifications=self.notifier.status(),
         )
 
-    def _sink(self, lane: Lane) -> form.SinkStatus:
+    def slot_now(self) -> SlotState | None:
+        """The slot as of the last look. What was read since was written since: a sink that lacks it is behind."""
+        slot = self.slot
+        return slot and structs.replace(slot, server_lsn=max(slot.server_lsn, self.pipeline.source.received))
+
+    def _sink(self, lane: Lane, slot: SlotState | None) -> form.SinkStatus:
         pause = self.pipeline.pauses.get(lane.name)
         trouble, seconds = self._trouble(lane)
         return structs.replace(
-            parts.of_sink(lane.reached, self.slot, round(self.lag_seconds(lane), 3)),
+            parts.of_sink(lane.reached, slot, round(self.lag_seconds(lane), 3)),
             trouble=trouble,
             trouble_seconds=round(seconds, 1),
             paused=pause.describe(lane.name, lane.reached) if pause else "",
@@ -292,7 +298,7 @@ class Watchdog:
         seconds = time.monotonic() - self._moved_at
         if seconds < STALL_SECONDS or not self._lag_bytes():
             return ""
-        return f"the slot has not moved for {seconds:.0f} s while {self._lag_bytes()} bytes wait: {self._why()}"
+        return f"the slot has not moved for {seconds:.0f} s while {size(self._lag_bytes())} of WAL wait: {self._why()}"
 
     def _why(self) -> str:
         source, fan_out, stored = self.pipeline.source, self.pipeline.fan_out, self.pipeline.checkpoint

@@ -85,7 +85,7 @@ def test_the_page_says_that_nobody_is_told(hooked: tuple[Program, Hook], api: Ap
     program.wait_until_caught_up(20)
     told = "Check the address in REPLICATOR_NOTIFY_URL."
     wait_until(lambda: 2 == program.admin("/").count(told), "the headline and a notice to say so")
-    assert "Trouble has begun" in program.admin("/")
+    assert "Warning" in program.admin("/")
     assert "ready\n" == program.admin("/readyz")
     assert program.metric("notifications_waiting", slot=program.slot)
 

@@ -157,7 +157,7 @@ def test_the_page_on_sinks_can_be_typed(built: Path, database: str, tmp_path: Pa
     )
     print(done.stdout, done.stderr)  # noqa: T201  shown when the test fails
     assert 0 == done.returncode
-    for said in ("REPLICATOR_LINES_PATH = events.jsonl  (default)", " passed", "everything is as it has to be"):
+    for said in ("REPLICATOR_LINES_PATH = events.jsonl  (default)", " passed", "all checks passed"):
         assert said in done.stdout
     [event] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"event_id":1,')]
     assert 999 == event["user_id"]

@@ -178,5 +178,5 @@ def _queued(sink: SinkStatus) -> int | None:
 
 
 def _outlook(status: Status) -> str:
-    said = text.outlook(status.wal)
+    said = f"{'the slot is ' if status.wal.lost_in_seconds else ''}{text.outlook(status.wal)}"
     return f"{said[0].upper()}{said[1:]}."

@@ -17,8 +17,8 @@ WORDS: dict[State, str] = {
     "well": "All is well",
     "starting": "Starting",
     "paused": "Paused",
-    "standby": "Standing by",
-    "trouble": "Trouble has begun",
+    "standby": "Standby",
+    "trouble": "Warning",
     "wrong": "Something is wrong",
 }
 
@@ -48,7 +48,7 @@ def headline(watchdog: Watchdog, status: Status) -> Headline:
     if wrong := [reason for reason in reasons if reason.text not in BEGINNING]:
         return Headline("wrong", [*map(_saying, wrong)])
     if reasons:
-        return Headline("starting", [Saying("It connects, and will say in a moment how it is.")])
+        return Headline("starting", [Saying("The replicator is connecting.")])
     if begun := [*_begun(watchdog), *map(_saying, watchdog.warnings())]:
         return Headline("trouble", begun)
     if status.standby:
@@ -76,9 +76,7 @@ def _well(status: Status) -> str:
     letters = status.dead_letters
     kept = letters.rows + sum(letters.sinks.values()) if letters else 0
     behind = max((sink.lag_seconds or 0.0 for sink in status.sinks.values()), default=0.0)
-    near = (
-        "Every sink has what was committed a second ago" if behind < 1 else f"The slowest sink is {behind:.0f} s behind"
-    )
+    near = "No sink is more than a second behind" if behind < 1 else f"The slowest sink is {behind:.0f} s behind"
     return f"{near}{f', except {kept:,} kept as dead letters' if kept else ''}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
@@ -18,6 +19,7 @@ from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations.status.form import DeadLetterStatus, SinkStatus, Status, WalStatus
 from replicator.operations.status.parts import ago, lag_bytes, of_checkpoint, of_sink, of_slot
+from replicator.operations.status.text import size
 from replicator.operations.status.wal import WalForecast
 from replicator.source import slot as slots
 from replicator.source.slot import SlotState
@@ -34,6 +36,8 @@ STALL_SECONDS = 60.0
 
 LOOKS_APART_SECONDS = 1.0
 """`status` looks twice when no process runs that has looked for minutes."""
+
+COMMAND = re.compile("`[^`]*`")
 
 T = TypeVar("T")
 
@@ -67,9 +71,11 @@ async def collect(settings: CoreSettings, sinks: Sequence[str], store: Checkpoin
         left_out = "the running replicator does not write to sink {}: REPLICATOR_SINKS is not the same there".format
         reasons += [left_out(sink) for sink in sinks if sink not in live.sinks]
     reasons += differences(live)
-    reasons = [*dict.fromkeys(filter(None, reasons))]  # inside and outside see the same trouble
+    told: dict[str, str] = {}
+    for reason in filter(None, reasons):  # inside and outside see the same trouble, and may call commands differently
+        told.setdefault(COMMAND.sub("", reason), reason)
     return Status(
-        reasons=reasons,
+        reasons=[*told.values()],
         standby=live.standby if live else "",
         replicator=live.replicator if live else None,
         slot=slot,
@@ -109,7 +115,7 @@ def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status 
     waiting = lag_bytes(stored.end_lsn, state)
     if live or not waiting or seconds < STALL_SECONDS:  # a replicator that can be asked knows better
         return ""
-    return f"the checkpoint was saved {seconds:.0f} s ago, while {waiting} bytes wait"
+    return f"the checkpoint was saved {seconds:.0f} s ago, while {size(waiting)} of WAL wait"
 
 
 async def _seen(call: Awaitable[T]) -> tuple[T | None, str]:

@@ -101,14 +101,14 @@ def _wal_text(wal: WalStatus) -> str:
 def outlook(wal: WalStatus) -> str:
     """How long PostgreSQL keeps the WAL that the slot needs. Nobody says it in other words."""
     growth = wal.growth_bytes_per_second
-    rate = f"at {size(round(growth or 0))} a second"
+    rate = f"{size(round(growth or 0))}/s"
     if wal.lost_in_seconds is not None:
-        return f"lost in {span(wal.lost_in_seconds)} {rate}" if wal.lost_in_seconds else "no longer safe"
+        return f"lost in {span(wal.lost_in_seconds)}, growing by {rate}" if wal.lost_in_seconds else "no longer safe"
     if wal.kept_bytes is None:
         return "not known yet"
     if wal.limit_bytes is None:
-        grows = f"it fills the disk {rate}" if growth and growth > 0 else "without a reader it fills the disk"
-        return f"no limit (max_slot_wal_keep_size): {grows}"
+        grows = f"growing by {rate}" if growth and growth > 0 else "without a reader it fills the disk"
+        return f"no limit (max_slot_wal_keep_size); {grows}"
     return "how fast it grows is not known yet" if growth is None else "safe: it does not grow"
 
 

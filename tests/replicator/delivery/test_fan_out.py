@@ -622,7 +622,9 @@ async def test_a_slow_sink_is_logged_though_it_makes_room(
         for commit in range(10, 110, 10):
             harness.put_heavy(commit, 0)
             await asyncio.wait_for(harness.fan_out.room(), 10)
-    assert [f"reading has stopped: {EVENT_OVERHEAD_BYTES} bytes wait for sink memory (slow)"] == caplog.messages
+    assert [
+        f"reading has stopped: {EVENT_OVERHEAD_BYTES} bytes of events wait for sink memory (slow)"
+    ] == caplog.messages
     assert not harness.fan_out.reading_stopped, "nothing waits any more"
 
 

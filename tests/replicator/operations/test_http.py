@@ -164,7 +164,7 @@ async def test_not_ready_over_a_slot_that_stands_still(
             with psycopg.connect(database) as connection:
                 insert = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
                 connection.execute(insert)
-            await replicator.until_ready_says(503, "bytes wait: Sink redis")
+            await replicator.until_ready_says(503, "of WAL wait: Sink redis")
             assert 1 == await replicator.metric("sink_troubled", sink="redis")
         finally:
             stack.redis.start()

@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestServer
 from msgspec import inspect, structs
 
 from replicator import __version__
-from replicator.contracts.errors import CheckpointError, CheckpointUnavailable, SourceUnavailable
+from replicator.contracts.errors import PROGRAM, CheckpointError, CheckpointUnavailable, SourceUnavailable
 from replicator.contracts.events import Checkpoint, LetterCounts, Pause
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Carrier
@@ -201,7 +201,7 @@ async def test_a_replicator_that_can_not_be_asked_is_not_called_down(collect: Co
     assert (False, ["no process reads replication slot s"]) == (found.ready, found.reasons)
     stale = structs.replace(CHECKPOINT, updated_at=time.time() - 61)
     found = await collect(READ, FakeStore(stale))
-    assert ["the checkpoint was saved 61 s ago, while 800 bytes wait"] == found.reasons
+    assert ["the checkpoint was saved 61 s ago, while 800 bytes of WAL wait"] == found.reasons
     assert (await collect(structs.replace(READ, server_lsn=200), FakeStore(stale))).ready  # idle
 
 
@@ -239,6 +239,16 @@ async def test_a_sink_that_the_replicator_does_not_have(collect: Collect) -> Non
     [reason] = (await collect(READ, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")).reasons
     assert "the running replicator does not write to sink redis" in reason
     await server.close()
+
+
+async def test_the_same_trouble_with_other_commands_is_told_once(collect: Collect) -> None:
+    """The replicator was started as `.venv/bin/python -m replicator`: its cure has that in front."""
+    lost = structs.replace(READ, wal_status="lost")
+    theirs = wal.in_danger(lost).replace(PROGRAM, ".venv/bin/python -m replicator")
+    server = await answering(msgspec.json.encode(live("s", theirs)))
+    found = await collect(lost, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
+    await server.close()
+    assert [theirs] == found.reasons
 
 
 @pytest.mark.parametrize("wal_status", ["unreserved", "lost"])
@@ -451,15 +461,13 @@ def test_a_pause_and_a_trouble_have_lines_of_their_own() -> None:
 OUTLOOKS: Mapping[str, WalStatus] = {
     "not known yet": WalStatus(),
     "no longer safe": WalStatus(kept_bytes=9, limit_bytes=8, lost_in_seconds=0.0),
-    "lost in 3 hours at 1.0 MB a second": WalStatus(
+    "lost in 3 hours, growing by 1.0 MB/s": WalStatus(
         kept_bytes=1, limit_bytes=8, growth_bytes_per_second=1e6, lost_in_seconds=10_800.0
     ),
     "how fast it grows is not known yet": WalStatus(kept_bytes=1, limit_bytes=8),
     "safe: it does not grow": WalStatus(kept_bytes=1, limit_bytes=8, growth_bytes_per_second=-5.0),
-    "no limit (max_slot_wal_keep_size): without a reader it fills the disk": WalStatus(kept_bytes=1),
-    "no limit (max_slot_wal_keep_size): it fills the disk at 1.0 MB a second": WalStatus(
-        kept_bytes=1, growth_bytes_per_second=1e6
-    ),
+    "no limit (max_slot_wal_keep_size); without a reader it fills the disk": WalStatus(kept_bytes=1),
+    "no limit (max_slot_wal_keep_size); growing by 1.0 MB/s": WalStatus(kept_bytes=1, growth_bytes_per_second=1e6),
 }
 
 
@@ -497,7 +505,7 @@ async def test_status_looks_twice_where_nobody_reads(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(collects, "LOOKS_APART_SECONDS", 0)
     found = await collects.collect(settings, ["redis"], FakeStore(CHECKPOINT))  # type: ignore[arg-type]
     assert 10**6 == found.wal.growth_bytes_per_second
-    assert "  forecast   lost in 3 hours at 1.0 MB a second\n" in as_text(found)
+    assert "  forecast   lost in 3 hours, growing by 1.0 MB/s\n" in as_text(found)
 
 
 async def test_a_replicator_that_runs_has_the_forecast(collect: Collect) -> None:

@@ -174,7 +174,7 @@ def test_a_slot_that_stands_still_is_not_ready(watchdog: Looking) -> None:
     assert [] == watchdog.look(1, server_lsn=300)
     assert [] == watchdog.look(STALL_SECONDS - 2)
     [reason] = watchdog.look(2)
-    assert "the slot has not moved for 61 s while 200 bytes wait: sink http is the slowest, 7 events" in reason
+    assert "the slot has not moved for 61 s while 200 bytes of WAL wait: sink http is the slowest, 7 events" in reason
 
 
 def test_a_line_a_minute_while_something_comes(
@@ -233,7 +233,7 @@ def test_a_sink_that_nothing_waits_for_is_not_blamed(watchdog: Looking, active_p
     cast("FakeLane", watchdog.pipeline.fan_out.lanes[0]).waiting = 0
     watchdog.look(1, server_lsn=300, active_pid=active_pid)
     [reason] = watchdog.look(2 * STALL_SECONDS)
-    assert reason.endswith(f"200 bytes wait: PostgreSQL has sent nothing for 45 s, {words}")
+    assert reason.endswith(f"200 bytes of WAL wait: PostgreSQL has sent nothing for 45 s, {words}")
 
 
 def test_the_sink_that_something_waits_for_is_blamed(watchdog: Looking, pipeline: Pipeline) -> None:
@@ -553,6 +553,16 @@ async def test_notices_follow_the_reasons(monkeypatch: pytest.MonkeyPatch) -> No
     await _turns()
     assert notice.ended_at
     noticing.cancel()
+
+
+def test_what_was_read_since_the_last_look_is_written_wal(watchdog: Looking, pipeline: Pipeline) -> None:
+    """A sink with events in flight is not 0 bytes behind, and nothing is past the server's end."""
+    watchdog.look(1, server_lsn=300)
+    for received, end in ((80, 300), (400, 400)):
+        pipeline.source.received = received  # type: ignore[misc]  # of the fake
+        seen = watchdog.slot_now()
+        assert seen
+        assert end == seen.server_lsn
 
 
 def test_the_debug_log_has_the_status(watchdog: Looking, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,7 +48,7 @@ def test_all_is_well() -> None:
     clickhouse = next(line for line in text.splitlines() if line.startswith("clickhouse"))
     assert ["clickhouse", "1,000", "0.8", "s"] == clickhouse.split()[:4]
     assert clickhouse.rstrip().endswith("▅█")
-    assert "48.0 MB of 1.0 GB, lost in 2 hours at " in text
+    assert "48.0 MB of 1.0 GB, lost in 2 hours, growing by " in text
     assert "100,002: `" in text
 
 

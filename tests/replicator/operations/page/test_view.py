@@ -54,18 +54,18 @@ def status(*, standby: str = "", letters: int = 0, lag: float = 0.1) -> Status:
 @pytest.mark.parametrize(
     ("found", "now", "state", "what", "cure"),
     [
-        (Found(), status(), "well", "Every sink has what was committed a second ago.", ""),
+        (Found(), status(), "well", "No sink is more than a second behind.", ""),
         (Found(), status(lag=7.2), "well", "The slowest sink is 7 s behind.", ""),
         (
             Found(),
             status(letters=1200),
             "well",
-            "Every sink has what was committed a second ago, except 1,200 kept as dead letters.",
+            "No sink is more than a second behind, except 1,200 kept as dead letters.",
             "",
         ),
         (Found(REASON), status(), "wrong", "sink redis is away.", "Start it"),
         (Found(REASON, pauses=("paused",)), status(standby="held"), "wrong", "sink redis is away.", "Start it"),
-        (Found(UNKNOWN), status(), "starting", "It connects, and will say in a moment how it is.", ""),
+        (Found(UNKNOWN), status(), "starting", "The replicator is connecting.", ""),
         (Found(UNKNOWN, REASON), status(), "wrong", "sink redis is away.", "Start it"),
         (Found(warnings=(REASON,), pauses=("paused",)), status(), "trouble", "sink redis is away.", "Start it"),
         (Found(), status(standby="held by process 7"), "standby", "held by process 7", ""),
