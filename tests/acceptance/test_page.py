@@ -116,7 +116,7 @@ def test_a_sink_that_dies_and_comes_back(
     stack.clickhouse.start()
     viewer.sees_state("well")
     viewer.sees("notices", "clickhouse")
-    viewer.sees_no("notices", "until now")
+    viewer.sees_no("notices", "ongoing")
 
 
 def test_dead_letters_appear(quick: Program, source: psycopg.Connection, api: Api, look: Look) -> None:
@@ -168,7 +168,7 @@ def test_one_event_of_two_streams_is_followed(quick: Program, source: psycopg.Co
     quick.wait_until_caught_up()
     viewer = look()
     for event_id, stream in ((order_id, "orders"), ("3", "engagement")):
-        viewer.page.get_by_label("Follow the event").fill(event_id)
+        viewer.page.get_by_label("Follow an event").fill(event_id)
         viewer.page.get_by_label("of the stream").select_option(stream)
         viewer.page.get_by_role("button", name="Trace").click()
         viewer.sees(f"at-clickhouse\\/{stream}", "written")
@@ -200,7 +200,7 @@ def test_the_bar_of_a_backfill_moves(
     viewer.sees("backfills", " %")
     start, end = re.findall(r"\d{4}-\S+", viewer.text("backfills"))[:2]
     assert 0 == other.run("backfill", "--start", start, "--end", end, "--sinks", "redis", "--resume").code
-    viewer.sees("backfills", "None runs.")
+    viewer.sees("backfills", "None running.")
 
 
 def _percent(viewer: Viewer, more_than: int) -> int:
