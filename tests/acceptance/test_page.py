@@ -108,7 +108,7 @@ def test_a_sink_that_dies_and_comes_back(
     viewer.sees_state("trouble", 3)
     assert "clickhouse" in viewer.text("headline")
     assert "It is retried until it does" in viewer.text("headline")
-    assert "in trouble for" in viewer.text("flow")
+    viewer.sees("flow", "in trouble for")
     viewer.sees_state("wrong")
     assert "did not take the batch" in quick.admin("/readyz")
     assert [] == viewer.violations()
