@@ -22,11 +22,12 @@ CHUNK_BYTES = 65_536
 COMMAND_TIMEOUT_SECONDS = 10.0
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # no lingering: close() sends RST instead of FIN
 
-Network: TypeAlias = Literal["whole", "down", "reset", "stalled", "mute", "no answers", "slow"]
+Network: TypeAlias = Literal["whole", "down", "reset", "stalled", "forgotten", "mute", "no answers", "slow"]
 """whole      everything passes
 down       connections are closed, new ones too
 reset      the same with RST
 stalled    connections stay open, nothing moves
+forgotten  the same for those that are open, for ever; new ones pass
 mute       what the client sends arrives, the answers wait
 no answers what the client sends arrives; the connection is reset instead of an answer
 slow       every chunk is delayed"""
@@ -44,6 +45,7 @@ class Proxy:
         self._network: Network = "whole"
         self._changed = asyncio.Event()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy to {target_port}", daemon=True)
 
@@ -69,6 +71,8 @@ class Proxy:
 
     async def _behave(self, network: Network) -> None:
         self._network = network
+        if network == "forgotten":
+            self._forgotten |= self._writers
         self._changed.set()
         self._changed = asyncio.Event()
         if network in ("down", "reset"):
@@ -115,6 +119,7 @@ class Proxy:
         while data := await source.read(CHUNK_BYTES):
             while self._network == "stalled" or (answers and self._network == "mute"):
                 await self._changed.wait()
+            await self._unless_forgotten(sink)
             if answers and self._network == "no answers":
                 self._cut()
                 raise ConnectionResetError
@@ -122,4 +127,9 @@ class Proxy:
                 await asyncio.sleep(SLOW_SECONDS)
             sink.write(data)
             await sink.drain()
+        await self._unless_forgotten(sink)
         raise ConnectionResetError  # the end of one direction ends both: none of these servers sends after that
+
+    async def _unless_forgotten(self, sink: asyncio.StreamWriter) -> None:
+        if sink in self._forgotten:  # not even its end comes through
+            await asyncio.Event().wait()

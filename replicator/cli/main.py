@@ -226,10 +226,15 @@ class _Threads(ThreadPoolExecutor):
         return future
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """Looks a name up once at a time, however many ask.
+NEXT_ADDRESS_SECONDS = 0.25
+"""As RFC 8305 has it."""
 
-    Where a name server is silent, each try would leave a thread behind for a minute.
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Looks a name up once at a time, however many ask; does not wait for an address that does not answer.
+
+    Where a name server is silent, each try would leave a thread behind for a minute. Where a network drops what is sent
+    to one address of a name (IPv6, as a rule), a client's time-out is over before the next address is tried.
     """
 
     def __init__(self) -> None:
@@ -244,6 +249,10 @@ class _Loop(asyncio.SelectorEventLoop):
             self._look_ups[key] = self.create_task(super().getaddrinfo(*name, **options))
             self._look_ups[key].add_done_callback(lambda task: self._forget(key, task))
         return await asyncio.shield(self._look_ups[key])
+
+    async def create_connection(self, *arguments: Any, **options: Any) -> Any:
+        """Try the next address of a name soon, beside the first."""
+        return await super().create_connection(*arguments, **{"happy_eyeballs_delay": NEXT_ADDRESS_SECONDS} | options)
 
     def _forget(self, key: object, task: asyncio.Task[Any]) -> None:
         del self._look_ups[key]

@@ -31,7 +31,7 @@ from replicator.operations.status.text import size
 from replicator.pipeline import STARTING, Pipeline
 from replicator.source import slot as slots
 from replicator.source.connection import Dsn
-from replicator.source.server import shuts_down
+from replicator.source.server import given_up, shuts_down
 from replicator.source.slot import SlotState
 
 LOOK_SECONDS = 5.0
@@ -120,7 +120,7 @@ class Watchdog:
         self._sync = Trouble(code=CODES["commits"])
         self._holder = ""
         self._silent_since = dict[str, float]()  # of each sink that has let a write wait too long, until it takes one
-        self._shutting_down = 0  # looks in a row that found it so
+        self._shutting_down = self._given_up = 0  # looks in a row that found it so
         self._forecast = wal.WalForecast()
         self._told_at, self._told = time.monotonic(), dict[str, int]()  # events written by each sink until then
         self._breaks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
@@ -132,6 +132,7 @@ class Watchdog:
                 self.slot = await slots.look(self._dsn, self._name, "replicator watchdog")
                 self.trouble = "" if self.slot else f"replication slot {self._name} does not exist"
                 self._cure, self._code, self._shutting_down = "", "", 0
+                self._let_go_of_nothing()
             except SourceError as exc:
                 self.trouble, self._cure, self._code = str(exc), exc.advice, exc.code
                 await self._let_go()
@@ -148,6 +149,17 @@ class Watchdog:
             if self._shutting_down > 1:
                 log.warning("%s", shuts_down(), extra={"code": "R212"})
                 self.pipeline.source.let_go()
+
+    def _let_go_of_nothing(self) -> None:
+        """A network may drop a connection and say nothing: PostgreSQL has given it up then, and we wait for ever."""
+        source, slot = self.pipeline.source, self.slot
+        unread = slot is not None and slot.active_pid is None
+        # A healthy stream is not silent: it is asked for a keepalive. At the first look it may have just begun.
+        silent = source.connected and source.silent_seconds >= TROUBLE_SECONDS
+        self._given_up = self._given_up + 1 if unread and silent else 0
+        if self._given_up > 1:
+            log.warning("%s", given_up(), extra={"code": "R201"})
+            source.let_go()
 
     @property
     def standby(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -23,8 +24,9 @@ Dsn: TypeAlias = str | Callable[[], str]
 """A connection string, or what gives the one of this moment: its file may have changed since the start."""
 Connection: TypeAlias = psycopg.AsyncConnection[tuple[Any, ...]]
 
-CONNECT_TIMEOUT_SECONDS = 10
-"""For each address of the DSN; a server that is there answers in milliseconds. The DSN's own connect_timeout wins."""
+CONNECT_TIMEOUT_SECONDS = 5
+"""For each address of the DSN; a server that is there answers in milliseconds. Two have to fit into a look at the slot.
+The DSN's own connect_timeout wins."""
 ANSWER_TIMEOUT_SECONDS = 30.0
 """For what a living server answers in milliseconds; one that is frozen must not hold the replicator."""
 
@@ -47,6 +49,9 @@ SESSION: Mapping[str, str] = {
 SINCE = {"transaction_timeout": 170_000}
 """Guards that older servers do not know."""
 
+_answered: dict[tuple[str, str], float] = {}
+"""Hosts and ports of primaries, and when each was last connected to."""
+
 
 async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     """Connect as application `name`; the DSN's own time-outs win. Raises psycopg.Error, SettingsError, SourceUnusable.
@@ -62,14 +67,31 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     if "," in f"{given.get('host')}{given.get('hostaddr')}" and "PGTARGETSESSIONATTRS" not in os.environ:
         defaults["target_session_attrs"] = "primary"  # of several hosts: else a standby may be the first that answers
     ours = {"application_name": name, "client_encoding": "UTF8", **parameters}
-    info = conninfo.make_conninfo(**(defaults | given | ours))
+    info = conninfo.make_conninfo(**_living_first(defaults | given | ours))
     connection = await psycopg.AsyncConnection.connect(info, autocommit=True, prepare_threshold=None)
+    _answered[connection.info.host, str(connection.info.port)] = time.monotonic()
     try:
         await _guard(connection)
     except BaseException:
         await connection.close()
         raise
     return connection
+
+
+def _living_first(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with the host first that was the primary lately: one that is switched off costs a time-out each time.
+
+    If it is the primary no more, the others are asked. Where any server does, the order is the user's choice.
+    """
+    lists = {name: str(given[name]).split(",") for name in ("host", "hostaddr", "port") if given.get(name)}
+    names = lists.get("host") or lists.get("hostaddr") or []
+    if given.get("target_session_attrs") not in ("primary", "read-write"):
+        return given
+    ports = lists.get("port", [""])
+    places = [*zip(names, ports * len(names) if len(ports) == 1 else ports, strict=False)]
+    order = sorted(range(len(places)), key=lambda at: -_answered.get((places[at][0], places[at][1] or "5432"), 0.0))
+    turned = {name: ",".join(values[at] for at in order) for name, values in lists.items() if len(values) == len(order)}
+    return given | turned
 
 
 def parts(dsn: Dsn) -> dict[str, Any]:

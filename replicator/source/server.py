@@ -101,6 +101,15 @@ def shuts_down() -> SourceUnavailable:
     )
 
 
+def given_up() -> SourceUnavailable:
+    """Why a stream was let go on which nothing comes any more."""
+    return SourceUnavailable(
+        problem="PostgreSQL has ended the stream, and the network did not say so",
+        detail="nothing came, and nobody reads the slot",
+        cure="What is not confirmed comes again: `run` connects",
+    )
+
+
 async def refuses_everybody(dsn: Dsn, stream: pq.abc.PGconn) -> bool:
     """Whether the server of a stream lets nobody in: it shuts down (57P03, which only a ping can tell)."""
     there = {name: getattr(stream, name).decode() for name in ("host", "hostaddr", "port")}

@@ -16,6 +16,7 @@ from devstack.process import wait_until
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
 from tests.support.load import insert_many
+from tests.support.network import blackhole
 from tests.support.program import Program, assert_clean
 
 SITE = """
@@ -29,6 +30,18 @@ def getaddrinfo(host, *args, **options):
             time.sleep(0.05)
         host = "127.0.0.1"
     return before(host, *args, **options)
+
+socket.getaddrinfo = getaddrinfo
+"""
+TWO = """
+import socket
+
+before = socket.getaddrinfo
+
+def getaddrinfo(host, port, *args, **options):
+    if host == "two.test":
+        return [*before("127.0.0.1", {blackhole}, *args, **options), *before("127.0.0.1", port, *args, **options)]
+    return before(host, port, *args, **options)
 
 socket.getaddrinfo = getaddrinfo
 """
@@ -94,4 +107,31 @@ def test_a_silent_name_server_holds_up_nobody_else(
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
     assert_clean(quick.log)
+    assert_exact(database, destinations)
+
+
+def test_an_address_that_does_not_answer(
+    *,
+    quick: Program,
+    database: str,
+    source: psycopg.Connection,
+    destinations: Destinations,
+    stack: DevStack,
+    tmp_path: Path,
+) -> None:
+    """Of two addresses of a name the network drops what is sent to the first, as where IPv6 leads nowhere."""
+    names = [("REPLICATOR_CLICKHOUSE_URL", stack.clickhouse), ("REPLICATOR_REDIS_URL", stack.redis)]
+    for name, server in [*names, ("REPLICATOR_HTTP_URL", stack.api)]:
+        address = quick.environment[name]
+        quick.environment[name] = address.replace(f"127.0.0.1:{server.port}", f"two.test:{server.port}")
+        assert "two.test" in quick.environment[name]
+    with blackhole() as port:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(TWO.format(blackhole=port), encoding="utf-8")
+        quick.environment["PYTHONPATH"] = str(tmp_path / "site")
+        quick.start()
+        insert_many(source, 10)
+        quick.wait_until_caught_up(TRIES_SECONDS)
+        assert 0 == quick.stop()
+    assert "did not take the batch" not in quick.log
     assert_exact(database, destinations)

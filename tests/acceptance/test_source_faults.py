@@ -23,6 +23,7 @@ import pytest
 from devstack import DevStack
 from devstack.api import Api
 from devstack.process import free_port, wait_until
+from devstack.proxy import Proxy
 from tests.support import environment as ground
 from tests.support.destinations import Destinations
 from tests.support.exact import assert_exact
@@ -134,6 +135,23 @@ def test_silent_for_longer_than_wal_sender_timeout(
     wait_until(lambda: source.execute(free, [quick.slot]).fetchone() == (True,), "PostgreSQL to cut it off")
     quick.resume()
     caught_up_and_stopped(quick)
+    assert 0 == assert_exact(database, destinations)
+
+
+def test_a_connection_that_the_network_forgot(
+    quick: Program, database: str, source: psycopg.Connection, stack: DevStack, destinations: Destinations
+) -> None:
+    """PostgreSQL has given the stream up, and no word of that arrives: it is let go, and read again."""
+    with Proxy(stack.postgres.port) as proxy:
+        dsn = quick.environment["REPLICATOR_POSTGRES_DSN"].replace(f":{stack.postgres.port}/", f":{proxy.port}/")
+        quick.environment["REPLICATOR_POSTGRES_DSN"] = f"{dsn}?options=-c%20wal_sender_timeout%3D1s"
+        quick.start()
+        insert_many(source, 10)
+        quick.wait_until_caught_up()
+        proxy.behave("forgotten")
+        insert_many(source, 10)
+        quick.wait_for_log("R201 replicator.operations.watchdog: PostgreSQL has ended the stream, and the network did")
+        caught_up_and_stopped(quick)
     assert 0 == assert_exact(database, destinations)
 
 

@@ -122,6 +122,20 @@ def test_silence(proxy: Proxy, echo: Echo, network: Network, arrives: bytes) -> 
         assert b"one" == client.recv(1000)
 
 
+def test_forgotten(proxy: Proxy, echo: Echo) -> None:
+    """Nothing moves any more on what is open, whatever comes later."""
+    with connection(proxy) as client:
+        client.sendall(b"one")
+        assert client.recv(1000)
+        for network in ("forgotten", "whole"):
+            proxy.behave(network)
+            client.sendall(b"two")
+            client.settimeout(SILENCE_SECONDS)
+            with pytest.raises(TimeoutError):
+                client.recv(1000)
+    assert b"one" == echo.received
+
+
 def test_no_answers(proxy: Proxy, echo: Echo) -> None:
     """The server has it, and the client will never know."""
     with connection(proxy) as client:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import psycopg
 import pytest
 from psycopg import errors, sql
@@ -13,6 +15,8 @@ from replicator.contracts.errors import SourceError, SourceUnavailable, SourceUn
 from replicator.source import connection as connections
 from replicator.source.connection import SESSION, SINCE, answering, connect
 from replicator.source.refusals import allow_plugin, translated
+from replicator.source.slot import look
+from tests.support.network import blackhole
 
 FOREIGN = {
     "statement_timeout": "1s",
@@ -106,6 +110,28 @@ async def test_several_hosts_of_which_one_is_dead(database: str, attributes: str
     assert [(1,)] == await ours.rows("SELECT 1")
     await ours.close()
     assert await _session(dsn, replication="database")
+
+
+async def test_a_host_that_is_switched_off(database: str) -> None:
+    """It costs one time-out, within which the watchdog still sees the slot, and not one at each connection."""
+    host, port = (str(psycopg.conninfo.conninfo_to_dict(database)[name]) for name in ("host", "port"))
+    with blackhole() as dead:
+        dsn = make_conninfo(database, host=f"127.0.0.1,{host}", port=f"{dead},{port}")
+        assert None is await look(dsn, "none", "test")
+        async with asyncio.timeout(1):
+            assert None is await look(dsn, "none", "test")
+            assert await _session(dsn, replication="database")
+
+
+async def test_the_order_of_hosts_is_the_user_s_where_a_standby_does(database: str) -> None:
+    """The one that is named first is asked first, whichever answered before."""
+    port = psycopg.conninfo.conninfo_to_dict(database)["port"]
+    await _session(database)
+    dsn = make_conninfo(database, host="127.0.0.1,127.0.0.1", port=f"1,{port}", target_session_attrs="any")
+    given = connections.parts(dsn)
+    assert given == connections._living_first(given)  # noqa: SLF001
+    given = connections.parts(dsn) | {"target_session_attrs": "primary"}
+    assert f"{port},1" == connections._living_first(given)["port"]  # noqa: SLF001
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
