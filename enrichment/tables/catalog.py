@@ -22,18 +22,19 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_curr
 """
 
 LOCKS = """
--- Transactions that may have changed one of these tables, or the names of schemas, and are not over. One that has no
--- transaction id (VACUUM, ANALYZE) has changed nothing yet. A weaker lock, or the one of CREATE INDEX, changes nothing
--- that we look at.
+-- Transactions that may have changed one of these tables, the names of schemas, or the values of an enum, and are not
+-- over. One that has no transaction id (VACUUM, ANALYZE) has changed nothing yet. A weaker lock, or the one of CREATE
+-- INDEX, changes nothing that we look at.
 WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
 SELECT DISTINCT ON (1) l.virtualtransaction,
        concat_ws(' ', coalesce('process ' || l.pid, 'a prepared transaction') || ', which holds', l.mode,
-                 'on', l.relation::regclass)
+                 'on', coalesce(l.relation::regclass::text, 'a type'))
 FROM held l
-WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
        AND l.relation = ANY(%(oids)s::oid[])
-       OR l.mode = 'RowExclusiveLock' AND l.relation = 'pg_catalog.pg_namespace'::regclass)
+       OR l.mode = 'RowExclusiveLock' AND l.relation = 'pg_catalog.pg_namespace'::regclass
+       OR l.mode = 'ExclusiveLock' AND l.locktype = 'object' AND l.classid = 'pg_catalog.pg_type'::regclass)
   AND EXISTS (SELECT FROM held x
               WHERE x.locktype = 'transactionid' AND x.mode = 'ExclusiveLock'
                 AND x.virtualtransaction = l.virtualtransaction)
@@ -42,7 +43,8 @@ WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHER
 SHAPE = """
 -- The tables and all their descendants (partitions, inheritance children, a hypertable's chunks), as JSON. Temporary
 -- ones are another session's own. `type` is the one under a column's domains in the contract's words: narrower integers
--- and other kinds of text do as well, and a reader sees enums as text.
+-- and other kinds of text do as well, and a reader sees enums as text. A value of an enum that gets another name is
+-- another value in every row that has it, and no row is written.
 WITH RECURSIVE family AS (
     SELECT t.relname AS root, t.oid, 0::oid AS parent, '' AS link
     FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace
@@ -67,7 +69,9 @@ SELECT coalesce(json_agg(json_build_object(
             'name', a.attname, 'declared', format_type(a.atttypid, a.atttypmod),
             'type', CASE WHEN b.typname IN ('int2', 'int4', 'int8', 'oid') THEN 'bigint'
                          WHEN b.typcategory IN ('S', 'E') THEN 'text' ELSE b.typname::text END,
-            'version', a.xmin::text) ORDER BY attnum)
+            'version', concat_ws(' ', a.xmin, (
+                SELECT string_agg(e.xmin::text, ' ' ORDER BY e.oid) FROM pg_enum e
+                WHERE e.enumtypid = b.oid AND m.root = ANY(%(joined)s::name[])))) ORDER BY attnum)
         FROM pg_attribute a JOIN under USING (attnum) JOIN pg_type b ON b.oid = under.type AND b.typtype <> 'd'
         WHERE a.attrelid = m.oid AND NOT a.attisdropped
     ) ELSE '[]' END,
@@ -107,8 +111,9 @@ SELECT EXISTS (
 def parameters(tables: Tables) -> dict[str, object]:
     """Those of `SHAPE`."""
     names = {tables.events: tables.schema, **{join.table: join.schema for join in tables.joins}}
-    keyed = [*(join.table for join in tables.joins), *([tables.events] if tables.stream.follows else [])]
-    return {"schemas": [*names.values()], "tables": [*names], "keyed": keyed}
+    joined = [join.table for join in tables.joins]
+    keyed = [*joined, *([tables.events] if tables.stream.follows else [])]
+    return {"schemas": [*names.values()], "tables": [*names], "joined": joined, "keyed": keyed}
 
 
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}

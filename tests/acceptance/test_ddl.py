@@ -236,6 +236,9 @@ CONTENT = {
         CREATE TABLE green (LIKE content INCLUDING ALL); INSERT INTO green SELECT content_id, 'v2', 600 FROM content;
         BEGIN; ALTER TABLE content RENAME TO blue; ALTER TABLE green RENAME TO content; COMMIT""",
     "rewritten": "ALTER TABLE content ALTER length_seconds TYPE int USING length_seconds * 2",
+    "an enum": """
+        CREATE TYPE kind AS ENUM ('v1', 'v2'); ALTER TABLE content ALTER content_type TYPE kind USING 'v2'::kind""",
+    "a value of an enum is renamed": "ALTER TYPE kind RENAME VALUE 'v2' TO 'v3'",
     "a column made again": "ALTER TABLE content DROP length_seconds, ADD length_seconds int DEFAULT 700",
     "key made again": """
         ALTER TABLE content DROP CONSTRAINT IF EXISTS content_pkey, DROP CONSTRAINT IF EXISTS green_pkey;

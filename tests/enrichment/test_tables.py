@@ -96,6 +96,7 @@ async def test_it_waits_for_whoever_may_be_changing_them(
     guard: Guard, database: str, admin: psycopg.Connection
 ) -> None:
     """A transaction that is not over, prepared or not; what only reads or writes rows is none."""
+    admin.execute("CREATE TYPE kind AS ENUM ('a')")
     with psycopg.connect(database) as other:
         other.execute("LOCK TABLE content IN EXCLUSIVE MODE")
         await guard.verify()  # it has changed nothing yet
@@ -107,6 +108,11 @@ async def test_it_waits_for_whoever_may_be_changing_them(
         await guard.verify()
         other.execute("ALTER SCHEMA public RENAME TO x")
         with pytest.raises(TablesUnsettled, match="pg_namespace"):
+            await guard.verify()
+        other.rollback()
+        await guard.verify()
+        other.execute("ALTER TYPE kind RENAME VALUE 'a' TO 'b'")
+        with pytest.raises(TablesUnsettled, match="ExclusiveLock on a type"):
             await guard.verify()
         other.rollback()
         await guard.verify()
