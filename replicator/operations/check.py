@@ -123,6 +123,8 @@ async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: Check
         found = await Beginning(source, store, settings.slot, sinks).look()
     found.verify()
     stored = found.stored
+    if stored:  # a write that changes nothing: can there be any?
+        await asyncio.to_thread(store.save_progress, settings.slot, "check", None)
     at = f"at {format_lsn(stored.end_lsn)}" if stored else "nothing in it yet: the first start begins at the slot"
     return [Finding(True, f"checkpoint database: {at}"), _slot(settings, found.state)]
 

@@ -45,6 +45,30 @@ def test_a_pooler_before_the_checkpoint(
     assert_exact(database, destinations)
 
 
+def test_a_checkpoint_database_that_only_reads(
+    quick: Program, plain_dsn: str, source: psycopg.Connection, database: str, destinations: Destinations
+) -> None:
+    """Somebody has fenced it, or its user: `check` fails, and nothing is confirmed until it takes writes again."""
+    source.execute("GRANT CREATE ON SCHEMA public TO replicator")
+    quick.environment["REPLICATOR_CHECKPOINT_URL"] = plain_dsn
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    name = database.rpartition("/")[2]
+    source.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode())
+    told = quick.run("check")
+    assert 1 == told.code
+    assert "FAIL  the checkpoint database fails: postgresql: ReadOnlySqlTransaction" in told.stdout
+    quick.spawn()
+    insert_many(source, 10)  # over a session from before
+    wait_until(lambda: "ReadOnlySqlTransaction" in quick.said, "it to say so")
+    source.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    assert_exact(database, destinations)
+
+
 @contextmanager
 def everybody_is_synchronous(stack: DevStack) -> Iterator[None]:
     """Whoever streams from PostgreSQL has to confirm every commit before it ends."""

@@ -213,7 +213,9 @@ def test_what_ddl_does_is_played() -> None:
     cells = re.findall(r"^\|.*\|([^|]*)\|$", TABLES.read_text(encoding="utf-8"), re.MULTILINE)
     named = [name for cell in cells for name in QUOTED.findall(cell)]
     assert sorted(named) == PLAYS
-    assert ["play", *["none"] * 3, "play", "none"] == [text for cell in cells if re.fullmatch(r"\w+", text := cell.strip())]
+    assert ["play", *["none"] * 3, "play", "none"] == [
+        text for cell in cells if re.fullmatch(r"\w+", text := cell.strip())
+    ]
 
 
 def _texts(node: ast.AST) -> Iterator[str]:
