@@ -108,7 +108,7 @@ class Pipeline:
         # 2. Checkpoint: on disk before PostgreSQL is told. The store refuses to go backward.
         contents, changes = self.enricher.changed(end_lsn)
         if (written, end_lsn, contents) != (self.checkpoint.sinks, self.checkpoint.end_lsn, self.checkpoint.contents):
-            committed_at = max(self.checkpoint.committed_at, self.fan_out.committed_at)
+            committed_at = self.fan_out.committed_at or self.checkpoint.committed_at
             moment = {"committed_at": committed_at, "updated_at": time.time()}
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, contents=contents, **moment)
             self._offers.append(checkpoint)

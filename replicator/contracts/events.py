@@ -61,11 +61,16 @@ class Mark(NamedTuple):
     """When the newest transaction was committed, Unix seconds by PostgreSQL's clock; 0.0 when unknown."""
 
     def later(self, other: Mark) -> Mark:
-        """The later of the two, part by part: after a reconnect the stream repeats what was read before."""
+        """The later of the two, part by part: after a reconnect the stream repeats what was read before.
+
+        The commit's time is that of the later place: PostgreSQL's clock may have been ahead for a while.
+        """
+        ahead = (self.end_lsn, self.position) > (other.end_lsn, other.position)
+        newer, older = (self, other) if ahead else (other, self)
         return Mark(
             max(self.position, other.position),
             max(self.end_lsn, other.end_lsn),
-            max(self.committed_at, other.committed_at),
+            newer.committed_at or older.committed_at,
         )
 
 
@@ -280,6 +285,14 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     content, and `end_lsn`, as of which it is. None: there is no copy that can be used."""
     updated_at: float = 0.0
     """Unix time, seconds; the store sets it."""
+
+    @property
+    def dated(self) -> float:
+        """Since when something may be missing after it, Unix seconds; 0.0 if that is unknown.
+
+        Never after its save: PostgreSQL's clock may have been ahead of ours when that commit was dated.
+        """
+        return min(self.committed_at, self.updated_at or self.committed_at)
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):

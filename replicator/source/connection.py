@@ -59,6 +59,7 @@ async def connect(dsn: Dsn, name: str, **parameters: str) -> Connection:
     Commits each statement, prepares none (a pooler may stand between), and has the guards.
     """
     given = parts(dsn)
+    given.pop("replication", None)  # whether a connection is one is ours to say
     defaults: dict[str, int | str] = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "keepalives_idle": 30,

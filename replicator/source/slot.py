@@ -155,7 +155,7 @@ def verify(slot: str, state: SlotState | None, identity: Identity, checkpoint: C
     confirmed, which can repeat events but lose none. `Found.was_read` says when that is in doubt.
     """
     # Every sink has what was committed before. One that was left out was not dated.
-    since = when(checkpoint.committed_at if checkpoint and not behind(checkpoint) else 0.0)
+    since = when(checkpoint.dated if checkpoint and not behind(checkpoint) else 0.0)
     if checkpoint is not None and (problem := parted(identity, checkpoint)):
         raise StreamGap(slot=slot, problem=problem, since=since)
     if state is None:

@@ -201,7 +201,7 @@ class Beginning:
         for name in found.left_out():
             sinks[name] = structs.replace(sinks[name], end_lsn=end_lsn)
             at = await asyncio.to_thread(self._store.load_progress, self._slot, _absence(name))
-            since[name] = float(at or 0)
+            since[name] = _known(float(at or 0), found.state.server_time)
         checkpoint = structs.replace(found.checkpoint, sinks=sinks)
         await asyncio.to_thread(self._store.save, checkpoint)
         back = [sink for sink in self._sinks if sink.name in since]
@@ -216,9 +216,9 @@ class Beginning:
     async def _date_absences(self, stored: Checkpoint) -> None:
         """Keep since when a sink is left out, before the others go on: the checkpoint's own time goes with them."""
         for name in stored.sinks.keys() - {sink.name for sink in self._sinks}:
-            if stored.committed_at and stored.sinks[name].end_lsn >= stored.end_lsn:
+            if stored.dated and stored.sinks[name].end_lsn >= stored.end_lsn:
                 save = self._store.save_progress
-                await asyncio.to_thread(save, self._slot, _absence(name), str(stored.committed_at))
+                await asyncio.to_thread(save, self._slot, _absence(name), str(stored.dated))
 
     def starts(self, checkpoint: Checkpoint) -> dict[str, SinkPosition]:
         """Where each configured sink continues; one without a position begins at the checkpoint."""
@@ -329,10 +329,11 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     if stored is None:
         yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
         return
-    since, until = stored.committed_at, state.server_time
+    until = state.server_time
+    since = _known(stored.dated, until)
     dated = set(stored.sinks).difference(slots.behind(stored)) if since else set()
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
-    if since and lost_by_failover(found.identity, stored):
+    if lost_by_failover(found.identity, stored):
         yield f"{accepted}; {LOST}:"
         for option in dict.fromkeys(sink.stream_option for sink in sinks):
             yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
@@ -364,6 +365,11 @@ def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) 
 def _absence(sink: str) -> str:
     """What the time since when a sink is left out is found by, among the tasks of the checkpoint database."""
     return f"left out: {sink}"
+
+
+def _known(since: float, until: float) -> float:
+    """0.0, unknown, where PostgreSQL's clock was ahead then, or has been set back: a range ends after it begins."""
+    return since if since - MARGIN_SECONDS < until else 0.0
 
 
 def _range(since: float, until: float) -> str:

@@ -165,3 +165,10 @@ async def test_the_sink_has_everything_up_to_the_mark(seed: int) -> None:
         if not sink.refused:  # else what it took was a witness now and then
             assert len(sink.taken) == len({*sink.taken}), "nothing is written again: the stream's repeats are left out"
     assert 0 == world.fan_out.held_bytes
+
+
+def test_a_clock_that_was_ahead_is_forgotten() -> None:
+    """A mark has the commit time of its own place; where that is unknown, of the place before."""
+    ahead, then, unknown = Mark(Position(1, 1), 2, 9e9), Mark(Position(3, 1), 4, 5.0), Mark(Position(0, 0), 6)
+    assert Mark(Position(3, 1), 4, 5.0) == ahead.later(then) == then.later(ahead)
+    assert Mark(Position(3, 1), 6, 5.0) == then.later(unknown)

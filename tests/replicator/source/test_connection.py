@@ -69,6 +69,12 @@ async def test_nor_does_the_environment(database: str, monkeypatch: pytest.Monke
     )
 
 
+async def test_nor_does_a_dsn_that_is_meant_for_the_slot(database: str) -> None:
+    """`replication=database` in it makes no replication connection of one that asks for rows."""
+    async with await connect(f"{database}?replication=database", "test") as connection:
+        assert (7,) == await (await connection.execute("SELECT %s::int", [7])).fetchone()
+
+
 async def test_a_guard_that_does_not_stay_is_an_error(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a pooler that gives each statement another session."""
     lasting = connections.guards

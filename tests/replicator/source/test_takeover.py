@@ -192,6 +192,21 @@ async def test_a_sink_that_was_left_out_comes_back_alone(dated: bool) -> None:
     assert after == again.checkpoint.sinks
 
 
+@pytest.mark.parametrize(
+    ("committed_at", "updated_at", "start"),
+    [
+        (STORED.committed_at + 2e8, STORED.committed_at + 2e8, "0001-01-01"),
+        (STORED.committed_at + 7_200, STORED.committed_at, "2026-01-08T07:31:52Z"),
+    ],
+)
+async def test_a_clock_that_was_ahead_dates_no_gap(committed_at: float, updated_at: float, start: str) -> None:
+    """PostgreSQL's clock, or everybody's, was ahead at the last commit: the commands bring what is missing."""
+    stored = structs.replace(STORED, committed_at=committed_at, updated_at=updated_at)
+    slot = Slot(structs.replace(STATE, confirmed_lsn=101))
+    told = "\n".join((await beginning(slot, Store(stored), MemorySink(name="redis")).take(accept_gap=True)).gap)
+    assert f" backfill --start {start} --end 2026-01-08T09:21:54Z --sinks redis" in told
+
+
 async def test_the_time_since_when_a_sink_is_left_out_is_kept() -> None:
     """Before the others go on; once they have, it stays."""
     store = Store(structs.replace(STORED, sinks={"redis": AT_100, "http": AT_100}, end_lsn=AT_100.end_lsn))
@@ -299,6 +314,10 @@ async def test_a_failover_that_lost_commits_is_told_as_that() -> None:
     assert " reconcile --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --repair --delete-extra" in told
     assert " rebuild-redis --from-empty" in told
     assert " backfill " not in told
+    slot, store = Slot(structs.replace(STATE, confirmed_lsn=90), identity=SECOND, _1=99), Store(STORED)
+    store.stored = structs.replace(STORED, committed_at=0.0)
+    undated = "\n".join((await beginning(slot, store).take(accept_gap=True)).gap)
+    assert " reconcile --start 0001-01-01 --end 2026-01-08T09:21:54Z --repair --delete-extra" in undated
 
 
 async def test_a_failover_that_lost_commits_and_has_a_later_slot_needs_a_backfill_too() -> None:
