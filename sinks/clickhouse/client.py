@@ -20,6 +20,11 @@ from sinks.clickhouse.http import HttpServer, Receipt
 
 LONG_SECONDS = 600.0
 """For a statement that reads or deletes many rows, such as reconcile's."""
+QUESTION_SETTINGS: Mapping[str, object] = {
+    "use_query_cache": 0,  # an answer of a minute ago hides what was lost since
+    "apply_deleted_mask": 1,  # rows that were deleted are not there
+}
+"""Sent with every question: what a user's profile may have changed, and an answer is wrong with."""
 _PORTS = {"http": 8123, "https": 8443, "chdb": None}
 
 _Names = Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -142,7 +147,8 @@ class Client:
 
     async def _ask(self, statement: str, settings: Mapping[str, object] | None, seconds: float | None) -> bytes:
         try:
-            return await self._engine.ask(statement, settings or {}, seconds or self.timeout_seconds)
+            asked = {**QUESTION_SETTINGS, **(settings or {})}
+            return await self._engine.ask(statement, asked, seconds or self.timeout_seconds)
         except Failed as failure:
             raise answered(failure) from None
 

@@ -98,6 +98,33 @@ def test_a_front_end_that_strips_settings_from_the_start(
     assert_exact(database, destinations)
 
 
+PROFILES = {
+    "a cache": "use_query_cache=1&query_cache_nondeterministic_function_handling=save"
+    "&query_cache_system_table_handling=save",
+    "deleted rows": "apply_deleted_mask=0",
+}
+"""Settings that an answer is wrong with."""
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_a_profile_that_hides_a_loss(
+    quick: Program, source: psycopg.Connection, stack: DevStack, front: Front, profile: str
+) -> None:
+    """What the user's profile sets comes behind what the program sends: rows that are gone are missing at once."""
+    quick.environment["REPLICATOR_SINKS"] = "clickhouse"
+    front.tell(lambda asked: asked.pass_on(path=f"{asked.path}&{profile}"), only_inserts=False)
+    quick.start()
+    insert_many(source, 10)
+    quick.wait_until_caught_up()
+    reconcile = "reconcile", "--start", "2020-01-01", "--end", "2100-01-01"
+    assert 0 == quick.run(*reconcile).code
+    stack.clickhouse.query("DELETE FROM events_enriched WHERE event_id <= 3 SETTINGS lightweight_deletes_sync = 2")
+    found = quick.run(*reconcile)
+    assert (3, True) == (found.code, "missing 3" in found.stdout)
+    assert 0 == quick.run(*reconcile, "--repair").code
+    assert "10" == stack.clickhouse.query("SELECT count() FROM events_enriched FINAL").strip()
+
+
 def test_a_small_limit(
     quick: Program, database: str, source: psycopg.Connection, front: Front, destinations: Destinations
 ) -> None:
