@@ -17,6 +17,7 @@ from tests.prove.failpoints import BREACHES
 from tests.support import environment as ground
 from tests.support import program
 from tests.support.destinations import Destinations
+from tests.support.launcher import Launcher
 from tests.support.warehouse import Warehouse
 
 # How fast a busy machine makes up examples, and runs one, says nothing about the program.
@@ -54,6 +55,14 @@ def _file_rights() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _launcher() -> Iterator[None]:
+    """Programs that tests start have their libraries at once."""
+    with Launcher() as program.LAUNCHER:
+        yield
+    program.LAUNCHER = None
 
 
 @pytest.fixture

@@ -11,17 +11,19 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import psycopg
 
 from devstack.process import wait_until
 from tests.support.environment import SECRET
+from tests.support.launcher import Launcher, Process
 from tests.support.metrics import value
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,9 @@ ADMIN_TIMEOUT_SECONDS = 5.0
 
 ALTERED: tuple[str, ...] = ()
 """Arguments for `failpoints.py` in this session; pytest's `--breach` sets them."""
+
+LAUNCHER: Launcher | None = None
+"""What starts the programs of this session, if it can; `conftest.py` sets it."""
 
 _READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _CONFIRMED = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
@@ -76,7 +81,7 @@ class Program:
         """Where `spawn` leads its standard output; None: into the log."""
         self._dsn = dsn
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._said_before = 0
 
     def run(self, *arguments: str, **variables: str) -> Result:
@@ -84,18 +89,28 @@ class Program:
         return self._run(self._command(arguments), variables)
 
     def _run(self, command: list[str], variables: Mapping[str, str]) -> Result:
-        done = subprocess.run(
-            command,
-            cwd=self.root,
-            env=self._environment(variables),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_TIMEOUT_SECONDS,
-            check=False,
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            process = self._start(command, variables, stdout, stderr)
+            try:
+                code = process.wait(COMMAND_TIMEOUT_SECONDS)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            said = []
+            for file in (stdout, stderr):
+                file.seek(0)
+                said.append(file.read().decode())
+        self._note(f"$ {shlex.join(command[3:])} → {code}\n{said[0]}{said[1]}")
+        return Result(code, *said)
+
+    def _start(self, command: list[str], variables: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> Process:
+        environment = self._environment(variables)
+        if LAUNCHER is not None and LAUNCHER.can_start(command, self.root, environment):
+            return LAUNCHER.start(command, environment, stdout, stderr)
+        return subprocess.Popen(
+            command, cwd=self.root, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
         )
-        self._note(f"$ {shlex.join(command[3:])} → {done.returncode}\n{done.stdout}{done.stderr}")
-        return Result(done.returncode, done.stdout, done.stderr)
 
     def follow(self, command: str) -> Result:
         """Run a command from a message: `python …`."""
@@ -107,19 +122,12 @@ class Program:
         """From now on look for the slot there. Does not change where the program reads."""
         self._dsn = dsn
 
-    def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    def spawn(self, *arguments: str, **variables: str) -> Process:
         """Start it and return at once."""
         assert not self.running, "it runs already"
         self._said_before = len(self.log)
         with self._log.open("ab") as log, (self.printed or self._log).open("ab") as output:
-            self._process = subprocess.Popen(
-                self._command(arguments),
-                cwd=self.root,
-                env=self._environment(variables),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=log,
-            )
+            self._process = self._start(self._command(arguments), variables, output, log)
         return self._process
 
     def start(self, *arguments: str, **variables: str) -> None:
@@ -147,7 +155,7 @@ class Program:
         return self._process is not None and self._process.poll() is None
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> Process:
         """The process started last."""
         assert self._process is not None, "it was never started"
         return self._process
