@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     `--rows N`: tests of history that take the fixture of that name have so many, instead of a number of their own.
     """
     parser.addoption("--breach", choices=BREACHES, help="break the rule on purpose: %(choices)s")
-    parser.addoption("--rows", type=int, default=100_000, help="events in tests of backfill and reconcile (100000)")
+    parser.addoption("--rows", type=int, default=60_000, help="events in tests of backfill and reconcile (60000)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -54,7 +54,7 @@ def test_killed_again_and_again(
     """SIGKILL at random moments under mixed load: every field exact in every sink, repeats at the API within bounds."""
     quick.environment["REPLICATOR_HTTP_MAX_REPEATS"] = str(MAX_REPEATS)
     quick.start()  # makes the slot
-    with Load(database, chance, rows=10_000, pause_seconds=1.0):
+    with Load(database, chance, rows=5_000, pause_seconds=1.0):
         for _ in range(KILLS):
             _wait(chance.uniform(0.0, 1.0))
             quick.kill()
@@ -74,7 +74,7 @@ def test_stopped_under_load_repeats_nothing(
 ) -> None:
     """SIGTERM or SIGINT under load: exit code 0, and the API gets no event twice and all of them."""
     quick.start()  # makes the slot
-    with Load(database, chance, rows=10_000, pause_seconds=0.8):
+    with Load(database, chance, rows=5_000, pause_seconds=0.8):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             before = api.stats().events
             wait_until(lambda before=before: api.stats().events > before, "events to arrive")  # type: ignore[misc]  # mypy can't type a lambda's default

@@ -112,13 +112,13 @@ def test_much_is_missing(
 ) -> None:
     """More than the report names, and more than one chunk: an empty ClickHouse is filled."""
     source.execute(MANY, {"rows": 60_000, "step": "0"})
-    source.execute(MANY, {"rows": 60_000, "step": "10 ms"})
+    source.execute(MANY, {"rows": 10_000, "step": "10 ms"})
     fill(settings, "--sinks redis")
     output = differences(settings.run("reconcile", *HOUR))
-    assert "clickhouse  120000 events in PostgreSQL, 0 in clickhouse" in output
-    assert re.search(r"missing 120000: (\d+, ){19}\d+ and 119980 more\n", output)
+    assert "clickhouse  70000 events in PostgreSQL, 0 in clickhouse" in output
+    assert re.search(r"missing 70000: (\d+, ){19}\d+ and 69980 more\n", output)
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
-    assert "120000\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
+    assert "70000\n" == stack.clickhouse.query("SELECT count() FROM events_enriched")
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
 
 
@@ -172,7 +172,7 @@ def test_equal_under_traffic(quick: Program, database: str, destinations: Destin
     """What is under way is no difference: three times in a row, all of Redis's counts included."""
     quick.start()
     with Load(database, chance):
-        wait_until(lambda: sum(destinations.counts().values()) > 10_000, "traffic")
+        wait_until(lambda: sum(destinations.counts().values()) > 4_000, "traffic")
         for _ in range(3):
             assert "equal, " in succeed(quick.run("reconcile", *EVERYTHING))
         destinations.redis.incrby("content:count:2", 1_000_000)
@@ -186,7 +186,8 @@ def test_equal_under_traffic(quick: Program, database: str, destinations: Destin
 
 def test_redis(settings: Program, source: psycopg.Connection, destinations: Destinations) -> None:
     """A count is named with what it should be, and one above that is history; --repair counts what was not counted."""
-    source.execute(MANY, {"rows": 70_000, "step": "1 ms"})
+    source.execute("SELECT setval('engagement_events_id_seq', 60000)")
+    source.execute(MANY, {"rows": 10_000, "step": "1 ms"})  # on two of Redis's pages of seen bits
     fill(settings)
     destinations.redis.incrby("content:count:2", 5)
     destinations.redis.set("content:count:-77", 3)
@@ -194,10 +195,10 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
         destinations.redis.set(f"content:count:{foreign}", 1)
     output = succeed(settings.run("reconcile", *HOUR))
     assert "redis       not counted 0\nredis       counts too low 0\n" in output
-    assert "counts too high 1: 2 has 23338 instead of 23333\n" in output
+    assert "counts too high 1: 2 has 3338 instead of 3333\n" in output
     destinations.redis.incrby("content:count:2", -6)
     output = differences(settings.run("reconcile", *HOUR))
-    assert "redis       counts too low 1: 2 has 23332 instead of 23333\n" in output
+    assert "redis       counts too low 1: 2 has 3332 instead of 3333\n" in output
     assert REBUILDS in output
     assert CORRECTS in output
     assert COUNTS not in output
@@ -210,7 +211,7 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
     destinations.redis.incrby("content:count:3", -1)
     output = differences(settings.run("reconcile", *HOUR))
     assert "redis       not counted 1: 66000\n" in output
-    assert "counts too low 1: 3 has 23332 instead of 23333\n" in output
+    assert "counts too low 1: 3 has 3332 instead of 3333\n" in output
     assert COUNTS in output
     assert CORRECTS not in output
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
@@ -218,11 +219,11 @@ def test_redis(settings: Program, source: psycopg.Connection, destinations: Dest
 
     destinations.redis.flushall()
     output = differences(settings.run("reconcile", *HOUR))
-    assert "not counted 70000: 1, 2, " in output
+    assert "not counted 10000: 60001, 60002, " in output
     assert COUNTS in output
     assert REBUILDS in output
     assert "repaired, " in succeed(settings.run("reconcile", *HOUR, "--repair"))
-    assert 70_000 == sum(destinations.counts().values())
+    assert 10_000 == sum(destinations.counts().values())
 
 
 def test_without_a_replicator_it_says_so(settings: Program, source: psycopg.Connection) -> None:

@@ -40,7 +40,7 @@ Step: TypeAlias = Callable[[psycopg.Connection, random.Random], None]
 class Load:
     """`with Load(dsn, random) as load:` runs the writers; on exit they finish what they have begun."""
 
-    def __init__(self, dsn: str, chance: random.Random, *, rows: int = 2_000, pause_seconds: float = 0.2) -> None:
+    def __init__(self, dsn: str, chance: random.Random, *, rows: int = 2_000, pause_seconds: float = 0.6) -> None:
         self._dsn = dsn
         self._rows = rows
         self._pause_seconds = pause_seconds
