@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -62,18 +63,15 @@ Process: TypeAlias = subprocess.Popen[str]
 class Backfill:
     """The program: run to its end, or started and left running."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, program: Program) -> None:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
-        self._environment = {**outside, **environment}
-        self._log = log
+        self._program = program
+        self._environment = {**outside, **program.environment}
         self._started: list[Process] = []
 
     def run(self, *arguments: str, **variables: str) -> Result:
         """To its end."""
-        process = self.spawn(*arguments, settings=variables)
-        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-        self._log.write_text(f"$ backfill {arguments} → {process.returncode}\n{out}{err}\n", encoding="utf-8")
-        return Result(process.returncode, out, err)
+        return self._program.follow(shlex.join(["python", "backfill.py", *arguments]), **variables)
 
     def spawn(self, *arguments: str, stderr: int = subprocess.PIPE, settings: Mapping[str, str] = NONE) -> Process:
         """Start it."""
@@ -97,14 +95,13 @@ class Backfill:
 
 
 @pytest.fixture
-def backfill(environment: dict[str, str], tmp_path: Path) -> Iterator[Backfill]:
+def backfill(environment: dict[str, str], database: str, tmp_path: Path) -> Iterator[Backfill]:
     """It, with the settings of the test's replicator."""
-    log = tmp_path / "backfill.log"
-    running = Backfill(environment, log)
+    program = Program(environment, database, tmp_path / "backfill.log")
+    running = Backfill(program)
     yield running
     running.end()
-    if log.exists():
-        print(log.read_text(encoding="utf-8"))  # noqa: T201  pytest shows it when the test has failed
+    print(program.log)  # noqa: T201  pytest shows it when the test has failed
 
 
 @pytest.fixture
@@ -591,8 +588,8 @@ def test_memory_stays_flat(backfill: Backfill, source: psycopg.Connection) -> No
 def test_huge_values(
     index: str | None, backfill: Backfill, source: psycopg.Connection, database: str, destinations: Destinations
 ) -> None:
-    """A page is bounded in bytes too: 300 events of a megabyte, with ordinary ones between them, are all brought."""
-    source.execute(MANY, {"rows": 900})
+    """A page is bounded in bytes too: 150 events of a megabyte, with ordinary ones between them, are all brought."""
+    source.execute(MANY, {"rows": 450})
     source.execute("UPDATE engagement_events SET device = repeat(chr(65 + id::int % 26), 1000000) WHERE id % 3 = 0")
     if index:
         source.execute(index)
@@ -600,4 +597,4 @@ def test_huge_values(
     print(f"{peak:.0f} MB")  # noqa: T201  a figure worth seeing
     assert peak < HUGE_MB
     assert_same(expected(database), destinations.clickhouse(), "ClickHouse")
-    assert 900 == sum(destinations.counts().values())
+    assert 450 == sum(destinations.counts().values())

@@ -190,10 +190,10 @@ def test_huge_values(
         "SELECT 1, n, 'play', repeat(chr(97 + n % 26), 3000000), to_json(repeat('x', 3000000)) FROM generate_series"
     )
     insert = "INSERT INTO engagement_events (content_id, user_id, event_type, device, raw_payload)"
-    source.execute(f"{insert} {values}(1, 20) AS n".encode())
+    source.execute(f"{insert} {values}(1, 10) AS n".encode())
     quick.wait_until_caught_up(LONG_SECONDS)
     once_kb = _peak_kb(quick)
-    source.execute(f"{insert} {values}(1, 60) AS n".encode())
+    source.execute(f"{insert} {values}(1, 30) AS n".encode())
     quick.wait_until_caught_up(LONG_SECONDS)
     peak_kb = _peak_kb(quick)
     print(f"peak memory {once_kb / 1000:.0f} MB, of three times as much {peak_kb / 1000:.0f} MB")  # noqa: T201

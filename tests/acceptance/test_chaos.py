@@ -10,7 +10,7 @@ from tests.prove.chaos import run
 from tests.prove.plan import KILLS, WEIGHTS, draw
 from tests.prove.subjects import SUBJECTS
 
-SECONDS = 15.0
+SECONDS = 10.0
 
 
 @pytest.mark.parametrize("stream", SUBJECTS)

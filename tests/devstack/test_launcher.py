@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.launcher import PYTHON, ROOT, Launched, Launcher
 
-MIRROR = [*PYTHON, "tests.support.mirror"]
+MIRROR = [*PYTHON, "-m", "tests.support.mirror"]
+SCRIPT = [*PYTHON, "tests/support/mirror.py"]
 
 
 @pytest.fixture
@@ -28,10 +29,11 @@ def _start(launcher: Launcher, command: list[str], environment: dict[str, str], 
         return launcher.start(command, environment, stdout, stderr)
 
 
+@pytest.mark.parametrize("program", [MIRROR, SCRIPT], ids=["module", "script"])
 @pytest.mark.parametrize("code", [0, 200, -signal.SIGKILL, -signal.SIGTERM])
-def test_it_is_as_python_starts_it(launcher: Launcher, tmp_path: Path, code: int) -> None:
+def test_it_is_as_python_starts_it(launcher: Launcher, tmp_path: Path, program: list[str], code: int) -> None:
     """Arguments, path, warnings, folder, environment, streams, exit code; nothing of ours is loaded or open."""
-    command = [*MIRROR, "a", "--b"]
+    command = [*program, "a", "--b"]
     environment = {**os.environ, "REPLICATOR_CODE": str(code)}
     new = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert code == new.returncode == _start(launcher, command, environment, tmp_path).wait(60)
@@ -41,7 +43,7 @@ def test_it_is_as_python_starts_it(launcher: Launcher, tmp_path: Path, code: int
 
 def test_signals_reach_it(launcher: Launcher, tmp_path: Path) -> None:
     """Two at once; each has its own process id and exit code."""
-    command, environment = [*PYTHON, "http.server", "--bind", "127.0.0.1", "0"], dict(os.environ)
+    command, environment = [*PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "0"], dict(os.environ)
     first = _start(launcher, command, environment, tmp_path)
     second = _start(launcher, command, environment, tmp_path)
     assert first.poll() is None
@@ -57,7 +59,9 @@ def test_signals_reach_it(launcher: Launcher, tmp_path: Path) -> None:
 def test_it_ends_with_the_tests(tmp_path: Path) -> None:
     """A worker of pytest that dies leaves no replicator behind."""
     with Launcher() as launcher:
-        program = _start(launcher, [*PYTHON, "http.server", "--bind", "127.0.0.1", "0"], dict(os.environ), tmp_path)
+        program = _start(
+            launcher, [*PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "0"], dict(os.environ), tmp_path
+        )
         assert program.poll() is None
     assert -signal.SIGKILL == program.poll()
 

@@ -1,7 +1,7 @@
 """Starts Python programs whose libraries are already loaded: seven eighths of what a start of ours costs.
 
 A process that has imported what we depend on, and nothing of ours, forks for every program. What it forks goes on as
-`python -m` would: its own settings, files and process id, ended by any signal. `program.py` uses it; what starts in
+`python` would: its own settings, files and process id, ended by any signal. `program.py` uses it; what starts in
 another folder or environment, and whatever `tests/prove` starts, is a new interpreter.
 """
 
@@ -24,7 +24,7 @@ from typing import IO, Protocol, Self
 import msgspec
 
 ROOT = Path(__file__).parents[2]
-PYTHON = (sys.executable, "-W", "error", "-m")
+PYTHON = (sys.executable, "-W", "error")
 LIBRARIES = (
     "aiohttp.web",
     "clickhouse_connect",
@@ -156,7 +156,7 @@ class Launcher:
         self._channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             self._process = subprocess.Popen(
-                [*PYTHON, __name__, str(its.fileno())],
+                [*PYTHON, "-m", __name__, str(its.fileno())],
                 cwd=ROOT,
                 env=self._outside,
                 stdin=subprocess.DEVNULL,
@@ -230,8 +230,14 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         request = serve(channel)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    [module, *sys.argv[1:]] = request.command[len(PYTHON) :]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    [program, *arguments] = request.command[len(PYTHON) :]
+    if program == "-m":
+        [module, *sys.argv[1:]] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[1:] = arguments
+        sys.path[0] = str(Path(program).resolve().parent)
+        runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -23,11 +22,11 @@ import psycopg
 
 from devstack.process import wait_until
 from tests.support.environment import SECRET
-from tests.support.launcher import Launcher, Process
+from tests.support.launcher import PYTHON, Launcher, Process
 from tests.support.metrics import value
 
 ROOT = Path(__file__).parents[2]
-COMMAND_TIMEOUT_SECONDS = 60.0
+COMMAND_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 40.0  # more than REPLICATOR_DRAIN_TIMEOUT_SECONDS
 CAUGHT_UP_TIMEOUT_SECONDS = 60.0
 ADMIN_TIMEOUT_SECONDS = 5.0
@@ -112,11 +111,11 @@ class Program:
             command, cwd=self.root, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
         )
 
-    def follow(self, command: str) -> Result:
+    def follow(self, command: str, **variables: str) -> Result:
         """Run a command from a message: `python …`."""
         python, *arguments = shlex.split(command, comments=True)
         assert "python" == python
-        return self._run([sys.executable, "-W", "error", *arguments], {})
+        return self._run([*PYTHON, *arguments], variables)
 
     def move_to(self, dsn: str) -> None:
         """From now on look for the slot there. Does not change where the program reads."""
@@ -235,7 +234,7 @@ class Program:
 
     def _command(self, arguments: tuple[str, ...]) -> list[str]:
         program = ("tests.prove.failpoints", *self.altered, "--") if self.altered else ("replicator",)
-        return [sys.executable, "-W", "error", "-m", *program, *arguments]
+        return [*PYTHON, "-m", *program, *arguments]
 
     def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("REPLICATOR_")}
