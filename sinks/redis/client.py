@@ -23,9 +23,9 @@ from redis.typing import EncodableT
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Id
-from sinks.redis.errors import is_read_only, rights_on, shown, sink_error
+from sinks.redis.errors import is_read_only, rights_on, sink_error
 from sinks.redis.info import Info
-from sinks.redis.keys import FORM, GENERATION, INSERTED_NUMBERS, OWNER, Call, naming
+from sinks.redis.keys import FORM, GENERATION, INSERTED_NUMBERS, OWNER, Call
 
 SINK = "redis"
 
@@ -145,23 +145,22 @@ class Generation(NamedTuple):
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
-    `prefix` begins every key; `named` says what a key is called there. `answer_seconds` is how long an answer may take,
-    whatever the URL says; by default `timeout_seconds`.
+    `named` says what a key is called there. `answer_seconds` is how long an answer may take, whatever the URL says; by
+    default `timeout_seconds`.
     """
 
     def __init__(
         self,
         url: SecretStr,
         timeout_seconds: float,
-        prefix: str = "",
+        named: Callable[[str], str] = str,
         answer_seconds: float | None = None,
-        named: Callable[[str], str] | None = None,
     ) -> None:
         pool = connections(url, timeout_seconds)
         if answer_seconds:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
-        self.named = named or naming(prefix)
+        self.named = named
         self.rights = rights_on(self.named)
         """What the user needs."""
         self._mark = script("mark")
@@ -231,21 +230,22 @@ class RedisClient:
         """
         found, *others = await self.values([FORM, OWNER, GENERATION])
         if found is None and ours != INSERTED_NUMBERS and (known or not any(others)):
-            if not claim:
-                return ours
-            async with self._translated():
-                await self._redis.set(self.named(FORM), ours, nx=True)
-            [found] = await self.values([FORM])
-        return INSERTED_NUMBERS if found is None else shown(found.decode(errors="replace"))
+            return await self._claim(FORM, ours) if claim else ours
+        return INSERTED_NUMBERS if found is None else found.decode(errors="replace")
 
     async def owner(self, ours: str, *, claim: bool) -> str:
         """Whose events are counted here; `ours` if nobody's are: then they are ours from now on, with `claim`."""
+        [owner] = await self.values([OWNER])
+        if owner is None:
+            return await self._claim(OWNER, ours) if claim else ours
+        return owner.decode(errors="replace")
+
+    async def _claim(self, key: str, ours: str) -> str:
+        """The value of a key that had none: ours, unless another one was faster."""
         async with self._translated():
-            owner = cast("bytes | None", await self._redis.get(self.named(OWNER)))
-            if owner is None and claim:
-                await self._redis.set(self.named(OWNER), ours, nx=True)
-                owner = cast("bytes | None", await self._redis.get(self.named(OWNER)))
-        return ours if owner is None else shown(owner.decode(errors="replace"))
+            await self._redis.set(self.named(key), ours, nx=True)
+        [found] = await self.values([key])
+        return ours if found is None else found.decode(errors="replace")
 
     async def adopt(self, ours: str) -> None:
         """From now on the keys are ours, whoever had them."""

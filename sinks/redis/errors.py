@@ -14,6 +14,7 @@ from replicator.contracts.errors import (
     SinkMisconfigured,
     SinkUnavailable,
     SinkUnusable,
+    cited,
     command,
 )
 
@@ -105,7 +106,8 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
     """The keys are another source's."""
     return SinkUnusable(
         sink=sink,
-        detail=f"its keys belong to {owner}, and these events come from {ours}: neither counts right beside the other",
+        detail=f"its keys belong to {cited(owner, most=DETAIL_LENGTH)}, and these events come from {ours}: neither "
+        "counts right beside the other",
         cure="Give each its own REPLICATOR_REDIS_PREFIX, or its own database number in REPLICATOR_REDIS_URL. If it is "
         f"the same database, moved (an upgrade, a restore, another name): redis-cli DEL {key}, and it is adopted",
     )
@@ -115,8 +117,8 @@ def form_error(sink: str, found: str, ours: str, stream_option: str) -> SinkErro
     """The keys are made for other rows. A replicator that runs may still count as they do: so it begins anew first."""
     return SinkUnusable(
         sink=sink,
-        detail=f"its keys were made for {found}, and the stream is now declared with {ours}: neither counts right "
-        "beside the other",
+        detail=f"its keys were made for {cited(found, most=DETAIL_LENGTH)}, and the stream is now declared with {ours}:"
+        " neither counts right beside the other",
         cure="Restart the replicator with this declaration, then run "
         f"{command(f'rebuild-redis --from-empty{stream_option}')}; or declare updates, deletes and the types of "
         "identity and key as they were",
@@ -157,13 +159,4 @@ def _detail(exc: RedisError | OSError, secrets: Iterable[str]) -> str:
     begun = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: [(\"']*", "", text, flags=re.DOTALL)
     if begun != text:
         text = re.sub(r"[\"'],?\)$", "", begun)  # redis-py puts the message in as a tuple
-    text = f"{_code(exc)} {text}".strip().rstrip(".") or type(exc).__name__
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return shown(text)
-
-
-def shown(text: str) -> str:
-    """As it may stand in a message: without control characters, and not at length."""
-    clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:DETAIL_LENGTH])
-    return f"{clean}…" if len(text) > DETAIL_LENGTH else clean
+    return cited(f"{_code(exc)} {text}".strip().rstrip("."), secrets, DETAIL_LENGTH) or type(exc).__name__

@@ -68,9 +68,9 @@ CALL_KEYS, CALL_EVENTS = 1_100, 16_000
 FEW_CONTENTS = 1_000
 """To put the events of so few together takes us longer than it saves Redis."""
 
-_US = 1_000_000
-_BUCKET_US = BUCKET_SECONDS * _US
-_TS_BIAS = 2 * 10**17  # makes every microsecond of the years 1 to 9999 a positive number of 18 digits
+US = 1_000_000
+_BUCKET_US = BUCKET_SECONDS * US
+TS_BIAS = 2 * 10**17  # makes every microsecond of the years 1 to 9999 a positive number of 18 digits
 _ID_BIAS = 2**63  # makes every signed 64-bit id positive, in at most 20 digits
 _20_DIGITS = 10**20
 _UNORDERED = "its time is infinite or outside the years 1 to 9999; Redis orders and ranks by it"
@@ -85,7 +85,7 @@ def continues(ours: str, owner: str) -> bool:
     return name == known and (at or "0").isdecimal() and int(at or 0) <= int(timeline or 0)
 
 
-def naming(prefix: str = "", redis_name: str = "content", name: str = "engagement") -> Callable[[str], str]:
+def naming(prefix: str, redis_name: str, name: str) -> Callable[[str], str]:
     """From a key as it is called here, which is the engagement stream's, to what it is called in Redis."""
     words = {"content:": f"{redis_name}:", "top:content:": f"top:{redis_name}:", "engagement:": f"{name}:"}
 
@@ -154,7 +154,7 @@ def moment(event: Event) -> str:
     So a later version of the same event, such as a backfill's with corrected content, replaces an earlier one.
     """
     number: Any = event.id  # one number of 58 digits: to format three takes nearly twice as long
-    return str((((event.ts_us or 0) + _TS_BIAS) * _20_DIGITS + number + _ID_BIAS) * _20_DIGITS + event.commit_lsn)
+    return str((((event.ts_us or 0) + TS_BIAS) * _20_DIGITS + number + _ID_BIAS) * _20_DIGITS + event.commit_lsn)
 
 
 def refusals(events: Iterable[Event]) -> list[Refusal]:
@@ -221,7 +221,7 @@ def _part(events: Iterator[Any], now: float) -> Write | None:
 def rankable_us(now: float) -> tuple[int, int]:
     """The range of event times whose buckets are kept, in microseconds. Older buckets have expired by now."""
     earliest = bucket_of(now - BUCKET_EXPIRY_SECONDS) + BUCKET_SECONDS
-    return earliest * _US, int((now + FUTURE_SECONDS_MAX) * _US)
+    return earliest * US, int((now + FUTURE_SECONDS_MAX) * US)
 
 
 def _write(runs: Mapping[tuple[int, int | None], list[int]], newest: Sequence[Event], now: float) -> Write:

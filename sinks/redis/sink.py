@@ -76,9 +76,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         super().__init__(settings, stream)
         self.new_events: int = 0
         self._settings = settings
-        self._prefix = settings.redis_prefix
-        self._named = naming(self._prefix, stream.redis_name or stream.name, stream.name)
-        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._prefix, named=self._named)
+        self._named = naming(settings.redis_prefix, stream.redis_name or stream.name, stream.name)
+        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._named)
         self._script = script("write")
         self._clock = clock
         numbered = stream.identity.type.python is stream.key.type.python is int
@@ -199,7 +198,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         await self._probe()
         await self._require_source(claim=True)
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
-        patient = RedisClient(url, timeout_seconds, self._prefix, EMPTY_TIMEOUT_SECONDS, self._named)
+        patient = RedisClient(url, timeout_seconds, self._named, EMPTY_TIMEOUT_SECONDS)
         try:
             [deleted] = await patient.run(script("empty"), Call([], [*map(self._named, PREFIXES)]), returns=1)
         finally:

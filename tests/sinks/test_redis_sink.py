@@ -988,7 +988,7 @@ async def test_another_source_that_came_between_is_noticed(server: Server) -> No
             await sink.counter().counts([1])
         with pytest.raises(SinkUnusable, match="belong to theirs"):
             await sink.counter().unseen([1])
-        with pytest.raises(SinkUnusable, match=r"belong to theirs .\[31m, and"):
+        with pytest.raises(SinkUnusable, match=r"belong to theirs \[31m, and"):
             await sink.write([event(1)])
         server.client.delete("engagement:seen:owner")
         await sink._look()  # noqa: SLF001

@@ -19,6 +19,8 @@ from sinks.redis.keys import (
     LAST_EXPIRY_SECONDS,
     LAST_PREFIX,
     NEWEST_PREFIX,
+    TS_BIAS,
+    US,
     Call,
     bucket_expiry_seconds,
     bucket_key,
@@ -28,8 +30,6 @@ from sinks.redis.keys import (
 
 ROWS = "engagement:seen:rows"
 VERSION_DIGITS = 32
-_US = 1_000_000
-_TS_BIAS = 2 * 10**17  # makes every microsecond of the years 1 to 9999 a positive number of 18 digits
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -113,7 +113,7 @@ class Plan:
     def _keep_newest(self, key: str, event: Event) -> None:
         before, name = self._newest.get(key, ""), f" {event.id}"
         # Of rows that change the one that was changed last; else the newest by time. Its own later version replaces it.
-        order = f"{event.version:0{VERSION_DIGITS}x}" if self._follows else f"{(event.ts_us or 0) + _TS_BIAS}"
+        order = f"{event.version:0{VERSION_DIGITS}x}" if self._follows else f"{(event.ts_us or 0) + TS_BIAS}"
         if order + name >= before or _whose(before) == str(event.id):
             if not self._follows and before == order + name and key not in self._lasts:
                 self._same.add(key)
@@ -121,10 +121,10 @@ class Plan:
 
     def _bucket(self, event: Event) -> int | None:
         first, end = self._rankable
-        return bucket_of(event.ts_us / _US) if event.ts_us is not None and first <= event.ts_us < end else None
+        return bucket_of(event.ts_us / US) if event.ts_us is not None and first <= event.ts_us < end else None
 
     def _is_kept(self, bucket: int) -> bool:
-        return self._rankable[0] <= bucket * _US < self._rankable[1]
+        return self._rankable[0] <= bucket * US < self._rankable[1]
 
     def call(self) -> Call | None:
         """For `lua/rows.lua`; None: nothing changes."""
