@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from sinks.clickhouse.errors import CODE, Failed, answered, failed, not_clickhouse
 from sinks.clickhouse.http import HttpServer, Receipt
+
+if TYPE_CHECKING:
+    from sinks.clickhouse.embedded import EmbeddedEngine
 
 LONG_SECONDS = 600.0
 """For a statement that reads or deletes many rows, such as reconcile's."""
@@ -65,18 +68,6 @@ def parse_url(url: str) -> Address:
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     server = f"chdb://{directory}" if embedded else f"{parts.scheme}://{host}:{port or default}"
     return Address(server, unquote(parts.username or "default"), unquote(parts.password or ""), database)
-
-
-class _Engine(Protocol):
-    """What runs statements. Raises Failed when ClickHouse answers with an error, else SinkError."""
-
-    async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes: ...
-
-    async def insert(
-        self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
-    ) -> Receipt: ...
-
-    async def close(self) -> None: ...
 
 
 class Client:
@@ -153,7 +144,7 @@ class Client:
             raise answered(failure) from None
 
 
-def _engine(address: Address, ca_file: Path | None) -> _Engine:
+def _engine(address: Address, ca_file: Path | None) -> HttpServer | EmbeddedEngine:
     scheme, _, directory = address.server.partition("://")
     if scheme != "chdb":
         return HttpServer(address.server, address.user, address.password, ca_file)
