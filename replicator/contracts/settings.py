@@ -258,7 +258,8 @@ def unbroken(value: SecretStr) -> SecretStr:
     return value
 
 
-def _http_url(value: SecretStr) -> SecretStr:
+def http_url(value: SecretStr) -> SecretStr:
+    """It, if it is an address of that kind. Raises ValueError, which does not quote it."""
     try:
         url = urlsplit(unbroken(value).get_secret_value())
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -283,7 +284,7 @@ CaFile: TypeAlias = Annotated[Annotated[Path, AfterValidator(_certificates)] | N
 """A PEM file with certificate authorities, or None."""
 PostgresDsn: TypeAlias = Annotated[SecretStr, AfterValidator(_conninfo)]
 """A postgresql:// URL or libpq keywords."""
-HttpUrl: TypeAlias = Annotated[Annotated[SecretStr, AfterValidator(_http_url)] | None, EmptyIsNone]
+HttpUrl: TypeAlias = Annotated[Annotated[SecretStr, AfterValidator(http_url)] | None, EmptyIsNone]
 """An address that is a secret as a whole, as those of chat services are, or None."""
 
 

@@ -9,18 +9,15 @@ from typing import Annotated, TypeAlias
 import httpx
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from replicator.contracts.settings import CaFile, EmptyIsNone, Settings, number, unbroken
+from replicator.contracts.settings import CaFile, EmptyIsNone, Settings, http_url, number
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
-    unbroken(value)
     try:
-        url = httpx.URL(value.get_secret_value())
+        url = httpx.URL(http_url(value).get_secret_value())
     except httpx.InvalidURL as exc:
         raise ValueError("it is not a URL") from exc
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("it is not an http:// or https:// URL with a host")
-    if re.search(r"[%\s]", url.host) or (url.port is not None and url.port not in range(1, 65_536)):
+    if re.search(r"[%\s]", url.host):
         raise ValueError("its host or port is impossible")
     return value
 
