@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
 from checkpoint_store.schema import contents, named_contents
 from replicator.contracts.events import ContentChange, Id
 
-IDS_PER_STATEMENT = 500  # well under every database's limit of parameters
+VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
 
 def clear(connection: Connection, slot: str) -> None:
@@ -50,7 +51,9 @@ def _apply(connection: Connection, slot: str, changes: Iterable[ContentChange]) 
             last.clear()
         else:
             last[content_id] = content
-    _remove(connection, slot, [*last])
+    table = _table(last)
+    for piece in pieces([*last]):
+        connection.execute(table.delete().where(table.c.slot == slot, table.c.content_id.in_(piece)))
     add(connection, slot, {content_id: content for content_id, content in last.items() if content is not None})
 
 
@@ -59,7 +62,7 @@ def find(connection: Connection, slot: str, ids: Collection[Id]) -> dict[Id, str
     columns = _table(ids).c
     query = select(columns.content_id, columns.content).where(columns.slot == slot)
     found: dict[Id, str] = {}
-    for piece in _pieces([*ids]):
+    for piece in pieces([*ids]):
         rows = connection.execute(query.where(columns.content_id.in_(piece)))
         found.update((content_id, content) for content_id, content in rows)
     return found
@@ -73,11 +76,6 @@ def newest(connection: Connection, slot: str, highest: Id, most: int) -> dict[Id
     return {content_id: content for content_id, content in rows}  # noqa: C416  mypy types it by this
 
 
-def _remove(connection: Connection, slot: str, ids: Sequence[Id]) -> None:
-    table = _table(ids)
-    for piece in _pieces(ids):
-        connection.execute(table.delete().where(table.c.slot == slot, table.c.content_id.in_(piece)))
-
-
-def _pieces(ids: Sequence[Id]) -> Iterable[Sequence[Id]]:
-    return (ids[start : start + IDS_PER_STATEMENT] for start in range(0, len(ids), IDS_PER_STATEMENT))
+def pieces(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """For a statement each."""
+    return (values[start : start + VALUES_PER_STATEMENT] for start in range(0, len(values), VALUES_PER_STATEMENT))

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, RowMapping, String, Table, cast, func, litera
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoint_store import contents, database, schema
+from checkpoint_store.contents import pieces
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
 from replicator.contracts.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
 from replicator.contracts.events import (
@@ -33,7 +34,6 @@ from replicator.contracts.events import (
 from replicator.contracts.stores import Task
 
 MOST_OF_A_NAME = 100  # a text may be an identity, and a key has a bound
-VALUES_PER_STATEMENT = 500  # well under every database's limit of parameters
 
 
 class SqlCheckpointStore:
@@ -114,8 +114,8 @@ class SqlCheckpointStore:
     def drop_dead_letters(self, slot: str, ids: Sequence[int]) -> int:
         of_slot = dead_letters.delete().where(dead_letters.c.slot == slot)
         with self._connection(writes=True) as connection:
-            pieces = (of_slot.where(dead_letters.c.id.in_(piece)) for piece in _pieces(ids))
-            return sum(connection.execute(piece).rowcount for piece in pieces)
+            some = (of_slot.where(dead_letters.c.id.in_(piece)) for piece in pieces(ids))
+            return sum(connection.execute(piece).rowcount for piece in some)
 
     def load_progress(self, slot: str, task: str) -> str | None:
         query = select(tasks.c.progress).where(tasks.c.slot == slot, tasks.c.task == task)
@@ -240,36 +240,25 @@ def _refuse_too_many(before: LetterCounts, after: LetterCounts, most: int) -> No
 
 def _known_keys(connection: Connection, slot: str, keys: Sequence[str]) -> set[str]:
     query = select(dead_letters.c.letter_key).where(dead_letters.c.slot == slot)
-    pieces = (connection.execute(query.where(dead_letters.c.letter_key.in_(piece))) for piece in _pieces(keys))
-    return {key for piece in pieces for key in piece.scalars()}
+    found = (connection.execute(query.where(dead_letters.c.letter_key.in_(piece))) for piece in pieces(keys))
+    return {key for piece in found for key in piece.scalars()}
 
 
 def _known_rows(connection: Connection, slot: str, rows: Sequence[dict[str, Any]]) -> set[tuple[Id, bytes]]:
     """Those that no event can be made of: one may come through the stream and be read from the table as well."""
-    known: set[tuple[Id, bytes]] = set()
+    columns, known = dead_letters.c, set[tuple[Id, bytes]]()
     for name in ("event_id", "event_name"):
-        known |= _known_by(
-            connection, slot, name, [row[name] for row in rows if row["sink"] is None and row[name] is not None]
-        )
+        query = select(columns[name], columns.payload).where(columns.slot == slot, columns.sink.is_(None))
+        for ids in pieces([row[name] for row in rows if row["sink"] is None and row[name] is not None]):
+            found = connection.execute(query.where(columns[name].in_(ids)))
+            known |= {(event_id, bytes(payload)) for event_id, payload in found}
     return known
-
-
-def _known_by(connection: Connection, slot: str, name: str, ids: Sequence[Id]) -> set[tuple[Id, bytes]]:
-    columns = dead_letters.c
-    query = select(columns[name], columns.payload).where(columns.slot == slot, columns.sink.is_(None))
-    found = (connection.execute(query.where(columns[name].in_(piece))) for piece in _pieces(ids))
-    return {(event_id, bytes(payload)) for piece in found for event_id, payload in piece}
 
 
 def _content(row: dict[str, Any]) -> tuple[Id, bytes] | None:
     """What makes two rows the same; None for a letter of a sink: each refusal is one."""
     event_id = row["event_id"] if row["event_name"] is None else row["event_name"]
     return (event_id, row["payload"]) if row["sink"] is None else None
-
-
-def _pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), VALUES_PER_STATEMENT):
-        yield values[start : start + VALUES_PER_STATEMENT]
 
 
 def _letter_key(letter: DeadLetter) -> str:
