@@ -15,47 +15,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-NOTICES = {
-    "R102": "Other machines can reach the admin endpoints.",
-    "R103": "Requests to the admin endpoints can't be served.",
-    "R104": "A setting has a name that nobody knows.",
-    "R105": "A notification, or the heartbeat, was not taken.",
-    "R106": "A notification is lost.",
-    "R107": "The commands `pause`, `resume`, `retry` and `tail` can't reach the replicator.",
-    "R210": "The stream breaks again and again, or does not come further.",
-    "R211": "Commits in PostgreSQL wait for the sinks.",
-    "R212": "PostgreSQL shuts down, so the stream was let go.",
-    "R308": "Whoever reads the slot keeps no checkpoint here.",
-    "R309": "The slot can't be seen.",
-    "R310": "The slot stands still while there is something to read.",
-    "R311": "Slot and checkpoint database were not seen for a while.",
-    "R312": "The slot is lost, or PostgreSQL removes WAL that it needs.",
-    "R313": "PostgreSQL keeps more and more WAL for the slot, which is lost at its limit.",
-    "R314": "A new slot was made: older rows have to be backfilled.",
-    "R315": "A pause would last longer than PostgreSQL keeps the WAL.",
-    "R400": "The tables can't be looked at.",
-    "R404": "What was committed while columns had other names or types is brought again.",
-    "R405": "The table of events is another one than before.",
-    "R406": "Two columns have each other's values now.",
-    "R407": "The table of events was truncated.",
-    "R408": "Too many changes of a dimension wait for the checkpoint to be kept.",
-    "R511": "A sink does not answer.",
-    "R512": "A sink is paused.",
-    "R513": "The dead letters are near their bound.",
-    "R514": "An event, or a row, became a dead letter.",
-    "R515": "Reading has stopped: waiting events fill the memory limit.",
-    "R516": "Redis was restarted, or another one answers.",
-    "R517": "The window in Redis can't be kept right.",
-    "R518": "The table in ClickHouse is empty, and was written to before.",
-    "R519": "The embedded ClickHouse does not end.",
-    "R520": "A sink, or another connection, could not be closed.",
-    "R607": "No checkpoint is saved.",
-    "R608": "The checkpoint database is silent.",
-    "R702": "A slice of a backfill on Spark is held.",
-    "R703": "Spark has fewer cores than there are sinks.",
-}
-"""What is told with a code and is no error, at the place that has the code."""
-
 CITED_CHARACTERS = 500
 """Of what a destination says: enough for its reason, too little for a page."""
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from replicator.contracts.errors import NOTICES, ReplicatorError
+from replicator.contracts.errors import ReplicatorError
 
 UNCODED = re.compile(
     r"^\S+Z (?:WARNING|ERROR|CRITICAL) +(?:replicator|enrichment|sinks|checkpoint_store)[.:].*", re.MULTILINE
@@ -28,9 +28,15 @@ def classes(of: type[ReplicatorError] = ReplicatorError) -> Iterator[type[Replic
 
 
 def codes() -> dict[str, str]:
-    """Code to sentence; an error's is the first of its docstring."""
+    """Code to sentence; an error's is the first of its docstring, a notice's stands on the page alone."""
+    page = dict(re.findall(r"^- `(R\d{3})` (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     errors = {error.code: (inspect.getdoc(error) or "").partition(". ")[0].partition("\n")[0] for error in classes()}
-    return dict(sorted((errors | NOTICES).items()))
+    return dict(sorted((page | errors).items()))
+
+
+def notices() -> set[str]:
+    """The codes of what is no error, at the place that has the code."""
+    return codes().keys() - {error.code for error in classes()}
 
 
 def listed() -> str:

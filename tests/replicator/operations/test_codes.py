@@ -1,4 +1,4 @@
-"""The codes: one each, in the code, in the registry and on the faults page."""
+"""The codes: one each, in the code and on the faults page."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from replicator.contracts import errors
 from replicator.operations.notices.ring import CODES
-from tests.support.codes import PAGE, classes, codes, listed, written
+from tests.support.codes import PAGE, classes, codes, listed, notices, written
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("replicator", "replicator_spark", "enrichment", "sinks", "checkpoint_store")
-REGISTRY = ROOT / "replicator/contracts/errors.py"
+ERRORS = ROOT / "replicator/contracts/errors.py"
 LEVELS = {"warning", "error", "exception", "critical"}
 
 
@@ -23,23 +22,28 @@ def _trees() -> dict[Path, ast.Module]:
 
 
 def test_no_code_has_two_meanings() -> None:
-    """Each error has one of its own, and none is an error's and a notice's."""
-    found = Counter([*(error.__dict__.get("code", error.__name__) for error in classes()), *errors.NOTICES])
+    """Each error has one of its own, and no other place tells it."""
+    found = Counter([*(error.__dict__.get("code", error.__name__) for error in classes()), *_told()])
     assert len(found) > 50
     assert not [code for code, count in found.items() if count > 1]
     assert not [code for code in found if not re.fullmatch(r"R[1-7]\d\d", code)]
 
 
-def test_the_registry_is_what_is_told() -> None:
-    """Every code that some module tells is in it, and every notice in it is told somewhere."""
-    named = [
-        node.value
+def _told() -> set[str]:
+    """The codes that some module tells, beside those of errors."""
+    constants = (
+        str(node.value)
         for file, tree in _trees().items()
         for node in ast.walk(tree)
-        if file != REGISTRY and isinstance(node, ast.Constant) and re.fullmatch(r"R\d{3}", str(node.value))
-    ]
-    assert errors.NOTICES.keys() == set(named)
-    assert errors.NOTICES.keys() >= set(CODES.values())
+        if file != ERRORS and isinstance(node, ast.Constant)
+    )
+    return {value for value in constants if re.fullmatch(r"R\d{3}", value)}
+
+
+def test_the_page_is_what_is_told() -> None:
+    """Every code that some module tells is on it, and every notice on it is told somewhere."""
+    assert notices() == _told()
+    assert notices() >= set(CODES.values())
 
 
 def _calls(tree: ast.Module) -> list[ast.Call]:
