@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import structs
@@ -60,10 +60,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     until: Lsn
     reshaped: Lsn = 0
     """Up to there the events' columns may have been others."""
-    content_until: Lsn | None = None
-    """Up to there a dimension may have been another table; None: as `until`."""
     content_untils: dict[str, Lsn] = {}
-    """The same of each of several, by table."""
+    """By dimension: up to there it may have been another table; absent: as `until`."""
     parts: dict[int, Name] | None = None
     """Of the last look, whose changes the slot shows; None: all that `shape` has."""
     untold: dict[int, Untold] = {}
@@ -71,8 +69,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     def until_of(self, table: str) -> Lsn:
         """Up to there this dimension may have been another table."""
-        until = self.until if self.content_until is None else self.content_until
-        return self.content_untils.get(table, until)
+        return self.content_untils.get(table, self.until)
 
 
 def recorded(text: str | None, tables: Tables) -> Record | None:
@@ -148,7 +145,7 @@ class Guard:
             # A part that is here now may be gone before the next record, and leave no other trace.
             former = _packed({**self._former, **self._names})
             record = structs.replace(
-                record, former=former, until=self.until, reshaped=reshaped, **_untils(content_untils)
+                record, former=former, until=self.until, reshaped=reshaped, content_untils=content_untils
             )
         self.highest_id = record.highest_id if record else None
         self.reshaped = record.reshaped if record else 0
@@ -245,7 +242,7 @@ class Guard:
             former=_packed(self._former),
             until=self.until,
             reshaped=self.reshaped,
-            **_untils(self.content_untils),
+            content_untils=self.content_untils,
         )
         return self.record
 
@@ -277,12 +274,6 @@ def contents(tables: Tables, shape: Shape, join: Join) -> str:
     columns = [tables.named(join.table, column) for column in join.columns]
     place = [join.copy] if join.copy else []
     return hashlib.sha256(msgspec.json.encode([*place, columns, *shape.of(join.table)])).hexdigest()[:24]
-
-
-def _untils(content_untils: Mapping[str, Lsn]) -> dict[str, Any]:
-    """As a record has them; an older release reads the latest."""
-    several = dict(content_untils) if len(content_untils) > 1 else {}
-    return {"content_until": max(content_untils.values(), default=0), "content_untils": several}
 
 
 def exchanged(old: Relation, new: Relation) -> list[str]:

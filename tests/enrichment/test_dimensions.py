@@ -414,15 +414,15 @@ async def test_nor_is_the_copy_of_a_stream_that_had_another_name(store: SqlCheck
 
 
 def test_one_dimension_is_stored_as_ever() -> None:
-    """What an earlier release has written is read, and the other way round: its copy, and its record."""
+    """What an earlier release has written is read: its copy, and its record, which has no time of each dimension."""
     made = StreamEnricher("", EnrichmentSettings.model_validate({}))
     assert made.contents_name == "8894e82de23281d7195b3c57"
     assert [""] == [join.copy for join in EVENT_TABLES.joins]
     made._guard.content_untils = {"content": 5}  # noqa: SLF001
     record = msgspec.json.decode(msgspec.json.encode(made._guard.accept()))  # noqa: SLF001
-    assert 5 == record["content_until"]
-    assert {} == record.pop("content_untils")
     assert 5 == msgspec.convert(record, Record).until_of("content")
+    assert {"content": 5} == record.pop("content_untils")
+    assert 7 == msgspec.convert(record | {"until": 7, "content_until": 5}, Record).until_of("content")
 
 
 def test_a_column_of_each_is_compared() -> None:
