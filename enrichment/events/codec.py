@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import structs
 
-from enrichment.events.compiled import EPOCH, Compiler
+from enrichment.events.compiled import BUILD, EPOCH, Compiler
 from enrichment.events.draft import Content, DerivedUnusable, Draft, RowUnusable, ShapeUnusable
 from enrichment.tables.declared import Tables, unpadded
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Position, Row, RowChange, decode_row
@@ -68,7 +68,7 @@ class Codec:
         """Whether making an event may raise DerivedUnusable."""
         self._show_old = {field: compiler.showing(field) for field in own}
         self.read = compiler.reader(self.unquote, self.check, partial(self._misfit, tables.time))
-        self.build_events = compiler.builder()
+        self.build_events = compiler.finishing(BUILD, "_build_events")
 
     def takes(self, draft: Draft) -> bool:
         """Whether the stream takes this row."""
@@ -99,8 +99,7 @@ class Codec:
         joins = self.tables.joins_of(row.table)
         unquote(kept.columns, {name for join in joins for name in join.integers} if joins else self._integers)
         known = self.tables.identity
-        events = () if joins else kept.columns  # a dimension may have a column of that name, too
-        event_id = next((column.value for column in events if column.name == known.column), None)
+        event_id = None if joins else self.identity_in(kept.columns)  # a dimension may have a column of that name, too
         return DeadLetter(
             sink=None,
             position=Position(row.commit_lsn, row.ordinal),
@@ -160,6 +159,11 @@ class Codec:
         lacking = [field.column for field in self.tables.own if field.column not in names]
         row.columns += [Column(name, known[name]) for name in lacking if name in known]
         return all(name in known for name in lacking)
+
+    def identity_in(self, columns: Iterable[Column]) -> Id | None:
+        """The identity that is among these columns; None: there is none."""
+        name = self.tables.identity.column
+        return next((column.value for column in columns if column.name == name), None)
 
     def deletion(self, row: Row) -> Event:
         """The event of a row that is gone. Raises RowUnusable."""

@@ -127,13 +127,14 @@ FINISH = """
 """
 """From the values of a row and of its content, and a position, to the event."""
 
-_BUILD = f"""
+BUILD = f"""
 def _build_events(_drafts, {{known}}_events):
     _append = _events.append
     for _commit_lsn, _ordinal, {{own}} in _drafts:
         {{content}}{FINISH}
         _append(_event)
 """
+"""From drafts to events; see `Codec.build_events`."""
 
 _SHOW = """
 def _show(_value):
@@ -195,10 +196,6 @@ class Compiler:
             time=time.name,
             draft=", ".join("_moment" if field is time else field.name for field in own),
         )
-
-    def builder(self) -> Any:
-        """From drafts to events; see `Codec.build_events`."""
-        return self.finishing(_BUILD, "_build_events")
 
     def showing(self, field: Field) -> Any:
         """From a value of this field to what the event's JSON has."""

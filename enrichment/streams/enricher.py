@@ -391,19 +391,16 @@ class StreamEnricher:
     def _leave_out(self, row: Row, plan: Plan) -> None:
         """A row that the stream does not take; one that it took until now is gone."""
         if row.action == "U":
-            self._remove(row, plan)
+            plan.remove(row, self._codec.deletion(row))
         else:
             plan.ignored[row.action] += 1
-
-    def _remove(self, row: Row, plan: Plan) -> None:
-        plan.remove(row, self._codec.deletion(row))
 
     def _drop(self, row: Row, plan: Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
         followed = row.action == "U" and self._is_followed(row)
         if (ends and row.action == "D") or (followed and (ends or self._is_renamed(row))):
-            self._remove(row, plan)
+            plan.remove(row, self._codec.deletion(row))
             return
         if followed:
             raise RowUnusable(INCOMPLETE)
@@ -419,11 +416,9 @@ class StreamEnricher:
 
     def _is_renamed(self, row: Row) -> bool:
         """Whether an update gives the row another identity, as far as the row tells."""
-        identity = self._tables.identity.column
         self._codec.unquote(row.columns)
-        new = next((column.value for column in row.columns if column.name == identity), None)
         try:
-            return bool(self._codec.former(row) != new)
+            return bool(self._codec.former(row) != self._codec.identity_in(row.columns))
         except RowUnusable:
             return False
 

@@ -7,8 +7,8 @@ it may have been filled before it was attached; in the others what was written s
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from psycopg import sql
 
@@ -79,20 +79,16 @@ async def as_now(database: Database, tables: Tables, rows: Sequence[Row]) -> set
     They were committed while its columns may have been others: a type that is no longer there, or a name that was
     another column's. A row that is no longer in the table stays as it is.
     """
-    identity, unquote = tables.identity, codec_of(tables).unquote
+    codec = codec_of(tables)
+    by_id: dict[Id, list[Row]] = {}  # several, of one that was moved to another partition
     for row in rows:
-        unquote(row.columns)
-    by_id: dict[object, list[Row]] = {}  # several, of one that was moved to another partition
-    for row in rows:
-        for column in row.columns:
-            if column.name == identity.column:
-                by_id.setdefault(column.value, []).append(row)
-    ids = [event_id for event_id in by_id if identity.type.fits(event_id)]
-    names = [field.column for field in tables.own]
-    for values in await database.rows(as_now_query(tables), {"ids": ids}) if ids else ():
-        for row in by_id.pop(values[names.index(identity.column)]):
-            row.columns = [Column(name, value) for name, value in zip(names, values, strict=True)]
-    return {Position(row.commit_lsn, row.ordinal) for event_id in ids for row in by_id.get(event_id, ())}
+        codec.unquote(row.columns)
+        if tables.identity.type.fits(event_id := codec.identity_in(row.columns)):
+            by_id.setdefault(event_id, []).append(row)
+    for event_id, now in (await _now(database, tables, by_id)).items():
+        for row in by_id.pop(event_id):
+            row.columns = [Column(name, value) for name, value in now.items()]
+    return {Position(row.commit_lsn, row.ordinal) for gone in by_id.values() for row in gone}
 
 
 async def complete(database: Database, tables: Tables, rows: Sequence[Row]) -> set[Position]:
@@ -100,19 +96,20 @@ async def complete(database: Database, tables: Tables, rows: Sequence[Row]) -> s
 
     Their rows are gone by now, or have another identity: a later change of the stream says so.
     """
-    codec, identity = codec_of(tables), tables.identity.column
-    lacking = [row for row in rows if not codec.complete(row, None)]
-    ids = {column.value for row in lacking for column in row.columns if column.name == identity}
-    wanted = [one for one in ids if tables.identity.type.fits(one)]
+    codec = codec_of(tables)
+    lacking = [(row, codec.identity_in(row.columns)) for row in rows if not codec.complete(row, None)]
+    fitting = {event_id for _, event_id in lacking if tables.identity.type.fits(event_id)}
+    now = await _now(database, tables, fitting)
+    gone = (row for row, event_id in lacking if not codec.complete(row, now.get(event_id)))
+    return {Position(row.commit_lsn, row.ordinal) for row in gone}
+
+
+async def _now(database: Database, tables: Tables, ids: Collection[Id]) -> dict[Id, dict[str, Any]]:
+    """Rows of the events' table, by identity."""
     names = [field.column for field in tables.own]
-    found = await database.rows(as_now_query(tables), {"ids": wanted}) if wanted else []
-    now = {values[names.index(identity)]: dict(zip(names, values, strict=True)) for values in found}
-    gone = set()
-    for row in lacking:
-        event_id = next((column.value for column in row.columns if column.name == identity), None)
-        if not codec.complete(row, now.get(event_id)):
-            gone.add(Position(row.commit_lsn, row.ordinal))
-    return gone
+    found = await database.rows(as_now_query(tables), {"ids": [*ids]}) if ids else []
+    rows = (dict(zip(names, values, strict=True)) for values in found)
+    return {row[tables.identity.column]: row for row in rows}
 
 
 class _Part(NamedTuple):
