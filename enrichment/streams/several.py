@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import msgspec
 from msgspec import structs
@@ -187,18 +186,8 @@ class SeveralStreams:
         await close_all(*self._streams.values())
 
 
-class _Place(NamedTuple):
-    """Where a page of some histories begins."""
-
-    name: str
-    place: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.place}"
-
-
 class MissedHistories:
-    """What several streams have missed, one after the other."""
+    """What several streams have missed, one after the other. A place is a stream's name and one of its history's."""
 
     def __init__(self, histories: Mapping[str, History]) -> None:
         self._histories = histories
@@ -210,18 +199,18 @@ class MissedHistories:
 
     async def begin(self) -> tuple[str, int]:
         place, _ = await self._histories[self._names[0]].begin()
-        return str(_Place(self._names[0], place)), 0
+        return f"{self._names[0]} {place}", 0
 
     async def read(self, place: str, after: Position, rows: int) -> Page | None:
         name, _, at = place.partition(" ")
         page = await self._histories[name].read(at, after, rows)
         if page is not None:
-            return page._replace(place=str(_Place(name, page.place)))
+            return page._replace(place=f"{name} {page.place}")
         later = self._names[self._names.index(name) + 1 :]
         if not later:
             return None
         begins, _ = await self._histories[later[0]].begin()
-        return Page(Enriched([], []), after, str(_Place(later[0], begins)))
+        return Page(Enriched([], []), after, f"{later[0]} {begins}")
 
     async def close(self) -> None:
         await close_all(*self._histories.values())

@@ -22,7 +22,7 @@ from pydantic import Field as Setting
 
 from replicator.contracts.errors import SettingsError, command
 from replicator.contracts.fields import TEXT, Field, Stream, StreamUnusable
-from replicator.contracts.settings import Settings, load, split, variable
+from replicator.contracts.settings import LISTED, Settings, load, split, variable
 
 ENGAGEMENT: Final = "enrichment.contract:EVENT"
 
@@ -72,10 +72,6 @@ def _line(exc: BaseException) -> str:
     return f" ({Path(call.filename).name}, line {call.lineno})" if call else ""
 
 
-def _split(value: object) -> object:
-    return split(value) if isinstance(value, str) else value
-
-
 def _declared(named: tuple[str | Stream, ...]) -> tuple[str | Stream, ...]:
     streams = [declaration(one) for one in named]
     for what in ("name", "clickhouse_table", "redis_name"):
@@ -111,13 +107,11 @@ def _renamed(value: object, info: ValidationInfo) -> object:
 class EnrichmentSettings(Settings):
     """Options of the enrichment."""
 
-    stream: Annotated[tuple[str | InstanceOf[Stream], ...], BeforeValidator(_split), AfterValidator(_declared)] = (
-        Setting(
-            (ENGAGEMENT,),
-            min_length=1,
-            description="module:NAME, a Stream that a Python module declares, or module, for its STREAM; several of "
-            "them separated by commas",
-        )
+    stream: Annotated[tuple[str | InstanceOf[Stream], ...], LISTED, AfterValidator(_declared)] = Setting(
+        (ENGAGEMENT,),
+        min_length=1,
+        description="module:NAME, a Stream that a Python module declares, or module, for its STREAM; several of "
+        "them separated by commas",
     )
     content_cache_size: int = Setting(
         100_000,  # some 200 bytes each: 20 MB; a catalog that fits is never looked up again
@@ -267,11 +261,6 @@ class Tables:
         """Whether `sql/source_schema.sql` makes them."""
         return self.stream is declaration(ENGAGEMENT)
 
-    @property
-    def all(self) -> list[str]:
-        """Their names without the schema."""
-        return [*self.needed]
-
     def wanted(self, alias: str) -> str:
         """SQL for which rows the stream takes, in a query with parameters; empty: all."""
         if not (where := self.stream.where):
@@ -293,7 +282,7 @@ class Tables:
 
     def columns(self) -> Iterator[str]:
         """As REPLICATOR_COLUMNS names them."""
-        for table in reversed(self.all):
+        for table in reversed([*self.needed]):
             yield from (column if table == self.events else f"{table}.{column}" for column in self.needed[table])
 
     def rows_of(self, table: str, source: str = "") -> str:

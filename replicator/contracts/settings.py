@@ -230,8 +230,8 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _split(value: object) -> object:
-    return split(value) if isinstance(value, str) else value
+LISTED = BeforeValidator(lambda value: split(value) if isinstance(value, str) else value)
+"""A list may come as that, or as a tuple."""
 
 
 def _conninfo(value: SecretStr) -> SecretStr:
@@ -309,7 +309,7 @@ class CoreSettings(Settings):
     failover_slot: bool = Field(
         True, description="true or false: on PostgreSQL 17 and later, standbys keep a copy of the slot"
     )
-    sinks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+    sinks: Annotated[tuple[str, ...], LISTED] = Field(
         ("clickhouse", "redis", "http"),
         min_length=1,
         description="one or more of clickhouse, redis, http, and sinks of installed packages, separated by commas",
