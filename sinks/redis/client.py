@@ -286,25 +286,13 @@ class RedisClient:
             if not cursor:
                 return
 
-    async def highest(self, key: str, most: int, member: type[Id] = int) -> list[tuple[Id, int]]:
+    async def highest(self, key: str, most: int, member: type[Id]) -> list[tuple[Id, int]]:
         """The members of a sorted set that have the highest scores, the highest first."""
-        # With `desc` redis-py sends ZREVRANGE, which is a right more.
-        return (await self._ranked(key, -most, most, member))[::-1]
-
-    async def _ranked(self, key: str, start: int, most: int, member: type[Id]) -> list[tuple[Id, int]]:
         async with self._translated():
-            found = await self._redis.zrange(self.named(key), start, start + most - 1, withscores=True)
+            # With `desc` redis-py sends ZREVRANGE, which is a right more.
+            found = await self._redis.zrange(self.named(key), -most, -1, withscores=True)
             ranked = cast("list[tuple[bytes, float]]", found)
-            return [(member(name.decode()), int(score)) for name, score in ranked]
-
-    async def members(self, key: str, start: int, most: int) -> list[tuple[int, int]]:
-        """Members of a sorted set from that place on, and their scores; all are whole numbers."""
-        return cast("list[tuple[int, int]]", await self._ranked(key, start, most, int))
-
-    async def begin(self, key: str, value: bytes, seconds: int) -> None:
-        """Set a value for so long, unless there is one."""
-        async with self._translated():
-            await self._redis.set(self.named(key), value, nx=True, ex=seconds)
+            return [(member(name.decode()), int(score)) for name, score in reversed(ranked)]
 
     async def part(self, key: str, start: int, size: int) -> bytes:
         """So many bytes of a string from there on; fewer at its end."""

@@ -129,13 +129,8 @@ def log_key(bucket: int) -> str:
 LOGGED_BYTES = 12
 
 
-def pack_logged(content: int, n: int) -> bytes:
-    """So many more events of a content, as `lua/write.lua` logs them."""
-    return struct.pack("<qI", content, n)
-
-
 def logged(data: bytes) -> Iterator[tuple[int, int]]:
-    """Part of a log: which content, and how many more events."""
+    """Part of a log, as `lua/write.lua` writes it: which content, and how many more events."""
     return struct.iter_unpack("<qI", data)
 
 
@@ -272,7 +267,7 @@ def window_buckets(now: float) -> range:
 
 def sizes_call(buckets: Sequence[int]) -> Call:
     """For `lua/sizes.lua`."""
-    return Call([*map(log_key, buckets), *map(bucket_key, buckets)], [])
+    return Call([*map(log_key, buckets)], [])
 
 
 def window_call(

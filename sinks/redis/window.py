@@ -13,7 +13,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from itertools import chain, islice, starmap
+from itertools import chain, islice
 from typing import cast
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
@@ -30,7 +30,6 @@ from sinks.redis.keys import (
     kept_buckets,
     log_key,
     logged,
-    pack_logged,
     sizes_call,
     window_buckets,
     window_call,
@@ -39,7 +38,6 @@ from sinks.redis.keys import (
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0  # with the 5 s of a bucket within the 10 s that are promised
 PAUSE_FACTOR = 30  # a pass that took long is followed by a pause that is so much longer: 3 % of the reader's loop
 SLICE = 500  # contents a call of `window.lua`: 1 ms of Redis at most
-MEMBERS = 5_000  # of a bucket at a time: 2 ms of Redis, and a tenth of the largest answer
 READ_BYTES = LOGGED_BYTES * 20_000  # of a log at a time: 3 ms of the reader's loop
 SHOWN_BYTES = READ_BYTES  # of logs are summed up for their buckets in a pass, or one that is larger
 GROWING_PASSES_MAX = 20  # so many passes wait for a log that is larger, and grows
@@ -195,11 +193,8 @@ class Window:
             return
         sums, now = cast("_Sums", self._sums), self._clock()
         buckets = kept_buckets(now)
-        found = await self._redis.run(self._sizes, sizes_call(buckets), returns=2 * len(buckets))
-        sizes = dict(zip(buckets, found[: len(buckets)], strict=True))
-        for bucket, members in zip(buckets, found[len(buckets) :], strict=True):
-            if members and not sizes[bucket]:
-                sizes[bucket] = await self._log_bucket(bucket, now)
+        found = await self._redis.run(self._sizes, sizes_call(buckets), returns=len(buckets))
+        sizes = dict(zip(buckets, found, strict=True))
         current = window_buckets(now)
         await self._sum_up(sums, {bucket: size for bucket, size in sizes.items() if bucket in current})
         await self._rank(sums)
@@ -219,14 +214,6 @@ class Window:
             self._takes_over = False
             self._sums, self._shown = _Sums(word), {}
         return True
-
-    async def _log_bucket(self, bucket: int, now: float) -> int:
-        """Make a bucket's log from its sorted set: releases that logged nothing left only that. Returns its size."""
-        log = b""
-        while found := await self._redis.members(bucket_key(bucket), len(log) // LOGGED_BYTES, MEMBERS):
-            log += b"".join(starmap(pack_logged, found))
-        await self._redis.begin(log_key(bucket), log, bucket_expiry_seconds(bucket, now))
-        return len(log)
 
     async def _sum_up(self, sums: _Sums, sizes: Mapping[int, int]) -> None:
         """Add what the logs of the window's buckets have more, and take out the buckets that have left."""

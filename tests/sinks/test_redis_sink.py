@@ -520,31 +520,6 @@ async def test_one_that_builds_a_large_window_is_not_disturbed(server: Server, m
         assert server.window() == dict.fromkeys(range(SLICE * 3), 1)
 
 
-async def test_buckets_of_a_release_without_logs(server: Server, random_source: random.Random) -> None:
-    """They stay in the window, and what comes to them is added, also to those whose time has not come."""
-    clock = Clock()
-    scores = {key: random_source.randrange(1, 2**31) for key in (1, -3, 2**63 - 1, *range(10, 6_000))}
-    ahead = int(NOON) + 30
-    server.client.zadd(f"top:content:bucket:{int(NOON) - 60}", scores)
-    server.client.zadd(f"top:content:bucket:{ahead}", {1: 5})
-    server.client.set("top:content:window", str(int(NOON)))
-    async with unopened(server.service.url, clock) as sink:
-        await sink.window.slide()
-        assert scores == server.window()
-        await sink.write([event(1, at=NOON - 60)])
-        await sink.window.slide()
-        scores[1] += 1
-        assert scores == server.window()
-        clock.now = ahead
-        await sink.window.slide()
-        scores[1] += 5
-        assert scores == server.window()
-        assert 0 < server.client.ttl(f"top:content:log:{ahead}") <= 900
-        clock.now = NOON + 545
-        await sink.window.slide()
-        assert {1: 5} == server.window()
-
-
 async def test_a_redis_that_was_restarted_within_a_pass(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lost a log's end, and the log grew again: the window is built anew once the restart is seen."""
     async with unopened(server.service.url, Clock()) as sink:

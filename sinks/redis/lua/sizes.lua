@@ -1,10 +1,9 @@
--- How large buckets are.
+-- How large the logs of some buckets are.
 --
--- KEYS: the logs of some buckets; after these their sorted sets. Returns the number of bytes of each log; after these
--- the number of members of each sorted set.
+-- KEYS: the logs. Returns the number of bytes of each.
 
 local sizes = {}
 for i, key in ipairs(KEYS) do
-  sizes[i] = redis.call(i <= #KEYS / 2 and 'STRLEN' or 'ZCARD', key)
+  sizes[i] = redis.call('STRLEN', key)
 end
 return sizes
