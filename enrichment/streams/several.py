@@ -19,15 +19,7 @@ from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
 from replicator.contracts.closing import close_all
 from replicator.contracts.errors import SourceError
-from replicator.contracts.events import (
-    Checkpoint,
-    DeadLetter,
-    Event,
-    Finding,
-    Lsn,
-    Position,
-    Row,
-)
+from replicator.contracts.events import Checkpoint, DeadLetter, Event, Finding, Lsn, Position, Row
 from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut, Tell
 from replicator.source.connection import Dsn
 

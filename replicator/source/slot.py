@@ -14,14 +14,7 @@ from datetime import UTC, datetime
 import msgspec
 from psycopg import rows, sql
 
-from replicator.contracts.errors import (
-    SlotInvalid,
-    SlotLost,
-    SlotMissing,
-    SlotWaits,
-    SourceError,
-    StreamGap,
-)
+from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SlotWaits, SourceError, StreamGap
 from replicator.contracts.events import Checkpoint, Lsn, format_lsn
 from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.server import Identity, chooses, parted

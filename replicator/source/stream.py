@@ -212,10 +212,7 @@ class Source:
             return []
 
     async def start(
-        self,
-        end_lsn: Lsn,
-        tables: Iterable[tuple[str, str]],
-        shortcut: Callable[[], Shortcut | None] = _no_shortcut,
+        self, end_lsn: Lsn, tables: Iterable[tuple[str, str]], shortcut: Callable[[], Shortcut | None] = _no_shortcut
     ) -> None:
         """Begin the stream of these tables, each its schema and its name, after `end_lsn`, the checkpoint's.
 

@@ -15,14 +15,7 @@ from http import HTTPStatus
 
 import aiohttp
 
-from replicator.contracts.errors import (
-    SinkEmptied,
-    SinkError,
-    SinkMisconfigured,
-    SinkUnavailable,
-    cited,
-    command,
-)
+from replicator.contracts.errors import SinkEmptied, SinkError, SinkMisconfigured, SinkUnavailable, cited, command
 
 SINK = "clickhouse"
 

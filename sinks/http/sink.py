@@ -64,11 +64,7 @@ class HttpSink(Sink):
     takes_any_stream = True
 
     def __init__(
-        self,
-        settings: HttpSettings,
-        stream: Stream,
-        *,
-        transport: Callable[[], httpx.AsyncBaseTransport] | None = None,
+        self, settings: HttpSettings, stream: Stream, *, transport: Callable[[], httpx.AsyncBaseTransport] | None = None
     ) -> None:
         super().__init__(settings, stream)
         self.max_events = settings.http_batch_size

@@ -94,9 +94,7 @@ class _Login(CredentialProvider):
 def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
     """A pool with our timeouts unless the URL sets others. A URL that is wrong is a ValueError, or redis-py's error."""
     pool = ConnectionPool.from_url(
-        url.get_secret_value(),
-        socket_timeout=timeout_seconds,
-        socket_connect_timeout=timeout_seconds,
+        url.get_secret_value(), socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds
     )
     options = pool.connection_kwargs
     if {*parse_url(url.get_secret_value())} - OPTIONS - {"host", "port", "path", "connection_class"}:
