@@ -391,16 +391,19 @@ class StreamEnricher:
     def _leave_out(self, row: Row, plan: Plan) -> None:
         """A row that the stream does not take; one that it took until now is gone."""
         if row.action == "U":
-            plan.remove(row, self._codec.deletion(row))
+            self._remove(row, plan)
         else:
             plan.ignored[row.action] += 1
+
+    def _remove(self, row: Row, plan: Plan) -> None:
+        plan.remove(row, self._codec.deletion(row))
 
     def _drop(self, row: Row, plan: Plan) -> None:
         """A row of the events' table that makes none, but perhaps ends one. Raises RowUnusable."""
         ends = self._tables.stream.deletes == "delete"
         followed = row.action == "U" and self._is_followed(row)
         if (ends and row.action == "D") or (followed and (ends or self._is_renamed(row))):
-            plan.remove(row, self._codec.deletion(row))
+            self._remove(row, plan)
             return
         if followed:
             raise RowUnusable(INCOMPLETE)
