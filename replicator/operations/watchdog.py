@@ -326,8 +326,10 @@ class Watchdog:
             lane = min(waiting, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
             return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
         # The sinks are caught up. Connecting again would not help: PostgreSQL would start decoding over.
-        pid = self.slot.active_pid if self.slot else None
-        reader = f"process {pid} decodes a large transaction or hangs" if pid else "no process of it reads the slot"
+        pid, away = (self.slot.active_pid, self.slot.away) if self.slot else (None, None)
+        does = f"waits for {away}, which synchronized_standby_slots names and no standby reads"
+        reader = f"process {pid} {does if away else 'decodes a large transaction or hangs'}"
+        reader = reader if pid else "no process of it reads the slot"
         return f"PostgreSQL has sent nothing for {source.silent_seconds:.0f} s, {reader}"
 
     def _unsaved(self) -> str:

@@ -44,6 +44,9 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     commits_wait: bool = False
     """synchronous_standby_names chooses the stream: a commit may wait until the sinks have what came before it. Whether
     it does now, only a role with pg_read_all_stats is told."""
+    away: str | None = None
+    """Slots of synchronized_standby_slots that no standby reads now: PostgreSQL, from 17 on, sends nothing that these
+    have not received."""
     server_lsn: Lsn
     segment_bytes: int = 16 * 1024**2
     """A WAL file's size."""
@@ -79,6 +82,10 @@ _INSPECT = """
 SELECT plugin, database, current_database() AS own_database, active_pid, wal_status, safe_wal_size, two_phase,
        -- columns that not every version has
        (to_jsonb(s) ->> 'failover')::bool AS failover, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
+       (SELECT string_agg(standby, ', ')
+        FROM regexp_split_to_table(current_setting('synchronized_standby_slots', true), '[[:space:],]+') AS standby
+        WHERE standby <> '' AND to_jsonb(s) ->> 'failover' = 'true'
+          AND NOT EXISTS (SELECT FROM pg_replication_slots p WHERE p.slot_name = standby AND p.active)) AS away,
        current_setting('synchronous_standby_names') AS synchronous_standby_names,
        (restart_lsn - '0/0')::int8 AS restart_lsn, (confirmed_flush_lsn - '0/0')::int8 AS confirmed_lsn,
        -- on a standby the replayed position is the server's

@@ -236,6 +236,14 @@ def test_a_sink_that_nothing_waits_for_is_not_blamed(watchdog: Looking, active_p
     assert reason.endswith(f"200 bytes of WAL wait: PostgreSQL has sent nothing for 45 s, {words}")
 
 
+def test_a_standby_that_is_away_is_blamed(watchdog: Looking) -> None:
+    """PostgreSQL sends nothing that it has not received, and nothing hangs."""
+    cast("FakeLane", watchdog.pipeline.fan_out.lanes[0]).waiting = 0
+    watchdog.look(1, server_lsn=300, away="standby1")
+    [reason] = watchdog.look(2 * STALL_SECONDS)
+    assert reason.endswith("process 1 waits for standby1, which synchronized_standby_slots names and no standby reads")
+
+
 def test_the_sink_that_something_waits_for_is_blamed(watchdog: Looking, pipeline: Pipeline) -> None:
     """Also while its position is ahead of that of a sink which has all that was read."""
     idle, busy = FakeLane(), FakeLane()

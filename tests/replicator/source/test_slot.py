@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 from msgspec import structs
 
@@ -16,6 +17,22 @@ from tests.support.fakes import AT_200, CHECKPOINT, HERE, STATE
 def test_a_slot_behind_its_checkpoint_is_continuous() -> None:
     """PostgreSQL writes a slot's position lazily: after its crash it may have gone back."""
     slots.verify("s", STATE, HERE, CHECKPOINT)
+
+
+async def test_standbys_that_are_away(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the stream has to wait for; a server before 17 gets the setting from the test."""
+    name = database.rpartition("/")[2]
+    for old, new in (
+        ("current_setting('synchronized_standby_slots', true)", "' standby1,gone'"),
+        ("to_jsonb(s) ->> 'failover' = 'true'", "true"),
+    ):
+        assert old in slots._INSPECT  # noqa: SLF001
+        monkeypatch.setattr(slots, "_INSPECT", slots._INSPECT.replace(old, new))  # noqa: SLF001
+    with psycopg.connect(database, autocommit=True) as source:
+        source.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [name])
+        found = await slots.look(database, name, "test")
+        assert found
+        assert "standby1, gone" == found.away
 
 
 def test_a_new_slot_needs_no_checkpoint() -> None:
