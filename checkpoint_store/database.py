@@ -158,7 +158,7 @@ def _parse(url: str) -> URL:
         raise _unusable("it can't be parsed") from None
     if parsed.get_backend_name() != "sqlite" and "@" in f"{parsed.host}{parsed.database}":
         # The password ended too early, and errors would name its rest as a host or database.
-        raise _unusable("it has an @ too many; in user and password it is written %40, and / is %2F")
+        raise _unusable("it has an @ too many; in user and password write it as %40, and / as %2F")
     if parsed.drivername in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")  # SQLAlchemy 2.0 would look for psycopg2
     in_memory = parsed.database in (None, "", ":memory:") or parsed.query.get("mode") == "memory"

@@ -198,7 +198,7 @@ class Pipeline:
         told = await self.source.finish()
         if last and self.checkpoint is not None:
             saved = format_lsn(self.checkpoint.end_lsn)
-            end = "is written and confirmed" if told else "is written and saved; PostgreSQL could not be told"
+            end = "is written and confirmed" if told else "is written and saved, but not confirmed to PostgreSQL"
             log.info("stopped; everything up to %s %s", saved, end, extra={"lsn": saved})
 
     async def _commit_forever(self) -> None:
@@ -288,7 +288,7 @@ class Pipeline:
             self._give_up(format_lsn(stored.end_lsn))
         if stored.end_lsn != started_at:
             problem, moved = "the checkpoint moved while the slot changed hands", format_lsn(stored.end_lsn)
-            raise SourceUnavailable(problem=problem, detail=moved, cure="`run` begins again from there")
+            raise SourceUnavailable(problem=problem, detail=moved, cure="`run` starts again from there")
         # Not before: what it loads now has to be as new as the stream's beginning.
         await self.enricher.open(self._store, stored)
         starts = self._beginning.starts(stored)

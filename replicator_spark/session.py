@@ -43,7 +43,7 @@ SILENT_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
 """Spark ends within a second. What supervises the replicator gives it some seconds more than the drain takes."""
 DISK_CURE = (
-    "See that spark.local.dir on the driver is there and its disk has room. If that does not help, start it again"
+    "Check that spark.local.dir exists on the driver and its disk has room. If that does not help, start it again"
 )
 TASK_CURE = (
     "Every node needs this program, installed or on PYTHONPATH, and the driver's version of Python. The logs of the"
@@ -238,5 +238,5 @@ def _start(name: str, master: str | None, options: Mapping[str, str]) -> SparkSe
         return builder.getOrCreate()
     except (Py4JError, PySparkException, OSError) as exc:
         log.debug("Spark does not start", exc_info=True)
-        cure = "Check --master, --conf, and that Java 17 or later is there (`java -version`). Spark's words are above"
+        cure = "Check --master, --conf, and that Java 17 or later is there (`java -version`). Spark's output is above"
         raise ClusterFailed(f"Spark does not start ({type(exc).__name__})", cure) from exc

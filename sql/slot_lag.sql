@@ -59,20 +59,20 @@ SELECT
     slot_name,
     CASE
         WHEN slot_name IS NULL
-            THEN 'NO SLOT: PostgreSQL keeps nothing for any reader. If there was a slot, it was dropped:'
-                || ' start the replicator, it says what is missing and how to backfill it'
+            THEN 'NO SLOT: PostgreSQL keeps no WAL for any reader. If there was a slot, it was dropped.'
+                || ' Start the replicator: it says what is missing and how to backfill it'
         WHEN wal_status = 'lost'
             THEN 'LOST: ' || CASE
                     WHEN lost_because <> 'wal_removed' THEN 'PostgreSQL has invalidated it (' || lost_because || ')'
                     ELSE 'WAL that it needed was removed'
                 END
-                || coalesce(', it was read up to ' || confirmed_flush_lsn, '')
-                || '. Start the replicator, it says how to go on and what to backfill'
+                || coalesce('. It was read up to ' || confirmed_flush_lsn, '')
+                || '. Start the replicator: it says how to continue and what to backfill'
         WHEN wal_status = 'unreserved'
             THEN 'NEARLY LOST: the next checkpoint may remove WAL that it needs. Raise max_slot_wal_keep_size and'
                 || ' reload at once' || CASE WHEN active THEN '' ELSE ', then start its reader' END
         WHEN safe_wal_size < danger_bytes
-            THEN 'IN DANGER: it is lost after ' || pg_size_pretty(safe_wal_size) || ' more of WAL. Raise'
+            THEN 'IN DANGER: it is lost after ' || pg_size_pretty(safe_wal_size) || ' more WAL. Raise'
                 || ' max_slot_wal_keep_size and reload' || CASE WHEN active THEN '' ELSE ', then start its reader' END
         WHEN copied_from_primary
             THEN 'OK: a copy of the primary''s slot, not read here'

@@ -80,6 +80,6 @@ async def _settled(database: Database, tables: Tables) -> None:
             raise SourceUnavailable(
                 problem=f"{tables.stream.table} is being written to",
                 detail=f"{min(writers.values())} has not ended its transaction",
-                cure="Its rows are read as soon as it has (see pg_stat_activity)",
+                cure="Its rows are read as soon as it ends (see pg_stat_activity)",
             )
         await asyncio.sleep(WRITERS_POLL_SECONDS)

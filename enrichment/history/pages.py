@@ -142,7 +142,7 @@ class RangeHistory:
             raise SourceUnavailable(
                 problem="the standby is behind",
                 detail=f"{detail} {format_lsn(self._since)}",
-                cure="It is asked again until it is there",
+                cure="The backfill asks again until it has",
             )
 
     async def wal_end(self) -> Lsn:
@@ -152,7 +152,7 @@ class RangeHistory:
 
     async def begin(self) -> tuple[str, int]:
         if not self._indexed:
-            told = "no index begins with %s, the table is read in the order of %s; to be faster: %s"
+            told = "no index begins with %s, so the table is read in the order of %s; an index makes it faster: %s"
             tables = self._codec.tables
             log.info(told, tables.time.column, tables.identity.column, self._queries.index)
         [(count, first_id, last_id)] = await self._scans.rows(self._queries.span, self._range)

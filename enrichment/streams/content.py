@@ -39,9 +39,9 @@ UUIDS: Final = 2**128
 MOST_CHANGES: Final = 200_000
 """Changes that wait for the checkpoint, some 400 bytes each: 80 MB."""
 TOO_MANY = (
-    "more than %s changes of %s wait for the checkpoint, and are too many to be kept in memory. Until it has passed"
-    " them, events whose row of it is not in memory carry today's, and after a restart all that come again do: sinks"
-    " may differ in it. It goes on by itself"
+    "more than %s changes of %s wait for the checkpoint, which is too many to keep in memory. Until the checkpoint has"
+    " passed them, events whose row of it is not in memory carry today's, and after a restart all that come again do:"
+    " sinks may differ in it. Nothing has to be done"
 )
 
 

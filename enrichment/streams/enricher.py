@@ -62,15 +62,15 @@ WHERE {time} >= '0001-01-01 00:00:00+00' AND {time} < '9999-12-31 00:00:00+00'
 
 
 IDS_AGAIN = (
-    "Ids must never be given again (as RESTART IDENTITY does): Redis takes an event with the id of another one for a"
+    "Ids must never be reused (as after RESTART IDENTITY): Redis takes an event with the id of another one for a"
     " repeat and does not count it. If that happens, {anew} counts what is in the table now, and nothing else"
 )
 
 TRUNCATED = "TRUNCATE: the WAL has no deletes for its rows, and {take_out}"
 
 INCOMPLETE = (
-    "long values of it did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
-    " earlier version. With REPLICA IDENTITY FULL they are in the WAL"
+    "some long values did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
+    " earlier version. With REPLICA IDENTITY FULL the WAL has all values"
 )
 
 ORIGIN = """
@@ -331,7 +331,7 @@ class StreamEnricher:
             return ""
         why, chosen = "those from before the slot do not come through it", ""
         if emptied:
-            why = f"what {' and '.join(emptied)} needs was only made now, and lacks those from before"
+            why = f"what {' and '.join(emptied)} needs was only made now, and lacks the older ones"
             chosen = f" --sinks {','.join(emptied)}"
         message = f"{self._tables.stream.table} holds {count} rows; {why}"
         bring = f"{PROGRAM} backfill --start {start} --end {end}{chosen}{self._tables.stream_option}"

@@ -86,7 +86,7 @@ def _renamed(value: object, info: ValidationInfo) -> object:
     if not (isinstance(value, str) and value and "stream" in info.data):
         return value if isinstance(value, dict) else {}
     if len(info.data["stream"]) > 1:
-        raise ValueError("it is for one stream alone; of several each names its columns: Field(name, type, column=…)")
+        raise ValueError("it is for one stream only; several declare their columns: Field(name, type, column=…)")
     tables = Tables(declaration(info.data["stream"][0]))
     found: dict[str, dict[str, str]] = {}
     for pair in split(value):
@@ -94,7 +94,7 @@ def _renamed(value: object, info: ValidationInfo) -> object:
         table, _, column = ours.rpartition(".")
         table = table or tables.events
         if column not in tables.needed.get(table, {}):
-            raise ValueError(f"{ours} is no column that events are made of; they are {', '.join(tables.columns())}")
+            raise ValueError(f"events have no column {ours}; they are made of {', '.join(tables.columns())}")
         if found.setdefault(table, {}).setdefault(column, theirs) != theirs:
             raise ValueError(f"{ours} has two names, {found[table][column]} and {theirs}")
     for table, names in found.items():
@@ -252,8 +252,8 @@ class Tables:
         """What becomes of rows that went without a delete, and how the sinks get rid of them."""
         compare = command(f"reconcile --start … --end … --repair --delete-extra{self.stream_option}")
         return (
-            f"the sinks keep them. {compare} takes them out of ClickHouse, {self.anew} out of Redis. If the sinks are"
-            " meant to keep them, only drop this dead letter"
+            f"the sinks keep them. {compare} removes them from ClickHouse, {self.anew} from Redis. If the sinks should"
+            " keep them, only drop this dead letter"
         )
 
     @property

@@ -72,7 +72,7 @@ def storage(tables: Tables, shape: Shape, table: str) -> Problem | None:
         if not part.streamed:
             return _not_in_the_wal(name, part)
         if part in untold(tables, shape):
-            what = f"has a replica identity that does not tell which row was changed or deleted ({part})"
+            what = f"has a replica identity that does not identify changed and deleted rows ({part})"
             return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY FULL")
     return None
 
@@ -190,7 +190,7 @@ def _absent(tables: Tables, table: str, ours: str, there: Collection[str]) -> st
         return f"Correct the declaration{f' (did you mean {close[0]}?)' if close else ''}, or r{back[1:]}"
     if ours in there and column != ours:
         return f"{back}, or take {setting}={column} out of {variable('columns')} and restart the replicator"
-    added = f"if there never was one, ALTER TABLE {name} ADD COLUMN {quoted} {needed}"
+    added = f"if there never was such a column, ALTER TABLE {name} ADD COLUMN {quoted} {needed}"
     return f"{back}, or {added}, or name it in {variable('columns')}={setting}=… and restart the replicator"
 
 
@@ -216,7 +216,7 @@ def hidden(tables: Tables, shape: Shape, table: str) -> Problem | None:
         if not part.streamed:
             return Problem(f"has rows in {part} that are not in the WAL", f"ALTER TABLE {part} SET LOGGED is faster")
         if part.kind == "r" and not all(_tells(key, part) for key in keys):
-            what = f"has a replica identity that does not tell which row was changed or deleted ({part})"
+            what = f"has a replica identity that does not identify changed and deleted rows ({part})"
             primary = any(keys <= {*(index.columns or ())} for index in part.keys if index.primary)
             return Problem(what, f"ALTER TABLE {part} REPLICA IDENTITY {'DEFAULT' if primary else 'FULL'} is faster")
     return None

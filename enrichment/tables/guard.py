@@ -296,8 +296,8 @@ def swaps(tables: Tables, before: Shape, now: Shape) -> Iterator[str]:
             pair = f"{prefix}{names[0]}={names[1]},{prefix}{names[1]}={names[0]}"
             yield (
                 f"{tables.named_in_schema(table)} has other columns under the names {', '.join(names)} than before. If"
-                f" names were swapped, events have the values under the wrong names now: swap them back, or set"
-                f" {variable('columns')}={pair} or whatever is so, and restart the replicator"
+                f" names were swapped, events now have values under the wrong names: swap them back, or set"
+                f" {variable('columns')} to what is now right, such as {pair}, and restart the replicator"
             )
 
 

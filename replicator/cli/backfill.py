@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 MANUAL = """\
 Send the events of a range of time to the sinks again.
 
-It sends every event with start <= time < end, with what it is joined with today, beside the running replicator or
-without it. The time is event_ts, or what REPLICATOR_STREAM declares. It touches neither slot nor checkpoint.
-Repeating it is safe: ClickHouse replaces an event's row, Redis counts an event once and keeps the newest one.
+It sends every event with start <= time < end, joined with today's rows, beside the running replicator or without it.
+The time is event_ts, or what REPLICATOR_STREAM declares. It touches neither slot nor checkpoint. Repeating it is
+safe: ClickHouse replaces an event's row, Redis counts an event once and keeps the newest one.
 
 Events committed while it runs come through the stream. To fill a gap, make the new slot first
 (`init --accept-gap`). After a joined row was corrected, a backfill brings the correction to ClickHouse.
 
-It reads page by page, each in a short transaction. With an index on time and identity a page costs what it holds.
-Where there is none, the log has the statement that makes it.
+It reads page by page, each in a short transaction. With an index on time and identity, a page reads only its own
+rows. If there is none, the log has the statement that makes it.
 
-SIGTERM and Ctrl-C finish the writes in flight. --resume continues there, and also after a crash.
+SIGTERM and Ctrl-C finish the writes in flight. --resume continues from there, also after a crash.
 """
 
 

@@ -31,7 +31,7 @@ PAGE = 500
 SinkName: TypeAlias = Annotated[str | None, typer.Option("--sink", metavar="NAME", help="the name of one sink")]
 StageName: TypeAlias = Annotated[
     Literal["row", "event"] | None,
-    typer.Option("--stage", help="`row`: no event could be made of the row; `event`: a sink refused the event"),
+    typer.Option("--stage", help="`row`: the row could not be made into an event; `event`: a sink refused the event"),
 ]
 Ids: TypeAlias = Annotated[
     list[int] | None,

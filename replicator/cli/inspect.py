@@ -24,10 +24,10 @@ UNITS = {"seconds": "s", "mb": "MB"}
 
 
 async def check(as_json: Json = False) -> int:
-    """Say what is missing, with the cure.
+    """Check that everything is in order, and print cures.
 
     It looks at PostgreSQL, the slot, the checkpoint, the tables and the sinks, and changes nothing. Each finding is a
-    line.
+    line: ok, note (it passes, with an advice) or FAIL.
     """
     from replicator.operations import check as preflight
     from replicator.operations.status.text import counted

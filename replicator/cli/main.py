@@ -84,7 +84,7 @@ _add(app, "reconcile", reconcile.reconcile, "replicator reconcile --last 1d --re
 _add(app, "rebuild-redis", reconcile.rebuild_redis, "replicator rebuild-redis", DIFFERENT, reconcile.REBUILD)
 _add(app, "sql", inspect.sql, 'replicator sql slot-lag | psql "$REPLICATOR_POSTGRES_DSN"')
 _add(app, "top", top.top, "replicator top --url http://10.0.0.7:8080", f"{DONE},\n  3 not ready, without a terminal")
-_notify = _group("notify", "Messages to REPLICATOR_NOTIFY_URL.")
+_notify = _group("notify", "Test the messages to REPLICATOR_NOTIFY_URL.")
 _add(_notify, "test", notify.test, "replicator notify test")
 _config = _group("config", "Show and check the settings.")
 _add(_config, "show", inspect.config_show, "replicator config show --json")

@@ -39,19 +39,19 @@ Wait: TypeAlias = Annotated[
 RECONCILE = """\
 Compare PostgreSQL with the sinks, repair what differs.
 
-ClickHouse: events with start <= time < end, field by field, through counts and checksums computed in both. Redis:
-was each of these events counted, and is each key's count no less than the number of its events? Higher counts are
-differences only where deletes reach the sinks, also of keys that have no row: else deleted rows stay counted. This
-part reads the whole table.
+ClickHouse: it compares events with start <= time < end, field by field, through counts and checksums computed in
+both databases. Redis: was each of these events counted, and is each key's count at least the number of its events?
+Higher counts are differences only if deletes reach the sinks: otherwise deleted rows stay counted. This part reads
+the whole table.
 
 It runs beside the replicator. A difference is checked again when the slot has passed the position at which
 PostgreSQL was read. REPLICATOR_SLOT must be the slot that feeds these sinks. Dead letters count as missing.
 
-Fields that are joined, or derived from these, depend on what the joined row was at the time (of engagement_events:
-content_type, length_seconds and engagement_pct). They are compared, with today's row, only --with-content.
+Joined fields, and fields derived from them, depend on the joined row at commit time (for engagement_events:
+content_type, length_seconds and engagement_pct). They are compared only with --with-content, with today's row.
 
 --repair sends what is missing or different. --delete-extra also deletes events from ClickHouse that PostgreSQL no
-longer has, those of a dropped partition for instance: choose the range accordingly.
+longer has, for instance those of a dropped partition: choose the range accordingly.
 """
 
 
@@ -111,18 +111,18 @@ def _comparable() -> list[str]:
 
 
 REBUILD = """\
-Make all of Redis's keys again from PostgreSQL.
+Rebuild all of Redis's keys from PostgreSQL.
 
-The replicator may run meanwhile. For Redis after it lost its keys: a flush, a crash without persistence, a new
-server. Each event is counted once, whether the stream or the rebuild brings it. Until it is done, counts are too
-low.
+Use it when Redis has lost its keys: after a flush, a crash without persistence, on a new server. The replicator may
+run meanwhile. Each event is counted once, whether the stream or the rebuild brings it. Until it is done, counts are
+too low.
 
-Events that Redis has marked as seen are not counted again, so a count that is wrong although its events are marked
-stays wrong: at the end all are compared, those too low are named, and the exit code is 3. --from-empty asks, then
-deletes all of the replicator's keys atomically (Redis is blocked for about 1 us per key) and makes them again.
-Events that PostgreSQL no longer has are then no longer counted.
+Events that Redis has marked as seen are not counted again, so a wrong count of such events stays wrong: at the end
+all counts are compared, those too low are named, and the exit code is 3. --from-empty asks, then deletes all of the
+replicator's keys atomically (which blocks Redis for about 1 us per key) and rebuilds them. Then events that
+PostgreSQL no longer has are no longer counted.
 
-SIGTERM and Ctrl-C finish the writes in flight. --resume continues there, also after a crash, unless Redis was
+SIGTERM and Ctrl-C finish the writes in flight. --resume continues from there, also after a crash, unless Redis was
 emptied or restarted since: then it starts at the beginning.
 """
 
@@ -210,7 +210,7 @@ async def _recount(app: App, sink: Sink) -> int:
     finally:
         await ledger.close()
     if differ and underway.gave_up:
-        report.hints.append(f"what differs may still be on its way: {underway.gave_up}")
+        report.hints.append(f"the differences may be events that are still on their way: {underway.gave_up}")
     if differ:
         fresh = command(f"rebuild-redis --from-empty{sink.stream_option}")
         report.hints.append(f"dead letters are not counted; if there are none, {fresh} corrects the counts")

@@ -180,15 +180,15 @@ async def init(
         bool,
         typer.Option(
             "--accept-gap",
-            help="if slot and checkpoint no longer fit together: begin where the slot is now. What is between is"
-            " missing until a backfill, whose command is printed. If they fit: accept what a sink is known to lack",
+            help="if slot and checkpoint no longer fit together: begin at the slot's position, and print the backfill"
+            " command for the events in between. If they fit: accept what a sink is known to have lost",
         ),
     ] = False,
 ) -> int:
     """Make the table, the checkpoint database and the slot.
 
-    It makes only what is missing, so running it again changes nothing; and nothing at all while `check` refuses
-    PostgreSQL or its tables. It prints the backfill command for older rows.
+    It makes only what is missing, so you can run it again. It makes nothing while `check` fails for PostgreSQL or its
+    tables. It prints the backfill command for older rows.
     """
     from replicator.contracts.events import format_lsn
     from replicator.source.takeover import Beginning
@@ -270,7 +270,7 @@ async def _created(sink: Sink) -> list[str]:
     except Exception as exc:
         log.debug("sink %s could not make what it needs", sink.name, exc_info=True)
         problem = f"sink {sink.name} failed in an unexpected way ({type(exc).__name__})"
-        raise SinkError(sink.name, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it") from exc
+        raise SinkError(sink.name, problem, "REPLICATOR_LOG_LEVEL=debug shows where; report it to its author") from exc
 
 
 async def drop_slot(yes: Yes = False) -> int:

@@ -130,7 +130,7 @@ class SourceUnavailable(SourceError):
 
 
 class SourceRefuses(SourceUnavailable):
-    """PostgreSQL answers, and lets nobody in: a password, a right, pg_hba.conf, room, a start or shutdown."""
+    """PostgreSQL refuses the connection: password, right, pg_hba.conf, too many connections, a start or shutdown."""
 
     code = "R202"
 
@@ -148,7 +148,7 @@ class StreamEnded(SourceUnavailable):
 
 
 class SlotWaits(SourceUnavailable):
-    """A new slot is not there yet: it begins where no transaction runs that was open before it."""
+    """A new slot is not ready yet: it waits for the transactions that were open before it."""
 
     code = "R302"
 
@@ -157,7 +157,7 @@ class SlotWaits(SourceUnavailable):
 
 
 class StreamStuck(SourceUnavailable):
-    """The stream ends again and again without having come further."""
+    """The stream ends again and again without progress."""
 
     code = "R204"
 
@@ -167,7 +167,7 @@ class StreamStuck(SourceUnavailable):
 
 
 class SlotUndecodable(SourceUnavailable):
-    """PostgreSQL, or wal2json, fails at something that the slot has to read. Retried: nothing is passed over."""
+    """PostgreSQL or wal2json can't decode a change that the slot has to read. Retried: nothing is passed over."""
 
     code = "R205"
 
@@ -177,7 +177,7 @@ class SlotUndecodable(SourceUnavailable):
             detail=detail,
             cure="`run` tries again and keeps everything until it can. To get past it, stop `run`, then `SELECT"
             f" pg_replication_slot_advance('{slot}', pg_current_wal_lsn())` and {command('init --accept-gap')}: the"
-            " backfill command that it prints brings what was passed over",
+            " backfill command that it prints brings what was skipped",
         )
 
 
@@ -191,8 +191,8 @@ class SourceStandby(SourceUnavailable):
         ReplicatorError.__init__(
             self,
             detail,
-            "`run` waits until it is promoted, or REPLICATOR_POSTGRES_DSN leads to the primary, as it always does with"
-            " all hosts and target_session_attrs=primary in it",
+            "`run` waits until it is promoted, or REPLICATOR_POSTGRES_DSN leads to the primary. With all hosts and"
+            " target_session_attrs=primary in it, it always does",
             detail=detail,
         )
 
@@ -218,7 +218,7 @@ class SlotMissing(SourceError):
     def __init__(self, *, slot: str, checkpoint: str, since: str) -> None:
         super().__init__(
             f"replication slot {slot} does not exist, but the checkpoint says that it was read up to {checkpoint}."
-            f" What was committed since {since}, and is until there is a new slot, will be missing in the sinks",
+            f" Everything committed from {since} until there is a new slot will be missing in the sinks",
             f"{command('init --accept-gap')} makes the slot and prints the backfill command for what is missing",
         )
 
@@ -235,8 +235,8 @@ class SlotLost(SourceError):
             "wal_level_insufficient": ("wal_level was lowered", "Set wal_level = logical"),
         }.get(reason or "", ("PostgreSQL has removed WAL that it still needed", "Raise max_slot_wal_keep_size"))
         super().__init__(
-            f"replication slot {slot} is lost (wal_status lost): {what}. It was read up to {checkpoint}. What was"
-            f" committed since {since}, and is until there is a new slot, will be missing in the sinks",
+            f"replication slot {slot} is lost (wal_status lost): {what}. It was read up to {checkpoint}. Everything"
+            f" committed from {since} until there is a new slot will be missing in the sinks",
             f"{cure}, then run {command('drop-slot')}, then {command('init --accept-gap')}, which makes a new slot and"
             " prints the backfill command for what is missing",
         )
@@ -276,7 +276,7 @@ class SinkLeftOut(SourceError):
             f"sink {sink} was left out after {at}, the others went on to {others}. It lacks what was committed in"
             " between; the others lack nothing",
             f"{command('init --accept-gap')} lets it begin at {others}, and prints the backfill command for it alone."
-            f" Or leave it out. Where a sink is to miss nothing, {command(f'pause {sink}')} instead",
+            f" Or leave it out. Next time, use {command(f'pause {sink}')}: a paused sink misses nothing",
         )
 
 
@@ -290,7 +290,7 @@ class SourceUnusable(SourceError):
 
 
 class TablesUnfit(SourceError):
-    """The tables are not what events are made of. Nothing is read; looked at again until an operator has mended it.
+    """Events can't be made of the tables as they are. Nothing is read; looked at again until an operator has mended it.
 
     `untold`: meanwhile the WAL does not tell which rows are deleted.
     """
@@ -302,9 +302,9 @@ class TablesUnfit(SourceError):
         if untold:
             kept = (
                 "Nothing is read, and PostgreSQL keeps what is committed, but not which rows are deleted until this is"
-                " mended: the sinks keep those, and a dead letter will say so"
+                " corrected: the sinks keep those, and a dead letter will say so"
             )
-        on = "Once the tables fit it goes on by itself; another declaration, or setting, needs a restart"
+        on = "Once the tables fit, the replicator continues by itself; a changed declaration or setting needs a restart"
         super().__init__(f"{problem}. {kept}", f"{cure}. {on}", detail=problem)
 
 
@@ -336,12 +336,12 @@ class TimelineChanged(SourceError):
 
 
 class SinkResumed(SourceError):
-    """A sink that was paused gets what it lacks: the stream begins again after the checkpoint, which waited for it."""
+    """A resumed sink gets what it lacks: the stream begins again after the checkpoint, which waited for it."""
 
     code = "R213"
 
     def __init__(self, *, sink: str) -> None:
-        super().__init__(f"sink {sink} is resumed: the stream begins again where it is. The others skip what they have")
+        super().__init__(f"sink {sink} is resumed: the stream begins again at its position. Others skip what they have")
 
 
 class DecodeError(SourceError):
@@ -374,7 +374,7 @@ class SinkUnavailable(SinkError):
 
     def __init__(self, *, sink: str, detail: str, retry_after: float | None = None) -> None:
         problem = f"sink {sink} did not take the batch: {detail}"
-        super().__init__(sink, problem, "It is retried until it does", detail=detail)
+        super().__init__(sink, problem, "The replicator retries until it does", detail=detail)
         self.retry_after = retry_after
 
 
@@ -389,7 +389,7 @@ class SinkMisconfigured(SinkError):
 
 
 class DeadLettersFull(SinkError):
-    """A sink refuses more events than may be kept, or no event can be made of more rows.
+    """There are more dead letters than may be kept.
 
     Of rows `sink` is None.
 
@@ -400,7 +400,7 @@ class DeadLettersFull(SinkError):
 
     def __init__(self, *, sink: str | None, stored: int, count: int, limit: int) -> None:
         which = f"--sink {sink}" if sink else "--stage row"
-        owner = f"sink {sink} has" if sink else "rows that no event could be made of:"
+        owner = f"sink {sink} has" if sink else "rows that could not be made into events:"
         super().__init__(
             sink,
             f"{owner} {stored} dead letters; {count} more would pass the limit of {limit}. They wait, and nothing is"
@@ -430,13 +430,13 @@ class SinkEmptied(SinkUnusable):
 
 
 class SinkBroken(SinkError):
-    """A sink raised what its code does not know (a bug, no file descriptor left). A lane retries slowly and loudly."""
+    """A sink failed in an unexpected way (a bug, no file descriptor left). A lane retries slowly and loudly."""
 
     code = "R507"
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} failed in an unexpected way: {detail}. The events are kept and retried slowly"
-        super().__init__(sink, problem, "The log has the traceback: please report it", detail=detail)
+        super().__init__(sink, problem, "Please report it, with the traceback in the log", detail=detail)
 
 
 class BatchRefused(SinkError):
@@ -466,7 +466,7 @@ class SinkRefusesAll(SinkError):
     code = "R503"
 
     def __init__(self, *, sink: str, detail: str) -> None:
-        problem = f"sink {sink} refuses everything it is asked: {detail}. All events are kept and retried slowly"
+        problem = f"sink {sink} refuses everything: {detail}. All events are kept and retried slowly"
         settings = f"REPLICATOR_{sink.partition('/')[0].upper()}_…"
         cure = f"Check that the settings {settings} are right, and why the destination refuses events"
         super().__init__(sink, problem, cure, detail=detail)
@@ -479,7 +479,7 @@ class SinkContradicts(SinkError):
 
     def __init__(self, *, sink: str, detail: str) -> None:
         problem = f"sink {sink} refuses events and takes some of them when asked again: {detail}"
-        super().__init__(sink, problem, "The events are kept and retried. See whether all its servers are the same")
+        super().__init__(sink, problem, "The events are kept and retried. Check whether all its servers behave alike")
 
 
 class CheckpointError(ReplicatorError):
@@ -489,7 +489,7 @@ class CheckpointError(ReplicatorError):
 
 
 class CheckpointUnavailable(CheckpointError):
-    """The checkpoint database does not store what it is given. Retried until it does; nothing is confirmed before."""
+    """The checkpoint database can't save anything. Retried until it does; nothing is confirmed before."""
 
     code = "R601"
 
@@ -512,8 +512,8 @@ class CheckpointMissing(CheckpointError):
             f"the checkpoint database{database and f' {database}'} has nothing of replication slot {slot}, but the slot"
             f" was read before, up to {confirmed}",
             "If REPLICATOR_CHECKPOINT_URL, or the state directory, names another database than before, change it back."
-            f" If the checkpoint is lost, {command('init --accept-gap')} begins where the slot is: these sinks lack"
-            " nothing if it was read for them",
+            f" If the checkpoint is lost, {command('init --accept-gap')} begins at the slot's position: these sinks"
+            " lack nothing if the slot was only read for them",
         )
 
 
@@ -525,8 +525,8 @@ class CheckpointBackward(CheckpointError):
     def __init__(self, *, slot: str, stored: str, offered: str) -> None:
         super().__init__(
             f"the checkpoint of slot {slot} would go back from {stored} to {offered}",
-            "Another replicator uses the same slot and checkpoint database. See that only one is active, then start"
-            " this one again",
+            "Another replicator uses the same slot and checkpoint database. Make sure that only one is active, then"
+            " start this one again",
         )
         self.stored = stored
 
@@ -537,7 +537,7 @@ class Overtaken(CheckpointError):
     code = "R604"
 
     def __init__(self, *, checkpoint: str, stored: str) -> None:
-        cure = "This one starts again, as the standby. See that the other one runs"
+        cure = "This one starts again, as the standby. Check that the other one runs"
         super().__init__(f"another replicator went on from {checkpoint} to {stored} while this one was cut off", cure)
 
 

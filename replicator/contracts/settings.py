@@ -243,7 +243,7 @@ def _conninfo(value: SecretStr) -> SecretStr:
         raise ValueError("it is empty")  # libpq would connect to wherever it does by default
     if "://" in value.get_secret_value() and "@" in f"{parts.get('host', '')}{parts.get('dbname', '')}":
         # The password ended too early, and errors would name its rest as a host or database.
-        raise ValueError("it has an @ too many; in user and password it is written %40, and / is %2F")
+        raise ValueError("it has an @ too many; in user and password write it as %40, and / as %2F")
     return value
 
 
@@ -254,7 +254,7 @@ def unbroken(value: SecretStr) -> SecretStr:
     except ValueError:
         return value  # whoever reads it says what is wrong
     if "@" in f"{url.path}{url.fragment}":
-        raise ValueError("it has an @ behind its host; in user and password / is written %2F, and a path's @ is %40")
+        raise ValueError("it has an @ behind its host; in user and password write / as %2F, in a path @ as %40")
     return value
 
 

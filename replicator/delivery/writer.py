@@ -166,7 +166,7 @@ class Writer:
     def _say_halving(self, exc: BatchRefused, part: Sequence[Event], write: Write) -> None:
         if not isinstance(exc, BatchTooLarge) and time.monotonic() - self._said_at > COMPLAINT_SECONDS:
             self._said_at, self._told = time.monotonic(), write
-            message = "sink %s refuses %d events at once (%s): it gets parts of them until those at fault are found"
+            message = "sink %s refuses %d events at once (%s): the lane sends parts of them to find those at fault"
             fields = {"sink": self._sink.name, "code": exc.code}
             log.warning(message, self._sink.name, len(part), exc.detail, extra=fields)
 
@@ -317,7 +317,7 @@ class Writer:
             await self._ask(witness if witness and failed % 2 == 0 else self._scout())
         except BatchRefused as exc:
             return exc.detail
-        return "it was given nothing that it could take"
+        return "there is nothing else that it could take"
 
 
 def checked(events: Sequence[Event], returned: Iterable[object]) -> list[Refusal]:

@@ -109,12 +109,12 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]])
                 Finding(
                     False,
                     f"{name}: its check has not ended within {CHECK_SECONDS:.0f} s",
-                    "Look whether it answers at all",
+                    "Check whether it answers at all",
                 )
             ]
         log.debug("the check of %s failed", name, exc_info=True)
         problem = f"{name}: its check failed in an unexpected way ({type(exc).__name__})"
-        return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; tell whoever wrote it")]
+        return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; report it to its author")]
 
 
 async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> list[Finding]:
@@ -125,7 +125,7 @@ async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: Check
     stored = found.stored
     if stored:  # a write that changes nothing: can there be any?
         await asyncio.to_thread(store.save_progress, settings.slot, "check", None)
-    at = f"at {format_lsn(stored.end_lsn)}" if stored else "nothing in it yet: the first start begins at the slot"
+    at = f"at {format_lsn(stored.end_lsn)}" if stored else "empty: the first start begins at the slot's position"
     return [Finding(True, f"checkpoint database: {at}"), _slot(settings, found.state)]
 
 

@@ -28,12 +28,12 @@ def secrets_in_clear(settings: CoreSettings, sinks: Sequence[Sink]) -> Iterator[
             url = _parsed(secret)
             if url.scheme in SAFE and not is_here(url.hostname) and (url.password or len(secrets) > 1):
                 cure = f"Use {SAFE[url.scheme]}:// in {variable(name)}"
-                yield Finding(True, f"sink {sink.name}: a secret goes to {url.hostname} in clear", cure)
+                yield Finding(True, f"sink {sink.name}: a secret goes to {url.hostname} unencrypted", cure)
             yield from _postgres(f"sink {sink.name}", secret, variable(name))
     for name in ("notify_url", "heartbeat_url"):
         url = _parsed(getattr(settings, name) or SecretStr(""))
         if url.scheme == "http" and not is_here(url.hostname):
-            yield Finding(True, f"{variable(name)}: it goes to {url.hostname} in clear", "Use https:// in it")
+            yield Finding(True, f"{variable(name)}: it goes to {url.hostname} unencrypted", "Use https:// in it")
     yield from _postgres("the checkpoint database", settings.checkpoint_url, variable("checkpoint_url"))
 
 

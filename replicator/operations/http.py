@@ -153,7 +153,7 @@ class Admin:
         """The answer to what is no request for anything here."""
         method, _, rest = asked[0].partition(" ")
         if not rest.partition(" ")[2].startswith("HTTP/1."):
-            self._complain("what was sent is not HTTP")
+            self._complain("the request is not HTTP")
             return _error(HTTPStatus.BAD_REQUEST)
         if not all(map(self._is_here, _hosts(asked))):  # a web page that has bound its name to this machine
             return HTTPStatus.MISDIRECTED_REQUEST, TEXT, MISDIRECTED
@@ -245,8 +245,8 @@ def exposed(listen: str) -> str:
     if not listen or _is_loopback(listen.rpartition(":")[0].strip("[]")):
         return ""
     return (
-        f"REPLICATOR_ADMIN_LISTEN: whoever reaches {listen} can read status, metrics and any event by its id, without a"
-        " password; let only probes and scrapers reach it"
+        f"REPLICATOR_ADMIN_LISTEN: anyone who reaches {listen} can read status, metrics and any event by its id,"
+        " without a password; let only probes and scrapers reach it"
     )
 
 

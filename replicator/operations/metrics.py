@@ -37,30 +37,30 @@ def _share(part: int | None, whole: int | None) -> float | None:
 
 # A value that is None is unknown: the metric is absent then.
 OF_STATUS: dict[str, tuple[Family, str, Callable[[Status], float | None]]] = {
-    "ready": (GAUGE, "0 while anything is wrong; a standby for which all is well has 1", lambda now: now.ready),
-    "unready_reasons": (GAUGE, "how many things are wrong: the lines of /readyz", lambda now: len(now.reasons)),
-    "standby": (GAUGE, "1 while it waits because another process reads the slot", lambda now: bool(now.standby)),
+    "ready": (GAUGE, "0 while anything is wrong; a standby with nothing wrong has 1", lambda now: now.ready),
+    "unready_reasons": (GAUGE, "the number of reasons in /readyz", lambda now: len(now.reasons)),
+    "standby": (GAUGE, "1 while it waits as the standby", lambda now: bool(now.standby)),
     "lag_bytes": (GAUGE, "WAL that is written and not confirmed", lambda now: now.slot.lag_bytes),
     "wal_kept_bytes": (GAUGE, "WAL that PostgreSQL keeps for the slot, in whole files", lambda now: now.wal.kept_bytes),
     "wal_limit_bytes": (
         GAUGE,
-        "as much as that may become before the slot is in danger; absent without max_slot_wal_keep_size",
+        "the most WAL that may be kept before the slot is in danger; absent without max_slot_wal_keep_size",
         lambda now: now.wal.limit_bytes,
     ),
     "wal_kept_ratio": (
         GAUGE,
-        "kept divided by the limit; absent without a limit",
+        "kept WAL divided by the limit; absent without a limit",
         lambda now: _share(now.wal.kept_bytes, now.wal.limit_bytes),
     ),
     "wal_lost_in_seconds": (
         GAUGE,
-        "until the slot is in danger if what is kept grows on like this; 0 if it is, absent while it does not grow",
+        "seconds until the slot is in danger at the current growth; 0 if it is, absent while the WAL does not grow",
         lambda now: now.wal.lost_in_seconds,
     ),
     "server_position_bytes": (GAUGE, "the end of PostgreSQL's WAL", lambda now: _position(now.slot.server_lsn)),
     "checkpoint_position_bytes": (
         GAUGE,
-        "every sink has everything up to here, and that is saved",
+        "saved position up to which every sink has everything",
         lambda now: _position(now.checkpoint.end_lsn),
     ),
     "checkpoint_saved_timestamp_seconds": (
@@ -70,12 +70,12 @@ OF_STATUS: dict[str, tuple[Family, str, Callable[[Status], float | None]]] = {
     ),
     "notifications_waiting": (
         GAUGE,
-        "messages for people that are not taken yet; absent when nobody is to be told",
+        "notifications that are not taken yet; absent without REPLICATOR_NOTIFY_URL",
         lambda now: now.notifications.waiting if now.notifications else None,
     ),
     "notifications_lost": (
         COUNTER,
-        "messages that were refused, or were the oldest of too many; absent likewise",
+        "notifications that were refused, or were the oldest of too many; absent likewise",
         lambda now: now.notifications.lost if now.notifications else None,
     ),
     "dead_letters_limit": (
@@ -88,15 +88,15 @@ OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float | No
     "connected": (GAUGE, "1 while the stream runs", lambda it: it.connected),
     "confirmed_position_bytes": (
         GAUGE,
-        "up to here PostgreSQL was told that it may forget",
+        "position confirmed to PostgreSQL, which may forget everything up to it",
         lambda it: parse_lsn(it.confirmed_lsn),
     ),
     "verified_position_bytes": (
         GAUGE,
-        "up to here the tables were seen to be what the stream assumes; nothing is confirmed past it",
+        "position up to which the tables were seen to be what the stream assumes; nothing is confirmed past it",
         lambda it: parse_lsn(it.verified_lsn),
     ),
-    "held_bytes": (GAUGE, "memory of events that wait", lambda it: it.held_bytes),
+    "held_bytes": (GAUGE, "memory of waiting events", lambda it: it.held_bytes),
     "reading_stopped": (
         GAUGE,
         "1 while the memory limit stops reading for a third of the time or more",
@@ -104,7 +104,7 @@ OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float | No
     ),
     "carrier_executors": (
         GAUGE,
-        "executors of the Spark cluster that carries the writes out; absent when the process does",
+        "executors of the Spark cluster that does the writes; absent without Spark",
         lambda it: it.carrier.executors if it.carrier else None,
     ),
     "carrier_cores": (
@@ -113,14 +113,14 @@ OF_PROCESS: dict[str, tuple[Family, str, Callable[[ReplicatorStatus], float | No
         lambda it: it.carrier.cores if it.carrier else None,
     ),
     "rows": (COUNTER, "rows read from the slot", lambda it: it.rows),
-    "refused_rows": (COUNTER, "rows that no event could be made of", lambda it: it.refused_rows),
+    "refused_rows": (COUNTER, "rows that could not be made into events", lambda it: it.refused_rows),
 }
 OF_SINK: dict[str, tuple[Family, str, Callable[[SinkStatus], float | None]]] = {
     "events": (COUNTER, "events written, dead letters included", lambda sink: sink.events),
     "writes": (COUNTER, "writes that succeeded", lambda sink: sink.writes),
     "retries": (COUNTER, "tries that failed", lambda sink: sink.retries),
     "dead_letters": (COUNTER, "events that the sink refused for good", lambda sink: sink.dead_letters),
-    "position_bytes": (GAUGE, "every event up to here is written", lambda sink: _position(sink.end_lsn)),
+    "position_bytes": (GAUGE, "position up to which every event is written", lambda sink: _position(sink.end_lsn)),
     "waiting_events": (GAUGE, "events queued or in flight", lambda sink: sink.waiting),
     "lag_seconds": (
         GAUGE,
@@ -128,7 +128,7 @@ OF_SINK: dict[str, tuple[Family, str, Callable[[SinkStatus], float | None]]] = {
         lambda sink: sink.lag_seconds,
     ),
     "lag_bytes": (GAUGE, "WAL from the sink's position to the end of PostgreSQL's", lambda sink: sink.lag_bytes),
-    "paused": (GAUGE, "1 while somebody wants it so: PostgreSQL keeps the WAL for it", lambda sink: bool(sink.paused)),
+    "paused": (GAUGE, "1 while the sink is paused: PostgreSQL keeps the WAL for it", lambda sink: bool(sink.paused)),
     "troubled": (GAUGE, "1 while the sink takes nothing", lambda sink: bool(sink.trouble)),
 }
 
@@ -174,7 +174,7 @@ def _of_process(live: ReplicatorStatus, slot: str) -> Iterator[Metric]:
 
 
 def _letters(now: Status) -> Metric:
-    text = "dead letters that are kept; at stage row (no event could be made of the row) the sink is empty"
+    text = "dead letters that are kept; at stage row (the row could not be made into an event) the sink is empty"
     letters, slot = GAUGE("replicator_dead_letters", text, labels=["slot", "sink", "stage"]), now.slot.name
     if kept := now.dead_letters:
         of_sinks = (([slot, sink, "event"], kept.sinks.get(sink, 0)) for sink in now.sinks)

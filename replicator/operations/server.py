@@ -94,7 +94,7 @@ def _of_settings(version: int, values: Mapping[str, str], settings: CoreSettings
     yield _of_wal(int(values["max_slot_wal_keep_size"]), int(values["max_wal_size"]))
     if idle := int(values.get("idle_replication_slot_timeout") or 0):
         what = f"idle_replication_slot_timeout = {idle} s: a slot that nobody reads for so long is lost"
-        yield Finding(True, what, "Make it longer than the replicator may ever be down")
+        yield Finding(True, what, "Make it longer than any downtime of the replicator")
 
 
 def _of_wal(keep_mb: int, between_checkpoints_mb: int) -> Finding:
@@ -102,7 +102,7 @@ def _of_wal(keep_mb: int, between_checkpoints_mb: int) -> Finding:
         advice = "Fine while you monitor the disk; set a bound if losing the slot is better than a full disk"
         return Finding(True, "max_slot_wal_keep_size = -1: without a reader, WAL fills the disk", advice)
     low = keep_mb < between_checkpoints_mb
-    advice = f"That is little: less than max_wal_size ({between_checkpoints_mb} MB). Raise it" if low else ""
+    advice = f"That is less than max_wal_size ({between_checkpoints_mb} MB). Raise it" if low else ""
     return Finding(True, f"max_slot_wal_keep_size = {keep_mb} MB: a slot that falls further behind is lost", advice)
 
 

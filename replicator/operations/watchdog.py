@@ -47,7 +47,7 @@ UNSAVED_SECONDS = 20.0
 """More than the pauses between two checkpoints: a look at the tables, which comes before, may be slow."""
 NOTICE_SECONDS = 1.0
 """What begins and ends is noticed within it. A look at what is in memory takes some 20 us."""
-UNASKED = "PostgreSQL has not been asked for the slot yet"
+UNASKED = "The replicator has not looked at the slot yet"
 BEGINNING = frozenset({STARTING, UNASKED})
 """Not ready, and nothing is wrong."""
 NEARLY = 0.8
@@ -187,7 +187,7 @@ class Watchdog:
             return ""
         return (
             f"process {slot.active_pid} reads replication slot {self._name}, and the checkpoint database does not"
-            " follow: it is no replicator, or REPLICATOR_CHECKPOINT_URL is not the same there"
+            " follow: that process is not a replicator, or has another REPLICATOR_CHECKPOINT_URL"
         )
 
     def status(self) -> form.Status:
@@ -321,7 +321,7 @@ class Watchdog:
         if self.pipeline.verification.trouble:
             return self.pipeline.verification.trouble.message
         if stored and stored.end_lsn < min(source.received, fan_out.slowest.mark.end_lsn):  # neither sinks nor source
-            return "the checkpoint is not saved, the log says why"
+            return "the checkpoint is not saved; the log says why"
         if waiting := [lane for lane in fan_out.lanes if lane.waiting]:
             lane = min(waiting, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
             return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
@@ -353,7 +353,7 @@ class Watchdog:
     def _restless(self) -> str:
         """That the stream breaks as soon as it runs: between two breaks it looks healthy."""
         breaks = self.pipeline.source.breaks.count - self._breaks[0][1]
-        return f"the stream broke {breaks} times in a minute, the log says why" if breaks >= RESTLESS else ""
+        return f"the stream broke {breaks} times in a minute; the log says why" if breaks >= RESTLESS else ""
 
     def _stuck(self) -> str:
         """That each stream ends where the one before did, while there is something to read; else empty."""

@@ -53,7 +53,7 @@ class Comparison:
             return
         digests = await asyncio.gather(self._digests(self._source, whole), self._digests(self._destination, whole))
         buckets = differing(*digests)
-        log.info("%s of %s stretches of time differ", len(buckets), len(whole.buckets))
+        log.info("%s of %s slices of time differ", len(buckets), len(whole.buckets))
         for chunk in chunk_by_size(buckets, FETCHED_EVENTS):
             part = whole._replace(buckets=chunk)
             async for piece in self._divided(part, sum(buckets[bucket] for bucket in chunk)):
@@ -81,7 +81,7 @@ class Comparison:
             part = whole._replace(buckets=whole.buckets[start : start + size])
             found |= await side.digests(part)
             if queries > 1:
-                log.info("%s of %s stretches of time are read", part.buckets[-1] + 1, len(whole.buckets))
+                log.info("%s of %s slices of time are read", part.buckets[-1] + 1, len(whole.buckets))
         return found
 
     async def _divided(self, part: Slice, events: int) -> AsyncIterator[Slice]:

@@ -83,7 +83,7 @@ class SinkReport(msgspec.Struct):
         """For an operator."""
         if self.source_events is not None:
             late = self.source_events != self.sink_events and not self.differences
-            meanwhile = " (more came meanwhile)" if late else ""
+            meanwhile = " (more were added meanwhile)" if late else ""
             yield f"{self.source_events} events in PostgreSQL, {self.sink_events} in {self.sink}{meanwhile}"
         yield from (f"{kind.replace('_', ' ')} {tally}" for kind, tally in self.found.items())
         if self.left.count != self.differences:

@@ -77,7 +77,7 @@ class Reconcile:
             sinks=reports,
         )
         if report.doubt:
-            show(f"what differs may still be on its way: {report.doubt}")
+            show(f"the differences may be events that are still on their way: {report.doubt}")
         show(f"{report.outcome}, {report.seconds:.1f} s")
         return report
 

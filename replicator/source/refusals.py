@@ -40,7 +40,7 @@ _REFUSALS = {
     "28": "Check user and password in REPLICATOR_POSTGRES_DSN, and pg_hba.conf",
     "3D": "Check the database's name in REPLICATOR_POSTGRES_DSN",
     "53300": "Raise max_connections or the role's or database's CONNECTION LIMIT, or close other connections",
-    "57P03": f"It starts up or shuts down: {_RETRIES}",
+    "57P03": f"It is starting or shutting down: {_RETRIES}",
 }
 _PASSING = {
     "57": "PostgreSQL ended the connection or the query",
@@ -98,7 +98,7 @@ def translated(exc: psycopg.Error, slot: str = "") -> SourceError:
         return SourceUnusable(problem=message, cure=cure)
     if way_in := _found(_REFUSALS, sqlstate):
         return SourceRefuses(detail=message, cure=way_in)
-    problem = _found(_PASSING, sqlstate) or "PostgreSQL does not do what it is asked to"
+    problem = _found(_PASSING, sqlstate) or "PostgreSQL refuses a request"
     return SourceUnavailable(problem=problem, detail=message, cure=_RETRIES)
 
 
@@ -152,4 +152,4 @@ def _cure_of(text: str, exc: psycopg.Error) -> str:
         return "Check user, password and database in REPLICATOR_POSTGRES_DSN, and that the role may log in"
     replicates = given and any(option.keyword == b"replication" and option.val for option in given.info)
     right = f". Otherwise connect to it directly, not through a pooler, and {replication_cure(user)}"
-    return f"If it starts up, shuts down or is full, {_RETRIES}{right if replicates else ''}"
+    return f"If it is starting, shutting down or out of connections, {_RETRIES}{right if replicates else ''}"

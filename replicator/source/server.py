@@ -57,7 +57,7 @@ def parted(identity: Identity, checkpoint: Checkpoint) -> str:
         return ""
     return (
         f"the server's timeline {new} left the checkpoint's, {old}, at {format_lsn(identity.branches[old])}, before the"
-        f" {format_lsn(furthest(checkpoint))} that sinks have come to: what was committed between the two is in the"
+        f" {format_lsn(furthest(checkpoint))} that sinks have reached: what was committed between the two is in the"
         " sinks and no longer in PostgreSQL (a failover to a standby that had not received it, or a restore)"
     )
 
@@ -96,7 +96,7 @@ def shuts_down() -> SourceUnavailable:
     """Why the stream was let go."""
     return SourceUnavailable(
         problem="PostgreSQL shuts down",
-        detail="it would wait until the sinks have taken everything, so the stream was let go",
+        detail="it would wait until the sinks have taken everything, so the replicator disconnected",
         cure="What is not confirmed comes again: `run` connects when PostgreSQL is back",
     )
 

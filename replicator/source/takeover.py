@@ -44,7 +44,7 @@ MARGIN_SECONDS = 3600
 """How much earlier than the gap a backfill begins: longer than nearly every transaction, and repeating costs little."""
 EVERYTHING = "0001-01-01"
 """Where a backfill of all times begins."""
-NOT_DATED = "it is not known since when it lacks events: all of them again"
+NOT_DATED = "it is unknown since when it lacks events: this sends all of them"
 LOST = (
     "the sinks may have events that PostgreSQL lost in the failover, and it may give their ids again. When the"
     " replicator has caught up, this makes ClickHouse and Redis equal to PostgreSQL"
@@ -53,8 +53,8 @@ PAUSED = "paused: "
 """What a pause is found by, with the sink's name, among the tasks of the checkpoint database."""
 REMEMBERED = "remembered: "
 """The same of what a sink knows its data by."""
-BROKEN = "sink %s fails to remember what it knows its data by (%s): it may not see after a restart that they are gone"
-REPEATS = "sees again what it has of that time, under the same id"
+BROKEN = "sink %s can't say what it knows its data by (%s): after a restart it may not notice that they are gone"
+REPEATS = "gets again what it has of that time, under the same id"
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -327,7 +327,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     """Lines for the operator: the gap from what was found to `first`, made when the slot was as in `state`."""
     stored = found.stored
     if stored is None:
-        yield f"everything after {_place(first)} comes through the slot; some of it the sinks may see a second time"
+        yield f"everything after {_place(first)} comes through the slot; the sinks may get some of it again"
         return
     until = state.server_time
     since = _known(stored.dated, until)
@@ -339,7 +339,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
             yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
             yield f"  {PROGRAM} rebuild-redis --from-empty{option}"
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
-            yield "Everything else comes through the slot: nothing has to be brought."
+            yield "Everything else comes through the slot: no backfill is needed."
             return
     missing = f"what was committed from {slots.when(since)} to {slots.when(until)} may be missing"
     yield f"{accepted}; {missing}. To bring it:"
@@ -357,8 +357,8 @@ def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) 
         command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}{option}"
         yield "   # ".join([command, *([", ".join(notes)] if notes else [])])
     yield (
-        f"(It begins {MARGIN_SECONDS // 3600} h earlier, because an event's time is older than its commit. Where"
-        " transactions last longer, or applications set that time themselves, begin still earlier.)"
+        f"(It begins {MARGIN_SECONDS // 3600} h earlier, because an event's time is older than its commit. If"
+        " transactions last longer, or applications set that time themselves, choose an earlier --start.)"
     )
 
 

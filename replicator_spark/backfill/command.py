@@ -46,7 +46,7 @@ SIGTERM and Ctrl-C end it after the turns that run, 20 seconds or so. --resume c
 """
 
 DESERTED = (
-    "no executor of Spark's takes it: see that the cluster runs, and has a free core and memory for it. If its Master"
+    "no executor of Spark takes it: check that the cluster runs, and has a free core and memory for it. If its Master"
     " was restarted, end this, and continue it with --resume"
 )
 

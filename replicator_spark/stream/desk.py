@@ -39,12 +39,11 @@ one task, so large."""
 GATHER_SECONDS = 0.01
 """So long a write waits for others to come along: a lane that goes on begins several, one after the other."""
 DESERTED = (
-    "no executor of Spark's takes the write: see that the cluster runs, and has a free core and memory for this"
+    "no executor of Spark takes the write: check that the cluster runs, and has a free core and memory for this"
     " application"
 )
 ABANDONED_CURE = (
-    "A Master that was restarted does not know an application any more. Start the replicator again, as its supervisor"
-    " does"
+    "A restarted Master no longer knows the application. Start the replicator again, as its supervisor does"
 )
 
 log = logging.getLogger("replicator.spark")

@@ -62,7 +62,7 @@ def parse_url(url: str) -> Address:
     if parts.query or parts.fragment:
         raise ValueError("it has a ? or # part")
     if embedded == bool(parts.hostname) or embedded != bool(directory):
-        raise ValueError("before the database is the host of a server, or the absolute directory of the engine")
+        raise ValueError("it needs the host of a server, or the absolute directory of the engine, before the database")
     if embedded and find_spec("chdb") is None:
         raise ValueError("the embedded engine is missing: pip install 'engagement-replicator[chdb]'")
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname

@@ -54,7 +54,7 @@ _URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user a
 _RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table, SELECT from it and change settings"
 _FITTING_CURE = f"Compare the table, its defaults included, with what {command('sql clickhouse')} prints"
 _FRONT_CURE = (
-    "See what stands between the replicator and ClickHouse (a proxy, a load balancer, a page for maintenance), and that"
+    "Check what is between the replicator and ClickHouse (a proxy, a load balancer, a maintenance page), and that"
     " REPLICATOR_CLICKHOUSE_URL leads to ClickHouse's HTTP port"
 )
 _REDIRECT_CURE = "Set REPLICATOR_CLICKHOUSE_URL to the address of ClickHouse itself: redirects are not followed"
@@ -62,7 +62,7 @@ _CA_CURE = (
     "Check that the certificate is in date and names the host in REPLICATOR_CLICKHOUSE_URL, and that "
     "REPLICATOR_CLICKHOUSE_CA_FILE holds the authority that signed it, if that is a private one"
 )
-_TLS_CURE = "Write http:// in REPLICATOR_CLICKHOUSE_URL, or name the port that speaks TLS (8443 by default)"
+_TLS_CURE = "Write http:// in REPLICATOR_CLICKHOUSE_URL, or use the port that speaks TLS (8443 by default)"
 _ENGINE_CURE = "Check REPLICATOR_CLICKHOUSE_URL, and who holds its directory"
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
@@ -165,7 +165,7 @@ def _unanswered(exc: Exception, where: str) -> SinkError:
     if any(getattr(cause, "reason", None) in _NO_TLS for cause in causes):  # an ssl.SSLError; aiohttp's has no reason
         return SinkMisconfigured(sink=SINK, detail=f"{where} does not speak TLS", cure=_TLS_CURE)
     if isinstance(exc, aiohttp.ClientResponseError):
-        return not_clickhouse(where, "that is no answer in HTTP")
+        return not_clickhouse(where, "the answer is not HTTP")
     last = causes[-1]
     reason = f": {cited(last.strerror)}" if isinstance(last, OSError) and last.strerror else ""
     error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered

@@ -70,7 +70,7 @@ _VIEW_CURE = (
     " kept meanwhile"
 )
 
-EXPIRES_CURE = "Fine if that is meant. {compare} calls what it has deleted missing"
+EXPIRES_CURE = "Fine if that is intended. {compare} reports deleted rows as missing"
 
 NO_EVENTS = Slice(origin_us=0, width_us=1, buckets=(0,))
 

@@ -106,8 +106,8 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
     """The keys are another source's."""
     return SinkUnusable(
         sink=sink,
-        detail=f"its keys belong to {cited(owner, most=DETAIL_LENGTH)}, and these events come from {ours}: neither "
-        "counts right beside the other",
+        detail=f"its keys belong to {cited(owner, most=DETAIL_LENGTH)}, and these events come from {ours}: their counts "
+        "would mix",
         cure="Give each its own REPLICATOR_REDIS_PREFIX, or its own database number in REPLICATOR_REDIS_URL. If it is "
         f"the same database, moved (an upgrade, a restore, another name): redis-cli DEL {key}, and it is adopted",
     )
@@ -131,8 +131,8 @@ def lost_error(sink: str, address: str, stream_option: str) -> SinkError:
         sink=sink,
         detail=f"Redis at {address} was emptied, or came back without its keys: counts began again at 0, and what was "
         "counted before is missing",
-        cure=f"Run {command(f'rebuild-redis{stream_option}')} while the replicator runs: it makes it all again "
-        "(nothing to do if that is already running)",
+        cure=f"Run {command(f'rebuild-redis{stream_option}')} while the replicator runs: it rebuilds all keys "
+        "(nothing to do if it is already running)",
     )
 
 

@@ -30,7 +30,7 @@ def findings(info: Info | None, appendfsync: str, stream_option: str = "") -> li
     old = re.match(r"[0-5]\.", str(version))
     # Any policy but noeviction deletes seen bits, counts and buckets one by one.
     evicts = info.get("maxmemory", 0) and policy != "noeviction"
-    does = f"throws keys away when its memory is full (maxmemory-policy {policy})" if evicts else "throws no keys away"
+    does = f"evicts keys when its memory is full (maxmemory-policy {policy})" if evicts else "evicts no keys"
     return [
         Finding(not old, f"Redis is version {version}", "Upgrade it to 6.0 or newer" if old else ""),
         Finding(not evicts, f"Redis {does}", NOEVICTION_CURE if evicts else ""),

@@ -49,11 +49,11 @@ RUNS = 16
 """So many of Redis's runs are remembered: more than answer behind a proxy."""
 
 RESTARTED = (
-    "Redis at %s was restarted, or another one answers now: unless it keeps an append-only file with appendfsync"
-    " always, it may have lost its latest writes. %s over the last hours finds and repairs that"
+    "Redis at %s was restarted, or another one answers now. Unless it keeps an append-only file with appendfsync"
+    " always, it may have lost its latest writes. %s over the last hours finds and repairs them"
 )
 VERIFY_CURE = (
-    "Anybody in between gets the password: remove ssl_cert_reqs and ssl_check_hostname from REPLICATOR_REDIS_URL"
+    "Anyone in between can read the password: remove ssl_cert_reqs and ssl_check_hostname from REPLICATOR_REDIS_URL"
 )
 
 _log = logging.getLogger(__name__)

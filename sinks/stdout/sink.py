@@ -22,7 +22,7 @@ from sinks.threads import BlockingCalls
 STDOUT = 1
 WRITE_SECONDS = 15.0
 """A reader that takes nothing for so long is reported. Its write goes on, and the events come again behind it."""
-CURE = "Start the replicator again, with a program behind it that reads until the end"
+CURE = "Restart the replicator, piped into a program that reads until the end"
 
 # What moves a terminal's cursor or turns its text around, beyond what JSON escapes anyway: C1 and bidirectional marks.
 _CONTROL = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -59,7 +59,7 @@ class StdoutSink(Sink):
         try:
             await self._calls.run(partial(self._put, lines), WRITE_SECONDS)
         except TimeoutError as exc:
-            detail = f"standard output: its reader takes nothing for {WRITE_SECONDS:g} s"
+            detail = f"standard output: its reader has taken nothing for {WRITE_SECONDS:g} s"
             raise SinkUnavailable(sink=self.name, detail=detail) from exc
         except OSError as exc:
             problem = f"its reader has ended. {CURE}" if exc.errno == errno.EPIPE else exc.strerror

@@ -107,7 +107,7 @@ def test_a_sink_that_dies_and_comes_back(
     insert(source)
     viewer.sees_state("trouble", 3)
     assert "clickhouse" in viewer.text("headline")
-    assert "It is retried until it does" in viewer.text("headline")
+    assert "The replicator retries until it does" in viewer.text("headline")
     viewer.sees("flow", "in trouble for")
     viewer.sees_state("wrong")
     assert "did not take the batch" in quick.admin("/readyz")

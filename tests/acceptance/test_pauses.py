@@ -42,7 +42,7 @@ def test_a_pause_lasts_over_a_kill(
     wait_until(lambda: quick.status()["wal"]["kept_bytes"] is not None, "the first look at the slot")
     said = succeed(quick.run("pause", "http"))
     assert said.startswith("sink http is paused until somebody resumes it; PostgreSQL keeps the WAL after")
-    assert "WAL of the slot meanwhile: no limit (max_slot_wal_keep_size): " in said
+    assert "WAL kept for the slot: no limit (max_slot_wal_keep_size): " in said
     for _ in range(2):
         insert_many(source, 1_000)
         wait_for_clickhouse(database, destinations)
@@ -137,7 +137,7 @@ def test_without_a_replicator_a_pause_is_kept(
     succeed(quick.run("init"))
     assert "no replicator runs here; with the next start sink http is paused" in succeed(quick.run("pause", "http"))
     retried = quick.run("retry", "http")
-    assert (1, "no replicator runs here: nothing is tried\n") == retried[:2]
+    assert (1, "no replicator runs here, so nothing is tried\n") == retried[:2]
     quick.start()
     insert_many(source, 10)
     wait_for_clickhouse(database, destinations)
@@ -174,7 +174,7 @@ def test_retry_ends_the_wait(
     insert_many(source, 1)
     wait_until(lambda: "503" in program.status()["sinks"]["http"]["trouble"], "the trouble")
     api.behave()
-    assert "is asked again now; before: " in succeed(program.run("retry", "http"))
+    assert "is tried again now; the trouble until now: " in succeed(program.run("retry", "http"))
     wait_until(lambda: 1 == taken(destinations), "the event", 10)
     assert 0 == program.stop()
 

@@ -231,7 +231,7 @@ def test_without_a_replicator_it_says_so(settings: Program, source: psycopg.Conn
     insert_many(source, 10)
     output = differences(settings.run("reconcile", *EVERYTHING))
     assert "missing 10: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n" in output
-    assert "what differs may still be on its way: no replicator runs, slot" in output
+    assert "the differences may be events that are still on their way: no replicator runs, slot" in output
 
 
 def test_what_is_still_open_is_not_deleted(

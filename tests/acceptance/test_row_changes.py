@@ -409,7 +409,7 @@ def test_a_replica_identity_that_told_nothing(parcels: Program, source: psycopg.
     source.execute("ALTER TABLE parcels REPLICA IDENTITY NOTHING")
     source.execute("DELETE FROM parcels WHERE id = 1")
     source.execute("UPDATE parcels SET weight = 3 WHERE id = 2")
-    parcels.wait_for_log("public.parcels has a replica identity that does not tell which row was changed or deleted")
+    parcels.wait_for_log("public.parcels has a replica identity that does not identify changed and deleted rows")
     source.execute("ALTER TABLE parcels REPLICA IDENTITY DEFAULT")
     wait_until(lambda: in_clickhouse(stack) == {1: 1, 2: 3}, "the update to arrive")
     found = succeed(parcels.run("dead-letters", "list", "--stage", "row"))

@@ -319,7 +319,7 @@ def test_the_slot_was_dropped(
     insert_many(source, 1_000)
     result = refused(quick, f"Replication slot {quick.slot} does not exist", "`python -m replicator init --accept-gap`")
     assert 1 == quick.run("check").code
-    since = re.search(r"committed since (\S+), and is until there is a new slot", result.stderr)
+    since = re.search(r"committed from (\S+) until there is a new slot", result.stderr)
     assert since
     earlier = "SELECT bool_and(%s::timestamptz <= event_ts) FROM engagement_events WHERE id > 1000"
     assert (True,) == source.execute(earlier, [since[1]]).fetchone(), "what is missing was committed later than that"

@@ -97,7 +97,7 @@ def test_what_differs(traces: Traces, quick: Program, source: psycopg.Connection
     nowhere = {"clickhouse": "not found", "redis": "not found", "http": "unknown"}
     assert (3, nowhere) == traces.states(99)
     assert "it can't be asked" == traces.notes(99, "http"), "no position tells of an event that nobody knows"
-    assert "it can't be asked: its position tells" == traces.notes(1, "http")
+    assert "it can't be asked: this follows from its position" == traces.notes(1, "http")
 
 
 def test_what_is_not_there_yet(  # noqa: PLR0917  fixtures

@@ -127,7 +127,7 @@ def test_the_table_is_printed_with_it(program: Program) -> None:
         ("device=x,user_id=x", "x of engagement_events would be 2 columns at once"),
         ("device=a,device=b", "device has two names, a and b"),
         ("content.length_seconds=content_type", "content_type of content would be 2 columns at once"),
-        ("colour=x", "colour is no column that events are made of; they are id, content_id, user_id, event_type"),
+        ("colour=x", "events have no column colour; they are made of id, content_id, user_id, event_type"),
         ("content.id=x", "content.content_type, content.length_seconds"),
     ],
 )

@@ -127,7 +127,7 @@ TABLES = [
     (
         "with_(updates='upsert')",
         "ALTER TABLE shop.orders REPLICA IDENTITY NOTHING",
-        "has a replica identity that does not tell which row was changed or deleted",
+        "has a replica identity that does not identify changed and deleted rows",
         "ALTER TABLE shop.orders REPLICA IDENTITY FULL",
     ),
     (
@@ -151,7 +151,7 @@ TABLES = [
     (
         "with_(updates='upsert')",
         "ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey, ADD UNIQUE (id), ADD PRIMARY KEY (k) INCLUDE (id)",
-        "has a replica identity that does not tell which row was changed or deleted",
+        "has a replica identity that does not identify changed and deleted rows",
         "ALTER TABLE shop.orders REPLICA IDENTITY FULL",
     ),
     ("made(lambda total: 1 // 0, 'total')", "", "x can't be derived: ZeroDivisionError", "Correct the declaration"),

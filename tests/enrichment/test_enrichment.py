@@ -820,7 +820,7 @@ async def test_history_names_the_command_that_brings_it(enricher: StreamEnricher
     )
     assert expected == await enricher.history()
     told = await enricher.history(["clickhouse", "http"])
-    assert "2 rows; what clickhouse and http needs was only made now, and lacks those from before. To bring" in told
+    assert "2 rows; what clickhouse and http needs was only made now, and lacks the older ones. To bring" in told
     assert told.endswith("--end 2026-01-08T10:00:00 --sinks clickhouse,http")
 
 

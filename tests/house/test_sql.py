@@ -411,7 +411,7 @@ def test_a_slot_on_its_way_to_be_lost(stack: DevStack, admin: psycopg.Connection
 
     wait_until(is_lost, "the slot to be lost")
     row = slot_lag(dsn)[slot]
-    assert row["verdict"].startswith("LOST: WAL that it needed was removed, it was read up to ")
+    assert row["verdict"].startswith("LOST: WAL that it needed was removed. It was read up to ")
     assert (row["restart_lag_bytes"], row["retained_wal_bytes"], row["safe_wal_size_bytes"]) == ("", "", "")
 
 

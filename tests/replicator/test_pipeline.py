@@ -430,7 +430,7 @@ async def test_the_last_line_says_whether_postgresql_knows(caplog: pytest.LogCap
     async with world.running():
         world.commit(10)
         await world.until(lambda: [11] == world.told("confirm")[-1:])
-    end = "is written and confirmed" if hears else "is written and saved; PostgreSQL could not be told"
+    end = "is written and confirmed" if hears else "is written and saved, but not confirmed to PostgreSQL"
     assert caplog.messages[-1] == f"stopped; everything up to 0/B {end}"
 
 
@@ -908,7 +908,7 @@ async def test_a_sink_that_fails_to_remember_ends_nothing(caplog: pytest.LogCapt
 
     await world.run(scene)
     assert "before" == world.store.kept["remembered: a"]
-    assert 2 == caplog.text.count("sink a fails to remember")  # recall and remember
+    assert 2 == caplog.text.count("sink a can't say what it knows its data by")  # recall and remember
     assert "a row" not in caplog.text
 
 

@@ -73,7 +73,7 @@ async def test_a_reader_that_takes_nothing_is_named(pipe: tuple[int, int], monke
     sink = StdoutSink(Settings(), EVENT, output=writing)
     large = event(1, "x" * SIZE)
     for _ in range(2):
-        with pytest.raises(SinkUnavailable, match="its reader takes nothing"):
+        with pytest.raises(SinkUnavailable, match="its reader has taken nothing"):
             await sink.write([large])
     monkeypatch.setattr(stdout, "WRITE_SECONDS", 10)
     written = asyncio.ensure_future(sink.write([large, event(2)]))

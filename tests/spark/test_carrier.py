@@ -462,7 +462,7 @@ async def test_a_cluster_without_executors(
     watching = asyncio.create_task(at.watch())
     cluster.now = State(executors=0, cores=2)
     for _ in range(2):
-        with pytest.raises(SinkUnavailable, match="no executor of Spark's takes the write: see that the cluster runs"):
+        with pytest.raises(SinkUnavailable, match="no executor of Spark takes the write: check that the cluster runs"):
             await sink.write(events(1))
     assert 2 == cluster.calls
     assert (0, 0) == (at.carrier.executors, at.carrier.cores), "what status and metrics say"

@@ -24,14 +24,14 @@ For: TypeAlias = Annotated[
 async def pause(sink: SinkName, span: For = None) -> int:
     """Give a sink nothing for a while; it misses nothing.
 
-    The others go on. PostgreSQL keeps the WAL for it, also over restarts. It says for how long PostgreSQL can. Without
-    a running replicator the pause begins with its next start.
+    The other sinks continue. PostgreSQL keeps the WAL for this one, also over restarts; the command says for how long
+    it can. If no replicator runs, the pause begins with its next start.
     """
     return await _tell("pause", sink, None if span is None else span.total_seconds())
 
 
 async def resume(sink: SinkName) -> int:
-    """End a pause: the sink gets everything from where it is.
+    """End a pause: the sink gets everything from its position on.
 
     The slot is read again from there. The other sinks skip what they have, and get new events when it is done.
     """
@@ -41,7 +41,7 @@ async def resume(sink: SinkName) -> int:
 async def retry(sink: SinkName) -> int:
     """Try a sink in trouble again now.
 
-    The waits between two tries are up to REPLICATOR_RETRY_MAX_SECONDS, or as long as the destination asked for.
+    Otherwise it waits for up to REPLICATOR_RETRY_MAX_SECONDS, or as long as the destination asked for.
     """
     return await _tell("retry", sink)
 

@@ -28,20 +28,21 @@ Limit: TypeAlias = Annotated[
     int | None, typer.Option(parser=count, metavar="N", help="end after so many events, 1 to 1000000")
 ]
 SinkName: TypeAlias = Annotated[
-    str | None, typer.Option("--sink", metavar="NAME", help="what this sink has written; else what the slot brings")
+    str | None,
+    typer.Option("--sink", metavar="NAME", help="what this sink has written; without it, what the slot sends"),
 ]
 
 
 async def trace(
-    event: Annotated[str, typer.Argument(metavar="ID", help="an event's id; a negative one behind --")],
+    event: Annotated[str, typer.Argument(metavar="ID", help="an event's id; put -- before a negative one")],
     stream: StreamName = None,
     as_json: Json = False,
 ) -> int:
-    """Show what became of one event.
+    """Find one event in PostgreSQL and in every sink.
 
-    In PostgreSQL, and for each sink: written, waiting, dead letter, not found, differs, or unknown. A sink that can't
-    be asked, such as the HTTP API, has everything up to its position. What differs only because what it is joined with
-    has changed since is no difference.
+    For each sink it says: written, waiting, dead letter, not found, differs, or unknown. A sink that can't be asked,
+    such as the HTTP API, has everything up to its position. If only the joined row has changed since, the event does
+    not count as different.
     """
     from enrichment import TableLedger
     from replicator.operations.follow import trace as traces
@@ -80,10 +81,10 @@ async def _traced(app: App, number: Id, history: PickedHistory, sinks: Sequence[
 
 
 async def tail(sink: SinkName = None, limit: Limit = None, as_json: Json = False) -> int:
-    """Show events as they go through, until Ctrl-C.
+    """Show events as they pass, until Ctrl-C.
 
-    A few of each batch, at most 50 a second, and how many more there were. The stream never waits for it. Without
-    --sink they come from the slot, before any sink has them.
+    It shows a few of each batch, at most 50 a second, and counts the others. The stream never waits for it. Without
+    --sink, the events come from the slot, before any sink has them.
     """
     from replicator.operations.control.address import Answer, Request, socket_path
     from replicator.operations.control.client import cluster, watch
@@ -125,10 +126,10 @@ async def peek(
     number: Annotated[int, typer.Argument(parser=count, metavar="N", help="how many rows, 1 to 1000000")] = 20,
     as_json: Json = False,
 ) -> int:
-    """Show what comes next in the slot, and take nothing from it.
+    """Show the next rows in the slot, without consuming them.
 
-    The rows of the tables after what is confirmed, N at most. It reads a temporary copy of the slot, so the replicator
-    may run. That takes one more of max_replication_slots and of max_wal_senders for a moment.
+    It shows the rows of the tables after the confirmed position, at most N. It reads a temporary copy of the slot, so
+    the replicator may run. For a moment it needs one more of max_replication_slots and of max_wal_senders.
     """
     from replicator.operations.follow import peek as peeks
 

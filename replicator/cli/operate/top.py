@@ -47,9 +47,9 @@ Url: TypeAlias = Annotated[
 
 
 async def top(url: Url = None) -> int:
-    """Show how it goes, once a second, until Ctrl-C.
+    """Show rates and lags, once a second, until Ctrl-C.
 
-    It asks the running replicator alone. Where there is no terminal it looks once and ends.
+    It only asks the running replicator. Without a terminal it prints them once and ends.
     """
     console = terminal()
     looks = Looks(url or _own_address(), again=console is not None)

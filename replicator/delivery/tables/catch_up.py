@@ -47,7 +47,8 @@ class CatchUp:
     @property
     def reason(self) -> str:
         """Why sinks lack events that are older than the stream; empty when they don't."""
-        return self.trouble.message or ("" if self.done else "rows that the stream may have missed are being brought")
+        reading = "reading rows from the tables that the stream may have missed"
+        return self.trouble.message or ("" if self.done else reading)
 
     async def run(self) -> None:
         """Bring it; the lanes are open."""
@@ -59,7 +60,7 @@ class CatchUp:
         finally:
             await history.close()
         self._history = None
-        log.info("%d rows of the tables were looked at again; what a sink had of them it sees again", events)
+        log.info("%d rows of the tables were read again; sinks get again what they had of them", events)
 
     async def _bring(self, history: History) -> int:
         place, _ = await history.begin()

@@ -153,7 +153,7 @@ class Verification:
         try:
             looking.result()
         except (asyncio.CancelledError, TablesChanged, *RETRYABLE) as exc:
-            log.info("what came last comes again after the next start: %s", str(exc) or "no answer in time")
+            log.info("the latest events come again after the next start: %s", str(exc) or "no answer in time")
 
     async def keep(self, *, now: bool = False) -> None:
         """Keep the record if rows came since and it is time, or `now`: by it, changes while nothing runs are found."""

@@ -25,7 +25,7 @@ from replicator.source.takeover import keep_pause, pauses
 
 WHERE = "Run the command where that one runs. If it is this machine, stop the replicator that waits first"
 APART = "Give each replicator its own RUNTIME_DIRECTORY, for `run` and for this command, or another REPLICATOR_SLOT"
-ONLY = "no other sink would get anything. Stop the replicator instead: PostgreSQL keeps the WAL until it runs again"
+ONLY = "no other sink would be left. Stop the replicator instead: PostgreSQL keeps the WAL until it runs again"
 
 
 def pause_of(request: Request) -> Pause:
@@ -97,7 +97,7 @@ class Pauses:
         if request.sink not in await self._paused():
             return Answer(done=True, lines=[f"sink {request.sink} is not paused"])
         await self._pipeline.resume(request.sink)
-        return Answer(done=True, lines=[f"sink {request.sink} gets everything from where it is; `status` shows it"])
+        return Answer(done=True, lines=[f"sink {request.sink} continues from its position; `status` shows its lag"])
 
     async def _retry(self, request: Request) -> Answer:
         lanes: dict[str, Lane] = {lane.name: lane for lane in self._pipeline.fan_out.lanes}
@@ -107,8 +107,8 @@ class Pauses:
             return _refused(f"sink {request.sink} is not open yet: {self._pipeline.trouble.message}")
         trouble = lanes[request.sink].trouble.message
         if not lanes[request.sink].hurry():
-            return Answer(done=True, lines=[f"sink {request.sink} is not in trouble: it waits for no next try"])
-        return Answer(done=True, lines=[f"sink {request.sink} is asked again now; before: {trouble}"])
+            return Answer(done=True, lines=[f"sink {request.sink} is not in trouble: there is nothing to retry"])
+        return Answer(done=True, lines=[f"sink {request.sink} is tried again now; the trouble until now: {trouble}"])
 
 
 def _refused(*lines: str) -> Answer:
@@ -118,12 +118,12 @@ def _refused(*lines: str) -> Answer:
 def _forecast(now: form.Status, pause: Pause) -> Iterator[str]:
     """How long PostgreSQL keeps the WAL while the slot stands still, and whether the pause is longer."""
     still = standing_still(now.wal, now.slot.safe_wal_bytes)
-    yield f"WAL of the slot meanwhile: {outlook(still)}"
+    yield f"WAL kept for the slot: {outlook(still)}"
     lost_in_seconds = still.lost_in_seconds
     if lost_in_seconds is not None and pause.until is not None and time.time() + lost_in_seconds < pause.until:
         yield (
-            "WARNING: that is less than the pause: PostgreSQL would give up the slot, and all sinks would lack events."
-            " Pause for less, or raise max_slot_wal_keep_size"
+            "WARNING: that is sooner than the end of the pause: PostgreSQL would give up the slot, and all sinks would"
+            " lack events. Pause for less, or raise max_slot_wal_keep_size"
         )
 
 
@@ -137,7 +137,7 @@ async def act_alone(request: Request, settings: CoreSettings, store: CheckpointS
             "Run this command where that replicator runs (in its container), with its settings and as its user",
         )
     if request.do == "retry":
-        return _refused("no replicator runs here: nothing is tried")
+        return _refused("no replicator runs here, so nothing is tried")
     return await asyncio.to_thread(_keep, request, settings, store)
 
 
@@ -145,7 +145,7 @@ def _keep(request: Request, settings: CoreSettings, store: CheckpointStore) -> A
     known, sink = pauses(store, settings.slot, settings.sinks, time.time()), request.sink
     if request.do == "resume":
         keep_pause(store, settings.slot, sink, None)
-        was = "gets everything from where it is with the next start" if sink in known else "is not paused"
+        was = "continues from its position with the next start" if sink in known else "is not paused"
         return Answer(done=True, lines=[f"no replicator runs here; sink {sink} {was}"])
     if not set(settings.sinks) - known.keys() - {sink}:
         return _refused(ONLY)

@@ -102,7 +102,7 @@ class Control:
             request = msgspec.json.decode(line, type=Request)
             answer = await self._act(request)
         except msgspec.DecodeError:
-            answer = Answer(done=False, lines=["the replicator is of another version than this command"])
+            answer = Answer(done=False, lines=["the replicator has another version than this command"])
         except CheckpointError as exc:
             answer = Answer(done=False, lines=[str(exc), "nothing was changed"])
         else:
@@ -113,7 +113,7 @@ class Control:
     async def _view(self, request: Request, writer: asyncio.StreamWriter) -> Answer:
         """Show what goes through until nobody looks any more."""
         if self._views >= VIEWS:
-            return _busy(f"{VIEWS} others look on with `tail`", "End one of them")
+            return _busy(f"{VIEWS} others watch with `tail`", "End one of them")
         self._views += 1
         try:
             async with aclosing(self._show(request.sink)) as seen:

@@ -113,6 +113,6 @@ def as_text(found: Peeked) -> Iterator[str]:
     """For people."""
     for change in found.changes:
         yield f"{change.position}  {change.action} {change.table} {_encode(change.columns).decode()}"
-    end = "there is more" if found.more else "that is all so far"
+    end = "there is more" if found.more else "nothing else is waiting"
     rows = "1 row" if len(found.changes) == 1 else f"{len(found.changes)} rows"
-    yield f"{rows} after {found.after}, which is confirmed; {end}"
+    yield f"{rows} after {found.after}, the confirmed position; {end}"

@@ -167,9 +167,7 @@ def _compared(event: Event | None, held: Held, stream: Stream, notes: list[str])
     differences = {name: (value, found.get(name)) for name, value in wanted.items() if value != found.get(name)}
     of_content = {field.name for field in stream.fields} - {field.name for field in stream.compared(with_joined=False)}
     if differences and of_content.issuperset(differences):
-        return Place(
-            state="written", notes=[*notes, f"what it is joined with has changed since: {_changes(differences)}"]
-        )
+        return Place(state="written", notes=[*notes, f"its joined row has changed since: {_changes(differences)}"])
     return Place(state="differs" if differences else "written", differences=differences, notes=notes)
 
 

@@ -165,7 +165,7 @@ class Notifier:
             return
         known = problem if isinstance(problem, ReplicatorError) else None
         text = f"the replicator has ended: {known.problem if known else f'it failed in an unexpected way ({kind})'}."
-        cure = known.advice if known else "The log has the traceback: please report it."
+        cure = known.advice if known else "Please report it, with the traceback in the log."
         code = known.code if known else ""
         notice = Notice(kind="end", subject=self._settings.slot, text=text, cure=cure, began_at=now, code=code)
         await self._post(message(self._settings.slot, notice, "begins"))

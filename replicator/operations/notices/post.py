@@ -52,9 +52,10 @@ async def ask(name: str, url: SecretStr, body: bytes | None = None) -> str:
             status, after = response.status_code, response.headers.get("retry-after")
     except TimeoutError:
         detail = f"no answer from {origin} within {TIMEOUT_SECONDS:g} s"
-        raise NotTaken(name=name, detail=detail, cure=f"See that {origin} can be reached from here") from None
+        raise NotTaken(name=name, detail=detail, cure=f"Check that {origin} can be reached from here") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
-        raise NotTaken(name=name, detail=_why(exc, origin), cure=f"See that {origin} can be reached from here") from exc
+        cure = f"Check that {origin} can be reached from here"
+        raise NotTaken(name=name, detail=_why(exc, origin), cure=cure) from exc
     if httpx.codes.is_success(status):
         return f"{origin} answered {status_text(status)}"
     raise NotTaken(

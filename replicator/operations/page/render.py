@@ -166,7 +166,7 @@ class Renderer:
             chosen = f"--sink {sink}" if sink else "--stage row"
             yield {
                 "count": count,
-                "of": f"of sink {sink}" if sink else "of rows that no event could be made of",
+                "of": f"of sink {sink}" if sink else "of rows that could not be made into events",
                 "reasons": reasons.get(sink, {}).items(),
                 "list": f"{PROGRAM} dead-letters list {chosen}",
                 "replay": f"{PROGRAM} dead-letters replay {chosen}",

@@ -53,7 +53,7 @@ class Traced:
         except TimeoutError:
             option = f" --stream {shlex.quote(stream)}" if stream is not None else ""
             patient = command(f"trace {shlex.quote(asked)}{option}")
-            return None, f"The servers have not answered within {TRACE_SECONDS:g} s. {patient} waits longer."
+            return None, f"The servers did not answer within {TRACE_SECONDS:g} s. {patient} waits longer."
         except ReplicatorError as exc:
             return None, str(exc)
 

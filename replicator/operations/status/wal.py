@@ -111,7 +111,7 @@ def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
         return problem, f"Correct what it names, then {again}"
     does = "has removed what it still needed" if is_lost else "removes what it still needs"
     problem = f"the slot's WAL is {state.wal_status}: PostgreSQL {does} (max_slot_wal_keep_size)"
-    catch_up = "See that `run` catches up, and raise max_slot_wal_keep_size: when it is lost, events are missing"
+    catch_up = "Check that `run` catches up, and raise max_slot_wal_keep_size: if the slot is lost, events are missing"
     return problem, f"Raise that setting, then {again}" if is_lost else catch_up
 
 
@@ -122,8 +122,8 @@ def running_out(wal: WalStatus) -> tuple[str, str] | tuple[()]:
     if not limit or not (soon or kept >= NEARLY_USED * limit):
         return ()
     when = f"; the slot is {outlook(wal)}" if seconds is not None else ""
-    problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, of {size(limit)} that it may{when}."
-    cure = f"{command('status')} names the sink that is behind. Mend it, or raise max_slot_wal_keep_size."
+    problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, and at most {size(limit)}{when}."
+    cure = f"{command('status')} names the sink that is behind. Repair it, or raise max_slot_wal_keep_size."
     return problem, cure
 
 

@@ -14,7 +14,7 @@ from sinks.redis.window import Window
 CALL_EVENTS = 1_000
 """A call takes some 5 ms, and Redis serves nobody else meanwhile."""
 ATTEMPTS = 10
-RIVALS = "another one changes the same rows again and again"
+RIVALS = "another process changes the same rows again and again"
 
 
 class RowsWriter:

@@ -94,7 +94,7 @@ def test_whoever_is_told_in_clear() -> None:
     """The whole address is a secret."""
     told = {"notify_url": "http://chat.example.com/hunter2", "heartbeat_url": "https://hc.example.com/hunter2"}
     [finding] = secrets_in_clear(CoreSettings.model_validate(told), [])
-    assert ("REPLICATOR_NOTIFY_URL: it goes to chat.example.com in clear", True) == (finding.what, finding.ok)
+    assert ("REPLICATOR_NOTIFY_URL: it goes to chat.example.com unencrypted", True) == (finding.what, finding.ok)
 
 
 def test_what_is_this_machine() -> None:

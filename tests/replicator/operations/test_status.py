@@ -573,7 +573,7 @@ def test_wal_that_runs_out_is_a_warning(kept: int, limit: int | None, lost_in: f
     )
     assert told == bool(found)
     if found:
-        assert f"PostgreSQL keeps {kept}.0 MB of WAL for the slot, of 100.0 MB that it may" in found[0]
+        assert f"PostgreSQL keeps {kept}.0 MB of WAL for the slot, and at most 100.0 MB" in found[0]
         assert "max_slot_wal_keep_size" in found[1]
 
 

@@ -226,7 +226,7 @@ def test_it_says_what_the_sink_says(watchdog: Looking) -> None:
 
 @pytest.mark.parametrize(
     ("active_pid", "words"),
-    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
+    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "none of its processes reads the slot")],
 )
 def test_a_sink_that_nothing_waits_for_is_not_blamed(watchdog: Looking, active_pid: int | None, words: str) -> None:
     """All that was read is written: PostgreSQL is the one to look at, by its process."""
@@ -261,7 +261,7 @@ def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(watchdog: Looking,
     pipeline.checkpoint = Checkpoint(slot="s", system_identifier="7", timeline=1, end_lsn=70, sinks={})
     watchdog.look(1, server_lsn=300)
     [reason] = watchdog.look(2 * STALL_SECONDS)
-    assert reason.endswith(": the checkpoint is not saved, the log says why")
+    assert reason.endswith(": the checkpoint is not saved; the log says why")
 
 
 def test_a_sink_that_does_not_answer_is_a_reason(watchdog: Looking) -> None:
@@ -448,7 +448,7 @@ def test_a_stream_that_breaks_again_and_again_is_not_ready(watchdog: Looking, pi
     for breaks in range(3):
         assert [] == watchdog.look(5)
         source.breaks.count = breaks + 1
-    assert ["the stream broke 3 times in a minute, the log says why"] == watchdog.look(5)
+    assert ["the stream broke 3 times in a minute; the log says why"] == watchdog.look(5)
     assert [] == watchdog.look(STALL_SECONDS)
 
 

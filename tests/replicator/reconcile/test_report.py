@@ -53,7 +53,7 @@ def test_lines() -> None:
     assert 2 == msgspec.structs.replace(report, deletes=True).differences
     report.left = Tally()
     assert "left after the repair 0" in list(report.lines())
-    assert ["10 events in PostgreSQL, 11 in example (more came meanwhile)"] == list(
+    assert ["10 events in PostgreSQL, 11 in example (more were added meanwhile)"] == list(
         SinkReport("example", 10, 11).lines()
     )
 
