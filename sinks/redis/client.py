@@ -12,12 +12,20 @@ from typing import Any, NamedTuple, cast
 import hiredis
 from pydantic import SecretStr
 from redis._parsers import _AsyncRESP2Parser
+from redis._parsers.socket import SERVER_CLOSED_CONNECTION_ERROR
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
-from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    InvalidResponse,
+    NoPermissionError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.typing import EncodableT
 
@@ -328,4 +336,15 @@ class RedisClient:
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
             secrets = filter(None, [self._login.password])
-            raise sink_error(SINK, exc, secrets, self.rights, self.named) from exc
+            raise sink_error(SINK, await self._cause(exc), secrets, self.rights, self.named) from exc
+
+    async def _cause(self, exc: RedisError | OSError) -> RedisError | OSError:
+        """Why Redis hangs up. It refuses a long command before a password, and closes before its reason is read."""
+        if SERVER_CLOSED_CONNECTION_ERROR in str(exc):
+            try:
+                await self._redis.ping()
+            except AuthenticationError as why:
+                return why
+            except (AttributeError, TypeError, ValueError, RedisError, OSError):
+                pass  # what was seen first says as much
+        return exc
