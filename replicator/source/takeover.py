@@ -54,7 +54,7 @@ PAUSED = "paused: "
 REMEMBERED = "remembered: "
 """The same of what a sink knows its data by."""
 BROKEN = "sink %s can't say what it knows its data by (%s): after a restart it may not notice that they are gone"
-REPEATS = "gets again what it has of that time, under the same id"
+REPEATS = "it gets again what it has of that time, under the same id"
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,7 +339,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
             yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
             yield f"  {PROGRAM} rebuild-redis --from-empty{option}"
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
-            yield "Everything else comes through the slot: no backfill is needed."
+            yield "Everything else comes through the slot: nothing else is needed."
             return
     missing = f"what was committed from {slots.when(since)} to {slots.when(until)} may be missing"
     yield f"{accepted}; {missing}. To bring it:"

@@ -170,7 +170,7 @@ def test_mended_while_it_runs(
         source.execute(there.format(EVENTS, EVENTS).encode())
         source.execute(INSERT.format(table.format(EVENTS), 1).encode())
         wait_until(lambda told=told: told in quick.admin("/readyz"), f"it to say {told}")  # type: ignore[misc]  # mypy can't type a lambda's default
-        assert "Once the tables fit it goes on by itself" in quick.admin("/readyz")
+        assert "Once the tables fit, the replicator continues by itself" in quick.admin("/readyz")
         assert told in quick.run("check").stdout
         source.execute(back.format(EVENTS, EVENTS).encode())
         insert_many(source, 5)

@@ -88,7 +88,7 @@ def test_another_table_takes_the_name(quick: Program, source: psycopg.Connection
         GRANT SELECT ON engagement_events TO replicator; COMMIT
     """)
     insert_many(source, 5)
-    quick.wait_for_log("public.engagement_events is another table than before. Ids must never be given again")
+    quick.wait_for_log("public.engagement_events is another table than before. Ids must never be reused")
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
 

@@ -42,7 +42,7 @@ def test_a_pause_lasts_over_a_kill(
     wait_until(lambda: quick.status()["wal"]["kept_bytes"] is not None, "the first look at the slot")
     said = succeed(quick.run("pause", "http"))
     assert said.startswith("sink http is paused until somebody resumes it; PostgreSQL keeps the WAL after")
-    assert "WAL kept for the slot: no limit (max_slot_wal_keep_size): " in said
+    assert "WAL kept for the slot: no limit (max_slot_wal_keep_size); " in said
     for _ in range(2):
         insert_many(source, 1_000)
         wait_for_clickhouse(database, destinations)
@@ -151,7 +151,7 @@ def test_without_a_replicator_a_pause_is_kept(
         assert "does not run here: nothing listens at" in done.stderr
     refused = [quick.run(*words) for words in (("pause", "clickhouse"), ("pause", "redis"))]
     assert [0, 1] == [done.code for done in refused]
-    assert "no other sink would get anything" in refused[1].stdout
+    assert "no other sink would be left" in refused[1].stdout
     assert 0 == quick.stop()
     assert "with the next start" in succeed(quick.run("resume", "http"))
     assert "is not paused" in succeed(quick.run("resume", "http"))

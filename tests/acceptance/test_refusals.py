@@ -18,7 +18,7 @@ from tests.support.exact import assert_exact
 from tests.support.load import insert_many
 from tests.support.program import Program, assert_clean, succeed
 
-REFUSES_ALL = "Sink http refuses everything it is asked"
+REFUSES_ALL = "Sink http refuses everything"
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection
     assert told.endswith(" --stream engagement\n")
     assert "public.parcels" not in told
     parcels.start()
-    parcels.wait_for_log("1 rows of the tables were looked at again")
+    parcels.wait_for_log("1 rows of the tables were read again")
     source.execute("INSERT INTO parcels (id, weight) VALUES (3, 3)")
     parcels.wait_until_caught_up()
     assert {1: 1, 2: 2, 3: 3} == in_clickhouse(stack)

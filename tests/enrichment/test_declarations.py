@@ -335,7 +335,7 @@ async def test_all_that_is_wrong_is_said_at_once(module: Callable[[str], str], d
         await source.close()
     assert str(run.value).endswith(
         "ALTER TABLE shop.orders REPLICA IDENTITY FULL; CREATE UNIQUE INDEX CONCURRENTLY ON shop.orders (id). Once the"
-        " tables fit it goes on by itself; another declaration, or setting, needs a restart."
+        " tables fit, the replicator continues by itself; a changed declaration or setting needs a restart."
     )
 
 

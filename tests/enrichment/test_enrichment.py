@@ -492,7 +492,7 @@ async def test_a_truncate_is_told(enricher: StreamEnricher, stream: Stream, capl
     stream.run("TRUNCATE engagement_events RESTART IDENTITY")
     await enricher.enrich(stream.rows())
     [told] = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
-    assert "Ids must never be given again" in told
+    assert "Ids must never be reused" in told
     assert "rebuild-redis --from-empty" in told
 
 

@@ -62,7 +62,7 @@ async def test_a_reader_that_is_gone_is_named(pipe: tuple[int, int]) -> None:
     """With what to do; the events are kept."""
     reading, writing = pipe
     os.close(reading)
-    with pytest.raises(SinkUnavailable, match=r"its reader has ended\. Start the replicator again"):
+    with pytest.raises(SinkUnavailable, match=r"its reader has ended\. Restart the replicator"):
         await StdoutSink(Settings(), EVENT, output=writing).write([event(1)])
 
 

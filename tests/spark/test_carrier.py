@@ -503,7 +503,7 @@ async def test_a_master_that_forgot_the_application(
     if master == "yarn":
         assert watching.cancel()
     else:
-        with pytest.raises(ClusterFailed, match=r"no executor for 0\.02 s\. A Master that was restarted"):
+        with pytest.raises(ClusterFailed, match=r"no executor for 0\.02 s\. A restarted Master"):
             await watching
     cluster.cancel()
 

@@ -108,9 +108,9 @@ def test_two_slots(  # noqa: PLR0917  fixtures
         arguments = (*EVERYTHING, "--sinks", "clickhouse,redis", *bounded)
         running = SparkBackfill(environment, tmp_path / "backfill.log", *arguments)
         ends.callback(running.end)
-        wait_until(lambda: "no executor of Spark's takes the write" in second.admin("/readyz"), "it to say so", 60)
+        wait_until(lambda: "no executor of Spark takes the write" in second.admin("/readyz"), "it to say so", 60)
         assert "(0 executors, 0 cores)" in succeed_or_not_ready(second)
-        wait_until(lambda: "0 of 1 slices; no executor of Spark's takes it" in running.said, "the backfill, too")
+        wait_until(lambda: "0 of 1 slices; no executor of Spark takes it" in running.said, "the backfill, too")
 
         assert 0 == spark.stop()
         second.wait_until_caught_up()

@@ -471,7 +471,7 @@ def test_whatever_dies_on_the_nodes(  # noqa: PLR0917  fixtures
         wait_until(lambda: WHOLE in spark.said.rpartition("worker lost")[2], "another executor", 90)
         cluster.workers[1].kill()
         insert(noted, 400, 4)
-        wait_until(lambda: "no executor of Spark's takes the write" in spark.admin("/readyz"), "trouble", 90)
+        wait_until(lambda: "no executor of Spark takes the write" in spark.admin("/readyz"), "trouble", 90)
         cluster.workers[1].start()
         spark.wait_until_caught_up(90)
         assert_clean(spark.said)

@@ -226,7 +226,7 @@ def test_it_says_what_the_sink_says(watchdog: Looking) -> None:
 
 @pytest.mark.parametrize(
     ("active_pid", "words"),
-    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "none of its processes reads the slot")],
+    [(4711, "process 4711 decodes a large transaction or hangs"), (None, "no process of it reads the slot")],
 )
 def test_a_sink_that_nothing_waits_for_is_not_blamed(watchdog: Looking, active_pid: int | None, words: str) -> None:
     """All that was read is written: PostgreSQL is the one to look at, by its process."""

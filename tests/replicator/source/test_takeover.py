@@ -142,8 +142,8 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
     first, redis, http, _ = taken.gap
     assert "from 0/64 (system 7, timeline 1)" in first
     assert " backfill --start 2026-01-08T07:31:52Z --end 2026-01-08T09:21:54Z --sinks redis" in redis
-    assert " --start 0001-01-01 --end 2026-01-08T09:21:54Z --sinks http   # it is not known since when" in http
-    assert http.endswith(", gets again what it has of that time, under the same id")
+    assert " --start 0001-01-01 --end 2026-01-08T09:21:54Z --sinks http   # it is unknown since when" in http
+    assert http.endswith(", it gets again what it has of that time, under the same id")
 
 
 def of_streams(*names: str) -> list[MemorySink]:

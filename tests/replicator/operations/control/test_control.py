@@ -126,7 +126,7 @@ async def test_nonsense_ends_nothing(tmp_path: Path, sent: bytes) -> None:
         writer.write(sent)
         writer.write_eof()
         said = await reader.read()
-        assert not said or b"of another version" in said
+        assert not said or b"has another version" in said
         writer.close()
         assert await ask(path, PAUSE)
 
@@ -147,7 +147,7 @@ async def test_whoever_looks_on_keeps_nobody_out(tmp_path: Path) -> None:
     first = [await anext(view) for view in views]
     assert [Seen(skipped=1)] * server.VIEWS == first[:-1]
     assert isinstance(first[-1], Answer)
-    assert "look on with `tail`. End one of them" in first[-1].lines[0]
+    assert "watch with `tail`. End one of them" in first[-1].lines[0]
     assert await ask(path, PAUSE)
     await asyncio.gather(*(view.aclose() for view in views))
     await cancel([task])
