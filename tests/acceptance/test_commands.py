@@ -130,7 +130,7 @@ def test_check_passes_before_init_and_while_it_runs(
 ) -> None:
     """On a machine that is prepared nothing is missing but what `init` makes; a healthy replicator is healthy."""
     told = succeed(program.run("check"))
-    assert "checkpoint database: nothing in it yet" in told
+    assert "checkpoint database: empty" in told
     assert f"replication slot {program.slot}: not there yet" in told
     assert not (tmp_path / "checkpoint.db").exists(), "it changes nothing"
     succeed(program.run("init"))

@@ -46,7 +46,7 @@ def test_peek_takes_nothing(
     assert "\n1 row after " in succeed(quick.run("peek", "1"))
     text = succeed(quick.run("peek"))
     assert " update public.content " in text
-    assert text.endswith("which is confirmed; nothing else is waiting\n")
+    assert text.endswith("the confirmed position; nothing else is waiting\n")
     assert [(quick.slot,)] == source.execute(SLOTS).fetchall()
     assert before == source.execute(CONFIRMED, [quick.slot]).fetchone()
     api.behave(status=503)
