@@ -443,7 +443,7 @@ async def test_a_task_that_is_lost_is_a_write_that_failed(cluster: MadeUpCluster
     """The lane repeats it."""
     sink = made(cluster, nodes)
     cluster.failure = ClusterFailed("Spark gave a task up (ExecutorLostFailure)", "See the logs")
-    with pytest.raises(SinkUnavailable, match=r"gave a task up \(ExecutorLostFailure\)\. See the logs\. The replicator retries"):
+    with pytest.raises(SinkUnavailable, match=r"gave a task up \(ExecutorLostFailure\)\. See the logs\. The repl"):
         await sink.write(events(1))
     cluster.failure = None
     assert not await sink.write(events(1))
