@@ -106,8 +106,8 @@ def foreign_error(sink: str, owner: str, ours: str, key: str) -> SinkError:
     """The keys are another source's."""
     return SinkUnusable(
         sink=sink,
-        detail=f"its keys belong to {cited(owner, most=DETAIL_LENGTH)}, and these events come from {ours}: their counts "
-        "would mix",
+        detail=f"its keys belong to {cited(owner, most=DETAIL_LENGTH)}, and these events come from {ours}: their "
+        "counts would mix",
         cure="Give each its own REPLICATOR_REDIS_PREFIX, or its own database number in REPLICATOR_REDIS_URL. If it is "
         f"the same database, moved (an upgrade, a restore, another name): redis-cli DEL {key}, and it is adopted",
     )
