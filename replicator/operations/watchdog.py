@@ -158,7 +158,7 @@ class Watchdog:
         silent = source.connected and source.silent_seconds >= TROUBLE_SECONDS
         self._given_up = self._given_up + 1 if unread and silent else 0
         if self._given_up > 1:
-            log.warning("%s", given_up(), extra={"code": "R201"})
+            log.warning("%s", given_up(), extra={"code": "R214"})
             source.let_go()
 
     @property

@@ -104,7 +104,7 @@ def shuts_down() -> SourceUnavailable:
 def given_up() -> SourceUnavailable:
     """Why a stream was let go on which nothing comes any more."""
     return SourceUnavailable(
-        problem="PostgreSQL has ended the stream, and the network did not say so",
+        problem="the network dropped the stream without a sign",
         detail="nothing came, and nobody reads the slot",
         cure="What is not confirmed comes again: `run` connects",
     )
