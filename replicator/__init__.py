@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from replicator.contracts.events import Event, Finding, Refusal, SinkPosition, format_lsn, unfolded
     from replicator.contracts.settings import PostgresDsn, Settings
-    from replicator.contracts.sink import Mode, Sink
+    from replicator.contracts.sink import Mode, Sink, SinkContext
     from replicator.operations.status.form import Status
 else:
 
@@ -73,6 +73,7 @@ _ELSEWHERE = {
     "Settings": "replicator.contracts.settings",
     "SettingsError": "replicator.contracts.errors",
     "Sink": "replicator.contracts.sink",
+    "SinkContext": "replicator.contracts.sink",
     "SinkEmptied": "replicator.contracts.errors",
     "SinkError": "replicator.contracts.errors",
     "SinkMisconfigured": "replicator.contracts.errors",
@@ -114,6 +115,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Sink",
+    "SinkContext",
     "SinkEmptied",
     "SinkError",
     "SinkMisconfigured",

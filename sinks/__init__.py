@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from typing import Any, TypeAlias, cast
 
 from replicator.contracts.errors import SettingsError, cited
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Sink, SinkContext
 
 GROUP = "replicator.sinks"
 
-Wanted: TypeAlias = str | type[Sink] | Sink
-"""The name of a sink, its class, or the sink itself, made for its stream."""
+Wanted: TypeAlias = str | Callable[..., Sink]
+"""The name of a sink, its class, or a `functools.partial` of that, with more arguments by name."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,45 +67,59 @@ def settings_classes(first: Sequence[str] = ()) -> Iterator[type[Settings]]:
                 _log.warning("%s", exc)
 
 
-def create_sinks(wanted: Iterable[Wanted], stream: Stream, known: Mapping[str, Any] | None = None) -> list[Sink]:
+def create_sinks(wanted: Iterable[Wanted], context: SinkContext, known: Mapping[str, Any] | None = None) -> list[Sink]:
     """The sinks of a stream, with their settings; `known` ones are not read from the environment.
 
     Raises SettingsError for an unknown name, for what is no sink, and for unusable settings.
     """
-    found = [one if isinstance(one, Sink) else _class(one) for one in dict.fromkeys(wanted)]
-    return [_checked(one if isinstance(one, Sink) else _create(one, stream, known or {}), stream) for one in found]
+    made = [_create(one, context, known or {}) for one in dict.fromkeys(wanted)]
+    for name, count in Counter(sink.name for sink in made).items():
+        if count > 1:  # two would keep one position
+            problem, expected = f"two are called {name}", "sinks, each with a name of its own"
+            raise SettingsError(name=variable("sinks"), problem=problem, expected=expected)
+    return made
 
 
-def _class(wanted: str | type[Sink]) -> type[Sink]:
+def kind_of(wanted: Wanted) -> str:
+    """Its name as in REPLICATOR_SINKS; empty if it has none."""
+    return wanted if isinstance(wanted, str) else str(getattr(_made_by(wanted), "name", ""))
+
+
+def _made_by(wanted: Callable[..., Sink]) -> object:
+    return wanted.func if isinstance(wanted, partial) else wanted
+
+
+def _class(wanted: Wanted) -> type[Sink]:
     if isinstance(wanted, str):
         return sink_class(wanted)
-    name = str(getattr(wanted, "name", ""))
-    if flaw := _flaw(wanted, name):
+    found, name = _made_by(wanted), kind_of(wanted)
+    if flaw := _flaw(found, name):
         raise _unusable(name, f"is {wanted!r}, {flaw}", WHOLE)
-    return wanted
+    return cast("type[Sink]", found)
 
 
-def _create(found: type[Sink], stream: Stream, known: Mapping[str, Any]) -> Sink:
+def _create(wanted: Wanted, context: SinkContext, known: Mapping[str, Any]) -> Sink:
+    found = _class(wanted)
     settings = load(found.settings_class, **known)
-    _refuse_stream(found, stream)
+    _refuse_stream(found, context.stream)
     try:
-        return found(settings, stream)
+        made = (found if isinstance(wanted, str) else wanted)(settings, context)
     except Exception as exc:  # its own words may hold a secret
         raise _unusable(found.name, f"can't be made ({type(exc).__name__})", WHOLE) from exc
+    return _checked(made, found.name)
 
 
-def _refuse_stream(sink: type[Sink] | Sink, stream: Stream) -> None:
+def _refuse_stream(sink: type[Sink], stream: Stream) -> None:
     numbered = stream.identity.type.python is stream.key.type.python is int
     if not sink.takes_any_stream and (stream.follows or not numbered):
         problem = "takes no stream whose rows change, or whose identity or key is no number"
         raise _unusable(sink.name, problem, f"another sink for the stream {stream.name!r}")
 
 
-def _checked(sink: Sink, stream: Stream) -> Sink:
-    name, most = getattr(sink, "name", None), getattr(sink, "max_events", None)
-    if not name or not isinstance(name, str):
-        raise _unusable(repr(type(sink)), "has no name", WHOLE)
-    _refuse_stream(sink, stream)
+def _checked(sink: Sink, name: str) -> Sink:
+    if not hasattr(sink, "context"):
+        raise _unusable(name, "has an __init__ that does not call Sink's", WHOLE)
+    most = getattr(sink, "max_events", None)
     if not isinstance(most, int) or most < 1:
         raise _unusable(name, f"has {most} as its max_events", WHOLE)
     for what in ("concurrency", "linger_seconds"):
@@ -141,7 +157,12 @@ def _flaw(found: object, name: str) -> str:
         return f"which lacks {', '.join(missing)}"
     if not (its_name := getattr(found, "name", None)) or its_name != name:
         return f"whose name is {its_name!r}" if its_name else "which has no name"
-    settings: object = found.settings_class
+    if "stream" in signature(found.__init__).parameters:  # what it got before version 0.1.0
+        return "whose __init__ takes a stream: it gets a SinkContext, which has the stream"
+    return _settings_flaw(found.settings_class, name)
+
+
+def _settings_flaw(settings: object, name: str) -> str:
     if not (isinstance(settings, type) and issubclass(settings, Settings)):
         return "whose settings_class does not inherit Settings"
     # Else a setting could be another's as well: the address of the source would be that of a destination.

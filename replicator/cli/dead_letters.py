@@ -72,7 +72,7 @@ class _Chosen:
         self._looked_at = 0
         self._fields: set[str] = set()  # that letters have
         # Of several streams, each has its own: redis/orders.
-        several = any(one.stream_option for one in self.app.sinks)
+        several = any(one.context.stream_option for one in self.app.sinks)
         self._known = self.app.settings.sinks if several else known_sinks()
         self._sink = sink
         self._stage = stage

@@ -184,7 +184,7 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
     code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
     if await sink.generation() != generation:
         detail = "it was emptied, restarted or replaced while it was filled"
-        cure = f"Run {command(f'rebuild-redis{sink.stream_option}')} again"
+        cure = f"Run {command(f'rebuild-redis{sink.context.stream_option}')} again"
         raise SinkError(sink.name, f"sink {sink.name} failed: {detail}", cure, detail=detail)
     if code == 0:
         await sink.filled(generation)
@@ -212,7 +212,7 @@ async def _recount(app: App, sink: Sink) -> int:
     if differ and underway.gave_up:
         report.hints.append(f"the differences may be events that are still on their way: {underway.gave_up}")
     if differ:
-        fresh = command(f"rebuild-redis --from-empty{sink.stream_option}")
+        fresh = command(f"rebuild-redis --from-empty{sink.context.stream_option}")
         report.hints.append(f"dead letters are not counted; if there are none, {fresh} corrects the counts")
     print("\n".join(f"{sink.name:<11} {line}" for line in report.lines()))
     return DIFFERENT if differ else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,18 +38,36 @@ class Carrier(Struct, kw_only=True):
     """How many writes run at once."""
 
 
+async def _unknown() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class SinkContext:
+    """Where a sink stands. The replicator makes it; a test may with the stream alone."""
+
+    stream: Stream
+    """Whose events it gets: `context.stream.fields`."""
+    stream_option: str = ""
+    """What chooses its stream in a command that a message names, where the slot has several: ` --stream orders`."""
+    origin: Callable[[], Awaitable[str]] = _unknown
+    """Asks where the events come from (`stream.Enricher.origin`), for a sink that must not mix two sources."""
+
+    def named(self, kind: str) -> str:
+        """What a sink of this kind is called here: `redis`, and `redis/orders` where the slot has several streams."""
+        return f"{kind}/{self.stream.name}" if self.stream_option else kind
+
+
 class Sink(ABC):
-    """A destination. `sinks.create_sinks` makes one as `sink_class(load(sink_class.settings_class), stream)`."""
+    """A destination. `sinks.create_sinks` makes one as `sink_class(load(sink_class.settings_class), context)`."""
 
     settings_class: ClassVar[type[Settings]] = Settings
     """Its options, each an environment variable; the default has none."""
     takes_any_stream: ClassVar[bool] = False
     """Whether it knows what to do with `Event.deleted` and `Event.was`, and with identities that are no numbers."""
     name: str
-    """The key of its position in the checkpoint: its kind, and where the slot has several streams, `/` and its stream's
-    name."""
-    stream_option: str = ""
-    """What chooses its stream in a command, where the slot has several: ` --stream orders`."""
+    """Of the class: as in REPLICATOR_SINKS. Of a sink: as in messages, and the key of its position in the checkpoint
+    (`SinkContext.named`)."""
     max_events: int
     """The most events one `write` gets."""
     linger_seconds: float = 0.0
@@ -58,19 +77,16 @@ class Sink(ABC):
     max_repeats: int | None = None
     """The most events that a crash may make it see twice, at least `max_events`: a lane writes no more than so many
     past the checkpoint on disk. None: no bound, because a repeat changes nothing there."""
-    origin: Callable[[], Awaitable[str]] | None = None
-    """Asks where the events come from (`stream.Enricher.origin`), for a sink that must not mix two sources."""
     new_events: int | None = None
     """Events written that the destination did not have before; None if it can't tell."""
 
-    def __init__(self, settings: Settings, stream: Stream) -> None:
+    def __init__(self, settings: Settings, context: SinkContext) -> None:
         self.settings = settings
-        self.stream = stream
-
-    @property
-    def kind(self) -> str:
+        self.context = context
+        self.stream = context.stream
+        self.kind = self.name
         """Its name as in REPLICATOR_SINKS."""
-        return self.name.removesuffix(f"/{self.stream.name}") if self.stream_option else self.name
+        self.name = context.named(self.kind)
 
     async def create(self) -> list[str]:
         """Make what the destination needs (a table), if it is missing. Idempotent. A line for each thing done.

@@ -84,7 +84,7 @@ def is_for(letter: DeadLetter, sink: Sink) -> bool:
     name an event's fields tell which stream it is of; a row's table does.
     """
     if letter.sink is None:
-        return not sink.stream_option or _of_table(letter, sink.stream)
+        return not sink.context.stream_option or _of_table(letter, sink.stream)
     if letter.sink in {sink.name, f"{sink.kind}/{sink.stream.name}"}:
         return True
     return letter.sink == sink.kind and _has_fields(letter, sink.stream)

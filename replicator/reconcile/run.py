@@ -133,7 +133,7 @@ class Reconcile:
             report.hints.append("--repair counts what was not counted in this range")
         differ = await compare_counts(self.source, counter, self._underway, report)
         if differ and isinstance(sink, Rebuildable) and sink.kind in BUILT_IN:
-            rebuild, option = f"rebuild-{sink.kind}", sink.stream_option
+            rebuild, option = f"rebuild-{sink.kind}", sink.context.stream_option
             if report.has("counts_too_low"):
                 report.hints.append(f"if {sink.name} has lost its data, {command(f'{rebuild}{option}')} makes it again")
             if not report.has("not_counted"):

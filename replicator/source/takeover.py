@@ -335,7 +335,7 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
     if lost_by_failover(found.identity, stored):
         yield f"{accepted}; {LOST}:"
-        for option in dict.fromkeys(sink.stream_option for sink in sinks):
+        for option in dict.fromkeys(sink.context.stream_option for sink in sinks):
             yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
             yield f"  {PROGRAM} rebuild-redis --from-empty{option}"
         if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
@@ -351,7 +351,9 @@ def _backfills(since: Mapping[str, float], until: float, sinks: Sequence[Sink]) 
     groups: dict[tuple[bool, bool, float, str], list[str]] = {}
     for sink in sinks:
         begin = since.get(sink.name, 0.0)
-        groups.setdefault((not begin, sink.max_repeats is not None, begin, sink.stream_option), []).append(sink.name)
+        groups.setdefault((not begin, sink.max_repeats is not None, begin, sink.context.stream_option), []).append(
+            sink.name
+        )
     for (unknown, repeats, begin, option), names in sorted(groups.items()):
         notes = [NOT_DATED] * unknown + [REPEATS] * repeats
         command = f"  {PROGRAM} backfill {_range(begin, until)} --sinks {','.join(names)}{option}"

@@ -19,7 +19,7 @@ import msgspec
 from enrichment import configured
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
 from replicator.contracts.events import Event
-from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.sink import Mode, Sink, SinkContext
 from replicator_spark.nodes import compare, meant_by_sink
 from replicator_spark.stream.wire import Answer, Errand, Report, told
 from sinks import create_sinks
@@ -67,7 +67,7 @@ class Hands:
             with suppress(Exception):  # whatever was wrong with it: there is a new one
                 await sink.close()
         compare(errand.meant, meant_by_sink(errand.sink, errand.meant.key))
-        [made] = create_sinks([errand.sink], configured().stream)
+        [made] = create_sinks([errand.sink], SinkContext(configured().stream))
         try:
             await made.open(None, Mode.BACKFILL)
         except BatchRefused as exc:  # there are no events that could be at fault

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from sinks.clickhouse.errors import CODE, Failed, answered, failed, not_clickhouse
+from sinks.clickhouse.errors import CODE, Errors, Failed, failed
 from sinks.clickhouse.http import HttpServer, Receipt
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ class Client:
     request; an insert may still take place.
     """
 
-    def __init__(self, address: Address, timeout_seconds: float, ca_file: Path | None = None) -> None:
-        self.server = address.server
+    def __init__(self, sink: str, address: Address, timeout_seconds: float, ca_file: Path | None = None) -> None:
+        self.errors = Errors(sink, address.server)
         self.timeout_seconds = timeout_seconds
         self._ca_file = ca_file
-        self._engine = _engine(address, ca_file)
+        self._engine = _engine(self.errors, address, ca_file)
 
     async def query(
         self,
@@ -101,21 +101,21 @@ class Client:
             return msgspec.convert(rows, list[row], strict=False)  # type: ignore[valid-type]  # not strict: an integer in quotes is one
         except (ValueError, msgspec.ValidationError, RecursionError):
             if found := CODE.search(body):
-                raise answered(failed(int(found[1]), body)) from None
-            raise not_clickhouse(self.server, "its answer has another form than the question asks for") from None
+                raise self.errors.answered(failed(int(found[1]), body)) from None
+            raise self.errors.not_clickhouse("its answer has another form than the question asks for") from None
 
     async def one(self, sql: str, row: type[T]) -> T:
         """The row of a SELECT that always has one. Raises SinkError."""
         rows = await self.query(sql, row)
         if len(rows) != 1:
-            raise not_clickhouse(self.server, "its answer has another form than the question asks for")
+            raise self.errors.not_clickhouse("its answer has another form than the question asks for")
         return rows[0]
 
     async def command(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run a statement without a result. Raises SinkError. Ask for its effect: the answer may be somebody else's."""
         body = await self._ask(_bound(sql, parameters), None, LONG_SECONDS)
         if found := CODE.search(body):
-            raise answered(failed(int(found[1]), body))
+            raise self.errors.answered(failed(int(found[1]), body))
 
     async def insert(
         self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object]
@@ -130,7 +130,7 @@ class Client:
     async def login_as(self, address: Address) -> None:
         """Connect anew, with the user and password of this address."""
         await self._engine.close()
-        self._engine = _engine(address, self._ca_file)
+        self._engine = _engine(self.errors, address, self._ca_file)
 
     async def close(self) -> None:
         """Release the connection. Safe to call twice."""
@@ -141,16 +141,16 @@ class Client:
             asked = {**QUESTION_SETTINGS, **(settings or {})}
             return await self._engine.ask(statement, asked, seconds or self.timeout_seconds)
         except Failed as failure:
-            raise answered(failure) from None
+            raise self.errors.answered(failure) from None
 
 
-def _engine(address: Address, ca_file: Path | None) -> HttpServer | EmbeddedEngine:
+def _engine(errors: Errors, address: Address, ca_file: Path | None) -> HttpServer | EmbeddedEngine:
     scheme, _, directory = address.server.partition("://")
     if scheme != "chdb":
-        return HttpServer(address.server, address.user, address.password, ca_file)
+        return HttpServer(errors, address.user, address.password, ca_file)
     from sinks.clickhouse.embedded import EmbeddedEngine  # noqa: PLC0415  550 MB that most do without
 
-    return EmbeddedEngine(directory)
+    return EmbeddedEngine(errors, directory)
 
 
 def _bound(sql: str, parameters: Mapping[str, object] | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import clickhouse_connect
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-from sinks.clickhouse.errors import failed, unopened
+from sinks.clickhouse.errors import Errors, failed
 from sinks.clickhouse.http import Receipt
 from sinks.threads import BlockingCalls
 
@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 class EmbeddedEngine:
     """One process may open a directory at a time."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, errors: Errors, directory: str) -> None:
+        self._errors = errors
         self._directory = directory
         self._client: Any = None
         self._calls = BlockingCalls("chdb")
@@ -67,5 +68,5 @@ class EmbeddedEngine:
         except ClickHouseError as exc:
             code = getattr(exc, "code", None)
             if code is None:
-                raise unopened(self._directory, exc) from None
+                raise self._errors.unopened(self._directory, exc) from None
             raise failed(int(code), str(exc).encode()) from None

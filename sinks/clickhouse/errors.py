@@ -12,12 +12,11 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from typing import NamedTuple
 
 import aiohttp
 
 from replicator.contracts.errors import SinkEmptied, SinkError, SinkMisconfigured, SinkUnavailable, cited, command
-
-SINK = "clickhouse"
 
 CODE = re.compile(rb"Code: (\d{1,9})\. DB::")
 """How ClickHouse's text of an error begins, or stands in a body that was begun before the error."""
@@ -95,78 +94,80 @@ def failed(code: int, body: bytes) -> Failed:
     return Failed(detail, code=code, text=body.decode(errors="replace"))
 
 
-def answered(failure: Failed) -> SinkError:
-    """The error as it is for any statement; `sink.py` knows more about an insert."""
-    if failure.code in TURNED_AWAY:
-        return SinkMisconfigured(sink=SINK, detail=str(failure), cure=_RIGHTS_CURE)
-    if failure.code in NOT_FITTING:
-        return SinkMisconfigured(sink=SINK, detail=str(failure), cure=_FITTING_CURE)
-    return SinkUnavailable(sink=SINK, detail=str(failure))
+class Errors(NamedTuple):
+    """What goes wrong with one server, as the errors of one sink."""
 
+    sink: str
+    server: str
+    """Without secrets."""
 
-def not_clickhouse(where: str, why: str) -> SinkMisconfigured:
-    """Something answers with success and not as ClickHouse does: nothing was written."""
-    detail = f"{where} answers, but not as ClickHouse does: {why}"
-    return SinkMisconfigured(sink=SINK, detail=detail, cure=_FRONT_CURE)
+    def answered(self, failure: Failed) -> SinkError:
+        """The error as it is for any statement; `sink.py` knows more about an insert."""
+        if failure.code in TURNED_AWAY:
+            return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_RIGHTS_CURE)
+        if failure.code in NOT_FITTING:
+            return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_FITTING_CURE)
+        return SinkUnavailable(sink=self.sink, detail=str(failure))
 
+    def not_clickhouse(self, why: str) -> SinkMisconfigured:
+        """Something answers with success and not as ClickHouse does: nothing was written."""
+        detail = f"{self.server} answers, but not as ClickHouse does: {why}"
+        return SinkMisconfigured(sink=self.sink, detail=detail, cure=_FRONT_CURE)
 
-def not_from_clickhouse(status: int, where: str) -> SinkError | Failed:
-    """The status comes from a proxy, or from something that is not ClickHouse."""
-    detail = f"{where} answers with HTTP status {status}"
-    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return Failed(detail, too_large=True)
-    if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
-        return SinkMisconfigured(sink=SINK, detail=detail, cure=_REDIRECT_CURE)
-    if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return SinkUnavailable(sink=SINK, detail=detail)
-    return SinkMisconfigured(sink=SINK, detail=detail, cure=_FRONT_CURE)
+    def not_from_clickhouse(self, status: int) -> SinkError | Failed:
+        """The status comes from a proxy, or from something that is not ClickHouse."""
+        detail = f"{self.server} answers with HTTP status {status}"
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return Failed(detail, too_large=True)
+        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
+            return SinkMisconfigured(sink=self.sink, detail=detail, cure=_REDIRECT_CURE)
+        if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return SinkUnavailable(sink=self.sink, detail=detail)
+        return SinkMisconfigured(sink=self.sink, detail=detail, cure=_FRONT_CURE)
 
+    def unreadable_ca(self, exc: OSError) -> SinkMisconfigured:
+        """The file was in order when the program started."""
+        detail = f"REPLICATOR_CLICKHOUSE_CA_FILE can't be read ({type(exc).__name__})"
+        return SinkMisconfigured(sink=self.sink, detail=detail, cure=_CA_CURE)
 
-def unreadable_ca(exc: OSError) -> SinkMisconfigured:
-    """The file was in order when the program started."""
-    detail = f"REPLICATOR_CLICKHOUSE_CA_FILE can't be read ({type(exc).__name__})"
-    return SinkMisconfigured(sink=SINK, detail=detail, cure=_CA_CURE)
+    def emptied(self, table: str) -> SinkEmptied:
+        """What was written is gone."""
+        return SinkEmptied(
+            sink=self.sink,
+            detail=f"ClickHouse table {table} was emptied, or another one has taken its place: its events are missing."
+            " Meanwhile new ones are written",
+            cure=f"{command('init')} prints the backfill command that restores the others; add --sinks {self.sink} to"
+            f" it. If they need not come back, stop the replicator, run {command('init --accept-gap')}, and start it"
+            " again",
+        )
 
+    def unopened(self, directory: str, exc: Exception) -> SinkMisconfigured:
+        """The embedded engine does not begin."""
+        detail = f"the embedded engine can't open {directory}: {exc}"
+        return SinkMisconfigured(sink=self.sink, detail=detail, cure=_ENGINE_CURE)
 
-def emptied(table: str) -> SinkEmptied:
-    """What was written is gone."""
-    return SinkEmptied(
-        sink=SINK,
-        detail=f"ClickHouse table {table} was emptied, or another one has taken its place: its events are missing."
-        " Meanwhile new ones are written",
-        cure=f"{command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it."
-        f" If they need not come back, stop the replicator, run {command('init --accept-gap')}, and start it again",
-    )
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise failures of the network as a SinkError."""
+        try:
+            yield
+        except (aiohttp.ClientError, TimeoutError, UnicodeError) as exc:  # UnicodeError: an impossible host name
+            raise self._unanswered(exc) from exc
 
-
-def unopened(directory: str, exc: Exception) -> SinkMisconfigured:
-    """The embedded engine does not begin."""
-    detail = f"the embedded engine can't open {directory}: {exc}"
-    return SinkMisconfigured(sink=SINK, detail=detail, cure=_ENGINE_CURE)
-
-
-@contextmanager
-def translated(where: str) -> Iterator[None]:
-    """Raise failures of the network as a SinkError; `where` is the server, without secrets."""
-    try:
-        yield
-    except (aiohttp.ClientError, TimeoutError, UnicodeError) as exc:  # UnicodeError: an impossible host name
-        raise _unanswered(exc, where) from exc
-
-
-def _unanswered(exc: Exception, where: str) -> SinkError:
-    causes: list[Exception] = []
-    cause: BaseException | None = exc
-    while isinstance(cause, Exception):  # under a time-out is a CancelledError, which says nothing
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        return SinkMisconfigured(sink=SINK, detail=f"the certificate of {where} is not trusted", cure=_CA_CURE)
-    if any(getattr(cause, "reason", None) in _NO_TLS for cause in causes):  # an ssl.SSLError; aiohttp's has no reason
-        return SinkMisconfigured(sink=SINK, detail=f"{where} does not speak TLS", cure=_TLS_CURE)
-    if isinstance(exc, aiohttp.ClientResponseError):
-        return not_clickhouse(where, "the answer is not HTTP")
-    last = causes[-1]
-    reason = f": {cited(last.strerror)}" if isinstance(last, OSError) and last.strerror else ""
-    error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered
-    return error(sink=SINK, detail=f"no answer from {where} ({type(last).__name__}{reason})")
+    def _unanswered(self, exc: Exception) -> SinkError:
+        causes: list[Exception] = []
+        cause: BaseException | None = exc
+        while isinstance(cause, Exception):  # under a time-out is a CancelledError, which says nothing
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+            detail = f"the certificate of {self.server} is not trusted"
+            return SinkMisconfigured(sink=self.sink, detail=detail, cure=_CA_CURE)
+        if any(getattr(cause, "reason", None) in _NO_TLS for cause in causes):  # an ssl.SSLError; aiohttp's has none
+            return SinkMisconfigured(sink=self.sink, detail=f"{self.server} does not speak TLS", cure=_TLS_CURE)
+        if isinstance(exc, aiohttp.ClientResponseError):
+            return self.not_clickhouse("the answer is not HTTP")
+        last = causes[-1]
+        reason = f": {cited(last.strerror)}" if isinstance(last, OSError) and last.strerror else ""
+        error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered
+        return error(sink=self.sink, detail=f"no answer from {self.server} ({type(last).__name__}{reason})")

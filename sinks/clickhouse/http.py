@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import aiohttp
 
-from sinks.clickhouse.errors import CODE, failed, not_clickhouse, not_from_clickhouse, translated, unreadable_ca
+from sinks.clickhouse.errors import CODE, Errors, failed
 
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 2.5  # below the 3 s of old servers: they would close a connection just as an insert is sent
@@ -45,8 +45,9 @@ class Receipt(NamedTuple):
 class HttpServer:
     """A server at `http://` or `https://`. Raises Failed when ClickHouse answers with an error, else SinkError."""
 
-    def __init__(self, server: str, user: str, password: str, ca_file: Path | None) -> None:
-        self._server = server
+    def __init__(self, errors: Errors, user: str, password: str, ca_file: Path | None) -> None:
+        self._errors = errors
+        self._server = errors.server
         self._ca_file = ca_file
         self._headers = {
             "Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}",
@@ -58,7 +59,7 @@ class HttpServer:
     async def ask(self, statement: str, settings: Mapping[str, object], seconds: float) -> bytes:
         """Run a statement; what it prints."""
         async with self._answer([statement.encode()], settings, seconds, uuid.uuid4().hex) as answer:
-            return await _text(answer, ANSWER_BYTES, self._server)
+            return await _text(answer, ANSWER_BYTES, self._errors)
 
     async def insert(
         self, table: str, columns: Sequence[str], data: Sequence[bytes], settings: Mapping[str, object], seconds: float
@@ -67,7 +68,7 @@ class HttpServer:
         statement = f"INSERT INTO {table} (`{'`, `'.join(columns)}`) FORMAT JSONEachRow\n".encode()
         query_id = uuid.uuid4().hex
         async with self._answer([statement, *data], settings, seconds, query_id) as answer:
-            text = await _text(answer, SHORT_BYTES, self._server, cut=True)
+            text = await _text(answer, SHORT_BYTES, self._errors, cut=True)
             if found := CODE.search(text):  # it was sent after the status line: the insert failed meanwhile
                 raise failed(int(found[1]), text)
             return _receipt(answer.headers, text, query_id)
@@ -87,14 +88,14 @@ class HttpServer:
         # An error after the first row of a result becomes the status, too.
         parameters |= {"wait_end_of_query": "1", "query_id": query_id}
         length = {"Content-Length": str(sum(map(len, body)))}
-        with translated(self._server):
+        with self._errors.translated():
             async with (
                 asyncio.timeout(seconds),
                 self._connected().post(
                     f"{self._server}/", params=parameters, headers=length, data=_sent(body), allow_redirects=False
                 ) as answer,
             ):
-                await _require_good(answer, self._server)
+                await _require_good(answer, self._errors)
                 yield answer
 
     def _connected(self) -> aiohttp.ClientSession:
@@ -118,7 +119,7 @@ class HttpServer:
             try:
                 context.load_verify_locations(self._ca_file)
             except OSError as exc:  # an SSLError too
-                raise unreadable_ca(exc) from None
+                raise self._errors.unreadable_ca(exc) from None
         return context
 
 
@@ -128,22 +129,22 @@ async def _sent(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield piece  # aiohttp gives the loop a turn whenever the socket is full
 
 
-async def _require_good(answer: aiohttp.ClientResponse, server: str) -> None:
+async def _require_good(answer: aiohttp.ClientResponse, errors: Errors) -> None:
     """Raises Failed or SinkError unless this is an answer with success."""
     header = answer.headers.get(_CODE_HEADER, "")
     if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES and not header:
         return
-    text = await _text(answer, SHORT_BYTES, server, cut=True)
+    text = await _text(answer, SHORT_BYTES, errors, cut=True)
     if found := re.fullmatch(rb"\d{1,9}", header.encode()) or CODE.match(text):  # a front end may drop the header
         raise failed(int(found[0] if header else found[1]), text)
-    raise not_from_clickhouse(answer.status, server)
+    raise errors.not_from_clickhouse(answer.status)
 
 
-async def _text(answer: aiohttp.ClientResponse, most: int, server: str, *, cut: bool = False) -> bytes:
+async def _text(answer: aiohttp.ClientResponse, most: int, errors: Errors, *, cut: bool = False) -> bytes:
     """The body. Raises SinkMisconfigured if it is longer than any that ClickHouse gives, unless it may be `cut`."""
     encoding = answer.headers.get("Content-Encoding", "identity")  # we ask for none, and a bomb would be one
     if encoding.lower() != "identity":
-        raise not_clickhouse(server, "its answer is compressed")
+        raise errors.not_clickhouse("its answer is compressed")
     body = bytearray()
     async for chunk in answer.content.iter_any():
         body += chunk
@@ -151,7 +152,7 @@ async def _text(answer: aiohttp.ClientResponse, most: int, server: str, *, cut: 
             answer.close()
             if cut:
                 break
-            raise not_clickhouse(server, f"its answer is longer than {most} bytes")
+            raise errors.not_clickhouse(f"its answer is longer than {most} bytes")
     return bytes(body[:most])
 
 

@@ -27,7 +27,6 @@ from replicator.contracts.fields import TIMESTAMPTZ, Stream
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
-from sinks.clickhouse.errors import SINK
 from sinks.clickhouse.table import Look, quoted, version
 
 CHUNK = 5_000
@@ -140,7 +139,8 @@ class ClickHouseLedger:
             await self._client.command(delete, exactly)
             [(left,)] = await self._select("count()", tuple[int], exactly, self._one_of)
             if left:
-                raise SinkUnavailable(sink=SINK, detail=f"{left} rows are still there after they were deleted")
+                detail = f"{left} rows are still there after they were deleted"
+                raise SinkUnavailable(sink=self._client.errors.sink, detail=detail)
 
     async def _forget(self, doomed: Sequence[EventDigest]) -> None:
         """Of rows that change every version up to the one that was seen: older ones would come to light.

@@ -37,28 +37,18 @@ from replicator.contracts.errors import (
     command,
 )
 from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition, unfolded
-from replicator.contracts.fields import Stream
 from replicator.contracts.ledger import Slice
 from replicator.contracts.settings import CaFile, Settings, number, open_to_all
-from replicator.contracts.sink import CountsByHour, HasLedger, Held, Mode, Sink, Traces
+from replicator.contracts.sink import CountsByHour, HasLedger, Held, Mode, Sink, SinkContext, Traces
 from sinks.clickhouse.client import Client, parse_url
-from sinks.clickhouse.errors import (
-    NOT_FITTING,
-    REFUSED,
-    TOO_LARGE,
-    Failed,
-    Unanswered,
-    answered,
-    emptied,
-    not_clickhouse,
-)
+from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered
 from sinks.clickhouse.http import Receipt
 from sinks.clickhouse.ledger import ClickHouseLedger, Witnesses
 from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified, to_be_made
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
-    f" {command('init')} prints the backfill command that restores the others; add --sinks clickhouse to it"
+    f" {command('init')} prints the backfill command that restores the others; add --sinks %s to it"
 )
 LOOK_SECONDS = 5.0
 """While events are missing, how often is asked whether they are there again."""
@@ -136,13 +126,14 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
     takes_any_stream = True
     concurrency = 1  # concurrent inserts into one table gain nothing, and in order the latest view is the last
 
-    def __init__(self, settings: ClickHouseSettings, stream: Stream) -> None:
-        super().__init__(settings, stream)
+    def __init__(self, settings: ClickHouseSettings, context: SinkContext) -> None:
+        super().__init__(settings, context)
+        stream = context.stream
         self.max_events = settings.clickhouse_max_events
         self.linger_seconds = settings.clickhouse_linger_seconds
         address = parse_url(settings.clickhouse_url.get_secret_value())
         self._server, self._database = address.server, address.database
-        self._client = Client(address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
+        self._client = Client(self.name, address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
         self._table = qualified(self._database, stream)
         self._password = address.password
         self._run = secrets.token_bytes(16)
@@ -192,7 +183,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             findings.append(Finding(True, what, f"ALTER TABLE {self._table} MODIFY SETTING {FSYNC}"))
         if seen.expires:
             what = f"ClickHouse table {self._table} has a TTL: ClickHouse deletes what is older by itself"
-            compare = command(f"reconcile{self.stream_option}")
+            compare = command(f"reconcile{self.context.stream_option}")
             findings.append(Finding(True, what, EXPIRES_CURE.format(compare=compare)))
         return findings
 
@@ -206,7 +197,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         await self._witnesses.begin(seen)
         self._is_open = True
         if not seen.rows and start is not None and not self._witnesses.gone:
-            _log.error(EMPTIED, self._table, extra={"code": "R518"})
+            _log.error(EMPTIED, self._table, self.name, extra={"code": "R518"})
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert. Returns those whose time does not fit."""
@@ -260,7 +251,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         if self._is_open and not asks and time.monotonic() - self._asked_at >= LOOK_SECONDS:
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask())
-        raise emptied(self._table)
+        raise self._client.errors.emptied(self._table)
 
     async def _ask(self) -> None:
         try:
@@ -324,7 +315,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         if not _proves(receipt, len(events), seen) and not await self.ledger(with_content=True).holds(events):
             self._run = secrets.token_bytes(16)  # else the next try could pass for a repeat, and be dropped
             if receipt.doubt:
-                raise not_clickhouse(self._server, f"{receipt.doubt}, and the rows are not in the table")
+                raise self._client.errors.not_clickhouse(f"{receipt.doubt}, and the rows are not in the table")
             raise SinkUnavailable(sink=self.name, detail=f"ClickHouse wrote {receipt.rows} of {len(events)} rows")
         if events:
             await self._witnesses.see(events, seen)
@@ -352,7 +343,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         if failure.code in REFUSED:
             reason = cited(failure.text, [self._password])
             return BatchRefused(sink=self.name, detail=str(failure), reason=reason)
-        return answered(failure)
+        return self._client.errors.answered(failure)
 
 
 def _proves(receipt: Receipt, sent: int, seen: Look) -> bool:

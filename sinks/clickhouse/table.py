@@ -14,7 +14,6 @@ from replicator.contracts.errors import SinkMisconfigured, SinkUnusable, cited, 
 from replicator.contracts.events import Finding
 from replicator.contracts.fields import Stream
 from sinks.clickhouse.client import Client
-from sinks.clickhouse.errors import SINK, not_clickhouse
 
 FSYNC = "fsync_after_insert = 1, fsync_part_directory = 1"
 
@@ -153,7 +152,7 @@ async def create(client: Client, database: str, stream: Stream) -> list[str]:
         if not await _exists(client, what, name):
             await client.command(sql)
             if not await _exists(client, what, name):
-                raise not_clickhouse(client.server, f"{what} {name} is not there after it was created")
+                raise client.errors.not_clickhouse(f"{what} {name} is not there after it was created")
             made.append(f"ClickHouse: made {what} {name.replace('`', '')}")
     return made
 
@@ -191,7 +190,7 @@ async def look(client: Client, database: str, stream: Stream) -> Look:
     names = {"database": database, "table": (name := table_of(stream))}
     found = await client.query(_TABLE_SQL, _Row, names, settings=INSERT_SETTINGS)
     if not found:
-        raise SinkUnusable(sink=SINK, detail=f"table {database}.{name} does not exist", cure=INIT)
+        raise SinkUnusable(sink=client.errors.sink, detail=f"table {database}.{name} does not exist", cure=INIT)
     [row] = found
     types = dict(zip(*row.columns, strict=False))
     wrong = [
@@ -206,11 +205,11 @@ async def look(client: Client, database: str, stream: Stream) -> Look:
     if order != sort_key(stream):
         wrong.append(f"the sort key ({row.order}) and not ({sort_key(stream)})")
     if wrong:
-        raise SinkUnusable(
-            sink=SINK, detail=cited(f"table {database}.{name} has {', '.join(wrong)}", most=2_000), cure=_ALTER
-        )
+        detail = cited(f"table {database}.{name} has {', '.join(wrong)}", most=2_000)
+        raise SinkUnusable(sink=client.errors.sink, detail=detail, cure=_ALTER)
     if row.different:
-        detail = f"settings that are sent with each insert do not arrive at {client.server}: {', '.join(row.different)}"
-        raise SinkMisconfigured(sink=SINK, detail=cited(detail), cure=_SETTINGS_CURE)
+        sent = ", ".join(row.different)
+        detail = f"settings that are sent with each insert do not arrive at {client.errors.server}: {sent}"
+        raise SinkMisconfigured(sink=client.errors.sink, detail=cited(detail), cure=_SETTINGS_CURE)
     durable = row.engine != "ReplacingMergeTree" or "fsync_after_insert = 1" in row.definition
     return Look(row.rows or 0, row.views, durable, bool(row.expires), row.uuid)

@@ -25,8 +25,7 @@ from standardwebhooks import Webhook
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
 from replicator.contracts.events import Event, Finding, Refusal, change
-from replicator.contracts.fields import Stream
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Sink, SinkContext
 from sinks.http.errors import judge, status_text
 from sinks.http.settings import HttpSettings
 from sinks.http.transport import clear_status, create_transport, speaks_tls
@@ -64,11 +63,15 @@ class HttpSink(Sink):
     takes_any_stream = True
 
     def __init__(
-        self, settings: HttpSettings, stream: Stream, *, transport: Callable[[], httpx.AsyncBaseTransport] | None = None
+        self,
+        settings: HttpSettings,
+        context: SinkContext,
+        *,
+        transport: Callable[[], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
-        super().__init__(settings, stream)
+        super().__init__(settings, context)
         self.max_events = settings.http_batch_size
-        self.concurrency = 1 if stream.follows else settings.http_concurrency  # changes of a row in their order
+        self.concurrency = 1 if self.stream.follows else settings.http_concurrency  # changes of a row in their order
         self.max_repeats = max(settings.http_max_repeats, self.max_events)
         self._url = httpx.URL(settings.http_url.get_secret_value()).copy_with(userinfo=b"", fragment=None)
         # What messages name. Not the path: chat services put a secret in there.

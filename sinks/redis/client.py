@@ -35,9 +35,6 @@ from sinks.redis.errors import is_read_only, rights_on, sink_error
 from sinks.redis.info import Info
 from sinks.redis.keys import FORM, GENERATION, INSERTED_NUMBERS, OWNER, Call
 
-SINK = "redis"
-
-
 OPTIONS = frozenset(
     {
         "client_name", "db", "health_check_interval", "password", "socket_connect_timeout", "socket_keepalive",
@@ -151,21 +148,23 @@ class Generation(NamedTuple):
 class RedisClient:
     """One Redis. Every method raises a SinkError for what goes wrong.
 
-    `named` says what a key is called there. `answer_seconds` is how long an answer may take, whatever the URL says; by
-    default `timeout_seconds`.
+    `sink` is whose it is, for messages. `named` says what a key is called there. `answer_seconds` is how long an answer
+    may take, whatever the URL says; by default `timeout_seconds`.
     """
 
     def __init__(
         self,
+        sink: str,
         url: SecretStr,
         timeout_seconds: float,
-        named: Callable[[str], str] = str,
+        named: Callable[[str], str],
         answer_seconds: float | None = None,
     ) -> None:
         pool = connections(url, timeout_seconds)
         if answer_seconds:
             pool.connection_kwargs["socket_timeout"] = answer_seconds
         self._redis = Redis.from_pool(pool)
+        self.sink = sink
         self.named = named
         self.rights = rights_on(self.named)
         """What the user needs."""
@@ -331,12 +330,12 @@ class RedisClient:
         try:
             yield
         except (AttributeError, TypeError, ValueError) as exc:  # redis-py, or we, looked for something else in it
-            raise SinkUnavailable(sink=SINK, detail=NO_ANSWER) from exc
+            raise SinkUnavailable(sink=self.sink, detail=NO_ANSWER) from exc
         except (RedisError, OSError) as exc:  # OSError: of the program itself, such as no more file descriptors
             if is_read_only(exc):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
             secrets = filter(None, [self._login.password])
-            raise sink_error(SINK, await self._cause(exc), secrets, self.rights, self.named) from exc
+            raise sink_error(self.sink, await self._cause(exc), secrets, self.rights, self.named) from exc
 
     async def _cause(self, exc: RedisError | OSError) -> RedisError | OSError:
         """Why Redis hangs up. It refuses a long command before a password, and closes before its reason is read."""

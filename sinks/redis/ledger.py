@@ -12,7 +12,7 @@ from replicator.contracts.errors import SinkUnusable
 from replicator.contracts.events import Event, Id
 from replicator.contracts.fields import Stream, Type
 from replicator.contracts.sink import Held
-from sinks.redis.client import SINK, RedisClient
+from sinks.redis.client import RedisClient
 from sinks.redis.errors import foreign_cure
 from sinks.redis.keys import BIT_MASK, COUNT_PREFIX, LAST_PREFIX, PAGE_BITS, SEEN_PREFIX
 from sinks.redis.rows.plan import State
@@ -41,7 +41,7 @@ class RedisLedger:
             return [int(value or b"0") for value in found]
         except ValueError:
             detail = f"a key of {self._redis.named(COUNT_PREFIX)}* is not a number"
-            raise SinkUnusable(sink=SINK, detail=detail, cure=foreign_cure(self._redis.named)) from None
+            raise SinkUnusable(sink=self._redis.sink, detail=detail, cure=foreign_cure(self._redis.named)) from None
 
     async def keys(self) -> AsyncIterator[Sequence[Id]]:
         """Other programs' keys, which only begin like ours, are left out."""

@@ -18,8 +18,8 @@ from replicator.contracts.errors import SinkError, SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import variable
-from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, Traces
-from sinks.redis.client import SINK, RedisClient, script
+from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, SinkContext, Traces
+from sinks.redis.client import RedisClient, script
 from sinks.redis.errors import OF_ROWS, foreign_error, form_error, lost_error
 from sinks.redis.info import findings
 from sinks.redis.keys import (
@@ -66,18 +66,21 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     running replicator, and expires if there is none, for no window is better than a stale one.
     """
 
-    name = SINK
+    name = "redis"
     settings_class: ClassVar = RedisSettings
     takes_any_stream = True
     max_events = 64_000  # in a backlog: a content costs most, and once a write
     concurrency = 2  # one is with Redis while the other waits for a busy loop: half as fast again in a backlog
 
-    def __init__(self, settings: RedisSettings, stream: Stream, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(settings, stream)
+    def __init__(
+        self, settings: RedisSettings, context: SinkContext, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(settings, context)
+        stream = context.stream
         self.new_events: int = 0
         self._settings = settings
         self._named = naming(settings.redis_prefix, stream.redis_name or stream.name, stream.name)
-        self._redis = RedisClient(settings.redis_url, settings.redis_timeout_seconds, self._named)
+        self._redis = RedisClient(self.name, settings.redis_url, settings.redis_timeout_seconds, self._named)
         self._script = script("write")
         self._clock = clock
         numbered = stream.identity.type.python is stream.key.type.python is int
@@ -121,7 +124,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             Finding(True, f"Redis at {address} answers and may be written to"),
             *unverified,
             *([Finding(False, self._lost.problem, self._lost.cure)] if self._lost else []),
-            *findings(info, appendfsync, self.stream_option),
+            *findings(info, appendfsync, self.context.stream_option),
         ]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
@@ -158,7 +161,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         A power cut ends Redis and us: Redis comes back without its latest writes, and only its run tells.
         """
         known = memory.split()
-        self._lost = lost_error(SINK, self._redis.address, self.stream_option) if LOST in known else None
+        self._lost = lost_error(self.name, self._redis.address, self.context.stream_option) if LOST in known else None
         self._runs = dict.fromkeys(run for run in known if run != LOST)
 
     async def renew(self) -> None:
@@ -198,7 +201,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         await self._probe()
         await self._require_source(claim=True)
         url, timeout_seconds = self._settings.redis_url, self._settings.redis_timeout_seconds
-        patient = RedisClient(url, timeout_seconds, self._named, EMPTY_TIMEOUT_SECONDS)
+        patient = RedisClient(self.name, url, timeout_seconds, self._named, EMPTY_TIMEOUT_SECONDS)
         try:
             [deleted] = await patient.run(script("empty"), Call([], [*map(self._named, PREFIXES)]), returns=1)
         finally:
@@ -235,21 +238,21 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         """Raise SinkUnusable if the keys are made for other rows: what they have counted would be counted again."""
         found = await self._redis.form(self._form, claim=claim, known=self._form_known)
         if found != self._form:
-            raise form_error(SINK, found, self._form, self.stream_option)
+            raise form_error(self.name, found, self._form, self.context.stream_option)
         self._form_known |= claim
 
     async def _require_source(self, *, claim: bool) -> None:
         """Raise SinkUnusable if the keys are another source's: event ids of two would be taken for repeats."""
         if self._ours is None:
-            self._ours = await self.origin() if self.origin else ""
+            self._ours = await self.context.origin()
         if not self._ours or (owner := await self._redis.owner(self._ours, claim=claim)) == self._ours:
             return
-        if owner != self._rival and self.origin:  # we may have followed a failover meanwhile
+        if owner != self._rival:  # we may have followed a failover meanwhile
             with suppress(SourceError):  # no answer: asked again at the next look, and until then the keys are not ours
-                if known := await self.origin():
+                if known := await self.context.origin():
                     self._ours, self._rival = known, owner
         if not continues(self._ours, owner):
-            raise foreign_error(SINK, owner, self._ours, self._named(OWNER))
+            raise foreign_error(self.name, owner, self._ours, self._named(OWNER))
         if claim:
             await self._redis.adopt(self._ours)
 
@@ -265,11 +268,11 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         if lost or (changed and found.state != WHOLE):
             if found.state != LOST:
                 await self._redis.mark(found.word, LOST, found.state)
-            self._lost = lost_error(SINK, self._redis.address, self.stream_option)
+            self._lost = lost_error(self.name, self._redis.address, self.context.stream_option)
         else:
             self._lost = None
             if restarted and not changed:
-                cure = command(f"reconcile --start ... --end ... --repair{self.stream_option}")
+                cure = command(f"reconcile --start ... --end ... --repair{self.context.stream_option}")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
         self._generation = found.word
         self._runs |= {found.run: None} if found.run else {}

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import cast
 
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable
-from sinks.redis.client import SINK, RedisClient, Script, script
+from sinks.redis.client import RedisClient, Script, script
 from sinks.redis.keys import (
     BUILDING,
     LOGGED_BYTES,
@@ -186,7 +186,7 @@ class Window:
             except BaseException:  # a call may still arrive, long after its caller has given it up
                 self._sums = None
                 raise
-        raise SinkUnavailable(sink=SINK, detail=DELETED)
+        raise SinkUnavailable(sink=self._redis.sink, detail=DELETED)
 
     async def _pass(self) -> None:
         if not await self._is_ours():

@@ -14,9 +14,8 @@ from functools import partial
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Finding, Refusal, change
-from replicator.contracts.fields import Stream
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Sink, SinkContext
 from sinks.threads import BlockingCalls
 
 STDOUT = 1
@@ -35,8 +34,8 @@ class StdoutSink(Sink):
     takes_any_stream = True
     max_events = 1000
 
-    def __init__(self, settings: Settings, stream: Stream, *, output: int = STDOUT) -> None:
-        super().__init__(settings, stream)
+    def __init__(self, settings: Settings, context: SinkContext, *, output: int = STDOUT) -> None:
+        super().__init__(settings, context)
         self._output = output
         self._calls = BlockingCalls("stdout")
         self._cut = False

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import SecretStr
 
-from replicator.contracts.errors import BatchRefused, SinkUnavailable
+from replicator.contracts.errors import BatchRefused, SinkError, SinkUnavailable
 from replicator.contracts.events import Position, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
 from sinks.testing.changes import ChangesConformance, write_when_up
@@ -112,7 +112,7 @@ class SinkConformance(ChangesConformance):
                     with pytest.raises(BatchRefused) as caught:
                         await sink.write(events)
                     assert caught.value.detail
-                    _assert_discreet(sink, str(caught.value))
+                    _assert_told(sink, caught.value)
                 for events in ([first], others):
                     assert not await sink.write(events)
             assert not await sink.write([bad])
@@ -142,7 +142,7 @@ class SinkConformance(ChangesConformance):
                 for _ in range(2):
                     with pytest.raises(SinkUnavailable) as caught:
                         await sink.write(events)
-                    _assert_discreet(sink, str(caught.value))
+                    _assert_told(sink, caught.value)
                 findings = await sink.check()
                 named = any(not finding.ok and finding.cure for finding in findings)
                 assert named, f"`check` does not name the outage, or no cure: {findings}"
@@ -219,6 +219,12 @@ async def _until(condition: Callable[[], bool], problem: str) -> None:
 
 def _open_files() -> int:
     return len([*Path("/dev/fd").iterdir()])
+
+
+def _assert_told(sink: Sink, error: SinkError) -> None:
+    """Whose it is, and neither a secret nor the text of an event."""
+    assert error.sink == sink.name, f"an error is of {error.sink!r}, not of `self.name`, here {sink.name!r}"
+    _assert_discreet(sink, str(error))
 
 
 def _assert_discreet(sink: Sink, *messages: str) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from replicator.contracts.events import Event, SinkPosition
 from replicator.contracts.fields import BIGINT, INT64_MAX, INT64_MIN, TEXT, TIMESTAMPTZ, Field, Role, Stream
-from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.sink import Mode, Sink, SinkContext
 from sinks import create_sinks
 
 SAMPLE_TIME = datetime(2026, 1, 8, 14, 21, 52, 123_456, tzinfo=UTC)
@@ -85,9 +85,14 @@ class Destination(ABC):
         self.stream = CHANGING
         self.refused = self.refused and sample(CHANGING, 100, None)
 
+    @property
+    def context(self) -> SinkContext:
+        """What `sink` is made with: as where a slot has several streams, so that its messages have to say its name."""
+        return SinkContext(self.stream, f" --stream {self.stream.name}")
+
     def sink(self) -> Sink:
         """A new sink that writes `stream` here, neither created nor open: that of `name`, with the settings of now."""
-        return create_sinks([self.name], self.stream)[0]
+        return create_sinks([self.name], self.context)[0]
 
     @abstractmethod
     def read(self) -> Iterable[dict[str, Any]]:

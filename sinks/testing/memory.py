@@ -11,7 +11,7 @@ from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkUnavail
 from replicator.contracts.events import Event, Finding, Id, Refusal, unfolded
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import Settings
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Sink, SinkContext
 
 Step: TypeAlias = Exception | asyncio.Event | Callable[[Sequence[Event]], Awaitable[Sequence[Refusal] | None]]
 """What one `write` does first: raise this, wait for that, or call this, whose refusals are then the write's."""
@@ -36,15 +36,17 @@ class MemorySink(Sink):
     SinkUnavailable.
     """
 
+    name = "memory"
     takes_any_stream = True
+    max_events = 100
 
     def __init__(
         self,
         settings: Settings | None = None,
-        stream: Stream | None = None,
+        context: SinkContext | None = None,
         *,
-        name: str = "memory",
-        max_events: int = 100,
+        name: str = name,
+        max_events: int = max_events,
         concurrency: int = 1,
         max_repeats: int | None = None,
         steps: Iterable[Step] = (),
@@ -52,8 +54,9 @@ class MemorySink(Sink):
         refused: Iterable[Id] = (),
         room: int | None = None,
     ) -> None:
-        super().__init__(settings or Settings(), stream or NUMBERED)
-        self.name, self.max_events, self.concurrency, self.max_repeats = name, max_events, concurrency, max_repeats
+        self.name = name
+        super().__init__(settings or Settings(), context or SinkContext(NUMBERED))
+        self.max_events, self.concurrency, self.max_repeats = max_events, concurrency, max_repeats
         self.steps, self.unfit, self.refused, self.room = list(steps), {*unfit}, {*refused}, room
         self.down = False
         self.events: dict[Id, Event] = {}

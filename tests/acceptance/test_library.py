@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -21,8 +23,7 @@ from psycopg import sql
 
 from devstack.process import wait_until
 from enrichment import EVENT
-from replicator import Event, Refusal, Replicator, ReplicatorError, Sink
-from sinks.testing import MemorySink
+from replicator import Event, Refusal, Replicator, ReplicatorError, Settings, Sink, SinkContext, SinkUnavailable
 from tests.support.environment import ROLE
 from tests.support.program import ROOT
 
@@ -125,16 +126,34 @@ def test_the_ten_lines(embedded: Embedded, source: psycopg.Connection) -> None:
     assert embedded.said.read_text(encoding="utf-8").rstrip().endswith("KeyboardInterrupt")
 
 
+@dataclass
+class Kept:
+    """What a program gives its sink."""
+
+    ids: list[int] = field(default_factory=list)
+    is_full: bool = False
+
+
 class Keeper(Sink):
-    """Keeps ids; made by the replicator."""
+    """Keeps ids."""
 
     name, max_events = "keeper", 100
-    ids: list[int]
+
+    def __init__(self, settings: Settings, context: SinkContext, kept: Kept) -> None:
+        super().__init__(settings, context)
+        self._kept = kept
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
-        """In a list of the class: the test does not have the object."""
-        self.ids += [int(event.id) for event in events]
+        """In what the program gave it."""
+        if self._kept.is_full:
+            raise SinkUnavailable(sink=self.name, detail="it is full")
+        self._kept.ids += [int(event.id) for event in events]
         return []
+
+
+def keeper(kept: Kept) -> Callable[..., Keeper]:
+    """As the page says."""
+    return partial(Keeper, kept=kept)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -159,42 +178,42 @@ async def running(replicator: Replicator) -> AsyncIterator[asyncio.Task[None]]:
 @pytest.mark.usefixtures("empty_directory")
 async def test_two_in_one_process(plain_dsn: str, source: psycopg.Connection) -> None:
     """Each with a slot of its own; one is stopped, the other cancelled, and both have saved where they are."""
-    Keeper.ids, memory = [], MemorySink(stream=EVENT)
+    kept, others = Kept(), Kept()
     checkpoint, slots = "sqlite:///checkpoint.db", [f"library_{n}_{os.getpid()}" for n in (1, 2)]
-    first = Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
-    second = Replicator(EVENT, memory, postgres_dsn=plain_dsn, slot=slots[1], checkpoint_url=checkpoint)
+    first = Replicator(EVENT, keeper(kept), postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
+    second = Replicator(EVENT, keeper(others), postgres_dsn=plain_dsn, slot=slots[1], checkpoint_url=checkpoint)
     async with running(first) as one, running(second) as two:
         await asyncio.to_thread(source.execute, PLAYED, [1, 1_000])
-        await until(lambda: len(Keeper.ids) >= 1_000)
+        await until(lambda: len(kept.ids) >= 1_000)
         assert [1_000] == [sink.events for sink in first.status().sinks.values()]
         first.stop()
         await one
         assert not first.status().ready
         await asyncio.to_thread(source.execute, PLAYED, [1_001, 1_500])
-        await until(lambda: len(memory.events) == 1_500)
+        await until(lambda: len(others.ids) >= 1_500)
         end = end_of_wal(source)
         two.cancel()
         with pytest.raises(asyncio.CancelledError):
             await two
         assert is_true(source, CONFIRMED, end, slots[1])
         assert not is_true(source, CONFIRMED, end, slots[0])
-    assert list(range(1, 1_001)) == sorted(Keeper.ids)
-    again = Replicator(EVENT, Keeper, postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
+    assert list(range(1, 1_001)) == sorted(kept.ids)
+    again = Replicator(EVENT, keeper(kept), postgres_dsn=plain_dsn, slot=slots[0], checkpoint_url=checkpoint)
     async with running(again):
-        await until(lambda: len(Keeper.ids) >= 1_500)
-    assert list(range(1, 1_501)) == sorted(Keeper.ids)
+        await until(lambda: len(kept.ids) >= 1_500)
+    assert list(range(1, 1_501)) == sorted(kept.ids)
 
 
 @pytest.mark.usefixtures("empty_directory")
 async def test_what_a_sink_lacks_is_not_green(plain_dsn: str, source: psycopg.Connection) -> None:
     """A sink that turns it away is a reason; what it could not write when it was cancelled is not confirmed."""
-    memory = MemorySink(stream=EVENT)
-    made = Replicator(EVENT, memory, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}")
+    kept = Kept()
+    made = Replicator(EVENT, keeper(kept), postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}")
     async with running(made) as task:
-        memory.down = True
+        kept.is_full = True
         await asyncio.to_thread(source.execute, PLAYED, [1, 10])
         end = end_of_wal(source)
-        await until(lambda: bool(made.status().sinks["memory"].trouble))
+        await until(lambda: bool(made.status().sinks["keeper"].trouble))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -205,7 +224,7 @@ async def test_what_a_sink_lacks_is_not_green(plain_dsn: str, source: psycopg.Co
 def test_its_errors_are_the_products(plain_dsn: str) -> None:
     """Of `run`, not of the interpreter; and the loop can end at once."""
     made = Replicator(
-        EVENT, Keeper, postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}", checkpoint_url="sqlite:////"
+        EVENT, keeper(Kept()), postgres_dsn=plain_dsn, slot=f"library_{os.getpid()}", checkpoint_url="sqlite:////"
     )
     began = time.monotonic()
     with pytest.raises(ReplicatorError, match="The checkpoint database can't be used"):

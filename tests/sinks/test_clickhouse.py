@@ -16,12 +16,14 @@ from enrichment import EVENT
 from replicator.contracts.errors import SettingsError, SinkError, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
+from replicator.contracts.sink import SinkContext
 from sinks.clickhouse.client import Address, parse_url
 from sinks.clickhouse.embedded import EmbeddedEngine
-from sinks.clickhouse.errors import Failed, answered, failed, not_from_clickhouse, translated
+from sinks.clickhouse.errors import Errors, Failed, failed
 from sinks.clickhouse.http import HttpServer
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink, rows
 
+ERRORS = Errors("clickhouse", "http://h:8123")
 SECRET = "Xq7Zk2"  # noqa: S105  looked for in messages
 ROW_TEXT = 'Cannot parse input: \'{"device":"Xq7Zk2"}\': (XQ7ZK2) (at row 1)'
 
@@ -96,7 +98,7 @@ class TestSettings:
 
     def test_have_defaults(self) -> None:
         """That lead to the server of the compose file."""
-        sink = ClickHouseSink(load(ClickHouseSettings), EVENT)
+        sink = ClickHouseSink(load(ClickHouseSettings), SinkContext(EVENT))
         assert (sink.name, sink.concurrency, sink.max_events, sink.linger_seconds) == ("clickhouse", 1, 40_000, 0.8)
 
     def test_ca_file_must_exist(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -142,26 +144,26 @@ class TestCodes:
     @pytest.mark.parametrize("code", [16, 60, 81, 115, 117])
     def test_something_does_not_fit(self, code: int) -> None:
         """Waits for an operator."""
-        error = answered(sent(code, ROW_TEXT))
+        error = ERRORS.answered(sent(code, ROW_TEXT))
         assert isinstance(error, SinkMisconfigured)
         assert "python -m replicator sql clickhouse" in str(error)
 
     @pytest.mark.parametrize("code", [164, 192, 193, 194, 452, 497, 516])
     def test_we_are_turned_away(self, code: int) -> None:
         """Tried again slowly."""
-        assert isinstance(answered(sent(code, ROW_TEXT)), SinkMisconfigured)
+        assert isinstance(ERRORS.answered(sent(code, ROW_TEXT)), SinkMisconfigured)
 
     @pytest.mark.parametrize(
         "code", [6, 27, 53, 159, 201, 202, 209, 210, 241, 242, 243, 252, 395, 425, 745, 999, 1002, 12345]
     )
     def test_not_now(self, code: int) -> None:
         """Overload, disk, replicas, and every code that nobody named: tried again."""
-        assert isinstance(answered(sent(code, ROW_TEXT)), SinkUnavailable)
+        assert isinstance(ERRORS.answered(sent(code, ROW_TEXT)), SinkUnavailable)
 
     @pytest.mark.parametrize("code", [27, 117, 252, 516])
     def test_messages_carry_the_code_and_nothing_of_the_row(self, code: int) -> None:
         """A word of the row that looks like a name is none."""
-        error = answered(sent(code, ROW_TEXT))
+        error = ERRORS.answered(sent(code, ROW_TEXT))
         assert f"ClickHouse error {code}" in str(error)
         assert SECRET.upper() not in str(error).upper()
 
@@ -191,14 +193,14 @@ class TestCodes:
     )
     def test_something_else_answers(self, status: int, kind: type[Exception]) -> None:
         """A proxy, or another program on that port."""
-        error = not_from_clickhouse(status, "http://h:8123")
+        error = ERRORS.not_from_clickhouse(status)
         assert isinstance(error, kind)
         assert f"http://h:8123 answers with HTTP status {status}" in str(error)
 
 
 def meaning(error: Exception) -> SinkError:
     """What the lane gets to see of it."""
-    with pytest.raises(SinkError) as caught, translated("http://h:8123"):
+    with pytest.raises(SinkError) as caught, ERRORS.translated():
         raise error
     return caught.value
 
@@ -234,7 +236,7 @@ class TestNetwork:
 
     def test_a_missing_file_is_not_the_network(self) -> None:
         """An error of the operating system that the client did not wrap is not explained away."""
-        with pytest.raises(FileNotFoundError), translated("http://h:8123"):
+        with pytest.raises(FileNotFoundError), ERRORS.translated():
             raise FileNotFoundError("table.sql")
 
     def test_no_answer(self) -> None:
@@ -247,14 +249,14 @@ class TestNetwork:
 
     async def test_an_impossible_host(self) -> None:
         """That only the look-up of its name finds out about."""
-        server = HttpServer(f"http://{'a' * 64}.example:8123", "default", "", None)
+        server = HttpServer(Errors("clickhouse", f"http://{'a' * 64}.example:8123"), "default", "", None)
         with pytest.raises(SinkError):
             await server.ask("SELECT 1", {}, 10)
         await server.close()
 
     async def test_the_authority_has_gone(self, tmp_path: Path) -> None:
         """Its file was there when the program started."""
-        server = HttpServer("https://localhost:9", "default", "", tmp_path / "gone.pem")
+        server = HttpServer(Errors("clickhouse", "https://localhost:9"), "default", "", tmp_path / "gone.pem")
         with pytest.raises(SinkMisconfigured, match="REPLICATOR_CLICKHOUSE_CA_FILE can't be read"):
             await server.ask("SELECT 1", {}, 10)
         await server.close()
@@ -262,7 +264,7 @@ class TestNetwork:
 
 async def test_calls_wait_for_an_engine_that_hangs() -> None:
     """A retry does not start beside the call that was given up, and none that was given up in the queue ever runs."""
-    engine, released, begun = EmbeddedEngine("/nowhere"), threading.Event(), []
+    engine, released, begun = EmbeddedEngine(ERRORS, "/nowhere"), threading.Event(), []
 
     def hang(number: int) -> None:
         begun.append(number)

@@ -28,6 +28,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Event
 from replicator.contracts.ledger import EventDigest, Slice
+from replicator.contracts.sink import SinkContext
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 from sinks.clickhouse.table import table_of
 from sinks.testing import sample
@@ -67,7 +68,7 @@ async def sink(clickhouse: ClickHouse, front: Front) -> AsyncIterator[ClickHouse
 async def sink_behind(front: Front, clickhouse: ClickHouse, timeout_seconds: int = 30) -> AsyncIterator[ClickHouseSink]:
     """A sink that is given the front end's address, with its table made."""
     given = {"clickhouse_url": front.url(clickhouse.url), "clickhouse_timeout_seconds": timeout_seconds}
-    sink = ClickHouseSink(ClickHouseSettings.model_validate(given), EVENT)
+    sink = ClickHouseSink(ClickHouseSettings.model_validate(given), SinkContext(EVENT))
     try:
         await sink.create()
         yield sink

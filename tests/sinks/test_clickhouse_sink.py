@@ -33,6 +33,7 @@ from replicator.contracts.errors import (
     SinkUnusable,
 )
 from replicator.contracts.events import Event, Finding
+from replicator.contracts.sink import SinkContext
 from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
 from sinks.clickhouse.table import INIT, columns, table_of
 
@@ -83,7 +84,7 @@ def clickhouse(stack: DevStack) -> Iterator[ClickHouse]:
 @asynccontextmanager
 async def sink_for(url: str, **settings: Any) -> AsyncIterator[ClickHouseSink]:
     """A sink, closed afterwards."""
-    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url), **settings), EVENT)
+    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url), **settings), SinkContext(EVENT))
     try:
         yield sink
     finally:
@@ -851,11 +852,12 @@ from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
 from enrichment import EVENT
 from replicator.contracts.errors import BatchRefused
 from replicator.contracts.events import Event
+from replicator.contracts.sink import SinkContext
 
 async def main(url, payload):
     told = []
     for _ in range(2):  # the second sink opens what the first has closed
-        sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)), EVENT)
+        sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)), SinkContext(EVENT))
         told.append(await sink.create())
         told.append([finding.ok for finding in await sink.check()])
         event = Event(commit_lsn=7, ordinal=1, id=1, key=1, ts_us=0, json=payload.encode())
@@ -878,6 +880,7 @@ import asyncio, signal, sys, threading
 from clickhouse_connect.driver._backendclient import SyncBackendClient
 from pydantic import SecretStr
 from replicator.contracts.events import Event
+from replicator.contracts.sink import SinkContext
 from sinks.clickhouse import embedded
 from enrichment import EVENT
 from sinks.clickhouse.sink import ClickHouseSettings, ClickHouseSink
@@ -892,7 +895,7 @@ def raw_insert(*arguments):
     return insert(*arguments)
 
 async def main(url, payload):
-    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)), EVENT)
+    sink = ClickHouseSink(ClickHouseSettings(clickhouse_url=SecretStr(url)), SinkContext(EVENT))
     await sink.create()
     events = [Event(commit_lsn=7, ordinal=n, id=n, key=1, ts_us=0,
                     json=payload.replace('"event_id":1,', f'"event_id":{n},').encode()) for n in range(200_000)]

@@ -91,7 +91,7 @@ class TestClickHouse(SinkConformance):
         class Table(Wired):
             def sink(self) -> Sink:
                 given = {"clickhouse_url": self.url(stack.clickhouse.url), "clickhouse_max_events": 500}
-                return ClickHouseSink(ClickHouseSettings.model_validate(given), self.stream)
+                return ClickHouseSink(ClickHouseSettings.model_validate(given), self.context)
 
             def read(self) -> Iterable[dict[str, Any]]:
                 fields = ", ".join(field.name for field in self.stream.fields)
@@ -112,7 +112,7 @@ class TestRedis(SinkConformance):
 
         class Keys(Wired):
             def sink(self) -> Sink:
-                return RedisSink(RedisSettings.model_validate({"redis_url": self.url(redis_url)}), self.stream)
+                return RedisSink(RedisSettings.model_validate({"redis_url": self.url(redis_url)}), self.context)
 
             def read(self) -> Iterable[dict[str, Any]]:
                 noun = self.stream.redis_name or self.stream.name
@@ -139,7 +139,7 @@ class TestHttp(SinkConformance):
             keeps_repeats = True
 
             def sink(self) -> Sink:
-                return HttpSink(HttpSettings.model_validate({"http_url": self.url(stack.api.url)}), self.stream)
+                return HttpSink(HttpSettings.model_validate({"http_url": self.url(stack.api.url)}), self.context)
 
             def read(self) -> Iterable[dict[str, Any]]:
                 taken = self.destinations.api()
@@ -200,7 +200,7 @@ class Printed(Destination):
 
     def sink(self) -> Sink:
         """It prints where a program's standard output would be."""
-        return StdoutSink(Settings(), self.stream, output=self._output)
+        return StdoutSink(Settings(), self.context, output=self._output)
 
     def read(self) -> Iterable[dict[str, Any]]:
         """Its lines; of changes what their reader keeps."""
@@ -234,7 +234,7 @@ class Memory(Destination):
 
     def sink(self) -> Sink:
         """It shares the events of the others."""
-        sink = MemorySink(stream=self.stream, unfit=[event.id] if (event := self.refused) else [])
+        sink = MemorySink(context=self.context, unfit=[event.id] if (event := self.refused) else [])
         sink.events = self.events
         self.sinks.append(sink)
         return sink

@@ -29,6 +29,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Event
 from replicator.contracts.settings import load
+from replicator.contracts.sink import SinkContext
 from sinks.http.errors import retry_after_seconds, status_text
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import NO_TIME, HttpSink, event_key
@@ -67,7 +68,9 @@ class Api:
 
     def sink(self, **settings: Any) -> HttpSink:
         """A sink that talks to it."""
-        return HttpSink(HttpSettings(**settings), EVENT, transport=lambda: httpx.MockTransport(self._handle))
+        return HttpSink(
+            HttpSettings(**settings), SinkContext(EVENT), transport=lambda: httpx.MockTransport(self._handle)
+        )
 
     async def _handle(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -375,7 +378,7 @@ class TestSettings:
         for name in ("BEARER_TOKEN", "WEBHOOK_SECRET", "CA_FILE"):
             monkeypatch.setenv(f"REPLICATOR_HTTP_{name}", "")
         settings = load(HttpSettings)
-        sink = HttpSink(settings, EVENT)
+        sink = HttpSink(settings, SinkContext(EVENT))
         assert settings.http_url.get_secret_value() == "http://localhost:8000/events"
         assert (settings.http_bearer_token, settings.http_webhook_secret, settings.http_ca_file) == (None, None, None)
         assert (sink.name, sink.max_events, sink.linger_seconds, sink.concurrency) == ("http", 500, 0.0, 16)

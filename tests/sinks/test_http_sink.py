@@ -18,6 +18,7 @@ from devstack.api import Api
 from enrichment import EVENT
 from replicator.contracts.errors import BatchRefused, BatchTooLarge, SinkMisconfigured, SinkUnavailable
 from replicator.contracts.events import Event
+from replicator.contracts.sink import SinkContext
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
 
@@ -39,7 +40,7 @@ def events(first: int, last: int) -> list[Event]:
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[HttpSink]:
     """A sink for that URL."""
-    sink = HttpSink(HttpSettings(http_url=SecretStr(url), **settings), EVENT)
+    sink = HttpSink(HttpSettings(http_url=SecretStr(url), **settings), SinkContext(EVENT))
     await sink.open()
     try:
         yield sink

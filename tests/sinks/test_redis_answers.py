@@ -17,6 +17,7 @@ from redis.connection import DefaultParser
 from enrichment import EVENT
 from replicator.contracts.errors import SinkUnavailable, SinkUnusable
 from replicator.contracts.events import Event
+from replicator.contracts.sink import SinkContext
 from sinks.redis.errors import sink_error
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
@@ -90,7 +91,7 @@ async def test_an_answer_is_bounded(answer: str) -> None:
     with server(ANSWERS[answer]) as port:
         began = time.monotonic()
         url = SecretStr(f"redis://127.0.0.1:{port}/0")
-        sink = RedisSink(RedisSettings(redis_url=url, redis_timeout_seconds=PATIENCE_SECONDS), EVENT)
+        sink = RedisSink(RedisSettings(redis_url=url, redis_timeout_seconds=PATIENCE_SECONDS), SinkContext(EVENT))
         with pytest.raises(SinkUnavailable) as caught:
             await sink.write([EVENT_1])
         with pytest.raises(SinkUnavailable):

@@ -24,6 +24,7 @@ from devstack.process import free_port
 from enrichment import EVENT
 from replicator.contracts.errors import SinkEmptied, SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import Event, Position, SinkPosition
+from replicator.contracts.sink import SinkContext
 from sinks.redis.client import RedisClient, Script
 from sinks.redis.errors import turned_away_cure
 from sinks.redis.keys import Call, bucket_of, kept_buckets
@@ -33,6 +34,7 @@ from sinks.redis.window import SLICE
 
 NOON = 1_767_873_600.0  # 2026-01-08T12:00:00Z, the start of a bucket
 WINDOW = "top:content:10m"
+Ask = Callable[[], Awaitable[str]]
 DEADLINE_SECONDS = 30.0  # for what a background task or a server does soon
 
 
@@ -100,22 +102,21 @@ def server(module_stack: DevStack) -> Iterator[Server]:
 
 
 def sink_at(
-    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str = ""
+    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str | Ask = ""
 ) -> RedisSink:
     """A sink that is not open yet."""
     settings = RedisSettings(redis_url=SecretStr(url), redis_timeout_seconds=timeout_seconds, redis_prefix=prefix)
-    sink = RedisSink(settings, EVENT, clock=clock) if clock else RedisSink(settings, EVENT)
 
-    async def ask() -> str:
-        return origin
+    async def told() -> str:
+        return str(origin)
 
-    sink.origin = ask
-    return sink
+    context = SinkContext(EVENT, origin=told if isinstance(origin, str) else origin)
+    return RedisSink(settings, context, clock=clock) if clock else RedisSink(settings, context)
 
 
 @contextlib.asynccontextmanager
 async def unopened(
-    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str = ""
+    url: str, clock: Clock | None = None, *, timeout_seconds: float = 10.0, prefix: str = "", origin: str | Ask = ""
 ) -> AsyncIterator[RedisSink]:
     """A sink whose window moves only when the test moves it."""
     sink = sink_at(url, clock, timeout_seconds=timeout_seconds, prefix=prefix, origin=origin)
@@ -887,8 +888,7 @@ async def test_a_failover_that_a_running_sink_has_followed(server: Server) -> No
     async def ask() -> str:
         return f"cluster 1, database a, timeline {next(timelines)}"
 
-    async with unopened(server.service.url, Clock()) as sink:
-        sink.origin = ask
+    async with unopened(server.service.url, Clock(), origin=ask) as sink:
         await sink.open()
         server.client.set("engagement:seen:owner", "cluster 1, database a, timeline 2")
         await sink._look()  # noqa: SLF001  once a second else
@@ -906,8 +906,7 @@ async def test_the_source_is_silent_while_the_keys_become_another_s(server: Serv
             raise answers[-1]
         return answers[-1]
 
-    async with unopened(server.service.url, Clock()) as sink:
-        sink.origin = ask
+    async with unopened(server.service.url, Clock(), origin=ask) as sink:
         await sink.open()
         server.client.set("engagement:seen:owner", later)
         for silence in (SourceUnavailable(detail="no route to host"), ""):
@@ -942,8 +941,7 @@ async def test_where_events_come_from_is_asked_once(server: Server) -> None:
         asked.append(1)
         return ""
 
-    async with unopened(server.service.url, Clock()) as sink:
-        sink.origin = ask
+    async with unopened(server.service.url, Clock(), origin=ask) as sink:
         await sink.open()
         await sink._look()  # noqa: SLF001  once a second else
         await sink._look()  # noqa: SLF001

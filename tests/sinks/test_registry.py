@@ -11,6 +11,7 @@ import pytest
 from enrichment import EVENT
 from replicator.contracts import fields
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.sink import SinkContext
 from sinks import create_sinks, known_sinks, settings_classes
 from tests.support.plugin import install
 
@@ -32,7 +33,13 @@ class NoMost(Working):
     name = "broken"
 class NoStart(Working):
     name, max_events = "broken", 1
-    def __init__(self, settings, stream): raise RuntimeError("hunter2")
+    def __init__(self, settings, context): raise RuntimeError("hunter2")
+class TakesStream(Working):
+    name, max_events = "broken", 1
+    def __init__(self, settings, stream): super().__init__(settings, stream)
+class NoSuper(Working):
+    name, max_events = "broken", 1
+    def __init__(self, settings, context): pass
 class Divides(Settings):
     broken_x: Annotated[int, AfterValidator(lambda x: 1 // x)] = 0
 class NoRoom(Working):
@@ -82,7 +89,7 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
     """By its name, with its settings from the environment; the same code as ours makes it."""
     installed()
     monkeypatch.setenv("REPLICATOR_LINES_PATH", "/somewhere/events.jsonl")
-    [sink] = create_sinks(["lines", "lines"], EVENT)
+    [sink] = create_sinks(["lines", "lines"], SinkContext(EVENT))
     assert ("lines", EVENT) == (sink.name, sink.stream)
     assert {"lines_path": Path("/somewhere/events.jsonl")} == sink.settings.model_dump()
     assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
@@ -93,7 +100,7 @@ async def test_the_example_checks_its_file(installed: Install, tmp_path: Path, m
     installed()
     for path, expected in ((tmp_path / "new.jsonl", True), (tmp_path, False), (tmp_path / "none" / "new.jsonl", False)):
         monkeypatch.setenv("REPLICATOR_LINES_PATH", str(path))
-        [sink] = create_sinks(["lines"], EVENT)
+        [sink] = create_sinks(["lines"], SinkContext(EVENT))
         [finding] = await sink.check()
         assert (expected, expected) == (finding.ok, not finding.cure)
 
@@ -104,8 +111,8 @@ def test_a_sink_gets_no_stream_that_it_does_not_know(installed: Install) -> None
     named = fields.Field("event_id", fields.TEXT, column="id", role=fields.Role.IDENTITY)
     for other in (replace(EVENT, updates="upsert"), replace(EVENT, fields=(named, *EVENT.fields[1:]))):
         with pytest.raises(SettingsError, match="'lines' takes no stream whose rows change, or whose identity or key"):
-            create_sinks(["lines"], other)
-        assert ["stdout"] == [sink.name for sink in create_sinks(["stdout"], other)]
+            create_sinks(["lines"], SinkContext(other))
+        assert ["stdout"] == [sink.name for sink in create_sinks(["stdout"], SinkContext(other))]
 
 
 def test_a_sink_does_not_share_a_setting_with_the_replicator(installed: Install, tmp_path: Path) -> None:
@@ -113,28 +120,28 @@ def test_a_sink_does_not_share_a_setting_with_the_replicator(installed: Install,
     installed("broken", {"postgres": "broken_sinks:Source"})
     (tmp_path / "broken_sinks.py").write_text(BROKEN_SINKS, encoding="utf-8")
     with pytest.raises(SettingsError, match="whose setting 'postgres_dsn' is one of the replicator itself"):
-        create_sinks(["postgres"], EVENT)
+        create_sinks(["postgres"], SinkContext(EVENT))
 
 
 def test_an_unknown_name_lists_what_there_is(installed: Install) -> None:
     """The installed ones, too."""
     installed()
     with pytest.raises(SettingsError, match=r"no sink 'kafka'. It takes one or more of .*, http, stdout, lines,"):
-        create_sinks(["redis", "kafka"], EVENT)
+        create_sinks(["redis", "kafka"], SinkContext(EVENT))
 
 
 def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
     """Neither is the obvious one; the other sinks work. The same sink declared twice is one sink."""
     installed("ours", {"redis": "sinks.redis.sink:RedisSink"})
-    assert ["redis"] == [sink.name for sink in create_sinks(["redis"], EVENT)]
+    assert ["redis"] == [sink.name for sink in create_sinks(["redis"], SinkContext(EVENT))]
     known_sinks.cache_clear()
     installed("other", {"redis": "replicator_lines:LinesSink"})
     problem = (
         r"sink 'redis' is the name of 2: sinks\.redis\.sink:RedisSink and replicator_lines:LinesSink\. .* http, stdout"
     )
     with pytest.raises(SettingsError, match=problem):
-        create_sinks(["http", "redis"], EVENT)
-    assert ["http"] == [sink.name for sink in create_sinks(["http"], EVENT)]
+        create_sinks(["http", "redis"], SinkContext(EVENT))
+    assert ["http"] == [sink.name for sink in create_sinks(["http"], SinkContext(EVENT))]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,8 @@ def test_two_sinks_of_one_name_are_an_error(installed: Install) -> None:
         ("broken_sinks:Needy", "REPLICATOR_BROKEN_URL is unusable: it is not set"),
         ("broken_sinks:NoMost", "sink 'broken' has None as its max_events"),
         ("broken_sinks:NoStart", r"sink 'broken' can't be made \(RuntimeError\)"),
+        ("broken_sinks:TakesStream", "whose __init__ takes a stream: it gets a SinkContext"),
+        ("broken_sinks:NoSuper", "has an __init__ that does not call Sink's"),
         ("broken_sinks:NoRoom", "sink 'broken' has concurrency 1 and max_repeats 5"),
         ("broken_sinks:NoHurry", "sink 'broken' has 1 as its linger_seconds"),
         ("broken_sinks:NoNumber", "sink 'broken' has None as its concurrency"),
@@ -172,7 +181,7 @@ def test_a_broken_sink_is_named_and_hinders_no_other(
     (tmp_path / "broken_sinks.py").write_text(BROKEN_SINKS, encoding="utf-8")
     installed("broken", {"broken": value})
     with pytest.raises(SettingsError, match=problem):
-        create_sinks(["broken"], EVENT)
+        create_sinks(["broken"], SinkContext(EVENT))
     assert "RedisSettings" in [settings.__name__ for settings in settings_classes()]
     assert ("broken" in caplog.text) == ("can't be loaded" in problem or "which " in problem or "whose " in problem)
-    assert ["redis"] == [sink.name for sink in create_sinks(["redis"], EVENT)]
+    assert ["redis"] == [sink.name for sink in create_sinks(["redis"], SinkContext(EVENT))]

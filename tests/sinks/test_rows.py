@@ -19,7 +19,7 @@ from replicator import BIGINT, DATE, TEXT, TIMESTAMPTZ, UUID, Field, Role, Strea
 from replicator.contracts.errors import SinkMisconfigured, SinkUnusable
 from replicator.contracts.events import Event, Id, RowChange
 from replicator.contracts.settings import load
-from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.sink import Mode, Sink, SinkContext
 from sinks.clickhouse.sink import YEARS_1900_TO_2299_US, ClickHouseSettings, ClickHouseSink
 from sinks.redis.settings import RedisSettings
 from sinks.redis.sink import RedisSink
@@ -139,9 +139,9 @@ async def test_redis(redis_url: str, monkeypatch: pytest.MonkeyPatch, chance: ra
     """Counts of what is there, the row that was changed last, and the ranking of it."""
     monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
     history = History(chance, 200)
-    sink = RedisSink(load(RedisSettings), STREAM)
+    sink = RedisSink(load(RedisSettings), SinkContext(STREAM))
     await write(sink, history.seen_again(chance))
-    sink = RedisSink(load(RedisSettings), STREAM)
+    sink = RedisSink(load(RedisSettings), SinkContext(STREAM))
     await sink.open(None, Mode.LIVE)
     await sink.window.slide()
     wanted = Counter(str(event.key) for event in history.there.values())
@@ -160,7 +160,7 @@ async def test_clickhouse(
     """Under FINAL, each row that is there once."""
     monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", clickhouse_url)
     history = History(chance, 200)
-    await write(ClickHouseSink(load(ClickHouseSettings), STREAM), history.seen_again(chance))
+    await write(ClickHouseSink(load(ClickHouseSettings), SinkContext(STREAM)), history.seen_again(chance))
     found = stack.clickhouse.query(
         "SELECT parcel_id, depot, weight FROM parcels FINAL ORDER BY 1 FORMAT JSONCompactEachRow"
         " SETTINGS output_format_json_quote_64bit_integers = 0"
@@ -178,7 +178,7 @@ async def test_a_date_that_an_older_clickhouse_would_change(
     """It takes the nearest that it holds, and says nothing: such a row is refused."""
     monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", clickhouse_url)
     dated = replace(STREAM, fields=(*STREAM.fields, Field("due", DATE.nullable())))
-    sink = ClickHouseSink(load(ClickHouseSettings), dated)
+    sink = ClickHouseSink(load(ClickHouseSettings), SinkContext(dated))
     await sink.create()
     await sink.open(None, Mode.LIVE)
     sink._range_us = YEARS_1900_TO_2299_US  # noqa: SLF001  what an older one answers
@@ -195,7 +195,7 @@ async def test_rows_that_come_once(redis_url: str, monkeypatch: pytest.MonkeyPat
     """Of identities that are no numbers: each is counted once, and the newest by time is the last."""
     monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
     events = [upsert(100, number, f"00000000-0000-0000-0000-{number:012}", number % 3) for number in range(1, 100)]
-    sink = RedisSink(load(RedisSettings), ONCE)
+    sink = RedisSink(load(RedisSettings), SinkContext(ONCE))
     await write(sink, iter([events[50:], events[:60], events[::-1], events]))
     assert 99 == sink.new_events
     with redis.Redis.from_url(redis_url) as client:
@@ -219,7 +219,7 @@ async def test_another_program_s_key_is_called_as_the_stream_s(
     noun = stream.redis_name or stream.name
     told = f"Another program uses a key shop:{noun}:*, shop:top:{noun}:* or shop:{stream.name}:seen:*: rename or delete"
     parcel: Id = 1 if stream is NAMED else PARCELS[0] if stream is STREAM else "00000000-0000-0000-0000-000000000001"
-    sink = RedisSink(load(RedisSettings), stream)
+    sink = RedisSink(load(RedisSettings), SinkContext(stream))
     with redis.Redis.from_url(redis_url) as client:
         for spoil in ("RPUSH", "SET"):
             client.flushall()
@@ -239,7 +239,7 @@ async def test_another_program_s_key_is_called_as_the_stream_s(
 async def test_a_row_without_a_time_is_refused(redis_url: str, monkeypatch: pytest.MonkeyPatch, stream: Stream) -> None:
     """As inserted numbers are. It is not counted, and what it was before counts no longer; it may get a time again."""
     monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url)
-    sink = RedisSink(load(RedisSettings), stream)
+    sink = RedisSink(load(RedisSettings), SinkContext(stream))
     await sink.open(None, Mode.LIVE)
     [refusal] = await sink.write([untimed := endless(100, 1), upsert(100, 2, "b", "north")])
     assert (untimed, True) == (refusal.event, "infinite" in refusal.reason)
@@ -272,7 +272,7 @@ async def test_the_keys_that_have_counts(redis_url: str, monkeypatch: pytest.Mon
     made = {STREAM: rows, NUMBERED: [upsert(100, 1, 1, 7), upsert(100, 2, 2, -7)]}
     for stream, changes in made.items():
         monkeypatch.setenv("REPLICATOR_REDIS_PREFIX", f"{stream is STREAM}:")
-        sink = RedisSink(load(RedisSettings), stream)
+        sink = RedisSink(load(RedisSettings), SinkContext(stream))
         await sink.open(None, Mode.BACKFILL)
         for at in range(0, len(changes), sink.max_events):
             assert not await sink.write(changes[at : at + sink.max_events])
@@ -298,7 +298,7 @@ async def test_a_right_that_is_lost_while_it_writes(
 ) -> None:
     """The rights that the cure names suffice; a batch is counted whole, once a lost one is back."""
     monkeypatch.setenv("REPLICATOR_REDIS_URL", redis_url.replace("://", "://writer:secret@"))
-    sink = RedisSink(load(RedisSettings), STREAM)
+    sink = RedisSink(load(RedisSettings), SinkContext(STREAM))
     rights = sink._redis.rights.split()  # noqa: SLF001  what a message names
     writer.execute_command("ACL", "SETUSER", "writer", "on", ">secret", *rights)
     await sink.open(None, Mode.LIVE)
@@ -326,9 +326,7 @@ async def ours() -> str:
 
 def sink_of(stream: Stream) -> RedisSink:
     """Not open yet."""
-    sink = RedisSink(load(RedisSettings), stream)
-    sink.origin = ours
-    return sink
+    return RedisSink(load(RedisSettings), SinkContext(stream, origin=ours))
 
 
 def numbered(stream: Stream, number: int) -> RowChange:

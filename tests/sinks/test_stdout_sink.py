@@ -13,6 +13,7 @@ from enrichment import EVENT
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event
 from replicator.contracts.settings import Settings
+from replicator.contracts.sink import SinkContext
 from sinks.stdout import sink as stdout
 from sinks.stdout.sink import StdoutSink
 from sinks.testing import decode
@@ -52,7 +53,7 @@ async def test_more_than_the_pipe_holds_waits_for_the_reader(pipe: tuple[int, in
     reading, writing = pipe
     os.set_blocking(writing, blocking)
     large = event(1, "x" * SIZE)
-    written = asyncio.ensure_future(StdoutSink(Settings(), EVENT, output=writing).write([large, event(2)]))
+    written = asyncio.ensure_future(StdoutSink(Settings(), SinkContext(EVENT), output=writing).write([large, event(2)]))
     expected = b"%s\n%s\n" % (large.json, event(2).json)
     assert expected == await _read(reading, len(expected))
     assert [] == await written
@@ -63,14 +64,14 @@ async def test_a_reader_that_is_gone_is_named(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
     os.close(reading)
     with pytest.raises(SinkUnavailable, match=r"its reader has ended\. Restart the replicator"):
-        await StdoutSink(Settings(), EVENT, output=writing).write([event(1)])
+        await StdoutSink(Settings(), SinkContext(EVENT), output=writing).write([event(1)])
 
 
 async def test_a_reader_that_takes_nothing_is_named(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines stay whole: what was begun is written first when it reads again, then the events that came again."""
     monkeypatch.setattr(stdout, "WRITE_SECONDS", 0.05)
     reading, writing = pipe
-    sink = StdoutSink(Settings(), EVENT, output=writing)
+    sink = StdoutSink(Settings(), SinkContext(EVENT), output=writing)
     large = event(1, "x" * SIZE)
     for _ in range(2):
         with pytest.raises(SinkUnavailable, match="its reader has taken nothing"):
@@ -85,7 +86,7 @@ async def test_a_reader_that_takes_nothing_is_named(pipe: tuple[int, int], monke
 async def test_a_line_that_was_cut_off_ends(pipe: tuple[int, int]) -> None:
     """Half a line stands alone, and the event comes again whole."""
     reading, writing = pipe
-    sink = StdoutSink(Settings(), EVENT, output=writing)
+    sink = StdoutSink(Settings(), SinkContext(EVENT), output=writing)
     write = asyncio.ensure_future(sink.write([event(1, "x" * SIZE)]))
     await _read(reading, 1000)
     os.close(reading)
@@ -104,7 +105,7 @@ async def test_a_terminal_is_not_led_astray() -> None:
     """Rows may hold anything. It is still the same JSON."""
     reading, writing = pty.openpty()
     try:
-        await StdoutSink(Settings(), EVENT, output=writing).write([event(1, "a\x9bb\u202ec日本")])
+        await StdoutSink(Settings(), SinkContext(EVENT), output=writing).write([event(1, "a\x9bb\u202ec日本")])
         line = await asyncio.to_thread(os.read, reading, 1000)
     finally:
         os.close(reading)

@@ -26,7 +26,7 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import Event, RowChange
 from replicator.contracts.settings import load
-from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.sink import Mode, Sink, SinkContext
 from replicator.delivery.queue import weigh
 from replicator_spark.nodes import Meant
 from replicator_spark.session import PATIENCE_SECONDS, State
@@ -165,11 +165,16 @@ class Memory(Destination):
         """The nodes' sink as well."""
         super().follow()
         assert self.refused
-        self._there = self._nodes.sinks["memory"] = MemorySink(stream=self.stream, unfit=[self.refused.id])
+        self._there = self._nodes.sinks["memory"] = MemorySink(context=self.context, unfit=[self.refused.id])
+
+    @property
+    def context(self) -> SinkContext:
+        """On Spark a slot has one stream."""
+        return SinkContext(self.stream)
 
     def sink(self) -> Sink:
         """The driver's."""
-        self._own = Driver(stream=self.stream)
+        self._own = Driver(context=self.context)
         return on_cluster(self._own, Desk(self._cluster, ["memory"]))  # type: ignore[arg-type]  # it is made up
 
     def read(self) -> Iterable[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from enrichment import EVENT
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.sink import SinkContext
 from replicator_spark.nodes import digests, meant_by_sink, refuse_single
 from sinks import create_sinks
 
@@ -95,14 +96,14 @@ def test_the_embedded_clickhouse_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
     """One process holds its directory."""
     monkeypatch.setenv("REPLICATOR_CLICKHOUSE_URL", f"chdb://{tmp_path}/engagement")
     with pytest.raises(SettingsError, match="REPLICATOR_CLICKHOUSE_URL is unusable: one process alone"):
-        refuse_single(create_sinks(["clickhouse"], EVENT))
+        refuse_single(create_sinks(["clickhouse"], SinkContext(EVENT)))
 
 
 @pytest.mark.usefixtures("empty_directory")
 def test_standard_output_is_refused() -> None:
     """That of a node is Spark's, and its logs would have the events."""
     with pytest.raises(SettingsError, match="REPLICATOR_SINKS is unusable: stdout is one process's"):
-        refuse_single(create_sinks(["stdout"], EVENT))
+        refuse_single(create_sinks(["stdout"], SinkContext(EVENT)))
 
 
 @pytest.mark.usefixtures("empty_directory")

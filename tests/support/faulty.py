@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +18,8 @@ from pydantic import SecretStr
 from enrichment import EVENT
 from replicator.contracts.errors import BatchRefused, SinkUnavailable
 from replicator.contracts.events import Event, Finding, Id, Position, Refusal, RowChange, SinkPosition, unfolded
-from replicator.contracts.fields import Stream
 from replicator.contracts.settings import Settings, load
-from replicator.contracts.sink import Mode, Sink
+from replicator.contracts.sink import Mode, Sink, SinkContext
 from sinks.testing import Destination, conformance, decode
 from sinks.testing.changes import ChangesConformance
 
@@ -214,6 +214,14 @@ class QuotesRows(FaultySink):
             return await super().write(events)
         except BatchRefused:
             raise BatchRefused(sink=self.name, detail=f"bad: {events[0].json.decode()}") from None
+
+
+class SaysItsKind(FaultySink):
+    """Where a slot has several streams, nobody knows which of its sinks that is."""
+
+    def reach(self) -> None:
+        if not server.is_up:
+            raise SinkUnavailable(sink="faulty", detail="no answer")
 
 
 class TellsItsSecret(FaultySink):
@@ -431,8 +439,8 @@ class CanNotBeCancelledInAChange(FaultySink):
 class WritesAnotherStream(FaultySink):
     """Of its destination: it makes sinks for one stream, whatever it is asked to."""
 
-    def __init__(self, given: FaultySettings, _: Stream) -> None:
-        super().__init__(given, EVENT)
+    def __init__(self, given: FaultySettings, context: SinkContext) -> None:
+        super().__init__(given, replace(context, stream=EVENT))
 
 
 BREACHES: dict[type[FaultySink], str] = {
@@ -450,6 +458,7 @@ BREACHES: dict[type[FaultySink], str] = {
     RefusesForgetfully: "test_what_it_can_not_hold_is_refused_alone",
     DropsWhatIsRefused: "test_what_it_refuses_is_raised",
     QuotesRows: "test_what_it_refuses_is_raised",
+    SaysItsKind: "test_an_outage_is_unavailable_and_ends",
     TellsItsSecret: "test_an_outage_is_unavailable_and_ends",
     ForgetsOnRetry: "test_an_outage_is_unavailable_and_ends",
     Repeats: "test_what_is_written_is_there_exactly",
@@ -499,7 +508,7 @@ class Place(Destination):
         super().follow()
 
     def sink(self) -> Sink:
-        return self.breach(load(FaultySettings), self.stream) if self.breach else super().sink()
+        return self.breach(load(FaultySettings), self.context) if self.breach else super().sink()
 
     def read(self) -> Iterable[dict[str, Any]]:
         return [decode(json) for _, json in server.rows]

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from devstack import DevStack
 from enrichment import EVENT
 from examples.sinks.postgres_sink.replicator_warehouse import WarehouseSettings, WarehouseSink
+from replicator.contracts.sink import SinkContext
 from sinks.testing import decode
 from tests.support.environment import SECRET
 from tests.support.plugin import WAREHOUSE
@@ -32,7 +33,7 @@ class Warehouse:
 
     def sink(self, dsn: SecretStr) -> WarehouseSink:
         """One that logs in there."""
-        return WarehouseSink(WarehouseSettings(warehouse_dsn=dsn), EVENT)
+        return WarehouseSink(WarehouseSettings(warehouse_dsn=dsn), SinkContext(EVENT))
 
     def make(self) -> None:
         """The tables, as `init` makes them, and the rights."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from pydantic import Field
 
-from replicator import Event, Finding, Refusal, Settings, Sink, SinkUnavailable, Stream
+from replicator import Event, Finding, Refusal, Settings, Sink, SinkContext, SinkUnavailable
 from sinks.threads import BlockingCalls
 
 
@@ -23,15 +23,15 @@ class LinesSink(Sink):
     settings_class = LinesSettings
     settings: LinesSettings
 
-    def __init__(self, given: LinesSettings, stream: Stream) -> None:
-        super().__init__(given, stream)
+    def __init__(self, given: LinesSettings, context: SinkContext) -> None:
+        super().__init__(given, context)
         self._calls = BlockingCalls("lines")
         self._ids, self._end = set[int](), 0  # of the lines in the first `_end` bytes of the file
 
     async def check(self) -> list[Finding]:
         path = self.settings.lines_path
         ok = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
-        return [Finding(ok, f"sink lines: {path}", "" if ok else "Name a file that can be written to")]
+        return [Finding(ok, f"sink {self.name}: {path}", "" if ok else "Name a file that can be written to")]
 
     async def write(self, new: Sequence[Event]) -> Sequence[Refusal]:
         try:

@@ -17,12 +17,12 @@ from replicator import (
     Refusal,
     Settings,
     Sink,
+    SinkContext,
     SinkError,
     SinkMisconfigured,
     SinkPosition,
     SinkUnavailable,
     SinkUnusable,
-    Stream,
     cited,
     format_lsn,
 )
@@ -51,10 +51,11 @@ class WarehouseSink(Sink):
     _connection: psycopg.AsyncConnection | None = None
     _live = False
 
-    def __init__(self, given: WarehouseSettings, stream: Stream) -> None:
-        super().__init__(given, stream)
-        key, names = stream.identity.name, [field.name for field in stream.fields] + ["_lsn"]
-        columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in stream.fields), "_lsn bigint"])
+    def __init__(self, given: WarehouseSettings, context: SinkContext) -> None:
+        super().__init__(given, context)
+        fields, key = self.stream.fields, self.stream.identity.name
+        names = [*(field.name for field in fields), "_lsn"]
+        columns = ", ".join([*(f"{field.name} {field.type.postgres}" for field in fields), "_lsn bigint"])
         self._tables = {"events": f"CREATE TABLE events ({columns}, PRIMARY KEY ({key}))", "events_position": POSITION}
         # A backfill may bring a newer view of an event than the stream did, or an older one.
         self._upsert = f"""INSERT INTO events ({", ".join(names)})
@@ -76,7 +77,7 @@ class WarehouseSink(Sink):
             await self.write([])
         except SinkError as exc:
             return [Finding(False, exc.problem, exc.cure or CURE, made_by_init=UNDEFINED_TABLE in exc.detail)]
-        return [Finding(True, "sink warehouse: PostgreSQL takes events")]
+        return [Finding(True, f"sink {self.name}: PostgreSQL takes events")]
 
     async def open(self, start: SinkPosition | None = None, mode: Mode = Mode.LIVE) -> None:
         self._live = mode is Mode.LIVE
@@ -105,7 +106,7 @@ class WarehouseSink(Sink):
         except BaseException as exc:
             await self.close()  # whatever state it is in
             if isinstance(exc, psycopg.Error | TimeoutError):
-                raise _meaning(exc) from exc
+                raise self._meaning(exc) from exc
             raise
 
     async def close(self) -> None:
@@ -113,13 +114,12 @@ class WarehouseSink(Sink):
             connection, self._connection = self._connection, None
             await connection.close()
 
-
-def _meaning(exc: psycopg.Error | TimeoutError) -> SinkError:
-    """What PostgreSQL says may quote the row: only a dead letter has it."""
-    state = getattr(exc, "sqlstate", None) or ""
-    if refused := REFUSED.get(state[:2]):
-        return refused(sink="warehouse", detail=f"PostgreSQL error {state}", reason=cited(str(exc)))
-    words = cited(str(exc)) or f"no answer for {ANSWER_SECONDS} s"
-    if state.startswith(TURNED_AWAY) or "FATAL:  " in str(exc):  # without a state libpq speaks, of a connection
-        return SinkMisconfigured(sink="warehouse", detail=f"{state} {words}".strip(), cure=CURE)
-    return SinkUnavailable(sink="warehouse", detail=f"PostgreSQL error {state}" if state else words)
+    def _meaning(self, exc: psycopg.Error | TimeoutError) -> SinkError:
+        """What PostgreSQL says may quote the row: only a dead letter has it."""
+        state = getattr(exc, "sqlstate", None) or ""
+        if refused := REFUSED.get(state[:2]):
+            return refused(sink=self.name, detail=f"PostgreSQL error {state}", reason=cited(str(exc)))
+        words = cited(str(exc)) or f"no answer for {ANSWER_SECONDS} s"
+        if state.startswith(TURNED_AWAY) or "FATAL:  " in str(exc):  # without a state libpq speaks, of a connection
+            return SinkMisconfigured(sink=self.name, detail=f"{state} {words}".strip(), cure=CURE)
+        return SinkUnavailable(sink=self.name, detail=f"PostgreSQL error {state}" if state else words)

@@ -35,7 +35,7 @@ from replicator.contracts.settings import (
     load,
     state_directory,
 )
-from replicator.contracts.sink import Carrier, Sink
+from replicator.contracts.sink import Carrier, Sink, SinkContext
 from replicator.contracts.stores import CheckpointStore
 from replicator.contracts.stream import Enricher, History
 from replicator.operations.logs import configure_logging
@@ -91,9 +91,7 @@ class App(NamedTuple):
             with suppress(OSError):  # opening the database fails, too, and says where
                 state_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         enricher = create_enricher(partial(_dsn, settings), declared)
-        made = list(make_sinks(sinks, streams, known))
-        for sink in made:
-            sink.origin = enricher.origin
+        made = list(make_sinks(sinks, streams, enricher, known))
         return cls(
             settings=settings.model_copy(update={"sinks": tuple(sink.name for sink in made)}),
             streams=streams,
@@ -165,15 +163,12 @@ class App(NamedTuple):
         yield f"admin http://{listen}" if listen else "admin endpoints are off"
 
 
-def make_sinks(wanted: Sequence[Wanted], streams: Sequence[Tables], known: Mapping[str, Any]) -> Iterator[Sink]:
-    """One of each for each stream. Where a slot has several they are called after both: `redis/orders`."""
+def make_sinks(
+    wanted: Sequence[Wanted], streams: Sequence[Tables], enricher: Enricher, known: Mapping[str, Any]
+) -> Iterator[Sink]:
+    """One of each for each stream. Raises SettingsError."""
     for tables in streams:
-        theirs = [one for one in wanted if not isinstance(one, Sink) or one.stream == tables.stream]
-        for sink in create_sinks(theirs, tables.stream, known):
-            if tables.of_several:  # an object may be given again, and has its position under this name
-                sink.name = f"{sink.name.removesuffix(f'/{tables.stream.name}')}/{tables.stream.name}"
-            sink.stream_option = tables.stream_option
-            yield sink
+        yield from create_sinks(wanted, SinkContext(tables.stream, tables.stream_option, enricher.origin), known)
 
 
 def _dsn(settings: CoreSettings) -> str:

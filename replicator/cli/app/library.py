@@ -6,7 +6,6 @@ It is put together as the program is (`App`), and takes over nothing of the proc
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -20,9 +19,8 @@ from replicator.cli.app.running import Running
 from replicator.contracts.errors import CheckpointUnavailable, Overtaken, SettingsError
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
-from replicator.contracts.sink import Sink
 from replicator.operations.status.form import Status
-from sinks import Wanted
+from sinks import Wanted, kind_of
 
 OF_THE_PROGRAM: Mapping[str, Any] = {
     "admin_listen": "",
@@ -45,8 +43,8 @@ class Replicator:
     ) -> None:
         """Put it together; nothing is connected yet. Raises SettingsError.
 
-        A stream is a `Stream`, or a name as in REPLICATOR_STREAM. A sink is a `Sink`, its class, or a name as in
-        REPLICATOR_SINKS. A setting is a keyword (`slot` is REPLICATOR_SLOT); the environment has the others.
+        A stream is a `Stream`, or a name as in REPLICATOR_STREAM. A sink is a class, a `functools.partial` of it, or a
+        name as in REPLICATOR_SINKS. A setting is a keyword (`slot` is REPLICATOR_SLOT); the environment has the others.
         """
         try:
             self._app = _app(_listed(stream), _listed(sinks), settings)
@@ -102,20 +100,18 @@ def _listed(given: T | Sequence[T]) -> tuple[T, ...]:
 
 
 def _app(streams: tuple[str | Stream, ...], sinks: tuple[Wanted, ...], settings: Mapping[str, Any]) -> App:
-    names = tuple(str(getattr(one, "name", one)) for one in sinks)
-    core = load(CoreSettings, **{**settings, **OF_THE_PROGRAM, "sinks": names})
+    core = load(CoreSettings, **{**settings, **OF_THE_PROGRAM, "sinks": tuple(map(kind_of, sinks))})
     declared = load(EnrichmentSettings, **{**settings, "stream": streams})
     shown = ",".join(one if isinstance(one, str) else one.name for one in streams)
     app = App.make(core, declared, sinks, {**settings, "stream": shown})
-    for problem in (*_unknown(settings, app, sinks), *_unfit(app, sinks)):
+    for problem in _unknown(settings, app):
         raise problem
     return app
 
 
-def _unknown(settings: Mapping[str, Any], app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:
-    """A misspelt one would have no effect. The settings of a sink that is an object are its own."""
-    made = [sink for sink in app.sinks if sink not in sinks]
-    classes: list[type[Settings]] = [CoreSettings, EnrichmentSettings, *(type(sink.settings) for sink in made)]
+def _unknown(settings: Mapping[str, Any], app: App) -> Iterator[SettingsError]:
+    """A misspelt one would have no effect."""
+    classes: list[type[Settings]] = [CoreSettings, EnrichmentSettings, *(type(sink.settings) for sink in app.sinks)]
     known = {name for settings_class in classes for name in settings_class.model_fields} - OF_THE_PROGRAM.keys()
     for name in settings.keys() - known:
         close = get_close_matches(name, known, n=1)
@@ -123,17 +119,3 @@ def _unknown(settings: Mapping[str, Any], app: App, sinks: Sequence[Wanted]) -> 
         yield SettingsError(
             name=variable(name), problem=problem, expected="a setting of the replicator or of one of its sinks"
         )
-
-
-def _unfit(app: App, sinks: Sequence[Wanted]) -> Iterator[SettingsError]:
-    """What only sinks that are objects can be: of another stream, or the second of a name."""
-    names = Counter(sink.name for sink in app.sinks)
-    streams = [tables.stream.name for tables in app.streams]
-    problems = [
-        *(f"two are called {name}" for name, count in names.items() if count > 1),
-        *(f"{one.name} is of another stream" for one in sinks if isinstance(one, Sink) and one not in app.sinks),
-        *(f"{name} has none" for name in streams if name not in {sink.stream.name for sink in app.sinks}),
-    ]
-    for problem in problems:
-        expected = f"sinks of the streams {', '.join(streams)}, each with a name of its own"
-        yield SettingsError(name=variable("sinks"), problem=problem, expected=expected)

@@ -65,7 +65,7 @@ async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str
     tables = the_one(app.streams, stream)
     number = event_id(event, tables.identity.type)
     history = TableLedger(app.dsn, tables=tables, with_content=True).picked([number])
-    sinks = [*make_sinks([sink.kind for sink in app.sinks], [tables], {})]
+    sinks = [*make_sinks([sink.kind for sink in app.sinks], [tables], app.enricher, {})]
     try:
         return await _traced(app, number, history, sinks, store)
     finally:

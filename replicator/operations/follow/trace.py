@@ -72,7 +72,7 @@ async def follow(
     # Before the sinks are asked: what one lacks that is past the event, it will not get by waiting.
     now = await collect.collect(settings, [sink.name for sink in sinks], store)
     letters = await asyncio.to_thread(_letters, store, settings.slot, event_id)
-    if any(sink.stream_option for sink in sinks):  # another stream may have an event of this id, too
+    if any(sink.context.stream_option for sink in sinks):  # another stream may have an event of this id, too
         letters = [letter for letter in letters if any(is_for(letter, sink) for sink in sinks)]
     asked = await asyncio.gather(*(_ask(sink, event_id, event) for sink in sinks))
     known = [found.held.commit_lsn for found in asked if found.held and found.held.commit_lsn]

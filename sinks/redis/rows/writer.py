@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Id, unfolded
-from sinks.redis.client import SINK, RedisClient, Script, script
+from sinks.redis.client import RedisClient, Script, script
 from sinks.redis.keys import NEWEST_PREFIX, WINDOW, WINDOW_EXPIRY_SECONDS, Call, bucket_key, window_buckets
 from sinks.redis.rows.plan import ROWS, Plan, newest_of
 from sinks.redis.window import Window
@@ -38,7 +38,7 @@ class RowsWriter:
             call = plan.call()
             if call is None or await self._redis.run(self._script, call, returns=1) == [1]:
                 return plan.new
-        raise SinkUnavailable(sink=SINK, detail=RIVALS)
+        raise SinkUnavailable(sink=self._redis.sink, detail=RIVALS)
 
     async def _plan(self, events: Sequence[Event]) -> Plan:
         states = await self.states([event.id for event in events])

@@ -16,6 +16,7 @@ from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkRefuse
 from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import CoreSettings, load
+from replicator.contracts.sink import SinkContext
 from replicator.contracts.stream import Enriched
 from sinks.testing import MemorySink
 
@@ -113,16 +114,15 @@ ALONE = (
 async def test_whose_an_event_is_under_a_former_name(letter: DeadLetter, why: str) -> None:
     """Its fields tell the stream where its sink's name does not; what may be of two is given to none."""
     streams = plays("rides", "speed"), plays("sales", "price")
-    sinks = [MemorySink(name=f"http/{stream.name}", stream=stream) for stream in streams]
-    for sink in sinks:
-        sink.stream_option = f" --stream {sink.stream.name}"
+    contexts = [SinkContext(stream, f" --stream {stream.name}") for stream in streams]
+    sinks = [MemorySink(name="http", context=context) for context in contexts]
     assert ({7: why} if why else {}) == await _replay(app(FakeStore(), *sinks), [letter])
 
 
 @pytest.mark.parametrize(("stored", "left"), [("http", []), ("http/rides", []), ("http/walks", [7])])
 async def test_a_row_is_for_the_sinks_by_their_names_of_today(stored: str, left: list[int]) -> None:
     """A former name in the checkpoint is no sink that lacks the row; that of a stream that is not here is."""
-    here = app(FakeStore(stored), MemorySink(name="http", stream=plays("rides")))
+    here = app(FakeStore(stored), MemorySink(name="http", context=SinkContext(plays("rides"))))
     assert left == list(await _replay(here, [ROW]))
 
 

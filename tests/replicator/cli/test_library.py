@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ class Nameless(Shelf):
     name = ""
 
 
-def shelf(name: str = "shelf") -> MemorySink:
-    """One that is made already."""
-    return MemorySink(stream=EVENT, name=name)
+def memory(name: str) -> partial[MemorySink]:
+    """With an argument of the program around it."""
+    return partial(MemorySink, name=name)
+
+
+def misused() -> partial[MemorySink]:
+    """It has no such argument."""
+    return partial(MemorySink, color=1)  # type: ignore[call-arg]  # that is what is wrong
 
 
 def app_of(made: Replicator) -> App:
@@ -81,13 +87,14 @@ def app_of(made: Replicator) -> App:
         (EVENT, [Shelf], {"admin_listen": ":1"}, "Argument admin_listen is unusable: nothing here reads it"),
         (EVENT, [Shelf], {"redis_url": "redis://x"}, "Argument redis_url is unusable: nothing here reads it"),
         (EVENT, [Shelf], {"shelf_width": "wide"}, "Argument shelf_width is unusable: it is not a whole number"),
-        (EVENT, [shelf()], {"shelf_width": 4}, "Argument shelf_width is unusable: nothing here reads it"),
+        (EVENT, [memory("mine")], {"shelf_width": 4}, "Argument shelf_width is unusable: nothing here reads it"),
         (EVENT, [], {}, "Argument sinks is unusable: it names none"),
         (EVENT, "nowhere", {}, "Argument sinks is unusable: there is no sink 'nowhere'"),
         (EVENT, [Nameless], {}, "Argument sinks is unusable: sink '' is"),
-        (EVENT, [Shelf, shelf()], {}, "Argument sinks is unusable: two are called shelf"),
-        (OTHER, [shelf()], {}, "Argument sinks is unusable: shelf is of another stream"),
-        ([EVENT, OTHER], [shelf()], {}, "Argument sinks is unusable: other has none"),
+        (EVENT, [Shelf, memory("shelf")], {}, "Argument sinks is unusable: two are called shelf"),
+        (EVENT, [MemorySink()], {}, "Argument sinks is unusable: sink 'memory' is <sinks.testing.memory.MemorySink"),
+        (EVENT, lambda *_: MemorySink(), {}, "Argument sinks is unusable: sink '' is <function"),
+        (EVENT, misused(), {}, "Argument sinks is unusable: sink 'memory' can't be made (TypeError)"),
         ("nowhere:STREAM", [Shelf], {}, "Argument stream is unusable: there is no module nowhere"),
         ([], [Shelf], {}, "Argument stream is unusable: it names none"),
         ([7], Shelf, {}, "Argument stream is unusable"),
@@ -119,23 +126,19 @@ def test_the_environment_has_the_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_each_stream_has_its_sinks(tmp_path: Path) -> None:
-    """A class is one for each stream; an object is its own stream's."""
-    made = Replicator([EVENT, OTHER], [Shelf, shelf("mine")], checkpoint_url=f"sqlite:///{tmp_path}/checkpoint.db")
-    assert ["shelf/engagement", "mine/engagement", "shelf/other"] == [sink.name for sink in app_of(made).sinks]
+    """One for each stream, called after both."""
+    checkpoint_url = f"sqlite:///{tmp_path}/checkpoint.db"
+    made = Replicator([EVENT, OTHER], [Shelf, memory("mine")], checkpoint_url=checkpoint_url)
+    sinks = app_of(made).sinks
+    assert ["shelf/engagement", "mine/engagement", "shelf/other", "mine/other"] == [sink.name for sink in sinks]
+    assert ["shelf", "mine"] * 2 == [sink.kind for sink in sinks]
+    assert [EVENT, EVENT, OTHER, OTHER] == [sink.context.stream for sink in sinks]
     assert {"engagement", "other"} == set(made.status().replicator.settings["REPLICATOR_STREAM"].split(","))  # type: ignore[union-attr]
-
-
-def test_an_object_may_be_given_again() -> None:
-    """After an error another `Replicator` is made: the sink's position is kept under the name that it had."""
-    mine = shelf("mine")
-    for _ in range(2):
-        made = Replicator([EVENT, OTHER], [Shelf, mine])
-        assert ["shelf/engagement", "mine/engagement", "shelf/other"] == [sink.name for sink in app_of(made).sinks]
 
 
 async def test_it_runs_once() -> None:
     """Stopped before it begins, it touches nothing; it is ready neither before nor after."""
-    made = Replicator(EVENT, [shelf()], postgres_dsn="host=/nonexistent")
+    made = Replicator(EVENT, [memory("mine")], postgres_dsn="host=/nonexistent")
     before = made.status()
     assert (False, "starting") == (before.ready, before.reasons[0])
     made.stop()

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from enrichment import EVENT
 from replicator.contracts.settings import CoreSettings, PostgresDsn, Settings
-from replicator.contracts.sink import Sink
+from replicator.contracts.sink import Sink, SinkContext
 from replicator.operations.exposure import is_here, secrets_in_clear, unverified
 from sinks.http.settings import HttpSettings
 from sinks.http.sink import HttpSink
@@ -19,11 +19,11 @@ CORE = CoreSettings.model_validate({})
 
 
 def _http(url: str, token: str | None = None) -> Sink:
-    return HttpSink(HttpSettings.model_validate({"http_url": url, "http_bearer_token": token}), EVENT)
+    return HttpSink(HttpSettings.model_validate({"http_url": url, "http_bearer_token": token}), SinkContext(EVENT))
 
 
 def _redis(url: str) -> Sink:
-    return RedisSink(RedisSettings.model_validate({"redis_url": url}), EVENT)
+    return RedisSink(RedisSettings.model_validate({"redis_url": url}), SinkContext(EVENT))
 
 
 @pytest.mark.parametrize(

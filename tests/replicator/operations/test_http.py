@@ -19,6 +19,7 @@ from devstack.process import free_port
 from enrichment import EVENT, EnrichmentSettings, StreamEnricher
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings, decisive
+from replicator.contracts.sink import SinkContext
 from replicator.operations import watchdog as watchdogs
 from replicator.operations.follow.trace import Trace
 from replicator.operations.http import Admin
@@ -80,7 +81,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
         }
     )
     enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({}))
-    sinks = create_sinks(settings.sinks, EVENT)
+    sinks = create_sinks(settings.sinks, SinkContext(EVENT))
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     answers = Answers(store)
     pipeline = Pipeline(settings, Source(dsn, settings.slot), enricher, sinks, answers.store)

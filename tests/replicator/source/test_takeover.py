@@ -19,6 +19,7 @@ from replicator.contracts.errors import (
     StreamGap,
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
+from replicator.contracts.sink import SinkContext
 from replicator.source.server import Identity
 from replicator.source.slot import SlotState
 from replicator.source.takeover import Beginning
@@ -148,10 +149,8 @@ async def test_an_accepted_gap_replaces_the_checkpoint_and_says_what_to_bring() 
 
 def of_streams(*names: str) -> list[MemorySink]:
     """Redis for each of them."""
-    sinks = [MemorySink(name=f"redis/{name}", stream=replace(NUMBERED, name=name)) for name in names]
-    for sink in sinks:
-        sink.stream_option = f" --stream {sink.stream.name}"
-    return sinks
+    contexts = [SinkContext(replace(NUMBERED, name=name), f" --stream {name}") for name in names]
+    return [MemorySink(name="redis", context=context) for context in contexts]
 
 
 async def test_the_commands_for_a_gap_name_the_stream_where_there_are_several() -> None:
