@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any, TypeAlias, cast
 
-from replicator.contracts.errors import SettingsError, cited
+from replicator.contracts.errors import SettingsError, unimported
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable
 from replicator.contracts.sink import Sink, SinkContext
@@ -143,7 +143,7 @@ def sink_class(name: str) -> type[Sink]:
     try:
         found = entries[0].load()
     except (Exception, SystemExit) as exc:  # its module runs, and may fail at anything
-        raise _unusable(name, f"can't be loaded: {type(exc).__name__}: {cited(str(exc))}", COMPLETE) from exc
+        raise _unusable(name, f"can't be loaded: {unimported(exc)}", COMPLETE) from exc
     if flaw := _flaw(found, name):
         raise _unusable(name, f"is {entries[0].value}, {flaw}", WHOLE)
     return cast("type[Sink]", found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -20,7 +19,7 @@ from psycopg import sql
 from pydantic import AfterValidator, BeforeValidator, InstanceOf, ValidationInfo
 from pydantic import Field as Setting
 
-from replicator.contracts.errors import SettingsError, command
+from replicator.contracts.errors import SettingsError, command, raised_at, unimported
 from replicator.contracts.fields import TEXT, Field, Stream, StreamUnusable
 from replicator.contracts.settings import LISTED, Settings, load, split, variable
 
@@ -55,21 +54,15 @@ def _imported(module: str) -> ModuleType:
         with redirect_stdout(sys.stderr):  # what it prints is none of our output, which programs may read
             return importlib.import_module(module)
     except StreamUnusable as exc:
-        raise ValueError(f"{exc}{_line(exc)}") from exc
+        raise ValueError(f"{exc}{raised_at(exc)}") from exc
+    except KeyboardInterrupt:
+        raise
     except BaseException as exc:  # a module runs, and may end with anything, `sys.exit()` included
         if isinstance(exc, ModuleNotFoundError) and f"{module}.".startswith(f"{exc.name}."):
             raise ValueError(f"there is no module {module} in {Path.cwd()}, nor an installed one") from exc
-        said = f": {exc}" if str(exc) else ""
-        raise ValueError(f"{module} can't be imported: {type(exc).__name__}{said}{_line(exc)}") from exc
+        raise ValueError(f"{module} can't be imported: {unimported(exc)}") from exc
     finally:
         sys.path.pop()
-
-
-def _line(exc: BaseException) -> str:
-    """Where in the declaration it was raised, if it has come as far as to run."""
-    calls = (call for call in traceback.extract_tb(exc.__traceback__)[1:] if "importlib" not in call.filename)
-    call = next(calls, None)
-    return f" ({Path(call.filename).name}, line {call.lineno})" if call else ""
 
 
 def _declared(named: tuple[str | Stream, ...]) -> tuple[str | Stream, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from threading import Thread
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
 
@@ -45,6 +45,8 @@ Example: replicator config check && replicator init && replicator check \\
 Exit codes: 0 done, 1 failed, 2 unusable arguments or settings."""
 DONE = "0 done, 1 failed, 2 unusable arguments or settings"
 DIFFERENT = f"{DONE},\n  3 different"
+log = logging.getLogger("replicator")
+
 PLAIN: dict[str, Any] = {"context_settings": {"terminal_width": 80}, "rich_markup_mode": None}
 
 
@@ -117,7 +119,20 @@ def _root(
 def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> int:
     """Run one command; its exit code."""
     _prepare_streams()
+    configure_logging("info", "text")  # until the settings are read
     os.umask(0o077)  # whatever it makes is its own: checkpoint and dead letters, and the embedded ClickHouse's tables
+    try:
+        return _main(arguments, program)
+    except Exception as exc:
+        configure_logging("info", _log_form())
+        said = "this has failed in an unexpected way (%s): please report it, with the traceback"
+        log.critical(said, type(exc).__name__, exc_info=exc, extra={"code": ReplicatorError.code})
+        return 1
+    finally:
+        logging.shutdown()
+
+
+def _main(arguments: Sequence[str] | None, program: typer.Typer) -> int:
     try:
         require_own()
         return _run(sys.argv[1:] if arguments is None else arguments, program)
@@ -125,7 +140,7 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> 
         _complain(_one_line(exc, program))
         return 2
     except Overtaken as exc:
-        logging.getLogger("replicator").warning("%s", exc)
+        log.warning("%s", exc)
         logging.shutdown()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  ourselves, as we were called
     except ReplicatorError as exc:
@@ -145,20 +160,24 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> 
         if exc.error.errno != errno.EPIPE:  # `| head` closed it; nothing left to say
             _complain(f"Standard output can't be written: {exc.error.strerror}.")
         return 1
-    finally:
-        logging.shutdown()
 
 
 def _complain(problem: ReplicatorError | str) -> None:
     """The last line on standard error, in the log's form."""
+    if _log_form() == "json":
+        configure_logging("info", "json")
+        log.critical("%s", problem)
+    else:
+        print(f"replicator: {printable(str(problem))}", file=sys.stderr)
+
+
+def _log_form() -> Literal["text", "json"]:
     from replicator.contracts.settings import given
 
     with suppress(SettingsError):
         if (form := given("log_format")) and form.text.lower() == "json":
-            configure_logging("info", "json")
-            logging.getLogger("replicator").critical("%s", problem)
-            return
-    print(f"replicator: {printable(str(problem))}", file=sys.stderr)
+            return "json"
+    return "text"
 
 
 def _prepare_streams() -> None:

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +59,30 @@ def cited(text: str, secrets: Iterable[str] = (), most: int = CITED_CHARACTERS) 
     shown = "".join(character if character.isprintable() else " " for character in text)
     words = " ".join(shown.split())
     return words if len(words) <= most else f"{words[:most]}…"
+
+
+def frames(exc: BaseException) -> str:
+    """Where it was raised, a line each: without the lines of the source, in which a secret may stand."""
+    calls = traceback.StackSummary.extract(traceback.walk_tb(exc.__traceback__), lookup_lines=False)
+    return "\n".join(f'  File "{call.filename}", line {call.lineno}, in {call.name}' for call in calls)
+
+
+def unimported(exc: BaseException) -> str:
+    """Why a module can't be imported. It runs, and may fail at anything: only Python's words, and ours, are shown."""
+    *_, (frame, _) = [*traceback.walk_tb(exc.__traceback__)]
+    is_ours = str(frame.f_globals.get("__name__")).startswith("replicator.")
+    said = f": {cited(str(exc))}" if is_ours or isinstance(exc, _OF_PYTHON) else ""
+    return f"{type(exc).__name__}{said}{raised_at(exc)}"
+
+
+_OF_PYTHON = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+
+
+def raised_at(exc: BaseException) -> str:
+    """Where in the imported module, if it has come as far as to run."""
+    calls = (call for call in traceback.extract_tb(exc.__traceback__)[1:] if "importlib" not in call.filename)
+    call = next(calls, None)
+    return f" ({Path(call.filename).name}, line {call.lineno})" if call else ""
 
 
 class ReplicatorError(Exception):

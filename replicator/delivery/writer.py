@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from replicator.contracts.errors import (
     SinkMisconfigured,
     SinkRefusesAll,
     SinkUnavailable,
+    frames,
 )
 from replicator.contracts.events import Event, Refusal, SinkPosition
 from replicator.contracts.sink import Mode, Sink
@@ -238,17 +238,15 @@ class Writer:
         except (*RETRYABLE, *HELD, BatchRefused, MemoryError):
             raise
         except (Exception, asyncio.CancelledError) as exc:
-            if isinstance(exc, asyncio.CancelledError):  # nobody cancels us: it is the sink's own, that got out
-                if (task := asyncio.current_task()) is None or task.cancelling():
-                    raise
-            elif self._mode is Mode.BACKFILL:
+            # Where nobody cancels us it is the sink's own, that got out.
+            task = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and (task is None or task.cancelling()):
                 raise
             name = type(exc).__name__
             if type(exc) not in self._broken:  # without its message, which may have anything in it
                 self._broken.add(type(exc))
-                frames = "".join(traceback.format_tb(exc.__traceback__))
                 fields = {"sink": self._sink.name, "code": SinkBroken.code}
-                log.error("sink %s raised %s\n%s", self._sink.name, name, frames.rstrip(), extra=fields)
+                log.error("sink %s raised %s\n%s", self._sink.name, name, frames(exc), extra=fields)
             raise SinkBroken(sink=self._sink.name, detail=name) from exc
 
     # -- whose fault it is ---------------------------------------------------------------------------------------

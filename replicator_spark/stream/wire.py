@@ -5,7 +5,6 @@ An error comes back as what it was, so that the lane (`delivery/writer.py`) trea
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 
 import msgspec
@@ -20,6 +19,7 @@ from replicator.contracts.errors import (
     SinkMisconfigured,
     SinkUnavailable,
     SinkUnusable,
+    frames,
 )
 from replicator.contracts.events import Event, Refusal, RowChange
 from replicator_spark.nodes import Meant
@@ -81,8 +81,7 @@ def told(exc: Exception) -> Told:
         return Told(kind.__name__, {fact: getattr(exc, fact) for fact in FACTS[kind]})
     if isinstance(exc, ReplicatorError):  # the node has other settings, or unusable ones
         return Told(SinkUnusable.__name__, {"detail": exc.problem, "cure": exc.cure})
-    frames = "".join(traceback.format_tb(exc.__traceback__)).rstrip()
-    return Told(SinkBroken.__name__, {"detail": type(exc).__name__}, frames)
+    return Told(SinkBroken.__name__, {"detail": type(exc).__name__}, frames(exc))
 
 
 def error(sink: str, found: Told) -> SinkError:

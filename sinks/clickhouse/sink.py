@@ -16,7 +16,6 @@ import hashlib
 import logging
 import secrets
 import time
-import traceback
 from collections.abc import Sequence
 from itertools import filterfalse
 from pathlib import Path
@@ -35,6 +34,7 @@ from replicator.contracts.errors import (
     SinkUnusable,
     cited,
     command,
+    frames,
 )
 from replicator.contracts.events import Event, Finding, Id, Refusal, SinkPosition, unfolded
 from replicator.contracts.ledger import Slice
@@ -261,8 +261,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         except Exception as exc:  # noqa: BLE001  a bug, and nobody waits for this task: it is told once
             if not self._told:  # without its message, which may have anything in it
                 said = "sink %s can't be asked for what is missing: %s\n%s"
-                frames = "".join(traceback.format_tb(exc.__traceback__)).rstrip()
-                _log.error(said, self.name, type(exc).__name__, frames, extra={"code": SinkBroken.code})
+                _log.error(said, self.name, type(exc).__name__, frames(exc), extra={"code": SinkBroken.code})
             self._told = True
 
     def remember(self) -> str:

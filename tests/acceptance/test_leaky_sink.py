@@ -12,13 +12,14 @@ from tests.support.plugin import install
 from tests.support.program import Program, assert_clean
 
 LEAKY = f"""
-import os
+from pathlib import Path
 from replicator.contracts.sink import HasCounter
 from replicator_lines import LinesSink
 
 def reach(place):
-    if os.environ.get("LEAKS_AT") == place:
-        raise RuntimeError("http://me:{SECRET}@h/" + place)
+    path = Path(__file__).with_name("place")
+    if path.exists() and path.read_text() == place:
+        raise type(place.title() + "Error", (RuntimeError,), {{}})("http://me:{SECRET}@h/" + place)
 
 class LeakySink(LinesSink, HasCounter):
     def counter(self):
@@ -41,8 +42,14 @@ class LeakySink(LinesSink, HasCounter):
     async def write(self, new):
         reach("write")
         return await super().write(new)
+    def look(self):
+        reach("look")
+    def remember(self):
+        reach("remember")
+        return ""
     async def close(self):
         reach("close")
+reach("import")
 """
 
 
@@ -60,6 +67,11 @@ def leaky(quick: Program, source: psycopg.Connection, tmp_path: Path) -> Program
     return quick
 
 
+def leak_at(program: Program, place: str) -> None:
+    """From now on; the sink's own `reach` knows."""
+    Path(program.environment["PYTHONPATH"], "place").write_text(place, encoding="utf-8")
+
+
 COMMANDS = {
     "init": ["init"],
     "check": ["check"],
@@ -68,12 +80,12 @@ COMMANDS = {
     "replay": ["dead-letters", "replay"],
     "status": ["status"],
 }
-CLOSED = "sink lines could not be closed (RuntimeError)"
+CLOSED = "sink lines could not be closed (CloseError)"
 
 
 def test_one_that_can_not_be_closed_changes_no_result(leaky: Program) -> None:
     """A line says so; what a command has done, and its exit code, are as they are."""
-    leaky.environment["LEAKS_AT"] = "close"
+    leak_at(leaky, "close")
     codes = {name: leaky.run(*command).code for name, command in COMMANDS.items()}
     assert {name: 3 if name == "status" else 0 for name in COMMANDS} == codes
     assert len(COMMANDS) == leaky.log.count(CLOSED)
@@ -82,3 +94,43 @@ def test_one_that_can_not_be_closed_changes_no_result(leaky: Program) -> None:
     assert 0 == leaky.stop()
     assert CLOSED in leaky.said
     assert_clean(leaky.log)
+
+
+NEEDING = {
+    "import": ["status", "backfill"],
+    "create": ["init"],
+    "check": ["check"],
+    "open": ["backfill", "reconcile"],
+    "write": ["backfill"],
+    "counter": ["reconcile"],
+}
+"""What fails where it fails."""
+
+
+@pytest.mark.parametrize("place", NEEDING)
+def test_no_command_quotes_it(leaky: Program, place: str) -> None:
+    """Also with all that the log has; it names the sink, and the kind of the error."""
+    leaky.environment["REPLICATOR_LOG_LEVEL"] = "debug"
+    assert 0 == leaky.run("init").code
+    leak_at(leaky, place)
+    for name in NEEDING[place]:
+        result = leaky.run(*COMMANDS[name])
+        said = result.stdout + result.stderr
+        assert (2 if place == "import" else 1) == result.code
+        assert f"{place.title()}Error" in said
+        assert "lines" in said
+        assert SECRET not in said
+
+
+def test_run_does_not_quote_it(leaky: Program) -> None:
+    """It goes on, says where the sink fails, and writes when that is over."""
+    leaky.environment["REPLICATOR_LOG_LEVEL"] = "debug"
+    leak_at(leaky, "create")
+    leaky.spawn()
+    for place in ("open", "write", "look", "remember", "close"):
+        leaky.wait_for_log("Error")
+        leak_at(leaky, place)
+        leaky.wait_for_log("reading slot" if place == "close" else f"{place.title()}Error")
+    assert 0 == leaky.stop()
+    assert CLOSED in leaky.log
+    assert SECRET not in leaky.log

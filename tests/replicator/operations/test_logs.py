@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,22 @@ from replicator.contracts.errors import SinkUnavailable
 from replicator.delivery.retry import Trouble
 from replicator.operations.logs import configure_logging, printable
 from tests.support.codes import UNCODED
+from tests.support.environment import SECRET
 
 HOSTILE = "FATAL\x1b[2J\x07\r2026-11-26T00:00:00.000Z INFO    replicator: all is well\nforged \u202egnp\x9b0m\x00\ud800"
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    """The root logger, as pytest made it."""
+    """Logging, and what Python prints by itself, as pytest made them."""
     root = logging.getLogger()
-    handlers, level = [*root.handlers], root.level
+    handlers, level, factory = [*root.handlers], root.level, logging.getLogRecordFactory()
+    shown, thread, ignored = warnings.showwarning, threading.excepthook, sys.unraisablehook
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.setLogRecordFactory(factory)
+    warnings.showwarning, threading.excepthook, sys.unraisablehook = shown, thread, ignored
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -77,7 +85,7 @@ def test_what_is_printed_as_it_is() -> None:
 
 
 def _lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return _parsed(capsys.readouterr().err)
 
 
 def test_a_json_line_has_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,3 +146,142 @@ def test_the_last_line_has_the_form_of_the_log(
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]
     assert "critical" == last["level"]
     assert last["message"]
+
+
+def leak() -> None:
+    """What a sink of another package may do."""
+    try:
+        int(f"not {SECRET}")
+    except ValueError as exc:
+        raise ConnectionError(f"http://me:{SECRET}@h/") from exc
+
+
+class Leaks:
+    """Fails where nobody can be told."""
+
+    def __del__(self) -> None:
+        leak()
+
+
+async def _task() -> None:
+    async def fails() -> None:
+        leak()
+
+    task = asyncio.create_task(fails())
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+
+
+async def _callback() -> None:
+    asyncio.get_running_loop().call_soon(leak)
+    await asyncio.sleep(0)
+
+
+async def _connection() -> None:
+    done = asyncio.Event()
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        done.set()
+        leak()
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    async with server:
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        await done.wait()
+        writer.close()
+        await writer.wait_closed()
+    await asyncio.sleep(0)
+
+
+def _formatted() -> None:
+    try:
+        leak()
+    except ConnectionError as exc:
+        logging.getLogger("library").exception(f"failed: {exc}")  # noqa: G004, TRY401  as libraries do
+
+
+def _given() -> None:
+    try:
+        leak()
+    except ConnectionError as exc:
+        logging.getLogger("library").warning("retry after %r", exc)
+        logging.getLogger("library").warning("retry after %(error)s: ConnectionError", {"error": exc})
+
+
+def _several() -> None:
+    async def all_of_them() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_fails())
+
+    async def _fails() -> None:
+        leak()
+
+    try:
+        asyncio.run(all_of_them())
+    except ExceptionGroup:
+        logging.getLogger("replicator.x").exception("several")
+
+
+def _thread() -> None:
+    thread = threading.Thread(target=leak)
+    thread.start()
+    thread.join()
+
+
+def _ignored() -> None:
+    Leaks()
+
+
+def _warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(f"ConnectionError to http://me:{SECRET}@h/", UserWarning, stacklevel=1)
+
+
+LEAKING: dict[str, Callable[[], object]] = {
+    "a task": lambda: asyncio.run(_task()),
+    "a callback": lambda: asyncio.run(_callback()),
+    "a connection": lambda: asyncio.run(_connection()),
+    "in the message": _formatted,
+    "as an argument": _given,
+    "a group": _several,
+    "a thread": _thread,
+    "a destructor": _ignored,
+    "a warning": _warning,
+}
+
+
+@pytest.mark.parametrize("way", LEAKING)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_error_of_others_is_quoted(way: str, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever logs it: of what is none of our errors the log has the type and where it was raised, not the words."""
+    configure_logging("debug", form)  # type: ignore[arg-type]  # parametrized
+    LEAKING[way]()
+    said = capsys.readouterr().err
+    assert SECRET not in said
+    assert ("UserWarning at " if way == "a warning" else "ConnectionError") in said
+    assert (way in {"as an argument", "a warning"}) == ("in leak" not in said)
+    if form == "json":
+        assert _parsed(said)
+
+
+def _parsed(said: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_what_led_to_an_error_of_ours_is_not_quoted_either(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own words are; they hold no secret."""
+    configure_logging("info", "text")
+    try:
+        try:
+            leak()
+        except ConnectionError as exc:
+            raise SinkUnavailable(sink="http", detail="away") from exc
+    except SinkUnavailable:
+        logging.getLogger("replicator.x").exception("it failed")
+    said = capsys.readouterr().err
+    assert SECRET not in said
+    assert "\nSinkUnavailable: Sink http did not take the batch: away." in said
+    assert ["ValueError", "ConnectionError"] == [line for line in said.splitlines() if line.endswith("Error")]
