@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +67,19 @@ def _launcher() -> Iterator[None]:
     with Launcher() as program.LAUNCHER:
         yield
     program.LAUNCHER = None
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Logging, and what Python prints by itself, as pytest made them: the program takes over both."""
+    root = logging.getLogger()
+    handlers, level, factory = [*root.handlers], root.level, logging.getLogRecordFactory()
+    shown, thread, ignored = warnings.showwarning, threading.excepthook, sys.unraisablehook
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.setLogRecordFactory(factory)
+    warnings.showwarning, threading.excepthook, sys.unraisablehook = shown, thread, ignored
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_an_installed_sink_that_is_broken_is_one_line(program: Program, tmp_path
         assert 2 == done.code
     done = program.run("config", "check", sinks="lines")
     assert (0, "all settings are usable\n") == (done.code, done.stdout)
-    assert [problem] == [line.partition(" It takes")[0] for line in done.stderr.splitlines()]
+    assert [problem] == [line.partition(" sinks: ")[2].partition(" It takes")[0] for line in done.stderr.splitlines()]
 
 
 THINGS = """

@@ -100,7 +100,7 @@ NEEDING = {
     "import": ["status", "backfill"],
     "create": ["init"],
     "check": ["check"],
-    "open": ["backfill", "reconcile"],
+    "open": ["backfill"],
     "write": ["backfill"],
     "counter": ["reconcile"],
 }
@@ -122,15 +122,18 @@ def test_no_command_quotes_it(leaky: Program, place: str) -> None:
         assert SECRET not in said
 
 
-def test_run_does_not_quote_it(leaky: Program) -> None:
+def test_run_does_not_quote_it(leaky: Program, source: psycopg.Connection) -> None:
     """It goes on, says where the sink fails, and writes when that is over."""
     leaky.environment["REPLICATOR_LOG_LEVEL"] = "debug"
     leak_at(leaky, "create")
     leaky.spawn()
+    leaky.wait_for_log("reading slot")
+    source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 999, 'play')")
     for place in ("open", "write", "look", "remember", "close"):
         leaky.wait_for_log("Error")
         leak_at(leaky, place)
         leaky.wait_for_log("reading slot" if place == "close" else f"{place.title()}Error")
+    leaky.wait_until_caught_up()
     assert 0 == leaky.stop()
     assert CLOSED in leaky.log
     assert SECRET not in leaky.log

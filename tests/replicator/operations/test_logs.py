@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,6 @@ from tests.support.codes import UNCODED
 from tests.support.environment import SECRET
 
 HOSTILE = "FATAL\x1b[2J\x07\r2026-11-26T00:00:00.000Z INFO    replicator: all is well\nforged \u202egnp\x9b0m\x00\ud800"
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """Logging, and what Python prints by itself, as pytest made them."""
-    root = logging.getLogger()
-    handlers, level, factory = [*root.handlers], root.level, logging.getLogRecordFactory()
-    shown, thread, ignored = warnings.showwarning, threading.excepthook, sys.unraisablehook
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.setLogRecordFactory(factory)
-    warnings.showwarning, threading.excepthook, sys.unraisablehook = shown, thread, ignored
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
