@@ -172,19 +172,25 @@ def _compared(event: Event | None, held: Held, stream: Stream, notes: list[str])
 
 
 def _changes(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {_shown(there)} there, {_shown(now)} now" for name, (now, there) in differences.items())
+    return ", ".join(f"{name} {shown(there)} there, {shown(now)} now" for name, (now, there) in differences.items())
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """One value, for people."""
     return "null" if value is None else str(value)
 
 
 def as_json(trace: Trace) -> str:
     """For programs."""
-    return json.dumps(msgspec.to_builtins(trace, builtin_types=(Decimal,)), default=number)
+    return json.dumps(msgspec.to_builtins(trace, builtin_types=(Decimal,)), default=_number)
 
 
-def number(value: Decimal) -> float | int:
+def as_made(trace: Trace) -> str:
+    """The event as it would be made today, as JSON for people."""
+    return json.dumps(trace.event, default=_number, ensure_ascii=False)
+
+
+def _number(value: Decimal) -> float | int:
     """A fraction for JSON."""
     return int(value) if value == value.to_integral_value() else float(value)
 
@@ -195,10 +201,10 @@ def as_text(trace: Trace) -> Iterator[str]:
     if trace.commit_lsn:
         yield f"  commit     {trace.commit_lsn}"
     if trace.event:
-        yield f"  event      {json.dumps(trace.event, default=number, ensure_ascii=False)}"
+        yield f"  event      {as_made(trace)}"
     for name, place in trace.sinks.items():
         refused = f" {place.dead_letter} because {place.reason}" if place.dead_letter else ""
         yield f"{name:<12} {place.state}{refused}"
         for field, (wanted, found) in place.differences.items():
-            yield f"  ! {field}: {_shown(found)} there, {_shown(wanted)} in PostgreSQL"
+            yield f"  ! {field}: {shown(found)} there, {shown(wanted)} in PostgreSQL"
         yield from (f"    {note}" for note in place.notes)

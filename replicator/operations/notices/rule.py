@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from replicator.operations.notices.ring import Notice
 from replicator.operations.status.text import span
@@ -94,17 +94,8 @@ class Rule:
         trouble.away_since = trouble.away_since or now
         if trouble.told and now - trouble.away_since >= trouble.away_seconds:
             trouble.told, trouble.over_at = False, now
-            notice = trouble.notice
-            notice = Notice(
-                kind=notice.kind,
-                subject=notice.subject,
-                text=notice.text,
-                cure=notice.cure,
-                began_at=trouble.began_at,
-                ended_at=trouble.away_since,
-                code=notice.code,
-            )
-            yield message(self._slot, notice, "ends")
+            over = structs.replace(trouble.notice, began_at=trouble.began_at, ended_at=trouble.away_since)
+            yield message(self._slot, over, "ends")
         elif not trouble.told and now - (trouble.over_at or 0.0) >= LONGEST_AWAY_SECONDS:
             del self._troubles[key]
 

@@ -6,7 +6,6 @@ Where the slot has several streams, `&stream=orders` says which one it is of.
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from replicator.contracts.errors import ReplicatorError, command
-from replicator.operations.follow.trace import BAD, Trace, number
+from replicator.operations.follow.trace import BAD, Trace, as_made, shown
 from replicator.operations.page.render import ASSETS, environment
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Traced:
         asked, stream = "".join(given.get("id", [])), next(iter(given.get("stream", [])), None)
         found, problem = await self._found(asked, stream)
         words = {"asked": asked, "streams": self._streams, "stream": stream, "found": found, "problem": problem}
-        return self._page.render(**words, states=STATES, shown=_shown, whole=_whole).encode()
+        return self._page.render(**words, states=STATES, shown=shown, as_made=as_made).encode()
 
     async def _found(self, asked: str, stream: str | None) -> tuple[Trace | None, str]:
         """What became of it, or why that is not known."""
@@ -60,11 +59,3 @@ class Traced:
     @cached_property
     def _page(self) -> Template:
         return environment().from_string((ASSETS / "trace.html").read_text(encoding="utf-8"))
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
-
-
-def _whole(trace: Trace) -> str:
-    return json.dumps(trace.event, default=number, ensure_ascii=False)
