@@ -135,8 +135,8 @@ def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:
         return Finding(
             True, f"replication slot {name}: not there yet", f"{command('init')} makes it", made_by_init=True
         )
-    if found := danger(state):
-        problem, cure = found
+    problem, cure = danger(state)
+    if problem:
         return Finding(False, f"replication slot {name}: {problem}", cure)
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
     what = f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind"

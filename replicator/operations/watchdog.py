@@ -397,7 +397,7 @@ class Watchdog:
             yield Reason("sink", lane.name, shown, lane.trouble.cure, lane.trouble.code)
         seen = self._forecast.see(self.slot)
         for name, pause in self.pipeline.pauses.items():
-            yield Reason("pause", name, *wal.loses_slot(name, pause, seen))
+            yield Reason.cured("pause", name, *wal.loses_slot(name, pause, seen))
 
     def _trouble(self, lane: Lane) -> tuple[str, float]:
         """Why the sink takes nothing, and for how long; a write without an answer counts once it has waited long.
@@ -425,7 +425,7 @@ class Watchdog:
     def _of_slot(self) -> Iterator[Reason]:
         yield Reason("stall", self._name, self._stalled())
         yield Reason("look", self._name, self._stale())
-        yield Reason("wal", self._name, wal.in_danger(self.slot), wal.cure_of(self.slot))
+        yield Reason.cured("wal", self._name, *wal.danger(self.slot))
         yield Reason("commits", self._name, parts.in_the_way(self.slot))
 
     def warnings(self) -> Iterator[Reason]:
@@ -434,12 +434,13 @@ class Watchdog:
         for name, count in (*stored.sinks.items(), ("", stored.rows)):
             if count >= NEARLY * limit:
                 owner, which = (f"sink {name}", f"--sink {name}") if name else ("the stream", "--stage row")
-                problem = f"{count} dead letters: at {limit} {owner} waits until some are replayed or dropped."
+                problem = f"{count} dead letters: at {limit} {owner} waits until some are replayed or dropped"
                 cure = f"{command(f'dead-letters list {which}')} says why they were refused."
-                yield Reason("dead letters", name or self._name, f"{problem} {cure}", cure)
+                yield Reason.cured("dead letters", name or self._name, problem, cure)
         yield from self.notifier.warnings()
-        if running_out := wal.running_out(self._forecast.see(self.slot)):
-            yield Reason("wal runs out", self._name, " ".join(running_out), running_out[1])
+        running_out = Reason.cured("wal runs out", self._name, *wal.running_out(self._forecast.see(self.slot)))
+        if running_out.text:
+            yield running_out
 
     async def notice(self) -> None:
         """Keep the notices as things are, until cancelled."""

@@ -59,6 +59,11 @@ class Reason(NamedTuple):
     error: str = ""
     """The code of the error that it is; empty when it is none."""
 
+    @classmethod
+    def cured(cls, kind: str, subject: str, problem: str, cure: str) -> Reason:
+        """Of a problem, empty where there is none, and its cure."""
+        return cls(kind, subject, f"{problem}. {cure}" if problem else "", cure)
+
     @property
     def code(self) -> str:
         """For whoever searches logs and docs/reference/faults.md."""

@@ -23,18 +23,12 @@ WORDS: dict[State, str] = {
 }
 
 
-class Saying(NamedTuple):
-    """What is wrong, or what to know, and what to do about it."""
-
-    what: str
-    cure: str = ""
-
-
 class Headline(NamedTuple):
     """One colour and what it means. More than one thing may be wrong."""
 
     state: State
-    sayings: Sequence[Saying]
+    reasons: Sequence[Reason]
+    """What is wrong, or what there is to know, each with its cure."""
 
     @property
     def word(self) -> str:
@@ -46,30 +40,31 @@ def headline(watchdog: Watchdog, status: Status) -> Headline:
     """What an operator has to know first."""
     reasons = watchdog.found()
     if wrong := [reason for reason in reasons if reason.text not in BEGINNING]:
-        return Headline("wrong", [*map(_saying, wrong)])
+        return Headline("wrong", wrong)
     if reasons:
-        return Headline("starting", [Saying("The replicator is connecting.")])
-    if begun := [*_begun(watchdog), *map(_saying, watchdog.warnings())]:
+        return _headline("starting", "The replicator is connecting.")
+    if begun := [*_begun(watchdog), *watchdog.warnings()]:
         return Headline("trouble", begun)
     if status.standby:
-        return Headline("standby", [Saying(status.standby)])
+        return _headline("standby", status.standby)
     if pauses := watchdog.pauses():
-        return Headline("paused", [*map(Saying, pauses)])
-    return Headline("well", [Saying(_well(status))])
+        return _headline("paused", *pauses)
+    return _headline("well", _well(status))
 
 
-def _saying(reason: Reason) -> Saying:
-    return Saying(reason.problem, reason.cure)
+def _headline(state: State, *texts: str) -> Headline:
+    """Where nothing is wrong."""
+    return Headline(state, [Reason(state, "", text) for text in texts])
 
 
-def _begun(watchdog: Watchdog) -> Iterator[Saying]:
+def _begun(watchdog: Watchdog) -> Iterator[Reason]:
     """Trouble that is too young to be a reason: most of it ends by itself."""
     for lane in watchdog.pipeline.fan_out.lanes:
         if lane.trouble:
-            yield _saying(Reason("sink", lane.name, lane.trouble.message, lane.trouble.cure))
+            yield Reason("sink", lane.name, lane.trouble.message, lane.trouble.cure)
     letters = watchdog.pipeline.letters.trouble
     if letters:
-        yield _saying(Reason("database", "", letters.message, letters.cure))
+        yield Reason("database", "", letters.message, letters.cure)
 
 
 def _well(status: Status) -> str:

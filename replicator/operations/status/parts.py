@@ -6,7 +6,7 @@ import time
 
 from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn
 from replicator.operations.status.form import CheckpointStatus, SinkStatus, SlotStatus
-from replicator.operations.status.wal import in_danger
+from replicator.operations.status.wal import danger
 from replicator.source.slot import SlotState
 
 
@@ -16,7 +16,7 @@ def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus
         return SlotStatus(name=name, trouble=trouble)
     return SlotStatus(
         name=name,
-        trouble=trouble or in_danger(state) or in_the_way(state) or _unfinished(state),
+        trouble=trouble or ". ".join(filter(None, danger(state))) or in_the_way(state) or _unfinished(state),
         server_version=state.server_version,
         active_pid=state.active_pid,
         wal_status=state.wal_status,

@@ -90,20 +90,13 @@ def _lost_in_seconds(state: SlotState, growth: float | None) -> float | None:
     return round(state.safe_wal_size / growth) if growth and growth > 0 else None
 
 
-def in_danger(state: SlotState | None) -> str:
-    """That PostgreSQL removes WAL which the slot needs, with the cure; else empty."""
-    return ". ".join(danger(state) if state else ())
+NO_PROBLEM = ("", "")
 
 
-def cure_of(state: SlotState | None) -> str:
-    """The end of what `in_danger` says."""
-    return "".join(danger(state)[1:] if state else ())
-
-
-def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
-    """The same in two: problem and cure."""
-    if state.wal_status not in ("unreserved", "lost"):
-        return ()
+def danger(state: SlotState | None) -> tuple[str, str]:
+    """That PostgreSQL removes WAL which the slot needs: problem and cure, else NO_PROBLEM."""
+    if state is None or state.wal_status not in ("unreserved", "lost"):
+        return NO_PROBLEM
     is_lost = state.wal_status == "lost"
     again = f"run {command('drop-slot')}, then {command('init --accept-gap')}, which prints the backfill command"
     if state.invalidation_reason not in (None, "wal_removed"):
@@ -115,14 +108,14 @@ def danger(state: SlotState) -> tuple[str, str] | tuple[()]:
     return problem, f"Raise that setting, then {again}" if is_lost else catch_up
 
 
-def running_out(wal: WalStatus) -> tuple[str, str] | tuple[()]:
-    """That the slot will be lost soon, problem and cure. A burst on an allowance that is hardly used is none."""
+def running_out(wal: WalStatus) -> tuple[str, str]:
+    """That the slot will be lost soon, likewise. A burst on an allowance that is hardly used is no problem."""
     kept, limit, seconds = wal.kept_bytes or 0, wal.limit_bytes, wal.lost_in_seconds
     soon = seconds is not None and seconds < SOON_SECONDS and kept >= HARDLY_USED * (limit or 0)
     if not limit or not (soon or kept >= NEARLY_USED * limit):
-        return ()
+        return NO_PROBLEM
     when = f"; the slot is {outlook(wal)}" if seconds is not None else ""
-    problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, and at most {size(limit)}{when}."
+    problem = f"PostgreSQL keeps {size(kept)} of WAL for the slot, and at most {size(limit)}{when}"
     cure = f"{command('status')} names the sink that is behind. Repair it, or raise max_slot_wal_keep_size."
     return problem, cure
 
@@ -135,13 +128,12 @@ def standing_still(wal: WalStatus, safe_wal_bytes: int | None) -> WalStatus:
 
 
 def loses_slot(sink: str, pause: Pause, wal: WalStatus) -> tuple[str, str]:
-    """That this pause lasts longer than PostgreSQL keeps the WAL, and the cure; else empty."""
+    """That this pause lasts longer than PostgreSQL keeps the WAL, likewise."""
     left = SOON_SECONDS if pause.until is None else pause.until - time.time()
     if wal.lost_in_seconds is None or wal.lost_in_seconds >= left:
-        return "", ""
-    cure = f"{command(f'resume {sink}')}, or raise that setting"
+        return NO_PROBLEM
     problem = (
         f"sink {sink} is paused, and the slot is {outlook(wal)} (max_slot_wal_keep_size):"
         " when it is lost, all sinks lack events"
     )
-    return f"{problem}. {cure}", cure
+    return problem, f"{command(f'resume {sink}')}, or raise that setting"

@@ -571,8 +571,8 @@ def test_wal_that_runs_out_is_a_warning(kept: int, limit: int | None, lost_in: f
     found = wal.running_out(
         WalStatus(kept_bytes=kept * mega, limit_bytes=limit and limit * mega, lost_in_seconds=lost_in)
     )
-    assert told == bool(found)
-    if found:
+    assert told == bool(found[0])
+    if told:
         assert f"PostgreSQL keeps {kept}.0 MB of WAL for the slot, and at most 100.0 MB" in found[0]
         assert "max_slot_wal_keep_size" in found[1]
 

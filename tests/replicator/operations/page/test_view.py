@@ -75,7 +75,7 @@ def status(*, standby: str = "", letters: int = 0, lag: float = 0.1) -> Status:
 def test_the_first_sentence(found: Found, now: Status, state: str, what: str, cure: str) -> None:
     """Reasons come first, then what has begun, then what is meant to be so."""
     said = headline(found, now)  # type: ignore[arg-type]  # as much of one as it needs
-    assert (state, what, cure) == (said.state, said.sayings[0].what, said.sayings[0].cure)
+    assert (state, what, cure) == (said.state, said.reasons[0].problem, said.reasons[0].cure)
     assert said.word
 
 
@@ -83,7 +83,7 @@ def test_trouble_that_is_no_reason_yet_is_not_green() -> None:
     """A sink may take nothing for some seconds before `/readyz` says so."""
     said = headline(Found(trouble="no answer"), status())  # type: ignore[arg-type]  # likewise
     assert "trouble" == said.state
-    assert "no answer" in said.sayings[0].what
+    assert "no answer" in said.reasons[0].problem
 
 
 def test_every_sink_has_a_colour_and_words() -> None:
