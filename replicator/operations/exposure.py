@@ -6,6 +6,7 @@ Advice, and no failure: a private network may be guarded otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
@@ -54,12 +55,11 @@ def unverified(who: str, host: str | None, sslmode: str, setting: str) -> Iterat
 
 def is_here(host: str | None) -> bool:
     """Whether it is this machine: nobody else hears what is said to it."""
-    if not host or host == "localhost" or host.startswith(("/", "@")):
+    if not host or host.lower() == "localhost" or host.startswith(("/", "@")):
         return True
-    try:
+    with suppress(ValueError):
         return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return False
 
 
 def _parsed(secret: SecretStr) -> SplitResult:

@@ -23,6 +23,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, exposition
 
 from replicator.contracts.errors import SettingsError
+from replicator.operations.exposure import is_here
 from replicator.operations.logs import printable
 from replicator.operations.metrics import Metrics
 from replicator.operations.page.history import STEP_SECONDS
@@ -155,15 +156,15 @@ class Admin:
         if not rest.partition(" ")[2].startswith("HTTP/1."):
             self._complain("the request is not HTTP")
             return _error(HTTPStatus.BAD_REQUEST)
-        if not all(map(self._is_here, _hosts(asked))):  # a web page that has bound its name to this machine
+        if not all(map(self._is_ours, _hosts(asked))):  # a web page that has bound its name to this machine
             return HTTPStatus.MISDIRECTED_REQUEST, TEXT, MISDIRECTED
         return None if method in ("GET", "HEAD") else _error(HTTPStatus.METHOD_NOT_ALLOWED)
 
-    def _is_here(self, name: str) -> bool:
+    def _is_ours(self, name: str) -> bool:
         """Whether no web page from elsewhere can have this name."""
-        if name == self._host or _is_loopback(name):
+        if name == self._host or is_here(name):
             return True
-        return not _is_loopback(self._host) and (_is_private(name) or name == socket.gethostname().lower())
+        return not is_here(self._host) and (_is_private(name) or name == socket.gethostname().lower())
 
     async def _found(self, target: str) -> Page:
         path, _, query = target.partition("?")
@@ -216,7 +217,7 @@ class Admin:
 
 
 async def listen(
-    address: str, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    address: str, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 ) -> asyncio.Server:
     """Raises SettingsError when the address can't be had."""
     host, _, port = address.rpartition(":")
@@ -229,12 +230,8 @@ async def listen(
 
 async def unavailable(address: str) -> SettingsError | None:
     """Why `run` could not listen there now."""
-
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.abort()
-
     try:
-        (await listen(address, serve)).close()
+        (await listen(address, lambda _, writer: writer.transport.abort())).close()
     except SettingsError as exc:
         return exc
     return None
@@ -242,19 +239,12 @@ async def unavailable(address: str) -> SettingsError | None:
 
 def exposed(listen: str) -> str:
     """That other machines can reach the endpoints; empty if they can't."""
-    if not listen or _is_loopback(listen.rpartition(":")[0].strip("[]")):
+    if not listen or is_here(listen.rpartition(":")[0].strip("[]")):
         return ""
     return (
         f"REPLICATOR_ADMIN_LISTEN: anyone who reaches {listen} can read status, metrics and any event by its id,"
         " without a password; let only probes and scrapers reach it"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _is_private(host: str) -> bool:

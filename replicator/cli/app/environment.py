@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from urllib.parse import urlsplit
@@ -73,23 +73,16 @@ def _kubernetes() -> Iterator[str]:
 
 def unusable_parts() -> Iterator[SettingsError]:
     """What only the parts can tell: whether the sinks have what they need, and the checkpoint database a driver."""
-    parts: dict[str, Callable[[str], Iterator[SettingsError]]] = {"sinks": _of_sinks, "checkpoint_url": _of_store}
-    for name, mistakes in parts.items():
+    for name in named_sinks():
         try:
-            if value := given(name):
-                yield from mistakes(value.text)
+            yield from examine(sink_class(name).settings_class)[1]
         except SettingsError as error:
             yield error
-
-
-def _of_sinks(names: str) -> Iterator[SettingsError]:
-    for name in split(names):
-        yield from examine(sink_class(name).settings_class)[1]
-
-
-def _of_store(url: str) -> Iterator[SettingsError]:
-    SqlCheckpointStore(url)
-    yield from ()
+    try:
+        if url := given("checkpoint_url"):
+            SqlCheckpointStore(url.text)
+    except SettingsError as error:
+        yield error
 
 
 def masked(secret: str) -> str:

@@ -20,10 +20,6 @@ from replicator.contracts.errors import CheckpointError
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
 from replicator.operations.follow.tail import Seen
 
-COMMANDS = 16
-"""Served at once: more than an operator has terminals."""
-VIEWS = 16
-"""Of `tail`, beside them: whoever looks on must not keep a pause out."""
 REQUEST_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 """How often a standby looks whether the socket is free."""
@@ -34,20 +30,13 @@ Act = Callable[[Request], Awaitable[Answer]]
 Show = Callable[[str], AsyncGenerator[Seen, None]]
 
 
-async def show_nothing(_: str) -> AsyncGenerator[Seen, None]:
-    """Where there is nothing to be seen."""
-    return
-    yield
-
-
 class Control:
     """Listens at `path`, and calls `act` for what comes; `show` is asked for a `tail`."""
 
-    def __init__(self, path: Path, act: Act, show: Show = show_nothing) -> None:
+    def __init__(self, path: Path, act: Act, show: Show) -> None:
         self._path = path
         self._act = act
         self._show = show
-        self._served = self._views = 0
 
     async def run(self) -> None:
         """Serve until cancelled. Without a socket the replicator works as well, and the log says so once."""
@@ -83,7 +72,6 @@ class Control:
         return bound
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._served += 1
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 line = await reader.readuntil(b"\n")
@@ -91,13 +79,9 @@ class Control:
         except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.CancelledError):  # gone, nonsense, or the end
             pass
         finally:
-            self._served -= 1
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
-        if self._served - self._views > COMMANDS:
-            await _write(writer, _busy(f"{COMMANDS} other commands are being served", "Try again in a minute"))
-            return
         try:
             request = msgspec.json.decode(line, type=Request)
             answer = await self._act(request)
@@ -107,25 +91,10 @@ class Control:
             answer = Answer(done=False, lines=[str(exc), "nothing was changed"])
         else:
             if answer.done and request.do == "tail":
-                answer = await self._view(request, writer)
+                async with aclosing(self._show(request.sink)) as seen:
+                    async for one in seen:  # an empty one, too: writing it shows whether anybody is there
+                        await _write(writer, one)
         await _write(writer, answer)
-
-    async def _view(self, request: Request, writer: asyncio.StreamWriter) -> Answer:
-        """Show what goes through until nobody looks any more."""
-        if self._views >= VIEWS:
-            return _busy(f"{VIEWS} others watch with `tail`", "End one of them")
-        self._views += 1
-        try:
-            async with aclosing(self._show(request.sink)) as seen:
-                async for one in seen:  # an empty one, too: writing it shows whether anybody is there
-                    await _write(writer, one)
-        finally:
-            self._views -= 1
-        return Answer(done=True, lines=[])
-
-
-def _busy(why: str, cure: str) -> Answer:
-    return Answer(done=False, lines=[f"the replicator does nothing for this command: {why}. {cure}"])
 
 
 async def _write(writer: asyncio.StreamWriter, message: Answer | Seen) -> None:

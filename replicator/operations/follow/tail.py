@@ -56,12 +56,8 @@ class Viewer:
         self._shown += len(taken)
         self._skipped += len(events) - len(taken)
 
-    async def lines(self) -> AsyncGenerator[Seen, None]:
-        """One after the other, and at least once a second: with nothing to tell, an empty one."""
-        while True:
-            yield await self._next()
-
-    async def _next(self) -> Seen:
+    async def next(self) -> Seen:
+        """The next line, at least once a second: with nothing to tell, an empty one."""
         try:
             async with asyncio.timeout(TICK_SECONDS):
                 return await self._lines.get()
@@ -75,7 +71,7 @@ async def view(taps: list[Tap], sink: str) -> AsyncGenerator[Seen, None]:
     viewer = Viewer(sink)
     taps.append(viewer)
     try:
-        async for seen in viewer.lines():
-            yield seen
+        while True:
+            yield await viewer.next()
     finally:
         taps.remove(viewer)

@@ -53,7 +53,7 @@ class Live:
         self._renderer = Renderer(watchdog, self.history, self._beside, settings, streams)
         self._document: tuple[int, bytes] = (-1, b"")
         self._rendered, self._rendered_at = Rendered("", "", {}), -math.inf
-        self._viewers: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self.viewers: dict[asyncio.StreamWriter, None] = {}  # the oldest first
         self._updating: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -64,12 +64,7 @@ class Live:
         """Close everybody's connection. Safe to call at any time."""
         self.history.stop()
         self._beside.stop()
-        self._close([*self._viewers])
-
-    @property
-    def viewers(self) -> int:
-        """How many get updates."""
-        return len(self._viewers)
+        self._close([*self.viewers])
 
     async def document(self) -> bytes:
         """The page as it is now, made at most once a second."""
@@ -82,35 +77,35 @@ class Live:
 
     async def follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send updates until the viewer goes, says anything, or does not read."""
-        while len(self._viewers) >= VIEWERS:
-            self._close([next(iter(self._viewers))])
-        if not self._viewers and time.monotonic() - self._rendered_at >= UPDATE_SECONDS:
+        while len(self.viewers) >= VIEWERS:
+            self._close([next(iter(self.viewers))])
+        if not self.viewers and time.monotonic() - self._rendered_at >= UPDATE_SECONDS:
             self._render()
-        self._viewers[writer] = None
+        self.viewers[writer] = None
         self._send(writer, _event(self._rendered, self._rendered.parts))
         if self._updating is None or self._updating.done():
             self._updating = asyncio.create_task(self._update())
         try:
             await reader.read(1)
         finally:
-            self._viewers.pop(writer, None)
+            self.viewers.pop(writer, None)
         if self._updating.done() and not self._updating.cancelled():
             self._updating.result()
 
     async def _update(self) -> None:
         """A failure closes everybody's connection: the page must not look as if all were well."""
         try:
-            while self._viewers:
+            while self.viewers:
                 self._beside.renew()
                 await asyncio.sleep(UPDATE_SECONDS)
                 before = self._rendered.parts
                 self._render()
                 changed = {name: part for name, part in self._rendered.parts.items() if before.get(name) != part}
                 update = _event(self._rendered, changed)
-                for writer in [*self._viewers]:
+                for writer in [*self.viewers]:
                     self._send(writer, update)
         finally:
-            self._close([*self._viewers])
+            self._close([*self.viewers])
 
     def _render(self) -> None:
         self._rendered_at, self._rendered = time.monotonic(), self._renderer.parts()
@@ -122,7 +117,7 @@ class Live:
 
     def _close(self, writers: Sequence[asyncio.StreamWriter]) -> None:
         for writer in writers:
-            self._viewers.pop(writer, None)
+            self.viewers.pop(writer, None)
             writer.transport.abort()
 
 

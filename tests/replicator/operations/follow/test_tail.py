@@ -39,8 +39,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def take(viewer: Viewer, number: int) -> list[Seen]:
     """The next lines."""
-    async with aclosing(viewer.lines()) as lines:
-        return [await anext(lines) for _ in range(number)]
+    return [await viewer.next() for _ in range(number)]
 
 
 async def test_a_few_are_shown_and_the_others_counted() -> None:
@@ -104,7 +103,7 @@ async def test_what_is_refused_is_told(tmp_path: Path) -> None:
     async def act(_: Request) -> Answer:
         return Answer(done=False, lines=["sink http is paused"])
 
-    task = asyncio.create_task(Control(path, act).run())
+    task = asyncio.create_task(Control(path, act, lambda sink: view([], sink)).run())
     async with asyncio.timeout(10):
         while not path.exists():  # noqa: ASYNC110  the socket is made in another task
             await asyncio.sleep(0.001)
