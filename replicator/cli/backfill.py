@@ -24,6 +24,7 @@ from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_one
 from replicator.cli.stream import say_what_stops, stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, command
+from replicator.operations.logs import configure_logging
 
 if TYPE_CHECKING:
     from enrichment import RangeHistory
@@ -191,8 +192,6 @@ async def _show_progress(work: Backfill, settings: CoreSettings) -> None:
 async def _show_bar(work: Backfill, settings: CoreSettings) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from replicator.operations.logs import configure_logging
 
     first, started = work.written, time.monotonic()
     rate = TextColumn("{task.fields[rate]:,.0f}/s")

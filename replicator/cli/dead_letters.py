@@ -17,11 +17,11 @@ from msgspec import structs
 
 from replicator.cli.arguments import Json, Yes, confirmed, count, duration, iso, letter_id, load_app, one_sink
 from replicator.contracts.errors import CheckpointError, SettingsError, command
+from replicator.contracts.events import DeadLetter, Position, Stage
 from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
-    from replicator.contracts.events import DeadLetter, Position, Stage
     from replicator.contracts.sink import Sink
     from replicator.contracts.stream import Enricher
 
@@ -328,7 +328,6 @@ def _stays(sinks: Sequence[Sink], letter: DeadLetter) -> str:
 
 async def _give(enricher: Enricher, sink: Sink, letters: Sequence[DeadLetter]) -> dict[Position, str]:
     """What the sink refuses, by position, with the reason."""
-    from replicator.contracts.events import Position
     from replicator.contracts.sink import Mode
     from replicator.delivery.writer import write_once
 

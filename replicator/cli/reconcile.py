@@ -10,14 +10,15 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
+import msgspec
 import typer
 
 from replicator.cli import arguments as arg
+from replicator.cli.backfill import Run, deliver
 from replicator.contracts.errors import SettingsError, SinkError, command
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
-    from replicator.cli.backfill import Run
     from replicator.contracts.sink import Sink
 
 DIFFERENT = 3
@@ -68,8 +69,6 @@ async def reconcile(
     as_json: arg.Json = False,
 ) -> int:
     """Compare PostgreSQL with the sinks, repair what differs."""
-    import msgspec
-
     from enrichment import TableLedger
     from replicator.reconcile.run import Reconcile
 
@@ -140,7 +139,6 @@ async def rebuild_redis(
 ) -> int:
     """Make all of Redis's keys again from PostgreSQL."""
     from enrichment import BEGINNING, END, RangeHistory
-    from replicator.cli.backfill import Run
 
     if resume and from_empty:
         raise SettingsError(name="--resume", problem="--from-empty starts over", expected="one of the two")
@@ -168,7 +166,6 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
 
     Nothing is deleted before all is known to be readable and writable.
     """
-    from replicator.cli.backfill import deliver
     from replicator.contracts.sink import Mode, Rebuildable
     from replicator.source.takeover import keep_memory
 

@@ -28,10 +28,11 @@ from replicator.contracts.errors import (
     TablesUnfit,
     command,
 )
+from replicator.contracts.events import Checkpoint, format_lsn
+from replicator.operations.notices import systemd
 
 if TYPE_CHECKING:
     from replicator.cli.app import App
-    from replicator.contracts.events import Checkpoint
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.delivery.lane import Lane
@@ -89,7 +90,6 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
     from replicator.operations.control.server import Control
     from replicator.operations.follow.tail import view
     from replicator.operations.http import Admin
-    from replicator.operations.notices import systemd
     from replicator.operations.page.live import Live
 
     running = Running(app)
@@ -125,8 +125,6 @@ async def _replicate(app: App, stopping: asyncio.Event) -> None:
 
 def _beside(watchdog: Watchdog, store: CheckpointStore, control: Control) -> dict[str, Callable[[], Awaitable[None]]]:
     """What tells others, and does what they ask for."""
-    from replicator.operations.notices import systemd
-
     notifier = watchdog.notifier
     return {
         "notices": watchdog.notice,
@@ -190,7 +188,6 @@ async def init(
     It makes only what is missing, so you can run it again. It makes nothing while `check` fails for PostgreSQL or its
     tables. It prints the backfill command for older rows.
     """
-    from replicator.contracts.events import format_lsn
     from replicator.source.takeover import Beginning
 
     app = load_app()

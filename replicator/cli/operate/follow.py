@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from replicator.cli.arguments import Json, StreamName, count, event_id, load_app, load_one, one_sink
+from replicator.contracts.events import Id, Position
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from enrichment.history.pages import PickedHistory
     from replicator.cli.app import App
-    from replicator.contracts.events import Id
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.operations.follow.tail import Seen
@@ -73,7 +72,6 @@ async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str
 
 
 async def _traced(app: App, number: Id, history: PickedHistory, sinks: Sequence[Sink], store: CheckpointStore) -> Trace:
-    from replicator.contracts.events import Position
     from replicator.operations.follow import trace as traces
 
     page = await history.read("0", Position(0, 0), 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from replicator.contracts.errors import SettingsError
 
 
@@ -12,8 +14,6 @@ async def test() -> int:
 
     It asks nobody else, and the replicator need not run.
     """
-    import msgspec
-
     from replicator.contracts.settings import CoreSettings, load
     from replicator.operations.notices.post import ask
     from replicator.operations.notices.ring import Notice

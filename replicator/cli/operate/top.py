@@ -9,10 +9,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
+from urllib.parse import urlsplit
 
 import typer
 
 from replicator.cli.inspect import NOT_READY
+from replicator.contracts.errors import SettingsError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,8 +26,6 @@ LOOK_SECONDS = 1.0
 
 def address(text: str) -> str:
     """What `--url` takes."""
-    from urllib.parse import urlsplit
-
     try:
         url = urlsplit(text)
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -66,7 +66,6 @@ async def top(url: Url = None) -> int:
 
 
 def _own_address() -> str:
-    from replicator.contracts.errors import SettingsError
     from replicator.contracts.settings import CoreSettings, load
 
     listen = load(CoreSettings).admin_listen
