@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,6 +18,8 @@ WIDTH = 80
 POINTS = 18
 """Of the line, 10 s each: the last three minutes."""
 BARS = "▁▂▃▄▅▆▇█"
+
+T = TypeVar("T")
 
 
 class Reading(NamedTuple):
@@ -58,9 +60,10 @@ def _sinks(now: Reading, before: Reading | None) -> Table:
     for name, sink in now.status.sinks.items():
         color = "red" if sink.trouble else "cyan" if sink.paused else ""
         letters = now.status.dead_letters.sinks.get(name, 0) if now.status.dead_letters else None
-        behind = "-" if sink.lag_bytes is None else size(sink.lag_bytes)
-        row = [name, _rate(name, now, before), _seconds(sink), behind, _number(sink.waiting)]
-        table.add_row(*(Text(printable(cell), color) for cell in row), _number(letters), line(now.rates.get(name, ())))
+        row = [name, _rate(name, now, before), _known(sink.lag_seconds, lag), _known(sink.lag_bytes, size)]
+        row.append(_known(sink.waiting, "{:,}".format))
+        shown = (Text(printable(cell), color) for cell in row)
+        table.add_row(*shown, _known(letters, "{:,}".format), line(now.rates.get(name, ())))
     return table
 
 
@@ -71,12 +74,8 @@ def _rate(name: str, now: Reading, before: Reading | None) -> str:
     return f"{(events - earlier) / (now.at - before.at):,.0f}"
 
 
-def _seconds(sink: SinkStatus) -> str:
-    return "-" if sink.lag_seconds is None else lag(sink.lag_seconds)
-
-
-def _number(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
+def _known(value: T | None, show: Callable[[T], str]) -> str:
+    return "-" if value is None else show(value)
 
 
 def line(values: Sequence[float | None]) -> str:

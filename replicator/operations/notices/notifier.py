@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -59,9 +58,8 @@ class Notifier:
         self._notices = notices
         self._is_ready = is_ready
         self._rule = Rule(settings.slot)
-        self._queue: deque[Message] = deque()
+        self._queue: asyncio.Queue[Message] = asyncio.Queue(QUEUE)
         self._sending = False
-        self._waiting = asyncio.Event()
         self._trouble = Trouble(over=lambda seconds: f"notifications are taken again, after {seconds:.0f} s")
         self._heart = Trouble(over=lambda seconds: f"the heartbeat is taken again, after {seconds:.0f} s")
         self._sent = self._lost = 0
@@ -74,7 +72,7 @@ class Notifier:
             trouble=self._trouble.message,
             heartbeat_trouble=self._heart.message,
             sent=self._sent,
-            waiting=len(self._queue) + self._sending,
+            waiting=self._queue.qsize() + self._sending,
             lost=self._lost,
         )
 
@@ -93,10 +91,9 @@ class Notifier:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _put(self, told: Message) -> None:
-        if len(self._queue) >= QUEUE:
-            self._lose(self._queue.popleft())
-        self._queue.append(told)
-        self._waiting.set()
+        if self._queue.full():
+            self._lose(self._queue.get_nowait())
+        self._queue.put_nowait(told)
 
     def _lose(self, told: Message) -> None:
         self._lost += 1
@@ -105,13 +102,10 @@ class Notifier:
     async def send(self) -> None:
         """Send what is queued, in order, each until it is taken."""
         while True:
-            await self._waiting.wait()
-            while self._queue:
-                post = partial(self._post, self._queue.popleft())  # so it can't be lost while it is on its way
-                self._sending = True
-                self._sent += await retry(post, self._trouble, RETRY_MAX_SECONDS, retried=(NotTaken,))
-                self._sending = False
-            self._waiting.clear()
+            post = partial(self._post, await self._queue.get())  # so it can't be lost while it is on its way
+            self._sending = True
+            self._sent += await retry(post, self._trouble, RETRY_MAX_SECONDS, retried=(NotTaken,))
+            self._sending = False
 
     async def _post(self, told: Message) -> bool:
         """Whether it was taken; one that is refused is lost. Raises NotTaken when it is to be sent again."""

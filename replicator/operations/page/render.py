@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ from replicator.operations.page.charts import LEAST_LAG_SECONDS, LEAST_RATE, Cha
 from replicator.operations.page.history import History
 from replicator.operations.page.view import headline, note, sink_state
 from replicator.operations.status import text
-from replicator.operations.status.form import SinkStatus, Status
+from replicator.operations.status.form import Status
 from replicator.operations.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -49,24 +49,17 @@ def _words(text: str) -> Markup:
     return Markup("").join(CODE.format(part) if number % 2 else escape(part) for number, part in enumerate(words))
 
 
-def _size(count: float | None) -> str:
-    return "unknown" if count is None else text.size(round(count))
-
-
-def _seconds(seconds: float | None) -> str:
-    return "unknown" if seconds is None else text.lag(seconds)
+def _known(shown: Callable[[float], str]) -> Callable[[float | None], str]:
+    """The same of a number that may be unknown."""
+    return lambda number: "unknown" if number is None else shown(number)
 
 
 def _moment(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
 
 
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
-
-
-def _rate(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate:,.{int(0 < rate < LOW_RATE)}f}/s"
+def _rate(rate: float) -> str:
+    return f"{rate:,.{int(0 < rate < LOW_RATE)}f}/s"
 
 
 def environment() -> Environment:
@@ -74,8 +67,9 @@ def environment() -> Environment:
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415  50 ms of CPU, which a start need not take
 
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    made.filters |= {"words": _words, "plain": printable, "size": _size, "seconds": _seconds, "count": _count}
-    made.filters |= {"rate": _rate, "duration": text.span, "moment": _moment, "carrier": text.carrier_text}
+    made.filters |= {"words": _words, "plain": printable, "moment": _moment, "duration": text.span}
+    made.filters |= {"size": _known(lambda count: text.size(round(count))), "seconds": _known(text.lag)}
+    made.filters |= {"count": _known("{:,}".format), "rate": _known(_rate), "carrier": text.carrier_text}
     macros = made.from_string((ASSETS / "macros.html").read_text(encoding="utf-8")).module
     made.globals |= {
         name: getattr(macros, name) for name in ("messages", "bar", "hour", "follow")
@@ -133,9 +127,8 @@ class Renderer:
             "notes": {name: note(sink) for name, sink in status.sinks.items()},
             "rates": {name: self._history.rate(name) for name in {*status.sinks, *self._charts}},
             "streams": self._streams,
-            "queued": _queued,
             "charts": self._lines(),
-            "forecast": _outlook(status),
+            "forecast": f"{'the slot is ' if status.wal.lost_in_seconds else ''}{text.outlook(status.wal)}",
             "top": self._beside.top,
             "ranked": self._beside.ranked,
             "letters": [*self._letters(status)],
@@ -171,12 +164,3 @@ class Renderer:
                 "list": f"{PROGRAM} dead-letters list {chosen}",
                 "replay": f"{PROGRAM} dead-letters replay {chosen}",
             }
-
-
-def _queued(sink: SinkStatus) -> int | None:
-    return None if sink.waiting is None else sink.waiting - (sink.in_flight or 0)
-
-
-def _outlook(status: Status) -> str:
-    said = f"{'the slot is ' if status.wal.lost_in_seconds else ''}{text.outlook(status.wal)}"
-    return f"{said[0].upper()}{said[1:]}."

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from replicator.operations.notices.ring import Reason
 from replicator.operations.status.form import SinkStatus, Status
-from replicator.operations.status.text import pause_text, span
+from replicator.operations.status.text import span, until
 from replicator.operations.watchdog import BEGINNING, Watchdog
 
 State: TypeAlias = Literal["well", "starting", "paused", "standby", "trouble", "wrong"]
@@ -85,5 +85,5 @@ def sink_state(sink: SinkStatus, status: Status) -> State:
 def note(sink: SinkStatus) -> str:
     """The same in a word or two."""
     if not sink.trouble:
-        return pause_text(sink) if sink.paused else "well"
+        return f"paused {until(sink)}" if sink.paused else "well"
     return f"in trouble for {span(sink.trouble_seconds)}" if sink.trouble_seconds else "in trouble"

@@ -53,7 +53,7 @@ def _below_sink(sink: SinkStatus, status: Status) -> Iterator[str]:
         row = "" if sink.position == NO_ROW else f" (row {sink.position})"
         yield f"  at         {sink.end_lsn}{row}"
     if sink.paused:
-        yield f"  paused     {_until(sink)}"
+        yield f"  paused     {until(sink)}"
     if sink.trouble:
         lasting = "" if sink.trouble_seconds is None else f"for {span(sink.trouble_seconds)}"
         said = "" if sink.trouble in status.reasons else printable(sink.trouble)
@@ -126,12 +126,8 @@ def _sink_text(sink: SinkStatus) -> str:
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 
 
-def pause_text(sink: SinkStatus) -> str:
-    """For people; of a sink that is paused."""
-    return f"paused {_until(sink)}"
-
-
-def _until(sink: SinkStatus) -> str:
+def until(sink: SinkStatus) -> str:
+    """Of a sink that is paused: how long."""
     return f"until {sink.paused_until or 'somebody resumes it'}"
 
 
