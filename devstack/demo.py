@@ -137,7 +137,7 @@ def _watch(stack: DevStack, replicator: Replicator, running: Future[None], secon
                     return
                 now = _look(stack, replicator, started)
                 if isinstance(live, Live):
-                    live.update(screen.as_picture(now, before, replicator.rates()), refresh=True)
+                    live.update(screen.as_picture(now, replicator.history()), refresh=True)
                 elif number % LINE_EVERY_LOOKS == 0:
                     console.print(screen.as_line(now, before))
                 before = now

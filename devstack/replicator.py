@@ -40,10 +40,9 @@ class Replicator(Service):
         """What `/status` says."""
         return dict(msgspec.json.decode(fetch(f"{self.url}/status")))
 
-    def rates(self) -> dict[str, list[float | None]]:
-        """Events a second of each sink over the last hour, as `/history` has them."""
-        hour = msgspec.json.decode(fetch(f"{self.url}/history"))
-        return {name: lines["events_per_second"] for name, lines in hour["sinks"].items()}
+    def history(self) -> bytes:
+        """What `/history` says."""
+        return fetch(f"{self.url}/history")
 
     def command(self) -> list[str]:
         """The program."""

@@ -5,8 +5,7 @@ All of it is read from outside: from PostgreSQL, the sinks, and the replicator's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
@@ -17,11 +16,9 @@ from rich.text import Text
 from devstack.comparison import Counts, count
 from devstack.replicator import Replicator
 from devstack.stack import DevStack
-from replicator.cli.operate.picture import Reading, picture
+from replicator.cli.operate.picture import picture
+from replicator.operations.status.collect import History
 from replicator.operations.status.form import Status
-
-Rates: TypeAlias = Mapping[str, Sequence[float | None]]
-"""Events a second of each sink, as `/history` has them."""
 
 TOP = 5
 
@@ -73,17 +70,14 @@ def dead_letters(now: Look) -> int:
     return sum(int(sink["dead_letters"]) for sink in now.sinks.values())
 
 
-def as_picture(now: Look, before: Look | None, rates: Rates) -> Group:
+def as_picture(now: Look, history: bytes) -> Group:
     """For a terminal: what `replicator top` shows, and beside it what only the demo can know."""
+    shown = picture(msgspec.convert(now.status, Status), msgspec.json.decode(history, type=History))
     counts = "  ".join(f"{COUNTED_AS[name]} {_count(now, name):,}" for name in now.sinks)
     facts = Text(f"after {now.second:.0f} s: PostgreSQL {now.counts.postgres:,}  {counts}", "dim")
     top = "  ".join(f"{content}: {events:,}" for content, events in now.top)
     last = Text(f"top content of 10 minutes: {top}", "dim")
-    return Group(picture(_reading(now, rates), before and _reading(before, {})), Text(), facts, last)
-
-
-def _reading(now: Look, rates: Rates) -> Reading:
-    return Reading(now.second, msgspec.convert(now.status, Status), rates)
+    return Group(shown, Text(), facts, last)
 
 
 def as_line(now: Look, before: Look | None) -> str:

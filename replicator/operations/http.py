@@ -207,7 +207,11 @@ class Admin:
 
     def _hour(self) -> Page:
         hours = self._page.history.hours().items()
-        sinks = {name: {"events_per_second": rates, "lag_seconds": lags} for name, (rates, lags) in hours}
+        now = self._page.history.rate
+        sinks = {
+            name: {"events_per_second_now": now(name), "events_per_second": rates, "lag_seconds": lags}
+            for name, (rates, lags) in hours
+        }
         return HTTPStatus.OK, JSON, msgspec.json.encode({"step_seconds": STEP_SECONDS, "sinks": sinks})
 
     def _metrics(self) -> Page:

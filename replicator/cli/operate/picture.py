@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,7 +11,8 @@ from rich.text import Text
 
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
-from replicator.operations.status.form import SinkStatus, Status, WalStatus
+from replicator.operations.status.collect import History, Hour
+from replicator.operations.status.form import Status, WalStatus
 from replicator.operations.status.text import lag, outlook, size, span
 
 WIDTH = 80
@@ -22,21 +23,10 @@ BARS = "▁▂▃▄▅▆▇█"
 T = TypeVar("T")
 
 
-class Reading(NamedTuple):
-    """What a replicator said, and when."""
-
-    at: float
-    """time.monotonic()."""
-    status: Status
-    rates: Mapping[str, Sequence[float | None]] = {}
-    """By sink: events a second, a value every 10 s, the oldest first."""
-
-
-def picture(now: Reading, before: Reading | None = None, *, silent: str = "") -> RenderableType:
-    """As it is now, with the rates since the reading before; `silent` says that there is no newer one, and why."""
-    status = now.status
+def picture(status: Status, history: History, *, silent: str = "") -> RenderableType:
+    """As it is now; `silent` says that nothing newer is known, and why."""
     lines = [Text(printable(silent), "bold yellow")] if silent else []
-    return Group(*lines, *_state(status), Text(), _sinks(now, before), Text(), *_below(status))
+    return Group(*lines, *_state(status), Text(), _sinks(status, history), Text(), *_below(status))
 
 
 def _state(status: Status) -> Iterator[Text]:
@@ -51,27 +41,21 @@ def _state(status: Status) -> Iterator[Text]:
         yield Text.assemble(name, ("ready", "bold green"))
 
 
-def _sinks(now: Reading, before: Reading | None) -> Table:
+def _sinks(status: Status, history: History) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH, header_style="dim")
     table.add_column("sink", overflow="ellipsis", no_wrap=True, min_width=10)
     for heading in ("events/s", "lag", "behind", "waiting", "dead"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("3 minutes", width=POINTS, no_wrap=True)
-    for name, sink in now.status.sinks.items():
+    for name, sink in status.sinks.items():
         color = "red" if sink.trouble else "cyan" if sink.paused else ""
-        letters = now.status.dead_letters.sinks.get(name, 0) if now.status.dead_letters else None
-        row = [name, _rate(name, now, before), _known(sink.lag_seconds, lag), _known(sink.lag_bytes, size)]
-        row.append(_known(sink.waiting, "{:,}".format))
+        letters = status.dead_letters.sinks.get(name, 0) if status.dead_letters else None
+        hour = history.sinks.get(name, Hour())
+        rate, waiting = _known(hour.events_per_second_now, "{:,.0f}".format), _known(sink.waiting, "{:,}".format)
+        row = [name, rate, _known(sink.lag_seconds, lag), _known(sink.lag_bytes, size), waiting]
         shown = (Text(printable(cell), color) for cell in row)
-        table.add_row(*shown, _known(letters, "{:,}".format), line(now.rates.get(name, ())))
+        table.add_row(*shown, _known(letters, "{:,}".format), line(hour.events_per_second))
     return table
-
-
-def _rate(name: str, now: Reading, before: Reading | None) -> str:
-    events, earlier = (reading and reading.status.sinks.get(name, SinkStatus()).events for reading in (now, before))
-    if before is None or events is None or earlier is None or events < earlier or now.at <= before.at:
-        return "-"
-    return f"{(events - earlier) / (now.at - before.at):,.0f}"
 
 
 def _known(value: T | None, show: Callable[[T], str]) -> str:

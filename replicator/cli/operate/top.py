@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -19,7 +18,8 @@ from replicator.contracts.errors import SettingsError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from replicator.cli.operate.picture import Reading
+    from replicator.operations.status.collect import History
+    from replicator.operations.status.form import Status
 
 LOOK_SECONDS = 1.0
 
@@ -56,13 +56,11 @@ async def top(url: Url = None) -> int:
     if console:
         await repeat(console, looks.picture)
         return 0
-    await looks.look()
-    await asyncio.sleep(LOOK_SECONDS)  # two readings make a rate
     shown = await looks.picture()
     from rich.console import Console
 
     Console(file=sys.stdout, width=80, color_system=None, force_terminal=False).print(shown)
-    return 0 if looks.now and not looks.silent and looks.now.status.ready else NOT_READY
+    return 0 if looks.status and not looks.silent and looks.status.ready else NOT_READY
 
 
 def _own_address() -> str:
@@ -79,35 +77,27 @@ class Looks:
     """Looks at one replicator, which may come and go."""
 
     def __init__(self, address: str, *, again: bool) -> None:
-        self.now: Reading | None = None
+        self.status: Status | None = None
+        """What it said last."""
         self.silent = ""
-        """Why there is no newer reading; empty while it answers."""
+        """Why nothing newer is known; empty while it answers."""
+        self._history: History
         self._address = address
         self._again = "; trying again" if again else ""
-        self._before: Reading | None = None
-
-    async def look(self) -> None:
-        """Ask it. Never raises for what does not answer."""
-        from replicator.cli.operate.picture import Reading
-        from replicator.operations.status.collect import ask_address, ask_history
-
-        status, why = await ask_address(self._address)
-        if status is None:
-            self.silent = f"{why}{self._again}"
-            return
-        rates = await ask_history(self._address)
-        self._before, self.now, self.silent = self.now, Reading(time.monotonic(), status, rates), ""
 
     async def picture(self) -> RenderableType:
-        """As it is now; the last one, and that it is old, while nobody answers."""
+        """As it is now; the last one, and that it is old, while nobody answers. Never raises for that."""
         from rich.text import Text
 
         from replicator.cli.operate.picture import picture
+        from replicator.operations.status.collect import ask_address, ask_history
 
-        await self.look()
-        if self.now is None:
-            return Text(self.silent)
-        return picture(self.now, self._before, silent=self.silent)
+        status, why = await ask_address(self._address)
+        if status:
+            self.status, self._history, self.silent = status, await ask_history(self._address), ""
+        else:
+            self.silent = f"{why}{self._again}"
+        return picture(self.status, self._history, silent=self.silent) if self.status else Text(self.silent)
 
 
 def terminal() -> Console | None:

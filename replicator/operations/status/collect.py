@@ -148,23 +148,25 @@ async def ask_address(url: str, name: str = "") -> tuple[Status | None, str]:
         return None, f"what answers at {name} is not a replicator of version {__version__}"
 
 
-async def ask_history(url: str) -> dict[str, list[float | None]]:
-    """Events a second of each sink over the last hour, the oldest first; nothing if it does not say."""
+class Hour(Struct):
+    """What is used of a sink's hour in `/history`."""
+
+    events_per_second_now: float | None = None
+    events_per_second: list[float | None] = []
+
+
+class History(Struct):
+    """Of every sink."""
+
+    sinks: dict[str, Hour] = {}
+
+
+async def ask_history(url: str) -> History:
+    """How many events a second each sink gets; nothing if it does not say."""
     try:
-        hour = msgspec.json.decode(await _fetch(f"{url}/history"), type=_Hour)
+        return msgspec.json.decode(await _fetch(f"{url}/history"), type=History)
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError):
-        return {}
-    return {name: lines.events_per_second for name, lines in hour.sinks.items()}
-
-
-class _Lines(Struct):
-    events_per_second: list[float | None]
-
-
-class _Hour(Struct):
-    """What is used of `/history`."""
-
-    sinks: dict[str, _Lines]
+        return History()
 
 
 async def _fetch(url: str) -> bytes:

@@ -8,7 +8,8 @@ import pytest
 from msgspec import structs
 from rich.console import Console
 
-from replicator.cli.operate.picture import POINTS, Reading, line, picture
+from replicator.cli.operate.picture import POINTS, line, picture
+from replicator.operations.status.collect import History, Hour
 from replicator.operations.status.form import (
     CheckpointStatus,
     DeadLetterStatus,
@@ -32,18 +33,19 @@ STATUS = Status(
 )
 
 
-def shown(now: Reading, before: Reading | None = None, silent: str = "") -> str:
+def shown(status: Status, silent: str = "", **sinks: Hour) -> str:
     """On a terminal of 80 columns, without its colours."""
     out = io.StringIO()
-    Console(file=out, width=80, color_system=None, force_terminal=True).print(picture(now, before, silent=silent))
+    Console(file=out, width=80, color_system=None, force_terminal=True).print(
+        picture(status, History(sinks), silent=silent)
+    )
     assert not [line for line in out.getvalue().splitlines() if len(line) > 80]
     return out.getvalue()
 
 
 def test_all_is_well() -> None:
-    """One word, then a row a sink with its rate since the reading before."""
-    later = structs.replace(STATUS, sinks=STATUS.sinks | {"clickhouse": SinkStatus(events=3_000, lag_seconds=0.82)})
-    text = shown(Reading(12.0, later, {"clickhouse": [1.0, 2.0]}), Reading(10.0, STATUS))
+    """One word, then a row a sink with its rate of the moment."""
+    text = shown(STATUS, clickhouse=Hour(events_per_second_now=1_000.4, events_per_second=[1.0, 2.0]))
     assert text.startswith("engagement_slot  ready\n")
     clickhouse = next(line for line in text.splitlines() if line.startswith("clickhouse"))
     assert ["clickhouse", "1,000", "0.8", "s"] == clickhouse.split()[:4]
@@ -55,7 +57,7 @@ def test_all_is_well() -> None:
 def test_what_is_wrong_comes_first() -> None:
     """As long as it may be, and whatever a server has put into it."""
     wrong = structs.replace(STATUS, reasons=["sink http did not take the batch: \x1b[2J" + "long words " * 20])
-    text = shown(Reading(1.0, wrong), silent="no answer at http://x")
+    text = shown(wrong, silent="no answer at http://x")
     assert text.startswith(
         "no answer at http://x\nengagement_slot  NOT READY\n  sink http did not take the batch: \\x1b[2J"
     )
@@ -72,7 +74,7 @@ def test_what_is_wrong_comes_first() -> None:
 )
 def test_how_long_the_wal_goes_well(wal: WalStatus, words: str) -> None:
     """Of a slot that is lost PostgreSQL says no limit: that is not what having none looks like."""
-    assert f"\nWAL kept     {words}" in shown(Reading(1.0, structs.replace(STATUS, wal=wal)))
+    assert f"\nWAL kept     {words}" in shown(structs.replace(STATUS, wal=wal))
 
 
 def test_a_pause_and_a_trouble_that_begins_are_below() -> None:
@@ -81,7 +83,7 @@ def test_a_pause_and_a_trouble_that_begins_are_below() -> None:
         "http": SinkStatus(paused="sink http is paused until 04:00", paused_until="2026-01-08T04:00:00Z"),
         "redis": SinkStatus(trouble="it is away", trouble_seconds=4.0),
     }
-    text = shown(Reading(1.0, structs.replace(STATUS, sinks=sinks)))
+    text = shown(structs.replace(STATUS, sinks=sinks))
     assert "\nsink http is paused until 04:00\n" in text
     assert "\nredis (4 s): it is away\n" in text
 
@@ -96,7 +98,7 @@ def test_nothing_is_known() -> None:
         sinks={"http": SinkStatus()},
         dead_letters=None,
     )
-    text = shown(Reading(1.0, nothing))
+    text = shown(nothing)
     assert "nobody reads it, confirmed nothing, an unknown amount behind" in text
     assert "none yet" in text
 
