@@ -74,8 +74,8 @@ async def running(*work: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
 
 
 async def until(holds: Callable[[], object]) -> None:
-    """Return when it holds."""
-    async with asyncio.timeout(10):
+    """Return when it holds. Fifty messages take 4 s alone, and longer beside other tests."""
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110  of another thread
             await asyncio.sleep(0.005)
 
