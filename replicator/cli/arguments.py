@@ -143,6 +143,11 @@ def time_range(start: datetime | None, end: datetime | None, last: timedelta | N
     return TimeRange(start, end)
 
 
+def pace(batch_size: int, rate: int | None) -> str:
+    """Both options as they can be typed again."""
+    return f" --batch-size {batch_size}" * (batch_size != PAGE_ROWS) + (f" --rate {rate}" if rate else "")
+
+
 def sinks_of(text: str | None, known: Iterable[str], stream: str | None = None) -> list[str]:
     """The names in an option, or the usual ones. Raises SettingsError for one that is not known.
 

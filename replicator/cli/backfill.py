@@ -81,8 +81,7 @@ async def backfill(
     chosen = arg.sinks_of(sinks, known_sinks(), stream)
     app = load_one(stream, chosen)
     names = ",".join(sorted(sink.name for sink in app.sinks))
-    options = f" --batch-size {batch_size}" * (batch_size != arg.PAGE_ROWS) + (f" --rate {rate}" if rate else "")
-    options += app.tables.stream_option
+    options = arg.pace(batch_size, rate) + app.tables.stream_option
     run = Run(
         app=app,
         history=RangeHistory(app.dsn, when.start, when.end, tables=app.tables),

@@ -151,9 +151,8 @@ async def rebuild_redis(
     )
     if from_empty and not arg.confirmed(question, yes=yes):
         return 1
-    options = (f" --rate {rate}" if rate else "") + option
     history = RangeHistory(app.dsn, BEGINNING, END, tables=app.tables)
-    again = command(f"rebuild-redis{options} --resume")
+    again = command(f"rebuild-redis{arg.pace(batch_size, rate)}{option} --resume")
     run = Run(
         app=app, history=history, task="rebuild-redis", batch_size=batch_size, rate=rate, resume=resume, again=again
     )

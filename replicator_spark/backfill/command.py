@@ -140,9 +140,7 @@ class Run(NamedTuple):
 def _options(master: str | None, conf: list[str], batch_size: int, rate: int | None) -> str:
     words = [word for option in conf for word in ("--conf", option)]
     words += ["--master", master] if master else []
-    words += ["--batch-size", str(batch_size)] if batch_size != arg.PAGE_ROWS else []
-    words += ["--rate", str(rate)] if rate else []
-    return f" {shlex.join(words)}" if words else ""
+    return (f" {shlex.join(words)}" if words else "") + arg.pace(batch_size, rate)
 
 
 async def _prepare(run: Run) -> Order:

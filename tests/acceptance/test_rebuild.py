@@ -168,7 +168,7 @@ def test_interrupted_and_resumed(
     quick.start()
     quick.wait_until_caught_up()
     destinations.redis.flushall()
-    with spawn(quick, "--rate", "5000") as running:
+    with spawn(quick, "--batch-size", "1000", "--rate", "5000") as running:
         wait_until(lambda: events_before(tmp_path / "checkpoint.db") >= 10_000, "a third of it")
         running.send_signal(number)
         out, err = running.communicate(timeout=30)
@@ -177,7 +177,7 @@ def test_interrupted_and_resumed(
         assert_clean(out + err)
         command = re.search(r"not finished; to continue: `(python .*)`", err)
         assert command
-        assert "python -m replicator rebuild-redis --rate 5000 --resume" == command[1]
+        assert "python -m replicator rebuild-redis --batch-size 1000 --rate 5000 --resume" == command[1]
     rest = read_by(succeed(quick.run("rebuild-redis", "--resume")))
     assert 0 < rest <= 20_000
     assert_exact(database, destinations)

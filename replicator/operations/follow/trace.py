@@ -30,6 +30,8 @@ PAGE = 1_000
 NO_QUESTIONS = "it can't be asked"
 BAD = ("dead letter", "not found", "differs")
 
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+
 State = Literal["written", "waiting", "dead letter", "not found", "differs", "unknown"]
 
 
@@ -182,17 +184,12 @@ def shown(value: object) -> str:
 
 def as_json(trace: Trace) -> str:
     """For programs."""
-    return json.dumps(msgspec.to_builtins(trace, builtin_types=(Decimal,)), default=_number)
+    return _encode(trace).decode()
 
 
 def as_made(trace: Trace) -> str:
     """The event as it would be made today, as JSON for people."""
-    return json.dumps(trace.event, default=_number, ensure_ascii=False)
-
-
-def _number(value: Decimal) -> float | int:
-    """A fraction for JSON."""
-    return int(value) if value == value.to_integral_value() else float(value)
+    return _encode(trace.event).decode()
 
 
 def as_text(trace: Trace) -> Iterator[str]:
