@@ -50,31 +50,18 @@ async def check(as_json: Json = False) -> int:
     return int(bool(failed))
 
 
-Watch: TypeAlias = Annotated[bool, typer.Option("--watch", help="again and again, until Ctrl-C")]
-
-
-async def status(as_json: Json = False, again: Watch = False) -> int:
+async def status(as_json: Json = False) -> int:
     """Show where slot, checkpoint and sinks are.
 
     It is not ready while the replicator is not, the slot is missing, lost or unread, or the checkpoint is unknown.
     """
-    from replicator.cli.operate.top import watch
-    from replicator.operations.status import collect, form, text
+    from replicator.operations.status import collect, text
 
     app = load_app()
-    found: form.Status | None = None
-
-    async def say() -> str:
-        nonlocal found
-        found = await collect.collect(app.settings, [sink.name for sink in app.sinks], app.store)
-        return text.as_json(found) if as_json else text.as_text(found)
-
     async with app.closing():
-        if again:
-            await watch(say)
-        else:
-            print(await say())
-    return 0 if found and found.ready else NOT_READY
+        found = await collect.collect(app.settings, [sink.name for sink in app.sinks], app.store)
+        print(text.as_json(found) if as_json else text.as_text(found))
+    return 0 if found.ready else NOT_READY
 
 
 SqlFile: TypeAlias = Annotated[

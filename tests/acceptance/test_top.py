@@ -1,4 +1,4 @@
-"""`top` and `status --watch` as people see them: on a terminal until Ctrl-C, and once where there is none."""
+"""`top` as people see it: on a terminal until Ctrl-C, and once where there is none."""
 
 from __future__ import annotations
 
@@ -126,14 +126,3 @@ def test_without_a_terminal_top_looks_once(quick: Program, source: psycopg.Conne
     wrong = quick.run("top", "--url", "10.0.0.7:8080")
     assert 2 == wrong.code
     assert "--url is unusable: it is not an http:// or https:// address with a host" in wrong.stderr
-
-
-def test_status_can_be_watched(quick: Program) -> None:
-    """Again and again, whether the replicator runs or not."""
-    assert "made replication slot" in quick.run("init").stdout
-    with terminal(quick, "status", "--watch") as shown:
-        shown.wait_for("NOT READY")
-        quick.start()
-        shown.wait_for("replicator   ready")
-        assert 0 == shown.interrupt()
-        assert_clean(shown.shown)

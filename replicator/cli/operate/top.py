@@ -1,11 +1,10 @@
-"""`top`, and `status --watch`: how it goes, again and again, on the terminal. `picture.py` draws."""
+"""`top`: how it goes, again and again, on the terminal. `picture.py` draws."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 from urllib.parse import urlsplit
@@ -51,14 +50,18 @@ async def top(url: Url = None) -> int:
 
     It only asks the running replicator. Without a terminal it prints them once and ends.
     """
-    console = terminal()
+    from rich.console import Console
+    from rich.live import Live
+
+    console = _terminal()
     looks = Looks(url or _own_address(), again=console is not None)
     if console:
-        await repeat(console, looks.picture)
+        with suppress(asyncio.CancelledError), Live(console=console, auto_refresh=False) as live:  # the last one stays
+            while True:
+                live.update(await looks.picture(), refresh=True)
+                await asyncio.sleep(LOOK_SECONDS)
         return 0
     shown = await looks.picture()
-    from rich.console import Console
-
     Console(file=sys.stdout, width=80, color_system=None, force_terminal=False).print(shown)
     return 0 if looks.status and not looks.silent and looks.status.ready else NOT_READY
 
@@ -100,7 +103,7 @@ class Looks:
         return picture(self.status, self._history, silent=self.silent) if self.status else Text(self.silent)
 
 
-def terminal() -> Console | None:
+def _terminal() -> Console | None:
     """Where a picture can be drawn over the one before; None: a pipe, a file, a terminal that can't."""
     from rich.console import Console
 
@@ -108,29 +111,3 @@ def terminal() -> Console | None:
     console = Console(file=out, highlight=False)
     draws = console.is_terminal and not console.is_dumb_terminal and os.environ.get("TERM") != "dumb"
     return console if out and draws else None
-
-
-async def repeat(console: Console, draw: Callable[[], Awaitable[RenderableType]]) -> None:
-    """Draw once a second until Ctrl-C. The last picture stays."""
-    from rich.live import Live
-
-    with suppress(asyncio.CancelledError), Live(console=console, auto_refresh=False, transient=False) as live:
-        while True:
-            live.update(await draw(), refresh=True)
-            await asyncio.sleep(LOOK_SECONDS)
-
-
-async def watch(say: Callable[[], Awaitable[str]]) -> None:
-    """Say it again and again until Ctrl-C: in place on a terminal, else one after the other."""
-    from rich.text import Text
-
-    async def draw() -> RenderableType:
-        return Text(await say())
-
-    if console := terminal():
-        await repeat(console, draw)
-        return
-    with suppress(asyncio.CancelledError):
-        while True:
-            print(await say(), flush=True)
-            await asyncio.sleep(LOOK_SECONDS)
