@@ -12,8 +12,8 @@ from rich.text import Text
 from replicator.contracts.errors import command
 from replicator.operations.logs import printable
 from replicator.operations.status.collect import History, Hour
-from replicator.operations.status.form import Status, WalStatus
-from replicator.operations.status.text import lag, outlook, size, span
+from replicator.operations.status.form import Status
+from replicator.operations.status.text import durable, lag, size, span
 
 WIDTH = 80
 POINTS = 18
@@ -77,22 +77,8 @@ def _below(status: Status) -> Iterator[Text]:
         if sink.trouble and sink.trouble not in status.reasons:
             lasting = f" ({span(sink.trouble_seconds)})" if sink.trouble_seconds else ""
             yield Text(f"{name}{lasting}: {printable(sink.trouble)}", "yellow")
-    slot, wal, letters = status.slot, status.wal, status.dead_letters
-    reader = f"read by process {slot.active_pid}" if slot.active_pid else "nobody reads it"
-    yield _fact("slot", f"{reader}, confirmed {slot.confirmed_lsn or 'nothing'}, {size(slot.lag_bytes)} behind")
-    yield _fact("WAL kept", f"{size(wal.kept_bytes)}{_limit(wal)}")
-    yield _fact("checkpoint", f"{status.checkpoint.end_lsn or 'none yet'}, {size(status.checkpoint.lag_bytes)} behind")
+    yield from (Text(printable(fact, keep="\n")) for fact in durable(status))
+    letters = status.dead_letters
     if letters and (letters.rows or letters.sinks):
         count = letters.rows + sum(letters.sinks.values())
-        yield _fact("dead letters", f"{count:,}: {command('dead-letters list --summary')} says why")
-
-
-def _limit(wal: WalStatus) -> str:
-    of = f" of {size(wal.limit_bytes)}" if wal.limit_bytes else ""
-    if wal.lost_in_seconds is None:
-        return of or ", no limit (max_slot_wal_keep_size)"
-    return f"{of}, {outlook(wal)}"  # a lost slot has no limit any more that could be seen
-
-
-def _fact(name: str, text: str) -> Text:
-    return Text.assemble((f"{name:<13}", "dim"), printable(text))
+        yield Text(f"dead letters {count:,}: {command('dead-letters list --summary')} says why")

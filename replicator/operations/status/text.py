@@ -39,13 +39,18 @@ def as_text(status: Status) -> str:
     lines = [f"replicator   {state}", *_stopped_text(status)]
     if status.replicator and status.replicator.carrier:
         lines.append(f"  writes     are carried out by {carrier_text(status.replicator.carrier)}")
-    lines.append(f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}")
-    lines.append(f"checkpoint   {_checkpoint_text(status.checkpoint)}")
+    lines += durable(status)
     for name, sink in status.sinks.items():
         lines += [f"sink         {name}: {_sink_text(sink)}", *_below_sink(sink, status)]
     return "\n".join(
         [*lines, f"dead letters {_letters_text(status.dead_letters)}", *_untold_text(status.notifications)]
     )
+
+
+def durable(status: Status) -> Iterator[str]:
+    """Slot and checkpoint: what a restart goes on from."""
+    yield f"slot         {status.slot.name}: {_slot_text(status.slot)}{_wal_text(status.wal)}"
+    yield f"checkpoint   {_checkpoint_text(status.checkpoint)}"
 
 
 def _below_sink(sink: SinkStatus, status: Status) -> Iterator[str]:
