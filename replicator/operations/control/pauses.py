@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 from replicator.contracts.errors import ReplicatorError, command
 from replicator.contracts.events import Pause
@@ -15,9 +14,8 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.operations.control.address import Answer, Request
-from replicator.operations.status import form
 from replicator.operations.status.text import outlook
-from replicator.operations.status.wal import standing_still
+from replicator.operations.status.wal import loses_slot, standing_still
 from replicator.operations.watchdog import Watchdog
 from replicator.pipeline import Pipeline
 from replicator.source import slot as slots
@@ -90,7 +88,12 @@ class Pauses:
                 return _refused(ONLY)
             await self._pipeline.pause(request.sink, pause)
         at = next((lane.reached for lane in self._pipeline.fan_out.every if lane.name == request.sink), None)
-        lines = [pause.describe(request.sink, at), *_forecast(self._watchdog.status(), pause)]
+        now = self._watchdog.status()
+        still = standing_still(now.wal, now.slot.safe_wal_bytes)
+        lines = [pause.describe(request.sink, at), f"WAL kept for the slot: {outlook(still)}"]
+        problem, cure = loses_slot(request.sink, pause, still)
+        if problem:
+            lines.append(f"WARNING: {problem}. {cure}")
         return Answer(done=True, lines=lines)
 
     async def _resume(self, request: Request) -> Answer:
@@ -113,18 +116,6 @@ class Pauses:
 
 def _refused(*lines: str) -> Answer:
     return Answer(done=False, lines=[*lines])
-
-
-def _forecast(now: form.Status, pause: Pause) -> Iterator[str]:
-    """How long PostgreSQL keeps the WAL while the slot stands still, and whether the pause is longer."""
-    still = standing_still(now.wal, now.slot.safe_wal_bytes)
-    yield f"WAL kept for the slot: {outlook(still)}"
-    lost_in_seconds = still.lost_in_seconds
-    if lost_in_seconds is not None and pause.until is not None and time.time() + lost_in_seconds < pause.until:
-        yield (
-            "WARNING: that is sooner than the end of the pause: PostgreSQL would give up the slot, and all sinks would"
-            " lack events. Pause for less, or raise max_slot_wal_keep_size"
-        )
 
 
 async def act_alone(request: Request, settings: CoreSettings, store: CheckpointStore, path: object) -> Answer:
