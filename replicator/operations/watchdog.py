@@ -177,18 +177,11 @@ class Watchdog:
         return self.standby or next(iter(self.reasons()), "reading")
 
     async def foreign_holder(self) -> str:
-        """That whoever reads the slot keeps no checkpoint here: what it confirms, no sink of ours may have."""
-        slot = self.slot  # before the checkpoint, which is saved before anything is confirmed
+        """That whoever reads the slot is none of ours, as far as that can be known; else empty."""
         try:
-            stored = await self.pipeline.stored()
+            return parts.foreign_reader(self._name, self.slot, await self.pipeline.stored())
         except CheckpointError as exc:
             return str(exc)
-        if slot is None or slot.active_pid is None or (stored and stored.end_lsn >= (slot.confirmed_lsn or 0)):
-            return ""
-        return (
-            f"process {slot.active_pid} reads replication slot {self._name}, and the checkpoint database does not"
-            " follow: that process is not a replicator, or has another REPLICATOR_CHECKPOINT_URL"
-        )
 
     def status(self) -> form.Status:
         """Everything, as of now."""

@@ -18,7 +18,7 @@ from replicator.contracts.events import Checkpoint, LetterCounts, Pause, parse_l
 from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations.status.form import DeadLetterStatus, SinkStatus, Status, WalStatus
-from replicator.operations.status.parts import ago, lag_bytes, of_checkpoint, of_sink, of_slot
+from replicator.operations.status.parts import ago, foreign_reader, lag_bytes, of_checkpoint, of_sink, of_slot
 from replicator.operations.status.text import size
 from replicator.operations.status.wal import WalForecast
 from replicator.source import slot as slots
@@ -106,14 +106,12 @@ def _stored(
 
 def _unfit(name: str, state: SlotState, stored: Checkpoint | None, live: Status | None) -> str:
     """That the checkpoint is not, or no longer, the one of the process that reads the slot."""
-    if not state.active_pid:
+    if foreign := foreign_reader(name, state, stored):
+        return foreign
+    if live or stored is None or not state.active_pid:  # a replicator that can be asked knows better
         return ""
-    if stored is None:
-        problem = "has nothing of it: REPLICATOR_CHECKPOINT_URL is not the reader's"
-        return f"process {state.active_pid} reads replication slot {name}, but the checkpoint database {problem}"
-    seconds = ago(stored.updated_at)
-    waiting = lag_bytes(stored.end_lsn, state)
-    if live or not waiting or seconds < STALL_SECONDS:  # a replicator that can be asked knows better
+    seconds, waiting = ago(stored.updated_at), lag_bytes(stored.end_lsn, state)
+    if not waiting or seconds < STALL_SECONDS:
         return ""
     return f"the checkpoint was saved {seconds:.0f} s ago, while {size(waiting)} of WAL wait"
 

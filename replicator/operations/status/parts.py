@@ -45,6 +45,19 @@ def in_the_way(state: SlotState | None) -> str:
     )
 
 
+def foreign_reader(name: str, state: SlotState | None, stored: Checkpoint | None) -> str:
+    """That whoever reads the slot keeps no checkpoint here: what it confirms, no sink of ours may have; else empty.
+
+    The checkpoint was loaded after the look at the slot: it is saved before anything is confirmed.
+    """
+    if state is None or state.active_pid is None or (stored and stored.end_lsn >= (state.confirmed_lsn or 0)):
+        return ""
+    return (
+        f"process {state.active_pid} reads replication slot {name}, and the checkpoint database does not follow:"
+        " that process is not a replicator, or has another REPLICATOR_CHECKPOINT_URL"
+    )
+
+
 def of_checkpoint(stored: Checkpoint | None, state: SlotState | None, trouble: str = "") -> CheckpointStatus:
     """As stored; None: nothing is."""
     if stored is None:
