@@ -8,16 +8,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 from msgspec import structs
 
-from replicator.cli.arguments import Json, Yes, confirmed, count, duration, iso, letter_id, load_app, one_sink
+from replicator.cli.arguments import Json, Yes, confirmed, count, duration, letter_id, load_app, one_sink
 from replicator.contracts.errors import CheckpointError, SettingsError, command
-from replicator.contracts.events import DeadLetter, Position, Stage
+from replicator.contracts.events import DeadLetter, Position, Stage, utc
 from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
@@ -214,9 +214,9 @@ async def _summarize(chosen: _Chosen, *, as_json: bool) -> None:
     found: dict[tuple[str | None, str], dict[str, Any]] = {}
     async for page in chosen.pages():
         for letter in page:
-            new = {"count": 0, "sink": letter.sink, "reason": letter.reason, "first": _at(letter)}
+            new = {"count": 0, "sink": letter.sink, "reason": letter.reason, "first": utc(letter.created_at)}
             line = found.setdefault((letter.sink, letter.reason), new)
-            line |= {"count": line["count"] + 1, "last": _at(letter)}
+            line |= {"count": line["count"] + 1, "last": utc(letter.created_at)}
     lines = sorted(found.values(), key=lambda line: line["count"], reverse=True)
     if as_json:
         print(json.dumps({"summary": lines}))
@@ -226,17 +226,13 @@ async def _summarize(chosen: _Chosen, *, as_json: bool) -> None:
         print(f"{line['count']:>7}  {whose}  {line['first']} to {line['last']}  {printable(line['reason'])}")
 
 
-def _at(letter: DeadLetter) -> str:
-    return iso(datetime.fromtimestamp(int(letter.created_at), UTC))
-
-
 def _form(letter: DeadLetter) -> dict[str, Any]:
     """The form of `--json`."""
     from replicator.delivery.dead_letters import place
 
     return {
         "id": letter.id,
-        "created_at": _at(letter),
+        "created_at": utc(letter.created_at),
         "sink": letter.sink,
         "stage": letter.stage,
         "origin": letter.origin,

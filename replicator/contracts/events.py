@@ -37,6 +37,11 @@ def format_lsn(lsn: Lsn) -> str:
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
 
 
+def utc(at: float) -> str:
+    """Unix seconds as RFC 3339 in UTC, to the second."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 class Position(NamedTuple):
     """Where a row stands in the stream; the only order and identity we use.
 
@@ -304,7 +309,7 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def end(self) -> str | None:
         """The same in UTC, as it can be read."""
-        return None if self.until is None else datetime.fromtimestamp(self.until, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return None if self.until is None else utc(self.until)
 
     def is_over(self, now: float) -> bool:
         """It has ended by itself."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from datetime import UTC, datetime
 
 import msgspec
 from psycopg import rows, sql
 
 from replicator.contracts.errors import SlotInvalid, SlotLost, SlotMissing, SlotWaits, SourceError, StreamGap
-from replicator.contracts.events import Checkpoint, Lsn, format_lsn
+from replicator.contracts.events import Checkpoint, Lsn, format_lsn, utc
 from replicator.source.connection import Connection, Dsn, answering, connect
 from replicator.source.server import Identity, chooses, parted
 from replicator.source.wal2json import PLUGIN
@@ -214,4 +213,4 @@ def left_out(stored: Checkpoint, names: Collection[str]) -> list[str]:
 
 def when(moment: float) -> str:
     """A Unix time in UTC, to the second, as it can be typed; 0.0: it is not known."""
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if moment else "an unknown time"
+    return utc(moment) if moment else "an unknown time"

@@ -8,11 +8,11 @@ hundred.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Literal
 
 from msgspec import Struct, structs
 
+from replicator.contracts.events import utc
 from replicator.operations.notices.ring import Notice
 from replicator.operations.status.text import span
 
@@ -115,10 +115,6 @@ def message(slot: str, notice: Notice, event: Literal["begins", "ends", "test"])
         code=notice.code,
         problem=notice.text,
         cure=notice.cure,
-        began_at=_iso(notice.began_at),
-        ended_at=None if notice.ended_at is None else _iso(notice.ended_at),
+        began_at=utc(notice.began_at),
+        ended_at=None if notice.ended_at is None else utc(notice.ended_at),
     )
-
-
-def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
