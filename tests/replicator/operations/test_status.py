@@ -245,7 +245,7 @@ async def test_a_sink_that_the_replicator_does_not_have(collect: Collect) -> Non
 async def test_the_same_trouble_with_other_commands_is_told_once(collect: Collect) -> None:
     """The replicator was started as `.venv/bin/python -m replicator`: its cure has that in front."""
     lost = structs.replace(READ, wal_status="lost")
-    theirs = wal.in_danger(lost).replace(PROGRAM, ".venv/bin/python -m replicator")
+    theirs = ". ".join(wal.danger(lost)).replace(PROGRAM, ".venv/bin/python -m replicator")
     server = await answering(msgspec.json.encode(live("s", theirs)))
     found = await collect(lost, FakeStore(CHECKPOINT), f"{server.host}:{server.port}")
     await server.close()
