@@ -45,6 +45,9 @@ LAST_SAVE_SECONDS = 8.0
 """For the checkpoint after the drain: longer than a save waits for a lock, and within the container's grace period. It
 also gets what the drain has left of its time: 200,000 changes of `content` take 5 s in PostgreSQL, if it is idle."""
 
+SIGNS_OF_LIFE = 3
+"""In the time that PostgreSQL waits for one: a lost message or a busy moment ends no stream."""
+
 STARTING = "starting"
 MADE = "made slot %s; %s says how to bring older rows"
 
@@ -234,8 +237,10 @@ class Pipeline:
         return time.monotonic() - self._saved_at >= self._settings.feedback_interval_seconds
 
     async def _feedback_forever(self) -> None:
+        # PostgreSQL asks for it when it needs it, but while nobody reads, nobody hears that.
         while True:
-            await asyncio.sleep(self._settings.feedback_interval_seconds)
+            patience = self.source.patience_seconds / SIGNS_OF_LIFE
+            await asyncio.sleep(min(self._settings.feedback_interval_seconds, patience))
             self.source.send_feedback(ask=True)
 
     # -- from the slot to the lanes ------------------------------------------------------------------------------

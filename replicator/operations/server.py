@@ -28,7 +28,7 @@ OLDEST_SERVER = 140_000
 
 _SETTINGS = """
 SELECT name, setting FROM pg_settings WHERE name IN ('max_slot_wal_keep_size', 'max_wal_size', 'wal_level',
-    'wal_sender_timeout', 'max_replication_slots', 'max_wal_senders', 'idle_replication_slot_timeout',
+    'max_replication_slots', 'max_wal_senders', 'idle_replication_slot_timeout',
     'synchronous_standby_names')
 """
 _COUNTS = """
@@ -78,17 +78,13 @@ async def look(dsn: Dsn, settings: CoreSettings) -> Server:
 
 
 def _of_settings(version: int, values: Mapping[str, str], settings: CoreSettings) -> Iterator[Finding]:
-    level, timeout_ms = values["wal_level"], int(values["wal_sender_timeout"])
-    feedback = settings.feedback_interval_seconds
-    fits = timeout_ms == 0 or feedback * 2_000 <= timeout_ms
+    level = values["wal_level"]
     waits = chooses(names := values["synchronous_standby_names"], settings.slot)
     sync = f"synchronous_standby_names = '{names}'{': commits would wait for the sinks' if waits else ''}"
-    pace = f"wal_sender_timeout = {timeout_ms} ms, feedback every {feedback:g} s"
     checks = (
         (version >= OLDEST_SERVER, f"PostgreSQL {version // 10_000}", "Upgrade to PostgreSQL 14 or newer"),
         (level == "logical", f"wal_level = {level}", "ALTER SYSTEM SET wal_level = logical, then restart PostgreSQL"),
         (not waits, sync, "Name the physical standbys in it (application_name in pg_stat_replication), without `*`"),
-        (fits, pace, "Set REPLICATOR_FEEDBACK_INTERVAL_SECONDS to half of it or less"),
     )
     yield from (Finding(ok, what, "" if ok else cure) for ok, what, cure in checks)
     yield _of_wal(int(values["max_slot_wal_keep_size"]), int(values["max_wal_size"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -143,6 +144,7 @@ class FakeSource:
         self.confirmed = START
         self.received = START
         self.hears = True
+        self.patience_seconds = math.inf
 
     async def connect(self) -> tuple[Identity, SlotState | None]:
         """Always there."""
