@@ -144,7 +144,7 @@ def _place(row: _Row, asked: _Asked, letter: DeadLetter | None, at: SinkStatus, 
         return Place(state="dead letter", dead_letter=letter.id, reason=letter.reason, notes=notes)
     state = _by_position(held, at, row)
     if state != "unknown":
-        notes = [f"{NO_QUESTIONS}: its position tells" if note == NO_QUESTIONS else note for note in notes]
+        notes = [f"{NO_QUESTIONS}: this follows from its position" if note == NO_QUESTIONS else note for note in notes]
     return Place(state=state, notes=notes)
 
 
