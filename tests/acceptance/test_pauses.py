@@ -54,7 +54,7 @@ def test_a_pause_lasts_over_a_kill(
     assert 0 == told.code
     assert "  paused     until somebody resumes it" in told.stdout
     assert "sink http is paused until somebody resumes it, and not asked" in quick.run("check").stdout
-    assert "gets everything from where it is" in succeed(quick.run("resume", "http"))
+    assert "continues from its position" in succeed(quick.run("resume", "http"))
     quick.wait_until_caught_up()
     assert 0 == quick.stop()
     assert 0 == assert_exact(database, destinations), "nothing was sent twice"
