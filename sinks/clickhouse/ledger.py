@@ -23,7 +23,7 @@ import msgspec
 
 from replicator.contracts.errors import SinkUnavailable
 from replicator.contracts.events import Event, Id
-from replicator.contracts.fields import TIMESTAMPTZ, Stream
+from replicator.contracts.fields import TIMESTAMP, Stream
 from replicator.contracts.ledger import Digest, EventDigest, Slice
 from replicator.contracts.sink import Held
 from sinks.clickhouse.client import LONG_SECONDS, Client
@@ -81,7 +81,6 @@ class ClickHouseLedger:
         self._id_row: type[tuple[Any, int]] = tuple[kinds[0], int]  # type: ignore[valid-type]
         self._key_row: type[Key] = tuple[kinds[0], int, kinds[1]]  # type: ignore[valid-type]
         self._digest_row: type[tuple[Any, ...]] = tuple[kinds[0], int, kinds[1], int, int]  # type: ignore[valid-type]
-        self._moments = [field for field in stream.fields if "DateTime64" in field.type.clickhouse]
         self._us = f"toUnixTimestamp64Micro({self._time})"
         self._lsn = "toUInt64(bitShiftRight(_version, 64))" if stream.follows else "_lsn"
         self._event = f"{self._id}, {self._us}, {self._key}, {self._hash}, {self._lsn}"
@@ -209,12 +208,11 @@ class ClickHouseLedger:
         lsn, gone, *values = rows[-1]
         if gone:
             return Held(False, commit_lsn=lsn, notes=["it was deleted"])
-        names = [*self._values, *(field.name for field in self._moments)]
-        fields = dict(zip(names, values, strict=True))
-        for field in self._moments:
-            if fields[field.name] is not None:
-                fields[field.name] = _moment(fields[field.name]) + "Z" * (field.type.postgres == TIMESTAMPTZ.postgres)
-        at = names.index(self._stream.time.name) + 2
+        fields = {field.name: value for field, value in zip(self._stream.fields, values, strict=True)}
+        for field in self._stream.fields:
+            if field.type.postgres == TIMESTAMP.postgres and fields[field.name] is not None:
+                fields[field.name] = fields[field.name].removesuffix("Z")  # it has no zone
+        at = self._stream.fields.index(self._stream.time) + 2
         views = 1 if self._stream.follows else len({row[at] for row in rows})
         notes = [f"{len(rows)} copies until the next merge; FINAL shows the newest"] if len(rows) > 1 else []
         notes += [f"it is there at {views} times"] if views > 1 else []
@@ -223,12 +221,11 @@ class ClickHouseLedger:
     async def _copies(self, event_id: Id, ts_us: int | None) -> list[list[Any]]:
         """At its time, which the table is sorted by, or at any."""
         at = "" if ts_us is None or self._stream.follows else f"AND {self._within}"
-        moments = (f"toUnixTimestamp64Micro({quoted(field.name)})" for field in self._moments)
         gone = "_deleted" if self._stream.follows else "0"
-        what = ", ".join([self._lsn, gone, *map(quoted, self._values), *moments])
+        what = ", ".join([self._lsn, gone, *(quoted(field.name) for field in self._stream.fields)])
         query = f"SELECT {what} FROM {self._table} WHERE {self._id} = %(id)s {at}"  # noqa: S608  our own names
         parameters = {"id": event_id, "start": ts_us, "end": (ts_us or 0) + 1}
-        more = f"ORDER BY {version(self._stream)} LIMIT {COPIES} {AS_SENT}"
+        more = f"ORDER BY {version(self._stream)} LIMIT {COPIES} {AS_SENT}, date_time_output_format = 'iso'"
         return await self._client.query(f"{query} {more}", list[Any], parameters, seconds=LONG_SECONDS)
 
     def _is_or_follows(self, row: list[Any] | None, event: Event) -> bool:
@@ -318,14 +315,6 @@ class Witnesses:
 
 def _text(ts_us: int) -> str:
     return f"{EPOCH + timedelta(microseconds=ts_us):%Y-%m-%d %H:%M:%S.%f}".rjust(26, "0")
-
-
-def _moment(us: int) -> str:
-    """As an event's JSON has it."""
-    try:
-        return (EPOCH + timedelta(microseconds=us)).isoformat(timespec="microseconds")
-    except OverflowError:  # no event of ours
-        return f"{us} µs"
 
 
 def _of(part: Slice) -> dict[str, object]:
