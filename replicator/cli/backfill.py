@@ -109,17 +109,25 @@ class Run(NamedTuple):
     again: str
     """The command that continues it."""
     as_json: bool = False
+    slices: int | None = None
+    """Of a cluster."""
 
 
-async def deliver(run: Run) -> int:
-    """The whole range, from its beginning or where an interrupted run was; 1 if it was stopped before the end."""
+async def require_usable(run: Run) -> None:
+    """Open source and sinks, before anything is written."""
     from replicator.contracts.sink import Mode
-    from replicator.delivery.backfill import Backfill
 
     await run.history.open()
     for sink in run.app.sinks:
         with suppress(SinkUnavailable):  # the lane waits for it; one that can't be written to ends the run now
             await sink.open(None, Mode.BACKFILL)
+
+
+async def deliver(run: Run) -> int:
+    """The whole range, from its beginning or where an interrupted run was; 1 if it was stopped before the end."""
+    from replicator.delivery.backfill import Backfill
+
+    await require_usable(run)
     work = Backfill(
         run.app.settings,
         run.history,
@@ -145,7 +153,9 @@ async def deliver(run: Run) -> int:
         showing.cancel()
         with suppress(asyncio.CancelledError):
             await showing
-        say_end(_summary(work, before, time.monotonic() - started), done=done, as_json=run.as_json, again=run.again)
+        sinks = {lane.name: _of_sink(lane) for lane in work.fan_out.lanes}
+        found = summary(before, work.written, time.monotonic() - started, work.rows_refused, sinks)
+        say_end(found, done=done, as_json=run.as_json, again=run.again)
     return 0 if done else 1
 
 
@@ -163,16 +173,23 @@ async def _begin(run: Run) -> BackfillProgress:
     """Where to begin. Nothing is written before the range was read once."""
     from replicator.delivery.backfill import BackfillProgress
 
-    store, slot = run.app.store, run.app.settings.slot
-    if run.resume:
-        await asyncio.to_thread(store.create)
-        saved = await asyncio.to_thread(store.load_progress, slot, run.task)
-        if saved is not None:
-            return msgspec.json.decode(saved, type=BackfillProgress)
-        log.info("there is no interrupted backfill of this range into these sinks: it starts at the beginning")
+    if (saved := await interrupted(run)) is not None:
+        return msgspec.json.decode(saved, type=BackfillProgress)
     place, total = await run.history.begin()
-    await asyncio.to_thread(store.create)
+    await asyncio.to_thread(run.app.store.create)
     return BackfillProgress(place=place, events=0, total=total)
+
+
+async def interrupted(run: Run) -> str | None:
+    """Where the run was that is to be resumed; None: it starts at the beginning."""
+    if not run.resume:
+        return None
+    store = run.app.store
+    await asyncio.to_thread(store.create)
+    saved = await asyncio.to_thread(store.load_progress, run.app.settings.slot, run.task)
+    if saved is None:
+        log.info("there is no interrupted backfill of this range into these sinks: it starts at the beginning")
+    return saved
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------
@@ -219,15 +236,17 @@ def progress(first: BackfillProgress, now: BackfillProgress, seconds: float) -> 
     return f"backfill: {now.events} of {now.total} events ({percent} %), {rate:.0f}/s, {left}"
 
 
-def _summary(work: Backfill, before: BackfillProgress, seconds: float) -> dict[str, Any]:
+def summary(
+    before: BackfillProgress, now: BackfillProgress, seconds: float, rows_refused: int, sinks: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """The form of `--json`."""
     return {
-        "events": work.written.events - before.events,
+        "events": now.events - before.events,
         "events_before": before.events,
-        "events_total": work.written.total,
+        "events_total": now.total,
         "seconds": round(seconds, 1),
-        "rows_refused": work.rows_refused,
-        "sinks": {lane.name: _of_sink(lane) for lane in work.fan_out.lanes},
+        "rows_refused": rows_refused,
+        "sinks": sinks,
     }
 
 

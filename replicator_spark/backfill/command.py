@@ -11,22 +11,18 @@ import secrets
 import shlex
 import sys
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_app
-from replicator.cli.backfill import LINE_SECONDS, progress, say_end
+from replicator.cli.backfill import LINE_SECONDS, Run, interrupted, progress, require_usable, say_end, summary
 from replicator.cli.stream import stop_on_signals
-from replicator.contracts.errors import SinkUnavailable
 from replicator_spark.arguments import Conf, Master
 
 if TYPE_CHECKING:
-    from enrichment import RangeHistory
-    from replicator.cli.app import App
     from replicator.delivery.backfill import BackfillProgress
     from replicator_spark.backfill.crew import Crew
     from replicator_spark.backfill.plan import Plan
@@ -121,22 +117,6 @@ async def _on_cluster(run: Run, master: str | None, options: dict[str, str]) -> 
         await asyncio.to_thread(cluster.close)
 
 
-class Run(NamedTuple):
-    """One backfill."""
-
-    app: App
-    history: RangeHistory
-    task: str
-    """What an interrupted run is found by."""
-    slices: int | None
-    batch_size: int
-    rate: int | None
-    resume: bool
-    again: str
-    """The command that continues it."""
-    as_json: bool
-
-
 def _options(master: str | None, conf: list[str], batch_size: int, rate: int | None) -> str:
     words = [word for option in conf for word in ("--conf", option)]
     words += ["--master", master] if master else []
@@ -145,15 +125,12 @@ def _options(master: str | None, conf: list[str], batch_size: int, rate: int | N
 
 async def _prepare(run: Run) -> Order:
     """See that source and sinks can be used, before anything is written and the cluster is started."""
-    from replicator.contracts.sink import Mode
     from replicator_spark.backfill.turn import Order
     from replicator_spark.nodes import meant
 
     app = run.app
-    await run.history.open()
+    await require_usable(run)
     for sink in app.sinks:
-        with suppress(SinkUnavailable):  # the turns wait for it; one that can't be written to ends the run now
-            await sink.open(None, Mode.BACKFILL)
         await sink.close()
     names = [sink.name for sink in app.sinks]
     return Order(
@@ -169,15 +146,11 @@ async def _begin(run: Run) -> Plan:
     """Where to begin. Nothing is written before the range was read once."""
     from replicator_spark.backfill.plan import Plan, begun, usual_slices
 
-    store, slot = run.app.store, run.app.settings.slot
-    if run.resume:
-        await asyncio.to_thread(store.create)
-        if (saved := await asyncio.to_thread(store.load_progress, slot, run.task)) is not None:
-            return msgspec.json.decode(saved, type=Plan)
-        log.info("there is no interrupted backfill of this range into these sinks: it starts at the beginning")
+    if (saved := await interrupted(run)) is not None:
+        return msgspec.json.decode(saved, type=Plan)
     place, total = await run.history.begin()
     slices = await run.history.slices(place, run.slices or usual_slices(total))
-    await asyncio.to_thread(store.create)
+    await asyncio.to_thread(run.app.store.create)
     return begun(slices, total)
 
 
@@ -196,7 +169,8 @@ async def _deliver(run: Run, crew: Crew) -> int:
         done = await crew.run()
     finally:
         showing.cancel()
-        say_end(_summary(crew, before, time.monotonic() - started), done=done, as_json=run.as_json, again=run.again)
+        found = _summary(crew, before, time.monotonic() - started)
+        say_end(found, done=done, as_json=run.as_json, again=run.again)
     return 0 if done else 1
 
 
@@ -212,15 +186,9 @@ async def _show_progress(crew: Crew) -> None:
 
 def _summary(crew: Crew, before: BackfillProgress, seconds: float) -> dict[str, Any]:
     """As of `replicator backfill`."""
-    return {
-        "events": crew.plan.written.events - before.events,
-        "events_before": before.events,
-        "events_total": crew.plan.total,
-        "seconds": round(seconds, 1),
-        "rows_refused": crew.rows_refused,
-        "sinks": {
-            name: {"written": written.events, "new": written.new, "dead_letters": written.dead_letters}
-            for name, written in crew.sinks.items()
-        },
-        "slices": len(crew.plan.shares),
+    sinks = {
+        name: {"written": written.events, "new": written.new, "dead_letters": written.dead_letters}
+        for name, written in crew.sinks.items()
     }
+    found = summary(before, crew.plan.written, seconds, crew.rows_refused, sinks)
+    return {**found, "slices": len(crew.plan.shares)}
