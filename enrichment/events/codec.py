@@ -50,10 +50,9 @@ class Codec:
         self.compiler = compiler = Compiler(tables)
         self._gone = partial(RowChange, stream=stream.name, deleted=True)
         self.draft_id = 2 + own.index(tables.identity)
-        self.draft_key = 2 + own.index(tables.key)
         self.draft_ons = [2 + own.index(join.on) for join in tables.joins]
         self.draft_time = 2 + own.index(tables.time)
-        """The index in a draft of its identity, its key, the key of each dimension, and its time."""
+        """The index in a draft of its identity, the key of each dimension, and its time."""
         names = [field.name for field in own]
         self._draft_where = 2 + names.index(stream.where.field) if stream.where else None
         self._values = frozenset(map(unpadded, stream.where.values)) if stream.where else frozenset()

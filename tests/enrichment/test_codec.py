@@ -47,7 +47,7 @@ def _row(values: dict[str, Any]) -> Row:
 def _event(content: Content = VIDEO, reader: RowReader | None = None, **values: Any) -> Event:
     draft = (reader or RowReader(CODEC)).read(_row(ROW | values))
     events: list[Event] = []
-    CODEC.build_events([draft], {draft[CODEC.draft_key]: content}, events)
+    CODEC.build_events([draft], {draft[CODEC.draft_ons[0]]: content}, events)
     return events[0]
 
 
