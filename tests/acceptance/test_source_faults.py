@@ -150,7 +150,7 @@ def test_a_connection_that_the_network_forgot(
         quick.wait_until_caught_up()
         proxy.behave("forgotten")
         insert_many(source, 10)
-        quick.wait_for_log("R201 replicator.operations.watchdog: PostgreSQL has ended the stream, and the network did")
+        quick.wait_for_log("R214 replicator.operations.watchdog: The network dropped the stream without a sign")
         caught_up_and_stopped(quick)
     assert 0 == assert_exact(database, destinations)
 
