@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 import pytest
@@ -15,6 +16,8 @@ from replicator.contracts.sink import Mode, Sink
 from sinks.testing.destination import CHANGING, Destination, decode, sample
 
 IDENTITY = CHANGING.identity.name
+CANCELLED_AFTER = [0, 1, 2, 4, 8, 16, 32]
+"""So many turns of the loop."""
 
 
 def _position(revision: int) -> Position:
@@ -89,6 +92,21 @@ async def write_when_up(sink: Sink, events: Sequence[Event]) -> None:
             await asyncio.sleep(0.05)
 
 
+async def cancel_and_write_again(
+    sink: Sink, events: Sequence[Event], turns: int, assert_written: Callable[[], None]
+) -> None:
+    """The write is cancelled after so many turns of the loop. One that returns all the same has written them."""
+    write = asyncio.ensure_future(sink.write(events))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    write.cancel()
+    await asyncio.wait([write])
+    if not write.cancelled():
+        assert not write.result()
+        assert_written()
+    assert not await sink.write(events)
+
+
 async def _write(sink: Sink, changes: Sequence[Event]) -> None:
     """In as few writes as it takes."""
     for at in range(0, len(changes), sink.max_events):
@@ -148,21 +166,14 @@ class ChangesConformance:
             await asyncio.gather(*(write_when_up(sink, part) for part in parts), write_when_up(other, earlier))
         destination.assert_holds(there(later))
 
-    @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
+    @pytest.mark.parametrize("turns", CANCELLED_AFTER)
     async def test_a_write_of_changes_may_be_cancelled_anywhere(self, destination: Destination, turns: int) -> None:
-        """The same changes are then written again. A write that returns all the same has written them."""
-        async with followed(destination).opened() as sink:
+        """The same changes are then written again."""
+        written = partial(followed(destination).assert_holds, there(HISTORY[:15]))
+        async with destination.opened() as sink:
             assert not await sink.write(HISTORY[:7])
-            write = asyncio.ensure_future(sink.write(HISTORY[7:15]))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            write.cancel()
-            await asyncio.wait([write])
-            if not write.cancelled():
-                assert not write.result()
-                destination.assert_holds(there(HISTORY[:15]))
-            assert not await sink.write(HISTORY[7:15])
-        destination.assert_holds(there(HISTORY[:15]))
+            await cancel_and_write_again(sink, HISTORY[7:15], turns, written)
+        written()
 
     async def test_a_change_that_it_can_not_hold_is_refused_alone(self, destination: Destination) -> None:
         """The others are written. A delete has no time, and is not refused for that."""
