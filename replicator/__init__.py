@@ -32,7 +32,7 @@ from replicator.contracts.fields import (
 )
 
 if TYPE_CHECKING:
-    from replicator.cli.app.library import Replicator
+    from replicator.app.library import Replicator
     from replicator.contracts.errors import (
         BatchRefused,
         BatchTooLarge,
@@ -68,7 +68,7 @@ _ELSEWHERE = {
     "Mode": "replicator.contracts.sink",
     "PostgresDsn": "replicator.contracts.settings",
     "Refusal": "replicator.contracts.events",
-    "Replicator": "replicator.cli.app.library",
+    "Replicator": "replicator.app.library",
     "ReplicatorError": "replicator.contracts.errors",
     "Settings": "replicator.contracts.settings",
     "SettingsError": "replicator.contracts.errors",

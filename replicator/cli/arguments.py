@@ -19,7 +19,7 @@ from replicator.contracts.fields import UUID, Type
 
 if TYPE_CHECKING:
     from enrichment import Tables
-    from replicator.cli.app import App, Choice
+    from replicator.app import App, Choice
 
 PAGE_ROWS = 5_000  # 10 MB of memory and some 50 ms of PostgreSQL's time; larger pages gain nothing
 MOST = 1_000_000  # rows a page: what memory may hold
@@ -230,7 +230,7 @@ def load_app(sinks: Sequence[str] | None = None, choose: Choice | None = None) -
     """The App, with these sinks or the configured ones; imported here because that takes half a second."""
     gc.disable()  # modules are no garbage: without the search for it, importing takes a tenth less
     try:
-        from replicator.cli.app import App
+        from replicator.app import App
 
         return App.load(sinks, choose)
     finally:

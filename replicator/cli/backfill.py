@@ -28,7 +28,7 @@ from replicator.operations.logs import configure_logging
 
 if TYPE_CHECKING:
     from enrichment import RangeHistory
-    from replicator.cli.app import App
+    from replicator.app import App
     from replicator.contracts.settings import CoreSettings
     from replicator.delivery.backfill import Backfill, BackfillProgress
     from replicator.delivery.lane import Lane

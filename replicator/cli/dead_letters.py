@@ -21,7 +21,7 @@ from replicator.contracts.events import DeadLetter, Position, Stage, utc
 from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
-    from replicator.cli.app import App
+    from replicator.app import App
     from replicator.contracts.sink import Sink
     from replicator.contracts.stream import Enricher
 

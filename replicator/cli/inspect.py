@@ -94,7 +94,7 @@ def config_show(as_json: Json = False) -> int:
 
     The value comes from the environment, from .env, or from the file that NAME_FILE names. Secrets are masked.
     """
-    from replicator.cli.app.environment import all_settings, unknown_settings
+    from replicator.app.environment import all_settings, unknown_settings
 
     shown = shown_settings(all_settings())
     unknown = list(unknown_settings())
@@ -117,7 +117,7 @@ def config_check() -> int:
     """
     from pydantic.fields import FieldInfo
 
-    from replicator.cli.app.environment import all_settings, named_sinks, unknown_settings, unusable_parts
+    from replicator.app.environment import all_settings, named_sinks, unknown_settings, unusable_parts
     from replicator.contracts.settings import examine
 
     # A sink that needs settings is looked at where it is named (`unusable_parts`): others may lack theirs.
@@ -138,7 +138,7 @@ def shown_settings(classes: Iterable[type[Settings]]) -> list[dict[str, Any]]:
 
 def _settings(settings_class: type[Settings]) -> Iterator[dict[str, Any]]:
     """The form of `--json`."""
-    from replicator.cli.app.environment import is_address, masked
+    from replicator.app.environment import is_address, masked
     from replicator.contracts.settings import given, variable
 
     for name, field in settings_class.model_fields.items():

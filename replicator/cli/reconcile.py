@@ -18,7 +18,7 @@ from replicator.cli.backfill import Run, deliver
 from replicator.contracts.errors import SettingsError, SinkError, command
 
 if TYPE_CHECKING:
-    from replicator.cli.app import App
+    from replicator.app import App
     from replicator.contracts.sink import Sink
 
 DIFFERENT = 3

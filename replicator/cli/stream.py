@@ -32,7 +32,7 @@ from replicator.contracts.events import Checkpoint, format_lsn
 from replicator.operations.notices import systemd
 
 if TYPE_CHECKING:
-    from replicator.cli.app import App
+    from replicator.app import App
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.delivery.lane import Lane
@@ -82,7 +82,7 @@ async def replicate(app: App, stopping: asyncio.Event) -> int:
 
 
 async def _replicate(app: App, stopping: asyncio.Event) -> None:
-    from replicator.cli.app.running import Running
+    from replicator.app.running import Running
     from replicator.cli.inspect import shown_settings
     from replicator.cli.operate.follow import trace_beside
     from replicator.operations.control.address import socket_path

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from msgspec import structs
 
-from replicator.cli.app import App
+from replicator.app import App
 from replicator.contracts.errors import CheckpointUnavailable, ClusterFailed, ReplicatorError
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.retry import Stopped, Trouble, retry

@@ -15,7 +15,7 @@ import msgspec
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import RangeHistory
-from replicator.cli.app import App
+from replicator.app import App
 from replicator.contracts.errors import ReplicatorError
 from replicator.contracts.events import DeadLetter, Lsn
 from replicator.delivery.backfill import Backfill, BackfillProgress

@@ -24,7 +24,7 @@ MAX_FUNCTION_LINES = 45
 MAX_MEDIAN_LINES = 7
 MAX_P90_LINES = 16
 MAX_FILES = 9
-MAX_TOP_ENTRIES = 7
+MAX_TOP_ENTRIES = 8
 MAX_COMMIT_LINES = 29
 FOREIGN = tuple(
     name.replace("~", "")  # so that this file does not find itself
@@ -109,7 +109,7 @@ def test_backfill_is_a_door() -> None:
 
 
 def test_folders_are_small() -> None:
-    """A folder is read at a glance: nine files at most, and seven entries at the top of `replicator/`."""
+    """A folder is read at a glance: nine files at most, and eight entries at the top of `replicator/`."""
     folders = {file.parent for file in _sources()}
     marker = "py.typed"  # empty: it says that the package has types
     files = {
@@ -173,7 +173,7 @@ def test_a_command_for_one_stream_says_which() -> None:
 def test_what_reads_the_environment_is_known() -> None:
     """A replicator within another program is given its settings and streams, and two of them have different ones."""
     readers = {"load", "examine", "given", "variables", "decisive", "configured", "state_directory"}
-    entrances = ("replicator/cli/", "replicator_spark/", "replicator/contracts/settings.py")
+    entrances = ("replicator/cli/", "replicator/app/", "replicator_spark/", "replicator/contracts/settings.py")
     places = [
         f"{file.relative_to(ROOT)} {function.name}"
         for file in _sources()

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EnrichmentSettings, Slice, tables_of
-from replicator.cli.app import App
+from replicator.app import App
 from replicator.contracts.errors import ClusterFailed, ReplicatorError
 from replicator.contracts.events import DeadLetter
 from replicator.contracts.settings import CoreSettings, load

@@ -15,7 +15,7 @@ from replicator.contracts.events import Id, Position
 
 if TYPE_CHECKING:
     from enrichment.history.pages import PickedHistory
-    from replicator.cli.app import App
+    from replicator.app import App
     from replicator.contracts.sink import Sink
     from replicator.contracts.stores import CheckpointStore
     from replicator.operations.follow.tail import Seen
@@ -58,7 +58,7 @@ async def trace(
 async def trace_beside(app: App, store: CheckpointStore, event: str, stream: str | None) -> Trace:
     """The same in the running replicator, beside the stream: with connections of its own."""
     from enrichment import TableLedger, the_one
-    from replicator.cli.app import make_sinks
+    from replicator.app import make_sinks
     from replicator.contracts.closing import release
 
     tables = the_one(app.streams, stream)

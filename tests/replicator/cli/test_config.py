@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from replicator.cli.app import App
-from replicator.cli.app.environment import all_settings, masked, unknown_settings
+from replicator.app import App
+from replicator.app.environment import all_settings, masked, unknown_settings
 from replicator.cli.main import main
 from replicator.contracts.settings import CoreSettings, load, state_directory, variable
 from sinks import known_sinks

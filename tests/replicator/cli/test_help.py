@@ -76,7 +76,7 @@ def test_only_configured_sinks_are_imported(tmp_path: Path) -> None:
         "REPLICATOR_REDIS_URL_FILE": str(tmp_path / "url"),
     }
     (tmp_path / "url").write_text("redis://localhost:1", encoding="utf-8")
-    script = "import sys; from replicator.cli.app import App; App.load(); print(*sys.modules)"
+    script = "import sys; from replicator.app import App; App.load(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

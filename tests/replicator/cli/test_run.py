@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from enrichment import EnrichmentSettings, tables_of
+from replicator.app import App
 from replicator.cli import stream
-from replicator.cli.app import App
 from replicator.contracts.errors import Overtaken
 from replicator.contracts.settings import CoreSettings, load
 from replicator.operations.notices.notifier import Notifier
@@ -114,8 +114,8 @@ def _socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 async def run_with(pipeline: type[Overtaking], monkeypatch: pytest.MonkeyPatch) -> int:
     """`run`, with these."""
-    monkeypatch.setattr("replicator.cli.app.running.Pipeline", pipeline)
-    monkeypatch.setattr("replicator.cli.app.running.Watchdog", Watching)
+    monkeypatch.setattr("replicator.app.running.Pipeline", pipeline)
+    monkeypatch.setattr("replicator.app.running.Watchdog", Watching)
     monkeypatch.setenv("REPLICATOR_ADMIN_LISTEN", "")
     monkeypatch.setattr(App, "source", lambda _: None)
     app = App(load(CoreSettings), tables_of(load(EnrichmentSettings)), cast("Any", Closing()), [], cast("Any", Store()))

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from checkpoint_store import SqlCheckpointStore
 from enrichment import EnrichmentSettings, TableLedger, Tables, create_enricher, tables_of, the_one
 from replicator import __version__
-from replicator.cli.app.environment import is_address, masked, unknown_settings
+from replicator.app.environment import is_address, masked, unknown_settings
 from replicator.contracts.closing import Closing, close_all, release
 from replicator.contracts.errors import (
     CheckpointMissing,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from enrichment import EnrichmentSettings, tables_of
-from replicator.cli.app import App
+from replicator.app import App
 from replicator.cli.dead_letters import _replay
 from replicator.cli.stream import _created
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkRefusesAll, SinkUnavailable

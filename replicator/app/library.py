@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from msgspec import structs
 
 from enrichment import EnrichmentSettings
-from replicator.cli.app import App
-from replicator.cli.app.running import Running
+from replicator.app import App
+from replicator.app.running import Running
 from replicator.contracts.errors import CheckpointUnavailable, Overtaken, SettingsError
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings, Settings, load, variable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from replicator.cli.app import App
+from replicator.app import App
 from replicator.delivery.retry import cancel
 from replicator.operations.notices.notifier import guarded
 from replicator.operations.watchdog import Answers, Watchdog

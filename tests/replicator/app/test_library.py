@@ -19,7 +19,7 @@ from pydantic import SecretStr
 import replicator
 from enrichment import EVENT
 from replicator import Event, Refusal, Replicator, Settings, SettingsError, Sink
-from replicator.cli.app import App
+from replicator.app import App
 from sinks.testing import MemorySink
 
 ROOT = Path(__file__).parents[3]
