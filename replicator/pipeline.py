@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 from msgspec import structs
 
+from replicator.contracts.enricher import Enriched, Enricher
 from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
@@ -31,7 +32,6 @@ from replicator.contracts.events import Checkpoint, Lsn, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enriched, Enricher
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import RETRYABLE, Trouble, retry, wait

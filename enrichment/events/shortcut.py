@@ -18,9 +18,9 @@ import msgspec
 from enrichment.events.codec import Codec
 from enrichment.events.compiled import FINISH
 from enrichment.events.draft import Content, DerivedUnusable
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.events import Event, Lsn, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN, Field
-from replicator.contracts.stream import Shortcut
 
 MOST_LAYOUTS = 16
 """Parts of a table may have their columns in different orders; making a type takes some 0.5 ms."""

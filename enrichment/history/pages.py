@@ -1,4 +1,4 @@
-"""The events that the table already holds, page by page; two `contracts.stream.History`. `queries.py` has the SQL.
+"""The events that the table already holds, page by page; two `contracts.enricher.History`. `queries.py` has the SQL.
 
 A page is one statement, hence one snapshot and one short transaction: events, and what their content is today. Its rows
 become drafts as the stream's do. Pages are read
@@ -28,10 +28,10 @@ from enrichment.history.moment import REPLAYED, WAL_END, as_of, last_end
 from enrichment.history.queries import Order, queries_of
 from enrichment.tables.declared import Tables
 from replicator.contracts.closing import close_all
+from replicator.contracts.enricher import Enriched, Page
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Column, DeadLetter, Event, Id, Lsn, Position, Row, format_lsn, parse_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
-from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The enricher of one stream: its rows in stream order to events; a `contracts.stream.Enricher`.
+"""The enricher of one stream: its rows in stream order to events; a `contracts.enricher.Enricher`.
 
 Three steps: `codec.py` reads the rows, `content.py` looks up what is not known, and then events are made and content
 changes take effect in the order of the rows. Until the look-up has succeeded nothing has changed. Events that
@@ -30,6 +30,7 @@ from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
 from replicator.contracts.closing import close_all
+from replicator.contracts.enricher import ContentChanges, Enriched, History, Shortcut, Tell
 from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit
 from replicator.contracts.events import (
     Checkpoint,
@@ -44,7 +45,6 @@ from replicator.contracts.events import (
     Row,
     RowChange,
 )
-from replicator.contracts.stream import ContentChanges, Enriched, History, Shortcut, Tell
 from replicator.source.connection import Dsn
 
 

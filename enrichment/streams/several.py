@@ -1,4 +1,4 @@
-"""Several streams in one slot; a `contracts.stream.Enricher` made of one for each.
+"""Several streams in one slot; a `contracts.enricher.Enricher` made of one for each.
 
 A row goes to the streams that its table belongs to, and an event says which stream it is of. Each stream has a copy of
 its contents; the checkpoint names them together, so they can be used all or none.
@@ -18,9 +18,9 @@ from enrichment.streams.enricher import StreamEnricher
 from enrichment.tables.declared import EnrichmentSettings, tables_of
 from replicator.contracts import stores
 from replicator.contracts.closing import close_all
+from replicator.contracts.enricher import ContentChanges, Enriched, Enricher, History, Page, Shortcut, Tell
 from replicator.contracts.errors import SourceError
 from replicator.contracts.events import Checkpoint, DeadLetter, Event, Finding, Lsn, Position, Row
-from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page, Shortcut, Tell
 from replicator.source.connection import Dsn
 
 

@@ -1,4 +1,4 @@
-"""What the stream could not show because the tables were different for a while; a `contracts.stream.History`.
+"""What the stream could not show because the tables were different for a while; a `contracts.enricher.History`.
 
 Looked for in every part of the events' table that is not as it was recorded: in one that was not known everything, as
 it may have been filled before it was attached; in the others what was written since.
@@ -19,10 +19,10 @@ from enrichment.tables.catalog import Relation, Shape
 from enrichment.tables.declared import Tables, quoted
 from enrichment.tables.guard import Record
 from replicator.contracts.closing import close_all
+from replicator.contracts.enricher import Enriched, Page
 from replicator.contracts.errors import SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, Id, Position, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
-from replicator.contracts.stream import Enriched, Page
 from replicator.source.connection import Dsn
 
 MARGIN_SECONDS = 3600

@@ -17,6 +17,7 @@ from enrichment import EnrichmentSettings, TableLedger, Tables, create_enricher,
 from replicator import __version__
 from replicator.app.environment import is_address, masked, unknown_settings
 from replicator.contracts.closing import Closing, close_all, release
+from replicator.contracts.enricher import Enricher, History
 from replicator.contracts.errors import (
     CheckpointMissing,
     SinkBroken,
@@ -37,7 +38,6 @@ from replicator.contracts.settings import (
 )
 from replicator.contracts.sink import Carrier, Sink, SinkContext
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enricher, History
 from replicator.operations.logs import configure_logging
 from replicator.source.stream import Source
 from sinks import Wanted, create_sinks

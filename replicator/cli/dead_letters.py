@@ -22,8 +22,8 @@ from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
     from replicator.app import App
+    from replicator.contracts.enricher import Enricher
     from replicator.contracts.sink import Sink
-    from replicator.contracts.stream import Enricher
 
 PAGE = 500
 """Dead letters in memory at once."""

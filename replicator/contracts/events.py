@@ -1,6 +1,6 @@
 """The vocabulary: what flows from the slot to the sinks. Imports no other module of the product.
 
-`source` makes `Row`s, an `Enricher` (stream.py) turns them into `Event`s, `delivery` brings them to the sinks with the
+`source` makes `Row`s, an `Enricher` turns them into `Event`s, `delivery` brings them to the sinks with the
 `Mark` that they reach, the checkpoint store keeps `Checkpoint`s and `DeadLetter`s.
 """
 

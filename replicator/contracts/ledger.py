@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
+from replicator.contracts.enricher import History
 from replicator.contracts.events import Id, Lsn
-from replicator.contracts.stream import History
 
 
 class Digest(NamedTuple):

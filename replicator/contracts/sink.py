@@ -51,7 +51,7 @@ class SinkContext:
     stream_option: str = ""
     """What chooses its stream in a command that a message names, where the slot has several: ` --stream orders`."""
     origin: Callable[[], Awaitable[str]] = _unknown
-    """Asks where the events come from (`stream.Enricher.origin`), for a sink that must not mix two sources."""
+    """Asks where the events come from (`enricher.Enricher.origin`), for a sink that must not mix two sources."""
 
     def named(self, kind: str) -> str:
         """What a sink of this kind is called here: `redis`, and `redis/orders` where the slot has several streams."""

@@ -15,12 +15,12 @@ from math import ceil
 import msgspec
 from msgspec import structs
 
+from replicator.contracts.enricher import History, Page
 from replicator.contracts.errors import CheckpointUnavailable
 from replicator.contracts.events import Mark, Position, SinkPosition
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Mode, Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.retry import Trouble, retry

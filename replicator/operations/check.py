@@ -11,12 +11,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 
+from replicator.contracts.enricher import Enricher
 from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, SourceUnusable, command
 from replicator.contracts.events import Finding, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Enricher
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable

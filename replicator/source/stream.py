@@ -22,10 +22,10 @@ import psycopg
 from psycopg import errors, generators, pq, sql
 from psycopg.rows import TupleRow
 
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.errors import DecodeError, SlotWaits, SourceStandby, SourceUnavailable
 from replicator.contracts.events import Lsn, format_lsn
 from replicator.contracts.sink import Carrier
-from replicator.contracts.stream import Shortcut
 from replicator.source import slot as slots
 from replicator.source.breaks import Breaks, end_of_stream
 from replicator.source.connection import ANSWER_TIMEOUT_SECONDS, Connection, Dsn, answering, connect

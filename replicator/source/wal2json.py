@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Lsn, Mark, Position, Row, decode_row, format_lsn, parse_lsn
-from replicator.contracts.stream import Shortcut
 
 PLUGIN = "wal2json"
 

@@ -20,12 +20,12 @@ from enrichment.contract import engagement_pct
 from enrichment.database import Database
 from enrichment.streams.content import PRELOAD_PAGE, Contents, changes
 from enrichment.streams.several import SeveralStreams
+from replicator.contracts.enricher import Enriched
 from replicator.contracts.errors import SettingsError, SourceError, SourceUnavailable, SourceUnusable, TablesUnfit
 from replicator.contracts.events import Column, DeadLetter, Event, Finding, Position, Row
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role
 from replicator.contracts.fields import Stream as Declared
 from replicator.contracts.settings import load
-from replicator.contracts.stream import Enriched
 from replicator.source import wal2json
 from tests.support.pgbouncer import pgbouncer
 from tests.support.rows import EVENT_TABLES

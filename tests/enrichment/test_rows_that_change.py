@@ -13,10 +13,10 @@ from enrichment.events.codec import codec_of, stored_row
 from enrichment.history import moment
 from enrichment.history.pages import BEGINNING, END, PickedHistory
 from enrichment.tables.declared import Tables
+from replicator.contracts.enricher import History, Page
 from replicator.contracts.errors import SourceUnavailable
 from replicator.contracts.events import Event, Lsn, Position, parse_lsn
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Derived, Field, Role, Stream
-from replicator.contracts.stream import History, Page
 
 TABLES = Tables(
     Stream(

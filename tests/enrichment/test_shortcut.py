@@ -19,10 +19,10 @@ from enrichment import EVENT, StreamEnricher, Tables
 from enrichment.events.codec import RowReader
 from enrichment.events.draft import RowUnusable
 from enrichment.events.shortcut import MOST_LAYOUTS
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Row
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
-from replicator.contracts.stream import Shortcut
 from replicator.source.wal2json import DecodedChunk, StreamDecoder
 from tests.support.damage import mutate
 from tests.support.rows import CODEC, GOOD, NAMES, VALUES, columns_of, enricher, insert, rows

@@ -16,9 +16,9 @@ from enrichment.tables.catalog import SHAPE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.guard import Record
 from enrichment.tables.missed import MissedHistory, as_now, complete
+from replicator.contracts.enricher import History
 from replicator.contracts.events import Column, Id, Position, Row
 from replicator.contracts.fields import TEXT, TIMESTAMPTZ, Field, Role, Stream
-from replicator.contracts.stream import History
 
 CASELESS = """CREATE COLLATION "case" (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"""
 FOREVER_US = (0, 4_000_000_000_000_000)

@@ -27,9 +27,9 @@ from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
 from enrichment.streams.enricher import StreamEnricher
+from replicator.contracts.enricher import Enriched
 from replicator.contracts.errors import DecodeError
 from replicator.contracts.events import Event, Lsn, Refusal, Row, SinkPosition, parse_lsn
-from replicator.contracts.stream import Enriched
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.tables.verification import Verification
 from replicator.delivery.writer import Suspect, Writer

@@ -14,6 +14,7 @@ import pytest
 from msgspec import structs
 
 from replicator import pipeline as pipelines
+from replicator.contracts.enricher import ContentChanges, Enriched, Enricher, History, Page
 from replicator.contracts.errors import (
     CheckpointBackward,
     CheckpointUnavailable,
@@ -43,7 +44,6 @@ from replicator.contracts.events import (
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import ContentChanges, Enriched, Enricher, History, Page
 from replicator.delivery.tables import verification
 from replicator.pipeline import Pipeline
 from replicator.source.server import Identity

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import TypeVar
 
+from replicator.contracts.enricher import History
 from replicator.contracts.events import Lsn
 from replicator.contracts.ledger import Digest, EventDigest, Slice
-from replicator.contracts.stream import History
 from replicator.reconcile.recheck import Underway
 
 T = TypeVar("T")

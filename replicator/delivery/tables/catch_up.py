@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from replicator.contracts.enricher import History, Page
 from replicator.contracts.events import Position
-from replicator.contracts.stream import History, Page
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.queue import Batch

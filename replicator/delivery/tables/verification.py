@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Mapping
 
+from replicator.contracts.enricher import Enricher, Tell
 from replicator.contracts.errors import SourceError, TablesChanged
 from replicator.contracts.events import Checkpoint, Lsn, Position, SinkPosition
 from replicator.contracts.stores import TaskProgress
-from replicator.contracts.stream import Enricher, Tell
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import RETRYABLE, Trouble, cancel

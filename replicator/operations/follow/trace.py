@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from replicator.contracts.enricher import Page
 from replicator.contracts.errors import SinkError, SourceError
 from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, parse_lsn
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
 from replicator.contracts.stores import CheckpointStore
-from replicator.contracts.stream import Page
 from replicator.delivery.dead_letters import is_for
 from replicator.operations.status import collect
 from replicator.operations.status.form import SinkStatus

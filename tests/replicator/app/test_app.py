@@ -12,12 +12,12 @@ from enrichment import EnrichmentSettings, tables_of
 from replicator.app import App
 from replicator.cli.dead_letters import _replay
 from replicator.cli.stream import _created
+from replicator.contracts.enricher import Enriched
 from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkRefusesAll, SinkUnavailable
 from replicator.contracts.events import Checkpoint, DeadLetter, Position, SinkPosition
 from replicator.contracts.fields import BIGINT, TIMESTAMPTZ, Field, Role, Stream
 from replicator.contracts.settings import CoreSettings, load
 from replicator.contracts.sink import SinkContext
-from replicator.contracts.stream import Enriched
 from sinks.testing import MemorySink
 
 AT = SinkPosition(position=Position(1, 1), end_lsn=2)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
+from replicator.contracts.enricher import Enriched, Page
 from replicator.contracts.errors import (
     CheckpointUnavailable,
     CheckpointUnusable,
@@ -17,7 +18,6 @@ from replicator.contracts.errors import (
 )
 from replicator.contracts.events import DeadLetter, Event, LetterCounts, Position
 from replicator.contracts.settings import CoreSettings, load
-from replicator.contracts.stream import Enriched, Page
 from replicator.delivery.backfill import Backfill, BackfillProgress
 from sinks.testing import MemorySink
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg import pq
 
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.errors import DecodeError, SourceUnavailable
 from replicator.contracts.events import Event
-from replicator.contracts.stream import Shortcut
 from replicator.source import stream
 from replicator.source.stream import Source
 

@@ -12,10 +12,10 @@ import pytest
 import pytest_asyncio
 
 from devstack import DevStack
+from replicator.contracts.enricher import Shortcut
 from replicator.contracts.errors import SlotInUse, SourceUnavailable, SourceUnusable
 from replicator.contracts.events import Event, Lsn, Row, parse_lsn
 from replicator.contracts.sink import Carrier
-from replicator.contracts.stream import Shortcut
 from replicator.source import stream
 from replicator.source.stream import Source
 from tests.support import environment as ground
