@@ -143,6 +143,10 @@ class Generation(NamedTuple):
     """Whether keys are missing: see `keys.py`."""
     run: str
     """Which run of the server this is. One that was restarted may have lost its latest writes."""
+    evicted: int
+    """How many keys it has thrown away to make room, whoever's."""
+    policy: str
+    """Which keys it throws away."""
 
 
 class RedisClient:
@@ -214,14 +218,16 @@ class RedisClient:
 
     async def generation(self, new: str = "") -> Generation:
         """What it is; made with the state `new` if there is none: Redis is new, or was emptied."""
-        run = ""
+        info: Info = {}
         async with self._translated():
             made = await self._redis.set(self.named(GENERATION), f"{secrets.token_hex(8)} {new}".strip(), nx=True)
             value = (cast("bytes | None", await self._redis.get(self.named(GENERATION))) or b"").decode()
-            with suppress(ResponseError):  # INFO is denied or unknown: a restart goes unnoticed
-                run = str((await self._redis.info("server")).get("run_id", ""))
+            with suppress(ResponseError):  # INFO is denied or unknown: a restart and evictions go unnoticed
+                info = cast("Info", await self._redis.info())
+            run, policy = str(info.get("run_id", "")), str(info.get("maxmemory_policy", ""))
+            evicted = int(info.get("evicted_keys", 0))
         word, _, state = value.partition(" ")
-        return Generation(bool(made), word, state, run)
+        return Generation(bool(made), word, state, run, evicted, policy)
 
     async def mark(self, word: str, state: str, *others: str) -> None:
         """Give this generation a state, unless it has gone or has none of the others any more."""

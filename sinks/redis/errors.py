@@ -136,6 +136,16 @@ def lost_error(sink: str, address: str, stream_option: str) -> SinkError:
     )
 
 
+def evicted_error(sink: str, address: str, stream_option: str) -> SinkError:
+    """Keys were thrown away, ours or others'."""
+    return SinkEmptied(
+        sink=sink,
+        detail=f"Redis at {address} has thrown keys away to make room, and counts that were among them are wrong",
+        cure="Let it have room, and CONFIG SET maxmemory-policy noeviction (and in redis.conf). Then run "
+        f"{command(f'rebuild-redis --from-empty{stream_option}')}, which counts what is in PostgreSQL now",
+    )
+
+
 def is_read_only(exc: RedisError | OSError) -> bool:
     """Whether we are connected to a replica: another connection may find the primary."""
     return "READONLY" in _words(exc)

@@ -20,10 +20,11 @@ from replicator.contracts.fields import Stream
 from replicator.contracts.settings import variable
 from replicator.contracts.sink import HasCounter, Held, Mode, Ranks, Rebuildable, Sink, SinkContext, Traces
 from sinks.redis.client import RedisClient, script
-from sinks.redis.errors import OF_ROWS, foreign_error, form_error, lost_error
+from sinks.redis.errors import OF_ROWS, evicted_error, foreign_error, form_error, lost_error
 from sinks.redis.info import findings
 from sinks.redis.keys import (
     CHANGING,
+    EVICTED,
     FILLING,
     INSERTED,
     INSERTED_NUMBERS,
@@ -45,6 +46,7 @@ from sinks.redis.window import Window
 
 EMPTY_TIMEOUT_SECONDS = 3600.0  # some 1 µs a key
 
+UNKNOWN = -1
 RUNS = 16
 """So many of Redis's runs are remembered: more than answer behind a proxy."""
 
@@ -55,6 +57,8 @@ RESTARTED = (
 VERIFY_CURE = (
     "Anyone in between can read the password: remove ssl_cert_reqs and ssl_check_hostname from REPLICATOR_REDIS_URL"
 )
+
+_LOSSES = {LOST: lost_error, EVICTED: evicted_error}
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +95,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         self._keeps_window = True
         self._resumes = False
         self._generation = ""
-        self._runs = dict[str, None]()  # of Redis that we know, the latest last
-        self._lost: SinkError | None = None
+        self._runs = dict[str, int]()  # of Redis that we know, the latest last, and how many keys it has thrown away
+        self._state = ""  # LOST or EVICTED, while keys are missing
         self._ours: str | None = None  # empty: it can't be known
         self._rival = ""  # the owner for which we last asked who we are
         self._foreign: SinkError | None = None
@@ -123,7 +127,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         return [
             Finding(True, f"Redis at {address} answers and may be written to"),
             *unverified,
-            *([Finding(False, self._lost.problem, self._lost.cure)] if self._lost else []),
+            *([Finding(False, lost.problem, lost.cure)] if (lost := self._lost) else []),
             *findings(info, appendfsync, self.context.stream_option),
         ]
 
@@ -153,7 +157,7 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             raise found
 
     def remember(self) -> str:
-        return " ".join([LOST] * bool(self._lost) + [*self._runs])
+        return " ".join([self._state] * bool(self._state) + [f"{run}={evicted}" for run, evicted in self._runs.items()])
 
     def recall(self, memory: str) -> None:
         """That keys are missing, which Redis knows, too, but it is not asked while the sink is paused; and its runs.
@@ -161,8 +165,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         A power cut ends Redis and us: Redis comes back without its latest writes, and only its run tells.
         """
         known = memory.split()
-        self._lost = lost_error(self.name, self._redis.address, self.context.stream_option) if LOST in known else None
-        self._runs = dict.fromkeys(run for run in known if run != LOST)
+        self._state = next((word for word in known if word in _LOSSES), "")
+        self._runs = dict(_run(word) for word in known if word not in _LOSSES)
 
     async def renew(self) -> None:
         self._settings = cast("RedisSettings", self.settings)
@@ -186,12 +190,12 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
     async def generation(self) -> str:
         await self._require_form(claim=True)
         found = await self._redis.generation(FILLING)
-        return f"{found.word} {found.run}".strip()
+        return f"{found.word} {found.run}={found.evicted}" if found.run else found.word
 
     async def filled(self, generation: str) -> None:
         word, _, run = generation.partition(" ")
         await self._redis.mark(word, WHOLE, FILLING, LOST, "")
-        self._runs |= {run: None} if run else {}
+        self._runs |= [_run(run)] if run else []
 
     async def empty(self) -> int:
         """Takes some 1 µs a key. Redis serves nobody meanwhile, and finishes whether anyone waits or not.
@@ -256,6 +260,11 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         if claim:
             await self._redis.adopt(self._ours)
 
+    @property
+    def _lost(self) -> SinkError | None:
+        """That keys are missing."""
+        return _LOSSES[self._state](self.name, self._redis.address, self.context.stream_option) if self._state else None
+
     async def _notice_loss(self) -> None:
         """Say that keys are gone, until they are made again, or may be: writing goes on as if nothing had happened."""
         before = self._generation
@@ -264,18 +273,22 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
         # Behind some proxies several answer in turn. Where INFO is denied, there is no run.
         if restarted := bool(self._runs and found.run and found.run not in self._runs):
             self.window.forget()
+        # With a volatile policy only those go that expire by themselves soon.
+        evicts = UNKNOWN < self._runs.get(found.run, UNKNOWN) < found.evicted and "volatile" not in found.policy
         lost = found.state == LOST or (found.state == FILLING and (changed or self._resumes))
-        if lost or (changed and found.state != WHOLE):
-            if found.state != LOST:
-                await self._redis.mark(found.word, LOST, found.state)
-            self._lost = lost_error(self.name, self._redis.address, self.context.stream_option)
+        if evicts or found.state == EVICTED:
+            self._state = EVICTED
+        elif lost or (changed and found.state != WHOLE):
+            self._state = LOST
         else:
-            self._lost = None
+            self._state = ""
             if restarted and not changed:
                 cure = command(f"reconcile --start ... --end ... --repair{self.context.stream_option}")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
+        if self._state not in {"", found.state}:
+            await self._redis.mark(found.word, self._state, found.state)
         self._generation = found.word
-        self._runs |= {found.run: None} if found.run else {}
+        self._runs |= {found.run: found.evicted} if found.run else {}
         if len(self._runs) > RUNS:
             del self._runs[next(iter(self._runs))]
 
@@ -293,3 +306,9 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
 
 def _probe_event(event_id: int, now: float) -> Event:
     return Event(commit_lsn=0, ordinal=0, id=event_id, key=0, ts_us=int(now * 1_000_000), json=b"{}")
+
+
+def _run(word: str) -> tuple[str, int]:
+    """Of Redis, and how many keys it had thrown away: an earlier release's memory does not say."""
+    run, _, evicted = word.partition("=")
+    return run, int(evicted) if evicted.isdecimal() else UNKNOWN

@@ -532,7 +532,7 @@ async def test_a_redis_that_was_restarted_within_a_pass(server: Server, monkeypa
         await sink.window.slide()
         assert {1: 1} == server.window()
 
-        async def info(_section: str) -> dict[str, str]:
+        async def info() -> dict[str, str]:
             return {"run_id": "another"}
 
         monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
@@ -686,6 +686,49 @@ async def test_a_paused_sink_remembers_its_loss(server: Server) -> None:
         assert whole == again.remember()
 
 
+@pytest.mark.parametrize("policy", ["allkeys-random", "volatile-random"])
+async def test_keys_that_are_thrown_away_are_said(server: Server, policy: str) -> None:
+    """Until all is counted anew, over restarts, too. Where only keys go that expire anyway, nothing is said."""
+    evicts = policy == "allkeys-random"
+    async with opened(server.service.url) as sink:
+        await sink.write([event(1)])
+        for number in range(50):
+            server.client.set(f"other:{number}", "x" * 100_000, ex=600)
+        await sink._look()  # noqa: SLF001  once a second else
+        server.client.config_set("maxmemory-policy", policy)
+        server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] - 1_000_000)
+        try:
+            await until(lambda: server.client.set("other:0", "") and server.client.info()["evicted_keys"], "evictions")
+        finally:
+            server.client.config_set("maxmemory", 0)
+            server.client.config_set("maxmemory-policy", "noeviction" if evicts else policy)
+        await sink._look()  # noqa: SLF001
+        assert evicts == says_evicted(sink)
+        memory = sink.remember()
+    server.client.config_set("maxmemory-policy", "noeviction")
+    async with unopened(server.service.url) as again, unopened(server.service.url) as rebuild:
+        again.recall(memory)
+        assert evicts == says_evicted(again)
+        await again.open(WRITTEN)
+        assert evicts == says_evicted(again)
+        await rebuild.filled(await rebuild.generation())
+        await again._look()  # noqa: SLF001
+        assert evicts == says_evicted(again), "what is seen already is not counted again"
+        await rebuild.empty()
+        await rebuild.filled(await rebuild.generation())
+        await again._look()  # noqa: SLF001
+        assert not says_evicted(again)
+
+
+def says_evicted(sink: RedisSink) -> bool:
+    """Whether Redis has thrown keys away; and it names the cure."""
+    try:
+        sink.look()
+    except SinkEmptied as exc:
+        return "has thrown keys away" in str(exc) and "--from-empty" in exc.cure
+    return False
+
+
 def says_lost(sink: RedisSink) -> bool:
     """Whether it has lost keys, and names the cure."""
     try:
@@ -702,7 +745,7 @@ async def test_a_restart_is_said_once(
     async with unopened(server.service.url) as sink:
         runs = iter(["a", "b", "a", "b", "c"])
 
-        async def info(_section: str) -> dict[str, str]:
+        async def info() -> dict[str, str]:
             return {"run_id": next(runs)}
 
         monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
@@ -737,7 +780,7 @@ async def test_so_many_runs_are_remembered(server: Server, monkeypatch: pytest.M
     async with unopened(server.service.url) as sink:
         runs = iter(["", *map(str, range(100))])
 
-        async def info(_section: str) -> dict[str, str]:
+        async def info() -> dict[str, str]:
             return {"run_id": next(runs)}
 
         monkeypatch.setattr(sink._redis._redis, "info", info)  # noqa: SLF001  no server changes it that fast
@@ -745,7 +788,7 @@ async def test_so_many_runs_are_remembered(server: Server, monkeypatch: pytest.M
         assert "" == sink.remember()
         for _ in range(100):
             await sink._notice_loss()  # noqa: SLF001
-        assert [*map(str, range(84, 100))] == sink.remember().split()
+        assert [f"{run}=0" for run in range(84, 100)] == sink.remember().split()
 
 
 async def test_closing_ends_even_if_a_cancellation_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
