@@ -162,13 +162,13 @@ def _main(arguments: Sequence[str] | None, program: typer.Typer) -> int:
         return 1
 
 
-def _complain(problem: ReplicatorError | str) -> None:
+def _complain(failure: ReplicatorError | str) -> None:
     """The last line on standard error, in the log's form."""
     if _log_form() == "json":
         configure_logging("info", "json")
-        log.critical("%s", problem)
+        log.critical("%s", failure)
     else:
-        print(f"replicator: {printable(str(problem))}", file=sys.stderr)
+        print(f"replicator: {printable(str(failure))}", file=sys.stderr)
 
 
 def _log_form() -> Literal["text", "json"]:
