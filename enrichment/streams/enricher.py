@@ -24,7 +24,7 @@ from enrichment.streams.copies import Copies
 from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit, untold
 from enrichment.tables.check import check
-from enrichment.tables.declared import EnrichmentSettings, Join, Tables, quoted, tables_of
+from enrichment.tables.declared import Join, Tables, quoted
 from enrichment.tables.guard import Guard, recorded, swaps
 from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
@@ -93,15 +93,15 @@ T = TypeVar("T")
 class StreamEnricher:
     """Enriches the rows of the stream's table with those of its dimensions."""
 
-    def __init__(self, dsn: Dsn, settings: EnrichmentSettings, tables: Tables | None = None) -> None:
+    def __init__(self, dsn: Dsn, tables: Tables, cache_size: int) -> None:
+        """`cache_size`: the most rows of a dimension that are kept in memory."""
         self._dsn = dsn
         self._database = Database(dsn)
         self._guarding = Database(dsn)
-        self._tables = tables or tables_of(settings)[0]
+        self._tables = tables
         self._codec = codec_of(self._tables)
         self._guard = Guard(self._guarding, self._tables)
-        size = settings.content_cache_size
-        self._contents = [Contents(self._database, size, self._tables, join) for join in self._tables.joins]
+        self._contents = [Contents(self._database, cache_size, tables, join) for join in tables.joins]
         self._shortcuts = Shortcuts(self._codec, [contents.known for contents in self._contents])
         self._shortcuts.begin(self._guard.names(self._tables.events))
         self._reader = RowReader(self._codec)

@@ -26,7 +26,7 @@ from replicator.source.connection import Dsn
 
 def create_enricher(dsn: Dsn, settings: EnrichmentSettings) -> Enricher:
     """The enricher of these streams for the database at `dsn`."""
-    made = [StreamEnricher(dsn, settings, tables) for tables in tables_of(settings)]
+    made = [StreamEnricher(dsn, tables, settings.content_cache_size) for tables in tables_of(settings)]
     return SeveralStreams(made) if len(made) > 1 else made[0]
 
 

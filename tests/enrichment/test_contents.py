@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, StreamEnricher
+from enrichment import EVENT, StreamEnricher, Tables
 from enrichment.streams import content
 from enrichment.streams.content import look_up, preload
 from replicator.contracts.errors import SourceUnavailable
@@ -125,7 +125,7 @@ def found(event: Event) -> tuple[str | None, int | None]:
 
 def enricher(source: Source, size: int) -> StreamEnricher:
     """A new process on that database."""
-    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}))
+    made = StreamEnricher("", Tables(EVENT), size)
     made._contents[0]._database = made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made
 

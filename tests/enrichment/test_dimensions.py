@@ -15,7 +15,7 @@ import pytest
 from msgspec import structs
 
 from checkpoint_store import SqlCheckpointStore
-from enrichment import EnrichmentSettings, SeveralStreams, StreamEnricher, Tables
+from enrichment import SeveralStreams, StreamEnricher, Tables
 from enrichment.ledger import TableLedger
 from enrichment.streams.content import look_up, preload
 from enrichment.tables.catalog import Relation, Shape
@@ -97,7 +97,7 @@ def shop() -> Source:
 
 def enricher(source: Source, size: int = 100, tables: Tables = SALES) -> StreamEnricher:
     """A new process on that database."""
-    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": size}), tables)
+    made = StreamEnricher("", tables, size)
     made._database = source  # type: ignore[assignment]  # noqa: SLF001  no server needed
     for contents in made._contents:  # noqa: SLF001
         contents._database = source  # type: ignore[assignment]  # noqa: SLF001
@@ -415,7 +415,7 @@ async def test_nor_is_the_copy_of_a_stream_that_had_another_name(store: SqlCheck
 
 def test_one_dimension_is_stored_as_ever() -> None:
     """What an earlier release has written is read: its copy, and its record, which has no time of each dimension."""
-    made = StreamEnricher("", EnrichmentSettings.model_validate({}))
+    made = StreamEnricher("", EVENT_TABLES, 10)
     assert made.contents_name == "8894e82de23281d7195b3c57"
     assert [""] == [join.copy for join in EVENT_TABLES.joins]
     made._guard.content_untils = {"content": 5}  # noqa: SLF001

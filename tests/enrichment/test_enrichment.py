@@ -15,7 +15,7 @@ import pytest
 from psycopg import sql
 
 from devstack import DevStack
-from enrichment import BEGINNING, END, EnrichmentSettings, RangeHistory, StreamEnricher, Tables, create_enricher
+from enrichment import BEGINNING, END, EVENT, EnrichmentSettings, RangeHistory, StreamEnricher, Tables, create_enricher
 from enrichment.contract import engagement_pct
 from enrichment.database import Database
 from enrichment.streams.content import PRELOAD_PAGE, Contents, changes
@@ -59,7 +59,7 @@ class Stream:
         """What was committed since the last call."""
         options = {
             **wal2json.OPTIONS,
-            "add-tables": wal2json.listed(StreamEnricher("", EnrichmentSettings.model_validate({})).tables),
+            "add-tables": wal2json.listed(StreamEnricher("", Tables(EVENT), 10).tables),
         }
         flat = [text for option in options.items() for text in option]
         got = self.run("SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, VARIADIC %s)", self._slot, flat)
@@ -101,7 +101,7 @@ def stream(database: str) -> Iterator[Stream]:
 async def enricher(database: str, stream: Stream) -> AsyncIterator[StreamEnricher]:
     """Open on that database, everything preloaded."""
     assert stream is not None
-    enricher = StreamEnricher(database, load(EnrichmentSettings))
+    enricher = StreamEnricher(database, Tables(EVENT), 1_000)
     await enricher.open()
     yield enricher
     await enricher.close()
@@ -345,7 +345,7 @@ class CountingDatabase(Database):
 
 
 async def _counting(dsn: str, size: int) -> tuple[StreamEnricher, CountingDatabase]:
-    enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({"content_cache_size": size}))
+    enricher = StreamEnricher(dsn, Tables(EVENT), size)
     database = CountingDatabase(dsn)
     enricher._database = database  # noqa: SLF001  the only way to count what goes over the wire
     enricher._contents[0]._database = database  # noqa: SLF001
@@ -564,7 +564,7 @@ async def test_a_lost_connection_changes_nothing(stack: DevStack, enricher: Stre
 
 async def test_a_server_that_is_away(stack: DevStack, database: str) -> None:
     """`open` says so, as often as it is tried, and succeeds when the server is back."""
-    enricher = StreamEnricher(database, load(EnrichmentSettings))
+    enricher = StreamEnricher(database, Tables(EVENT), 1_000)
     stack.postgres.stop()
     try:
         with pytest.raises(SourceUnavailable) as away:
@@ -746,7 +746,7 @@ def plain(stack: DevStack, database: str, stream: Stream) -> Iterator[Plain]:
 async def test_check_tells_a_plain_role_what_it_lacks(plain: Plain, stream: Stream) -> None:
     """Without rights, with rights on some columns only, with all."""
     name, dsn = plain
-    enricher = StreamEnricher(dsn, load(EnrichmentSettings))
+    enricher = create_enricher(dsn, load(EnrichmentSettings))
     with pytest.raises(TablesUnfit, match="permission denied for table content"):
         await enricher.open()
     assert "could not be counted" in await enricher.history()
@@ -766,14 +766,14 @@ async def test_rows_that_a_policy_hides(plain: Plain, stream: Stream) -> None:
     name, dsn = plain
     stream.run(f"GRANT SELECT ON content, engagement_events TO {name}")
     stream.run("ALTER TABLE content ENABLE ROW LEVEL SECURITY")
-    enricher = StreamEnricher(dsn, load(EnrichmentSettings))
+    enricher = create_enricher(dsn, load(EnrichmentSettings))
     with pytest.raises(TablesUnfit, match='affected by row-level security policy for table "content"'):
         await enricher.open()
     [finding] = _failing(await enricher.check())
     assert finding.what.startswith("table public.content: row-level security applies to us")
     assert "BYPASSRLS" in finding.cure
     stream.run(f"CREATE POLICY everything ON content TO {name} USING (true)")
-    harmless = StreamEnricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
+    harmless = create_enricher(f"{dsn}?options=-c%20row_security%3Don", load(EnrichmentSettings))
     assert _failing(await harmless.check()) == []
     await harmless.open()
     await harmless.close()
@@ -861,7 +861,7 @@ async def test_the_time_column_may_have_any_name(database: str) -> None:
         source.execute("INSERT INTO odd SELECT n, n, now() FROM generate_series(1, 3) n")
         source.execute("""CREATE INDEX ON odd ("it's 100%", id)""")
     tables = Tables(Declared("odd", "public.odd", fields))
-    enricher = StreamEnricher(database, EnrichmentSettings.model_validate({}), tables)
+    enricher = StreamEnricher(database, tables, 10)
     assert "public.odd holds 3 rows" in await enricher.history()
     await enricher.close()
     past = RangeHistory(database, BEGINNING, END, tables=tables)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from enrichment import EnrichmentSettings, StreamEnricher, configured
+from enrichment import EVENT, StreamEnricher, Tables, configured
 from enrichment.events.codec import codec_of
 from replicator.contracts.events import Column, Row
 
@@ -74,6 +74,6 @@ class Database:
 
 def enricher() -> StreamEnricher:
     """On a database of one content."""
-    made = StreamEnricher("", EnrichmentSettings.model_validate({"content_cache_size": 100}))
+    made = StreamEnricher("", Tables(EVENT), 100)
     made._contents[0]._database = Database()  # type: ignore[assignment]  # noqa: SLF001  no server needed
     return made

@@ -16,7 +16,7 @@ import pytest
 from checkpoint_store import SqlCheckpointStore
 from devstack import DevStack
 from devstack.process import free_port
-from enrichment import EVENT, EnrichmentSettings, StreamEnricher
+from enrichment import EVENT, StreamEnricher, Tables
 from replicator.contracts.errors import SettingsError
 from replicator.contracts.settings import CoreSettings, decisive
 from replicator.contracts.sink import SinkContext
@@ -80,7 +80,7 @@ async def running(dsn: str, folder: Path, redis_url: str, monkeypatch: pytest.Mo
             "admin_listen": f"127.0.0.1:{free_port()}",
         }
     )
-    enricher = StreamEnricher(dsn, EnrichmentSettings.model_validate({}))
+    enricher = StreamEnricher(dsn, Tables(EVENT), 10)
     sinks = create_sinks(settings.sinks, SinkContext(EVENT))
     store = SqlCheckpointStore(settings.checkpoint_url.get_secret_value())
     answers = Answers(store)
