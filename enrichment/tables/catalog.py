@@ -24,7 +24,7 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_curr
 LOCKS = """
 -- Transactions that may have changed one of these tables, the names of schemas, or the values of an enum, and are not
 -- over. One that has no transaction id (VACUUM, ANALYZE) has changed nothing yet. A weaker lock, or the one of CREATE
--- INDEX, changes nothing that we look at.
+-- INDEX, changes nothing that we look at; nor do those of a row that several update, and of a table that grows.
 WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted)
 SELECT DISTINCT ON (1) l.virtualtransaction,
        concat_ws(' ', coalesce('process ' || l.pid, 'a prepared transaction') || ', which holds', l.mode,
@@ -32,7 +32,7 @@ SELECT DISTINCT ON (1) l.virtualtransaction,
 FROM held l
 WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.mode IN ('ShareUpdateExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-       AND l.relation = ANY(%(oids)s::oid[])
+       AND l.locktype = 'relation' AND l.relation = ANY(%(oids)s::oid[])
        OR l.mode = 'RowExclusiveLock' AND l.relation = 'pg_catalog.pg_namespace'::regclass
        OR l.mode = 'ExclusiveLock' AND l.locktype = 'object' AND l.classid = 'pg_catalog.pg_type'::regclass)
   AND EXISTS (SELECT FROM held x

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
 from msgspec import structs
 
+from devstack.process import wait_until
 from enrichment import EVENT, Tables
 from enrichment.database import Database
 from enrichment.tables import fit
@@ -125,6 +127,21 @@ async def test_it_waits_for_whoever_may_be_changing_them(
     await guard.verify()
 
 
+async def test_writers_that_wait_for_each_other_are_not_waited_for(
+    guard: Guard, database: str, admin: psycopg.Connection
+) -> None:
+    """Whoever waits for a row holds an exclusive lock on it, as long as the other transaction takes."""
+    update = "UPDATE content SET length_seconds = 1 WHERE content_id = 1"
+    on_a_row = "SELECT count(*) FROM pg_locks WHERE locktype = 'tuple' AND mode = 'ExclusiveLock' AND granted"
+    with psycopg.connect(database) as first, psycopg.connect(database) as second:
+        first.execute(update)
+        waiting = asyncio.create_task(asyncio.to_thread(second.execute, update))
+        await asyncio.to_thread(wait_until, lambda: admin.execute(on_a_row).fetchone() == (1,), "it to wait")
+        await guard.verify()
+        first.rollback()
+        await waiting
+
+
 async def test_a_truncate_is_no_surprise_once_it_was_shown(guard: Guard, admin: psycopg.Connection) -> None:
     """Until then it may be something else."""
     await guard.verify()
@@ -217,7 +234,7 @@ async def test_columns_that_came_went_or_swapped_names(guard: Guard, admin: psyc
     swapped = await _shape(guard)
     assert f"{table} has other columns under the names device, event_type" == difference(before, swapped)
     [told] = swaps(EVENT_TABLES, before, swapped)
-    assert "set REPLICATOR_COLUMNS=device=event_type,event_type=device" in told
+    assert "set REPLICATOR_COLUMNS to what is now right, such as device=event_type,event_type=device" in told
     admin.execute("ALTER TABLE content ADD again int, DROP length_seconds, ADD length_seconds int")
     again = await _shape(guard)
     assert not list(swaps(EVENT_TABLES, swapped, again)), "one alone was made again"
