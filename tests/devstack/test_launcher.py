@@ -34,7 +34,7 @@ def _start(launcher: Launcher, command: list[str], environment: dict[str, str], 
 def test_it_is_as_python_starts_it(launcher: Launcher, tmp_path: Path, program: list[str], code: int) -> None:
     """Arguments, path, warnings, folder, environment, streams, exit code; nothing of ours is loaded or open."""
     command = [*program, "a", "--b"]
-    environment = {**os.environ, "REPLICATOR_CODE": str(code)}
+    environment = {**os.environ, "REPLICATOR_CODE": str(code), "PYTHONPATH": f"{tmp_path}:{tmp_path}/b"}
     new = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert code == new.returncode == _start(launcher, command, environment, tmp_path).wait(60)
     assert new.stdout == (tmp_path / "stdout").read_bytes()
@@ -71,7 +71,7 @@ def test_it_ends_with_the_tests(tmp_path: Path) -> None:
     [
         (["python", "-m", "replicator"], ROOT, {}),
         (MIRROR, ROOT / "docs", {}),
-        (MIRROR, ROOT, {"PYTHONPATH": "elsewhere"}),
+        (MIRROR, ROOT, {"PYTHONUTF8": "1"}),
     ],
     ids=["other options", "another folder", "another environment"],
 )

@@ -43,7 +43,10 @@ LIBRARIES = (
 )
 MESSAGE_BYTES = 128 * 1024  # the environment is the largest part of it
 NUMBER_BYTES = 4  # of a process id, and of an exit code
-DIFFERS = "PYTEST_CURRENT_TEST"  # with every test, and Python does not ask for it
+DIFFERS = (
+    "PYTEST_CURRENT_TEST",  # with every test, and Python does not ask for it
+    "PYTHONPATH",  # with the stream or the sink of a test
+)
 
 
 class Process(Protocol):
@@ -124,7 +127,7 @@ class Launcher:
     """`with Launcher() as launcher:` has one, from the first program on. Programs that still run end with it."""
 
     def __init__(self) -> None:
-        self._outside = self._decisive(os.environ)
+        self._environment = dict(os.environ)
         self._channel: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -139,7 +142,7 @@ class Launcher:
     def can_start(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
         """Whether nothing about Python itself differs: its options, its folder, its environment."""
         ours = tuple(command[: len(PYTHON)]) == PYTHON and folder == ROOT
-        return ours and self._decisive(environment) == self._outside
+        return ours and self._decisive(environment) == self._decisive(self._environment)
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
@@ -158,7 +161,7 @@ class Launcher:
             self._process = subprocess.Popen(
                 [*PYTHON, "-m", __name__, str(its.fileno())],
                 cwd=ROOT,
-                env=self._outside,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[its.fileno()],
                 start_new_session=True,  # Ctrl-C is for the tests, which end what they have started
@@ -168,7 +171,9 @@ class Launcher:
     @staticmethod
     def _decisive(environment: Mapping[str, str]) -> dict[str, str]:
         return {
-            name: value for name, value in environment.items() if not name.startswith("REPLICATOR_") and name != DIFFERS
+            name: value
+            for name, value in environment.items()
+            if not name.startswith("REPLICATOR_") and name not in DIFFERS
         }
 
 
@@ -211,10 +216,16 @@ def _write(numbers: int, number: int) -> None:
         os.write(numbers, number.to_bytes(NUMBER_BYTES, "little", signed=True))
 
 
+def _python_path(environment: Mapping[str, str]) -> list[str]:
+    return [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
 def _become(message: bytes, descriptors: Sequence[int]) -> Request:
     request = msgspec.msgpack.decode(message, type=Request)
     os.dup2(descriptors[0], 1)
     os.dup2(descriptors[1], 2)
+    former = _python_path(os.environ)
+    sys.path[1 : 1 + len(former)] = _python_path(request.environment)
     os.environ.clear()
     os.environ.update(request.environment)
     sys.orig_argv[:] = request.command
