@@ -149,7 +149,8 @@ def _cure_of(text: str, exc: psycopg.Error) -> str:
     if named == {"database"} and user != database:
         return "Check the database's name in REPLICATOR_POSTGRES_DSN, and that the role may connect to it"
     if named:
-        return "Check user, password and database in REPLICATOR_POSTGRES_DSN, and that the role may log in"
+        login = "Check user, password and database in REPLICATOR_POSTGRES_DSN"
+        return f"{login}, and that the role may log in and has not reached its CONNECTION LIMIT"
     replicates = given and any(option.keyword == b"replication" and option.val for option in given.info)
     right = f". Otherwise connect to it directly, not through a pooler, and {replication_cure(user)}"
     return f"If it is starting, shutting down or out of connections, {_RETRIES}{right if replicates else ''}"
