@@ -265,7 +265,7 @@ class Pipeline:
         if not self._created:
             await asyncio.to_thread(self._store.create)
             self._created = True
-        taken = await self._beginning.take()
+        taken = await self._beginning.take(fit=self.enricher.fit)
         end_lsn = taken.checkpoint.end_lsn
         if taken.created_slot:
             log.warning(MADE, self._settings.slot, command("init"), extra={"code": "R314"})

@@ -152,6 +152,9 @@ class StreamEnricher:
     def tables(self) -> Sequence[tuple[str, str]]:
         return self._guard.tables
 
+    async def fit(self) -> None:
+        await Guard(self._guarding, self._tables).look(None, 0)
+
     async def look(self, record: str | None, after: Lsn, tell: Tell | None = None) -> History | None:
         before = await self._guard.look(recorded(record, self._tables), after)
         shape = self._guard.shape

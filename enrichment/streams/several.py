@@ -46,6 +46,10 @@ class SeveralStreams:
     def ignored(self) -> Mapping[str, int]:
         return sum((stream.ignored for stream in self._streams.values()), Counter[str]())
 
+    async def fit(self) -> None:
+        for stream in self._streams.values():
+            await stream.fit()
+
     async def look(self, record: str | None, after: Lsn, tell: Tell | None = None) -> History | None:
         found: dict[str, History | None] = {}
         failed: list[SourceError] = []

@@ -68,6 +68,9 @@ class Enricher(Protocol):
     def saved(self, end_lsn: Lsn) -> None:
         """The store has what `changed` gave for this position."""
 
+    async def fit(self) -> None:
+        """Are the tables what events are made of? Before there is a slot; nothing is remembered. Raises as `look`."""
+
     async def verify(self) -> Lsn:
         """A position of the WAL up to which the tables were seen to be as at the last `look`; it is read first.
 

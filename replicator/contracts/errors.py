@@ -331,6 +331,13 @@ class TablesUnfit(SourceError):
             )
         on = "Once the tables fit, the replicator continues by itself; a changed declaration or setting needs a restart"
         super().__init__(f"{problem}. {kept}", f"{cure}. {on}", detail=problem)
+        self._cure = f"{cure}. {on}"
+
+    def before_the_slot(self) -> TablesUnfit:
+        """The same of a first start: a slot would keep WAL, perhaps until the disk is full, for what can't be read."""
+        made = "No slot is made until this is mended: PostgreSQL keeps nothing meanwhile, and a backfill brings what is older"
+        ReplicatorError.__init__(self, f"{self.detail}. {made}", self._cure, detail=self.detail)
+        return self
 
 
 class TablesUnsettled(SourceError):

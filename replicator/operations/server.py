@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psycopg
 from psycopg import sql
 
+from replicator.contracts.errors import SourceStandby
 from replicator.contracts.events import Finding
 from replicator.contracts.settings import CoreSettings, variable
 from replicator.operations.exposure import unverified
@@ -60,6 +61,9 @@ class _Room(NamedTuple):
 async def look(dsn: Dsn, settings: CoreSettings) -> Server:
     """Raises SourceError when there is no connection."""
     async with answering(settings.slot), await connect(dsn, "replicator check") as connection:
+        [(is_standby,)] = await (await connection.execute("SELECT pg_is_in_recovery()")).fetchall()
+        if is_standby:
+            raise SourceStandby
         values: dict[str, str] = dict(await (await connection.execute(_SETTINGS)).fetchall())
         counted = await connection.execute(sql.SQL(_COUNTS).format(sql.Literal(settings.slot)))
         room = _Room(*(await counted.fetchone() or ("?", 0, 0, None)))

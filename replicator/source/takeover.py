@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from replicator.contracts.errors import (
     SlotWaits,
     SourceUnavailable,
     StreamGap,
+    TablesUnfit,
 )
 from replicator.contracts.events import Checkpoint, Pause, Position, SinkPosition, format_lsn
 from replicator.contracts.sink import Rebuildable, Sink
@@ -157,8 +158,8 @@ class Beginning:
             was_read=read and stored is None,
         )
 
-    async def take(self, *, accept_gap: bool = False) -> Takeover:
-        """A slot and a checkpoint that fit together; what is missing is made.
+    async def take(self, *, accept_gap: bool = False, fit: Callable[[], Awaitable[None]] | None = None) -> Takeover:
+        """A slot and a checkpoint that fit together; what is missing is made, the slot if `fit` does not raise.
 
         Raises SourceError or CheckpointMissing when they do not fit, unless the operator accepts that.
         """
@@ -172,6 +173,11 @@ class Beginning:
         if found.stored is not None and found.checkpoint is not None:
             await self._date_absences(found.stored)
             return Takeover(self._on_timeline(found.checkpoint, found.identity), found, resumed=True)
+        if found.state is None and not gap and fit:
+            try:
+                await fit()
+            except TablesUnfit as exc:
+                raise exc.before_the_slot() from None
         state = found.state or await self._source.create_slot(self._waits)
         if state is None or state.confirmed_lsn is None:
             raise SlotInvalid(slot=self._slot, problem="it vanished while it was being taken")

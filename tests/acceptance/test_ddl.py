@@ -182,6 +182,29 @@ def test_mended_while_it_runs(
     assert 0 == quick.stop()
 
 
+def test_a_first_start_makes_no_slot_for_tables_that_do_not_fit(
+    quick: Program, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """It would keep WAL until somebody looks. Mended, it is made, and a backfill brings what is older."""
+    there, table, back, told = OTHERS["retyped"]
+    source.execute(there.format(EVENTS).encode())
+    source.execute(INSERT.format(table.format(EVENTS), 1).encode())
+    quick.spawn()
+    wait_until(lambda: told in quick.admin("/readyz"), f"it to say {told}")
+    assert "No slot is made until this is mended" in quick.log
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+    assert (0,) == source.execute(slots, [quick.slot]).fetchone()
+    source.execute(back.format(EVENTS).encode())
+    quick.wait_for_log("reading slot")
+    assert f"made slot {quick.slot}" in quick.log
+    insert_many(source, 1)
+    quick.wait_until_caught_up()
+    assert 1 == len(destinations.clickhouse())
+    assert 0 == quick.run("backfill", "--last", "1h").code
+    assert 2 == len(destinations.clickhouse())
+    assert 0 == quick.stop()
+
+
 def test_mended_while_it_is_down(
     quick: Program, database: str, source: psycopg.Connection, destinations: Destinations
 ) -> None:

@@ -627,8 +627,11 @@ def test_the_server_is_an_older_backup(quick: Program, destinations: Destination
     assert set(ids) <= {event["event_id"] for event in destinations.clickhouse()}
 
 
-def test_the_server_is_a_standby_and_is_promoted(quick: Program, destinations: Destinations) -> None:
-    """A standby is waited for, with a reason; promoted, it has the history that was read: all goes on by itself."""
+def test_the_server_is_a_standby_and_is_promoted(quick: Program, destinations: Destinations, tmp_path: Path) -> None:
+    """A standby is waited for, with a reason; promoted, it has the history that was read: all goes on by itself.
+
+    `init` makes nothing there.
+    """
     with _cluster(quick) as (own, dsn):
         _run_into(quick, dsn)
         own.postgres.stop()
@@ -640,6 +643,9 @@ def test_the_server_is_a_standby_and_is_promoted(quick: Program, destinations: D
         for command in ("init", "check"):
             result = quick.run(command)
             assert (1, True) == (result.code, "is a standby" in (result.stdout + result.stderr).lower())
+        nothing = tmp_path / "nothing.db"
+        assert 1 == quick.run("init", checkpoint_url=f"sqlite:///{nothing}", slot="another").code
+        assert not nothing.exists()
         with psycopg.connect(own.postgres.superuser_dsn, autocommit=True) as admin:
             admin.execute("SELECT pg_promote()")
         quick.wait_for_log("timeline 2 of PostgreSQL continues 1 from ")

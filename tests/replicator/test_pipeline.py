@@ -195,6 +195,9 @@ class FakeEnricher:
         self.ignored: dict[str, int] = {}
         self.world = world
 
+    async def fit(self) -> None:
+        """They are."""
+
     async def look(self, record: str | None, after: Lsn, _: object) -> History | None:
         """As the world says."""
         assert record in {None, "seen"}

@@ -17,6 +17,7 @@ from replicator.contracts.errors import (
     SlotMissing,
     SourceUnavailable,
     StreamGap,
+    TablesUnfit,
 )
 from replicator.contracts.events import Checkpoint, Position, SinkPosition
 from replicator.contracts.sink import SinkContext
@@ -114,6 +115,19 @@ async def test_what_is_missing_is_made() -> None:
     assert (True, False, []) == (taken.created_slot, taken.resumed, taken.gap)
     assert (taken.checkpoint, ["save"]) == (store.stored, store.calls)
     assert (100, {}) == (taken.checkpoint.end_lsn, taken.checkpoint.sinks)
+
+
+async def test_no_slot_is_made_for_tables_that_do_not_fit() -> None:
+    """It would keep WAL for what can't be read. One that is there is taken, and keeps it: nothing is lost."""
+
+    async def unfit() -> None:
+        raise TablesUnfit(problem="t is a view", cure="x")
+
+    store = Store(None)
+    with pytest.raises(TablesUnfit, match=r"T is a view\. No slot is made until this is mended.*backfill"):
+        await beginning(Slot(None), store).take(fit=unfit)
+    assert [] == store.calls
+    assert not (await beginning(Slot(STATE), store).take(fit=unfit)).created_slot
 
 
 async def test_a_checkpoint_is_resumed_without_the_sinks_that_are_left_out() -> None:
