@@ -2,7 +2,7 @@
 
 import sys
 
-from replicator.cli.main import main
+from replicator.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["backfill", *sys.argv[1:]]))

@@ -1,8 +1,30 @@
-"""`python -m replicator`: the command line is in `replicator/cli`."""
+"""`python -m replicator`, and the command `replicator`: the command line is in `replicator/cli`."""
 
+from __future__ import annotations
+
+import os
+import signal
 import sys
+from collections.abc import Sequence
 
-from replicator.cli.main import main
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. A signal ends what has no better way to stop: the imports, and the very end."""
+    _end_at_once()
+    from replicator.cli.main import main as run
+
+    try:
+        return run(arguments)
+    finally:
+        _end_at_once()
+
+
+def _end_at_once() -> None:
+    """Without a traceback. Not the system's own way: process 1 of a container would ignore it."""
+    for number, unset in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is unset:  # in the background, SIGINT is ignored
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+
 
 if __name__ == "__main__":
     sys.exit(main())
