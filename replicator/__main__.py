@@ -11,7 +11,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. A signal ends what has no better way to stop: the imports, and the very end."""
     _end_at_once()
-    from replicator.cli.main import main as run
+    from replicator.cli.main import main as run  # noqa: PLC0415  as said
 
     try:
         return run(arguments)

@@ -76,6 +76,8 @@ def _declared(named: tuple[str | Stream, ...]) -> tuple[str | Stream, ...]:
 
 def _renamed(value: object, info: ValidationInfo) -> object:
     """`device=dev, content.length_seconds=length`: table to column to its name there."""
+    if not isinstance(value, str | dict):
+        raise ValueError(f"it has a value of type {type(value).__name__}")  # noqa: TRY004  pydantic takes it for its own
     if not (isinstance(value, str) and value and "stream" in info.data):
         return value if isinstance(value, dict) else {}
     if len(info.data["stream"]) > 1:

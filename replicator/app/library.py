@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -30,6 +31,11 @@ OF_THE_PROGRAM: Mapping[str, Any] = {
     "heartbeat_url": None,
 }
 """Settings that mean nothing here: the program around it has its own logging, and its own ways to tell people."""
+TAKEN: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "stream": ((str, Stream), "a Stream, or its name (module:NAME); or a list or tuple of them"),
+    "sinks": ((str, type, partial), "a class of sinks, a partial of it, or a name; or a list or tuple of them"),
+}
+"""What the two arguments that are no settings take."""
 T = TypeVar("T")
 
 ENDED = "the replicator has stopped"
@@ -47,7 +53,7 @@ class Replicator:
         name as in REPLICATOR_SINKS. A setting is a keyword (`slot` is REPLICATOR_SLOT); the environment has the others.
         """
         try:
-            self._app = _app(_listed(stream), _listed(sinks), settings)
+            self._app = _app(_listed("stream", stream), _listed("sinks", sinks), settings)
         except SettingsError as exc:
             names = {variable(name): name for name in ("stream", "sinks", *settings)}
             raise (exc.of_argument(names[exc.name]) if exc.name in names else exc) from exc.__cause__
@@ -95,8 +101,14 @@ class Replicator:
         return structs.replace(found, reasons=[ENDED, *found.reasons]) if self._ended else found
 
 
-def _listed(given: T | Sequence[T]) -> tuple[T, ...]:
-    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+def _listed(name: str, given: T | Sequence[T]) -> tuple[T, ...]:
+    listed = tuple(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else (given,)
+    kinds, expected = TAKEN[name]
+    for one in listed:
+        if not isinstance(one, kinds):
+            problem = f"it has a value of type {type(one).__name__}"
+            raise SettingsError(name=variable(name), problem=problem, expected=expected)
+    return listed
 
 
 def _app(streams: tuple[str | Stream, ...], sinks: tuple[Wanted, ...], settings: Mapping[str, Any]) -> App:

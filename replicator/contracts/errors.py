@@ -335,7 +335,7 @@ class TablesUnfit(SourceError):
 
     def before_the_slot(self) -> TablesUnfit:
         """The same of a first start: a slot would keep WAL, perhaps until the disk is full, for what can't be read."""
-        made = "No slot is made until this is mended: PostgreSQL keeps nothing meanwhile, and a backfill brings what is older"
+        made = "No slot is made until this is mended: PostgreSQL keeps no WAL for it, and a backfill brings older rows"
         ReplicatorError.__init__(self, f"{self.detail}. {made}", self._cure, detail=self.detail)
         return self
 

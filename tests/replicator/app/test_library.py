@@ -97,7 +97,11 @@ def app_of(made: Replicator) -> App:
         (EVENT, misused(), {}, "Argument sinks is unusable: sink 'memory' can't be made (TypeError)"),
         ("nowhere:STREAM", [Shelf], {}, "Argument stream is unusable: there is no module nowhere"),
         ([], [Shelf], {}, "Argument stream is unusable: it names none"),
-        ([7], Shelf, {}, "Argument stream is unusable"),
+        ([7], Shelf, {}, "Argument stream is unusable: it has a value of type int. It takes a Stream, or its name"),
+        (EVENT, {Shelf}, {}, "Argument sinks is unusable: it has a value of type set. It takes a class of sinks, a"),
+        (EVENT, [None], {}, "Argument sinks is unusable: it has a value of type NoneType"),
+        (EVENT, b"shelf", {}, "Argument sinks is unusable: it has a value of type bytes"),
+        (EVENT, Shelf, {"columns": 7}, "Argument columns is unusable: it has a value of type int"),
     ],
 )
 def test_what_can_not_be_used_is_named(stream: Any, sinks: Any, settings: Any, said: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,27 @@ def shell(command: str, tmp_path: Path, **variables: str) -> subprocess.Complete
         check=False,
         timeout=60,
     )
+
+
+SIGNALLED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == os.environ["SIGNAL_AT"]:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["typer", "replicator.contracts.settings", "enrichment", "sinks"])
+def test_a_signal_while_it_is_imported_ends_it_in_silence(number: signal.Signals, module: str, tmp_path: Path) -> None:
+    """No traceback, whatever was being imported; later imports are a command's, which says that it was stopped."""
+    (tmp_path / "sitecustomize.py").write_text(SIGNALLED, encoding="utf-8")
+    path = f"{tmp_path}:{ROOT}"
+    done = shell("exec $P status", tmp_path, PYTHONPATH=path, SIGNAL_AT=module, SIGNAL=str(number.value))
+    assert done.returncode in {1, 128 + number}
+    assert done.stderr in {"", "replicator: stopped before it was done\n"}
 
 
 HANGS = """
