@@ -245,7 +245,7 @@ class Compiler:
             )
             try:
                 found = _in_json(derived.function(*given), field.type)
-                fits = field.type.fits(found)
+                fits = field.type.made(found)
             except KeyboardInterrupt as exc:  # perhaps somebody's Ctrl-C: then the row is no worse than others
                 problem = f"the function of the field {field.name} was interrupted (KeyboardInterrupt)"
                 raise SourceError(problem, "If nobody did that, correct the declaration") from exc

@@ -164,6 +164,14 @@ TABLES = [
     ("derived(DOUBLE, lambda total: 10**400)", "", "x can't be derived: OverflowError", "Correct the declaration"),
     ("derived(numeric(9, 0), lambda total: 10**5000)", "", "x can't be derived: ValueError", "Correct the declaration"),
     ("derived(DOUBLE, lambda total: float('nan'))", "", "x is derived, and is not a number", "Correct the declaration"),
+    *(
+        (f"derived({kind}, lambda total: {text!r})", "", f"x is derived, and is not {words}", "Correct the declaration")
+        for kind, words, text in (
+            ("DATE", "a date", "2026-02-30"),
+            ("UUID", "a uuid", "no uuid"),
+            ("TIMESTAMPTZ", "a timestamp with time zone, in UTC", "2026-01-08 14:21:52+02"),
+        )
+    ),
     (
         "made(lambda total: 1, 'total', postgres='{total} +')",
         "",

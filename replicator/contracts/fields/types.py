@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import date
 from decimal import Decimal
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -39,6 +40,8 @@ class Type:
     fit: Callable[[object], bool] | None = field(default=None, compare=False)
     """Whether a value fits that is not NULL; None: its Python type tells. Two functions are never equal, and two
     `numeric(12, 2)` are."""
+    form: Callable[[str], bool] | None = field(default=None, compare=False)
+    """Whether a text is one of this type; None: any is. Only of what a function gives: PostgreSQL's own always is."""
 
     def nullable(self) -> Type:
         """The same, or NULL. A NULL is `~` in a checksum, where text begins with its length."""
@@ -70,6 +73,10 @@ class Type:
             return self.fit(value)
         return type(value) is self.python and (not isinstance(value, int) or INT64_MIN <= value <= INT64_MAX)
 
+    def made(self, value: object) -> bool:
+        """Whether what a function of the declaration gave is of this type, its text included."""
+        return self.fits(value) and (self.form is None or value is None or self.form(str(value)))
+
     @property
     def is_long(self) -> bool:
         """Whether a value may have any length."""
@@ -92,6 +99,29 @@ def _nullable(clickhouse: str) -> str:
     return f"Nullable({clickhouse})" if inner == clickhouse else f"LowCardinality(Nullable({inner[:-1]}))"
 
 
+def _moment(more: str) -> Callable[[str], bool]:
+    """Of a day, and more, as PostgreSQL writes it."""
+    known = re.compile(rf"(\d{{4,}})-(\d\d)-(\d\d){more}( BC)?", re.ASCII)
+
+    def form(text: str) -> bool:
+        if text in {"infinity", "-infinity"}:
+            return True
+        if not (found := known.fullmatch(text)):
+            return False
+        year, month, day = (int(found[number]) for number in (1, 2, 3))
+        try:
+            date(2000 + (1 - year if found[found.re.groups] else year) % 400, month, day)  # the calendar repeats
+        except ValueError:
+            return False
+        return year > 0
+
+    return form
+
+
+_CLOCK = r" (?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?"
+_is_uuid = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
+_is_hexadecimal = re.compile("([0-9a-f]{2})*").fullmatch
+
 BIGINT = Type("a 64-bit integer", int, "bigint", "Int64", "{0}", "toString({0})")
 
 
@@ -107,21 +137,28 @@ TEXT = _textual("text", "text", WRITTEN, WRITTEN)
 JSONB = _textual("jsonb", "jsonb", select="{0}::text")
 """Its text as PostgreSQL writes it: what JSON can say and a destination can't is kept, such as long numbers."""
 JSON = _textual("json", "json", select="{0}::text")
-BYTEA = _textual("bytea", "bytea", "encode({0}, 'hex')", "encode({0}, 'hex')")
+BYTEA = replace(
+    _textual("bytea", "bytea", "encode({0}, 'hex')", "encode({0}, 'hex')"),
+    form=lambda text: bool(_is_hexadecimal(text)),
+)
 """As hexadecimal digits."""
-UUID = Type("a uuid", str, "uuid", "UUID", "{0}", "toString({0})", read="{0}::text")
+UUID = Type(
+    "a uuid", str, "uuid", "UUID", "{0}", "toString({0})", read="{0}::text", form=lambda text: bool(_is_uuid(text))
+)  # fmt: skip
 BOOLEAN = Type("true or false", bool, "bool", "Bool", "{0}::int", "toString(toUInt8({0}))")
-DATE = Type("a date", str, "date", "Date32", "{0}::text", "toString({0})", read="{0}::text")
+DATE = Type("a date", str, "date", "Date32", "{0}::text", "toString({0})", read="{0}::text", form=_moment(""))
 
 _MICROSECONDS = "CASE WHEN isfinite({0}) THEN (extract(epoch FROM {0}) * 1000000)::bigint::text ELSE {0}::text END"
 
 TIMESTAMPTZ = Type(
     "a timestamp with time zone, in UTC", str, "timestamptz", "DateTime64(6, 'UTC')",
     _MICROSECONDS, "toString(toUnixTimestamp64Micro({0}))", read="{0}::timestamptz::text", shown="_rfc3339({0}, 'Z')",
+    form=_moment(rf"{_CLOCK}\+00"),
 )  # fmt: skip
 TIMESTAMP = Type(
     "a timestamp", str, "timestamp", "DateTime64(6, 'UTC')",
     _MICROSECONDS, "toString(toUnixTimestamp64Micro({0}))", read="{0}::text", shown="_rfc3339({0}, '')",
+    form=_moment(_CLOCK),
 )  # fmt: skip
 """Without a time zone. ClickHouse is told that it is UTC, so that no server's own zone changes it."""
 
