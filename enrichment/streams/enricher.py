@@ -19,19 +19,20 @@ from enrichment.database import Database
 from enrichment.events.codec import RowReader, codec_of, stored_row
 from enrichment.events.draft import Content, Draft, RowUnusable, ShapeUnusable
 from enrichment.events.shortcut import Layout, Shortcuts
+from enrichment.streams.beside import older_rows, origin
 from enrichment.streams.content import Contents
 from enrichment.streams.copies import Copies
 from enrichment.streams.plan import Needs, Plan
 from enrichment.tables import fit, untold
 from enrichment.tables.check import check
-from enrichment.tables.declared import Join, Tables, quoted
+from enrichment.tables.declared import Join, Tables
 from enrichment.tables.guard import Guard, recorded, swaps
 from enrichment.tables.guard import contents as name_of
 from enrichment.tables.missed import MissedHistory, as_now, complete
 from replicator.contracts import stores
 from replicator.contracts.closing import close_all
 from replicator.contracts.enricher import ContentChanges, Enriched, History, Shortcut, Tell
-from replicator.contracts.errors import PROGRAM, SourceUnusable, TablesUnfit
+from replicator.contracts.errors import SourceUnusable, TablesUnfit
 from replicator.contracts.events import (
     Checkpoint,
     Column,
@@ -47,20 +48,6 @@ from replicator.contracts.events import (
 )
 from replicator.source.connection import Dsn
 
-
-def history_query(tables: Tables) -> str:
-    """What stands in the table, and when it was."""
-    time = quoted(tables.time.column)
-    return f"""
--- The number of events, and the shortest range of whole seconds, end excluded, that holds them all. Events at infinity
--- and outside the years 1 to 9999 can't be backfilled.
-SELECT count(*), to_char(min({time}) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS'),
-       to_char(max({time}) AT TIME ZONE 'UTC' + interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
-FROM {tables.rows_of(tables.events)} AS e
-WHERE {time} >= '0001-01-01 00:00:00+00' AND {time} < '9999-12-31 00:00:00+00'
-"""  # noqa: S608  names in the declaration
-
-
 IDS_AGAIN = (
     "Ids must never be reused (as after RESTART IDENTITY): Redis takes an event with the id of another one for a"
     " repeat and does not count it. If that happens, {anew} counts what is in the table now, and nothing else"
@@ -72,18 +59,6 @@ INCOMPLETE = (
     "some long values did not change, so they are not in the WAL, and the row is no longer in the table: sinks keep an"
     " earlier version. With REPLICA IDENTITY FULL the WAL has all values"
 )
-
-ORIGIN = """
--- A promoted copy has the same cluster and a later timeline. The control file has the new one only after a checkpoint.
-SELECT system_identifier, current_database(),
-       CASE WHEN NOT pg_is_in_recovery()
-            THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int END
-FROM pg_control_system()
-"""
-
-HISTORY_TIMEOUT_SECONDS = 600
-"""It reads the whole table, once in the product's life, at some 10 million rows a second."""
-
 
 log = logging.getLogger(__name__)
 
@@ -323,32 +298,10 @@ class StreamEnricher:
         return Enriched(events, refused)
 
     async def history(self, emptied: Sequence[str] = ()) -> str:
-        database = Database(self._dsn, timeout_seconds=HISTORY_TIMEOUT_SECONDS)
-        try:
-            [(count, start, end)] = await database.rows(history_query(self._tables))
-        except SourceUnusable as exc:
-            return f"older rows could not be counted: {exc}"
-        finally:
-            await database.close()
-        if not count:
-            return ""
-        why, chosen = "those from before the slot do not come through it", ""
-        if emptied:
-            why = f"what {' and '.join(emptied)} needs was only made now, and lacks the older ones"
-            chosen = f" --sinks {','.join(emptied)}"
-        message = f"{self._tables.stream.table} holds {count} rows; {why}"
-        bring = f"{PROGRAM} backfill --start {start} --end {end}{chosen}{self._tables.stream_option}"
-        return f"{message}. To bring all of them: {bring}"
+        return await older_rows(self._dsn, self._tables, emptied)
 
     async def origin(self) -> str:
-        database = Database(self._dsn)
-        try:
-            [(cluster, name, timeline)] = await database.rows(ORIGIN)
-        except SourceUnusable:  # a service that denies the function
-            return ""
-        finally:
-            await database.close()
-        return f"cluster {cluster}, database {name}, timeline {timeline}" if timeline else ""
+        return await origin(self._dsn)
 
     async def check(self) -> list[Finding]:
         return await check(self._dsn, self._tables)
