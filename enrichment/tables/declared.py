@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, cached_property
@@ -48,8 +48,15 @@ def _named(named: str) -> Stream:
     return stream
 
 
+def _here() -> str:
+    with suppress(FileNotFoundError):
+        return str(Path.cwd())
+    return "the working directory, which was removed"
+
+
 def _imported(module: str) -> ModuleType:
-    sys.path.append(str(Path.cwd()))
+    here = _here()
+    sys.path.append(here)
     try:
         with redirect_stdout(sys.stderr):  # what it prints is none of our output, which programs may read
             return importlib.import_module(module)
@@ -59,7 +66,7 @@ def _imported(module: str) -> ModuleType:
         raise
     except BaseException as exc:  # a module runs, and may end with anything, `sys.exit()` included
         if isinstance(exc, ModuleNotFoundError) and f"{module}.".startswith(f"{exc.name}."):
-            raise ValueError(f"there is no module {module} in {Path.cwd()}, nor an installed one") from exc
+            raise ValueError(f"there is no module {module} in {here}, nor an installed one") from exc
         raise ValueError(f"{module} can't be imported: {unimported(exc)}") from exc
     finally:
         sys.path.pop()

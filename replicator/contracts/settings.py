@@ -38,6 +38,8 @@ from replicator.contracts.events import Finding
 PREFIX = "REPLICATOR_"
 _SECRET_FILE = f"{PREFIX}.+(?<!_CA)_FILE"
 _FILE = "file "
+FILE_CHARACTERS_MAX = 65_536
+"""Of a file with one setting. A device, or a wrong path, may have no end."""
 _DOTENV_TAKES = "lines of NAME=value in UTF-8"
 _PLAINLY = {
     "missing": "it is not set",
@@ -122,11 +124,17 @@ def given(field_name: str) -> Given | None:
         return known.get(name)
     if name in known and known[name].text:
         raise SettingsError(name=name, problem=f"{name}_FILE is set too", expected="one of the two")
+    takes = "the path of a readable file"
     try:
-        return Given(Path(path).read_text(encoding="utf-8").rstrip("\r\n"), f"{_FILE}{path}")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(FILE_CHARACTERS_MAX + 1)
     except (OSError, UnicodeDecodeError) as exc:
         problem = f"the file can't be read ({type(exc).__name__})"
-        raise SettingsError(name=f"{name}_FILE", problem=problem, expected="the path of a readable file") from exc
+        raise SettingsError(name=f"{name}_FILE", problem=problem, expected=takes) from exc
+    if len(text) > FILE_CHARACTERS_MAX:
+        problem = f"the file can't be read: it is longer than {FILE_CHARACTERS_MAX} characters"
+        raise SettingsError(name=f"{name}_FILE", problem=problem, expected=takes)
+    return Given(text.rstrip("\r\n"), f"{_FILE}{path}")
 
 
 def decisive(**known: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -238,6 +239,15 @@ def test_a_name_that_leads_nowhere(module: Callable[[str], str], tmp_path: Path,
     with pytest.raises(ValueError, match=r".") as caught:
         declaration(named)
     assert problem.format(here=tmp_path) in str(caught.value)
+
+
+def test_a_working_directory_that_was_removed(module: Callable[[str], str], tmp_path: Path) -> None:
+    """An installed module is found all the same; of another one it says what is wrong."""
+    module("")
+    shutil.rmtree(tmp_path)
+    assert "orders" == declaration("examples.orders.orders_stream").name
+    with pytest.raises(ValueError, match="there is no module nowhere in the working directory, which was removed"):
+        declaration("nowhere:STREAM")
 
 
 def test_what_a_module_prints_is_none_of_our_output(

@@ -55,11 +55,11 @@ def test_a_value_and_a_file_are_one_too_many(empty_directory: Path, monkeypatch:
     assert "REPLICATOR_SLOT_FILE is set too" in refused("REPLICATOR_SLOT")
 
 
-@pytest.mark.parametrize("path", ["missing", ".", "binary"])
+@pytest.mark.parametrize("path", ["missing", ".", "binary", "/dev/zero"])
 def test_a_file_that_can_not_be_read_is_named(
     path: str, empty_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not there, a directory, no text."""
+    """Not there, a directory, no text, a device without an end."""
     (empty_directory / "binary").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setenv("REPLICATOR_SLOT_FILE", str(empty_directory / path))
     assert "can't be read" in refused("REPLICATOR_SLOT_FILE")
