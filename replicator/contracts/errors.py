@@ -126,7 +126,7 @@ class SettingsError(ReplicatorError):
 
 
 class PackageHidden(ReplicatorError):
-    """Python finds another file or folder under the name of one of our packages."""
+    """Python finds another file or folder under the name of one of the replicator's packages."""
 
     code = "R108"
     exit_code = 2

@@ -140,7 +140,7 @@ def evicted_error(sink: str, address: str, stream_option: str) -> SinkError:
     """Keys were thrown away, ours or others'."""
     return SinkEmptied(
         sink=sink,
-        detail=f"Redis at {address} has thrown keys away to make room, and counts that were among them are wrong",
+        detail=f"Redis at {address} has evicted keys to make room, and counts that were among them are wrong",
         cure="Let it have room, and CONFIG SET maxmemory-policy noeviction (and in redis.conf). Then run "
         f"{command(f'rebuild-redis --from-empty{stream_option}')}, which counts what is in PostgreSQL now",
     )

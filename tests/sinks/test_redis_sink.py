@@ -725,7 +725,7 @@ def says_evicted(sink: RedisSink) -> bool:
     try:
         sink.look()
     except SinkEmptied as exc:
-        return "has thrown keys away" in str(exc) and "--from-empty" in exc.cure
+        return "has evicted keys" in str(exc) and "--from-empty" in exc.cure
     return False
 
 
