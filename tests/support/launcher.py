@@ -229,6 +229,8 @@ def _become(message: bytes, descriptors: Sequence[int]) -> Request:
     os.environ.clear()
     os.environ.update(request.environment)
     sys.orig_argv[:] = request.command
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("sitecustomize")  # as Python does when it starts: a test may have one
     return request
 
 
