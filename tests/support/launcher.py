@@ -247,6 +247,10 @@ def main() -> None:
     if program == "-m":
         [module, *sys.argv[1:]] = arguments
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif program == "-c":
+        [source, *sys.argv[1:]] = arguments
+        sys.path[0] = ""
+        exec(source, {"__name__": "__main__"})  # noqa: S102  a test's own
     else:
         sys.argv[1:] = arguments
         sys.path[0] = str(Path(program).resolve().parent)
