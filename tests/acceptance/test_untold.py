@@ -150,7 +150,7 @@ def test_deletes_were_not_told_for_a_while(
     source.execute("INSERT INTO crates (id) VALUES (1), (2)")
     crates.wait_until_caught_up()
     source.execute(begin.encode())
-    crates.wait_for_log("but not which rows are deleted until this is mended")
+    crates.wait_for_log("but not which rows are deleted until this is corrected")
     crates.kill()
     table = "away" if how == "away" else "crates"
     source.execute(f"DELETE FROM {table} WHERE id = 1; UPDATE {table} SET weight = 7 WHERE id = 2".encode())  # noqa: S608
@@ -178,7 +178,7 @@ def test_deletes_were_not_told_before_the_first_start(
     succeed(crates.run("backfill", *ALWAYS))
     source.execute("ALTER TABLE crates REPLICA IDENTITY NOTHING; DELETE FROM crates WHERE id = 1")
     crates.spawn()
-    crates.wait_for_log("but not which rows are deleted until this is mended")
+    crates.wait_for_log("but not which rows are deleted until this is corrected")
     crates.kill()
     source.execute("ALTER TABLE crates REPLICA IDENTITY DEFAULT")
     crates.start()
