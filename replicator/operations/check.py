@@ -44,7 +44,7 @@ async def findings(
     paused = await _pauses(settings, sinks, store)
     with suppress(CheckpointError):  # its own line says so
         await asyncio.to_thread(recall, store, settings.slot, sinks)
-    checks = [(f"sink {sink.name}", sink.check) for sink in sinks if sink.name not in paused]
+    checks = {f"sink {sink.name}": sink.check for sink in sinks if sink.name not in paused}
     try:
         found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
     except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at
@@ -56,10 +56,9 @@ async def findings(
             for finding in await _checked("checkpoint", lambda: _beginning(settings, sinks, store)):
                 fresh = fresh or finding.made_by_init
                 yield finding
-        checks.insert(0, ("tables", enricher.check))
-    for name, check in checks:
-        for finding in await _checked(name, check):
-            yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
+        checks = {"tables": enricher.check, **checks}
+    async for finding in _looked(checks):
+        yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
     async for finding in _running(settings, paused):
         yield finding
 
@@ -96,11 +95,21 @@ async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> Async
         yield Finding(False, difference)
 
 
+async def _looked(checks: Mapping[str, Callable[[], Awaitable[Sequence[Finding]]]]) -> AsyncIterator[Finding]:
+    """What they find, each finding once: the sinks of two streams may say the same of one server."""
+    said = set[Finding]()
+    for name, check in checks.items():
+        for finding in await _checked(name, check):
+            if finding not in said:
+                said.add(finding)
+                yield finding
+
+
 async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:
     """What it finds. A sink of another package may raise anything: the others are looked at all the same."""
     try:
         async with asyncio.timeout(CHECK_SECONDS) as clock:
-            return [*await check()]  # it may return anything, too
+            return [_finding(found) for found in await check()]  # it may return anything, too
     except ReplicatorError as exc:
         return [Finding(False, exc.problem, exc.cure)]
     except Exception as exc:
@@ -115,6 +124,12 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]])
         log.debug("the check of %s failed", name, exc_info=True)
         problem = f"{name}: its check failed in an unexpected way ({type(exc).__name__})"
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; report it to its author")]
+
+
+def _finding(found: object) -> Finding:
+    if isinstance(found, Finding):
+        return found
+    raise TypeError("a check returns findings")
 
 
 async def _beginning(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> list[Finding]:

@@ -45,6 +45,14 @@ class Hanging(MemorySink):
         return []
 
 
+class Wordy(MemorySink):
+    """Another one: its check returns a text for each finding."""
+
+    async def check(self) -> list[Finding]:
+        """Return no findings."""
+        return ["well"]  # type: ignore[list-item]  # its author has no type checker
+
+
 class Silent(MemorySink):
     """Another one: its check ends without a `return`."""
 
@@ -87,11 +95,18 @@ async def test_a_check_that_does_not_end_hides_nothing(monkeypatch: pytest.Monke
 
 async def test_a_check_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a finding with the kind of the error, whose text may be anything; the next sink is looked at."""
-    sinks = Breaking(name="lines"), Silent(name="rows"), MemorySink(name="redis")
-    _, broken, silent, well, *_ = await found(monkeypatch, None, *sinks)
+    sinks = Breaking(name="lines"), Silent(name="rows"), Wordy(name="words"), MemorySink(name="redis")
+    _, broken, silent, wordy, well, *_ = await found(monkeypatch, None, *sinks)
     assert (False, "sink lines: its check failed in an unexpected way (OSError)") == broken[:2]
     assert (False, "sink rows: its check failed in an unexpected way (TypeError)") == silent[:2]
+    assert (False, "sink words: its check failed in an unexpected way (TypeError)") == wordy[:2]
     assert (True, "memory") == well[:2]
+
+
+async def test_what_two_sinks_say_alike_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sinks of two streams have one server."""
+    findings = await found(monkeypatch, None, MemorySink(name="redis/orders"), MemorySink(name="redis/engagement"))
+    assert [finding.what for finding in findings].count("memory") == 1
 
 
 @pytest.mark.parametrize(
