@@ -63,6 +63,7 @@ class _Record(logging.LogRecord):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
+        self.msg = str(self._safe(self.msg))  # an error may be the whole message
         self._words: dict[str, str] = {}
         if self.exc_info and (exc := self.exc_info[1]):
             found = list(_chain(exc))
@@ -159,7 +160,8 @@ def _take_over() -> None:
         logging.getLogger("py.warnings").warning("%s at %s, line %d", kind.__name__, path, line)
 
     def thread(found: threading.ExceptHookArgs) -> None:
-        _log_lost("a thread has failed", found.exc_value)
+        if not issubclass(found.exc_type, SystemExit):  # which ends a thread in order, as Python has it
+            _log_lost("a thread has failed", found.exc_value)
 
     def ignored(found: Any) -> None:
         _log_lost("an error could not be raised", found.exc_value)

@@ -195,6 +195,7 @@ def _given() -> None:
     except ConnectionError as exc:
         logging.getLogger("library").warning("retry after %r", exc)
         logging.getLogger("library").warning("retry after %(error)s: ConnectionError", {"error": exc})
+        logging.getLogger("library").error(exc)
 
 
 def _several() -> None:
@@ -256,6 +257,15 @@ def test_no_error_of_others_is_quoted(way: str, form: str, capsys: pytest.Captur
 
 def _parsed(said: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in said.splitlines()]
+
+
+def test_a_thread_may_end_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sys.exit` in a thread is no failure: Python says nothing of it either."""
+    configure_logging("info", "text")
+    thread = threading.Thread(target=sys.exit)
+    thread.start()
+    thread.join()
+    assert not capsys.readouterr().err
 
 
 def test_what_led_to_an_error_of_ours_is_not_quoted_either(capsys: pytest.CaptureFixture[str]) -> None:
