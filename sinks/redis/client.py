@@ -229,10 +229,10 @@ class RedisClient:
         word, _, state = value.partition(" ")
         return Generation(bool(made), word, state, run, evicted, policy)
 
-    async def mark(self, word: str, state: str, *others: str) -> None:
-        """Give this generation a state, unless it has gone or has none of the others any more."""
+    async def mark(self, word: str, state: str, *others: str) -> bool:
+        """Give this generation a state, unless it has gone or has none of the others any more; whether it has it."""
         values = [f"{word} {one}".strip() for one in (state, *others)]
-        await self.run(self._mark, Call([GENERATION], [*values]), returns=1)
+        return await self.run(self._mark, Call([GENERATION], [*values]), returns=1) == [1]
 
     async def form(self, ours: str, *, claim: bool, known: bool) -> str:
         """Which rows the keys are made for; `ours` if there are none yet: then they are from now on, with `claim`.

@@ -285,8 +285,8 @@ class RedisSink(Sink, HasCounter, Ranks, Rebuildable, Traces):
             if restarted and not changed:
                 cure = command(f"reconcile --start ... --end ... --repair{self.context.stream_option}")
                 _log.error(RESTARTED, self._redis.address, cure, extra={"code": "R516"})
-        if self._state not in {"", found.state}:
-            await self._redis.mark(found.word, self._state, found.state)
+        if self._state not in {"", found.state} and not await self._redis.mark(found.word, self._state, found.state):
+            return  # a rebuild was faster, which may have counted before the keys went: the next look compares again
         self._generation = found.word
         self._runs |= {found.run: found.evicted} if found.run else {}
         if len(self._runs) > RUNS:

@@ -25,7 +25,7 @@ from enrichment import EVENT
 from replicator.contracts.errors import SinkEmptied, SinkMisconfigured, SinkUnavailable, SinkUnusable, SourceUnavailable
 from replicator.contracts.events import Event, Position, SinkPosition
 from replicator.contracts.sink import SinkContext
-from sinks.redis.client import RedisClient, Script
+from sinks.redis.client import Generation, RedisClient, Script
 from sinks.redis.errors import turned_away_cure
 from sinks.redis.keys import Call, bucket_of, kept_buckets
 from sinks.redis.settings import RedisSettings
@@ -718,6 +718,25 @@ async def test_keys_that_are_thrown_away_are_said(server: Server, policy: str) -
         await rebuild.filled(await rebuild.generation())
         await again._look()  # noqa: SLF001
         assert not says_evicted(again)
+
+
+async def test_a_rebuild_that_ends_while_keys_are_thrown_away(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the keys whole between what a look reads and what it writes: the next look says it all the same."""
+    async with opened(server.service.url) as sink, unopened(server.service.url) as rebuild:
+        await rebuild.empty()
+        rebuilt, read = await rebuild.generation(), sink._redis.generation  # noqa: SLF001
+        await sink._look()  # noqa: SLF001  once a second else
+        assert says_lost(sink), "until it is finished"
+
+        async def meanwhile(new: str) -> Generation:
+            found = await read(new)
+            await rebuild.filled(rebuilt)
+            return found._replace(evicted=found.evicted + 1, policy="allkeys-lru")
+
+        monkeypatch.setattr(sink._redis, "generation", meanwhile)  # noqa: SLF001
+        for _ in range(2):
+            await sink._look()  # noqa: SLF001
+            assert says_evicted(sink)
 
 
 def says_evicted(sink: RedisSink) -> bool:
