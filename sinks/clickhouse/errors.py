@@ -47,10 +47,12 @@ TOO_LARGE = {  # for the memory or a limit of the server
     307: "TOO_MANY_BYTES", 396: "TOO_MANY_ROWS_OR_BYTES",
 }
 # fmt: on
+UNKNOWN_SETTING = 115
 _NAMES = REFUSED | NOT_FITTING | TURNED_AWAY | TOO_LARGE  # for an answer whose text was lost on the way
 
 _URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
 _RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table, SELECT from it and change settings"
+_VERSION_CURE = "Upgrade ClickHouse to 23.10 or newer: this one does not know a setting that it gets"
 _FITTING_CURE = f"Compare the table, its defaults included, with what {command('sql clickhouse')} prints"
 _FRONT_CURE = (
     "Check what is between the replicator and ClickHouse (a proxy, a load balancer, a maintenance page), and that"
@@ -105,6 +107,8 @@ class Errors(NamedTuple):
         """The error as it is for any statement; `sink.py` knows more about an insert."""
         if failure.code in TURNED_AWAY:
             return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_RIGHTS_CURE)
+        if failure.code == UNKNOWN_SETTING:
+            return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_VERSION_CURE)
         if failure.code in NOT_FITTING:
             return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_FITTING_CURE)
         return SinkUnavailable(sink=self.sink, detail=str(failure))

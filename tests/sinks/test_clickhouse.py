@@ -141,7 +141,7 @@ def sent(code: int, text: str) -> Failed:
 class TestCodes:
     """What an error means, when it is not known to be about an event."""
 
-    @pytest.mark.parametrize("code", [16, 60, 81, 115, 117])
+    @pytest.mark.parametrize("code", [16, 60, 81, 117])
     def test_something_does_not_fit(self, code: int) -> None:
         """Waits for an operator."""
         error = ERRORS.answered(sent(code, ROW_TEXT))

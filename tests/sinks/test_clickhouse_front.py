@@ -389,6 +389,16 @@ class TestSettings:
         assert not await sink.write(events(1, 10))
         assert ids(clickhouse) == [*range(1, 11)]
 
+    async def test_one_that_it_does_not_know(self, front: Front, sink: ClickHouseSink) -> None:
+        """Its version is older than the setting: comparing the table would not help."""
+        front.tell(lambda asked: asked.pass_on(path=f"{asked.path}&of_a_newer_one=1"), only_inserts=False)
+        found = (await sink.check())[-1]
+        assert not found.ok
+        assert "UNKNOWN_SETTING" in found.what
+        assert "23.10" in found.cure
+        with pytest.raises(SinkMisconfigured, match=r"UNKNOWN_SETTING.*Upgrade ClickHouse"):
+            await sink.write(events(1, 10))
+
 
 class TestViews:
     """Each insert also goes to the materialized views of the table."""
