@@ -157,7 +157,7 @@ def _flaw(found: object, name: str) -> str:
         return f"which lacks {', '.join(missing)}"
     if not (its_name := getattr(found, "name", None)) or its_name != name:
         return f"whose name is {its_name!r}" if its_name else "which has no name"
-    if "stream" in signature(found.__init__).parameters:  # what it got before version 0.1.0
+    if [*signature(found.__init__).parameters][2:3] == ["stream"]:  # behind the settings: what it got before 0.1.0
         return "whose __init__ takes a stream: it gets a SinkContext, which has the stream"
     return _settings_flaw(found.settings_class, name)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from enrichment import EVENT
 from replicator.contracts import fields
 from replicator.contracts.errors import SettingsError
+from replicator.contracts.settings import Settings
 from replicator.contracts.sink import SinkContext
 from sinks import create_sinks, known_sinks, settings_classes
+from sinks.testing import MemorySink
 from tests.support.plugin import install
 
 Install = Callable[..., None]
@@ -93,6 +98,18 @@ def test_an_installed_sink_is_one_of_them(installed: Install, monkeypatch: pytes
     assert ("lines", EVENT) == (sink.name, sink.stream)
     assert {"lines_path": Path("/somewhere/events.jsonl")} == sink.settings.model_dump()
     assert "LinesSettings" in [settings.__name__ for settings in settings_classes()]
+
+
+def test_a_sink_may_have_a_stream_of_its_own() -> None:
+    """An argument by that name is not what older sinks got in place of the context."""
+
+    class Printer(MemorySink):
+        def __init__(self, settings: Settings, context: SinkContext, *, stream: IO[str]) -> None:
+            super().__init__(settings, context)
+            self.output = stream
+
+    [sink] = create_sinks([partial(Printer, stream=sys.stderr)], SinkContext(EVENT))
+    assert EVENT == sink.stream
 
 
 async def test_the_example_checks_its_file(installed: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
