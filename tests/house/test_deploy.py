@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def test_the_unit_fits_the_program() -> None:
     names = [value.partition(":")[0] for value in _unit("LoadCredential")]
     assert [f"{variable(name)}_FILE=%d/{name}" for name in names] == _unit("Environment")
     assert ["2"] == _unit("RestartPreventExitStatus")
+    assert [str(128 + signal.SIGTERM)] == _unit("SuccessExitStatus")
     settings = (ROOT / "deploy/systemd/settings").read_text(encoding="utf-8")
     assert not set(re.findall(r"^(\w+)=", settings, re.MULTILINE)) - VARIABLES
 

@@ -177,6 +177,12 @@ class Program:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_TIMEOUT_SECONDS)
 
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether SIGTERM ended it with 0, or before it began: the kernel does, or the imports' own handler."""
+        code = self.process.returncode
+        return code == 0 or (not self.said and code in {-signal.SIGTERM, 128 + signal.SIGTERM})
+
     def admin(self, path: str) -> str:
         """The answer of an admin endpoint (`/readyz`, `/status`, `/metrics`), whatever its status code."""
         url = f"http://{self.environment['REPLICATOR_ADMIN_LISTEN']}{path}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -161,8 +160,7 @@ def _end(world: World, chance: random.Random, *, kill: bool = False) -> None:
         program.process.kill()
         program.process.wait()
         return
-    begun = program.said  # before Python handles signals, the kernel ends it
     program.process.terminate()
     code = program.process.wait(STOP_SECONDS)
-    if code != 0 and not (code == -signal.SIGTERM and not begun):
+    if not program.ended_in_order:
         raise WrongError(f"SIGTERM ended it with {code}")
