@@ -6,15 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, commands: str = "replicator.cli.main") -> int:
     """Run one command; its exit code. A signal ends what has no better way to stop: the imports, and the very end."""
     _end_at_once()
-    from replicator.cli.main import main as run  # noqa: PLC0415  as said
-
+    run = import_module(commands).main
     try:
-        return run(arguments)
+        return int(run(arguments))
     finally:
         _end_at_once()
 

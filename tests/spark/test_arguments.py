@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from replicator.cli.main import main
-from replicator_spark.__main__ import app
+from replicator_spark.commands import app
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/operate/spark.md"
 RANGE = ("--start", "2026-01-08", "--end", "2026-01-09")

@@ -49,11 +49,14 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module", ["typer", "replicator.contracts.settings", "enrichment", "sinks"])
-def test_a_signal_while_it_is_imported_ends_it_in_silence(number: signal.Signals, module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [" status", "_spark backfill --last 1h"])
+def test_a_signal_while_it_is_imported_ends_it_in_silence(
+    arguments: str, module: str, number: signal.Signals, tmp_path: Path
+) -> None:
     """No traceback, whatever was being imported; later imports are a command's, which says that it was stopped."""
     (tmp_path / "sitecustomize.py").write_text(SIGNALLED, encoding="utf-8")
     path = f"{tmp_path}:{ROOT}"
-    done = shell("exec $P status", tmp_path, PYTHONPATH=path, SIGNAL_AT=module, SIGNAL=str(number.value))
+    done = shell(f"exec ${{P}}{arguments}", tmp_path, PYTHONPATH=path, SIGNAL_AT=module, SIGNAL=str(number.value))
     assert done.returncode in {1, 128 + number}
     assert done.stderr in {"", "replicator: stopped before it was done\n"}
 
