@@ -110,6 +110,8 @@ def test_without_a_terminal_top_looks_once(quick: Program, source: psycopg.Conne
     quick.start()
     source.execute(INSERT)
     quick.wait_until_caught_up()
+    # Its newest look at the slot, once a second, may be from before there was one.
+    wait_until(lambda: quick.admin("/readyz") == "ready\n", "it to be ready")
     for result in (
         quick.run("top"),
         quick.run("top", "--url", f"http://{quick.environment['REPLICATOR_ADMIN_LISTEN']}/"),
