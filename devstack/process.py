@@ -7,6 +7,8 @@ answers. `watchdog` ends the servers if this process dies first.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import random
 import shutil
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +30,7 @@ POLL_SECONDS = 0.01  # between two checks of what is waited for, at first
 POLL_MAX_SECONDS = 0.1  # later: checks cost the processor what the servers and the program need
 LOG_LINES_SHOWN = 20
 PORTS = range(10_000, 32_000)  # below the kernel's ephemeral range, see free_port
-PORT_TRIES = 100
+PORTS_A_PROCESS = 250  # servers and programs of a process at one time: some 20
 ROOT = Path(__file__).parents[1]  # where `python` finds our modules
 PYTHONPATH = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
 
@@ -37,17 +39,32 @@ class DevStackError(Exception):
     """A server of the stack can't be used. The message says which, why, and what to do."""
 
 
-def free_port() -> int:
-    """A free port on 127.0.0.1 outside the ephemeral range.
+@functools.cache
+def _ports() -> Iterator[int]:
+    """The ports of this process, in turn and without end. No other process that calls this has them.
 
-    Otherwise an outgoing connection could take the port while its server is down, and a client of that server could
-    connect to itself.
+    A port that is only looked up is anybody's until its server listens: two test runs side by side would now and then
+    be given the same one. So every process claims a stretch of ports, by its first one, until it ends.
     """
-    for port in random.sample(PORTS, PORT_TRIES):
+    for first in random.sample(PORTS[::PORTS_A_PROCESS], len(PORTS[::PORTS_A_PROCESS])):
+        with socket.socket() as claim, contextlib.suppress(OSError):
+            claim.bind(("127.0.0.1", first))
+            claim.detach()  # open until this process ends
+            return itertools.cycle(range(first + 1, first + PORTS_A_PROCESS))
+    raise DevStackError(f"all ports between {PORTS.start} and {PORTS.stop} are claimed by other processes")
+
+
+def free_port() -> int:
+    """A free port on 127.0.0.1 outside the ephemeral range, which no other process is given while this one lives.
+
+    In that range an outgoing connection could take the port while its server is down, and a client of that server
+    could connect to itself.
+    """
+    for port in itertools.islice(_ports(), PORTS_A_PROCESS):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise DevStackError(f"no free port found between {PORTS.start} and {PORTS.stop}")
+    raise DevStackError(f"the {PORTS_A_PROCESS} ports of this process are in use")
 
 
 def find_program(name: str, package: str) -> str:

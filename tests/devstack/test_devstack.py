@@ -23,7 +23,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
 from devstack import DevStack, DevStackError
 from devstack import postgres as postgres_module
 from devstack.api import Api
-from devstack.process import Service, wait_until
+from devstack.process import Service, free_port, wait_until
 from devstack.watchdog import tree
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,31 @@ def http() -> Iterator[httpx.Client]:
     """A client without a proxy."""
     with httpx.Client(trust_env=False) as client:
         yield client
+
+
+def test_no_two_processes_are_given_the_same_port() -> None:
+    """Each is free when it is looked up; the other process listens on it a moment later."""
+    looked_up = "print(*[free_port() for _ in range(1000)], flush=True)"
+    source = f"import sys; from devstack.process import free_port; {looked_up}; sys.stdin.read()"
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", source],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    given = [{free_port() for _ in range(1000)}]
+    for other in others:
+        assert other.stdout is not None
+        given.append({int(port) for port in other.stdout.readline().split()})
+    for other in others:
+        other.communicate()
+        assert 0 == other.returncode
+    assert all(given)
+    assert sum(map(len, given)) == len(set[int]().union(*given))
 
 
 def _alive(pid: int) -> bool:
