@@ -310,7 +310,7 @@ def test_a_checkpoint_before_the_sinks(
     stack.api.behave(status=503)
     insert_many(source, 100)
     spark.wait_until_caught_up()
-    spark.kill()
+    spark.lose_power()
     stack.api.behave()
     spark.altered, spark.product = (), True
     spark.start()
@@ -328,7 +328,7 @@ def test_a_checkpoint_before_the_sinks(
 def test_contents_over_a_restart(
     spark: SparkProgram, stack: DevStack, noted: psycopg.Connection, database: str, destinations: Destinations
 ) -> None:
-    """Contents change within a batch, between the driver's death and its next start, and after that.
+    """Contents change within a batch, between the end of driver and workers and the next start, and after that.
 
     The API is away until then, so the new driver reads all of it again: each event has the content of its commit.
     """
@@ -336,7 +336,7 @@ def test_contents_over_a_restart(
     stack.api.behave(status=503)
     insert(noted, 400, 0)
     wait_until(lambda: 400 == sum(destinations.counts().values()), "Redis to have them")
-    spark.kill()
+    spark.lose_power()
     insert(noted, 400, 1)
     stack.api.behave()
     spark.start()

@@ -114,6 +114,11 @@ class SparkProgram(Program):
         """Processes under the driver whose command line has this word."""
         return [pid for pid in tree(self.process.pid) if word in command_line(pid)]
 
+    def lose_power(self) -> None:
+        """Kill it with its JVM and workers, which would otherwise ask a sink once more. On return the slot is free."""
+        send(signal.SIGKILL, tree(self.process.pid))
+        self.kill()
+
     def end(self) -> None:
         """Its JVM and what that has started, too."""
         below = tree(self.process.pid) if self.running else []
