@@ -62,6 +62,11 @@ def parted(identity: Identity, checkpoint: Checkpoint) -> str:
     )
 
 
+def lost_by_restore(identity: Identity, checkpoint: Checkpoint, server_lsn: Lsn) -> bool:
+    """Whether the sinks may have what the server has no more: its history, or its WAL, ends before theirs."""
+    return bool(parted(identity, checkpoint)) or server_lsn < furthest(checkpoint)
+
+
 def lost_by_failover(identity: Identity, checkpoint: Checkpoint) -> bool:
     """Whether sinks may have commits that the server lost: it left the checkpoint's timeline before the last of them.
 

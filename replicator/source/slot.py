@@ -51,6 +51,9 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     """A WAL file's size."""
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
+    recovered_at: float | None = None
+    """When the newest commit was made, by the same clock, that the server has from its primary or archive; None: it has
+    none, or was restarted since."""
     server_version: str
 
     @property
@@ -92,6 +95,7 @@ SELECT plugin, database, current_database() AS own_database, active_pid, wal_sta
            AS server_lsn,
        (SELECT setting::int8 FROM pg_settings WHERE name = 'wal_segment_size') AS segment_bytes,
        extract(epoch FROM clock_timestamp())::float8 AS server_time,
+       extract(epoch FROM pg_last_xact_replay_timestamp())::float8 AS recovered_at,
        split_part(current_setting('server_version'), ' ', 1) AS server_version
 FROM pg_replication_slots s WHERE slot_name = {}
 """

@@ -36,7 +36,7 @@ from replicator.contracts.events import Checkpoint, Pause, Position, SinkPositio
 from replicator.contracts.sink import Rebuildable, Sink
 from replicator.contracts.stores import CheckpointStore, TaskProgress
 from replicator.source import slot as slots
-from replicator.source.server import Identity, lost_by_failover
+from replicator.source.server import Identity, lost_by_restore
 from replicator.source.stream import Source
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,14 @@ EVERYTHING = "0001-01-01"
 """Where a backfill of all times begins."""
 NOT_DATED = "it is unknown since when it lacks events: this sends all of them"
 LOST = (
-    "the sinks may have events that PostgreSQL lost in the failover, and it may give their ids again. When the"
-    " replicator has caught up, this makes ClickHouse and Redis equal to PostgreSQL"
+    "the sinks may have events that PostgreSQL lost in the failover or restore, and it may give their ids again. When"
+    " the replicator has caught up, this makes ClickHouse and Redis equal to PostgreSQL"
+)
+COPIED = "if this cluster has all that the former one had (pg_upgrade), nothing is lost. Otherwise "
+EARLIER = (
+    "(--start of reconcile has to be before all that was lost: if PostgreSQL was restored to an earlier time, give that"
+    " time. In its range, --delete-extra deletes from ClickHouse whatever PostgreSQL does not have, also what was"
+    " dropped there on purpose.)"
 )
 PAUSED = "paused: "
 """What a pause is found by, with the sink's name, among the tasks of the checkpoint database."""
@@ -339,12 +345,16 @@ def describe(found: Found, first: Checkpoint, state: slots.SlotState, sinks: Seq
     since = _known(stored.dated, until)
     dated = set(stored.sinks).difference(slots.behind(stored)) if since else set()
     accepted = f"gap accepted: from {_place(stored)} to {_place(first)}"
-    if lost_by_failover(found.identity, stored):
-        yield f"{accepted}; {LOST}:"
+    if lost_by_restore(found.identity, stored, state.server_lsn):
+        same = found.identity.system_identifier == stored.system_identifier
+        yield f"{accepted}; {'' if same else COPIED}{LOST}:"
+        begin = min(since, state.recovered_at or since)
         for option in dict.fromkeys(sink.context.stream_option for sink in sinks):
-            yield f"  {PROGRAM} reconcile {_range(since, until)} --repair --delete-extra{option}"
+            yield f"  {PROGRAM} reconcile {_range(begin, until)} --repair --delete-extra{option}"
             yield f"  {PROGRAM} rebuild-redis --from-empty{option}"
-        if first.end_lsn <= found.identity.branches[stored.timeline] and dated.issuperset(sink.name for sink in sinks):
+        yield EARLIER
+        branch = found.identity.branches.get(stored.timeline, 0) if same else 0
+        if first.end_lsn <= branch and dated.issuperset(sink.name for sink in sinks):
             yield "Everything else comes through the slot: nothing else is needed."
             return
     missing = f"what was committed from {slots.when(since)} to {slots.when(until)} may be missing"

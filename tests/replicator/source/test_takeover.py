@@ -333,6 +333,33 @@ async def test_a_failover_that_lost_commits_is_told_as_that() -> None:
     assert " reconcile --start 0001-01-01 --end 2026-01-08T09:21:54Z --repair --delete-extra" in undated
 
 
+RESTORED = (
+    ("an older backup", structs.replace(STATE, server_lsn=99), HERE),
+    ("a timeline that does not continue", STATE, structs.replace(HERE, timeline=3)),
+    ("another cluster", STATE, structs.replace(HERE, system_identifier="8")),
+)
+
+
+@pytest.mark.parametrize(("what", "state", "identity"), RESTORED)
+async def test_a_restore_that_lost_commits_is_told_as_that(what: str, state: SlotState, identity: Identity) -> None:
+    """A backfill brings what is new in PostgreSQL; what it has no more is in the sinks, and its ids come again."""
+    taken = await beginning(Slot(state, identity=identity), Store(STORED)).take(accept_gap=True)
+    told = "\n".join(taken.gap)
+    assert ("another cluster" == what) == ("has all that the former one had (pg_upgrade), nothing is lost" in told)
+    assert "the sinks may have events that PostgreSQL lost in the failover or restore" in told
+    assert " --repair --delete-extra\n  " in told
+    assert " rebuild-redis --from-empty" in told
+    assert "if PostgreSQL was restored to an earlier time, give that time" in told
+    assert " backfill --start 2026-01-08T07:31:52Z" in told
+
+
+async def test_what_was_lost_begins_when_the_server_left_its_archive() -> None:
+    """PostgreSQL says of when its last restored commit was: what the sinks have since then is compared, too."""
+    restored = structs.replace(STATE, confirmed_lsn=90, recovered_at=STORED.committed_at - 7200)
+    taken = await beginning(Slot(restored, identity=SECOND, _1=99), Store(STORED)).take(accept_gap=True)
+    assert " reconcile --start 2026-01-08T05:31:52Z --end 2026-01-08T09:21:54Z --repair" in "\n".join(taken.gap)
+
+
 async def test_a_failover_that_lost_commits_and_has_a_later_slot_needs_a_backfill_too() -> None:
     """The slot was made by hand on the new primary: what was committed there before does not come through it."""
     slot, store = Slot(structs.replace(STATE, confirmed_lsn=101), identity=SECOND, _1=99), Store(STORED)
