@@ -37,6 +37,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+PACKAGES = ("replicator", "enrichment", "sinks", "checkpoint_store")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--breach NAME`: every replicator of this session breaks the rule, and the suite has to notice.
 
@@ -72,12 +75,15 @@ def _launcher() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
     """Logging, and what Python prints by itself, as pytest made them: the program takes over both."""
-    root = logging.getLogger()
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in PACKAGES]
+    levels = [logger.level for logger in ours]
     handlers, level, factory = [*root.handlers], root.level, logging.getLogRecordFactory()
     shown, thread, ignored = warnings.showwarning, threading.excepthook, sys.unraisablehook
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    for logger, before in zip(ours, levels, strict=True):
+        logger.setLevel(before)
     logging.setLogRecordFactory(factory)
     warnings.showwarning, threading.excepthook, sys.unraisablehook = shown, thread, ignored
 

@@ -21,6 +21,7 @@ from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable
 from replicator.operations.status.collect import ask_replicator, differences
+from replicator.operations.status.parts import clocks
 from replicator.operations.status.wal import danger
 from replicator.source import slot as slots
 from replicator.source.stream import Source
@@ -150,9 +151,9 @@ def _slot(settings: CoreSettings, state: slots.SlotState | None) -> Finding:
         return Finding(
             True, f"replication slot {name}: not there yet", f"{command('init')} makes it", made_by_init=True
         )
-    problem, cure = danger(state)
-    if problem:
-        return Finding(False, f"replication slot {name}: {problem}", cure)
+    for problem, cure in (danger(state), clocks(state)):
+        if problem:
+            return Finding(False, f"replication slot {name}: {problem}", cure)
     reader = f"read by process {state.active_pid}" if state.active_pid else "nobody reads it"
     what = f"replication slot {name}: {reader}, {state.wal_status}, {state.lag_bytes} bytes behind"
     if state.failover is False and settings.failover_slot:

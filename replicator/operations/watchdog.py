@@ -420,6 +420,7 @@ class Watchdog:
         yield Reason("look", self._name, self._stale())
         yield Reason.cured("wal", self._name, *wal.danger(self.slot))
         yield Reason("commits", self._name, parts.in_the_way(self.slot))
+        yield Reason.cured("clocks", self._name, *parts.clocks(self.slot))
 
     def warnings(self) -> Iterator[Reason]:
         """What will be wrong if nobody does anything. It is no reason not to be ready."""

@@ -7,6 +7,7 @@ Looks over any connection to the database; `stream.py` makes and drops slots, `s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
@@ -51,6 +52,8 @@ class SlotState(msgspec.Struct, frozen=True, kw_only=True):
     """A WAL file's size."""
     server_time: float
     """The server's clock at the same moment, Unix seconds."""
+    clock_ahead_seconds: float = 0.0
+    """How far this machine's clock is ahead of that one, at least; negative: behind it."""
     recovered_at: float | None = None
     """When the newest commit was made, by the same clock, that the server has from its primary or archive; None: it has
     none, or was restarted since."""
@@ -105,10 +108,13 @@ async def inspect(connection: Connection, slot: str) -> SlotState | None:
     """The slot as it is now; None when there is none of that name."""
     # A literal, not a parameter: a replication connection speaks only the simple query protocol.
     cursor = connection.cursor(row_factory=rows.dict_row)
+    asked = time.time()
     row = await (await cursor.execute(sql.SQL(_INSPECT).format(sql.Literal(slot)))).fetchone()
     if row is None:
         return None
-    return msgspec.convert(row | {"commits_wait": chooses(row.pop("synchronous_standby_names"), slot)}, SlotState)
+    ahead = max(0.0, asked - row["server_time"]) + min(0.0, time.time() - row["server_time"])
+    ours = {"commits_wait": chooses(row.pop("synchronous_standby_names"), slot), "clock_ahead_seconds": ahead}
+    return msgspec.convert(row | ours, SlotState)
 
 
 async def look(dsn: Dsn, slot: str, who: str) -> SlotState | None:

@@ -17,10 +17,11 @@ import pytest
 
 from devstack.process import free_port, wait_until
 from tests.support.destinations import Destinations
-from tests.support.program import Program
+from tests.support.program import Program, succeed
 
 INSERT = "INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')"
 MANY = 1_100
+AHEAD = "import time\n\nnow = time.time\ntime.time = lambda: now() + 3600\n"
 TOGETHER = 20
 """So many are opened at once: a queue that is full makes each of them wait for a second or more."""
 
@@ -64,6 +65,20 @@ def test_many_slow_connections_neither_end_nor_stall_it(
     assert 0 == quick.stop()
     assert "Traceback" not in quick.log
     assert 1 == quick.log.count("admin endpoints:"), "a line a minute"
+
+
+def test_clocks_that_differ(quick: Program, tmp_path: Path) -> None:
+    """The window in Redis would have another 10 minutes: the program is not ready, and `check` fails."""
+    succeed(quick.run("init"))
+    (tmp_path / "sitecustomize.py").write_text(AHEAD, encoding="utf-8")
+    quick.environment["PYTHONPATH"] = str(tmp_path)
+    quick.start()
+    told = "this machine's clock is 3600 s ahead of that of PostgreSQL"
+    wait_until(lambda: told in quick.admin("/readyz"), "it to be told")
+    checked = quick.run("check")
+    assert 1 == checked.code
+    assert f"FAIL  replication slot {quick.slot}: {told}" in checked.stdout
+    assert 0 == quick.stop()
 
 
 def test_a_standby_is_well(quick: Program, database: str, source: psycopg.Connection, tmp_path: Path) -> None:

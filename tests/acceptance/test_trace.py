@@ -62,6 +62,8 @@ def test_what_is_well(traces: Traces, quick: Program, source: psycopg.Connection
     insert_many(source, 30)
     quick.wait_until_caught_up()
     assert (0, EVERYWHERE) == traces.states(1)
+    assert 0 == quick.run("backfill", "--last", "1h", "--sinks", "clickhouse").code
+    assert (0, EVERYWHERE) == traces.states(1), "ClickHouse names the end of the WAL, where the API is, too"
     assert "content:last:1 is event" in traces.notes(1, "redis")
     assert "content:count:1 is" in traces.notes(1, "redis")
     destinations.redis.delete("content:last:1")

@@ -152,9 +152,9 @@ def _by_position(held: Held | None, at: SinkStatus, row: _Row) -> State:
     """Of a sink that does not have it, or can't say so: is it past the event?"""
     if not row.known and row.before is None:
         return "not found" if held else "unknown"
-    # A transaction ends behind its commit record, where the next one's may begin.
-    needed = min(row.known) + 1 if row.known else row.before
-    if at.end_lsn is not None and parse_lsn(at.end_lsn) >= (needed or 0):
+    # A transaction ends behind its commit record, where the next one's may begin. A backfill knows an end of the WAL.
+    needed = min([lsn + 1 for lsn in row.known] + ([] if row.before is None else [row.before]))
+    if at.end_lsn is not None and parse_lsn(at.end_lsn) >= needed:
         return "not found" if held else "written"
     # The end of the WAL is only a bound: a sink that is behind it may have the event all the same.
     return "waiting" if held or row.known else "unknown"

@@ -28,6 +28,7 @@ TOLD_OTHERWISE = frozenset({"replicator.delivery.retry", "replicator.delivery.de
 CODES = {
     "stream": "R210",
     "commits": "R211",
+    "clocks": "R215",
     "standby": "R308",
     "slot": "R309",
     "stall": "R310",

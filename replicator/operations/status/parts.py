@@ -6,8 +6,11 @@ import time
 
 from replicator.contracts.events import Checkpoint, Lsn, SinkPosition, format_lsn
 from replicator.operations.status.form import CheckpointStatus, SinkStatus, SlotStatus
-from replicator.operations.status.wal import danger
+from replicator.operations.status.wal import NO_PROBLEM, danger
 from replicator.source.slot import SlotState
+
+CLOCK_SECONDS = 10.0
+"""How far two clocks may differ: within so much the window in Redis is right."""
 
 
 def of_slot(name: str, state: SlotState | None, trouble: str = "") -> SlotStatus:
@@ -43,6 +46,15 @@ def in_the_way(state: SlotState | None) -> str:
         "synchronous_standby_names makes the replicator a synchronous standby: commits in PostgreSQL wait for the"
         " sinks. Name the physical standbys in it, without `*`"
     )
+
+
+def clocks(state: SlotState | None) -> tuple[str, str]:
+    """That our clock and PostgreSQL's are not one: problem and cure, else NO_PROBLEM."""
+    if state is None or abs(seconds := state.clock_ahead_seconds) < CLOCK_SECONDS:
+        return NO_PROBLEM
+    way = "ahead of" if seconds > 0 else "behind"
+    problem = f"this machine's clock is {abs(seconds):.0f} s {way} that of PostgreSQL"
+    return f"{problem}: the window in Redis, lags and `--last` go by it", "Set both by NTP"
 
 
 def foreign_reader(name: str, state: SlotState | None, stored: Checkpoint | None) -> str:

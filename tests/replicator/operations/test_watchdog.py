@@ -313,6 +313,14 @@ def test_a_synchronous_standby_is_not_ready(watchdog: Looking, caplog: pytest.Lo
     assert [] == watchdog.look(commits_wait=False)
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(10.4, "10 s ahead of"), (-3600.0, "3600 s behind")])
+def test_clocks_that_differ_are_not_ready(watchdog: Looking, seconds: float, told: str) -> None:
+    """The window in Redis has the last 10 minutes of a clock, and events have the time of another one."""
+    problem = f"this machine's clock is {told} that of PostgreSQL: the window in Redis, lags and `--last` go by it"
+    assert [f"{problem}. Set both by NTP"] == watchdog.look(clock_ahead_seconds=seconds)
+    assert [] == watchdog.look(clock_ahead_seconds=seconds / 1000)
+
+
 def test_a_sink_that_gets_on_inside_a_long_transaction_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot moves at a transaction's end; until then the slowest sink's rows count."""
     watchdog = Looking(monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, cast
@@ -362,6 +363,21 @@ async def test_a_list_of_plugins_that_may_not_be_looked_at(stack: DevStack, clie
         source.close()
         client.connection.execute("ALTER SYSTEM RESET output_plugin_libraries")
         client.connection.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize("ahead", [0, 3600, -3600])
+async def test_a_clock_that_is_wrong_is_seen(client: Client, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Each look compares ours with the server's; how long its answer takes is no difference."""
+    source, now = Source(client.dsn, client.slot), time.time
+    try:
+        await source.connect()
+        monkeypatch.setattr("replicator.source.slot.time.time", lambda: now() + ahead)
+        state = await source.create_slot()
+    finally:
+        source.close()
+    assert state is not None
+    assert state.clock_ahead_seconds == pytest.approx(ahead, abs=5)
+    assert ahead or not state.clock_ahead_seconds
 
 
 async def test_a_new_slot_that_waits_can_be_given_up(client: Client) -> None:
