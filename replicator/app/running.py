@@ -26,6 +26,7 @@ class Running:
         watching = asyncio.create_task(self.watchdog.run())
         # Without it we would look healthy while the slot stands.
         watching.add_done_callback(lambda _: self.pipeline.stop())
+        beside = {"notices": self.watchdog.notice, **beside}
         others = [asyncio.create_task(guarded(what, does)) for what, does in beside.items()]
         try:
             await self.pipeline.run()

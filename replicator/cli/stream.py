@@ -127,7 +127,6 @@ def _beside(watchdog: Watchdog, store: CheckpointStore, control: Control) -> dic
     """What tells others, and does what they ask for."""
     notifier = watchdog.notifier
     return {
-        "notices": watchdog.notice,
         "what is to be told": notifier.watch,
         "notifications": notifier.send,
         "the heartbeat": notifier.beat,

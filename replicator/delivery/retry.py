@@ -58,11 +58,17 @@ class Trouble:
     """Why something does not work at the moment; false while it does. Several callers can share one."""
 
     def __init__(
-        self, message: str = "", *, over: Callable[[float], str] | None = None, sink: str = "", code: str = ""
+        self,
+        message: str = "",
+        *,
+        over: Callable[[float], str] | None = None,
+        sink: str = "",
+        code: str = "",
+        level: int = logging.ERROR,
     ) -> None:
         """`over` makes what is logged when it ends, of the seconds that it lasted; `sink` is whose trouble it is.
 
-        `code` is that of problems that are no errors.
+        `code` is that of problems that are no errors; `level` is the log's.
         """
         self.message = message
         """The newest problem with its cure; empty while there is none."""
@@ -77,6 +83,7 @@ class Trouble:
         self.failures = 0
         """Tries that failed since the program began."""
         self._over = over
+        self._level = level
         self._extra = {name: value for name, value in (("sink", sink), ("code", code)) if value}
         self._callers = 0
         self._since = 0.0
@@ -96,7 +103,7 @@ class Trouble:
             self._since = now
         self.standby = kind is errors.SlotInUse
         if kind not in self._logged or (now - self._logged[kind] > COMPLAINT_SECONDS and not self.standby):
-            log.log(logging.WARNING if self.standby else logging.ERROR, "%s", problem, extra=self._extra)
+            log.log(logging.WARNING if self.standby else self._level, "%s", problem, extra=self._extra)
             self._logged[kind] = now
         self.message = str(problem)
         self.cure, self.code = "", ""

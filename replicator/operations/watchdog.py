@@ -23,8 +23,10 @@ from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
 from replicator.delivery.retry import Trouble
+from replicator.delivery.tables.catch_up import READING
 from replicator.operations.notices.notifier import Notifier
-from replicator.operations.notices.ring import CODES, Notices, Reason
+from replicator.operations.notices.ring import Notices, Reason
+from replicator.operations.notices.rule import PATIENCE_SECONDS
 from replicator.operations.status import form, parts, wal
 from replicator.operations.status.collect import STALL_SECONDS
 from replicator.operations.status.text import size
@@ -116,8 +118,7 @@ class Watchdog:
         self._at: tuple[Lsn | None, Position | None] = (None, None)
         self._moved_at = self._looked_at = self._saved_at = time.monotonic()
         self._saved: Checkpoint | None = None
-        self._stall = Trouble(code=CODES["stall"])
-        self._sync = Trouble(code=CODES["commits"])
+        self._said = dict[tuple[str, str], Trouble]()  # what the log has of reasons, by kind and subject
         self._holder = ""
         self._silent_since = dict[str, float]()  # of each sink that has let a write wait too long, until it takes one
         self._shutting_down = self._given_up = 0  # looks in a row that found it so
@@ -264,11 +265,6 @@ class Watchdog:
             self._breaks.popleft()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", msgspec.json.encode(self.status()).decode())
-        for trouble, message in ((self._stall, self._stalled()), (self._sync, parts.in_the_way(self.slot))):
-            if message:
-                trouble.say(message)
-            else:
-                trouble.clear()
 
     def _beat(self) -> None:
         """Log once a minute how it goes; nothing while nothing comes and nothing waits."""
@@ -301,7 +297,7 @@ class Watchdog:
     def _stalled(self) -> str:
         """That and why the slot stands still while there is something to read; else empty."""
         seconds = time.monotonic() - self._moved_at
-        if seconds < STALL_SECONDS or not self._lag_bytes():
+        if self.trouble or seconds < STALL_SECONDS or not self._lag_bytes():  # what was seen last may be long over
             return ""
         return f"the slot has not moved for {seconds:.0f} s while {size(self._lag_bytes())} of WAL wait: {self._why()}"
 
@@ -363,11 +359,14 @@ class Watchdog:
         return [reason.text for reason in self.found()]
 
     def found(self) -> list[Reason]:
-        """The same, with what each is about. The stream and the look meet the same trouble: it is told once."""
+        """The same, with what each is about. The stream and the look meet the same trouble: it is told once.
+
+        So is a slot that stands still for a reason that is told.
+        """
         found: dict[str, Reason] = {}
         for reason in (*self._of_stream(), *self._of_sinks(), *self._of_checkpoint(), *self._of_slot()):
-            if reason.text:
-                found.setdefault(reason.text, reason if reason.text.endswith(reason.cure) else reason._replace(cure=""))
+            if reason.text and not any(reason.text.endswith(told) for told in found):
+                found[reason.text] = reason if reason.text.endswith(reason.cure) else reason._replace(cure="")
         return [*found.values()]
 
     def _of_stream(self) -> Iterator[Reason]:
@@ -439,5 +438,35 @@ class Watchdog:
     async def notice(self) -> None:
         """Keep the notices as things are, until cancelled."""
         while True:
-            self.notices.see([*(reason for reason in self.found() if reason.text not in BEGINNING), *self.warnings()])
+            self.take_notice()
             await asyncio.sleep(NOTICE_SECONDS)
+
+    def take_notice(self) -> None:
+        """Of what is wrong now."""
+        found, warnings = [reason for reason in self.found() if reason.text not in BEGINNING], [*self.warnings()]
+        self.notices.see([*found, *warnings])
+        self._say(dict.fromkeys(found, logging.ERROR) | dict.fromkeys(warnings, logging.WARNING))
+
+    def _say(self, reasons: Mapping[Reason, int]) -> None:
+        """Log at its level each that no other part has logged: whoever has only the log learns of all of them."""
+        told = {trouble.message for trouble in self._logged()} | {READING}
+        unsaid = {reason.key: reason for reason in reasons if reason.text not in told}
+        lasting = self.notices.lasting
+        for key in self._said.keys() - unsaid.keys():
+            self._said.pop(key).end(well=key not in lasting)
+        for key, reason in unsaid.items():
+            if time.time() - lasting[key].began_at >= PATIENCE_SECONDS.get(reason.kind, 0.0):
+                trouble = Trouble(over=_over(reason), code=reason.code, level=reasons[reason])
+                self._said.setdefault(key, trouble).say(reason.text)
+
+    def _logged(self) -> Iterator[Trouble]:
+        """All that log by themselves."""
+        pipeline = self.pipeline
+        yield from (pipeline.trouble, pipeline.saving, pipeline.letters.trouble)
+        yield from (pipeline.verification.trouble, pipeline.verification.catch_up.trouble)
+        yield from (lane.trouble for lane in pipeline.fan_out.every)
+        yield from self.notifier.troubles
+
+
+def _over(reason: Reason) -> Callable[[float], str]:
+    return lambda seconds: f"over after {seconds:.0f} s: {reason.problem}"

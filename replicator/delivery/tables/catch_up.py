@@ -17,6 +17,7 @@ from replicator.delivery.retry import Trouble, retry
 
 PAGE_ROWS = 1_000
 """Between two pages the stream has its turn."""
+READING = "reading rows from the tables that the stream may have missed"
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ class CatchUp:
     @property
     def reason(self) -> str:
         """Why sinks lack events that are older than the stream; empty when they don't."""
-        reading = "reading rows from the tables that the stream may have missed"
-        return self.trouble.message or ("" if self.done else reading)
+        return self.trouble.message or ("" if self.done else READING)
 
     async def run(self) -> None:
         """Bring it; the lanes are open."""

@@ -62,6 +62,8 @@ class Notifier:
         self._sending = False
         self._trouble = Trouble(over=lambda seconds: f"notifications are taken again, after {seconds:.0f} s")
         self._heart = Trouble(over=lambda seconds: f"the heartbeat is taken again, after {seconds:.0f} s")
+        self.troubles = (self._trouble, self._heart)
+        """Why people are not told."""
         self._sent = self._lost = 0
 
     def status(self) -> NotificationStatus | None:

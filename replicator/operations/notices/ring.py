@@ -66,6 +66,11 @@ class Reason(NamedTuple):
         return cls(kind, subject, f"{problem}. {cure}" if problem else "", cure)
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Tells one trouble from another."""
+        return self.kind, self.subject
+
+    @property
     def code(self) -> str:
         """For whoever searches logs and docs/reference/faults.md."""
         return self.error or CODES[self.kind]
@@ -105,7 +110,7 @@ class Notices:
     def see(self, reasons: Iterable[Reason]) -> None:
         """These are wrong now, and nothing else is."""
         now = time.time()
-        found = {(reason.kind, reason.subject): reason for reason in reasons}
+        found = {reason.key: reason for reason in reasons}
         for key in self.lasting.keys() - found.keys():
             self.lasting.pop(key).ended_at = now
         for key, reason in found.items():

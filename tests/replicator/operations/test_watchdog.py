@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from replicator.contracts.events import Checkpoint, LetterCounts, Mark, Pause, P
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
-from replicator.delivery.retry import Trouble
+from replicator.delivery.retry import Trouble, cancel
+from replicator.operations.notices.rule import PATIENCE_SECONDS
 from replicator.operations.status.collect import STALL_SECONDS
 from replicator.operations.status.form import CheckpointStatus, SlotStatus, Status
 from replicator.operations.watchdog import TROUBLE_SECONDS, Answers, Watchdog
@@ -92,7 +94,7 @@ class FakePipeline:
         self.trouble = Trouble()
         self.saving = Trouble()
         self.verification = FakeVerification()
-        self.letters = SimpleNamespace(trouble=Trouble())
+        self.letters = SimpleNamespace(trouble=Trouble(), stored=LetterCounts(), limit=10)
         self.saves = True
         """A checkpoint is saved between two looks."""
         self.checkpoint: Checkpoint | None = Checkpoint(
@@ -175,6 +177,26 @@ def test_a_slot_that_stands_still_is_not_ready(watchdog: Looking) -> None:
     assert [] == watchdog.look(STALL_SECONDS - 2)
     [reason] = watchdog.look(2)
     assert "the slot has not moved for 61 s while 200 bytes of WAL wait: sink http is the slowest, 7 events" in reason
+
+
+def test_a_cause_that_is_told_is_not_told_again(watchdog: Looking, pipeline: Pipeline) -> None:
+    """A slot that stands still because a sink takes nothing: the sink's words are enough."""
+    [lane] = cast("FakePipeline", pipeline).lanes
+    lane.trouble = FakeTrouble("Sink http did not take the batch", lasting=70.0)
+    watchdog.look(1, server_lsn=300)
+    assert ["Sink http did not take the batch"] == watchdog.look(2 * STALL_SECONDS)
+    lane.trouble = FakeTrouble("Sink http did not take the batch", lasting=0.0)
+    [reason] = watchdog.reasons()
+    assert reason.startswith("the slot has not moved for 121 s")
+
+
+def test_a_slot_that_can_not_be_seen_is_not_said_to_stand_still(watchdog: Looking) -> None:
+    """What the last look saw is no news: the stream may go on, and the walsender is not to be called hanging."""
+    watchdog.look(1, server_lsn=300)
+    watchdog.trouble = "PostgreSQL refuses the connection"
+    assert ["PostgreSQL refuses the connection"] == watchdog.look(2 * STALL_SECONDS)
+    watchdog.trouble = ""
+    assert [] == watchdog.look(1, server_lsn=400, confirmed_lsn=400)
 
 
 def test_a_line_a_minute_while_something_comes(
@@ -309,6 +331,7 @@ def test_a_synchronous_standby_is_not_ready(watchdog: Looking, caplog: pytest.Lo
     """Commits of every application wait for the slowest sink: nobody would look for that here."""
     [reason] = watchdog.look(commits_wait=True)
     assert "commits in PostgreSQL wait for the sinks" in reason
+    watchdog.take_notice()
     assert reason in caplog.text
     assert [] == watchdog.look(commits_wait=False)
 
@@ -338,6 +361,7 @@ def test_a_stall_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch, capl
     watchdog.look(server_lsn=200)
     for _ in range(12):
         watchdog.look(seconds_later=STALL_SECONDS / 4)
+        watchdog.take_notice()
     assert len(caplog.records) == 3
 
 
@@ -549,26 +573,50 @@ async def _turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_notices_follow_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trouble that begins and ends; that it starts is no trouble."""
+@pytest.fixture
+async def noticing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Looking]:
+    """A watchdog that notices at each turn of the loop, and waits for nothing before it says so."""
     watchdog = Looking(monkeypatch)
-    cast("Any", watchdog.pipeline.letters).stored = LetterCounts()
-    cast("Any", watchdog.pipeline.letters).limit = 10
-    watchdog.pipeline.trouble.message = "starting"
     monkeypatch.setattr("replicator.operations.watchdog.NOTICE_SECONDS", 0.0)
-    noticing = asyncio.create_task(watchdog.notice())
+    monkeypatch.setitem(PATIENCE_SECONDS, "slot", 0.0)
+    task = asyncio.create_task(watchdog.notice())
+    yield watchdog
+    await cancel([task])
+
+
+async def test_notices_follow_the_reasons(noticing: Looking) -> None:
+    """A trouble that begins and ends; that it starts is no trouble."""
+    noticing.pipeline.trouble.message = "starting"
     await asyncio.sleep(0)
-    assert ["starting"] == watchdog.reasons()
-    assert not watchdog.notices.ring
-    watchdog.pipeline.trouble.clear()
-    watchdog.trouble = "no such slot"
+    assert ["starting"] == noticing.reasons()
+    assert not noticing.notices.ring
+    noticing.pipeline.trouble.clear()
+    noticing.trouble = "no such slot"
     await _turns()
-    [notice] = watchdog.notices.ring
+    [notice] = noticing.notices.ring
     assert ("slot", "no such slot", None) == (notice.kind, notice.text, notice.ended_at)
-    watchdog.trouble = ""
+    noticing.trouble = ""
     await _turns()
     assert notice.ended_at
-    noticing.cancel()
+
+
+async def test_the_log_has_every_reason(noticing: Looking, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and its end; a warning as one. What a part has logged itself is not logged again."""
+    caplog.set_level("INFO")
+    noticing.pipeline.trouble.say("PostgreSQL is away")
+    noticing.trouble = "no such slot"
+    cast("Any", noticing.pipeline.letters).stored = LetterCounts(sinks={"http": 9})
+    await _turns()
+    noticing.trouble = ""
+    await _turns()
+    assert [
+        ("ERROR", "PostgreSQL is away", None),
+        ("ERROR", "no such slot", "R309"),
+        ("WARNING", "9 dead letters: at 10 sink http waits until some are replayed or dropped.", "R513"),
+        ("INFO", "over after 0 s: no such slot", "R309"),
+    ] == [
+        (line.levelname, line.getMessage().partition(" `")[0], getattr(line, "code", None)) for line in caplog.records
+    ]
 
 
 def test_what_was_read_since_the_last_look_is_written_wal(watchdog: Looking, pipeline: Pipeline) -> None:
