@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import ssl
 import sys
 import traceback
 from collections.abc import Iterable
@@ -59,6 +60,20 @@ def cited(text: str, secrets: Iterable[str] = (), most: int = CITED_CHARACTERS) 
     shown = "".join(character if character.isprintable() else " " for character in text)
     words = " ".join(shown.split())
     return words if len(words) <= most else f"{words[:most]}…"
+
+
+def network_words(exc: BaseException) -> str:
+    """What the network did, without an address: the words of the system or of TLS, else the kind of the failure."""
+    causes = [exc]
+    while isinstance(cause := causes[-1].__cause__ or causes[-1].__context__, Exception):  # not a CancelledError
+        causes.append(cause)
+    for cause in reversed(causes):
+        if isinstance(cause, ssl.SSLError):  # its errno is not the system's
+            words = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or type(cause).__name__
+            return f"TLS: {words.lower().replace('_', ' ') if words.isupper() else words}"
+        if isinstance(cause, OSError) and cause.errno:  # asyncio's own words have the address
+            return os.strerror(cause.errno) if cause.errno > 0 else cited(cause.strerror or "")
+    return type(causes[-1]).__name__
 
 
 def frames(exc: BaseException) -> str:

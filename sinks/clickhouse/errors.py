@@ -16,7 +16,14 @@ from typing import NamedTuple
 
 import aiohttp
 
-from replicator.contracts.errors import SinkEmptied, SinkError, SinkMisconfigured, SinkUnavailable, cited, command
+from replicator.contracts.errors import (
+    SinkEmptied,
+    SinkError,
+    SinkMisconfigured,
+    SinkUnavailable,
+    command,
+    network_words,
+)
 
 CODE = re.compile(rb"Code: (\d{1,9})\. DB::")
 """How ClickHouse's text of an error begins, or stands in a body that was begun before the error."""
@@ -171,7 +178,5 @@ class Errors(NamedTuple):
             return SinkMisconfigured(sink=self.sink, detail=f"{self.server} does not speak TLS", cure=_TLS_CURE)
         if isinstance(exc, aiohttp.ClientResponseError):
             return self.not_clickhouse("the answer is not HTTP")
-        last = causes[-1]
-        reason = f": {cited(last.strerror)}" if isinstance(last, OSError) and last.strerror else ""
         error = SinkUnavailable if isinstance(exc, aiohttp.ClientConnectorError) else Unanswered
-        return error(sink=self.sink, detail=f"no answer from {self.server} ({type(last).__name__}{reason})")
+        return error(sink=self.sink, detail=f"no answer from {self.server} ({network_words(exc)})")

@@ -44,7 +44,7 @@ from sinks.clickhouse.client import Client, parse_url
 from sinks.clickhouse.errors import NOT_FITTING, REFUSED, TOO_LARGE, Failed, Unanswered
 from sinks.clickhouse.http import Receipt
 from sinks.clickhouse.ledger import ClickHouseLedger, Witnesses
-from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified, to_be_made
+from sinks.clickhouse.table import FSYNC, INSERT_SETTINGS, Look, columns, create, look, qualified, table_of, to_be_made
 
 EMPTIED = (
     "ClickHouse table %s is empty, and was written to before: its events are missing. Meanwhile new events are written."
@@ -135,6 +135,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         self._server, self._database = address.server, address.database
         self._client = Client(self.name, address, settings.clickhouse_timeout_seconds, settings.clickhouse_ca_file)
         self._table = qualified(self._database, stream)
+        self._called = f"{self._database}.{table_of(stream)}"  # in messages
         self._password = address.password
         self._run = secrets.token_bytes(16)
         self._range_us: tuple[int, int] | None = None
@@ -176,13 +177,14 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
             return [*findings, Finding(False, f"ClickHouse: {exc.detail}", exc.cure)]
         except SinkError as exc:
             cure = UNREACHED_CURE if isinstance(exc, SinkUnavailable) else exc.cure
-            return [*findings, Finding(False, f"ClickHouse at {self._server}: {exc.detail}", cure)]
-        findings.append(Finding(True, f"ClickHouse table {self._table} has the right shape and takes inserts"))
+            at = "" if self._server in exc.detail else f" at {self._server}"
+            return [*findings, Finding(False, f"ClickHouse{at}: {exc.detail}", cure)]
+        findings.append(Finding(True, f"ClickHouse: table {self._called} has the right shape and takes inserts"))
         if not seen.durable:
-            what = f"ClickHouse table {self._table}: rows of the last seconds may be gone after a power cut"
+            what = f"ClickHouse: table {self._called}: rows of the last seconds may be gone after a power cut"
             findings.append(Finding(True, what, f"ALTER TABLE {self._table} MODIFY SETTING {FSYNC}"))
         if seen.expires:
-            what = f"ClickHouse table {self._table} has a TTL: ClickHouse deletes what is older by itself"
+            what = f"ClickHouse: table {self._called} has a TTL: ClickHouse deletes what is older by itself"
             compare = command(f"reconcile{self.context.stream_option}")
             findings.append(Finding(True, what, EXPIRES_CURE.format(compare=compare)))
         return findings
@@ -197,7 +199,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         await self._witnesses.begin(seen)
         self._is_open = True
         if not seen.rows and start is not None and not self._witnesses.gone:
-            _log.error(EMPTIED, self._table, self.name, extra={"code": "R518"})
+            _log.error(EMPTIED, self._called, self.name, extra={"code": "R518"})
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:
         """One insert. Returns those whose time does not fit."""
@@ -251,7 +253,7 @@ class ClickHouseSink(Sink, CountsByHour, HasLedger, Traces):
         if self._is_open and not asks and time.monotonic() - self._asked_at >= LOOK_SECONDS:
             self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask())
-        raise self._client.errors.emptied(self._table)
+        raise self._client.errors.emptied(self._called)
 
     async def _ask(self) -> None:
         try:

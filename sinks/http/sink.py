@@ -23,7 +23,7 @@ import aiohttp
 import httpx
 from standardwebhooks import Webhook
 
-from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited
+from replicator.contracts.errors import SinkError, SinkMisconfigured, SinkUnavailable, cited, network_words
 from replicator.contracts.events import Event, Finding, Refusal, change
 from replicator.contracts.sink import Sink, SinkContext
 from sinks.http.errors import judge, status_text
@@ -171,9 +171,9 @@ class HttpSink(Sink):
     def _not_reached(self, exc: Exception) -> SinkError:
         cause = exc.__cause__
         if isinstance(cause, aiohttp.ClientConnectorCertificateError):
-            detail = f"the certificate of {self._origin} is not accepted ({_what_failed(cause)})"
+            detail = f"the certificate of {self._origin} is not accepted ({network_words(cause)})"
             return SinkMisconfigured(sink=self.name, detail=detail, cure=CERTIFICATE_CURE)
-        return SinkUnavailable(sink=self.name, detail=f"no answer from {self._origin} ({_what_failed(exc)})")
+        return SinkUnavailable(sink=self.name, detail=f"no answer from {self._origin} ({network_words(exc)})")
 
 
 def event_key(events: Sequence[Event]) -> str:
@@ -219,13 +219,6 @@ def _hung_up(exc: Exception) -> bool:
     cause = exc.__cause__ or exc
     closed = isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError)
     return closed and not isinstance(cause, aiohttp.ClientConnectorError)
-
-
-def _what_failed(exc: BaseException) -> str:
-    """A network error without the address in it: the system's words where there are some."""
-    cause = exc.__cause__ or exc
-    words = getattr(cause, "verify_message", None) or (isinstance(cause, OSError) and cause.strerror)
-    return words or type(cause).__name__
 
 
 async def _chunks(body: bytes) -> AsyncIterator[bytes]:

@@ -94,8 +94,8 @@ TROUBLES = [
         "no sinks",
         {
             f"Redis at {CLOSED}": "Start Redis",
-            f"ClickHouse at http://{CLOSED}": "Check that it is up",
-            f"FAIL  no answer from http://{CLOSED}": "Start the API",
+            f"ClickHouse: no answer from http://{CLOSED} (Connection refused)": "Check that it is up",
+            f"FAIL  no answer from http://{CLOSED} (Connection refused)": "Start the API",
         },
         settings=NO_SINKS,
     ),

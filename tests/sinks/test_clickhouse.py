@@ -245,7 +245,7 @@ class TestNetwork:
         error.__cause__ = ConnectionRefusedError(111, "refused")
         found = meaning(error)
         assert isinstance(found, SinkUnavailable)
-        assert "no answer from http://h:8123 (ConnectionRefusedError: refused)" in str(found)
+        assert "no answer from http://h:8123 (Connection refused)" in str(found)
 
     async def test_an_impossible_host(self) -> None:
         """That only the look-up of its name finds out about."""

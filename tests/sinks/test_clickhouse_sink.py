@@ -484,10 +484,11 @@ class TestFaults:
     async def test_nobody_listens(self) -> None:
         """Tried again; check says what to look at."""
         async with sink_for("http://127.0.0.1:9/engagement") as sink:
-            with pytest.raises(SinkUnavailable, match="ConnectionRefusedError"):
+            with pytest.raises(SinkUnavailable, match=r"\(Connection refused\)"):
                 await sink.open()
             finding = (await sink.check())[0]
         assert (finding.ok, "REPLICATOR_CLICKHOUSE_URL" in finding.cure) == (False, True)
+        assert "ClickHouse: no answer from http://127.0.0.1:9 (Connection refused)" == finding.what
 
     @pytest.mark.parametrize(
         ("url", "told"),

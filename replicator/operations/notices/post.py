@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import SecretStr
 
-from replicator.contracts.errors import ReplicatorError
+from replicator.contracts.errors import ReplicatorError, network_words
 from replicator.contracts.settings import variable
 from sinks.http.errors import retry_after_seconds, status_text
 
@@ -74,13 +73,9 @@ def _origin(address: str) -> str:
 
 
 def _why(exc: Exception, origin: str) -> str:
-    """Without the address in it."""
     cause: BaseException | None = exc
     while cause:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"the certificate of {origin} is not accepted"
-        if isinstance(cause, OSError) and cause.errno:
-            words = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
-            return f"no answer from {origin} ({words})"
         cause = cause.__cause__ or cause.__context__
-    return f"no answer from {origin} ({type(exc).__name__})"
+    return f"no answer from {origin} ({network_words(exc)})"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from replicator.contracts.errors import ReplicatorError, SinkRefusesAll
+from replicator.contracts.errors import ReplicatorError, SinkRefusesAll, network_words
 
 ROOT = Path(__file__).parents[3]
 PYTHON = str(Path(sys.executable))
@@ -81,3 +84,19 @@ def test_in_a_container(tmp_path: Path) -> None:
 def test_a_sink_of_several_streams_has_its_settings() -> None:
     """They are the sink's, whatever stream it gets."""
     assert "REPLICATOR_CLICKHOUSE_… are right" in str(SinkRefusesAll(sink="clickhouse/orders", detail="400"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('10.0.0.7', 8123)"), "Connection refused"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "Name or service not known"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"), "TLS: SSLError"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_network_did(failure: Exception, words: str) -> None:
+    """The system's words from under a library's error, without an address. OpenSSL's 1 is not the system's EPERM."""
+    error = RuntimeError("it failed at http://user:hunter2@10.0.0.7")
+    error.__cause__ = failure
+    assert words == network_words(error)
