@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from devstack.watchdog import Watchdog, send, tree
 
-START_TIMEOUT_SECONDS = 60.0  # for a cold disk on a busy machine; a server that fails is noticed at once
+START_TIMEOUT_SECONDS = 120.0  # for Spark and a cold disk on a busy machine; a server that fails is noticed at once
 STOP_TIMEOUT_SECONDS = 10.0  # PostgreSQL waits for its replication clients; killed after that
 POLL_SECONDS = 0.01  # between two checks of what is waited for, at first
 POLL_MAX_SECONDS = 0.1  # later: checks cost the processor what the servers and the program need

@@ -78,6 +78,7 @@ class Crew:
         Raises ClusterFailed at once when Spark has ended, or does not answer.
         """
         failures: list[BaseException] = []
+        self._heard_at = time.monotonic()
         at_work = {asyncio.create_task(self._settle())} if self._order.rate and self._waiting else set()
         while at_work or (self._waiting and not self._stopping.is_set()):
             state = await look(self._cluster)

@@ -245,6 +245,26 @@ async def test_turns_that_hang_are_given_again(
     assert "no turn has ended for 0.1 s" in caplog.text
 
 
+async def test_a_run_that_has_just_begun_has_not_hung(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a rate, cores are counted before the first turn begins."""
+    monkeypatch.setattr(at, "LOOK_SECONDS", 0.01)
+    counted = threading.Event()
+    cluster = MadeUpCluster()
+
+    def settled() -> int:
+        assert counted.wait(10)
+        return 2
+
+    monkeypatch.setattr(cluster, "settled", settled)
+    running = asyncio.create_task(_crew(app, cluster, _plan(1), structs.replace(ORDER, rate=1000.0)).run())
+    await _until(lambda: cluster.looks > 3)
+    counted.set()
+    assert await running
+    assert "have hung" not in caplog.text
+
+
 async def test_what_waits_for_the_driver_has_not_hung(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -392,7 +392,7 @@ def test_a_sink_is_away_for_long(
     long = 2.2 * WAL_SENDER_SECONDS
     wait_until(lambda: "sink http did not take the batch" in spark.admin("/readyz").casefold(), "trouble", 120)
     wait_until(lambda: spark.status()["sinks"]["http"]["trouble_seconds"] > long, "the API to be away for long")
-    assert 4_000 == sum(destinations.counts().values())
+    wait_until(lambda: 4_000 == sum(destinations.counts().values()), "Redis to have them", 120)
     assert [] == destinations.api()
     assert "ready" != spark.admin("/readyz").strip()
     stack.api.behave()
