@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
@@ -18,6 +19,7 @@ from msgspec import structs
 from replicator.cli.arguments import Json, Yes, confirmed, count, duration, letter_id, load_app, one_sink
 from replicator.contracts.errors import CheckpointError, SettingsError, command
 from replicator.contracts.events import DeadLetter, Position, Stage, utc
+from replicator.contracts.stores import ask
 from replicator.operations.logs import printable
 
 if TYPE_CHECKING:
@@ -84,9 +86,8 @@ class _Chosen:
         """Oldest first. Raises SettingsError at the end for a condition on a field that there is not: none had it."""
         after, slot = 0, self.app.settings.slot
         await self._refuse_unknown_sink()
-        while page := await asyncio.to_thread(
-            self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, after_id=after, limit=PAGE
-        ):
+        fetch = partial(self.app.store.dead_letters, slot, sink=self._sink, stage=self._stage, limit=PAGE)
+        while page := await ask(partial(fetch, after_id=after)):
             after = page[-1].id or 0
             self._looked_at += len(page)
             if chosen := [letter for letter in page if self._has(letter)]:
@@ -99,7 +100,7 @@ class _Chosen:
         if self._sink is not None and self._sink not in self._known:
             kept: Iterable[str] = ()
             with suppress(CheckpointError):
-                kept = (await asyncio.to_thread(self.app.store.count_dead_letters, self.app.settings.slot)).sinks
+                kept = (await ask(self.app.store.count_dead_letters, self.app.settings.slot)).sinks
             one_sink(self._sink, dict.fromkeys([*self._known, *kept]))
 
     def _refuse_unknown_fields(self) -> None:

@@ -6,11 +6,28 @@ CheckpointError when the database fails. `checkpoint_store` implements all four 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, TypeVarTuple
 
+from replicator.contracts.errors import CheckpointUnavailable
 from replicator.contracts.events import Checkpoint, ContentChange, DeadLetter, Id, LetterCounts, Stage
+
+ANSWER_SECONDS = 10.0
+"""For who only looks: a server that hangs answers nothing, and raises nothing."""
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+
+
+async def ask(call: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+    """What a call that changes nothing returns. Raises CheckpointError, also when it does not answer."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await asyncio.to_thread(call, *arguments)
+    except TimeoutError:
+        raise CheckpointUnavailable(detail=f"no answer in {ANSWER_SECONDS:g} s") from None
 
 
 class Checkpoints(Protocol):

@@ -10,11 +10,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
+from typing import Self
+
+import msgspec
 
 from replicator.contracts.enricher import Enricher
-from replicator.contracts.errors import CheckpointError, ReplicatorError, SourceError, SourceUnusable, command
+from replicator.contracts.errors import CheckpointAbsent, ReplicatorError, SourceUnusable, command
 from replicator.contracts.events import Finding, Pause, format_lsn
-from replicator.contracts.settings import CoreSettings, open_to_all, secret_files
+from replicator.contracts.settings import CoreSettings, open_to_all, secret_files, variable
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
 from replicator.operations import server
@@ -27,8 +30,8 @@ from replicator.source import slot as slots
 from replicator.source.stream import Source
 from replicator.source.takeover import Beginning, pauses, recall
 
-CHECK_SECONDS = 120.0
-"""Ours have time-outs of their own. One of another package may wait without end."""
+CHECK_SECONDS = 10.0
+"""For each part. Whoever asks wants to know now; writes have more patience, and settings for it."""
 
 log = logging.getLogger(__name__)
 
@@ -36,100 +39,139 @@ log = logging.getLogger(__name__)
 async def findings(
     settings: CoreSettings, enricher: Enricher, sinks: Sequence[Sink], store: CheckpointStore
 ) -> AsyncIterator[Finding]:
-    """Everything, one after the other; never raises for what it finds."""
+    """Everything, in the same order each time; never raises for what it finds. All are asked at once."""
     reached = [Finding(True, warning) for warning in filter(None, [exposed(settings.admin_listen)])]
     readable = open_to_all([*secret_files(), *store.files()])
     for finding in (*reached, *readable, *secrets_in_clear(settings, sinks)):
         yield finding
     fresh = False  # nothing was begun: what `init` makes need not be there
-    paused = await _pauses(settings, sinks, store)
-    with suppress(CheckpointError):  # its own line says so
-        await asyncio.to_thread(recall, store, settings.slot, sinks)
-    checks = {f"sink {sink.name}": sink.check for sink in sinks if sink.name not in paused}
-    try:
-        found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
-    except SourceError as exc:  # one cause, one line: neither slot nor tables can be looked at
-        yield Finding(False, exc.problem, exc.cure)
-    else:
-        for finding in found.findings:
+    paused: dict[str, Pause] = {}
+    async with _Asked() as asked:
+        found: list[server.Server] = []
+        postgres = asked.ask("PostgreSQL", lambda: _postgres(settings, found), variable("postgres_dsn"))
+        checkpoint = variable("checkpoint_url")
+        no_store = await asked.ask("checkpoint database", lambda: _kept(settings, sinks, store, paused), checkpoint)
+        others = [
+            asked.ask(f"sink {sink.name}", sink.check, _addresses(sink)) for sink in sinks if sink.name not in paused
+        ]
+        others.append(asked.ask("the running replicator", lambda: _running(settings, paused), ""))
+        for finding in await postgres:
             yield finding
-        if found.may_stream:
-            for finding in await _checked("checkpoint", lambda: _beginning(settings, sinks, store)):
+        if found:  # else one cause, one line: neither slot nor tables can be looked at
+            others.insert(0, asked.ask("tables", enricher.check, variable("postgres_dsn")))
+        for finding in no_store:
+            yield finding
+        if found and found[0].may_stream and not no_store:
+            beginning = asked.ask("checkpoint", lambda: _beginning(settings, sinks, store), checkpoint)
+            for finding in await beginning:
                 fresh = fresh or finding.made_by_init
                 yield finding
-        checks = {"tables": enricher.check, **checks}
-    async for finding in _looked(checks):
-        yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
-    async for finding in _running(settings, paused):
-        yield finding
+        said = set[Finding]()  # the sinks of two streams may say the same of one server
+        for other in others:
+            for finding in await other:
+                if finding not in said:
+                    said.add(finding)
+                    yield finding._replace(ok=finding.ok or (fresh and finding.made_by_init))
 
 
 async def require_source(settings: CoreSettings, enricher: Enricher) -> None:
     """Raise SourceError for what `findings` refuses of PostgreSQL and its tables: before that `init` makes nothing."""
     found = await server.look(settings.postgres_dsn.get_secret_value(), settings)
-    looked = (*found.findings, *await _checked("tables", enricher.check))
+    looked = (*found.findings, *await _checked("tables", enricher.check, variable("postgres_dsn")))
     if refused := [finding for finding in looked if not (finding.ok or finding.made_by_init)]:
         what = "; ".join(finding.what for finding in refused)
         cure = "; ".join(dict.fromkeys(finding.cure for finding in refused if finding.cure))
         raise SourceUnusable(problem=f"{what}. Nothing was made", cure=cure)
 
 
-async def _pauses(settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore) -> dict[str, Pause]:
-    """Sinks that are to be left alone."""
-    with suppress(CheckpointError):  # its own line says so
-        return await asyncio.to_thread(pauses, store, settings.slot, [sink.name for sink in sinks], time.time())
-    return {}
+async def _postgres(settings: CoreSettings, found: list[server.Server]) -> Sequence[Finding]:
+    found.append(await server.look(settings.postgres_dsn.get_secret_value(), settings))
+    return found[0].findings
 
 
-async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> AsyncIterator[Finding]:
+async def _kept(
+    settings: CoreSettings, sinks: Sequence[Sink], store: CheckpointStore, paused: dict[str, Pause]
+) -> Sequence[Finding]:
+    """The sinks that are to be left alone; the others learn what they remembered. It has findings of its own later."""
+    with suppress(CheckpointAbsent):  # `init` makes it
+        names = [sink.name for sink in sinks]
+        paused.update(await asyncio.to_thread(pauses, store, settings.slot, names, time.time()))
+        await asyncio.to_thread(recall, store, settings.slot, sinks)
+    return []
+
+
+async def _running(settings: CoreSettings, paused: Mapping[str, Pause]) -> Sequence[Finding]:
     """What it may not do, and what the replicator of this slot says of itself if it runs here."""
-    for name, pause in paused.items():
-        yield Finding(True, f"{pause.describe(name, None)}, and not asked")
+    found = [Finding(True, f"{pause.describe(name, None)}, and not asked") for name, pause in paused.items()]
     live, why = await ask_replicator(settings)
     if live is None and settings.admin_listen and (taken := await unavailable(settings.admin_listen)):
-        yield Finding(False, f"{taken.problem}; {why}", taken.cure)  # `run` would end with it
+        found.append(Finding(False, f"{taken.problem}; {why}", taken.cure))  # `run` would end with it
     if live and not live.reasons:
-        yield Finding(True, f"the running replicator is {'the standby' if live.standby else 'ready'}")
-    for reason in live.reasons if live else ():
-        yield Finding(False, f"the running replicator is not ready: {reason}")
-    for difference in differences(live):
-        yield Finding(False, difference)
+        found.append(Finding(True, f"the running replicator is {'the standby' if live.standby else 'ready'}"))
+    reasons = live.reasons if live else ()
+    found += [Finding(False, f"the running replicator is not ready: {reason}") for reason in reasons]
+    return [*found, *(Finding(False, difference) for difference in differences(live))]
 
 
-async def _looked(checks: Mapping[str, Callable[[], Awaitable[Sequence[Finding]]]]) -> AsyncIterator[Finding]:
-    """What they find, each finding once: the sinks of two streams may say the same of one server."""
-    said = set[Finding]()
-    for name, check in checks.items():
-        for finding in await _checked(name, check):
-            if finding not in said:
-                said.add(finding)
-                yield finding
+def _addresses(sink: Sink) -> str:
+    """The settings that say where it leads."""
+    return " or ".join(variable(name) for name in type(sink.settings).model_fields if name.endswith(("_url", "_dsn")))
 
 
-async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]]) -> Sequence[Finding]:
-    """What it finds. A sink of another package may raise anything: the others are looked at all the same."""
-    try:
-        async with asyncio.timeout(CHECK_SECONDS) as clock:
-            return [_finding(found) for found in await check()]  # it may return anything, too
-    except ReplicatorError as exc:
-        return [Finding(False, exc.problem, exc.cure)]
-    except Exception as exc:
-        if clock.expired():
-            return [
-                Finding(
-                    False,
-                    f"{name}: its check has not ended within {CHECK_SECONDS:.0f} s",
-                    "Check whether it answers at all",
-                )
-            ]
-        log.debug("the check of %s failed", name, exc_info=True)
-        problem = f"{name}: its check failed in an unexpected way ({type(exc).__name__})"
+class _Asked:
+    """Questions that are asked at once. What nobody waits for any more at the end is given up."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[Sequence[Finding]]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def ask(
+        self, name: str, check: Callable[[], Awaitable[Sequence[Finding]]], leads: str
+    ) -> asyncio.Task[Sequence[Finding]]:
+        """As `_checked`."""
+        self._tasks.append(asyncio.create_task(_checked(name, check, leads)))
+        return self._tasks[-1]
+
+
+async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]], leads: str) -> Sequence[Finding]:
+    """What it finds, or that it is silent; `leads` are the settings that say where it leads.
+
+    A sink of another package may raise and return anything: the others are looked at all the same.
+    """
+
+    async def ask() -> Sequence[Finding] | BaseException:
+        try:
+            return [_finding(found) for found in await check()]
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  it is told below
+            return exc
+
+    asked = asyncio.create_task(ask())
+    try:  # no time-out around it: psycopg would first ask a silent server, for 10 s, to end the query
+        await asyncio.wait([asked], timeout=CHECK_SECONDS)
+    finally:
+        asked.cancel()
+    if not asked.done():
+        silent = f"{name}: its check has not ended within {CHECK_SECONDS:g} s"
+        return [Finding(False, silent, f"Check whether what {leads or 'it asks'} leads to answers at all")]
+    answer = asyncio.CancelledError() if asked.cancelled() else asked.result()
+    if isinstance(answer, ReplicatorError):
+        return [Finding(False, answer.problem, answer.cure)]
+    if isinstance(answer, BaseException):
+        log.debug("the check of %s failed", name, exc_info=answer)
+        problem = f"{name}: its check failed in an unexpected way ({type(answer).__name__})"
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; report it to its author")]
+    return answer
 
 
 def _finding(found: object) -> Finding:
     if isinstance(found, Finding):
-        return found
+        return msgspec.convert(tuple(found), Finding)
     raise TypeError("a check returns findings")
 
 

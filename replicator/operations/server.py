@@ -21,8 +21,8 @@ from replicator.source.refusals import explained, replication_cure
 from replicator.source.server import chooses
 from replicator.source.wal2json import OPTIONS, PLUGIN
 
-PLUGIN_TIMEOUT_SECONDS = 10
-"""A new slot waits for all running transactions; a check should not."""
+PLUGIN_TIMEOUT_SECONDS = 5
+"""A new slot waits for all running transactions; a check should not, and ends before `check` gives it up."""
 
 OLDEST_SERVER = 140_000
 """PostgreSQL 14: the community has supported nothing older since November 2025."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ import pytest
 from psycopg import sql
 
 from devstack import DevStack
-from devstack.process import free_port
+from devstack.process import Service, free_port
 from replicator.cli.main import main
 from tests.support.environment import SECRET
 from tests.support.load import insert_many
+from tests.support.pgbouncer import pgbouncer
 from tests.support.program import Program, assert_clean, succeed
 
 
@@ -123,6 +125,60 @@ def test_check_finds(program: Program, source: psycopg.Connection, database: str
         assert cure in lines[found[0] + 1]
     assert any(line.startswith("ok") for line in lines)
     assert not result.stderr
+
+
+SILENT = {
+    "api": "sink http: its check has not ended within 10 s",
+    "clickhouse": "sink clickhouse: its check has not ended within 10 s",
+    "redis": "Timeout reading from",
+    "postgres": "PostgreSQL is not reachable: connection timeout expired",
+}
+
+
+def test_check_and_status_with_servers_that_are_silent(program: Program, stack: DevStack) -> None:
+    """They take the connection and answer nothing: each is named, and all of them are waited for together."""
+    succeed(program.run("init"))
+    services: list[Service] = [getattr(stack, name) for name in SILENT]
+    for service in services:
+        service.pause()
+    try:
+        began = time.monotonic()
+        checked = program.run("check")
+        seconds = time.monotonic() - began
+        asked = program.run("status")
+    finally:
+        for service in services:
+            service.resume()
+    assert 1 == checked.code
+    failed = [line for line in checked.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(SILENT) == len(failed)
+    assert all(any(said in line for line in failed) for said in SILENT.values()), checked.stdout
+    assert "Check whether what REPLICATOR_CLICKHOUSE_URL leads to answers at all" in checked.stdout
+    assert_clean(checked.stdout + checked.stderr)
+    assert seconds < 20, f"10 s for the slowest, and the start; it took {seconds:.1f} s"
+    assert (3, True) == (asked.code, "connection timeout expired" in asked.stdout)
+
+
+def test_commands_with_a_checkpoint_database_that_is_silent(program: Program, stack: DevStack, database: str) -> None:
+    """Without a word from it for 10 s they say so, and nothing waits for it for ever."""
+    with pgbouncer(stack) as pooler:
+        url = "postgresql+psycopg://" + pooler.dsn_for(database).partition("://")[2]
+        program.environment |= {"REPLICATOR_CHECKPOINT_URL": f"{url}?connect_timeout=60"}
+        succeed(program.run("init"))
+        pooler.pause()
+        try:
+            checked, asked = program.run("check"), program.run("status")
+            listed = program.run("dead-letters", "list")
+        finally:
+            pooler.resume()
+    assert (1, 3, 1) == (checked.code, asked.code, listed.code)
+    assert "FAIL  checkpoint database: its check has not ended within 10 s" in checked.stdout
+    assert "REPLICATOR_CHECKPOINT_URL" in checked.stdout
+    assert f"replication slot {program.slot}" not in checked.stdout, "it is not asked again"
+    assert "ok    ClickHouse table" in checked.stdout
+    assert "The checkpoint database fails: no answer in 10 s" in " ".join(asked.stdout.split())
+    assert "The checkpoint database fails: no answer in 10 s" in listed.stderr
+    assert_clean(checked.stderr + asked.stderr + listed.stderr)
 
 
 def test_check_passes_before_init_and_while_it_runs(

@@ -11,6 +11,7 @@ import msgspec
 
 from replicator.contracts.errors import CheckpointAbsent, CheckpointError, ReplicatorError
 from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import ask as ask_store
 from replicator.operations.control.address import LINE_BYTES, SHORTER, Answer, Request, too_long
 from replicator.operations.follow.tail import Seen
 from replicator.source.stream import Source
@@ -61,7 +62,7 @@ async def cluster(source: Source, store: CheckpointStore, slot: str) -> str:
     Empty: the checkpoint database does not say. Raises SourceError where there is no checkpoint yet.
     """
     try:
-        stored = await asyncio.to_thread(store.load, slot)
+        stored = await ask_store(store.load, slot)
     except CheckpointAbsent:
         stored = None
     except CheckpointError:

@@ -20,7 +20,7 @@ from replicator.contracts.events import DeadLetter, Event, Id, Lsn, format_lsn, 
 from replicator.contracts.fields import Stream
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.sink import Held, Sink, Traces
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import CheckpointStore, ask
 from replicator.delivery.dead_letters import is_for
 from replicator.operations.status import collect
 from replicator.operations.status.form import SinkStatus
@@ -73,7 +73,7 @@ async def follow(
     event = page.enriched.events[0] if page and page.enriched.events else None
     # Before the sinks are asked: what one lacks that is past the event, it will not get by waiting.
     now = await collect.collect(settings, [sink.name for sink in sinks], store)
-    letters = await asyncio.to_thread(_letters, store, settings.slot, event_id)
+    letters = await ask(_letters, store, settings.slot, event_id)
     if any(sink.context.stream_option for sink in sinks):  # another stream may have an event of this id, too
         letters = [letter for letter in letters if any(is_for(letter, sink) for sink in sinks)]
     asked = await asyncio.gather(*(_ask(sink, event_id, event) for sink in sinks))

@@ -16,7 +16,7 @@ from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
 from replicator.contracts.events import Checkpoint, LetterCounts, Pause, parse_lsn
 from replicator.contracts.settings import CoreSettings, decisive
-from replicator.contracts.stores import CheckpointStore
+from replicator.contracts.stores import CheckpointStore, ask
 from replicator.operations.status.form import DeadLetterStatus, SinkStatus, Status, WalStatus
 from replicator.operations.status.parts import ago, foreign_reader, lag_bytes, of_checkpoint, of_sink, of_slot
 from replicator.operations.status.text import size
@@ -54,9 +54,11 @@ def differences(live: Status | None) -> list[str]:
 async def collect(settings: CoreSettings, sinks: Sequence[str], store: CheckpointStore) -> Status:
     """All that can be known now, of the sinks with these names. Never raises for a part that does not answer."""
     dsn, name = settings.postgres_dsn.get_secret_value(), settings.slot
-    live, live_trouble = await ask_replicator(settings)
-    state, trouble = await _seen(slots.look(dsn, name, "replicator status"))
-    kept, store_trouble = await _seen(asyncio.to_thread(_stored, name, sinks, store))
+    (live, live_trouble), (state, trouble), (kept, store_trouble) = await asyncio.gather(
+        ask_replicator(settings),
+        _seen(slots.look(dsn, name, "replicator status")),
+        _seen(ask(_stored, name, sinks, store)),
+    )
     stored, letters, paused = kept or (None, None, {})
     if state is None and not trouble:
         but, cure = (", but its checkpoint does", "init --accept-gap") if stored else ("", "init")

@@ -61,6 +61,33 @@ class Silent(MemorySink):
         return None  # type: ignore[return-value]  # its author has no type checker
 
 
+class Unhashable(MemorySink):
+    """Another one: a finding has a list in it."""
+
+    async def check(self) -> list[Finding]:
+        """Return what can't be compared with others."""
+        return [Finding(True, ["well"])]  # type: ignore[arg-type]  # its author has no type checker
+
+
+class Leaving(MemorySink):
+    """Another one, which ends the program."""
+
+    async def check(self) -> list[Finding]:
+        """Try to."""
+        raise SystemExit(7)
+
+
+class Meeting(MemorySink):
+    """A sink whose check ends when another one's has begun."""
+
+    both = asyncio.Barrier(2)
+
+    async def check(self) -> list[Finding]:
+        """Wait for it."""
+        await self.both.wait()
+        return [Finding(True, f"{self.name} has met the other")]
+
+
 async def found(
     monkeypatch: pytest.MonkeyPatch,
     live: Status | None,
@@ -89,18 +116,27 @@ async def test_a_check_that_does_not_end_hides_nothing(monkeypatch: pytest.Monke
     """It is a finding, too."""
     monkeypatch.setattr(check, "CHECK_SECONDS", 0.01)
     _, hanging, well, *_ = await found(monkeypatch, None, Hanging(name="lines"), MemorySink(name="redis"))
-    assert (False, "sink lines: its check has not ended within 0 s") == hanging[:2]
+    assert (False, "sink lines: its check has not ended within 0.01 s") == hanging[:2]
     assert well.ok
 
 
 async def test_a_check_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a finding with the kind of the error, whose text may be anything; the next sink is looked at."""
-    sinks = Breaking(name="lines"), Silent(name="rows"), Wordy(name="words"), MemorySink(name="redis")
-    _, broken, silent, wordy, well, *_ = await found(monkeypatch, None, *sinks)
+    sinks = Breaking(name="lines"), Silent(name="rows"), Wordy(name="words"), Unhashable(name="lists")
+    others = Leaving(name="exits"), MemorySink(name="redis")
+    _, broken, silent, wordy, unhashable, leaving, well, *_ = await found(monkeypatch, None, *sinks, *others)
     assert (False, "sink lines: its check failed in an unexpected way (OSError)") == broken[:2]
     assert (False, "sink rows: its check failed in an unexpected way (TypeError)") == silent[:2]
     assert (False, "sink words: its check failed in an unexpected way (TypeError)") == wordy[:2]
+    assert (False, "sink lists: its check failed in an unexpected way (ValidationError)") == unhashable[:2]
+    assert (False, "sink exits: its check failed in an unexpected way (SystemExit)") == leaving[:2]
     assert (True, "memory") == well[:2]
+
+
+async def test_all_are_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several that are silent are waited for together, and are said in their order all the same."""
+    findings = await found(monkeypatch, None, Meeting(name="lines"), Meeting(name="rows"))
+    assert ["lines has met the other", "rows has met the other"] == [finding.what for finding in findings[1:3]]
 
 
 async def test_what_two_sinks_say_alike_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
