@@ -21,7 +21,6 @@ from redis.credentials import CredentialProvider
 from redis.exceptions import (
     AuthenticationError,
     InvalidResponse,
-    NoPermissionError,
     NoScriptError,
     RedisError,
     ResponseError,
@@ -264,11 +263,11 @@ class RedisClient:
             await self._redis.set(self.named(OWNER), ours)
 
     async def info(self) -> Info | None:
-        """Redis's INFO; None where it is denied."""
+        """Redis's INFO; None where it is denied, renamed or unknown."""
         async with self._translated():
             try:
                 return cast("Info", await self._redis.info())
-            except NoPermissionError:
+            except ResponseError:
                 return None
 
     async def values(self, keys: Sequence[str]) -> list[bytes | None]:

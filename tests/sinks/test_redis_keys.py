@@ -265,10 +265,19 @@ def test_findings_tell_what_redis_may_lose() -> None:
 
 def test_findings_tell_what_redis_forgets() -> None:
     """Old versions and eviction fail the check; eviction without a limit, and no append-only file, don't."""
-    fine: Info = {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "allkeys-lru", "aof_enabled": 1}
+    known: Info = {"evicted_keys": 0, "maxmemory_policy": "allkeys-lru"}
+    fine: Info = {**known, "redis_version": "7.0.15", "maxmemory": 0, "aof_enabled": 1}
     expected = [True, True, True]
     assert expected == [finding.ok for finding in findings(fine, "always")]
-    bad: Info = {"redis_version": "5.0.7", "maxmemory": 1000, "maxmemory_policy": "allkeys-lru", "aof_enabled": 0}
+    bad: Info = {**known, "redis_version": "5.0.7", "maxmemory": 1000, "aof_enabled": 0}
     expected = [False, False, True]
     assert expected == [finding.ok for finding in findings(bad, "")]
     assert all(finding.cure for finding in findings(bad, "") if not finding.ok)
+
+
+@pytest.mark.parametrize("unsaid", [None, {"evicted_keys": 0}, {"maxmemory_policy": "noeviction"}])
+def test_what_redis_does_not_say_is_not_all_well(unsaid: Info | None) -> None:
+    """Keys that it evicts would go unnoticed: that is said, with the cure."""
+    told = findings(unsaid, "always")
+    assert any("unnoticed" in finding.what and "noeviction" in finding.cure for finding in told)
+    assert not any("evicts no keys" in finding.what for finding in told)

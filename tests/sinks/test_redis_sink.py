@@ -1190,6 +1190,14 @@ async def test_the_rights_that_the_cure_names_suffice(server: Server) -> None:
     assert server.counts() == {1: 1}
 
 
+async def test_without_the_right_to_ask_evictions_are_not_known(server: Server) -> None:
+    """It works, and says what it can't see."""
+    with acl_user(server, *RIGHTS.split(), "-info") as url:
+        async with opened(url, Clock()) as sink:
+            [unseen] = [finding for finding in await sink.check() if "unnoticed" in finding.what]
+    assert "+info" in unseen.cure
+
+
 @pytest.mark.parametrize(
     "missing", ["-evalsha", "-zadd", "-expire", "-zrem", "-rename", "-append", "-getrange", "-strlen", "-setex", "-set"]
 )
