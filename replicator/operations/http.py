@@ -47,6 +47,8 @@ COMPLAINT_SECONDS = 60.0
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 HTML, STREAM = "text/html; charset=utf-8", "text/event-stream"
 UPDATES = "GET /updates "
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]*)?")
+"""A name or an address, and a port. What is written otherwise is no host, whatever it may mean elsewhere."""
 MISDIRECTED = b"Misdirected Request: ask by an address, or by the host that REPLICATOR_ADMIN_LISTEN names\n"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
@@ -162,6 +164,8 @@ class Admin:
 
     def _is_ours(self, name: str) -> bool:
         """Whether no web page from elsewhere can have this name."""
+        if not name:
+            return False
         if name == self._host or is_here(name):
             return True
         return not is_here(self._host) and (_is_private(name) or name == socket.gethostname().lower())
@@ -260,10 +264,11 @@ def _is_private(host: str) -> bool:
 
 
 def _hosts(lines: Sequence[str]) -> Iterator[str]:
-    """The names, without port and in small letters, that the request was sent to."""
+    """The names, without port and in small letters, that the request was sent to; empty: it is none."""
     for name, _, value in (line.partition(":") for line in lines[1:]):
         if name.strip().lower() == "host":
-            yield re.sub(r":\d*$", "", value.strip()).strip("[]").lower()
+            found = HOST.fullmatch(value.strip().lower())
+            yield (found[1] or found[2]) if found else ""
 
 
 def _light(lines: Sequence[str], *, ok: bool) -> Page:

@@ -244,7 +244,19 @@ async def test_another_name_is_misdirected(served: Served, host: str) -> None:
     assert (await served.get("/status", "Host: localhost", f"HOST: {host}")).startswith(b"HTTP/1.1 421 ")
 
 
-@pytest.mark.parametrize("host", ["localhost:1", "LOCALHOST", "127.0.0.1", "127.8.8.8:80", "[::1]:8080", "[::1]"])
+NO_HOSTS = ["", "@", "/", "@evil.example", "/evil.example", "localhost/", "evil.example@localhost", "localhost:x", "[]",
+            "[localhost]", "]127.0.0.1[", ":8080", "localhost localhost", "127.0.0.1,evil.example"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", NO_HOSTS)
+@pytest.mark.parametrize("listen", ["127.0.0.1", "0.0.0.0"])  # noqa: S104  as the image does
+async def test_what_is_no_host_is_misdirected(listen: str, host: str) -> None:
+    """It is nobody's name, and so not ours: an empty one is as little this machine as `@` or `/` are."""
+    async with _serving(listen) as served:
+        assert b" 421 " in await served.get("/status", f"Host: {host}")
+
+
+@pytest.mark.parametrize("host", ["localhost:", "LOCALHOST", "127.0.0.1", "127.8.8.8:80", "[::1]:8080", "[::1]"])
 async def test_names_of_this_machine(served: Served, host: str) -> None:
     """Also through a tunnel, whose port is another one."""
     assert b"200 OK" in await served.get("/status", f"Host: {host}")
