@@ -23,11 +23,12 @@ RECENT_LOOKS = 6
 class Line:
     """The hour of one sink: events a second and the largest lag of each step; None: not known."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
+        """`began`: time.monotonic() of a moment when it had no events yet; None: how many it had is not known."""
         self._steps: deque[tuple[float | None, float | None]] = deque([(None, None)] * STEPS, STEPS)
         self._step = 0  # the number of the last of them, which runs
         self._before = (0.0, 0)  # time and events at the end of the step before
-        self._looks: deque[tuple[float, int]] = deque(maxlen=RECENT_LOOKS)
+        self._looks: deque[tuple[float, int]] = deque([] if began is None else [(began, 0)], RECENT_LOOKS)
 
     def add(self, at: float, events: int, lag_seconds: float) -> None:
         """What is so at `at`: time.monotonic(), events since the process began, and the lag."""
@@ -66,6 +67,7 @@ class History:
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
         self._lines: dict[str, Line] = {}
+        self._looked_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -82,8 +84,10 @@ class History:
         """See how far every sink is."""
         now = time.monotonic()
         for lane in self._watchdog.pipeline.fan_out.every:
-            line = self._lines.setdefault(lane.name, Line())
-            line.add(now, lane.stats.events, self._watchdog.lag_seconds(lane))
+            if lane.name not in self._lines:  # it was not there at the look before, and may have got a backlog since
+                self._lines[lane.name] = Line(self._looked_at)
+            self._lines[lane.name].add(now, lane.stats.events, self._watchdog.lag_seconds(lane))
+        self._looked_at = now
 
     @property
     def step(self) -> int:

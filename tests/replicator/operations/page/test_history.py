@@ -79,3 +79,20 @@ async def test_it_goes_on_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         made.stop()
     assert ["redis"] == list(made.hours())
+
+
+def test_a_backlog_of_the_first_second_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is over before a look has seen the sink without it."""
+    now = 1005.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lane = types.SimpleNamespace(name="redis", stats=types.SimpleNamespace(events=40_000))
+    fan_out = types.SimpleNamespace(every=list[object]())
+    watchdog = types.SimpleNamespace(pipeline=types.SimpleNamespace(fan_out=fan_out), lag_seconds=lambda _: 0.0)
+    made = History(watchdog)  # type: ignore[arg-type]  # as much as it needs
+    made.look()
+    fan_out.every.append(lane)
+    for now in (1006.0, 1007.0, 1008.0, 1009.0, 1010.0):  # noqa: B007  the clock reads it
+        made.look()
+    rates, _ = made.hours()["redis"]
+    assert 10_000.0 == rates[-1], "40,000 in the 4 s of the step"
+    assert 8_000.0 == made.rate("redis")
