@@ -26,8 +26,27 @@ LONG_SECONDS = 600.0
 QUESTION_SETTINGS: Mapping[str, object] = {
     "use_query_cache": 0,  # an answer of a minute ago hides what was lost since
     "apply_deleted_mask": 1,  # rows that were deleted are not there
+    # The answer is whole, and nothing else stands in it.
+    "limit": 0,
+    "offset": 0,
+    "extremes": 0,
+    "additional_table_filters": "{}",
+    "additional_result_filter": "",
+    # At a limit of the profile it is an error, not the part that was found until then.
+    "read_overflow_mode": "throw",
+    "read_overflow_mode_leaf": "throw",
+    "result_overflow_mode": "throw",
+    "timeout_overflow_mode": "throw",
+    "group_by_overflow_mode": "throw",
+    "set_overflow_mode": "throw",
+    "sort_overflow_mode": "throw",
+    "distinct_overflow_mode": "throw",
+    # For people who forget a WHERE. Some of our questions are about the whole table.
+    "force_primary_key": 0,
+    "force_index_by_date": 0,
 }
-"""Sent with every question: what a user's profile may have changed, and an answer is wrong with."""
+"""Sent with every question: what a user's profile may have changed, and an answer is wrong with. Limits are left as
+they are: they protect the server, and `errors.LIMITED` names them."""
 _PORTS = {"http": 8123, "https": 8443, "chdb": None}
 
 _Names = Annotated[list[str], msgspec.Meta(min_length=1)]

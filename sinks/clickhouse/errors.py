@@ -53,12 +53,22 @@ TOO_LARGE = {  # for the memory or a limit of the server
     158: "TOO_MANY_ROWS", 173: "CANNOT_ALLOCATE_MEMORY", 229: "QUERY_IS_TOO_LARGE", 241: "MEMORY_LIMIT_EXCEEDED",
     307: "TOO_MANY_BYTES", 396: "TOO_MANY_ROWS_OR_BYTES",
 }
+LIMITED = {  # by what the user's profile or quota sets: until somebody raises that
+    158: "max_rows_to_read", 159: "max_execution_time", 160: "min_execution_speed", 161: "max_columns_to_read",
+    165: "max_temporary_columns", 167: "max_ast_depth", 168: "max_ast_elements",
+    191: "max_rows_in_set", 201: "its quota", 277: "force_primary_key, force_index_by_date",
+    307: "max_bytes_to_read", 396: "max_result_rows, max_result_bytes",
+}
 # fmt: on
 UNKNOWN_SETTING = 115
 _NAMES = REFUSED | NOT_FITTING | TURNED_AWAY | TOO_LARGE  # for an answer whose text was lost on the way
 
 _URL_CURE = "Check that REPLICATOR_CLICKHOUSE_URL names the right server, user and password"
 _RIGHTS_CURE = f"{_URL_CURE}, and that the user may INSERT into the table, SELECT from it and change settings"
+_LIMIT_CURE = (
+    "Raise, or remove, what limits the replicator's user in ClickHouse ({limit}; `SELECT name, value FROM"
+    " system.settings WHERE changed` shows what its profile sets)"
+)
 _VERSION_CURE = "Upgrade ClickHouse to 23.10 or newer: this one does not know a setting that it gets"
 _FITTING_CURE = f"Compare the table, its defaults included, with what {command('sql clickhouse')} prints"
 _FRONT_CURE = (
@@ -118,6 +128,9 @@ class Errors(NamedTuple):
             return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_VERSION_CURE)
         if failure.code in NOT_FITTING:
             return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=_FITTING_CURE)
+        if failure.code in LIMITED:
+            cure = _LIMIT_CURE.format(limit=LIMITED[failure.code])
+            return SinkMisconfigured(sink=self.sink, detail=str(failure), cure=cure)
         return SinkUnavailable(sink=self.sink, detail=str(failure))
 
     def not_clickhouse(self, why: str) -> SinkMisconfigured:

@@ -6,7 +6,7 @@ Variants are in `tests/sinks/test_clickhouse_front.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import psycopg
 import pytest
@@ -102,8 +102,20 @@ PROFILES = {
     "a cache": "use_query_cache=1&query_cache_nondeterministic_function_handling=save"
     "&query_cache_system_table_handling=save",
     "deleted rows": "apply_deleted_mask=0",
+    "part of an answer": "limit=5&offset=1&extremes=1",
+    "part of a table": "additional_table_filters=" + quote("{'engagement.events_enriched': 'event_id > 3'}"),
+    "part of a result": "additional_result_filter=" + quote("1 = 0"),
+    "an index is asked for": "force_primary_key=1&force_index_by_date=1",
 }
-"""Settings that an answer is wrong with."""
+"""Settings that an answer is wrong with, or is none."""
+LIMITS = {
+    "max_rows_to_read": "max_rows_to_read=5&read_overflow_mode=break",
+    "max_bytes_to_read": "max_bytes_to_read=50",
+    "max_result_bytes": "max_result_bytes=5&result_overflow_mode=break",
+    "max_execution_time": "max_execution_time=0.000001&timeout_overflow_mode=break",
+    "force_primary_key": "force_data_skipping_indices=" + quote("`no such index`"),
+}
+"""Settings that stop an answer, by what the cure names."""
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
@@ -123,6 +135,21 @@ def test_a_profile_that_hides_a_loss(
     assert (3, True) == (found.code, "missing 3" in found.stdout)
     assert 0 == quick.run(*reconcile, "--repair").code
     assert "10" == stack.clickhouse.query("SELECT count() FROM events_enriched FINAL").strip()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_profile_that_limits_questions(quick: Program, source: psycopg.Connection, front: Front, limit: str) -> None:
+    """Where it stops one, that is an error whose cure names the limit; it never looks like a loss, or like none."""
+    quick.environment["REPLICATOR_SINKS"] = "clickhouse"
+    quick.start()
+    insert_many(source, 20)
+    quick.wait_until_caught_up()
+    assert 0 == quick.stop()
+    front.tell(lambda asked: asked.pass_on(path=f"{asked.path}&{LIMITS[limit]}"), only_inserts=False)
+    for command in ("check", "reconcile --start 2020-01-01 --end 2100-01-01"):
+        found = quick.run(*command.split())
+        told = found.stdout + found.stderr
+        assert (1, True) == (found.code, "what limits the replicator's user" in told and limit in told), told
 
 
 def test_a_small_limit(
