@@ -48,7 +48,9 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("module", ["typer", "replicator.contracts.settings", "enrichment", "sinks"])
+@pytest.mark.parametrize(
+    "module", ["typing", "replicator.contracts.fields", "typer", "replicator.contracts.settings", "enrichment", "sinks"]
+)
 @pytest.mark.parametrize("arguments", [" status", "_spark backfill --last 1h"])
 def test_a_signal_while_it_is_imported_ends_it_in_silence(
     arguments: str, module: str, number: signal.Signals, tmp_path: Path
