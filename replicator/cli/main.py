@@ -25,6 +25,7 @@ from replicator import __version__
 from replicator.cli import backfill, dead_letters, inspect, reconcile, stream
 from replicator.cli.operate import control, follow, notify, top
 from replicator.cli.packages import require_own
+from replicator.contracts.closing import blocking_ends
 from replicator.contracts.errors import Overtaken, ReplicatorError, SettingsError
 from replicator.operations.logs import configure_logging, printable
 
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> 
     configure_logging("info", "text")  # until the settings are read
     os.umask(0o077)  # whatever it makes is its own: checkpoint and dead letters, and the embedded ClickHouse's tables
     try:
-        return _main(arguments, program)
+        with blocking_ends(_end):
+            return _main(arguments, program)
     except Exception as exc:
         configure_logging("info", _log_form())
         said = "this has failed in an unexpected way (%s): please report it, with the traceback"
@@ -130,6 +132,14 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app) -> 
         return 1
     finally:
         logging.shutdown()
+
+
+def _end() -> None:
+    """While the main thread hangs for ever."""
+    with suppress(Exception):
+        sys.stdout.flush()
+    logging.shutdown()
+    os._exit(1)
 
 
 def _main(arguments: Sequence[str] | None, program: typer.Typer) -> int:

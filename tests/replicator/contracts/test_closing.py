@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from threading import Event
 
 import pytest
 
@@ -66,3 +69,39 @@ async def test_a_sink_that_has_no_coroutine_is_a_line(caplog: pytest.LogCaptureF
     """Its author has no type checker."""
     await release({"sink lines": lambda: None})  # type: ignore[dict-item, return-value]  # as said
     assert ["sink lines could not be closed (TypeError)"] == caplog.messages
+
+
+BLOCKS = """
+import asyncio, sys, time
+from replicator.contracts import closing
+from replicator.cli import main
+async def close():
+    time.sleep(600)
+async def ends():
+    pass
+async def work():
+    await closing.release({"the other": ends, "sink lines": close})
+closing.CLOSE_SECONDS = closing.GRACE_SECONDS = 0.1
+print("the result")
+with closing.blocking_ends(main._end):
+    asyncio.run(work())
+"""
+
+
+def test_one_that_blocks_ends_the_program() -> None:
+    """No signal would end it. What it had to say is said, and it does not look like a success."""
+    done = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, text=True, timeout=60, check=False)
+    assert (1, "the result\n") == (done.returncode, done.stdout)
+    assert "sink lines can't be closed: it blocks the program, which ends" in done.stderr
+
+
+async def test_one_that_blocks_ends_no_other_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library it waits: the program is somebody else's."""
+    monkeypatch.setattr(closing, "CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr(closing, "GRACE_SECONDS", 0.01)
+    over = Event()
+
+    async def blocks() -> None:
+        over.wait(0.2)
+
+    await release({"sink lines": blocks})
