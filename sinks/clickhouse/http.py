@@ -21,6 +21,7 @@ from typing import NamedTuple
 import aiohttp
 
 from sinks.clickhouse.errors import CODE, Errors, failed
+from sinks.tls import following
 
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 2.5  # below the 3 s of old servers: they would close a connection just as an insert is sent
@@ -100,8 +101,10 @@ class HttpServer:
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
+            context = self._tls()
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._tls()),
+                connector=aiohttp.TCPConnector(keepalive_timeout=KEEPALIVE_SECONDS, ssl=context or True),
+                trace_configs=following(context, self._ca_file) if context else None,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 headers=self._headers,
                 auto_decompress=False,
@@ -111,9 +114,9 @@ class HttpServer:
             )
         return self._session
 
-    def _tls(self) -> ssl.SSLContext | bool:
+    def _tls(self) -> ssl.SSLContext | None:
         if not self._server.startswith("https://"):
-            return True
+            return None
         context = ssl.create_default_context()
         if self._ca_file is not None:
             try:

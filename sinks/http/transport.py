@@ -19,6 +19,7 @@ from aiohttp.http import HttpProcessingError
 from httpx_aiohttp import AiohttpTransport
 
 from sinks.http.settings import HttpSettings
+from sinks.tls import following
 
 KEEPALIVE_SECONDS = 4.0  # Node and uvicorn hang up after 5 idle seconds: be first, or a POST meets a closing connection
 HEADER_BYTES = 65_536  # of one header, and of the status line; proxies add headers of more than aiohttp's 8,190
@@ -77,6 +78,7 @@ def create_transport(settings: HttpSettings) -> httpx.AsyncBaseTransport:
         connector._factory = partial(Answers, loop=asyncio.get_running_loop())  # type: ignore[assignment]  # noqa: SLF001  aiohttp has no other way
         return aiohttp.ClientSession(
             connector=connector,
+            trace_configs=following(context, ca_file),
             cookie_jar=aiohttp.DummyCookieJar(),
             middlewares=(_without_phrase,),
             max_line_size=HEADER_BYTES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha1
 from importlib.resources import files
@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from redis._parsers import _AsyncRESP2Parser
 from redis._parsers.socket import SERVER_CLOSED_CONNECTION_ERROR
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
@@ -95,6 +95,14 @@ class _Login(CredentialProvider):
         return self.get_credentials()
 
 
+class _TrustingAnew(SSLConnection):
+    """The files of authorities and certificates may be replaced: each connect reads them, not the first one alone."""
+
+    def _connection_arguments(self) -> Mapping[str, object]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
+
+
 def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
     """A pool with our timeouts unless the URL sets others. A URL that is wrong is a ValueError, or redis-py's error."""
     pool = ConnectionPool.from_url(
@@ -115,7 +123,8 @@ def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
         "driver_info": None,  # CLIENT SETINFO would be a right more
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),  # likewise; and they change timeouts
     }
-    pool.connection_class = type("Connection", (_PackedInC, pool.connection_class), {})
+    own = (_PackedInC, _TrustingAnew) if issubclass(pool.connection_class, SSLConnection) else (_PackedInC,)
+    pool.connection_class = type("Connection", (*own, pool.connection_class), {})
     return pool
 
 

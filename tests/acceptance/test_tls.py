@@ -10,16 +10,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
 import pytest
+from pydantic import SecretStr
 
 from devstack import DevStack
 from devstack.postgres import ACCOUNT
-from devstack.process import free_port
+from devstack.process import free_port, wait_until
 from devstack.proxy import Proxy
+from replicator.contracts.errors import SinkMisconfigured, SinkUnavailable
+from sinks.redis.client import RedisClient
 from tests.support import environment as ground
 from tests.support.certificates import Certificate, sign
 from tests.support.destinations import Destinations, expected
@@ -189,6 +193,62 @@ def test_sinks_that_can_not_be_trusted(
     program.wait_until_caught_up()
     assert expected(source_dsn) == arrived.clickhouse()
     assert_clean(program.log)
+
+
+def test_an_authority_is_replaced(
+    program: Program, secured: Secured, source_dsn: str, arrived: Destinations, tmp_path: Path
+) -> None:
+    """The servers have certificates of a new one, then its file is put where the old one was: it goes on by itself."""
+    authority, stack = tmp_path / "authority.pem", secured.stack
+    shutil.copy(secured.certificate.authority, authority)
+    context = secured.certificate.context()
+    with ExitStack() as fronts:
+        ports = [fronts.enter_context(Proxy(its.port, context)) for its in (stack.clickhouse, stack.redis, stack.api)]
+        at = secured._replace(clickhouse_port=ports[0].port, redis_port=ports[1].port, http_port=ports[2].port)
+        program.environment |= at.settings(authority)
+        program.start()
+        insert(source_dsn)
+        program.wait_until_caught_up()
+        context.load_cert_chain(secured.other.certificate, secured.other.key)
+        for front in ports:
+            front.behave("reset")
+            front.behave("whole")
+        insert(source_dsn)
+        for sink in SINKS:
+            wait_until(partial(told, program, sink), f"{sink} to refuse the certificate")
+        shutil.copy(secured.other.authority, authority)
+        program.wait_until_caught_up()
+        assert 0 == program.stop()
+    assert expected(source_dsn) == arrived.clickhouse()
+    assert {1: 18} == arrived.counts()
+    assert_clean(program.log)
+
+
+async def test_redis_connections_that_were_made_before(secured: Secured, tmp_path: Path) -> None:
+    """They read the authority's file again, too, not only those that are made after it was replaced."""
+    authority, context = tmp_path / "authority.pem", secured.certificate.context()
+    shutil.copy(secured.certificate.authority, authority)
+    with Proxy(secured.stack.redis.port, context) as front:
+        url = SecretStr(f"rediss://{HOST}:{front.port}/0?ssl_ca_certs={authority}")
+        client = RedisClient("redis", url, 5.0, str)
+        try:
+            await client.generation()
+            context.load_cert_chain(secured.other.certificate, secured.other.key)
+            front.behave("reset")
+            front.behave("whole")
+            with pytest.raises(SinkUnavailable):
+                await client.generation()
+            with pytest.raises(SinkMisconfigured, match="certificate"):
+                await client.generation()
+            shutil.copy(secured.other.authority, authority)
+            await client.generation()
+        finally:
+            await client.close()
+
+
+def told(program: Program, sink: str) -> bool:
+    """It says that it does not trust the server's certificate."""
+    return "certificate" in program.status()["sinks"][sink]["trouble"].lower()
 
 
 @pytest.mark.parametrize("wrong", WRONG)
