@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from enrichment.database import Database
 from enrichment.tables.declared import Tables, quoted
 from replicator.contracts.errors import PROGRAM, SourceUnusable
+from replicator.contracts.events import counted
 from replicator.source.connection import Dsn
 
 HISTORY_TIMEOUT_SECONDS = 600
@@ -36,7 +37,7 @@ async def older_rows(dsn: Dsn, tables: Tables, emptied: Sequence[str]) -> str:
     if emptied:
         why = f"what {' and '.join(emptied)} needs was only made now, and lacks the older ones"
         chosen = f" --sinks {','.join(emptied)}"
-    message = f"{tables.stream.table} holds {count} rows; {why}"
+    message = f"{tables.stream.table} holds {counted(count, 'row')}; {why}"
     bring = f"{PROGRAM} backfill --start {start} --end {end}{chosen}{tables.stream_option}"
     return f"{message}. To bring all of them: {bring}"
 

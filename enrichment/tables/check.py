@@ -18,7 +18,7 @@ from enrichment.tables.catalog import SHAPE, UNIQUE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError, SourceUnusable
-from replicator.contracts.events import Finding, Position, format_lsn
+from replicator.contracts.events import Finding, Position, counted, format_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.settings import variable
 from replicator.source.connection import Dsn
@@ -137,7 +137,7 @@ async def _sample(database: Database, tables: Tables) -> Finding:
     [*refused] = make_page(codec_of(tables), found, Position(0, 0), "").enriched.refused
     what = f"no event can be made of {len(refused)} of {len(found)} rows: {refused[0].reason}" if refused else ""
     problem = Problem(what, f"Correct the declaration ({variable('stream')}), or the rows") if refused else None
-    return _finding(tables.stream.table, problem, f"events can be made of its first {len(found)} rows")
+    return _finding(tables.stream.table, problem, f"events can be made of its first {counted(len(found), 'row')}")
 
 
 def _finding(name: str, problem: Problem | None, fine: str) -> Finding:

@@ -24,6 +24,7 @@ from replicator.cli import arguments as arg
 from replicator.cli.arguments import iso, load_one
 from replicator.cli.stream import say_what_stops, stop_on_signals
 from replicator.contracts.errors import SinkUnavailable, command
+from replicator.contracts.events import counted
 from replicator.operations.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -257,16 +258,16 @@ def _of_sink(lane: Lane) -> dict[str, Any]:
 
 def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     """For people."""
-    events, seconds = summary["events"], summary["seconds"]
+    events, seconds = summary["events"], max(0.1, summary["seconds"])  # as it is shown
     resumed = f", {summary['events_before']} before" if summary["events_before"] else ""
-    speed = f"{seconds:.1f} s, {events / max(0.1, seconds):.0f}/s"
-    yield f"read        {events} events of {summary['events_total']}{resumed}, {speed}"
+    speed = f"{seconds:.1f} s, {events / seconds:.0f}/s"
+    yield f"read        {counted(events, 'event')} of {summary['events_total']}{resumed}, {speed}"
     for name, sink in summary["sinks"].items():
         known = "" if sink["new"] is None else f" ({sink['new']} new, {sink['written'] - sink['new']} already there)"
-        refused = f", {sink['dead_letters']} dead letters" if sink["dead_letters"] else ""
+        refused = f", {counted(sink['dead_letters'], 'dead letter')}" if sink["dead_letters"] else ""
         yield f"{name:<11} {sink['written']} written{known}{refused}"
     if summary["rows_refused"]:
-        yield f"rows        {summary['rows_refused']} dead letters: no event can be made of them"
+        yield f"rows        {summary['rows_refused']} that no event can be made of, kept as dead letters"
 
 
 # -- dry run -----------------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def _table(found: dict[str, Any], names: list[str]) -> Iterator[str]:
         yield "  ".join([hour, *(f"{count:>{width}}" for count in counts)]) + (
             "" if len({*counts}) == 1 else "  differs"
         )
-    yield "; ".join([f"{found['events']} events", *_findings(found["sinks"]), "nothing was written"])
+    yield "; ".join([counted(found["events"], "event"), *_findings(found["sinks"]), "nothing was written"])
 
 
 def _findings(sinks: dict[str, dict[str, Any]]) -> Iterator[str]:

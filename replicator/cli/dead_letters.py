@@ -18,7 +18,7 @@ from msgspec import structs
 
 from replicator.cli.arguments import Json, Yes, confirmed, count, duration, letter_id, load_app, one_sink
 from replicator.contracts.errors import CheckpointError, SettingsError, command
-from replicator.contracts.events import DeadLetter, Position, Stage, utc
+from replicator.contracts.events import DeadLetter, Position, Stage, counted, utc
 from replicator.contracts.stores import ask
 from replicator.operations.logs import printable
 
@@ -149,7 +149,7 @@ class _Chosen:
             missing = f"there is no dead letter {number}{of_sink}"
             print(excluded if number in self._excluded else missing, file=sys.stderr)
         if not self.found and not absent:
-            none = f"none of {_counted(self._looked_at)}{of_sink} matches" if self._looked_at else None
+            none = f"none of {counted(self._looked_at, 'dead letter')}{of_sink} matches" if self._looked_at else None
             print(none or f"no dead letters{of_sink}", file=sys.stderr)
         return int(bool(absent))
 
@@ -273,10 +273,6 @@ async def replay(sink: SinkName = None, stage: StageName = None, ids: Ids = None
     return chosen.report_absent() or int(bool(left))
 
 
-def _counted(letters: int) -> str:
-    return "1 dead letter" if letters == 1 else f"{letters} dead letters"
-
-
 async def _replay(app: App, letters: Sequence[DeadLetter]) -> dict[int | None, str]:
     """Those that are left, each with the reason; every sink that the others are for has taken them now."""
     from replicator.delivery.dead_letters import is_for
@@ -345,7 +341,7 @@ async def drop(
     chosen = _Chosen(sink, stage, ids, where)
     async with chosen.app.closing():
         doomed = [letter.id async for page in chosen.pages() for letter in page]
-        if doomed and not confirmed(f"Forget {_counted(len(doomed))}?", yes=yes):
+        if doomed and not confirmed(f"Forget {counted(len(doomed), 'dead letter')}?", yes=yes):
             return 1
-        print(f"dropped {_counted(await chosen.drop(doomed))}")
+        print(f"dropped {counted(await chosen.drop(doomed), 'dead letter')}")
     return chosen.report_absent()

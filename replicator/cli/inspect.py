@@ -29,8 +29,8 @@ async def check(as_json: Json = False) -> int:
     It looks at PostgreSQL, the slot, the checkpoint, the tables and the sinks, and changes nothing. Each finding is a
     line: ok, note (it passes, with an advice) or FAIL.
     """
+    from replicator.contracts.events import counted
     from replicator.operations import check as preflight
-    from replicator.operations.status.text import counted
 
     app = load_app()
     found: list[dict[str, Any]] = []

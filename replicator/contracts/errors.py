@@ -344,9 +344,10 @@ class TablesUnfit(SourceError):
                 "Nothing is read, and PostgreSQL keeps what is committed, but not which rows are deleted until this is"
                 " corrected: the sinks keep those, and a dead letter will say so"
             )
-        on = "Once the tables fit, the replicator continues by itself; a changed declaration or setting needs a restart"
-        super().__init__(f"{problem}. {kept}", f"{cure}. {on}", detail=problem)
-        self._cure = f"{cure}. {on}"
+        on = "Once the tables fit, the replicator continues by itself"
+        restart = "" if "restart" in cure else "; a changed declaration or setting needs a restart"
+        self._cure = f"{cure}. {on}{restart}"
+        super().__init__(f"{problem}. {kept}", self._cure, detail=problem)
 
     def before_the_slot(self) -> TablesUnfit:
         """The same of a first start: a slot would keep WAL, perhaps until the disk is full, for what can't be read."""

@@ -42,6 +42,11 @@ def utc(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def counted(number: int, what: str) -> str:
+    """For people: `1 row`, `2 rows`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class Position(NamedTuple):
     """Where a row stands in the stream; the only order and identity we use.
 

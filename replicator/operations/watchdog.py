@@ -18,7 +18,7 @@ from msgspec import structs
 
 from replicator import __version__
 from replicator.contracts.errors import CheckpointError, SourceError, command
-from replicator.contracts.events import ACTIONS, Checkpoint, Lsn, Position, format_lsn
+from replicator.contracts.events import ACTIONS, Checkpoint, Lsn, Position, counted, format_lsn
 from replicator.contracts.settings import CoreSettings
 from replicator.contracts.stores import CheckpointStore
 from replicator.delivery.lane import Lane
@@ -313,7 +313,8 @@ class Watchdog:
             return "the checkpoint is not saved; the log says why"
         if waiting := [lane for lane in fan_out.lanes if lane.waiting]:
             lane = min(waiting, key=lambda lane: (lane.mark.end_lsn, lane.mark.position))
-            return lane.trouble.message or f"sink {lane.name} is the slowest, {lane.waiting} events wait for it"
+            waits = f"sink {lane.name} is the slowest, with {counted(lane.waiting, 'event')} waiting"
+            return lane.trouble.message or waits
         # The sinks are caught up. Connecting again would not help: PostgreSQL would start decoding over.
         pid, away = (self.slot.active_pid, self.slot.away) if self.slot else (None, None)
         does = f"waits for {away}, which synchronized_standby_slots names and no standby reads"

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from replicator.contracts.events import Id
+from replicator.contracts.events import Id, counted
 
 SHOWN = 20
 """How many of a kind are named; all are counted."""
@@ -84,7 +84,7 @@ class SinkReport(msgspec.Struct):
         if self.source_events is not None:
             late = self.source_events != self.sink_events and not self.differences
             meanwhile = " (more were added meanwhile)" if late else ""
-            yield f"{self.source_events} events in PostgreSQL, {self.sink_events} in {self.sink}{meanwhile}"
+            yield f"{counted(self.source_events, 'event')} in PostgreSQL, {self.sink_events} in {self.sink}{meanwhile}"
         yield from (f"{kind.replace('_', ' ')} {tally}" for kind, tally in self.found.items())
         if self.left.count != self.differences:
             yield f"left after the repair {self.left}"

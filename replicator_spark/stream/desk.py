@@ -16,10 +16,9 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from replicator.contracts.errors import ClusterFailed, SinkUnavailable
-from replicator.contracts.events import Event
+from replicator.contracts.events import Event, counted
 from replicator.contracts.sink import Carrier
 from replicator.delivery.queue import weigh
-from replicator.operations.status.text import counted
 from replicator_spark.session import Cluster, State, look
 from replicator_spark.stream.hands import work
 from replicator_spark.stream.wire import Answer, Errand, Report, told

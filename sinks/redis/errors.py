@@ -131,8 +131,8 @@ def lost_error(sink: str, address: str, stream_option: str) -> SinkError:
         sink=sink,
         detail=f"Redis at {address} was emptied, or came back without its keys: counts began again at 0, and what was "
         "counted before is missing",
-        cure=f"Run {command(f'rebuild-redis{stream_option}')} while the replicator runs: it rebuilds all keys "
-        "(nothing to do if it is already running)",
+        cure=f"Run {command(f'rebuild-redis{stream_option}')} while the replicator runs: it rebuilds all keys. "
+        "If a rebuild is running, wait for its end",
     )
 
 

@@ -456,8 +456,8 @@ def test_what_is_refused_is_kept_once(
     for _ in range(2):
         result = backfill.run(*CONTRACT, "--sinks", "http,redis")
         assert 10 == read_by(result)
-        assert "http        8 written, 1 dead letters" in result.stdout
-        assert "rows        1 dead letters" in result.stdout
+        assert "http        8 written, 1 dead letter" in result.stdout
+        assert "rows        1 that no event can be made of" in result.stdout
     listed = succeed(made.run("dead-letters", "list"))
     assert ["3", "5"] == sorted(re.findall(r"  event (\d+)  backfill  ", listed))
     api.behave()

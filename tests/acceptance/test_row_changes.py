@@ -320,11 +320,11 @@ def test_another_stream_in_the_slot(parcels: Program, source: psycopg.Connection
     source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (1, 1, 'play')")
     parcels.environment["REPLICATOR_STREAM"] += ",enrichment.contract:EVENT"
     told = succeed(parcels.run("init"))
-    assert "public.engagement_events holds 1 rows; those from before the slot do not come through it" in told
+    assert "public.engagement_events holds 1 row; those from before the slot do not come through it" in told
     assert told.endswith(" --stream engagement\n")
     assert "public.parcels" not in told
     parcels.start()
-    parcels.wait_for_log("1 rows of the tables were read again")
+    parcels.wait_for_log("1 row of the tables read again")
     source.execute("INSERT INTO parcels (id, weight) VALUES (3, 3)")
     parcels.wait_until_caught_up()
     assert {1: 1, 2: 2, 3: 3} == in_clickhouse(stack)

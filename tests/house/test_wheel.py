@@ -220,7 +220,7 @@ def test_from_another_directory(installed: Path, database: str, redis_url: str, 
         source.execute(INSERT)
         wait_until(lambda: destination.get("content:count:1") == "1", "the event")
         assert 999 == json.loads(str(destination.get("content:last:1")))["user_id"]
-    assert "read        1 events of 1" in program.succeed("backfill", "--last", "1h", "--sinks", "redis")
+    assert "read        1 event of 1" in program.succeed("backfill", "--last", "1h", "--sinks", "redis")
     compared = json.loads(program.succeed("reconcile", "--last", "1h", "--sinks", "redis", "--wait", "1", "--json"))
     assert "equal" == compared["outcome"]
     assert (tmp_path / "state/engagement-replicator/checkpoint.db").is_file()

@@ -9,7 +9,7 @@ import asyncio
 import logging
 
 from replicator.contracts.enricher import History, Page
-from replicator.contracts.events import Position
+from replicator.contracts.events import Position, counted
 from replicator.delivery.dead_letters import DeadLetters
 from replicator.delivery.fan_out import FanOut
 from replicator.delivery.queue import Batch
@@ -60,7 +60,8 @@ class CatchUp:
         finally:
             await history.close()
         self._history = None
-        log.info("%d rows of the tables were read again; sinks get again what they had of them", events)
+        message = "%s of the tables read again; sinks get again what they had of them"
+        log.info(message, counted(events, "row"))
 
     async def _bring(self, history: History) -> int:
         place, _ = await history.begin()

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from replicator.contracts.errors import SourceError, SourceUnavailable, command
-from replicator.contracts.events import ACTIONS, Lsn, Row, format_lsn
+from replicator.contracts.events import ACTIONS, Lsn, Row, counted, format_lsn
 from replicator.source.connection import Dsn
 from replicator.source.stream import Source
 
@@ -114,5 +114,5 @@ def as_text(found: Peeked) -> Iterator[str]:
     for change in found.changes:
         yield f"{change.position}  {change.action} {change.table} {_encode(change.columns).decode()}"
     end = "there is more" if found.more else "nothing else is waiting"
-    rows = "1 row" if len(found.changes) == 1 else f"{len(found.changes)} rows"
+    rows = counted(len(found.changes), "row")
     yield f"{rows} after {found.after}, the confirmed position; {end}"

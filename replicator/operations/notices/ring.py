@@ -46,6 +46,10 @@ CODES = {
 """Of reasons that are no errors, by kind; `contracts/errors.py` says what each is, and has those of errors."""
 
 
+WORSE = {"wal runs out": "wal"}
+"""A trouble that has become another kind is not over."""
+
+
 class Reason(NamedTuple):
     """Something that is wrong now, or soon will be."""
 
@@ -111,8 +115,10 @@ class Notices:
         """These are wrong now, and nothing else is."""
         now = time.time()
         found = {reason.key: reason for reason in reasons}
+        kinds = {reason.kind for reason in found.values()}
         for key in self.lasting.keys() - found.keys():
-            self.lasting.pop(key).ended_at = now
+            if WORSE.get(key[0]) not in kinds:
+                self.lasting.pop(key).ended_at = now
         for key, reason in found.items():
             if key not in self.lasting:
                 kind, subject = key

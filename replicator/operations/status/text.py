@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from replicator.contracts.events import counted
 from replicator.contracts.sink import Carrier
 from replicator.operations.logs import printable
 from replicator.operations.status.form import (
@@ -85,17 +86,19 @@ def _slot_text(slot: SlotStatus) -> str:
     if slot.server_lsn is None:
         return "unknown"
     reader = f"read by process {slot.active_pid}" if slot.active_pid else "NOBODY READS IT"
-    safe = f"safe for {size(slot.safe_wal_bytes)} more"
-    if slot.wal_status == "lost" or (slot.safe_wal_bytes is not None and slot.safe_wal_bytes <= 0):
-        safe = "no longer safe"
+    kept = f"{size(slot.retained_bytes)}, safe for {size(slot.safe_wal_bytes)} more"
+    if slot.wal_status == "lost":
+        kept = "not all that the slot needs"
     elif slot.safe_wal_bytes is None:
-        safe = "no limit (max_slot_wal_keep_size)"
+        kept = f"{size(slot.retained_bytes)}, no limit (max_slot_wal_keep_size)"
+    elif slot.safe_wal_bytes <= 0:
+        kept = f"{size(slot.retained_bytes)}, no longer safe"
     if slot.confirmed_lsn is None:
         return f"{reader}, nothing is confirmed yet"
     return (
         f"{reader}, WAL {slot.wal_status}, PostgreSQL {slot.server_version}\n"
         f"  confirmed  {slot.confirmed_lsn}, {size(slot.lag_bytes)} behind {slot.server_lsn}\n"
-        f"  WAL kept   {size(slot.retained_bytes)}, {safe}"
+        f"  WAL kept   {kept}"
     )
 
 
@@ -148,11 +151,6 @@ def carrier_text(carrier: Carrier) -> str:
     """Who it is, and what it has."""
     has = f"{counted(carrier.executors, 'executor')}, {counted(carrier.cores, 'core')}"
     return f"{printable(carrier.name)} ({has})"
-
-
-def counted(number: int, what: str) -> str:
-    """For people."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def size(count: int | None) -> str:

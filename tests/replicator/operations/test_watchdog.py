@@ -176,7 +176,10 @@ def test_a_slot_that_stands_still_is_not_ready(watchdog: Looking) -> None:
     assert [] == watchdog.look(1, server_lsn=300)
     assert [] == watchdog.look(STALL_SECONDS - 2)
     [reason] = watchdog.look(2)
-    assert "the slot has not moved for 61 s while 200 bytes of WAL wait: sink http is the slowest, 7 events" in reason
+    assert (
+        "the slot has not moved for 61 s while 200 bytes of WAL wait: sink http is the slowest, with 7 events waiting"
+        in reason
+    )
 
 
 def test_a_cause_that_is_told_is_not_told_again(watchdog: Looking, pipeline: Pipeline) -> None:
@@ -274,7 +277,7 @@ def test_the_sink_that_something_waits_for_is_blamed(watchdog: Looking, pipeline
     pipeline.fan_out.lanes[:] = [cast("Lane", idle), cast("Lane", busy)]
     watchdog.look(1, server_lsn=300)
     [reason] = watchdog.look(2 * STALL_SECONDS)
-    assert reason.endswith(": sink http is the slowest, 7 events wait for it")
+    assert reason.endswith(": sink http is the slowest, with 7 events waiting")
 
 
 def test_a_checkpoint_that_is_not_saved_is_nobody_elses_fault(watchdog: Looking, pipeline: Pipeline) -> None:

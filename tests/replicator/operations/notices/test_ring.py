@@ -31,6 +31,15 @@ def test_a_trouble_is_one_notice(notices: Notices) -> None:
     assert ("sink", "http", "sink http has not answered for 12 s", "") == structs.astuple(notice)[:4]
 
 
+def test_what_has_become_worse_is_not_over(notices: Notices) -> None:
+    """That WAL runs out is no longer said once the slot is in danger, and nobody is to read that it is over."""
+    runs_out = Reason("wal runs out", "s", "PostgreSQL keeps 90 MB of WAL for the slot, and at most 100 MB.")
+    lost = Reason("wal", "s", "the slot's WAL is lost.")
+    for reasons, over in (([runs_out], False), ([lost], False), ([], True)):
+        notices.see(reasons)
+        assert over == bool(notices.ring[0].ended_at)
+
+
 def test_problem_and_cure_are_told_apart(notices: Notices) -> None:
     """Each has its place on the page."""
     notices.see([AWAY])
