@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from checkpoint_store import contents, database, schema
 from checkpoint_store.contents import pieces
 from checkpoint_store.schema import checkpoints, dead_letters, sink_positions, tasks
-from replicator.contracts.errors import CheckpointBackward, CheckpointUnusable, DeadLettersFull
+from replicator.contracts.errors import CheckpointBackward, CheckpointLost, CheckpointUnusable, DeadLettersFull
 from replicator.contracts.events import (
     Checkpoint,
     ContentChange,
@@ -58,11 +58,15 @@ class SqlCheckpointStore:
         with self._connection() as connection:
             return _read(connection, slot)
 
-    def save(self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = ()) -> None:
+    def save(
+        self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = (), known: Checkpoint | None = None
+    ) -> None:
         with self._connection(writes=True) as connection:
             stored = _read(connection, checkpoint.slot, lock=True)
             if stored is not None:
                 _refuse_backward(stored, checkpoint)
+            if known is not None:
+                _refuse_lost(stored, known)
             _write(connection, checkpoint)
             contents.apply(connection, checkpoint.slot, changes)
 
@@ -190,6 +194,16 @@ def _read(connection: Connection, slot: str, *, lock: bool = False) -> Checkpoin
         at.sink: SinkPosition(position=Position(at.commit_lsn, at.ordinal), end_lsn=at.end_lsn) for at in found
     }
     return Checkpoint(**row, sinks=positions)
+
+
+def _refuse_lost(stored: Checkpoint | None, known: Checkpoint) -> None:
+    if stored is None:
+        raise CheckpointLost(slot=known.slot, stored="gone", known=format_lsn(known.end_lsn))
+    try:
+        _refuse_backward(known, stored)
+    except CheckpointBackward:
+        at, was = format_lsn(stored.end_lsn), format_lsn(known.end_lsn)
+        raise CheckpointLost(slot=known.slot, stored=f"at {at}", known=was) from None
 
 
 def _refuse_backward(stored: Checkpoint, offered: Checkpoint) -> None:

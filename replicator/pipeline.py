@@ -115,7 +115,7 @@ class Pipeline:
             moment = {"committed_at": committed_at, "updated_at": time.time()}
             checkpoint = structs.replace(self.checkpoint, end_lsn=end_lsn, sinks=written, contents=contents, **moment)
             self._offers.append(checkpoint)
-            await asyncio.to_thread(self._store.save, checkpoint, changes)
+            await asyncio.to_thread(self._store.save, checkpoint, changes, self.checkpoint)
             self._saved(checkpoint)
         self.fan_out.saved(self.checkpoint.sinks)
         # 3. PostgreSQL: it may forget everything up to here.

@@ -604,6 +604,19 @@ class CheckpointAbsent(CheckpointUnusable):
     code = "R606"
 
 
+class CheckpointLost(CheckpointUnusable):
+    """The checkpoint database has lost what was saved: it was restored, or failed over to a server that was behind."""
+
+    code = "R609"
+
+    def __init__(self, *, slot: str, stored: str, known: str) -> None:
+        super().__init__(
+            problem=f"it has lost what was saved: the checkpoint of slot {slot} is {stored}, and was at {known}. It was"
+            " restored from a backup, or failed over to a server that was behind",
+            cure="Start the replicator again: it says what may be missing since then, and what brings it",
+        )
+
+
 class ClusterFailed(ReplicatorError):
     """Spark does not start, has ended, or gave up a task that died or hung."""
 

@@ -39,14 +39,18 @@ class Checkpoints(Protocol):
     def load(self, slot: str) -> Checkpoint | None:
         """The slot's checkpoint with all its sinks' positions; None when there is none."""
 
-    def save(self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = ()) -> None:
+    def save(
+        self, checkpoint: Checkpoint, changes: Sequence[ContentChange] = (), known: Checkpoint | None = None
+    ) -> None:
         """Store it in one database transaction. Sinks that are stored and not named stay as they are.
 
         `changes` are those of the contents from the stored checkpoint to this one, in the order of the stream: the copy
         is as of the checkpoint, always.
 
-        Raises CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is before the stored one, and
-        CheckpointUnusable when the stored one belongs to another PostgreSQL cluster.
+        `known` was saved before: an older one in its place means that the copy, and dead letters, are older, too.
+
+        Raises CheckpointLost for that, CheckpointBackward when `end_lsn`, or a sink's position or end_lsn, is before
+        the stored one, and CheckpointUnusable when the stored one belongs to another PostgreSQL cluster.
         """
 
     def replace(self, checkpoint: Checkpoint) -> None:

@@ -33,6 +33,7 @@ from tests.support.program import ROOT, Program, Result, assert_clean, succeed
 
 FAULTS = ROOT / "docs/reference/faults.md"
 TERMINATE = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s"
+STATE_TABLES = "SELECT tablename FROM pg_tables WHERE tablename LIKE 'replicator%'"
 DROP = "SELECT pg_drop_replication_slot(%s)"
 
 
@@ -458,6 +459,37 @@ def test_the_checkpoint_is_an_older_backup(
     refused(quick, "past the checkpoint's", "init --accept-gap")
     mend(quick)
     assert_mended(quick, source, database, destinations)
+
+
+def test_an_older_backup_of_the_checkpoint_is_restored_under_it(
+    quick: Program, stack: DevStack, database: str, source: psycopg.Connection, destinations: Destinations
+) -> None:
+    """Else the copy of the contents would lack what has changed since, and dead letters would be gone, unnoticed."""
+    source.execute("INSERT INTO content VALUES (4, 'video', 10)")
+    with ground.fresh_database(stack) as state:
+        quick.environment |= {"REPLICATOR_CHECKPOINT_URL": state, "REPLICATOR_CONTENT_CACHE_SIZE": "1"}
+        quick.start()
+        insert_many(source, 10)
+        quick.wait_until_caught_up()
+        with psycopg.connect(state) as admin:
+            tables = [name for (name,) in admin.execute(STATE_TABLES)]
+            for name in tables:
+                admin.execute(f"CREATE TABLE copy_of_{name} AS TABLE {name}".encode())
+        source.execute("UPDATE content SET length_seconds = 999 WHERE content_id = 4")
+        insert_many(source, 10)
+        quick.wait_until_caught_up()
+        with psycopg.connect(state) as admin:
+            admin.execute(f"TRUNCATE {', '.join(tables)}".encode())
+            for name in tables:
+                admin.execute(f"INSERT INTO {name} OVERRIDING SYSTEM VALUE TABLE copy_of_{name}".encode())
+        insert_many(source, 10)
+        assert 1 == quick.process.wait(60)
+        assert "CRITICAL R609" in quick.log
+        assert "it has lost what was saved: the checkpoint of slot" in quick.log
+        refused(quick, "past the checkpoint's", "init --accept-gap")
+        mend(quick)
+        source.execute("INSERT INTO engagement_events (content_id, user_id, event_type) VALUES (4, 1, 'play')")
+        assert_mended(quick, source, database, destinations)
 
 
 def test_the_slot_is_dropped_while_it_runs(

@@ -43,6 +43,7 @@ from checkpoint_store import SqlCheckpointStore, schema
 from devstack import DevStack
 from replicator.contracts.errors import (
     CheckpointBackward,
+    CheckpointLost,
     CheckpointUnavailable,
     CheckpointUnusable,
     DeadLettersFull,
@@ -269,6 +270,27 @@ def test_a_position_moved_by_another_replicator_is_seen(store: CheckpointStore, 
     with pytest.raises(CheckpointBackward):
         store.save(at(2000))
     assert at(3000) == loaded(store)
+
+
+@pytest.mark.parametrize("backup", [None, at(1000, redis=sink_at(990, 12, 1000)), at(2000)])
+def test_a_database_that_lost_what_was_saved_is_no_place_to_go_on(
+    store: CheckpointStore, other: CheckpointStore, database: Database, backup: Checkpoint | None
+) -> None:
+    """It was restored, or failed over to a server that was behind: so were the contents and the dead letters."""
+    known = at(2000, redis=sink_at(1990, 1, 2000))
+    store.save(known)
+    store.save(at(3000, redis=sink_at(2990, 1, 3000)), (), known)
+    if backup:
+        other.replace(backup)
+    else:
+        engine = database.engine()
+        with engine.begin() as operator:
+            for table in ("sink_positions", "checkpoints"):
+                operator.execute(text(f"DELETE FROM replicator_{table}"))  # noqa: S608  our own names
+        engine.dispose()
+    told = "it has lost what was saved: the checkpoint of slot .* is (gone|at 0/3E8|at 0/7D0), and was at 0/BB8"
+    with pytest.raises(CheckpointLost, match=told):
+        store.save(at(4000), (), at(3000, redis=sink_at(2990, 1, 3000)))
 
 
 def test_two_replicators_cannot_both_move_it(database: Database, store: CheckpointStore) -> None:

@@ -266,7 +266,7 @@ class FakeStore:
         assert slot == "s"
         return self.world.stored
 
-    def save(self, checkpoint: Checkpoint, _: object = ()) -> None:
+    def save(self, checkpoint: Checkpoint, *_: object) -> None:
         """Follow the script, then keep it."""
         if self.world.failures:
             self.world.log.append(("save failed", checkpoint.end_lsn))
@@ -619,9 +619,9 @@ async def test_a_slow_last_save_has_the_time_that_the_drain_did_not_take(monkeyp
     monkeypatch.setattr(pipelines, "LAST_SAVE_SECONDS", 0.0)
     world, save = World("one"), FakeStore.save
 
-    def slowly(store: FakeStore, checkpoint: Checkpoint, changes: object = ()) -> None:
+    def slowly(store: FakeStore, checkpoint: Checkpoint, *others: object) -> None:
         time.sleep(0.1)
-        save(store, checkpoint, changes)
+        save(store, checkpoint, *others)
 
     monkeypatch.setattr(FakeStore, "save", slowly)
     async with world.running():
