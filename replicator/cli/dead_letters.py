@@ -341,7 +341,8 @@ async def drop(
     chosen = _Chosen(sink, stage, ids, where)
     async with chosen.app.closing():
         doomed = [letter.id async for page in chosen.pages() for letter in page]
-        if doomed and not confirmed(f"Forget {counted(len(doomed), 'dead letter')}?", yes=yes):
-            return 1
-        print(f"dropped {counted(await chosen.drop(doomed), 'dead letter')}")
+        if doomed:
+            if not confirmed(f"Forget {counted(len(doomed), 'dead letter')}?", yes=yes):
+                return 1
+            print(f"dropped {counted(await chosen.drop(doomed), 'dead letter')}")
     return chosen.report_absent()

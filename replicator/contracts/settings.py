@@ -340,7 +340,7 @@ class CoreSettings(Settings):
     feedback_interval_seconds: float = number(10.0, 0.1, 60, "seconds between two status messages to PostgreSQL")
     # The cap of the exponential backoff.
     retry_max_seconds: float = number(30.0, 0.01, 3600, "seconds between two tries of a sink or of PostgreSQL, at most")
-    # Under the 30 s that Kubernetes gives, and what docker-compose.yml gives.
+    # Under the 45 s that the unit, the manifests and the compose file give.
     drain_timeout_seconds: float = number(25.0, 0, 3600, "seconds that writes in flight get to finish after SIGTERM")
     admin_listen: str = Field(
         "127.0.0.1:8080",  # loopback: it has no authentication

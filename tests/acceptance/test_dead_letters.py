@@ -91,7 +91,7 @@ def test_there_is_none(program: Program) -> None:
     succeed(program.run("init"))
     for action in (["list"], ["replay"], ["drop", "--yes"]):
         nothing = program.run("dead-letters", *action)
-        assert (0, "no dead letters\n") == (nothing.code, nothing.stderr)
+        assert (0, "no dead letters\n", "") == (nothing.code, nothing.stderr, nothing.stdout)
         unknown = program.run("dead-letters", *action, "--sink", "http", "--id", "99")
         assert (1, "there is no dead letter 99 of sink http\n") == (unknown.code, unknown.stderr)
 
