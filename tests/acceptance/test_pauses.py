@@ -48,6 +48,7 @@ def test_a_pause_lasts_over_a_kill(
         wait_for_clickhouse(database, destinations)
         assert quick.admin("/readyz").startswith("ready\nsink http is paused until somebody resumes it;")
         assert 10 == taken(destinations)
+        assert "<dd>at most " in quick.admin("/")
         quick.kill()
         quick.start()
     told = quick.run("status")

@@ -129,7 +129,8 @@ def _checkpoint_text(checkpoint: CheckpointStatus) -> str:
 def _sink_text(sink: SinkStatus) -> str:
     if sink.end_lsn is None:
         return "no position yet"
-    seconds = "an unknown time" if sink.lag_seconds is None else f"{sink.lag_seconds:.1f} s"
+    bound = "at most " if sink.lag_seconds and (sink.paused or sink.waiting is None) else ""  # docs/reference/status.md
+    seconds = "an unknown time" if sink.lag_seconds is None else f"{bound}{lag(sink.lag_seconds)}"
     waiting = "" if sink.waiting is None else f", {counted(sink.waiting, 'event')} waiting"
     return f"{size(sink.lag_bytes)} and {seconds} behind{waiting}"
 

@@ -459,6 +459,18 @@ def test_a_pause_and_a_trouble_have_lines_of_their_own() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+async def test_an_age_that_is_a_bound_is_called_one(collect: Collect) -> None:
+    """Of a paused sink, and of one that no replicator writes to: what it lacks may have been committed later."""
+    now = live()
+    redis = structs.replace(now.sinks["redis"], lag_seconds=1124.9)
+    paused = structs.replace(redis, paused="sink redis is paused")
+    text = as_text(structs.replace(now, sinks={"redis": redis, "http": paused}))
+    assert " and 19 minutes behind" in text
+    assert " and at most 19 minutes behind" in text
+    checkpoint = structs.replace(CHECKPOINT, committed_at=time.time() - 500)
+    assert " and at most 8 minutes behind" in as_text(await collect(READ, FakeStore(checkpoint)))
+
+
 OUTLOOKS: Mapping[str, WalStatus] = {
     "not known yet": WalStatus(),
     "no longer safe": WalStatus(kept_bytes=9, limit_bytes=8, lost_in_seconds=0.0),
