@@ -215,9 +215,10 @@ class SlotUndecodable(SourceUnavailable):
         super().__init__(
             problem=f"PostgreSQL can't decode slot {slot} at LSN {lsn}",
             detail=detail,
-            cure="`run` tries again and keeps everything until it can. To get past it, stop `run`, then `SELECT"
-            f" pg_replication_slot_advance('{slot}', pg_current_wal_lsn())` and {command('init --accept-gap')}: the"
-            " backfill command that it prints brings what was skipped",
+            # Never pg_replication_slot_advance: it reads the same WAL, which may be damaged or gone.
+            cure=f"`run` tries again and keeps everything until it can. To get past it, stop `run`, then"
+            f" {command('drop-slot')} and {command('init --accept-gap')}: the backfill command that it prints brings"
+            " what was skipped",
         )
 
 

@@ -380,7 +380,7 @@ def test_what_can_not_be_decoded_is_passed_by_the_steps_of_the_page(
 ) -> None:
     """Typed as docs/reference/faults.md has them: everything arrives, the row that could not be decoded as well."""
     [row] = [line for line in FAULTS.read_text(encoding="utf-8").splitlines() if "can't decode slot" in line]
-    advance, gap = re.findall(r"`([^`]*)`", row.split(" | ")[3])
+    drop, gap = re.findall(r"`([^`]*)`", row.split(" | ")[3])
     assert "GAP" == gap
     quick.start()
     insert_many(source, 10)
@@ -394,7 +394,7 @@ def test_what_can_not_be_decoded_is_passed_by_the_steps_of_the_page(
     assert "invalid internal value for enum" in told
     insert_many(source, 10)
     assert 0 == quick.stop()
-    source.execute(advance.replace("…", quick.slot).encode())
+    succeed(quick.follow(f"{drop} --yes"))
     source.execute("ALTER TABLE engagement_events DROP COLUMN odd")
     mend(quick)
     assert_mended(quick, source, database, destinations)
@@ -638,6 +638,24 @@ def _run_into(quick: Program, dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as writer:
         insert_many(writer, 100)
     caught_up_and_stopped(quick)
+
+
+def test_the_wal_was_reset(quick: Program, destinations: Destinations) -> None:
+    """`pg_resetwal`, or a lost file: the slot is there, what it has to read is not, and the same steps lead past it."""
+    with _cluster(quick) as (own, dsn):
+        _run_into(quick, dsn)
+        with psycopg.connect(dsn, autocommit=True) as writer:
+            insert_many(writer, 100)
+        own.postgres.stop()
+        own.postgres.run([str(own.postgres.bin_dir / "pg_resetwal"), "-f", str(_files(own))])
+        own.postgres.start()
+        quick.start()
+        wait_until(lambda: "has already been removed" in quick.admin("/readyz"), "it to say so")
+        assert "`python -m replicator drop-slot` and `python -m replicator init --accept-gap`" in quick.admin("/readyz")
+        assert 0 == quick.stop()
+        mend(quick, "drop-slot --yes")
+        with psycopg.connect(dsn, autocommit=True) as source:
+            assert_mended(quick, source, dsn, destinations)
 
 
 def test_the_server_is_an_older_backup(quick: Program, destinations: Destinations) -> None:
