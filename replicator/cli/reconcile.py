@@ -7,6 +7,7 @@ Redis counts an event once, whether the stream or the backfill brings it first.
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -173,11 +174,17 @@ async def _rebuild(run: Run, *, from_empty: bool) -> int:
     await run.history.open()
     if from_empty:
         await asyncio.to_thread(run.app.store.create)
-        print(f"deleted     {await sink.empty()} keys", flush=True)
     else:
         await sink.open(None, Mode.BACKFILL)
-    generation = await sink.generation()
-    code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
+    try:
+        if from_empty:
+            print(f"deleted     {await sink.empty()} keys", flush=True)
+        generation = await sink.generation()
+        code = await deliver(run._replace(task=f"rebuild-redis {generation}"))
+    except asyncio.CancelledError:  # before anything is written: reading where to begin may take a while
+        if from_empty:
+            print(f"the keys may be deleted, and none is made again; to continue: {run.again}", file=sys.stderr)
+        raise
     if await sink.generation() != generation:
         detail = "it was emptied, restarted or replaced while it was filled"
         cure = f"Run {command(f'rebuild-redis{sink.context.stream_option}')} again"
