@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from ipaddress import ip_address
 from threading import Thread
 from typing import Annotated, Any, Literal, TextIO, cast
 
@@ -281,12 +282,22 @@ class _Loop(asyncio.SelectorEventLoop):
 
     async def create_connection(self, *arguments: Any, **options: Any) -> Any:
         """Try the next address of a name soon, beside the first."""
-        return await super().create_connection(*arguments, **{"happy_eyeballs_delay": NEXT_ADDRESS_SECONDS} | options)
+        # An address has no next one, and asyncio forgets to close the socket of a race that is cancelled at its end.
+        host = arguments[1] if len(arguments) > 1 else options.get("host")
+        races = {} if _is_address(host) else {"happy_eyeballs_delay": NEXT_ADDRESS_SECONDS}
+        return await super().create_connection(*arguments, **races | options)
 
     def _forget(self, key: object, task: asyncio.Task[Any]) -> None:
         del self._look_ups[key]
         if not task.cancelled():
             task.exception()  # whoever waited for it has it
+
+
+def _is_address(host: object) -> bool:
+    with suppress(ValueError):
+        ip_address(str(host))
+        return True
+    return False
 
 
 def _run(arguments: Sequence[str], program: typer.Typer) -> int:

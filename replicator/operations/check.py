@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
@@ -20,6 +20,7 @@ from replicator.contracts.events import Finding, Pause, format_lsn
 from replicator.contracts.settings import CoreSettings, open_to_all, secret_files, variable
 from replicator.contracts.sink import Sink
 from replicator.contracts.stores import CheckpointStore
+from replicator.delivery.retry import CANCEL_SECONDS
 from replicator.operations import server
 from replicator.operations.exposure import secrets_in_clear
 from replicator.operations.http import exposed, unavailable
@@ -32,6 +33,9 @@ from replicator.source.takeover import Beginning, pauses, recall
 
 CHECK_SECONDS = 10.0
 """For each part. Whoever asks wants to know now; writes have more patience, and settings for it."""
+
+GIVE_UPS = 3
+"""The first time psycopg asks a silent server to end the query, and has to be stopped at that."""
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +134,8 @@ class _Asked:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)  # each gives up what it has asked
 
     def ask(
         self, name: str, check: Callable[[], Awaitable[Sequence[Finding]]], leads: str
@@ -155,8 +161,9 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]],
     try:  # no time-out around it: psycopg would first ask a silent server, for 10 s, to end the query
         await asyncio.wait([asked], timeout=CHECK_SECONDS)
     finally:
-        asked.cancel()
-    if not asked.done():
+        ended = asked.done()
+        await _give_up(asked)
+    if not ended:
         silent = f"{name}: its check has not ended within {CHECK_SECONDS:g} s"
         return [Finding(False, silent, f"Check whether what {leads or 'it asks'} leads to answers at all")]
     answer = asyncio.CancelledError() if asked.cancelled() else asked.result()
@@ -167,6 +174,14 @@ async def _checked(name: str, check: Callable[[], Awaitable[Sequence[Finding]]],
         problem = f"{name}: its check failed in an unexpected way ({type(answer).__name__})"
         return [Finding(False, problem, "REPLICATOR_LOG_LEVEL=debug shows where; report it to its author")]
     return answer
+
+
+async def _give_up(asked: asyncio.Task[Any]) -> None:
+    """It closes its connections. One that does not end is left: a sink of another package may go on for ever."""
+    for _ in range(GIVE_UPS):
+        asked.cancel()
+        if not asked.done():
+            await asyncio.wait([asked], timeout=CANCEL_SECONDS)
 
 
 def _finding(found: object) -> Finding:
