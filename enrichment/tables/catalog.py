@@ -13,6 +13,8 @@ from msgspec import structs
 
 from enrichment.tables.declared import Tables
 
+ENCODING = "SELECT current_setting('server_encoding')"
+
 NOW = """
 -- Where the WAL ends, the server's clock, and the oldest transaction that was not over yet. The snapshot is older than
 -- the position: what is committed after the position belongs to that transaction or to a later one. On a standby a

@@ -14,7 +14,7 @@ from enrichment.history.pages import BEGINNING, END, PAGE_BYTES, between, make_p
 from enrichment.history.queries import queries_of
 from enrichment.ledger import TableLedger
 from enrichment.tables import fit
-from enrichment.tables.catalog import SHAPE, UNIQUE, Shape, parameters
+from enrichment.tables.catalog import ENCODING, SHAPE, UNIQUE, Shape, parameters
 from enrichment.tables.declared import Tables
 from enrichment.tables.fit import Problem
 from replicator.contracts.errors import SourceError, SourceUnusable
@@ -22,8 +22,6 @@ from replicator.contracts.events import Finding, Position, counted, format_lsn
 from replicator.contracts.fields import INT64_MAX, INT64_MIN
 from replicator.contracts.settings import variable
 from replicator.source.connection import Dsn
-
-ENCODING = "SELECT current_setting('server_encoding')"
 
 SAMPLE_ROWS = 100
 
@@ -65,8 +63,8 @@ async def check(dsn: Dsn, tables: Tables) -> list[Finding]:
 
 async def _findings(dsn: Dsn, database: Database, tables: Tables) -> AsyncIterator[Finding]:
     [(encoding,)] = await database.rows(ENCODING)
-    cure = "" if encoding == "UTF8" else "Move the tables to a database made with ENCODING 'UTF8'"
-    yield Finding(not cure, f"server_encoding = {encoding}", cure)
+    foreign = fit.encoding(encoding)
+    yield Finding(not foreign, f"server_encoding = {encoding}", foreign.cure if foreign else "")
     [(text,)] = await database.rows(SHAPE, parameters(tables))
     shape = Shape.parse(text)
     of_tables = [finding for table in tables.needed async for finding in _of_table(database, tables, shape, table)]

@@ -50,6 +50,13 @@ def require(tables: Tables, shape: Shape, repeated: Iterable[Unique], *, untold:
         raise TablesUnfit(problem=what, cure=cure, untold=untold)
 
 
+def encoding(name: str) -> Problem | None:
+    """Why no text of this database can be relied on: wal2json sends it as it is stored, in whatever encoding."""
+    if name == "UTF8":
+        return None
+    return Problem(f"server_encoding = {name}", "Move the tables to a database made with ENCODING 'UTF8'")
+
+
 def problems(tables: Tables, shape: Shape, table: str) -> Iterator[Problem]:
     """Why no event can be made with this table."""
     return (problem for problem in (storage(tables, shape, table), misfits(tables, shape, table)) if problem)

@@ -18,10 +18,10 @@ from msgspec import structs
 
 from enrichment.database import Database
 from enrichment.tables import fit, untold
-from enrichment.tables.catalog import LOCKS, NOW, SHAPE, UNIQUE, Column, Relation, Shape, parameters
+from enrichment.tables.catalog import ENCODING, LOCKS, NOW, SHAPE, UNIQUE, Column, Relation, Shape, parameters
 from enrichment.tables.declared import Join, Tables
 from enrichment.tables.untold import Untold
-from replicator.contracts.errors import TablesChanged, TablesUnsettled
+from replicator.contracts.errors import TablesChanged, TablesUnfit, TablesUnsettled
 from replicator.contracts.events import DeadLetter, Id, Lsn, Row
 from replicator.contracts.settings import variable
 
@@ -129,7 +129,9 @@ class Guard:
         if record is not None and not self._begun:  # another process may have gone on since the last look
             self.record = record
         self._begun = False
-        [[now], [(text,)]] = await self._database.each((NOW, {}), self._looked)
+        [[now], [(text,)], [(encoding,)]] = await self._database.each((NOW, {}), self._looked, (ENCODING, {}))
+        if foreign := fit.encoding(encoding):
+            raise TablesUnfit(problem=foreign.what, cure=foreign.cure)
         shape = Shape.parse(text)
         record = self.record = self._noting(self.record, shape, Now(*now))
         repeated = [one async for one in self._repeated(shape)]

@@ -640,6 +640,26 @@ def _run_into(quick: Program, dsn: str) -> None:
     caught_up_and_stopped(quick)
 
 
+def test_a_database_that_is_not_utf_8(quick: Program, stack: DevStack, source: psycopg.Connection) -> None:
+    """wal2json sends its bytes as they are: a text would be another one, or end the stream. Nothing is read."""
+    name = f"{quick.slot}_latin1"
+    source.execute(f"CREATE DATABASE {name} ENCODING LATIN1 TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'".encode())
+    dsn = stack.postgres.dsn_for(database=name)
+    try:
+        with psycopg.connect(dsn) as connection:
+            connection.execute((ground.SQL / "source_schema.sql").read_bytes())
+        quick.environment["REPLICATOR_POSTGRES_DSN"] = ground.plain_role(stack, dsn)
+        quick.spawn()
+        quick.wait_for_log("R401")
+        assert "server_encoding = LATIN1. No slot is made until this is mended" in quick.log
+        assert "server_encoding = LATIN1" in quick.admin("/readyz")
+        assert [] == source.execute("SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", [quick.slot]).fetchall()
+        assert 0 == quick.stop()
+    finally:
+        quick.end()
+        source.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
 def test_the_wal_was_reset(quick: Program, destinations: Destinations) -> None:
     """`pg_resetwal`, or a lost file: the slot is there, what it has to read is not, and the same steps lead past it."""
     with _cluster(quick) as (own, dsn):
