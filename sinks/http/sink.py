@@ -88,8 +88,8 @@ class HttpSink(Sink):
             if response.status_code not in NO_OPTIONS:
                 judge(response, sink=self.name, origin=self._origin)
         except SinkError as exc:
-            return [Finding(ok=False, what=exc.detail, cure=await self._cure(exc))]
-        answer = f"{self._origin} answers OPTIONS with {status_text(response.status_code)}"
+            return [Finding(ok=False, what=f"HTTP API: {exc.detail}", cure=await self._cure(exc))]
+        answer = f"HTTP API: {self._origin} answers OPTIONS with {status_text(response.status_code)}"
         return [Finding(ok=True, what=f"{answer}; whether it takes events shows with the first one")]
 
     async def write(self, events: Sequence[Event]) -> Sequence[Refusal]:

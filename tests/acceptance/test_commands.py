@@ -97,7 +97,7 @@ TROUBLES = [
         {
             f"Redis at {CLOSED}": "Start Redis",
             f"ClickHouse: no answer from http://{CLOSED} (Connection refused)": "Check that it is up",
-            f"FAIL  no answer from http://{CLOSED} (Connection refused)": "Start the API",
+            f"FAIL  HTTP API: no answer from http://{CLOSED} (Connection refused)": "Start the API",
         },
         settings=NO_SINKS,
     ),

@@ -339,7 +339,7 @@ class TestCheck:
         (finding,) = await api.sink().check()
         assert finding.ok
         assert finding.cure == ""
-        assert finding.what.startswith(f"http://localhost:8000 answers OPTIONS with {status}")
+        assert finding.what.startswith(f"HTTP API: http://localhost:8000 answers OPTIONS with {status}")
         assert [(request.method, request.content) for request in api.requests] == [("OPTIONS", b"")]
 
     @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429, 500, 503])
@@ -347,7 +347,9 @@ class TestCheck:
         """With the cure."""
         (finding,) = await Api(answering(status)).sink().check()
         assert not finding.ok
-        assert finding.what == f"http://localhost:8000 answered {status} {httpx.codes.get_reason_phrase(status)}"
+        assert (
+            finding.what == f"HTTP API: http://localhost:8000 answered {status} {httpx.codes.get_reason_phrase(status)}"
+        )
         assert "REPLICATOR_HTTP_" in finding.cure
 
     async def test_create_makes_nothing(self) -> None:
