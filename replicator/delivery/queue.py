@@ -161,6 +161,7 @@ class Queue:
         """Of whole batches: what is taken of the first one still counts."""
         self._entries: deque[_Entry] = deque()
         self._taken = start
+        """The mark of the newest write, and of what came after it without an event."""
         self._head = 0  # events of the first entry that are taken already
 
     def put(self, batch: Batch) -> bool:
@@ -179,6 +180,8 @@ class Queue:
             self.bytes += batch.size
         elif self._entries:
             self._entries[-1].mark = self.end
+        else:
+            self._taken = self.end
         return bool(events)
 
     def waited_seconds(self) -> float:

@@ -218,6 +218,25 @@ async def test_an_empty_batch_waits_for_what_is_before_it() -> None:
         await harness.until(999)
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+async def test_rows_of_a_catch_up_do_not_move_the_mark_back(in_flight: int) -> None:
+    """Written in pieces, after batches without events that moved the mark past the last write's."""
+    sink = MemorySink(max_events=2)
+    gate = asyncio.Event()
+    sink.steps = [gate]
+    harness = Harness(sink)
+    async with harness.running():
+        harness.put(10, in_flight)
+        await asyncio.sleep(0)
+        harness.put(20, 0, end_lsn=77)
+        harness.fan_out.put([Event(0, 0, -number, 1, 0, b"{}") for number in range(5)], None)
+        gate.set()
+        async with asyncio.timeout(10):
+            while harness.lane.stats.events < in_flight + 5:
+                await harness.fan_out.progress()
+    assert harness.lane.reached == SinkPosition(position=Position(20, 0), end_lsn=77)
+
+
 async def test_an_unavailable_sink_is_tried_until_it_takes_the_same_events() -> None:
     """The very same events again; said once, and that it is over."""
     sink = MemorySink()

@@ -1,4 +1,4 @@
-"""A lane's mark under chance: reconnects, empty batches, pieces, failures, refusals, writes side by side.
+"""A lane's mark under chance: reconnects, empty batches, pieces, failures, refusals, writes side by side, a catch-up.
 
 Whatever happens, the sink has everything up to the mark, the mark never goes back, and no more is repeated than may be.
 """
@@ -24,6 +24,7 @@ from sinks.testing import MemorySink
 SETTINGS = CoreSettings.model_validate({"retry_max_seconds": 0.01})
 START = SinkPosition(position=Position(0, 0), end_lsn=0)
 TRANSACTIONS = 60
+END = TRANSACTIONS * 10 + 5
 REPEATS = 8
 
 
@@ -63,6 +64,7 @@ class World:
         self.fan_out = FanOut(SETTINGS, DeadLetters(cast("DeadLetterBox", self.box), SETTINGS), limit_bytes=2_000)
         self.seen = dict.fromkeys(["wide", "once"], Mark())
         self.saved: dict[str, SinkPosition] = {}
+        self.beside = 0
 
     def some(self, events: Sequence[Event], count: int) -> list[int]:
         """Ids of some of them."""
@@ -95,7 +97,7 @@ class World:
             if self.chance.random() < 0.6:
                 await self.put(chunk, Mark(position, end_lsn, number))
                 chunk = []
-            if self.chance.random() < 0.05:
+            if number < TRANSACTIONS and self.chance.random() < 0.05:
                 return False
         await self.put(chunk, Mark(position, end_lsn, TRANSACTIONS))
         return True
@@ -103,6 +105,10 @@ class World:
     async def put(self, events: list[Event], mark: Mark) -> None:
         """As the pipeline does."""
         await self.fan_out.room()
+        if mark.end_lsn < END and self.chance.random() < 0.2:  # rows of the tables, for more than one write
+            ids = range(self.beside, self.beside + self.chance.randint(1, 9))
+            self.fan_out.put([Event(0, 0, -1 - number, 1, 0, b"{}") for number in ids], None)
+            self.beside = ids.stop
         self.fan_out.put(events, mark)
         self.check()
         await asyncio.sleep(0)
@@ -117,7 +123,7 @@ class World:
                 await asyncio.sleep(0.001)
                 self.saved = saved
                 self.fan_out.saved(saved)
-            if all(lane.mark.end_lsn == TRANSACTIONS * 10 + 5 for lane in self.fan_out.lanes):
+            if all(lane.mark.end_lsn == END for lane in self.fan_out.lanes):
                 return
             await self.fan_out.checkpoint_wanted(0.001)
 
@@ -162,6 +168,7 @@ async def test_the_sink_has_everything_up_to_the_mark(seed: int) -> None:
     world.check()
     for lane, sink in zip(world.fan_out.lanes, world.sinks, strict=True):
         assert world.events == world.kept(lane)
+        assert set(range(-world.beside, 0)) <= sink.events.keys()
         if not sink.refused:  # else what it took was a witness now and then
             assert len(sink.taken) == len({*sink.taken}), "nothing is written again: the stream's repeats are left out"
     assert 0 == world.fan_out.held_bytes
