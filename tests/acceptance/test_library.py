@@ -50,8 +50,10 @@ class Embedded:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """`python embedded.py >> printed`."""
+        """`python embedded.py >> printed`, from a new line on: a kill may have cut one off."""
         with self.printed.open("ab") as out, self.said.open("ab") as err:
+            out.write(b"\n")
+            out.flush()
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "error", "embedded.py"],
                 cwd=self._folder,
@@ -76,7 +78,7 @@ class Embedded:
         )
 
     def totals(self) -> list[int]:
-        """Of the orders that it has printed, without repeats. A kill may have cut a line off."""
+        """Of the orders that it has printed, without repeats."""
         lines = (line for line in self.printed.read_bytes().split(b"\n") if line.endswith(b"}"))
         return sorted({int(json.loads(line)["total"]) for line in lines})
 

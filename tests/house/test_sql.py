@@ -294,7 +294,7 @@ def test_a_service_s_administrator_who_can_not_give_replication(admin: psycopg.C
 
 def test_on_amazon_rds_the_right_is_a_role(admin: psycopg.Connection, administrator: str) -> None:
     """Its master may grant that, and no attribute."""
-    admin.execute("CREATE ROLE rds_replication")
+    admin.execute("CREATE ROLE rds_replication; GRANT rds_replication TO master WITH ADMIN OPTION")
     try:
         assert "may not replicate" not in run_psql_told(administrator, "roles.sql", "-v", "role=served")
         member = "SELECT pg_has_role('served', 'rds_replication', 'MEMBER')"
