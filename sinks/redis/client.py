@@ -95,8 +95,8 @@ class _Login(CredentialProvider):
         return self.get_credentials()
 
 
-class _TrustingAnew(SSLConnection):
-    """The files of authorities and certificates may be replaced: each connect reads them, not the first one alone."""
+class _FreshTls(SSLConnection):
+    """Each connect reads the files of authorities and certificates: they may have been replaced."""
 
     def _connection_arguments(self) -> Mapping[str, object]:
         self.ssl_context.context = None
@@ -123,7 +123,7 @@ def connections(url: SecretStr, timeout_seconds: float) -> ConnectionPool:
         "driver_info": None,  # CLIENT SETINFO would be a right more
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),  # likewise; and they change timeouts
     }
-    own = (_PackedInC, _TrustingAnew) if issubclass(pool.connection_class, SSLConnection) else (_PackedInC,)
+    own = (_PackedInC, _FreshTls) if issubclass(pool.connection_class, SSLConnection) else (_PackedInC,)
     pool.connection_class = type("Connection", (*own, pool.connection_class), {})
     return pool
 
