@@ -160,6 +160,7 @@ def test_the_rights_that_are_printed_are_enough_and_no_more(
         quick.start()
         insert_many(source, 10)
         quick.wait_until_caught_up()
+        wait_until(lambda: "ready" == quick.admin("/readyz").strip(), "its first look at the slot since it is there")
         for command in ("check", "backfill --last 1d --sinks redis", "reconcile --last 1d --repair",
                         "rebuild-redis --from-empty --yes"):  # fmt: skip
             succeed(quick.run(*command.split()))
