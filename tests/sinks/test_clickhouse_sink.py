@@ -402,7 +402,7 @@ class TestFaults:
         threads = threading.active_count()
         writing = asyncio.create_task(sink.write(events(1, 10)))
         await asyncio.wait({writing}, timeout=0.5)  # it hangs
-        assert _connections(clickhouse.port) == 1
+        assert _connections(clickhouse.port) >= 1  # one of the test before may be closing
         writing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await writing
